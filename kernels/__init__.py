@@ -1,0 +1,22 @@
+"""Attention for rows that are causal over text and bidirectional inside images, with packed documents.
+
+Every query sees one contiguous range of keys, so the whole mask is two integers a token::
+
+    mask = IntervalMask.from_spans(document_start, image_end)
+    out = interval_attention(q, k, v, mask)
+
+`explain(q, k, v, mask)` tells which implementation runs and why. Importing this package needs torch only;
+Triton is imported when its kernels are first asked for.
+"""
+
+if __name__ == "kernels":
+    raise ImportError(
+        "this package is imported as 'transfusion_kernels': the name 'kernels' belongs to another package. "
+        "Install the project (pip install -e .) and import transfusion_kernels."
+    )
+
+from transfusion_kernels.attention import interval_attention
+from transfusion_kernels.attention.layout import IntervalMask
+from transfusion_kernels.dispatch import explain
+
+__all__ = ["IntervalMask", "explain", "interval_attention"]

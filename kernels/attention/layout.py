@@ -1,0 +1,222 @@
+"""The mask as data: for each query the range of keys it sees, and what the kernels derive from it.
+
+Shape suffixes: B rows of the mask (the batch, or 1 for a mask that all rows share), S query positions,
+N key positions, T tiles of `TILE_ROWS` positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# The granularity of the orders in which tiles are started. Every kernel's own tile divides it, so that one
+# order, made once per mask, serves them all.
+TILE_ROWS = 128
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class IntervalMask:
+    """Which keys each query sees: those in `[first_key, end_key)`.
+
+    first_key, end_key: int32 [B, S], both non-decreasing along S. B is the batch, or 1 where all rows share the
+    mask. A row of padding has `first_key == end_key`, namely the number of valid positions, so that the bounds
+    never decrease; its output is 0, its log-sum-exp minus infinity, and its gradients are 0.
+    num_keys: how many keys there are, S unless given. It is larger than S where a block of queries reads a cache.
+
+    Keys and values must be finite everywhere, padding included: a partly visible tile multiplies hidden values by
+    a weight of 0, and 0 times NaN is NaN. The tensors are not copied.
+
+    Raises ValueError for wrong shapes, dtypes or devices. Values are checked by `validate`.
+    """
+
+    first_key: Tensor
+    end_key: Tensor
+    num_keys: int
+
+    def __init__(self, first_key: Tensor, end_key: Tensor, *, num_keys: int | None = None) -> None:
+        for name, bound in (("first_key", first_key), ("end_key", end_key)):
+            if bound.dim() != 2:
+                raise ValueError(f"{name}: got shape {tuple(bound.shape)}, takes [rows, queries]")
+            if bound.dtype != torch.int32:
+                raise ValueError(f"{name}: got {bound.dtype}, takes torch.int32")
+        if first_key.shape != end_key.shape:
+            raise ValueError(
+                f"end_key: got shape {tuple(end_key.shape)}, takes first_key's, {tuple(first_key.shape)}"
+            )
+        if first_key.device != end_key.device:
+            raise ValueError(f"end_key: got device {end_key.device}, takes first_key's, {first_key.device}")
+        if num_keys is not None and num_keys < 0:
+            raise ValueError(f"num_keys: got {num_keys}, takes a number of keys, 0 or more")
+        object.__setattr__(self, "first_key", first_key)
+        object.__setattr__(self, "end_key", end_key)
+        object.__setattr__(self, "num_keys", first_key.shape[1] if num_keys is None else num_keys)
+        object.__setattr__(self, "_derived", {})
+
+    @staticmethod
+    def from_spans(document_start: Tensor, image_end: Tensor, *, length: Tensor | None = None) -> IntervalMask:
+        """The mask of packed documents: causal, bidirectional inside an image, closed between documents.
+
+        document_start: integers [B, S], where the document of a position starts.
+        image_end: integers [B, S], where the image that a position is in ends (one past its last), else 0.
+        length: integers [B], how many positions of each row are real; the others are padding. All, unless given.
+
+        Built on the device of `document_start`, without a host synchronisation.
+        """
+        if document_start.dim() != 2:
+            raise ValueError(f"document_start: got shape {tuple(document_start.shape)}, takes [rows, positions]")
+        if image_end.shape != document_start.shape:
+            raise ValueError(
+                f"image_end: got shape {tuple(image_end.shape)}, takes document_start's, "
+                f"{tuple(document_start.shape)}"
+            )
+        if length is not None and length.shape != document_start.shape[:1]:
+            raise ValueError(f"length: got shape {tuple(length.shape)}, takes [{document_start.shape[0]}]")
+        position_S = torch.arange(document_start.shape[1], device=document_start.device, dtype=torch.int32)
+        first_BS = document_start.to(torch.int32)
+        end_BS = torch.maximum(position_S + 1, image_end.to(torch.int32))
+        if length is not None:
+            length_B1 = length.to(torch.int32)[:, None]
+            first_BS = torch.where(position_S < length_B1, first_BS, length_B1)
+            end_BS = torch.where(position_S < length_B1, end_BS, length_B1)
+        return IntervalMask(first_BS, end_BS)
+
+    @property
+    def device(self) -> torch.device:
+        return self.first_key.device
+
+    @property
+    def num_queries(self) -> int:
+        return self.first_key.shape[1]
+
+    @property
+    def first_query(self) -> Tensor:
+        """int32 [B, N]: the first query that sees each key."""
+        return self._cached("columns", self._columns)[0]
+
+    @property
+    def end_query(self) -> Tensor:
+        """int32 [B, N]: one past the last query that sees each key, `first_query` where none does."""
+        return self._cached("columns", self._columns)[1]
+
+    @property
+    def query_order(self) -> Tensor:
+        """int32 [B * T]: the tiles of queries, those with most keys first, so that no long one starts last."""
+        return self._cached("query_order", lambda: (_longest_first(self.first_key, self.end_key),))[0]
+
+    @property
+    def key_order(self) -> Tensor:
+        """int32 [B * T]: the tiles of keys, those with most queries first."""
+        return self._cached("key_order", lambda: (_longest_first(self.first_query, self.end_query),))[0]
+
+    def dense(self) -> Tensor:
+        """bool [B, S, N]: true where a query sees a key."""
+        key_N = torch.arange(self.num_keys, device=self.device, dtype=torch.int32)
+        return (key_N >= self.first_key[..., None]) & (key_N < self.end_key[..., None])
+
+    def visible_pairs(self) -> int:
+        """How many (query, key) pairs are visible, over the rows that the mask holds. Waits for the device."""
+        return int((self.end_key.long() - self.first_key.long()).sum())
+
+    def flops(self, heads: int, head_dim: int, backward: bool = False) -> int:
+        """Floating-point operations of the matrix products over visible pairs, of the forward or the backward.
+
+        Two products forward, five backward (the scores are computed again). A mask of one row that a batch shares
+        counts once. Waits for the device.
+        """
+        products = 5 if backward else 2
+        return 2 * products * heads * head_dim * self.visible_pairs()
+
+    def validate(self) -> None:
+        """Raise ValueError if a bound leaves `[0, num_keys]`, decreases, or ends before it starts.
+
+        Waits for the device. The CPU implementation calls it once for each new mask.
+        """
+        validate_bounds(self.first_key, self.end_key, self.num_keys)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> IntervalMask:
+        """This mask on another device."""
+        return IntervalMask(
+            self.first_key.to(device, non_blocking=non_blocking),
+            self.end_key.to(device, non_blocking=non_blocking),
+            num_keys=self.num_keys,
+        )
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        # Both bounds are non-decreasing, so the queries that see key n are those from the first whose end passes n
+        # up to the first whose start passes n.
+        key_BN = torch.arange(self.num_keys, device=self.device, dtype=torch.int32)
+        key_BN = key_BN.expand(self.first_key.shape[0], -1).contiguous()
+        end_key, first_key = self.end_key.contiguous(), self.first_key.contiguous()
+        first_query = torch.searchsorted(end_key, key_BN, right=True, out_int32=True)
+        end_query = torch.searchsorted(first_key, key_BN, right=True, out_int32=True)
+        return first_query, torch.maximum(first_query, end_query)
+
+    def _cached(self, name: str, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Derived tensors, kept for the other layers until a bound is changed in place."""
+        if torch.compiler.is_compiling() or self.first_key.is_inference() or self.end_key.is_inference():
+            return compute()  # a compiler merges equal computations; inference tensors carry no version
+        derived: dict[str, tuple[tuple[int, int], tuple[Tensor, ...]]] = self._derived  # type: ignore[attr-defined]
+        version = (self.first_key._version, self.end_key._version)
+        kept = derived.get(name)
+        if kept is None or kept[0] != version:
+            with torch.inference_mode(False):  # what is kept may later be saved for a backward pass
+                kept = derived[name] = (version, compute())
+        return kept[1]
+
+
+def validate_bounds(first_key: Tensor, end_key: Tensor, num_keys: int) -> None:
+    """Raise ValueError unless the bounds, int32 [B, S], are those of an interval mask over `num_keys` keys."""
+    if first_key.numel() == 0:
+        return
+    for name, bound in (("first_key", first_key), ("end_key", end_key)):
+        falls_BS = bound[:, 1:] < bound[:, :-1]
+        if bool(falls_BS.any()):
+            row, position = falls_BS.nonzero()[0].tolist()
+            before, after = bound[row, position : position + 2].tolist()
+            raise ValueError(
+                f"{name}: got {before} then {after} at queries {position} and {position + 1} of row {row}, "
+                "takes bounds that never decrease along a row"
+            )
+    lowest, highest = int(first_key[:, 0].min()), int(end_key[:, -1].max())
+    if lowest < 0:
+        raise ValueError(f"first_key: got {lowest}, takes keys from 0 to num_keys, {num_keys}")
+    if highest > num_keys:
+        raise ValueError(f"end_key: got {highest}, takes keys from 0 to num_keys, {num_keys}")
+    crossed_BS = end_key < first_key
+    if bool(crossed_BS.any()):
+        row, position = crossed_BS.nonzero()[0].tolist()
+        raise ValueError(
+            f"end_key: got {int(end_key[row, position])} at query {position} of row {row}, takes first_key, "
+            f"{int(first_key[row, position])}, or more"
+        )
+
+
+def _longest_first(first: Tensor, end: Tensor) -> Tensor:
+    """int32 [B * T]: `row * T + tile` for the tiles of intervals [B, S], widest union first."""
+    size = first.shape[1]
+    start_T = torch.arange(0, size, TILE_ROWS, device=first.device)
+    last_T = (start_T + TILE_ROWS).clamp(max=size) - 1
+    width_BT = end.index_select(1, last_T) - first.index_select(1, start_T)
+    return torch.argsort(width_BT.flatten(), descending=True, stable=True).to(torch.int32)
+
+
+def _flatten(mask: IntervalMask) -> tuple[list[Any], int]:
+    return [mask.first_key, mask.end_key], mask.num_keys
+
+
+def _unflatten(children: Any, num_keys: int) -> IntervalMask:
+    # A tree may carry placeholders where the tensors were, which the constructor would refuse.
+    mask = object.__new__(IntervalMask)
+    for name, value in zip(("first_key", "end_key", "num_keys", "_derived"), (*children, num_keys, {})):
+        object.__setattr__(mask, name, value)
+    return mask
+
+
+pytree.register_pytree_node(
+    IntervalMask, _flatten, _unflatten, serialized_type_name="transfusion_kernels.IntervalMask"
+)

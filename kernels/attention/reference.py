@@ -1,0 +1,36 @@
+"""The definition, written to be read: every other implementation is held against it.
+
+Shape suffixes: B batch, H query heads, K key heads, S queries, N keys, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transfusion_kernels.attention.layout import IntervalMask
+
+
+def reference_attention(
+    q_BHSD: Tensor, k_BKND: Tensor, v_BKND: Tensor, mask: IntervalMask, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the keys that `mask` shows, differentiable by autograd, of any floating dtype.
+
+    Computes in float32 or better. Returns the output [B, H, S, D] in the dtype of q, and the log-sum-exp of the
+    scaled scores [B, H, S], which carries no gradient. A query that sees nothing gets 0 and minus infinity.
+    """
+    dtype = torch.promote_types(q_BHSD.dtype, torch.float32)
+    group = q_BHSD.shape[1] // max(k_BKND.shape[1], 1)
+    k_BHND = k_BKND.to(dtype).repeat_interleave(group, dim=1)
+    v_BHND = v_BKND.to(dtype).repeat_interleave(group, dim=1)
+
+    visible_B1SN = mask.dense()[:, None]
+    score_BHSN = (q_BHSD.to(dtype) @ k_BHND.transpose(-1, -2)) * scale
+    score_BHSN = score_BHSN.masked_fill(~visible_B1SN, float("-inf"))
+    lse_BHS = torch.logsumexp(score_BHSN.detach(), dim=-1)
+
+    # The softmax of a row of minus infinities is NaN, in its gradient too: such rows are given other scores, and
+    # their weights taken away.
+    sees_nothing_B1S1 = ~visible_B1SN.any(dim=-1, keepdim=True)
+    weight_BHSN = torch.softmax(score_BHSN.masked_fill(sees_nothing_B1S1, 0.0), dim=-1) * visible_B1SN
+    return (weight_BHSN @ v_BHND).to(q_BHSD.dtype), lse_BHS

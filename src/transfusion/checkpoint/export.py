@@ -1,0 +1,162 @@
+"""From a checkpoint to a model folder that needs no trainer: weights, configuration, tokenizer.
+
+    config.json               this format's version, the step, the weight files, the run's configuration
+    model.safetensors         the weights, fp32
+    model.ema.safetensors     their moving average, where the run kept one
+    tokenizer.model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from transfusion.checkpoint import layout
+from transfusion.checkpoint.layout import Manifest
+from transfusion.checkpoint.resume import SliceReader
+from transfusion.checkpoint.stream import write_tensors
+from transfusion.config import Config
+from transfusion.errors import UserError
+from transfusion.parallel.shards import AVERAGE, WEIGHT
+from transfusion.presets import check
+
+FORMAT = "transfusion model"
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.model"
+WEIGHT_FILES = {WEIGHT: "model.safetensors", AVERAGE: "model.ema.safetensors"}
+
+
+class ModelFolder(NamedTuple):
+    """What an exported folder holds. average: None where the run kept no moving average."""
+
+    config: Config
+    step: int
+    weights: Path
+    average: Path | None
+    tokenizer: Path
+
+    @property
+    def preferred(self) -> Path:
+        """The averaged weights where there are any, else the raw ones."""
+        return self.average or self.weights
+
+
+def export(source: str | Path, out: str | Path) -> Path:
+    """Write the model folder `out` from a run's newest checkpoint, or from one checkpoint folder.
+
+    Streams one tensor at a time, without an engine. A former export at `out` is replaced once the new one is
+    complete. Raises UserError for a missing or damaged checkpoint, a missing tokenizer, and where `out` holds
+    anything else.
+    """
+    folder, out = _checkpoint(Path(source)), Path(out)
+    manifest = layout.read_manifest(folder)
+    for name, record in manifest.files.items():
+        layout.check_file(folder, name, record)
+    tokenizer = _tokenizer(folder, manifest)
+    _refuse_foreign(out)
+    unfinished = out.with_name(out.name + layout.UNFINISHED)
+    try:
+        if unfinished.exists():
+            _refuse_foreign(unfinished)
+            shutil.rmtree(unfinished)
+        unfinished.mkdir(parents=True)
+        _write(unfinished, SliceReader(folder, manifest), tokenizer)
+        if out.exists():
+            shutil.rmtree(out)
+        unfinished.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; name another folder") from error
+    return out
+
+
+def read_export(folder: str | Path) -> ModelFolder:
+    """What a model folder holds; UserError that names the first file that is missing or unreadable."""
+    folder = Path(folder)
+    remedy = "export the model again: transfusion export RUN --out DIR"
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError
+        version, step, names = values["format_version"], values["step"], values["weights"]
+    except OSError as error:
+        raise UserError(f"{folder} is no model folder: {CONFIG}: {error.strerror}; {remedy}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} is no model folder: {CONFIG} is not an export's; {remedy}") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{folder} has model format {version}, this version reads {FORMAT_VERSION}; {remedy}")
+    config = check(values["config"], where=str(folder / CONFIG))
+    for name in [*names.values(), TOKENIZER]:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing; {remedy}")
+    for name in names.values():
+        try:
+            with safe_open(str(folder / name), framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: {name} cannot be read ({error}); {remedy}") from None
+    average = folder / names[AVERAGE] if AVERAGE in names else None
+    return ModelFolder(config, step, folder / names[WEIGHT], average, folder / TOKENIZER)
+
+
+def _checkpoint(source: Path) -> Path:
+    if (source / layout.MANIFEST).is_file():
+        return source
+    latest = layout.find_latest(source)
+    if latest is None:
+        raise UserError(f"{source} has no finished checkpoint; train first, or name a run such as runs/NAME")
+    return latest
+
+
+def _tokenizer(folder: Path, manifest: Manifest) -> Path:
+    """The run's own copy, else the file that its configuration names."""
+    own, named = folder.parent.parent / TOKENIZER, manifest.config["data"]["tokenizer"]
+    for path in (own, Path(named)) if named else (own,):
+        if path.is_file():
+            return path
+    where = f"neither at {own} nor at data.tokenizer {named!r}" if named else f"at {own}"
+    raise UserError(f"cannot export {folder}: no tokenizer {where}; put it there")
+
+
+def _refuse_foreign(out: Path) -> None:
+    if not out.exists():
+        return
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    try:
+        if json.loads((out / CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT:
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{out} exists and is not an exported model; name another folder, or remove it")
+
+
+def _write(folder: Path, reader: SliceReader, tokenizer: Path) -> None:
+    # First of all the file that says whose folder this is, so that a killed export can be cleared away.
+    manifest = reader.manifest
+    files = {kind: name for kind, name in WEIGHT_FILES.items() if kind in manifest.kinds}
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": manifest.state["step"],
+        "weights": files,
+        "config": manifest.config,
+    }
+    layout.write_whole(folder / CONFIG, json.dumps(description, indent=1) + "\n")
+    shapes = {name: record.shape for name, record in manifest.parameters.items()}
+    for kind, file in files.items():
+
+        def read(name: str, kind: str = kind) -> Tensor:
+            return reader.read_whole(kind, name)
+
+        write_tensors(folder / file, shapes, read, metadata={"format": "pt"})
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
+    with (folder / TOKENIZER).open("rb") as copied:
+        os.fsync(copied.fileno())
+    layout.sync_folder(folder)

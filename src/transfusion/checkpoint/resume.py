@@ -1,0 +1,132 @@
+"""Loads a checkpoint into an engine, at whatever number of ranks and with whatever engine it was saved."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from transfusion.checkpoint import layout
+from transfusion.checkpoint.layout import Manifest
+from transfusion.errors import UserError
+from transfusion.parallel.agree import agree
+from transfusion.parallel.engine import Engine
+from transfusion.parallel.shards import AVERAGE, WEIGHT, Shard
+from transfusion.schema import Decision, TrainState
+
+
+class SliceReader:
+    """Any slice of any parameter of a checkpoint, put together from the ranks' files without loading them."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._open: dict[int, Any] = {}
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """Elements [start, start + length) of the flattened parameter, fp32 on the CPU."""
+        parts = []
+        position = start
+        pieces = sorted((begin, size, rank) for rank, (begin, size) in enumerate(self._slices(name)) if size)
+        for begin, size, rank in pieces:
+            end = min(begin + size, start + length)
+            if begin <= position < end:
+                parts.append(self._slice(rank, f"{kind}/{name}", position - begin, end - begin))
+                position = end
+        if position != start + length:
+            raise layout.damaged(self.folder, f"elements of {name} from {position} on are in no file")
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def read_whole(self, kind: str, name: str) -> Tensor:
+        """A whole parameter in its shape."""
+        shape = self.manifest.parameters[name].shape
+        return self.read(kind, name, 0, math.prod(shape)).view(shape)
+
+    def _slices(self, name: str) -> list[list[int]]:
+        return self.manifest.parameters[name].slices
+
+    def _slice(self, rank: int, key: str, start: int, end: int) -> Tensor:
+        name = layout.rank_file(rank)
+        try:
+            if rank not in self._open:
+                self._open[rank] = safe_open(str(self.folder / name), framework="pt")
+            return self._open[rank].get_slice(key)[start:end]
+        except (OSError, SafetensorError) as error:
+            raise layout.damaged(self.folder, f"{name} cannot be read ({error})") from None
+
+
+def resume(run_folder: str | Path, engine: Engine) -> TrainState | None:
+    """Load the newest complete checkpoint of a run, if there is one, and return where the run stood.
+
+    Called by all ranks together. A checkpoint that was being written when its run was killed is passed over.
+    """
+    folder = layout.find_latest(run_folder)
+    return None if folder is None else load(folder, engine)
+
+
+def load(folder: str | Path, engine: Engine) -> TrainState:
+    """Load one checkpoint folder into an engine; called by all ranks together.
+
+    At the same number of ranks weights, optimiser state and moving average come back bit for bit; at another
+    they are cut anew, equally exact. A run that turns the moving average on starts it at the weights. Raises
+    UserError, on every rank, for a damaged checkpoint and for one of another model.
+    """
+    folder = Path(folder)
+    problem: UserError | None = None
+    manifest: Manifest | None = None
+    try:
+        manifest = layout.read_manifest(folder)
+        _check_files(folder, manifest, engine)
+        _check_model(folder, manifest, engine)
+    except UserError as error:
+        problem = error
+    failed = agree(Decision.CONTINUE, int(problem is not None)).counts[0]
+    if problem is not None:
+        raise problem
+    if failed or manifest is None:
+        raise UserError(f"cannot load {folder}: {failed} other processes refused; see their messages")
+    reader = SliceReader(folder, manifest)
+    for shard in engine.shards():
+        _fill(shard, reader)
+    engine.shards_written(manifest.updates)
+    return TrainState(**manifest.state)
+
+
+def _fill(shard: Shard, reader: SliceReader) -> None:
+    for kind, tensor in shard.values.items():
+        # A run may have turned its moving average on since.
+        source = WEIGHT if kind == AVERAGE and AVERAGE not in reader.manifest.kinds else kind
+        tensor.copy_(reader.read(source, shard.name, shard.start, shard.length))
+
+
+def _check_files(folder: Path, manifest: Manifest, engine: Engine) -> None:
+    """Every file is checked by one of the ranks."""
+    for name, record in list(manifest.files.items())[engine.rank :: engine.world_size]:
+        layout.check_file(folder, name, record)
+
+
+def _check_model(folder: Path, manifest: Manifest, engine: Engine) -> None:
+    """Raise UserError that names the first difference between the checkpoint's model and the engine's."""
+    remedy = "set the model as it was, or run.dir to a new folder"
+    saved, wanted = layout.model_settings(manifest.config), layout.model_settings(engine.config.as_dict())
+    for shard in sorted(engine.shards(), key=lambda shard: shard.name):
+        record = manifest.parameters.get(shard.name)
+        if record is None:
+            raise UserError(f"{folder} is of another model: it has no {shard.name}; {remedy}")
+        if tuple(record.shape) != shard.shape:
+            raise UserError(
+                f"{folder} is of another model: {shard.name} has shape {tuple(record.shape)} there and "
+                f"{shard.shape} here; {remedy}"
+            )
+    if layout.model_fingerprint(engine.config) == manifest.fingerprint:
+        return
+    for section, values in wanted.items():
+        for key, value in values.items():
+            if saved[section].get(key) != value:
+                change = f"{section}.{key} was {saved[section].get(key)!r} and is now {value!r}"
+                raise UserError(f"{folder} is of another model: {change}; {remedy}")
+    raise UserError(f"{folder} is of another model; {remedy}")

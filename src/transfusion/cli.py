@@ -1,0 +1,218 @@
+"""The command line: parse, call, exit code. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transfusion import __version__
+from transfusion.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train one transformer on text and images together, and generate both in one answer.",
+)
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Tokenizers.")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+Model = Annotated[Path, typer.Argument(help="folder written by `transfusion export`")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
+Weights = Annotated[str, typer.Option(help="auto (moving average where present), raw or ema")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 a bug, 2 bad input, 3 a check failed, 75 stopped early and saved."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        if _speaks():
+            print(f"transfusion: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _speaks() -> bool:
+    """Of many ranks with the same complaint only the first prints it."""
+    if "transfusion.parallel.environment" not in sys.modules:
+        return True
+    from transfusion.parallel.environment import Environment
+
+    return Environment.detect().is_main
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"transfusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """`--local_rank` is what DeepSpeed's launcher adds; the environment already says it."""
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="digits, python-docs, a folder of images with captions, or a .jsonl")],
+    out: Annotated[Path, typer.Option(help="folder for the shards")],
+    held_out: Annotated[
+        float | None, typer.Option(help="share kept for evaluation; default 0.02, of python-docs 0.1")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of captions and of the split")] = 0,
+) -> None:
+    """Make webdataset shards, split into train and held_out."""
+    from transfusion.data.prepare import prepare as run
+
+    result = run(source, out, seed=seed, held_out=held_out)
+    state = "there already" if result.reused else "written"
+    print(f"{result.out}: {result.train} train and {result.held_out} held out, {state}")
+    for reason, count in result.skipped.items():
+        print(f"left out: {count} x {reason}", file=sys.stderr)
+
+
+@tokenizer_app.command("train")
+def train_tokenizer(
+    shards: Annotated[list[str], typer.Argument(help="globs or brace ranges of shards, or .jsonl files")],
+    out: Annotated[Path, typer.Option(help="the model file to write")],
+    vocabulary: Annotated[int, typer.Option(help="pieces, control tokens included")] = 32_000,
+) -> None:
+    """Train a sentencepiece tokenizer on the texts and captions of shards."""
+    from transfusion.data.scan import RawSample, scan
+    from transfusion.data.shards import expand
+    from transfusion.data.tokenizer import train_tokenizer as run
+
+    samples = (sample for path in expand(shards) for sample in scan(path))
+    texts = (sample.text for sample in samples if isinstance(sample, RawSample))
+    tokenizer = run(texts, out, vocabulary=vocabulary)
+    print(f"{out}: {tokenizer.vocabulary} pieces")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="a file of configs/train")],
+    overrides: Overrides = None,
+) -> None:
+    """Train, or continue the run in `run.dir`. Under torchrun or deepspeed: on all their processes."""
+    from transfusion import presets
+
+    resolved = presets.load(config, overrides or [])
+    from transfusion.trainer import train as run
+
+    raise typer.Exit(run(resolved))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder, or one of its checkpoints")],
+    out: Annotated[Path, typer.Option(help="folder for config.json, weights and tokenizer")],
+) -> None:
+    """Write a run's newest checkpoint as a model folder of safetensors."""
+    from transfusion.checkpoint.export import export as write
+
+    print(write(run, out))
+
+
+@app.command()
+def sample(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="a caption; repeat for several")],
+    out: Annotated[Path, typer.Option(help="folder for the pictures and index.jsonl")],
+    n: Annotated[int, typer.Option("-n", min=1, help="pictures a caption")] = 1,
+    cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")] = 3.0,
+    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1)] = 100,
+    sampler: Annotated[str, typer.Option(help="ddpm or ddim")] = "ddpm",
+    seed: Annotated[int, typer.Option(min=0, help="picture k has seed + k")] = 0,
+    weights: Weights = "auto",
+    device: Device = "auto",
+) -> None:
+    """Draw pictures from captions."""
+    from transfusion.generate.pipeline import Pipeline
+    from transfusion.generate.pictures import save_samples
+
+    pipeline = Pipeline.from_export(model, weights=weights, device=device)
+    samples = pipeline.sample(prompt, per_prompt=n, guidance=cfg, steps=steps, sampler=sampler, seed=seed)
+    save_samples(samples, out)
+    print(f"{out}: {len(samples)} pictures and index.jsonl")
+
+
+@app.command()
+def caption(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(help="pictures")],
+    as_json: Annotated[bool, typer.Option("--json", help="one object a line: image, caption")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    weights: Weights = "auto",
+    device: Device = "auto",
+) -> None:
+    """Describe pictures."""
+    from transfusion.generate.pictures import load_pictures
+    from transfusion.generate.pipeline import Pipeline
+
+    pipeline = Pipeline.from_export(model, weights=weights, device=device)
+    captions = pipeline.caption(load_pictures(images, pipeline.config.codec), max_tokens=max_tokens)
+    for image, text in zip(images, captions, strict=True):
+        record = {"image": str(image), "caption": text}
+        print(json.dumps(record, ensure_ascii=False) if as_json else f"{image}: {text}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    suite: Annotated[list[str] | None, typer.Option(help="held-out, digits; repeat for several")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for metrics.json and the evidence; default: MODEL")] = None,
+    weights: Weights = "auto",
+    device: Device = "auto",
+    check: Annotated[bool, typer.Option("--check", help="exit with 3 when a figure misses its bar")] = False,
+) -> None:
+    """Measure a model on its held-out data; writes metrics.json."""
+    from transfusion.evaluate.suites import run_suites
+
+    metrics = run_suites(model, suite or ["held-out"], out or model, weights=weights, device=device)
+    for name, metric in metrics.items():
+        print(f"{name:32} {metric.describe()}")
+    if check and any(metric.passed is False for metric in metrics.values()):
+        raise typer.Exit(3)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write report.html: one file with curves, pictures, captions, metrics and the config."""
+    from transfusion.evaluate.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what was found, what will be used, and the command that mends what is missing."""
+    from transfusion.doctor import main as run
+
+    raise typer.Exit(run())
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[Path | None, typer.Argument(help="a config file; none: the defaults")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check a configuration and print it in full, each key with its meaning."""
+    from transfusion import presets
+
+    print(presets.explain(presets.load(config, overrides or [])))

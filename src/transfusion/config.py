@@ -1,0 +1,221 @@
+"""The configuration: frozen models, defaults of the paper, every problem reported at once.
+
+Plain values only; nothing here builds anything. Each field's description is its help text.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+Share = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunConfig(Section):
+    name: str = Field("run", description="name of the run, shown in reports")
+    dir: str = Field("", description="folder of the run; empty: runs/<name>")
+    seed: NonNegativeInt = Field(0, description="one seed for weights, data order, noise and dropout of captions")
+
+    @property
+    def folder(self) -> str:
+        return self.dir or f"runs/{self.name}"
+
+
+class ModelConfig(Section):
+    """A Llama block stack with a linear patch encoder and decoder (paper, section 3)."""
+
+    vocabulary: NonNegativeInt = Field(0, description="rows of the embedding; 0: as many as the tokenizer has")
+    layers: PositiveInt = Field(16, description="transformer blocks")
+    width: PositiveInt = Field(768, description="model width")
+    heads: PositiveInt = Field(12, description="query heads")
+    key_heads: NonNegativeInt = Field(0, description="key and value heads; 0: as many as query heads")
+    feed_forward: NonNegativeInt = Field(0, description="SwiGLU width; 0: 8/3 of the width, up to a multiple of 64")
+    norm_epsilon: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
+    rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary embedding")
+    qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
+    position: Literal["1d", "2d"] = Field("1d", description="rotary positions of patches: running, or row and column")
+    timestep_embedding: Literal["projected", "patch"] = Field(
+        "projected", description="where the timestep is added: to the projected patch, or to the raw patch vector"
+    )
+    patch_size: PositiveInt = Field(2, description="side of a patch, in latent pixels")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key_heads or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        return self.feed_forward or -(-self.width * 8 // 3 // 64) * 64
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"model.width {self.width} must be an even multiple of model.heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"model.heads {self.heads} must be a multiple of model.key_heads {self.kv_heads}")
+        if self.position == "2d" and self.head_dim < 8:
+            raise ValueError(f"model.position=2d needs heads of at least 8 dimensions, got {self.head_dim}")
+        return self
+
+
+class CodecConfig(Section):
+    """How pictures become latents and back."""
+
+    kind: Literal["pixels"] = Field("pixels", description="pixels: the scaled pixels are the latents")
+    channels: Literal[1, 3] = Field(3, description="1: grey pictures, 3: colour")
+    image_size: PositiveInt = Field(256, description="side of the square picture, in pixels")
+
+
+class DiffusionConfig(Section):
+    """Noise prediction under the cosine schedule (paper, section 3.1)."""
+
+    steps: PositiveInt = Field(1000, description="training timesteps T")
+    image_loss_weight: PositiveFloat = Field(5.0, description="lambda, the weight of the image loss")
+    understanding_timestep_limit: NonNegativeInt = Field(
+        500, description="images that come before their caption get timesteps below this; 0: no limit"
+    )
+
+
+class SourceConfig(Section):
+    """One stream of documents."""
+
+    name: str = Field(description="name in logs and counters")
+    shards: str | list[str] = Field(description="globs or brace ranges of .tar shards, or .jsonl files of text")
+    share: Share = Field(1.0, description="share of the tokens, relative to the other sources")
+
+
+class DataConfig(Section):
+    sources: list[SourceConfig] = Field(default_factory=list, description="what to train on")
+    held_out: list[SourceConfig] = Field(default_factory=list, description="what to evaluate on")
+    tokenizer: str = Field("", description="sentencepiece model file")
+    row_length: PositiveInt = Field(4096, description="tokens and patches a row")
+    rows: PositiveInt = Field(512, description="rows of a global batch, over all ranks and micro-batches")
+    micro_rows: NonNegativeInt = Field(0, description="rows a rank computes at once; 0: all of its rows")
+    open_rows: PositiveInt = Field(16, description="rows kept open by the packer")
+    caption_first: Probability = Field(0.8, description="share of pairs whose caption comes before the image")
+    caption_drop: Probability = Field(0.1, description="share of pairs trained without caption, for guidance")
+    workers: NonNegativeInt = Field(0, description="loader processes a rank; 0: in the training process")
+    max_faults: Probability = Field(0.05, description="a run stops when more than this share of samples is bad")
+
+
+class OptimizerConfig(Section):
+    """AdamW and the cosine schedule of the paper (section 4.1)."""
+
+    learning_rate: PositiveFloat = Field(3e-4, description="peak learning rate")
+    final_learning_rate: Annotated[float, Field(ge=0)] = Field(1.5e-5, description="learning rate at the last step")
+    warmup_steps: NonNegativeInt = Field(4000, description="linear warm-up")
+    betas: tuple[Probability, Probability] = Field((0.9, 0.95), description="AdamW betas")
+    epsilon: PositiveFloat = Field(1e-8, description="AdamW epsilon")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices only")
+    gradient_clip: PositiveFloat = Field(1.0, description="greatest global gradient norm")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="0: no moving average of the weights")
+
+
+class ZeroConfig(Section):
+    """What DeepSpeed is told; every value is written out, since its defaults move between releases."""
+
+    stage: Literal[1, 2, 3] = Field(3, description="ZeRO stage")
+    prefetch_bucket_size: PositiveInt = Field(50_000_000, description="elements gathered ahead")
+    persistence_threshold: NonNegativeInt = Field(100_000, description="smaller parameters are not sharded")
+    max_live_parameters: NonNegativeInt = Field(1_000_000_000, description="elements kept gathered")
+    max_reuse_distance: NonNegativeInt = Field(1_000_000_000, description="elements until reuse that keep a gather")
+    reduce_bucket_size: PositiveInt = Field(50_000_000, description="elements reduced at once")
+    overlap_communication: bool = Field(True, description="reduce while the backward pass runs (CUDA)")
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = Field(250_000, description="optimiser steps")
+    engine: Literal["auto", "local", "zero"] = Field(
+        "auto", description="auto: zero with more than one process or a GPU, else local"
+    )
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="type of weights and activations in the forward")
+    attention: Literal["auto", "cpu", "triton", "reference"] = Field("auto", description="attention implementation")
+    compile: bool = Field(False, description="torch.compile each block's forward")
+    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    head_chunk: PositiveInt = Field(4096, description="text targets whose logits exist at once")
+    threads: NonNegativeInt = Field(0, description="CPU threads a process; 0: cores divided by local processes")
+    zero: ZeroConfig = Field(default_factory=ZeroConfig)
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = Field(1000, description="steps between checkpoints; one is always made at the end")
+    keep: PositiveInt = Field(2, description="checkpoints kept")
+
+
+class LogConfig(Section):
+    every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
+    wandb: bool = Field(False, description="also write to wandb (offline unless WANDB_MODE says otherwise)")
+    project: str = Field("transfusion", description="wandb project")
+
+
+class SampleConfig(Section):
+    """The grid drawn at step 0 and at every checkpoint, always from the same seeds."""
+
+    prompts: list[str] = Field(default_factory=list, description="captions to draw; empty: no grid")
+    per_prompt: PositiveInt = Field(1, description="pictures a caption")
+    steps: PositiveInt = Field(50, description="sampler steps of the grid")
+    sampler: Literal["ddpm", "ddim"] = Field("ddim", description="sampler of the grid")
+    guidance: Annotated[float, Field(ge=0)] = Field(3.0, description="guidance scale; 1: none")
+    seed: NonNegativeInt = Field(0, description="seed of the first picture; picture k has seed + k")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    codec: CodecConfig = Field(default_factory=CodecConfig)
+    diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    sample: SampleConfig = Field(default_factory=SampleConfig)
+
+    @property
+    def patches_per_image(self) -> int:
+        """Patches of one picture, from the codec's latent size and the patch size."""
+        return (self.codec.image_size // self.model.patch_size) ** 2
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Config:
+        problems = []
+        if self.codec.image_size % self.model.patch_size:
+            problems.append(
+                f"codec.image_size {self.codec.image_size} must be a multiple of model.patch_size"
+                f" {self.model.patch_size}"
+            )
+        elif self.patches_per_image + 4 > self.data.row_length:
+            problems.append(
+                f"data.row_length {self.data.row_length} is too short for a picture of"
+                f" {self.patches_per_image} patches and its four control tokens"
+            )
+        if self.diffusion.understanding_timestep_limit > self.diffusion.steps:
+            problems.append("diffusion.understanding_timestep_limit must not exceed diffusion.steps")
+        if self.optimizer.final_learning_rate > self.optimizer.learning_rate:
+            problems.append("optimizer.final_learning_rate must not exceed optimizer.learning_rate")
+        names = [source.name for source in self.data.sources]
+        if len(set(names)) != len(names):
+            problems.append("data.sources: two sources have the same name")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they are written to a run's config.yaml and a model's config.json."""
+        return self.model_dump(mode="json")

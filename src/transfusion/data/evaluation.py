@@ -1,0 +1,95 @@
+"""Held-out data: every document exactly once, the same on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from transfusion.config import Config, SourceConfig
+from transfusion.data.deck import Variant, VariantRule
+from transfusion.data.decode import DecodeFault, decode
+from transfusion.data.index import SourceIndex
+from transfusion.data.loader import build_indexes, source_lengths
+from transfusion.data.packing import collate
+from transfusion.data.planner import PlanSettings, RowPlan, plan_once
+from transfusion.data.rows import RowBuilder, RowSettings, pair_segments
+from transfusion.data.scan import Fault
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.errors import UserError
+from transfusion.schema import Batch, Document, TextSegment
+
+
+class EvaluationLoader:
+    """Batches over held-out sources; each pass gives the same ones, and every rank the same number of them.
+
+    No caption is dropped, and `caption_first` of the pairs have their caption first: by default all, so that
+    images are judged at every noise level and captions without having seen the image.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sources: Sequence[SourceConfig],
+        tokenizer: Tokenizer,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        rows: int = 0,
+        caption_first: float = 1.0,
+    ) -> None:
+        """rows: of one batch of one rank; 0: as many as a micro-batch of training. Raises as Loader does."""
+        if not sources:
+            raise UserError("data.held_out is empty; name at least one source with its shards")
+        self._rank, self._world_size = rank, world_size
+        self._rows = rows or config.data.micro_rows or max(1, config.data.rows // world_size)
+        self.indexes = build_indexes(config, sources, tokenizer)
+        self._settings = RowSettings.of(config)
+        self._builder = RowBuilder(self.indexes, self._settings)
+        rule = VariantRule(seed=config.run.seed, caption_first=caption_first, caption_drop=0.0)
+        plan = PlanSettings(
+            rows=self._rows, row_length=config.data.row_length, open_rows=config.data.open_rows, variants=rule
+        )
+        lengths = [source_lengths(index, 1.0, config) for index in self.indexes]
+        self._plans: list[RowPlan] = list(plan_once(lengths, plan))
+
+    def __len__(self) -> int:
+        """Batches of each rank."""
+        return -(-len(self._plans) // (self._rows * self._world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches; the last ones hold rows of padding where documents have run out."""
+        mine = self._plans[self._rank :: self._world_size]
+        for number in range(len(self)):
+            plans = mine[number * self._rows : (number + 1) * self._rows]
+            rows = [self._builder.build(plan) for plan in plans]
+            rows += [self._builder.empty() for _ in range(self._rows - len(rows))]
+            yield collate(rows, self._settings)
+
+
+def documents(
+    config: Config,
+    sources: Sequence[SourceConfig],
+    tokenizer: Tokenizer,
+    *,
+    faults: list[Fault] | None = None,
+) -> Iterator[Document]:
+    """Every document of the sources in file order: a text, or a picture after its caption.
+
+    A picture that cannot be decoded is left out, and added to `faults` when that is given.
+    """
+    for index in build_indexes(config, sources, tokenizer):
+        for sample in range(len(index)):
+            try:
+                yield _document(index, sample, config)
+            except (DecodeFault, OSError) as error:
+                if faults is not None:
+                    faults.append(index.fault(sample, str(error)))
+
+
+def _document(index: SourceIndex, sample: int, config: Config) -> Document:
+    ids = index.text_ids(sample).tolist()
+    if not index.is_pair_N[sample]:
+        return Document((TextSegment(tuple(ids)),), index.name, index.keys[sample])
+    codec = config.codec
+    values = decode(index.read_picture(sample), channels=codec.channels, image_size=codec.image_size)
+    segments = pair_segments(ids, values, config.patches_per_image, Variant.CAPTION_FIRST)
+    return Document(tuple(segments), index.name, index.keys[sample])

@@ -1,0 +1,166 @@
+"""The training stream: each rank's micro-batches of global batches that depend on no rank number."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from transfusion.config import Config, SourceConfig
+from transfusion.data.deck import SourceLengths, VariantRule
+from transfusion.data.index import SourceIndex, build_index, refuse_too_many, too_many_faults
+from transfusion.data.packing import collate
+from transfusion.data.planner import Planner, PlanSettings, State
+from transfusion.data.rows import Row, RowBuilder, RowSettings
+from transfusion.data.scan import Fault
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.data.workers import LocalWorkshop, ProcessWorkshop, Workshop
+from transfusion.errors import UserError
+from transfusion.schema import Batch, BatchCounts
+
+# Steps that workers prepare ahead.
+_STEPS_AHEAD = 2
+
+
+class Loader:
+    """Endless training batches, exact at any world size and worker count, resumable at any step.
+
+    Rank r of W has rows r, r + W, r + 2 W ... of every global batch of data.rows rows.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sources: Sequence[SourceConfig],
+        tokenizer: Tokenizer,
+        *,
+        rank: int,
+        world_size: int,
+        state: State | None = None,
+    ) -> None:
+        """Raises UserError: shards missing or too bad, rows that ranks cannot share, a foreign state."""
+        if not sources:
+            raise UserError("data.sources is empty; name at least one source with its shards")
+        rows_per_rank(config.data.rows, world_size)
+        self._config, self._rank, self._world_size = config, rank, world_size
+        self.indexes = build_indexes(config, sources, tokenizer)
+        refuse_too_many(self.indexes, config.data.max_faults)
+        lengths = [
+            source_lengths(index, source.share, config)
+            for index, source in zip(self.indexes, sources, strict=True)
+        ]
+        self._planner = Planner(lengths, _plan_settings(config), state)
+        self._settings = RowSettings.of(config)
+        builder = RowBuilder(self.indexes, self._settings)
+        workers = config.data.workers
+        self._workshop: Workshop = ProcessWorkshop(builder, workers) if workers else LocalWorkshop(builder)
+        self._steps_ahead = _STEPS_AHEAD if workers else 0
+        self._state = self._planner.state()
+        self._ordered: collections.deque[State] = collections.deque()
+        # The same bad sample comes again every epoch.
+        self._faults: collections.Counter[Fault] = collections.Counter()
+        self._samples = 0
+        self._totals = BatchCounts(tokens=0, text_targets=0, images=0, image_elements=0, padding=0)
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the next global batch; every rank has the same number of them.
+
+        Raises UserError when more than data.max_faults of this rank's samples could not be read.
+        """
+        while len(self._ordered) <= self._steps_ahead:
+            plans = self._planner.next_batch()
+            self._workshop.order(plans[self._rank :: self._world_size])
+            self._ordered.append(self._planner.state())
+        rows = self._workshop.collect()
+        self._state = self._ordered.popleft()
+        self._note_faults(rows)
+        batches = [collate(part, self._settings) for part in micro_rows(rows, self._config.data.micro_rows)]
+        for batch in batches:
+            self._totals += batch.counts
+        return batches
+
+    def state(self) -> State:
+        """Where the stream stands after the last step taken: a small JSON dict, the same on every rank."""
+        return self._state
+
+    def counters(self) -> dict[str, Any]:
+        """What this rank was given so far, and bad samples by reason, those of the index too.
+
+        Tokens drawn and epochs begun, by source, are those of all ranks as the current block of plans began.
+        """
+        counts: dict[str, Any] = dataclasses.asdict(self._totals)
+        counts["faults"] = dict(collections.Counter(fault.reason for fault in self.faults()))
+        counts["drawn"] = dict(self._state["start"]["emitted"])
+        counts["epochs"] = {name: cursor[0] for name, cursor in self._state["start"]["cursors"].items()}
+        return counts
+
+    def faults(self) -> list[Fault]:
+        """Every sample that was left out, once: by the index first, then at run time."""
+        return [fault for index in self.indexes for fault in index.faults] + list(self._faults)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._workshop.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _note_faults(self, rows: Sequence[Row]) -> None:
+        self._samples += sum(row.samples for row in rows)
+        self._faults.update(fault for row in rows for fault in row.faults)
+        bad = self._faults.total()
+        if too_many_faults(bad, self._samples, self._config.data.max_faults):
+            last = list(self._faults)[-1]
+            raise UserError(
+                f"{bad} of {self._samples} samples could not be read, more than data.max_faults"
+                f" ({self._config.data.max_faults}); the last: {last.shard} {last.key}: {last.reason}"
+            )
+
+
+def rows_per_rank(rows: int, world_size: int) -> int:
+    """Rows of a global batch that each rank computes. Raises UserError when they cannot be shared evenly."""
+    if rows % world_size:
+        below, above = rows // world_size * world_size, -(-rows // world_size) * world_size
+        nearest = above if not below or above - rows <= rows - below else below
+        raise UserError(
+            f"data.rows {rows} cannot be shared by {world_size} ranks; the nearest that can is {nearest}"
+        )
+    return rows // world_size
+
+
+def micro_rows(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    """Rows in runs of `size` (0: all at once)."""
+    size = size or len(rows)
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> list[SourceIndex]:
+    """The index of each source, for rows and pictures of this configuration."""
+    return [
+        build_index(source, tokenizer, patches=config.patches_per_image, row_length=config.data.row_length)
+        for source in sources
+    ]
+
+
+def source_lengths(index: SourceIndex, share: float, config: Config) -> SourceLengths:
+    """What the planner is told of a source."""
+    return SourceLengths(
+        name=index.name,
+        share=share,
+        text_tokens_N=index.text_tokens_N,
+        is_pair_N=index.is_pair_N,
+        patches=config.patches_per_image,
+    )
+
+
+def _plan_settings(config: Config) -> PlanSettings:
+    data = config.data
+    rule = VariantRule(seed=config.run.seed, caption_first=data.caption_first, caption_drop=data.caption_drop)
+    return PlanSettings(rows=data.rows, row_length=data.row_length, open_rows=data.open_rows, variants=rule)

@@ -1,0 +1,235 @@
+"""One planned row as arrays: its documents laid out, its pictures decoded, its random numbers drawn.
+
+Stateless: the same plan gives the same row, in whichever process.
+Shape suffixes: S positions of the row, A position axes, C channels, H/W picture height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfusion.config import Config
+from transfusion.data import keyed
+from transfusion.data.deck import Variant
+from transfusion.data.decode import DecodeFault, Picture, decode
+from transfusion.data.index import SourceIndex
+from transfusion.data.planner import Piece, RowPlan
+from transfusion.data.scan import Fault
+from transfusion.data.sequence import Layout, lay_out, lay_out_text, position_axes
+from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
+
+_TIMESTEP, _NOISE = keyed.word("timestep"), keyed.word("noise")
+# Decoded pictures are kept up to this size: a small data set is then decoded once, not once an epoch.
+_CACHE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSettings:
+    """The part of the configuration that decides what a row holds."""
+
+    seed: int
+    row_length: int
+    axes: int
+    patches: int
+    channels: int
+    image_size: int
+    timesteps: int
+    image_first_timesteps: int
+
+    @classmethod
+    def of(cls, config: Config) -> RowSettings:
+        steps = config.diffusion.steps
+        return cls(
+            seed=config.run.seed,
+            row_length=config.data.row_length,
+            axes=position_axes(config.model.position),
+            patches=config.patches_per_image,
+            channels=config.codec.channels,
+            image_size=config.codec.image_size,
+            timesteps=steps,
+            image_first_timesteps=config.diffusion.understanding_timestep_limit or steps,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowImage:
+    """A picture of the row: its pixels, the position of its first patch, its noise level and noise."""
+
+    values_CHW: Picture
+    first_patch: int
+    patches: int
+    timestep: int
+    noise_key: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A row as it enters a batch (see `schema.Batch`). samples: its pieces, good and bad."""
+
+    token_ids_S: NDArray[np.int64]
+    modality_S: NDArray[np.uint8]
+    position_SA: NDArray[np.int64]
+    target_ids_S: NDArray[np.int64]
+    text_weight_S: NDArray[np.float32]
+    first_key_S: NDArray[np.int32]
+    end_key_S: NDArray[np.int32]
+    images: tuple[RowImage, ...]
+    faults: tuple[Fault, ...]
+    samples: int
+
+
+class RowBuilder:
+    """Builds rows from plans over these indexes."""
+
+    def __init__(self, indexes: Sequence[SourceIndex], settings: RowSettings) -> None:
+        self._indexes, self._settings = tuple(indexes), settings
+        self._source_keys = [keyed.word(index.name) for index in indexes]
+        self._cache: dict[tuple[int, int], Picture] = {}
+        self._cached_bytes = 0
+
+    def build(self, plan: RowPlan) -> Row:
+        """The planned row. A sample that cannot be read keeps its place, silenced, as a fault of the row."""
+        pictures, faults = self._pictures(plan)
+        layouts = [self._layout(piece) for piece in plan]
+        starts = np.cumsum([0, *map(len, layouts)]).tolist()
+        bad = [number for number, piece in enumerate(plan) if _is_pair(piece) and number not in pictures]
+        for number in bad:
+            layouts[number] = _silenced(layouts[number])
+        images = self._images(plan, layouts, starts, pictures)
+        return _joined(layouts, starts, self._settings, images, faults)
+
+    def empty(self) -> Row:
+        """A row of padding alone."""
+        return self.build(())
+
+    def _layout(self, piece: Piece) -> Layout:
+        ids, axes = self._indexes[piece.source].text_ids(piece.sample), self._settings.axes
+        if piece.variant == Variant.TEXT:
+            return lay_out_text(ids, piece.first, piece.tokens, axes=axes)
+        return lay_out(pair_segments(ids.tolist(), None, self._settings.patches, piece.variant), axes=axes)
+
+    def _pictures(self, plan: RowPlan) -> tuple[dict[int, Picture], tuple[Fault, ...]]:
+        """Pictures by piece number, and the faults of those that could not be had."""
+        pictures, faults = {}, []
+        for number, piece in enumerate(plan):
+            if not _is_pair(piece):
+                continue
+            try:
+                pictures[number] = self._picture(piece)
+            except DecodeFault as error:
+                faults.append(self._indexes[piece.source].fault(piece.sample, str(error)))
+            except OSError as error:
+                faults.append(
+                    self._indexes[piece.source].fault(piece.sample, f"unreadable shard ({error.strerror})")
+                )
+        return pictures, tuple(faults)
+
+    def _picture(self, piece: Piece) -> Picture:
+        place = (piece.source, piece.sample)
+        picture = self._cache.get(place)
+        if picture is None:
+            data = self._indexes[piece.source].read_picture(piece.sample)
+            picture = decode(data, channels=self._settings.channels, image_size=self._settings.image_size)
+            if self._cached_bytes + picture.nbytes <= _CACHE_BYTES:
+                self._cache[place] = picture
+                self._cached_bytes += picture.nbytes
+        return picture
+
+    def _images(
+        self, plan: RowPlan, layouts: Sequence[Layout], starts: Sequence[int], pictures: dict[int, Picture]
+    ) -> tuple[RowImage, ...]:
+        if not pictures:
+            return ()
+        numbers = list(pictures)
+        timesteps, noise_keys = self._random([plan[number] for number in numbers])
+        return tuple(
+            RowImage(
+                pictures[number],
+                starts[number] + layouts[number].images[0][0],
+                self._settings.patches,
+                *drawn,
+            )
+            for number, *drawn in zip(numbers, timesteps, noise_keys, strict=True)
+        )
+
+    def _random(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
+        """Timestep and noise key of each piece's image, by hashes of (seed, source, epoch, sample, image)."""
+        # An image before its caption is there to be understood, so it is not noised beyond recognition.
+        limits = [
+            self._settings.image_first_timesteps
+            if piece.variant == Variant.IMAGE_FIRST
+            else self._settings.timesteps
+            for piece in pieces
+        ]
+        image_number = 0
+        words = (
+            [self._source_keys[piece.source] for piece in pieces],
+            [piece.epoch for piece in pieces],
+            [piece.sample for piece in pieces],
+            image_number,
+        )
+        levels = keyed.uniform(self._settings.seed, _TIMESTEP, *words)
+        noise_keys = keyed.bits(self._settings.seed, _NOISE, *words) >> np.uint64(1)
+        return (levels * np.array(limits)).astype(np.int64).tolist(), noise_keys.tolist()
+
+
+def pair_segments(
+    caption_ids: Sequence[int], values: Picture | None, patches: int, variant: int
+) -> list[Segment]:
+    """Segments of a picture with its caption, in the order of the variant."""
+    caption, image = TextSegment(tuple(caption_ids)), ImageSegment(values, patches)
+    if variant == Variant.CAPTION_DROPPED:
+        return [image]
+    return [caption, image] if variant == Variant.CAPTION_FIRST else [image, caption]
+
+
+def _is_pair(piece: Piece) -> bool:
+    return piece.variant != Variant.TEXT
+
+
+def _silenced(layout: Layout) -> Layout:
+    """The same length and the same visibility, but nothing to read and nothing to learn."""
+    return replace(
+        layout,
+        token_ids_S=np.full_like(layout.token_ids_S, SpecialToken.PADDING),
+        modality_S=np.full_like(layout.modality_S, Modality.PADDING),
+        target_ids_S=np.full_like(layout.target_ids_S, SpecialToken.PADDING),
+        text_weight_S=np.zeros_like(layout.text_weight_S),
+    )
+
+
+def _joined(
+    layouts: Sequence[Layout],
+    starts: Sequence[int],
+    settings: RowSettings,
+    images: tuple[RowImage, ...],
+    faults: tuple[Fault, ...],
+) -> Row:
+    """Layouts one after another, then padding, which sees nothing and which nothing sees."""
+    used = starts[-1]
+    row = Row(
+        token_ids_S=np.full(settings.row_length, SpecialToken.PADDING, np.int64),
+        modality_S=np.full(settings.row_length, Modality.PADDING, np.uint8),
+        position_SA=np.zeros((settings.row_length, settings.axes), np.int64),
+        target_ids_S=np.full(settings.row_length, SpecialToken.PADDING, np.int64),
+        text_weight_S=np.zeros(settings.row_length, np.float32),
+        first_key_S=np.full(settings.row_length, used, np.int32),
+        end_key_S=np.full(settings.row_length, used, np.int32),
+        images=images,
+        faults=faults,
+        samples=len(layouts),
+    )
+    for start, layout in zip(starts, layouts, strict=False):
+        here = slice(start, start + len(layout))
+        row.token_ids_S[here] = layout.token_ids_S
+        row.modality_S[here] = layout.modality_S
+        row.position_SA[here] = layout.position_SA
+        row.target_ids_S[here] = layout.target_ids_S
+        row.text_weight_S[here] = layout.text_weight_S
+        row.first_key_S[here] = start
+        row.end_key_S[here] = layout.end_key_S + start
+    return row

@@ -1,0 +1,151 @@
+"""How a document becomes a row of tokens: the one place, for training and for generation alike.
+
+    text            <BOS> text <EOS>
+    caption first   <BOS> caption <BOI> patches <EOI> <EOS>
+    image first     <BOS> <BOI> patches <EOI> caption <EOS>
+    caption dropped <BOS> <BOI> patches <EOI> <EOS>
+
+Any order of texts and images works the same way.
+Shape suffixes: S positions of the document, A position axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
+
+# <BOS>, <BOI>, <EOI> and <EOS> of a document with one image; <BOS> and <EOS> of a text.
+PAIR_CONTROL_TOKENS = 4
+TEXT_CONTROL_TOKENS = 2
+
+Integers = NDArray[np.int64]
+
+# The control tokens as plain arrays: looking them up in the enumeration costs more than all else here.
+_PADDING = np.array([int(SpecialToken.PADDING)])
+_BOS, _EOS = np.array([int(SpecialToken.BEGIN_DOCUMENT)]), np.array([int(SpecialToken.END_DOCUMENT)])
+_BOI, _EOI = np.array([int(SpecialToken.BEGIN_IMAGE)]), np.array([int(SpecialToken.END_IMAGE)])
+_PATCH = int(SpecialToken.PATCH)
+_TEXT = len(SpecialToken)
+
+
+def _learned(*silent: SpecialToken) -> NDArray[np.float32]:
+    """Weight by token id: 0 for the silent ones, else 1; the last entry stands for all text."""
+    return np.array([token not in silent for token in range(_TEXT + 1)], dtype=np.float32)
+
+
+# Nothing is predicted from these, and nothing predicts those: the decoder puts patches and <EOI> itself.
+_LEARNED_FROM = _learned(SpecialToken.BEGIN_IMAGE, SpecialToken.PATCH, SpecialToken.END_DOCUMENT)
+_LEARNED_AS = _learned(SpecialToken.PATCH, SpecialToken.END_IMAGE, SpecialToken.PADDING)
+_MODALITY = np.full(_TEXT + 1, int(Modality.TEXT), np.uint8)
+_MODALITY[_PATCH] = int(Modality.IMAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One document, or a piece of one, as arrays; positions and bounds count from its first token.
+
+    token_ids_S: PATCH stands at patch positions. target_ids_S: the next token. text_weight_S: 1 where that is
+    learned. end_key_S: first position that s may not see; it sees all before. images: (first patch, patches).
+    """
+
+    token_ids_S: Integers
+    modality_S: NDArray[np.uint8]
+    position_SA: Integers
+    target_ids_S: Integers
+    text_weight_S: NDArray[np.float32]
+    end_key_S: NDArray[np.int32]
+    images: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids_S)
+
+
+def position_axes(position: str) -> int:
+    """Axes of `model.position`: 1 for "1d", 3 (running position, patch row, patch column) for "2d"."""
+    return {"1d": 1, "2d": 3}[position]
+
+
+def lay_out(segments: Sequence[Segment], *, axes: int = 1, finished: bool = True) -> Layout:
+    """A document of texts and images between <BOS> and <EOS>.
+
+    finished=False leaves <EOS> out: the prefix of a generation, whose last token has no target. A document
+    without text (a dropped caption) has no text loss: it only teaches what an image is.
+    """
+    parts = [_BOS]
+    images, length = [], 1
+    for segment in segments:
+        if isinstance(segment, ImageSegment):
+            images.append((length + 1, segment.patches))
+            parts += [_BOI, np.full(segment.patches, _PATCH), _EOI]
+            length += segment.patches + 2
+        else:
+            parts.append(np.asarray(segment.token_ids, dtype=np.int64))
+            length += len(segment.token_ids)
+    if finished:
+        parts.append(_EOS)
+    learns_text = any(isinstance(segment, TextSegment) for segment in segments)
+    return _with_rules(np.concatenate(parts), _PADDING, tuple(images), axes, learns_text)
+
+
+def lay_out_text(token_ids: NDArray[np.integer], first: int, tokens: int, *, axes: int = 1) -> Layout:
+    """`tokens` tokens from `first` of the text document <BOS> token_ids <EOS>.
+
+    A piece that ends inside the document still learns its last token's true successor.
+    """
+    end = first + tokens
+    inside = token_ids[max(first - 1, 0) : end].astype(np.int64)
+    before = _BOS if first == 0 else _BOS[:0]
+    piece = np.concatenate([before, inside, _EOS, _PADDING])[: tokens + 1]
+    return _with_rules(piece[:-1], piece[-1:], (), axes, learns_text=True)
+
+
+def _with_rules(
+    token_ids_S: Integers,
+    following: Integers,
+    images: tuple[tuple[int, int], ...],
+    axes: int,
+    learns_text: bool,
+) -> Layout:
+    """Targets, weights, positions and bounds, from the tokens and the one that follows the last."""
+    length = len(token_ids_S)
+    target_ids_S = np.concatenate([token_ids_S[1:], following])
+    end_key_S = np.arange(1, length + 1, dtype=np.int32)
+    for first, patches in images:
+        end_key_S[first : first + patches] = first + patches
+    kind_S = np.minimum(token_ids_S, _TEXT)
+    weight_S = np.zeros(length, np.float32)
+    if learns_text:
+        weight_S[:] = _LEARNED_FROM[kind_S] * _LEARNED_AS[np.minimum(target_ids_S, _TEXT)]
+    return Layout(
+        token_ids_S=token_ids_S,
+        modality_S=_MODALITY[kind_S],
+        position_SA=_positions(length, images, axes),
+        target_ids_S=target_ids_S,
+        text_weight_S=weight_S,
+        end_key_S=end_key_S,
+        images=images,
+    )
+
+
+def _positions(length: int, images: Sequence[tuple[int, int]], axes: int) -> Integers:
+    """Running positions; with three axes a patch has (first, first + row, first + column) of its image.
+
+    After an image the running position goes on as if its patches stood in one line.
+    """
+    running = np.arange(length, dtype=np.int64)
+    if axes == 1:
+        return running[:, None]
+    position_SA = np.repeat(running[:, None], 3, axis=1)
+    for first, patches in images:
+        side = math.isqrt(patches)
+        row, column = np.divmod(np.arange(patches), side)
+        position_SA[first : first + patches] = first
+        position_SA[first : first + patches, 1] += row
+        position_SA[first : first + patches, 2] += column
+    return position_SA

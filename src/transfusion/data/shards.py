@@ -1,0 +1,105 @@
+"""Webdataset shards: written here, and found by glob or brace range. The only importer of webdataset."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from webdataset.shardlists import expand_urls
+from webdataset.writer import TarWriter
+
+from transfusion.errors import UserError
+
+# img2dataset's layout: five digits of the shard, then four of the sample in it.
+SAMPLES_PER_SHARD = 1000
+GREATEST_SHARD = 10_000
+
+Sample = Mapping[str, bytes]
+
+
+def sample_key(number: int, per_shard: int = SAMPLES_PER_SHARD) -> str:
+    """Key of the sample with this number: `000010007` is the eighth of the second shard."""
+    return f"{number // per_shard:05d}{number % per_shard:04d}"
+
+
+def write_shards(samples: Iterable[Sample], out: Path, *, per_shard: int = SAMPLES_PER_SHARD) -> list[Path]:
+    """Write samples (extension -> bytes) to `out`/00000.tar and so on; returns the shards.
+
+    Same samples, same bytes. A shard has its final name only when it is whole. A member named `json`, `txt`,
+    `png` and so on becomes KEY.json, KEY.txt, KEY.png with KEY from `sample_key`.
+    """
+    if not 1 <= per_shard <= GREATEST_SHARD:
+        raise UserError(f"samples per shard must be 1 to {GREATEST_SHARD}, got {per_shard}")
+    out.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    remaining = iter(samples)
+    for shard in itertools.count():
+        first = next(remaining, None)
+        if first is None:
+            return written
+        members = itertools.chain([first], itertools.islice(remaining, per_shard - 1))
+        path = out / f"{shard:05d}.tar"
+        _write_one(members, path, first_number=shard * per_shard, per_shard=per_shard)
+        written.append(path)
+    raise AssertionError("unreachable")
+
+
+def _write_one(samples: Iterator[Sample], path: Path, *, first_number: int, per_shard: int) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with unfinished.open("wb") as stream:
+            # The members are bytes already, so webdataset's encoders stay out of it.
+            with TarWriter(stream, encoder=False, mtime=0, compress=False) as writer:
+                for number, sample in enumerate(samples, first_number):
+                    writer.write({"__key__": sample_key(number, per_shard), **sample})
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def expand(specs: str | Sequence[str]) -> list[Path]:
+    """Files that globs, brace ranges (`{00000..00012}.tar`) and plain paths name, in order, each once.
+
+    Raises UserError that names what is missing and what stands beside it.
+    """
+    found: dict[Path, None] = {}
+    for spec in [specs] if isinstance(specs, str) else specs:
+        for path in _expand_one(spec):
+            found.setdefault(path)
+    if not found:
+        raise UserError("a source names no shards; set shards to a glob such as data/train/*.tar")
+    return list(found)
+
+
+def _expand_one(spec: str) -> list[Path]:
+    if "://" in spec or spec.startswith("pipe:"):
+        raise UserError(f"shards {spec!r}: only files on this machine are read; download them first")
+    # webdataset would split at "::" and read WDS_ variables; paths here are only paths.
+    names = [name for part in [spec] for name in (expand_urls(part) if "{" in part else [part])]
+    paths: list[Path] = []
+    for name in names:
+        if Path(name).is_file():
+            paths.append(Path(name))
+            continue
+        matches = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
+        if not matches:
+            raise UserError(f"no shard {name}; {_nearby(Path(name))}")
+        paths += matches
+    return paths
+
+
+def _nearby(path: Path) -> str:
+    """What stands where the missing file was looked for."""
+    folder = path.parent
+    while not folder.is_dir() or glob.has_magic(str(folder)):
+        folder = folder.parent
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    if not names:
+        return f"{folder} is empty; `transfusion prepare` writes shards"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{folder} holds {', '.join(names[:3])}{more}"

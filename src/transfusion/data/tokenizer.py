@@ -1,0 +1,163 @@
+"""Text to token ids and back, and training of the tokenizer. The only importer of sentencepiece."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from transfusion.errors import UserError
+from transfusion.schema import SpecialToken
+
+# sentencepiece writes a space as this character inside its pieces, and would read the character as a space.
+_SPACE_MARK = "\u2581"
+_CONTROL_PIECES = {
+    SpecialToken.PADDING: "<PAD>",
+    SpecialToken.BEGIN_DOCUMENT: "<BOS>",
+    SpecialToken.END_DOCUMENT: "<EOS>",
+    SpecialToken.UNKNOWN: "<UNK>",
+    SpecialToken.BEGIN_IMAGE: "<BOI>",
+    SpecialToken.END_IMAGE: "<EOI>",
+    SpecialToken.PATCH: "<PATCH>",
+}
+_REMEDY = "make one with `transfusion tokenizer train`"
+# The trainer drops longer sentences, so documents are cut at line ends first.
+_LONGEST_SENTENCE = 4000
+
+
+class Tokenizer:
+    """A sentencepiece model whose first ids are `SpecialToken`; text never produces one of them.
+
+    Any text comes back unchanged from `decode(encode(text))`: nothing is normalised, and what has no piece is
+    spelt in bytes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises UserError when the file is missing, no sentencepiece model, or one of another project."""
+        self.path = Path(path)
+        try:
+            model = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read tokenizer {path}: {error.strerror}; {_REMEDY}") from None
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise UserError(f"{path} is not a sentencepiece model; {_REMEDY}") from None
+        if not _has_our_tokens(self._processor):
+            raise UserError(f"{path} has other control tokens than this project's; {_REMEDY}")
+        self._space_mark_ids = [
+            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()
+        ]
+        self.fingerprint = hashlib.blake2b(model, digest_size=6).hexdigest()
+        self.vocabulary: int = self._processor.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without control tokens. Raises UnicodeEncodeError on lone surrogates."""
+        text.encode()
+        if _SPACE_MARK not in text:
+            ids: list[int] = self._processor.encode(text)
+            return ids
+        parts = [self._processor.encode(part) for part in text.split(_SPACE_MARK)]
+        joined = parts[0]
+        for part in parts[1:]:
+            joined = joined + self._space_mark_ids + part
+        return joined
+
+    def encode_many(self, texts: Iterable[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; control tokens and ids outside the vocabulary leave nothing."""
+        kept = [int(token) for token in ids if len(SpecialToken) <= token < self.vocabulary]
+        text: str = self._processor.decode(kept)
+        return text
+
+
+def train_tokenizer(texts: Iterable[str], out: Path, *, vocabulary: int) -> Tokenizer:
+    """Train byte-pair pieces on the texts and write the model to `out`, whole or not at all.
+
+    The same texts give the same file. Raises UserError when texts are too few or the vocabulary too small.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocabulary,
+            byte_fallback=True,
+            # Reference text: spaces, indentation and line ends carry meaning, and nothing is rewritten.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=8 * _LONGEST_SENTENCE,
+            num_threads=1,
+            minloglevel=2,
+            **_control_options(),
+        )
+    except RuntimeError as error:
+        raise UserError(_explain(str(error), vocabulary)) from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        unfinished.write_bytes(model.getvalue())
+        unfinished.replace(out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return Tokenizer(out)
+
+
+def _control_options() -> dict[str, Any]:
+    names = {
+        "pad": SpecialToken.PADDING,
+        "bos": SpecialToken.BEGIN_DOCUMENT,
+        "eos": SpecialToken.END_DOCUMENT,
+    }
+    options: dict[str, Any] = {}
+    for name, token in {**names, "unk": SpecialToken.UNKNOWN}.items():
+        options[f"{name}_id"] = int(token)
+        options[f"{name}_piece"] = _CONTROL_PIECES[token]
+    options["control_symbols"] = [
+        piece for token, piece in _CONTROL_PIECES.items() if token > SpecialToken.UNKNOWN
+    ]
+    return options
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Pieces of the texts short enough for the trainer, cut after blank lines or line ends."""
+    for text in texts:
+        for paragraph in re.split(r"(?<=\n\n)", text):
+            while len(paragraph) > _LONGEST_SENTENCE:
+                cut = paragraph.rfind("\n", 1, _LONGEST_SENTENCE) + 1 or _LONGEST_SENTENCE
+                yield paragraph[:cut]
+                paragraph = paragraph[cut:]
+            if paragraph:
+                yield paragraph
+
+
+def _has_our_tokens(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    if processor.get_piece_size() <= len(SpecialToken) + 256:
+        return False
+    named = all(processor.id_to_piece(int(token)) == piece for token, piece in _CONTROL_PIECES.items())
+    return named and processor.is_byte(len(SpecialToken))
+
+
+def _explain(message: str, vocabulary: int) -> str:
+    """The trainer's complaint in our words."""
+    if match := re.search(r"value <= (\d+)", message):
+        return (
+            f"the texts are too few for {vocabulary} pieces; the greatest possible vocabulary is {match[1]}"
+        )
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"a vocabulary of {vocabulary} is too small; these texts need at least {int(match[1]) + 1}"
+    if "sentences_.empty()" in message:
+        return "there is no text to train a tokenizer on; name shards or .jsonl files that hold some"
+    return f"the tokenizer could not be trained: {' '.join(message.split())}"

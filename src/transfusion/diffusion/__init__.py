@@ -1,0 +1,1 @@
+"""Noise schedule, objective, samplers and guidance: tensors in, tensors out, no parameters."""

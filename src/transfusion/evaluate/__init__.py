@@ -1,0 +1,1 @@
+"""Measurements of a trained model, each named after what it measures, and the report."""

@@ -1,0 +1,152 @@
+"""The handwritten digits: does a generated digit look like the one asked for, does a caption name the right one?
+
+I pictures, E pixels a picture.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from transfusion.config import SourceConfig
+from transfusion.data.captions import DIGIT_WORDS, digit_in_caption
+from transfusion.data.evaluation import documents
+from transfusion.errors import UserError
+from transfusion.evaluate.metric import Metric
+from transfusion.generate.pictures import save_samples, to_image
+from transfusion.generate.pipeline import Pipeline
+from transfusion.schema import ImageSegment, TextSegment
+
+Pixels = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+SAMPLES = 20
+GUIDANCE = 3.0
+SAMPLER_STEPS = 50
+GENERATION_BAR, DIVERSITY_BAR, CAPTION_BAR = 0.95, 0.5, 0.90
+MOST_CAPTION_TOKENS = 32
+
+
+def digits(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
+    """Generation judged by a classifier of real digits, diversity, and captions of the held-out pictures.
+
+    Leaves OUT/evaluation/generated (pictures, index.jsonl) and OUT/evaluation/captions.jsonl as evidence.
+    """
+    train_pixels, train_labels, _ = _pictures(pipeline, pipeline.config.data.sources)
+    test_pixels, test_labels, test_values = _pictures(pipeline, pipeline.config.data.held_out)
+    folder = out / "evaluation"
+    return (
+        _generation(pipeline, folder / "generated", train_pixels, train_labels, test_pixels, test_labels)
+        | _captions(pipeline, folder, test_values, test_labels)
+    )
+
+
+def _generation(
+    pipeline: Pipeline, folder: Path, train: Pixels, train_labels: Labels, test: Pixels, test_labels: Labels
+) -> dict[str, Metric]:
+    from sklearn.svm import SVC
+
+    judge = SVC(gamma=0.2).fit(train, train_labels)
+    prompts = [f"a handwritten {word}" for word in DIGIT_WORDS]
+    samples = pipeline.sample(
+        prompts, per_prompt=SAMPLES, guidance=GUIDANCE, steps=SAMPLER_STEPS, sampler="ddpm", seed=0, batch=SAMPLES * 10
+    )
+    save_samples(samples, folder)
+    drawn = _scaled(torch.stack([sample.pixels for sample in samples]))
+    wanted = np.repeat(np.arange(len(prompts)), SAMPLES)
+    settings = f"DDPM {SAMPLER_STEPS} steps, guidance {GUIDANCE:g}, seeds from 0"
+    ratios = [
+        _spread(drawn[wanted == digit]) / _spread(train[train_labels == digit]) for digit in range(len(prompts))
+    ]
+    classes = f"each of {len(prompts)} digits"
+    return {
+        "generation_accuracy": Metric(
+            value=float((judge.predict(drawn) == wanted).mean()), bar=GENERATION_BAR,
+            how=f"SVC(gamma=0.2) trained on {len(train)} real pictures reads {SAMPLES} samples of {classes}; {settings}",
+        ),
+        "judge_accuracy_on_real": Metric(
+            value=float((judge.predict(test) == test_labels).mean()),
+            how=f"the same SVC on the {len(test)} real held-out pictures",
+        ),
+        "generation_diversity": Metric(
+            value=float(np.mean(ratios)), bar=DIVERSITY_BAR,
+            how="mean distance between two generated pictures of a digit over that of real ones, mean over digits",
+        ),
+        "nearest_training_distance_generated": Metric(
+            value=_nearest(drawn, train), how="mean distance of a generated picture to the nearest training picture",
+        ),
+        "nearest_training_distance_real": Metric(
+            value=_nearest(test, train), how="the same of real held-out pictures: much below it would be copying",
+        ),
+    }
+
+
+def _captions(pipeline: Pipeline, folder: Path, values: torch.Tensor, labels: Labels) -> dict[str, Metric]:
+    captions = pipeline.caption(values, max_tokens=MOST_CAPTION_TOKENS)
+    pictures = folder / "held_out"
+    pictures.mkdir(parents=True, exist_ok=True)
+    lines, correct = [], 0
+    for number, (caption, label) in enumerate(zip(captions, labels.tolist(), strict=True)):
+        right = digit_in_caption(caption) == label
+        correct += right
+        path = pictures / f"{number:04d}.png"
+        to_image(values[number]).save(path)
+        record = {
+            "image": path.relative_to(folder.parent).as_posix(),
+            "caption": caption,
+            "expected": DIGIT_WORDS[label],
+            "correct": right,
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {
+        "caption_accuracy": Metric(
+            value=correct / len(captions), bar=CAPTION_BAR,
+            how=f"greedy captions of the {len(captions)} held-out pictures that name exactly the right digit",
+        )
+    }
+
+
+def _pictures(pipeline: Pipeline, sources: list[SourceConfig]) -> tuple[Pixels, Labels, torch.Tensor]:
+    """Pixels in [0, 1] [I, E], digits [I] and uint8 values [I, C, H, W] of the sources' pictures."""
+    values, labels = [], []
+    for document in documents(pipeline.config, sources, pipeline.tokenizer):
+        images = [part for part in document.segments if isinstance(part, ImageSegment)]
+        text = "".join(
+            pipeline.tokenizer.decode(part.token_ids) for part in document.segments if isinstance(part, TextSegment)
+        )
+        digit = digit_in_caption(text)
+        if len(images) == 1 and digit is not None:
+            values.append(torch.as_tensor(images[0].values_CHW))
+            labels.append(digit)
+    if len(set(labels)) < len(DIGIT_WORDS):
+        raise UserError(
+            f"the digits suite needs captioned pictures of all ten digits, found {len(set(labels))};"
+            " it is for models trained on `transfusion prepare digits`"
+        )
+    stacked = torch.stack(values)
+    return _scaled(stacked), np.array(labels), stacked
+
+
+def _scaled(values_ICHW: torch.Tensor) -> Pixels:
+    return values_ICHW.flatten(1).numpy().astype(np.float64) / 255.0
+
+
+def _distances(left: Pixels, right: Pixels) -> Pixels:
+    """Euclidean distances between all pictures, [len(left), len(right)]."""
+    squared = (left**2).sum(1)[:, None] + (right**2).sum(1)[None] - 2 * left @ right.T
+    return np.sqrt(squared.clip(min=0.0))
+
+
+def _spread(pixels: Pixels) -> float:
+    """Mean distance between two different pictures."""
+    upper = np.triu_indices(len(pixels), k=1)
+    return float(_distances(pixels, pixels)[upper].mean())
+
+
+def _nearest(pixels: Pixels, train: Pixels) -> float:
+    return float(_distances(pixels, train).min(1).mean())

@@ -1,0 +1,27 @@
+"""Both losses on held-out data, every document exactly once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from transfusion.config import Config
+from transfusion.data.evaluation import EvaluationLoader
+from transfusion.mixed_loss import MixedLoss
+from transfusion.schema import LossTerms
+
+
+@torch.no_grad()
+def held_out_losses(model: nn.Module, loader: EvaluationLoader, config: Config, device: torch.device) -> LossTerms:
+    """This rank's loss sums over its share of the held-out data; every rank runs the same number of forwards.
+
+    Noise and timesteps of the pictures are keyed by sample, so two checkpoints are judged on the same noise.
+    """
+    loss = MixedLoss(config.diffusion)
+    total: LossTerms | None = None
+    for batch in loader:
+        terms = loss.terms(model, batch.to(device))
+        total = terms if total is None else total.plus(terms)
+    if total is None:
+        raise ValueError("the held-out data gave no batch")
+    return total

@@ -1,0 +1,99 @@
+"""What `transfusion eval` runs: named suites, each a few metrics with how they were measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transfusion.config import SourceConfig
+from transfusion.data.evaluation import EvaluationLoader, documents
+from transfusion.errors import UserError
+from transfusion.evaluate.bigram import Bigram
+from transfusion.evaluate.held_out import held_out_losses
+from transfusion.evaluate.metric import Metric
+from transfusion.generate.pipeline import Pipeline, Weights
+from transfusion.schema import LossTerms, TextSegment
+
+METRICS = "metrics.json"
+
+
+Suite = Callable[[Pipeline, Path], dict[str, Metric]]
+
+
+def run_suites(
+    model: Path, names: Sequence[str], out: Path, *, weights: Weights = "auto", device: str = "auto"
+) -> dict[str, Metric]:
+    """Run suites on an exported model; writes OUT/metrics.json (added to what is there) and OUT/evaluation/.
+
+    Raises UserError for an unknown suite, or when the model's held-out data is not to be found.
+    """
+    from transfusion.evaluate.digits import digits
+
+    suites: dict[str, Suite] = {"held-out": held_out, "digits": digits}
+    unknown = [name for name in names if name not in suites]
+    if unknown:
+        raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join(suites)}")
+    pipeline = Pipeline.from_export(model, weights=weights, device=device)
+    metrics: dict[str, Metric] = {}
+    for name in names:
+        metrics |= suites[name](pipeline, out)
+    path = out / METRICS
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known |= {name: metric.as_dict() for name, metric in metrics.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return metrics
+
+
+def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
+    """Losses on the config's held-out sources; a text's beside a bigram fitted on the training text of its name."""
+    metrics: dict[str, Metric] = {}
+    for source in pipeline.config.data.held_out:
+        loader = EvaluationLoader(pipeline.config, [source], pipeline.tokenizer, rows=8)
+        terms = held_out_losses(pipeline.reader.model, loader, pipeline.config, pipeline.reader.device)
+        if float(terms.image_count):
+            metrics[f"{source.name}_image_loss"] = Metric(
+                value=float(terms.image_sum / terms.image_count),
+                how=f"mean squared error of the predicted noise, held-out {source.name}, fixed noise and timesteps",
+            )
+        else:
+            metrics |= _text_metrics(pipeline, source, terms)
+    return metrics
+
+
+def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> dict[str, Metric]:
+    texts = _texts(pipeline, source)
+    tokens = sum(len(ids) + 1 for ids in texts)
+    size = sum(len(pipeline.tokenizer.decode(ids).encode()) for ids in texts)
+    if tokens != int(terms.text_count):
+        raise ValueError(f"the model was judged on {int(terms.text_count)} tokens of {tokens}")
+    metrics = {}
+    bar = None
+    training = next((known for known in pipeline.config.data.sources if known.name == source.name), None)
+    if training is not None:
+        bigram = Bigram(_texts(pipeline, training), pipeline.config.model.vocabulary)
+        nats = bigram.nats(texts)
+        bar = nats / tokens
+        how = "interpolated absolute-discount (0.75) bigram, fitted on the same training text and tokenizer"
+        metrics["bigram_nats_per_token"] = Metric(value=bar, unit="nats/token", how=how)
+        metrics["bigram_nats_per_byte"] = Metric(value=nats / size, unit="nats/byte", how=how)
+    total = float(terms.text_sum)
+    metrics["text_loss_nats_per_token"] = Metric(
+        value=total / tokens, unit="nats/token", bar=bar, higher_is_better=False,
+        how=f"cross entropy over the {tokens} tokens of held-out {source.name}, <EOS> included; bar: the bigram",
+    )
+    metrics["text_loss_nats_per_byte"] = Metric(
+        value=total / size, unit="nats/byte", higher_is_better=False, how=f"the same over its {size} bytes"
+    )
+    return metrics
+
+
+def _texts(pipeline: Pipeline, source: SourceConfig) -> list[list[int]]:
+    """Token ids of each document of a text source."""
+    return [
+        [token for part in document.segments if isinstance(part, TextSegment) for token in part.token_ids]
+        for document in documents(pipeline.config, [source], pipeline.tokenizer)
+    ]

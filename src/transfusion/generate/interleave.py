@@ -1,0 +1,174 @@
+"""Free generation: rows speak until <BOI>, are drawn together, are read again clean, and go on speaking.
+
+R rows at hand, D width.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from transfusion.codec import pixels as codec
+from transfusion.data.sequence import lay_out
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.diffusion.schedule import CosineSchedule
+from transfusion.errors import UserError
+from transfusion.generate.cache import KeyValueCache
+from transfusion.generate.images import ImageSampling, draw
+from transfusion.generate.language import TextSampling, choose, restrict
+from transfusion.generate.reader import Reader
+from transfusion.schema import ImageSegment, Segment, SpecialToken, TextSegment
+
+# A picture is uint8 [C, H, W].
+Part = str | Tensor
+
+# Images of one row draw from keys this far apart: the first has the row's own seed, as a single image would.
+_IMAGE_KEY_STRIDE = 1 << 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """For each row: text tokens and images to generate, and positions altogether, the prompt included."""
+
+    tokens: int
+    images: int
+    length: int
+
+
+class _Phase(enum.Enum):
+    SPEAKING = enum.auto()
+    WAITS_FOR_IMAGE = enum.auto()
+    DONE = enum.auto()
+
+
+@dataclass(slots=True)
+class _Row:
+    """One answer in the making. `number` is its place in the request, which its random draws depend on."""
+
+    number: int
+    phase: _Phase = _Phase.SPEAKING
+    parts: list[list[int] | Tensor] = field(default_factory=list)
+    tokens: int = 0
+    images: int = 0
+
+    def say(self, token: int) -> None:
+        if not self.parts or isinstance(self.parts[-1], Tensor):
+            self.parts.append([])
+        text = self.parts[-1]
+        assert isinstance(text, list)
+        text.append(token)
+        self.tokens += 1
+
+
+class Conversation:
+    """Continues a batch of prompts, ragged and of any mixture."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        tokenizer: Tokenizer,
+        schedule: CosineSchedule,
+        *,
+        text: TextSampling,
+        image: ImageSampling,
+        limits: Limits,
+    ) -> None:
+        self.reader, self.tokenizer, self.schedule = reader, tokenizer, schedule
+        self.text, self.image, self.limits = text, image, limits
+
+    def run(self, prompts: Sequence[Sequence[Part]], first_row: int) -> list[list[Part]]:
+        """What each prompt is continued with. `first_row` is the first prompt's number in the request."""
+        rows = [_Row(first_row + place) for place in range(len(prompts))]
+        cache, state_BD = self._read_prompts(prompts)
+        while True:
+            speaking = [place for place, row in enumerate(rows) if row.phase is _Phase.SPEAKING]
+            waiting = [place for place, row in enumerate(rows) if row.phase is _Phase.WAITS_FOR_IMAGE]
+            # Images wait until no row speaks, so that as many as possible are drawn in one batch.
+            if speaking:
+                self._speak(rows, speaking, cache, state_BD)
+            elif waiting:
+                self._draw(rows, waiting, cache, state_BD)
+            else:
+                return [self._answer(row) for row in rows]
+
+    def _read_prompts(self, prompts: Sequence[Sequence[Part]]) -> tuple[KeyValueCache, Tensor]:
+        """The cache that holds the prompts, and the state [B, D] that the first new tokens are read from."""
+        layouts = [lay_out(self._segments(parts), axes=self.reader.axes, finished=False) for parts in prompts]
+        counts = [len(layout) for layout in layouts]
+        if max(counts) >= self.limits.length:
+            raise UserError(
+                f"a prompt of {max(counts)} tokens and patches leaves no room in rows of {self.limits.length}"
+                " (data.row_length)"
+            )
+        new = self.limits.tokens + self.limits.images * (self.reader.patches + 2)
+        cache = self.reader.cache(len(prompts), min(max(counts) + new, self.limits.length))
+        pictures = [part for parts in prompts for part in parts if isinstance(part, Tensor)]
+        return cache, self.reader.read(cache.view(), self.reader.prefix_block(layouts, counts, pictures))
+
+    def _segments(self, parts: Sequence[Part]) -> list[Segment]:
+        return [
+            ImageSegment(part, self.reader.patches)
+            if isinstance(part, Tensor)
+            else TextSegment(tuple(self.tokenizer.encode(part)))
+            for part in parts
+        ]
+
+    def _speak(self, rows: list[_Row], speaking: list[int], cache: KeyValueCache, state_BD: Tensor) -> None:
+        """One token for each speaking row; updates the rows' states in place."""
+        lengths = [cache.lengths[place] for place in speaking]
+        chosen = self._choose([rows[place] for place in speaking], lengths, state_BD[speaking])
+        reading = []
+        for place, token in zip(speaking, chosen, strict=True):
+            row = rows[place]
+            if token == SpecialToken.END_DOCUMENT:
+                row.phase = _Phase.DONE
+            elif token == SpecialToken.BEGIN_IMAGE:
+                row.phase = _Phase.WAITS_FOR_IMAGE
+            else:
+                row.say(token)
+                if row.tokens == self.limits.tokens or cache.lengths[place] + 1 >= self.limits.length:
+                    row.phase = _Phase.DONE
+            if row.phase is not _Phase.DONE:
+                reading.append((place, token))
+        if reading:
+            places = [place for place, _ in reading]
+            view = cache.view(places)
+            block = self.reader.token_block([token for _, token in reading], view.lengths)
+            state_BD[places] = self.reader.read(view, block)
+
+    def _choose(self, rows: list[_Row], lengths: list[int], state_RD: Tensor) -> list[int]:
+        image_allowed_R = torch.tensor(
+            [
+                row.images < self.limits.images and length + self.reader.patches + 2 <= self.limits.length
+                for row, length in zip(rows, lengths, strict=True)
+            ],
+            device=state_RD.device,
+        )
+        logit_RV = restrict(self.reader.logits(state_RD), self.tokenizer.vocabulary, image_allowed_R)
+        numbers, indices = [row.number for row in rows], [row.tokens + row.images for row in rows]
+        chosen: list[int] = choose(logit_RV, self.text, numbers, indices).tolist()
+        return chosen
+
+    def _draw(self, rows: list[_Row], waiting: list[int], cache: KeyValueCache, state_BD: Tensor) -> None:
+        """An image for each waiting row, read again as the picture it became; updates states in place."""
+        keys = [
+            self.image.seed + row.number + row.images * _IMAGE_KEY_STRIDE
+            for row in (rows[place] for place in waiting)
+        ]
+        latent_ICHW = draw(self.reader, cache, waiting, keys, self.image, self.schedule)
+        pixels_ICHW = codec.decode(latent_ICHW)
+        for place, picture in zip(waiting, pixels_ICHW.cpu(), strict=True):
+            row = rows[place]
+            row.parts.append(picture)
+            row.images += 1
+            room = cache.lengths[place] + self.reader.patches + 1 < self.limits.length
+            row.phase = _Phase.SPEAKING if room else _Phase.DONE
+        view = cache.view(waiting)
+        state_BD[waiting] = self.reader.read(view, self.reader.image_block(pixels_ICHW, view.lengths))
+
+    def _answer(self, row: _Row) -> list[Part]:
+        return [part if isinstance(part, Tensor) else self.tokenizer.decode(part) for part in row.parts]

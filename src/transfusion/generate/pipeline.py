@@ -1,0 +1,258 @@
+"""The model as its user meets it: draw pictures, caption pictures, continue any mixture of both.
+
+C channels, H/W picture height and width, I pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from transfusion.checkpoint.export import ModelFolder, read_export
+from transfusion.codec import pixels as codec
+from transfusion.config import Config, SampleConfig
+from transfusion.data.sequence import Layout, lay_out
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.diffusion.schedule import CosineSchedule
+from transfusion.errors import UserError
+from transfusion.generate import images, language
+from transfusion.generate.images import ImageSampling, SamplerName
+from transfusion.generate.interleave import Conversation, Limits, Part
+from transfusion.generate.language import TextSampling
+from transfusion.generate.reader import Reader
+from transfusion.model import Transfusion
+from transfusion.schema import ImageSegment, TextSegment
+
+Weights = Literal["auto", "raw", "ema"]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledImage:
+    """One drawn picture, uint8 [C, H, W] on the CPU, and the caption and seed that give it again."""
+
+    pixels: Tensor
+    prompt: str
+    seed: int
+
+
+class Pipeline:
+    """Generation with a live module; nothing here changes it. See `from_export` for a saved one.
+
+    The same settings give the same results whatever the batch size: every draw is keyed by seed and number.
+    """
+
+    def __init__(
+        self, model: Transfusion, tokenizer: Tokenizer, config: Config, device: torch.device | str
+    ) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        self.schedule = CosineSchedule(config.diffusion.steps)
+        self.reader = Reader(model, config, torch.device(device))
+
+    @classmethod
+    def from_export(
+        cls, folder: str | Path, *, weights: Weights = "auto", device: torch.device | str = "auto"
+    ) -> Pipeline:
+        """The model of an exported folder. weights "auto": the moving average where there is one.
+
+        device "auto": a CUDA device where there is one. On CUDA the network runs in the precision it was
+        trained in, elsewhere in fp32. Raises UserError for an incomplete or damaged folder.
+        """
+        found = read_export(folder)
+        tokenizer = Tokenizer(found.tokenizer)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
+        half = device.type == "cuda" and found.config.train.precision == "bf16"
+        model = _load_model(found, _weight_file(found, weights), tokenizer)
+        return cls(
+            model.to(device, torch.bfloat16 if half else torch.float32), tokenizer, found.config, device
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        per_prompt: int = 1,
+        guidance: float = 3.0,
+        steps: int = 100,
+        sampler: SamplerName = "ddpm",
+        seed: int = 0,
+        batch: int = 64,
+    ) -> list[SampledImage]:
+        """Pictures of captions, `per_prompt` of each, in order; picture k of the call has seed `seed + k`.
+
+        Raises UserError for settings out of range, and where guidance is asked for and has no meaning.
+        """
+        sampling = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed)
+        wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
+        self._check_sampling(sampling, wanted)
+        return self._draw(wanted, list(range(seed, seed + len(wanted))), sampling, batch)
+
+    @torch.no_grad()
+    def sample_grid(self, grid: SampleConfig, *, rank: int = 0, ranks: int = 1) -> list[SampledImage]:
+        """This rank's share of the grid: pictures rank, rank + ranks, ... of what `sample` gives.
+
+        Every rank runs the same number of forwards: one with a shorter share draws the last again.
+        """
+        sampling = ImageSampling(
+            guidance=grid.guidance, steps=grid.steps, sampler=grid.sampler, seed=grid.seed
+        )
+        wanted = [prompt for prompt in grid.prompts for _ in range(grid.per_prompt)]
+        if not wanted:
+            return []
+        self._check_sampling(sampling, wanted)
+        share = -(-len(wanted) // ranks)
+        mine = [rank + turn * ranks for turn in range(share)]
+        drawn = [min(number, len(wanted) - 1) for number in mine]
+        seeds = [grid.seed + number for number in drawn]
+        pictures = self._draw([wanted[number] for number in drawn], seeds, sampling, share)
+        return [picture for picture, number in zip(pictures, mine, strict=True) if number < len(wanted)]
+
+    @torch.no_grad()
+    def caption(
+        self,
+        pictures: Tensor,
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch: int = 256,
+    ) -> list[str]:
+        """The text after each picture (uint8 [I, C, H, W]), up to its end. Raises UserError."""
+        answers = self.generate(
+            [[picture] for picture in pictures],
+            max_tokens=max_tokens,
+            max_images=0,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            batch=batch,
+        )
+        return ["".join(part for part in answer[1:] if isinstance(part, str)) for answer in answers]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        *,
+        max_tokens: int = 256,
+        max_images: int = 4,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        guidance: float = 3.0,
+        steps: int = 100,
+        sampler: SamplerName = "ddpm",
+        seed: int = 0,
+        batch: int = 64,
+    ) -> list[list[Part]]:
+        """Each prompt, its parts untouched, followed by what the model goes on with: texts and pictures.
+
+        A row ends at <EOS>, after max_tokens new tokens, or at data.row_length. Row r draws its text and its
+        first picture from seed + r. Raises UserError for settings or pictures that do not fit.
+        """
+        text = TextSampling(temperature=temperature, top_p=top_p, seed=seed)
+        image = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed)
+        language.check(text)
+        if max_images:
+            images.check(image, self.config)
+        if max_tokens < 1 or max_images < 0:
+            raise UserError("max_tokens must be at least 1 and max_images at least 0")
+        for prompt in prompts:
+            self._check_pictures(prompt)
+        limits = Limits(tokens=max_tokens, images=max_images, length=self.config.data.row_length)
+        conversation = Conversation(
+            self.reader, self.tokenizer, self.schedule, text=text, image=image, limits=limits
+        )
+        answers: list[list[Part]] = []
+        for start in range(0, len(prompts), batch):
+            answers += conversation.run(prompts[start : start + batch], start)
+        return [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _draw(
+        self, prompts: list[str], seeds: list[int], sampling: ImageSampling, batch: int
+    ) -> list[SampledImage]:
+        """`batch` pictures at a time, each from its own seed."""
+        drawn = []
+        for start in range(0, len(prompts), batch):
+            part, keys = prompts[start : start + batch], seeds[start : start + batch]
+            distinct = list(dict.fromkeys(part))
+            layouts = [self._caption_first(prompt) for prompt in distinct]
+            # Up to where the patches begin: <BOS> caption <BOI>.
+            counts = [layout.images[0][0] for layout in layouts]
+            cache = self.reader.cache(len(distinct), max(counts))
+            self.reader.read(cache.view(), self.reader.prefix_block(layouts, counts))
+            rows = [distinct.index(prompt) for prompt in part]
+            latent_ICHW = images.draw(self.reader, cache, rows, keys, sampling, self.schedule)
+            pictures = codec.decode(latent_ICHW).cpu()
+            drawn += [SampledImage(*item) for item in zip(pictures, part, keys, strict=True)]
+        return drawn
+
+    def _caption_first(self, prompt: str) -> Layout:
+        caption, image = (
+            TextSegment(tuple(self.tokenizer.encode(prompt))),
+            ImageSegment(None, self.reader.patches),
+        )
+        return lay_out([caption, image], axes=self.reader.axes)
+
+    def _check_sampling(self, sampling: ImageSampling, prompts: Sequence[str]) -> None:
+        images.check(sampling, self.config)
+        if sampling.guidance != 1 and "" in prompts:
+            raise UserError(
+                f"guidance {sampling.guidance} cannot be applied to an empty prompt: there is nothing to"
+                " guide by; use guidance 1 for pictures without a caption"
+            )
+        for prompt in set(prompts):
+            length = len(self._caption_first(prompt))
+            if length > self.config.data.row_length:
+                raise UserError(
+                    f"a prompt and its picture take {length} positions, more than data.row_length"
+                    f" {self.config.data.row_length}: {prompt[:60]!r}"
+                )
+
+    def _check_pictures(self, prompt: Sequence[Part]) -> None:
+        shape = self.reader.image_shape
+        for part in prompt:
+            if isinstance(part, Tensor) and (part.dtype != torch.uint8 or part.shape != shape):
+                raise UserError(
+                    f"a picture must be uint8 of shape {list(shape)},"
+                    f" got {part.dtype} of shape {list(part.shape)}"
+                )
+
+
+def _weight_file(found: ModelFolder, weights: Weights) -> Path:
+    if weights == "auto":
+        return found.preferred
+    if weights == "raw":
+        return found.weights
+    if found.average is None:
+        raise UserError(
+            f"{found.weights.parent} holds no averaged weights (the run had optimizer.ema_decay=0);"
+            " use the raw ones"
+        )
+    return found.average
+
+
+def _load_model(found: ModelFolder, path: Path, tokenizer: Tokenizer) -> Transfusion:
+    """The network with the weights of `path`, on the CPU, for inference only."""
+    vocabulary = found.config.model.vocabulary or tokenizer.vocabulary
+    with torch.device("meta"):
+        model = Transfusion(
+            found.config.model.model_copy(update={"vocabulary": vocabulary}), found.config.codec
+        )
+    try:
+        model.load_state_dict(load_file(path), assign=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path} does not hold the weights of its config.json: {reason}; export again"
+        ) from None
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,138 @@
+"""The network as generation uses it: blocks of tokens and pictures behind cached rows.
+
+Every rule of the sequence comes from `data.sequence`; what is read here is what training laid out.
+
+R rows, S positions of a block, A position axes, P patches an image, D width, V vocabulary, I images,
+C channels, H/W picture height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfusion.codec import pixels as codec
+from transfusion.config import Config
+from transfusion.data.sequence import Layout, lay_out, position_axes
+from transfusion.generate.cache import CacheRows, KeyValueCache
+from transfusion.model import Transfusion
+from transfusion.schema import ImageSegment, SpecialToken
+
+# Finished and prompted pictures are read as what they are: the least noise that training knows.
+CLEAN_TIMESTEP = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What rows read next, padded to the longest.
+
+    token_ids_RS and position_RSA: int64. end_RS: int64, up to where each position sees, counted from the
+    row's length before. counts: real positions of each row. pixels_ICHW: uint8, the pictures in the block,
+    row after row; patch_slot_N: int64, flat positions (row * S + position) of their patches.
+    """
+
+    token_ids_RS: Tensor
+    position_RSA: Tensor
+    end_RS: Tensor
+    counts: list[int]
+    pixels_ICHW: Tensor | None = None
+    patch_slot_N: Tensor | None = None
+
+
+class Reader:
+    def __init__(self, model: Transfusion, config: Config, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.patches = config.patches_per_image
+        self.axes = position_axes(config.model.position)
+        self.image_shape = (config.codec.channels, config.codec.image_size, config.codec.image_size)
+        # An image at the earliest place it can stand, after <BOS> <BOI>, and the <EOI> behind it.
+        self._image_layout = lay_out([ImageSegment(None, self.patches)], axes=self.axes, finished=False)
+
+    def cache(self, rows: int, max_length: int) -> KeyValueCache:
+        return KeyValueCache(self.model.config.layers, rows, max_length, self.device)
+
+    def image_positions(self, starts: Sequence[int]) -> Tensor:
+        """Positions [R, P + 1, A] of images whose first patches stand at `starts`, each with its <EOI>.
+
+        Positions of `lay_out` only ever shift along a document.
+        """
+        first = self._image_layout.images[0][0]
+        position_SA = torch.from_numpy(self._image_layout.position_SA[first:] - first).to(self.device)
+        return position_SA + torch.tensor(starts, device=self.device)[:, None, None]
+
+    def unconditional(self) -> KeyValueCache:
+        """One row that holds the prefix of an image whose caption was dropped: <BOS> <BOI>."""
+        first = self._image_layout.images[0][0]
+        cache = self.cache(1, first)
+        self.read(cache.view(), self.prefix_block([self._image_layout], [first]))
+        return cache
+
+    def prefix_block(
+        self, layouts: Sequence[Layout], counts: Sequence[int], pictures: Sequence[Tensor] = ()
+    ) -> Block:
+        """The first `counts` positions of each document, and the pictures (uint8 [C, H, W]) in them."""
+        longest = max(counts)
+        ids_RS = np.full((len(layouts), longest), SpecialToken.PADDING, dtype=np.int64)
+        position_RSA = np.zeros((len(layouts), longest, self.axes), dtype=np.int64)
+        end_RS = np.zeros((len(layouts), longest), dtype=np.int64)
+        slots = []
+        for row, (layout, count) in enumerate(zip(layouts, counts, strict=True)):
+            ids_RS[row, :count] = layout.token_ids_S[:count]
+            position_RSA[row, :count] = layout.position_SA[:count]
+            end_RS[row, :count], end_RS[row, count:] = layout.end_key_S[:count], count
+            for first, patches in layout.images:
+                if first < count:
+                    slots.append(row * longest + np.arange(first, first + patches))
+        return Block(
+            torch.from_numpy(ids_RS).to(self.device),
+            torch.from_numpy(position_RSA).to(self.device),
+            torch.from_numpy(end_RS).to(self.device),
+            list(counts),
+            torch.stack(list(pictures)).to(self.device) if pictures else None,
+            torch.from_numpy(np.concatenate(slots)).to(self.device) if slots else None,
+        )
+
+    def token_block(self, ids: Sequence[int], starts: Sequence[int]) -> Block:
+        """One token a row, at running positions `starts`."""
+        ids_R1 = torch.tensor(ids, device=self.device)[:, None]
+        position_R11 = torch.tensor(starts, device=self.device)[:, None, None]
+        return Block(ids_R1, position_R11.expand(-1, -1, self.axes), torch.ones_like(ids_R1), [1] * len(ids))
+
+    def image_block(self, pixels_ICHW: Tensor, starts: Sequence[int]) -> Block:
+        """One finished picture a row, its first patch at running position `starts`, and its <EOI>."""
+        rows, first, count = len(starts), self._image_layout.images[0][0], self.patches + 1
+        ids_S = torch.from_numpy(self._image_layout.token_ids_S[first:]).to(self.device)
+        end_S = torch.from_numpy(self._image_layout.end_key_S[first:]).to(self.device) - first
+        row_start_R1 = torch.arange(rows, device=self.device)[:, None] * count
+        slot_RP = row_start_R1 + torch.arange(self.patches, device=self.device)
+        return Block(
+            ids_S.expand(rows, -1),
+            self.image_positions(starts),
+            end_S.expand(rows, -1),
+            [count] * rows,
+            pixels_ICHW,
+            slot_RP.flatten(),
+        )
+
+    def read(self, rows: CacheRows, block: Block) -> Tensor:
+        """Read the block into the cache; returns the final state [R, D] of each row's last real position."""
+        hidden_RSD = self.model.embedding(block.token_ids_RS)
+        if block.pixels_ICHW is not None and block.patch_slot_N is not None:
+            latents = codec.encode(block.pixels_ICHW)
+            timestep_I = torch.full((len(latents),), CLEAN_TIMESTEP, device=self.device)
+            patches_IPD = self.model.encode_patches(latents, timestep_I).to(hidden_RSD.dtype)
+            flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, patches_IPD.flatten(0, 1))
+            hidden_RSD = flat.view_as(hidden_RSD)
+        mask = rows.mask(block.end_RS)
+        hidden_RSD = self.model.run_blocks(hidden_RSD, block.position_RSA, mask, rows.layers)
+        rows.advance(block.counts)
+        last_R = torch.tensor(block.counts, device=self.device) - 1
+        return self.model.norm(hidden_RSD[torch.arange(len(last_R), device=self.device), last_R])
+
+    def logits(self, state_RD: Tensor) -> Tensor:
+        """fp32 logits [R, V] of the token after each state."""
+        return self.model.text_head(state_RD).float()

@@ -1,0 +1,5 @@
+"""The network: embeddings, attention, blocks, patch encoder and decoder, text head."""
+
+from transfusion.model.transformer import ModelOutput, Transfusion
+
+__all__ = ["ModelOutput", "Transfusion"]

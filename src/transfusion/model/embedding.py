@@ -1,0 +1,50 @@
+"""Rotary positions and timestep embeddings.
+
+B rows, S positions, A position axes, F head_dim / 2 frequencies, D width, I images.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+TIMESTEP_FREQUENCIES = 256
+
+
+def rotary_angles(position_BSA: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Angles [B, S, F] in fp32 for positions [B, S, A].
+
+    With one axis every frequency turns with it. With three (running position, patch row, patch column)
+    frequency f turns with axis f mod 3: text, whose three positions are equal, is embedded exactly as with
+    one axis, and patches tell rows from columns at every scale.
+    """
+    frequencies = head_dim // 2
+    exponent_F = torch.arange(frequencies, device=position_BSA.device, dtype=torch.float32) / frequencies
+    axis_F = torch.arange(frequencies, device=position_BSA.device) % position_BSA.shape[-1]
+    return position_BSA[..., axis_F].float() * theta**-exponent_F
+
+
+def rotate(x_BHSE: Tensor, cosine_BSF: Tensor, sine_BSF: Tensor) -> Tensor:
+    """Turn head dimensions pairwise, (i, i + E/2) being a pair; computed in fp32, returned in x's dtype."""
+    left, right = x_BHSE.float().chunk(2, dim=-1)
+    cosine, sine = cosine_BSF[:, None], sine_BSF[:, None]
+    return torch.cat((left * cosine - right * sine, right * cosine + left * sine), dim=-1).to(x_BHSE.dtype)
+
+
+class TimestepEmbedding(nn.Module):
+    """256 sinusoids of the timestep through a two-layer perceptron (reference: Peebles and Xie, 2023)."""
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(TIMESTEP_FREQUENCIES, out_features)
+        self.out = nn.Linear(out_features, out_features)
+
+    def forward(self, timestep_I: Tensor) -> Tensor:
+        """Embedding [I, out_features] of integer timesteps [I]."""
+        half = TIMESTEP_FREQUENCIES // 2
+        exponent = torch.arange(half, device=timestep_I.device, dtype=torch.float32) / half
+        angle = timestep_I.float()[:, None] * torch.exp(-math.log(10_000.0) * exponent)
+        sinusoids = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.hidden.weight.dtype)
+        return self.out(nn.functional.silu(self.hidden(sinusoids)))

@@ -1,0 +1,38 @@
+"""Initial weights that depend on the seed and a parameter's name only, never on rank or creation order."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+STANDARD_DEVIATION = 0.02
+
+
+def initialise(module: nn.Module, *, seed: int, layers: int) -> None:
+    """Fill every parameter in place: norms with one, biases with zero, the noise decoder with zero, matrices
+    with a truncated normal of deviation 0.02, those that write to the residual stream divided by
+    sqrt(2 * layers)."""
+    for name, parameter in module.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(initial_value(name, parameter, seed=seed, layers=layers))
+
+
+def initial_value(name: str, parameter: Tensor, *, seed: int, layers: int) -> Tensor:
+    """The initial value of one parameter, fp32 on the CPU."""
+    if "norm" in name:
+        return torch.ones(parameter.shape)
+    if name.endswith("bias") or name.startswith("patch_decoder"):
+        return torch.zeros(parameter.shape)
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    deviation = STANDARD_DEVIATION
+    if name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+        deviation /= math.sqrt(2 * layers)
+    if name.startswith("patch_encoder.projection"):
+        # Few inputs of unit variance: keeps patches as large as token embeddings.
+        deviation = parameter.shape[-1] ** -0.5 * STANDARD_DEVIATION
+    value = torch.empty(parameter.shape)
+    return nn.init.trunc_normal_(value, std=deviation, a=-3 * deviation, b=3 * deviation, generator=generator)

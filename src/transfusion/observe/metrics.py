@@ -1,0 +1,127 @@
+"""metrics.jsonl, the record of a run: one JSON object a logged step, appended at once.
+
+A run that is killed and started again writes some steps twice; the last line of a step counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """What is known after a step. A loss is a mean over its targets, None where the step had none.
+
+    image_loss_by_timestep: one value a bucket of timesteps. tokens, images: seen since the run's first step.
+    data_wait: share of the time since the last line that was spent waiting for data. memory_gib: peak.
+    skipped: steps so far whose update was left out. held_out_*: known at checkpoints only.
+    """
+
+    step: int
+    loss: float | None
+    text_loss: float | None
+    image_loss: float | None
+    image_loss_by_timestep: Sequence[float | None]
+    gradient_norm: float | None
+    learning_rate: float
+    skipped: int
+    tokens: int
+    images: int
+    tokens_per_second: float | None
+    data_wait: float | None
+    memory_gib: float | None
+    held_out_text_loss: float | None = None
+    held_out_image_loss: float | None = None
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl. Only the main process opens one.
+
+    Each line is one unbuffered write, so that a killed process loses none it had logged. A torn line
+    (a full disk, a lost machine) is taken away when the file is next opened. attempt: 1 for the first
+    start of the run, one more for each start that found lines.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _repair(path)
+        attempts = [line.get("attempt", 0) for line in _lines(path)]
+        self.attempt = 1 + max(attempts, default=0)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+
+    def append(self, metrics: StepMetrics) -> dict[str, Any]:
+        """Write one line, with the time and the attempt; returns the line as readers will see it."""
+        line = without_nan({**asdict(metrics), "time": round(time.time(), 3), "attempt": self.attempt})
+        self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+        return line
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in step order, the last one of each step. A torn line is left out.
+
+    An absent file is an empty run.
+    """
+    last_of_step = {line["step"]: line for line in _lines(path)}
+    return [last_of_step[step] for step in sorted(last_of_step)]
+
+
+def without_nan(value: Any) -> Any:
+    """The same plain values with None for every NaN and infinity, which JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return value
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for text in file:
+            line = _parse(text)
+            if line is not None:
+                yield line
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _repair(path: Path) -> None:
+    """Make the file end with a whole line, so that the next one does not run into a torn one."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open(path, "rb+") as file:
+        content = file.read()
+        if content.endswith(b"\n"):
+            return
+        end_of_lines = content.rfind(b"\n") + 1
+        if _parse(content[end_of_lines:]) is not None:
+            file.write(b"\n")
+        else:
+            file.truncate(end_of_lines)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,189 @@
+"""The folder of a run: where everything stands, what it ran on, and its log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from transfusion import __version__, presets
+from transfusion.config import Config
+from transfusion.errors import UserError
+
+PACKAGES = ("torch", "deepspeed", "triton", "numpy", "sentencepiece", "webdataset", "safetensors")
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """runs/<name>/ and the names of what it holds. Making one of these touches nothing on disk."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "env.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def grid(self, step: int) -> Path:
+        """Where the sample grid of a step stands."""
+        return self.samples / f"step_{step:07d}.png"
+
+    def create(self, config: Config, *, arguments: Sequence[str] = ()) -> None:
+        """Make the folders and write the resolved config and what this start runs on (main process only).
+
+        Raises UserError if the folder cannot be written.
+        """
+        try:
+            for folder in (self.path, self.samples, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            presets.dump(config, self.config)
+            text = json.dumps(describe_environment(arguments), indent=2, ensure_ascii=False)
+            self.environment.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {self.path}: {error.strerror}; choose another with run.dir=DIR"
+            ) from None
+
+
+def describe_environment(arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """What a run stands on, GPUs of this machine only. No environment variables: they may hold secrets."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": list(arguments),
+        "transfusion": __version__,
+        "git": git_state(Path(__file__).resolve()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "processes": _processes(),
+        "gpus": _gpus(),
+    }
+
+
+def package_version(name: str) -> str | None:
+    """Installed version of a distribution, without importing it; None where it is missing."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(file: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that tracks `file`, and whether it is changed since; None outside one."""
+    if _git(file, "ls-files", "--error-unmatch", file.name) is None:
+        return None  # a package installed below somebody's own repository is not that repository
+    commit = _git(file, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": bool(_git(file, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(file: Path, *arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(file.parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _processes() -> int:
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in found]
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is at that moment: a live progress line replaces it while it shows."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        return
+
+
+def start_logging(folder: RunFolder | None, *, rank: int = 0) -> None:
+    """Send the package's log to stderr, and in the main process to log.txt of its run folder.
+
+    Other ranks show warnings only, with their rank. Calling it again replaces the former destinations.
+    """
+    logger = logging.getLogger("transfusion")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    screen = _Stderr()
+    screen.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    logger.addHandler(screen)
+    if folder is not None and rank == 0:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(folder.log, encoding="utf-8")
+        file.setFormatter(logging.Formatter(LOG_FORMAT))
+        logger.addHandler(file)

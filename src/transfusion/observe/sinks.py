@@ -1,0 +1,120 @@
+"""Where metrics also go, beside metrics.jsonl: wandb, or nowhere. The only importer of wandb."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from transfusion.config import Config
+from transfusion.errors import UserError
+from transfusion.schema import TIMESTEP_BUCKETS
+
+logger = logging.getLogger(__name__)
+
+# metrics.jsonl's names, grouped into wandb's panels; what is not named here keeps its name.
+PANELS = {
+    "loss": "loss/total",
+    "text_loss": "loss/text",
+    "image_loss": "loss/image",
+    "gradient_norm": "optimizer/gradient_norm",
+    "learning_rate": "optimizer/learning_rate",
+    "skipped": "optimizer/skipped",
+    "tokens_per_second": "speed/tokens_per_second",
+    "data_wait": "speed/data_wait",
+    "memory_gib": "speed/memory_gib",
+}
+
+
+class Sink(Protocol):
+    """Takes lines as they stand in metrics.jsonl."""
+
+    def write(self, line: Mapping[str, Any]) -> None: ...
+
+    def picture(self, step: int, path: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoSink:
+    """Takes everything and keeps nothing."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        return
+
+    def picture(self, step: int, path: Path) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class WandbSink:
+    """A wandb run for one attempt.
+
+    wandb's own step only grows, so a resumed run would lose what it repeats; hence a step metric of our own,
+    and a new wandb run for each attempt, all in one group.
+    """
+
+    def __init__(self, run: Any, image: Any) -> None:
+        self._run = run
+        self._image = image
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Log one line; empty values are left out."""
+        self._run.log(panel_values(line))
+
+    def picture(self, step: int, path: Path) -> None:
+        """Log a sample grid."""
+        self._run.log({"step": step, "samples": self._image(str(path), caption=f"step {step}")})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_sink(config: Config, folder: Path, *, attempt: int) -> Sink:
+    """The sink that `config.log` asks for. Raises UserError if wandb is asked for and not installed.
+
+    wandb writes below `folder`, offline unless the user's environment or wandb settings name a mode.
+    """
+    if not config.log.wandb:
+        return NoSink()
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "log.wandb=true, but wandb is not installed; run `pip install wandb`, or set log.wandb=false"
+        ) from None
+    run = wandb.init(
+        project=config.log.project,
+        group=config.run.name,
+        name=f"{config.run.name}-{attempt}",
+        dir=str(folder),
+        config={**config.as_dict(), "attempt": attempt},
+        mode=None if _mode_is_chosen(wandb) else "offline",
+        reinit="finish_previous",
+        settings=wandb.Settings(save_code=False, disable_git=True, disable_job_creation=True, console="off"),
+    )
+    logger.info("wandb run %s, %s", run.id, "offline" if run.offline else run.url)
+    return WandbSink(run, wandb.Image)
+
+
+def panel_values(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl as wandb gets it: flat, grouped, without empty values."""
+    values: dict[str, Any] = {}
+    for name, value in line.items():
+        if name == "image_loss_by_timestep":
+            for bucket, loss in enumerate(value):
+                percent = 100 // TIMESTEP_BUCKETS
+                values[f"image_loss_by_timestep/{bucket * percent:02d}-{(bucket + 1) * percent:02d}%"] = loss
+        else:
+            values[PANELS.get(name, name)] = value
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _mode_is_chosen(wandb: Any) -> bool:
+    """Whether WANDB_MODE or wandb's settings name a mode; its own default is to send everything."""
+    return "mode" in wandb.setup().settings.model_fields_set

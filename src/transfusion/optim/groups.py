@@ -1,0 +1,67 @@
+"""Which parameters are decayed, and the one place that builds AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transfusion.config import OptimizerConfig
+
+
+def parameter_groups(
+    described: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Two AdamW groups: matrices, embeddings among them, are decayed; norms and biases are not.
+
+    `described` tells the shapes, by name, since a sharded parameter has lost its own. A group without
+    parameters is left out.
+    """
+    matrices = [parameters[name] for name, shape in described.items() if shape.dim() >= 2]
+    others = [parameters[name] for name, shape in described.items() if shape.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW with every setting written out; the learning rate is set anew before each step."""
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        amsgrad=False,
+        maximize=False,
+        capturable=False,
+        fused=fused,
+    )
+
+
+def create_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
+    """Give AdamW its zero moments now instead of at the first step, so that they can be saved and loaded."""
+    fused = bool(optimizer.defaults["fused"])
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        if not state:
+            # The fused kernel counts on the device, the plain one on the host.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
+            state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+
+
+def set_updates(optimizer: torch.optim.AdamW, updates: int) -> None:
+    """Tell AdamW how many updates it has made, for its bias correction."""
+    for state in optimizer.state.values():
+        state["step"].fill_(updates)
+
+
+def set_learning_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+    """The rate of the next step, in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,1 @@
+"""Where and how a model runs: processes, engines, and what all ranks agree on."""

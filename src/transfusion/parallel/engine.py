@@ -1,0 +1,151 @@
+"""What a training loop sees of the machine: one protocol, kept by a plain engine and by ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from transfusion.config import Config
+from transfusion.errors import UserError
+from transfusion.model import Transfusion
+from transfusion.parallel.agree import group_device
+from transfusion.parallel.environment import Environment
+from transfusion.parallel.shards import Shard
+from transfusion.schema import Batch, LossTerms, StepResult
+
+Weights = Literal["raw", "ema"]
+
+
+class GlobalCounts(NamedTuple):
+    """What one optimiser step learns from, over all ranks and micro-batches: text targets, latent elements.
+
+    0-dim float32 tensors. The loss of every micro-batch is divided by these, so that neither the number of
+    ranks nor that of micro-batches changes the gradient.
+    """
+
+    text: Tensor
+    image: Tensor
+
+
+class Engine(Protocol):
+    """Weights, optimiser and moving average of one model, in one process or in many.
+
+    Every method but the properties is called by all ranks together, in the same order.
+    """
+
+    config: Config
+    device: torch.device
+    rank: int
+    world_size: int
+    # Whether a moving average is kept.
+    averages: bool
+    # Optimiser updates made, skipped steps left out.
+    updates: int
+
+    def forward_backward(self, batch: Batch, counts: GlobalCounts, *, last: bool) -> LossTerms:
+        """Add the gradient of one micro-batch; `last`: no more follow before `step`.
+
+        Returns this rank's own sums, detached, on its device.
+        """
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip by the global norm and update, or skip on all ranks if the gradient of any is not finite."""
+
+    def evaluation(self, weights: Weights) -> AbstractContextManager[nn.Module]:
+        """The network for forward passes without gradients, in eval mode, with raw or averaged weights.
+
+        Every rank runs equally many forwards of equal parts. Raises UserError for "ema" where none is kept.
+        """
+
+    def shards(self) -> list[Shard]:
+        """This rank's slices of every parameter with optimiser state, to be read or overwritten in place."""
+
+    def shards_written(self, updates: int) -> None:
+        """Take over what was written into the shards; `updates`: the optimiser steps behind them."""
+
+
+def build_engine(config: Config, environment: Environment) -> Engine:
+    """The engine that `train.engine` names, with freshly initialised weights.
+
+    auto: ZeRO with more than one process or on a GPU, else local. `config.model.vocabulary` must be set.
+    Raises UserError for the local engine in several processes and for ZeRO without DeepSpeed.
+    """
+    kind = config.train.engine
+    if kind == "auto":
+        kind = "zero" if environment.world_size > 1 or environment.device.type == "cuda" else "local"
+    if kind == "local":
+        if environment.world_size > 1:
+            raise UserError(
+                f"train.engine=local runs in one process, but {environment.world_size} were started; "
+                "use train.engine=zero, or start a single process"
+            )
+        from transfusion.parallel.local import LocalEngine
+
+        return LocalEngine(config, environment)
+    from transfusion.parallel.zero import ZeroEngine
+
+    return ZeroEngine(config, environment)
+
+
+def build_model(config: Config) -> Transfusion:
+    """The network with uninitialised weights in fp32, on torch's default device."""
+    if config.model.vocabulary == 0:
+        raise ValueError("model.vocabulary must hold the tokenizer's size before an engine is built")
+    return Transfusion(
+        config.model,
+        config.codec,
+        attention=config.train.attention,
+        head_chunk=config.train.head_chunk,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+
+
+def compile_blocks(model: Transfusion) -> None:
+    """Compile each block's forward for training; sampling, whose shapes change all the time, stays eager.
+
+    The forward and not the module is compiled, so that ZeRO's hooks stay outside of the graph.
+    """
+    for block in model.blocks:
+        block.forward = _compiled_when_training(block)
+
+
+def _compiled_when_training(block: nn.Module):  # type: ignore[no-untyped-def]
+    eager = block.forward
+    compiled = torch.compile(eager, dynamic=False)
+
+    def forward(*arguments):  # type: ignore[no-untyped-def]
+        return (compiled if torch.is_grad_enabled() else eager)(*arguments)
+
+    return forward
+
+
+def global_counts(batches: Sequence[Batch]) -> GlobalCounts:
+    """Count what this rank's micro-batches of one step hold and sum it over all ranks, in one collective."""
+    # float64: a global batch of pictures has more elements than float32 counts exactly.
+    text = torch.stack([batch.text_weight_BS.sum(dtype=torch.float64) for batch in batches]).sum()
+    image = torch.stack(
+        [
+            group.image_weight_I.sum(dtype=torch.float64) * group.values[0].numel()
+            for batch in batches
+            for group in batch.images
+        ]
+    ).sum()
+    counts = torch.stack([text, image])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        counts = counts.to(group_device())
+        dist.all_reduce(counts)
+    return GlobalCounts(*counts.float())
+
+
+def training_loss(loss: Tensor) -> Tensor:
+    """The same loss, whose gradient is NaN everywhere if the loss itself is not finite.
+
+    A loss can overflow while its gradient stays finite. This way the gradient norm, which all ranks see
+    alike, tells of both, and no further collective is needed.
+    """
+    return loss * (1.0 + 0.0 * loss.detach())

@@ -1,0 +1,193 @@
+"""Who this process is among all processes, and the start and end of their process group.
+
+The only reader and writer of environment variables in the package; torch is imported when first needed, so
+that the command line can use this module early.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from transfusion.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# A collective that waits longer than this has lost a process: better an error than a hang.
+TIMEOUT = timedelta(minutes=10)
+# SLURM gives no port; jobs of one machine get different ones from here on.
+SLURM_FIRST_PORT = 20_000
+SLURM_PORTS = 20_000
+
+
+class Placement(NamedTuple):
+    """This process's place, as its launcher tells it; `variables` are what torch.distributed reads."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    variables: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One process of a run. threads: CPU threads that torch may use in it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    threads: int
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes what is written once."""
+        return self.rank == 0
+
+
+def start(threads: int = 0, *, timeout: timedelta = TIMEOUT) -> Environment:
+    """Find this process's place, pick its device, set its threads, and join the other processes.
+
+    threads: CPU threads, 0 for the cores divided by the processes of this machine. The group is NCCL on CUDA
+    and gloo on CPU; a single process has none. Raises UserError when the launcher's variables contradict each
+    other or the other processes do not answer.
+    """
+    import torch
+
+    place = placement(os.environ)
+    cuda = torch.cuda.is_available()
+    if cuda and place.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {place.local_rank} of this machine has no GPU of its own, "
+            f"{torch.cuda.device_count()} found; start at most that many processes a machine"
+        )
+    if cuda:
+        torch.cuda.set_device(place.local_rank)
+    else:
+        # DeepSpeed guesses its accelerator from installed packages; without a GPU the guess may be wrong.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.update(place.variables)
+    count = threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+    torch.set_num_threads(count)
+    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    environment = Environment(place.rank, place.local_rank, place.world_size, device, count)
+    if place.world_size > 1:
+        join_group(environment, timeout=timeout)
+    return environment
+
+
+def join_group(environment: Environment, *, timeout: timedelta = TIMEOUT) -> None:
+    """Start torch.distributed, if it is not running. A single process forms a group of one without a port."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    on_gpu = environment.device.type == "cuda"
+    options: dict[str, Any] = {"timeout": timeout}
+    if on_gpu:
+        options["device_id"] = environment.device
+    if environment.world_size == 1:
+        options.update(store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", **options)
+    except (RuntimeError, ValueError, torch.distributed.DistError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"process {environment.rank} of {environment.world_size} could not reach the others at {address}"
+            f" within {timeout.total_seconds():.0f} s ({reason}); check that all run and the port is free"
+        ) from error
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:
+    """Command line arguments without the `--local_rank=N` that the deepspeed launcher puts among them."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not re.match(r"--local[_-]rank=", argument):
+            kept.append(argument)
+    return kept
+
+
+def placement(variables: Mapping[str, str]) -> Placement:
+    """Read the variables of torchrun or the deepspeed launcher, else of srun, else assume one process."""
+    if "RANK" in variables or "WORLD_SIZE" in variables:
+        return _from_torchrun(variables)
+    # Only srun sets this one; an sbatch script itself also has SLURM_NTASKS but is a single process.
+    if int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _from_slurm(variables)
+    return Placement(0, 0, 1, 1, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+
+
+def _from_torchrun(variables: Mapping[str, str]) -> Placement:
+    rank, world_size = _integer(variables, "RANK"), _integer(variables, "WORLD_SIZE")
+    local_rank = _integer(variables, "LOCAL_RANK", rank)
+    local_size = _integer(variables, "LOCAL_WORLD_SIZE", _integer(variables, "LOCAL_SIZE", world_size))
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK={rank} does not fit WORLD_SIZE={world_size}; use torchrun, or unset both")
+    if world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in variables:
+                raise UserError(f"WORLD_SIZE={world_size} but {name} is not set; use torchrun, or set it")
+    return Placement(rank, local_rank, world_size, local_size, {"LOCAL_RANK": str(local_rank)})
+
+
+def _from_slurm(variables: Mapping[str, str]) -> Placement:
+    rank, world_size = _integer(variables, "SLURM_PROCID"), _integer(variables, "SLURM_STEP_NUM_TASKS")
+    local_rank = _integer(variables, "SLURM_LOCALID")
+    local_size = _tasks_on_node(
+        variables.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)), _integer(variables, "SLURM_NODEID", 0)
+    )
+    exported = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size)}
+    if "MASTER_ADDR" not in variables:
+        exported["MASTER_ADDR"] = _first_host(variables.get("SLURM_STEP_NODELIST", "localhost"))
+    if "MASTER_PORT" not in variables:
+        job = _integer(variables, "SLURM_JOB_ID", 0)
+        exported["MASTER_PORT"] = str(SLURM_FIRST_PORT + job % SLURM_PORTS)
+    return Placement(rank, local_rank, world_size, local_size, exported)
+
+
+def _integer(variables: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = variables.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise UserError(
+            f"the environment variable {name} must be an integer, got {text!r}; use torchrun, or unset it"
+        ) from None
+
+
+def _tasks_on_node(listing: str, node: int) -> int:
+    """Tasks of node number `node` from SLURM's listing, such as `4(x2),3`."""
+    counts: list[int] = []
+    for part in listing.split(","):
+        count, _, repeat = part.partition("(x")
+        counts += [int(count)] * int(repeat.rstrip(")") or 1)
+    return counts[min(node, len(counts) - 1)]
+
+
+def _first_host(listing: str) -> str:
+    """First host of SLURM's listing, such as `node[03-07,9],other`."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", listing)
+    return (match[1] + (match[2] or "")) if match else listing

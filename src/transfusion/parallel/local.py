@@ -1,0 +1,135 @@
+"""The plain engine: one process, torch alone. What every other engine is tested against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from transfusion.config import Config
+from transfusion.errors import UserError
+from transfusion.mixed_loss import MixedLoss
+from transfusion.model.initialise import initialise
+from transfusion.optim import groups
+from transfusion.optim.ema import MovingAverage
+from transfusion.parallel.engine import (
+    GlobalCounts,
+    Weights,
+    build_model,
+    compile_blocks,
+    training_loss,
+)
+from transfusion.parallel.environment import Environment
+from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
+from transfusion.schema import Batch, LossTerms, StepResult
+
+
+class LocalEngine:
+    """AdamW on fp32 weights; with bf16, the network runs on a low-precision copy of them."""
+
+    def __init__(self, config: Config, environment: Environment) -> None:
+        self.config = config
+        self.device, self.rank, self.world_size = environment.device, 0, 1
+        self.updates = 0
+        self.loss = MixedLoss(config.diffusion)
+        model = build_model(config)
+        initialise(model, seed=config.run.seed, layers=config.model.layers)
+        self.model = model.to(self.device)
+        # The optimiser's weights, always fp32: the parameters themselves, or what they are rounded from.
+        self.masters = {name: parameter for name, parameter in self.model.named_parameters()}
+        self.rounded = config.train.precision == "bf16"
+        if self.rounded:
+            self.masters = {
+                name: nn.Parameter(parameter.detach().clone()) for name, parameter in self.masters.items()
+            }
+            self.model.to(torch.bfloat16)
+        if config.train.compile:
+            compile_blocks(self.model)
+        parameters = groups.parameter_groups(self.masters, self.masters, config.optimizer.weight_decay)
+        self.optimizer = groups.adamw(parameters, config.optimizer, fused=self.device.type == "cuda")
+        groups.create_moments(self.optimizer, self.masters.values())
+        self.averages = config.optimizer.ema_decay > 0
+        averaged = list(self.masters.values()) if self.averages else []
+        self.average = MovingAverage(averaged, config.optimizer.ema_decay)
+
+    def forward_backward(self, batch: Batch, counts: GlobalCounts, *, last: bool) -> LossTerms:
+        """See `Engine.forward_backward`; gradients add up in fp32."""
+        terms = self.loss.terms(self.model, batch.to(self.device))
+        text, image = counts.text.to(self.device), counts.image.to(self.device)
+        training_loss(self.loss.combine(terms, text, image)).backward()
+        if self.rounded:
+            for name, parameter in self.model.named_parameters():
+                if parameter.grad is None:
+                    continue
+                master, gradient = self.masters[name], parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
+        return terms.detached()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """See `Engine.step`."""
+        masters = list(self.masters.values())
+        norm = torch.nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
+        gradient_norm = float(norm)
+        skipped = not math.isfinite(gradient_norm)
+        if not skipped:
+            torch.nn.utils.clip_grads_with_norm_(masters, self.config.optimizer.gradient_clip, norm)
+            groups.set_learning_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+            self.updates += 1
+            if self.averages:
+                self.average.update()
+            self._refresh()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(gradient_norm=math.inf if skipped else gradient_norm, skipped=skipped)
+
+    @contextmanager
+    def evaluation(self, weights: Weights) -> Iterator[nn.Module]:
+        """See `Engine.evaluation`."""
+        if weights == "ema" and not self.averages:
+            raise UserError("no moving average is kept: set optimizer.ema_decay, or evaluate the raw weights")
+        self._exchange(weights)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.model.train()
+            self._exchange(weights)
+
+    def shards(self) -> list[Shard]:
+        """See `Engine.shards`: every parameter whole."""
+        averages = dict(zip(self.masters, self.average.averages, strict=False))
+        shards = []
+        for name, master in self.masters.items():
+            state = self.optimizer.state[master]
+            values = {
+                WEIGHT: master.detach().flatten(),
+                FIRST_MOMENT: state["exp_avg"].flatten(),
+                SECOND_MOMENT: state["exp_avg_sq"].flatten(),
+            }
+            if self.averages:
+                values[AVERAGE] = averages[name].flatten()
+            shards.append(Shard(name, tuple(master.shape), 0, master.numel(), values))
+        return shards
+
+    def shards_written(self, updates: int) -> None:
+        """See `Engine.shards_written`."""
+        self.updates = updates
+        groups.set_updates(self.optimizer, updates)
+        self._refresh()
+
+    def _exchange(self, weights: Weights) -> None:
+        if weights == "ema":
+            self.average.exchange()
+            self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Round the optimiser's weights into the network's, where these are a copy."""
+        if self.rounded:
+            parameters = dict(self.model.named_parameters())
+            torch._foreach_copy_([parameters[name] for name in self.masters], list(self.masters.values()))

@@ -1,0 +1,34 @@
+"""This process's part of the training state, as live fp32 tensors that a checkpoint copies out of or into."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+WEIGHT = "weight"
+FIRST_MOMENT = "exp_avg"
+SECOND_MOMENT = "exp_avg_sq"
+AVERAGE = "ema"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A slice of one parameter, counted in elements of the flattened parameter.
+
+    values: by kind (weight, both Adam moments, moving average if there is one) a fp32 view [length] of what
+    the engine trains with. Over all ranks the slices of a parameter cover it without overlap.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    values: dict[str, Tensor]
+
+    def part_of(self, parameter: Tensor) -> Tensor:
+        """This slice [length] of a whole parameter."""
+        if parameter.numel() != math.prod(self.shape):
+            raise ValueError(f"{self.name} has {math.prod(self.shape)} elements, got {parameter.numel()}")
+        return parameter.detach().flatten()[self.start : self.start + self.length]

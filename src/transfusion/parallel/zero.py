@@ -1,0 +1,231 @@
+"""DeepSpeed ZeRO behind the engine protocol. The only module that imports deepspeed, and only when used."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transfusion.config import Config
+from transfusion.errors import UserError
+from transfusion.mixed_loss import MixedLoss
+from transfusion.model.initialise import initial_value
+from transfusion.optim import groups
+from transfusion.optim.ema import MovingAverage
+from transfusion.parallel.engine import (
+    GlobalCounts,
+    Weights,
+    build_model,
+    compile_blocks,
+    training_loss,
+)
+from transfusion.parallel.environment import Environment, join_group
+from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
+from transfusion.parallel.zero_config import deepspeed_config
+from transfusion.schema import Batch, LossTerms, StepResult
+
+
+class _Piece(NamedTuple):
+    """Where this rank's slice of a parameter lies: elements of flat tensor `flat` from `offset` on."""
+
+    flat: int
+    offset: int
+    start: int
+    length: int
+
+
+class ZeroEngine:
+    """ZeRO stage 1, 2 or 3. All state that trains lies in a few flat fp32 tensors a rank, `self.flats`."""
+
+    def __init__(self, config: Config, environment: Environment) -> None:
+        join_group(environment)
+        deepspeed = _import_deepspeed()
+        self.config = config
+        self.device, self.rank, self.world_size = environment.device, environment.rank, environment.world_size
+        self.updates = 0
+        self.stage = config.train.zero.stage
+        self.loss = MixedLoss(config.diffusion)
+        cuda = self.device.type == "cuda"
+        settings = deepspeed_config(config, world_size=self.world_size, cuda=cuda)
+        with torch.device("meta"):
+            described = dict(build_model(config).named_parameters())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in described.items()}
+        with _quiet():
+            # Takes over the process group that is there; without it DeepSpeed counts one rank.
+            deepspeed.init_distributed()
+            # Stage 3 shards every module as soon as it is made, so that no rank ever holds the whole model.
+            dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+            with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype, enabled=self.stage == 3):
+                model = build_model(config)
+            named = dict(model.named_parameters())
+            decay = config.optimizer.weight_decay
+            self.adamw = groups.adamw(
+                groups.parameter_groups(described, named, decay), config.optimizer, fused=cuda
+            )
+            self.engine, self.zero, _, _ = deepspeed.initialize(
+                model=model, optimizer=self.adamw, config=settings
+            )
+        if config.train.compile:
+            compile_blocks(model)
+        self.flats = _flat_weights(self.zero, self.stage)
+        groups.create_moments(self.adamw, self.flats)
+        self.pieces = {
+            name: piece
+            for name, parameter in named.items()
+            if (piece := _locate(self.zero, self.stage, parameter, described[name].numel(), self.rank))
+        }
+        self._initialise()
+        self.averages = config.optimizer.ema_decay > 0
+        self.average = MovingAverage(self.flats if self.averages else [], config.optimizer.ema_decay)
+
+    def forward_backward(self, batch: Batch, counts: GlobalCounts, *, last: bool) -> LossTerms:
+        """See `Engine.forward_backward`; `step` ends the accumulation, so `last` is not needed here."""
+        terms = self.loss.terms(self.engine, batch.to(self.device))
+        text, image = counts.text.to(self.device), counts.image.to(self.device)
+        # DeepSpeed averages gradients over ranks, where ours are parts of one sum.
+        loss = training_loss(self.loss.combine(terms, text, image)) * self.world_size
+        self.engine.backward(loss)
+        return terms.detached()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """See `Engine.step`; DeepSpeed skips the update on all ranks when the reduced norm is not finite."""
+        groups.set_learning_rate(self.adamw, learning_rate)
+        self.engine.step()
+        skipped = not self.engine.was_step_applied()
+        if not skipped:
+            self.updates += 1
+            if self.averages:
+                self.average.update()
+        norm = math.inf if skipped else float(self.engine.get_global_grad_norm())
+        return StepResult(gradient_norm=norm, skipped=skipped)
+
+    @contextmanager
+    def evaluation(self, weights: Weights) -> Iterator[nn.Module]:
+        """See `Engine.evaluation`; averages and weights are swapped shard by shard, nothing is gathered."""
+        if weights == "ema" and not self.averages:
+            raise UserError("no moving average is kept: set optimizer.ema_decay, or evaluate the raw weights")
+        self._use(weights)
+        self.engine.eval()
+        try:
+            with torch.no_grad():
+                yield self.engine.module
+        finally:
+            self.engine.train()
+            self._use(weights)
+
+    def shards(self) -> list[Shard]:
+        """See `Engine.shards`."""
+        shards = []
+        for name, (flat, offset, start, length) in self.pieces.items():
+            state = self.adamw.state[self.flats[flat]]
+            values = {
+                WEIGHT: self.flats[flat].detach(),
+                FIRST_MOMENT: state["exp_avg"],
+                SECOND_MOMENT: state["exp_avg_sq"],
+            }
+            if self.averages:
+                values[AVERAGE] = self.average.averages[flat]
+            slices = {kind: tensor.narrow(0, offset, length) for kind, tensor in values.items()}
+            shards.append(Shard(name, self.shapes[name], start, length, slices))
+        return shards
+
+    def shards_written(self, updates: int) -> None:
+        """See `Engine.shards_written`."""
+        self.updates = updates
+        groups.set_updates(self.adamw, updates)
+        self._refresh()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        # The fp32 shards are filled, not the network, so that bf16 runs too start from unrounded weights.
+        for name, (flat, offset, start, length) in self.pieces.items():
+            shape = torch.empty(self.shapes[name], device="meta")
+            value = initial_value(name, shape, seed=self.config.run.seed, layers=self.config.model.layers)
+            self.flats[flat].narrow(0, offset, length).copy_(value.flatten()[start : start + length])
+        self._refresh()
+
+    def _use(self, weights: Weights) -> None:
+        if self.stage == 3:
+            # Evaluation visits modules in another order than training: forget the recorded one, lest
+            # DeepSpeed gathers ahead what will not be used.
+            coordinator = self.zero._get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+        if weights == "ema":
+            self.average.exchange()
+        self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Bring the copies of the fp32 shards up to date: rounded shards and parameters kept gathered."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        self.zero._partition_all_parameters()
+        for group in range(len(self.flats)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        kept = self.zero.persistent_parameters
+        if kept:
+            kept[0].all_gather(kept)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep DeepSpeed's reports of its own start off the terminal; errors are raised all the same."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, quiet and without anything to compile at its start."""
+    former = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(
+            f"train.engine=zero needs DeepSpeed ({error}): pip install 'transfusion[train]', "
+            "or set train.engine=local"
+        ) from None
+    finally:
+        logging.disable(former)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls torch's collectives by their former names; nobody who trains can change that.
+    renamed = r"`torch\.distributed\.\w+` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    # DeepSpeed would compile this CPU operator for a minute, and a killed compilation blocks all later ones;
+    # without it collectives go through gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _flat_weights(zero: Any, stage: int) -> list[Tensor]:
+    """The fp32 tensors that DeepSpeed hands to AdamW on this rank."""
+    if stage == 3:
+        return list(zero.fp32_partitioned_groups_flat)
+    # Stage 1 in bf16 is run by another class of DeepSpeed, with another name for the same.
+    return list(getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition)
+
+
+def _locate(zero: Any, stage: int, parameter: nn.Parameter, elements: int, rank: int) -> _Piece | None:
+    """This rank's slice of a parameter, None where it has none."""
+    if stage == 3:
+        flat, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        start = rank * size
+        # The last slices are padded to equal sizes; padding is nobody's.
+        length = min(size, elements - start)
+        return _Piece(flat, offset, start, length) if length > 0 else None
+    fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+    if fragment is None:
+        return None
+    part, place = fragment.lp_fragment_address, fragment.hp_fragment_address
+    return _Piece(fragment.param_group_index, place.start, part.start, part.numel)

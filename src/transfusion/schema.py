@@ -1,0 +1,187 @@
+"""The types that cross module borders.
+
+Shape suffixes: B rows, S positions in a row, A position axes, I images in a group, P patches an image,
+C channels, H/W picture height and width, K timestep buckets.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from transfusion_kernels import IntervalMask
+
+T = TypeVar("T")
+
+# Image losses are also reported by timestep: this many equal buckets over [0, diffusion.steps).
+TIMESTEP_BUCKETS = 10
+
+
+class Modality(enum.IntEnum):
+    """What stands at a position of a row."""
+
+    TEXT = 0
+    IMAGE = 1
+    PADDING = 2
+
+
+class SpecialToken(enum.IntEnum):
+    """Control tokens. The tokenizer reserves these ids; user text can never produce them."""
+
+    PADDING = 0
+    BEGIN_DOCUMENT = 1
+    END_DOCUMENT = 2
+    UNKNOWN = 3
+    BEGIN_IMAGE = 4
+    END_IMAGE = 5
+    # Stands at patch positions, where the embedding is replaced by the encoded patch.
+    PATCH = 6
+
+
+@dataclass(frozen=True, slots=True)
+class TextSegment:
+    """A run of text tokens (ids as the tokenizer gives them, without control tokens)."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSegment:
+    """One picture: uint8 values [C, H, W] as decoded, and its patch count."""
+
+    values_CHW: Any
+    patches: int
+
+
+Segment = TextSegment | ImageSegment
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What a model reads between <BOS> and <EOS>: segments in reading order, and where they came from."""
+
+    segments: tuple[Segment, ...]
+    source: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageGroup:
+    """All images of a batch that share one shape. Never empty: a rank without images carries one of weight 0.
+
+    values: uint8 pixels [I, C, H, W] (or float latents of that layout); the codec turns them into latents.
+    image_weight_I: float32, 1 for a real image, 0 for one that only keeps every rank's work alike.
+    patch_slot_IP: int64, flat positions (row * S + position) of its patches, row-major over the picture.
+    timestep_I: int64 in [0, diffusion.steps); one noise level an image.
+    noise_key_I: int64, key of the counter-based noise (`diffusion.noise`).
+    """
+
+    modality: Modality
+    values: Tensor
+    image_weight_I: Tensor
+    patch_slot_IP: Tensor
+    timestep_I: Tensor
+    noise_key_I: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchCounts:
+    """Host integers that describe a batch, known without asking the device."""
+
+    tokens: int
+    text_targets: int
+    images: int
+    image_elements: int
+    padding: int
+    faults: int = 0
+
+    def __add__(self, other: BatchCounts) -> BatchCounts:
+        return BatchCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Packed rows of text and images, on one device.
+
+    token_ids_BS: int64. modality_BS: uint8 (`Modality`). position_BSA: int64, A = 1 (running position in
+    its document) or 3 (running position, patch row, patch column). target_ids_BS: int64, the next token.
+    text_weight_BS: float32, 1 where the next token is learned, else 0. mask: who sees whom.
+    """
+
+    token_ids_BS: Tensor
+    modality_BS: Tensor
+    position_BSA: Tensor
+    target_ids_BS: Tensor
+    text_weight_BS: Tensor
+    mask: IntervalMask
+    images: tuple[ImageGroup, ...]
+    counts: BatchCounts
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device`."""
+        return _move(self, torch.device(device))
+
+
+def _move(value: T, device: torch.device) -> T:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, IntervalMask):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_move(item, device) for item in value)  # type: ignore[return-value]
+    if isinstance(value, Batch | ImageGroup):
+        return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+class LossTerms(NamedTuple):
+    """Sums and counts, never means, so that they add up over chunks, micro-batches and ranks.
+
+    text_sum: nats over text targets; text_count: number of them. image_sum: squared error over latent
+    elements; image_count: number of elements. The bucket pairs split the image terms by timestep.
+    All are 0-dim (or [K]) float32 tensors.
+    """
+
+    text_sum: Tensor
+    text_count: Tensor
+    image_sum: Tensor
+    image_count: Tensor
+    bucket_sum_K: Tensor
+    bucket_count_K: Tensor
+
+    def detached(self) -> LossTerms:
+        return LossTerms(*(term.detach() for term in self))
+
+    def plus(self, other: LossTerms) -> LossTerms:
+        return LossTerms(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Decision(enum.IntEnum):
+    """What all ranks do after a step; the greatest value of any rank wins."""
+
+    CONTINUE = 0
+    SAVE = 1
+    SAVE_AND_STOP = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """Outcome of one optimiser step. `skipped`: a non-finite loss or gradient on any rank."""
+
+    gradient_norm: float
+    skipped: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainState:
+    """All that a run needs beside weights and optimiser to go on exactly where it stopped. JSON only."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    tokens: int = 0
+    images: int = 0
+    data: dict[str, Any] = field(default_factory=dict)

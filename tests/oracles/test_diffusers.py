@@ -1,0 +1,104 @@
+"""Schedule and samplers equal those of diffusers, given the same noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from transfusion.diffusion.noise import counter_normal
+from transfusion.diffusion.sampler import DDIM, DDPM, spaced_timesteps, start_noise
+from transfusion.diffusion.schedule import CosineSchedule
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (extra: oracles)")
+
+SCHEDULE = CosineSchedule(1000)
+KEYS, SHAPE = torch.tensor([3, 4]), (8, 8, 8)
+
+
+def scheduler(name: str, **settings: Any) -> Any:
+    made = getattr(diffusers, name)(
+        1000,
+        beta_schedule="squaredcos_cap_v2",
+        timestep_spacing="trailing",
+        **{"clip_sample": False, **settings},
+    )
+    return made
+
+
+def predicted(latent: Tensor) -> Tensor:
+    """Stands for the network: a function of the latent, neither linear nor small."""
+    return 0.3 * latent.tanh() + 0.5 * latent
+
+
+def test_alpha_bar() -> None:
+    theirs = scheduler("DDPMScheduler").alphas_cumprod
+    assert torch.equal(SCHEDULE.alpha_bar_T, theirs)
+
+
+def test_add_noise() -> None:
+    clean, noise = torch.randn(2, 4, 8, 8, 8)
+    timestep = torch.tensor([0, 10, 500, 999])
+    theirs = scheduler("DDPMScheduler").add_noise(clean, noise, timestep)
+    assert torch.equal(SCHEDULE.add_noise(clean, noise, timestep), theirs)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50, 100, 250, 300, 999, 1000])
+def test_timesteps(steps: int) -> None:
+    theirs = scheduler("DDPMScheduler")
+    theirs.set_timesteps(steps)
+    assert spaced_timesteps(1000, steps) == theirs.timesteps.tolist()
+
+
+class FreshNoise:
+    """Hands our counter-based noise to a diffusers scheduler, which asks for it through `randn_tensor`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.index = 0
+        module = diffusers.schedulers.scheduling_ddpm
+        monkeypatch.setattr(
+            module, "randn_tensor", lambda shape, **_: counter_normal(KEYS, shape[1:], stream=1 + self.index)
+        )
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_ddpm_trajectory_of_250_steps(monkeypatch: pytest.MonkeyPatch, clip: float | None) -> None:
+    fresh = FreshNoise(monkeypatch)
+    clipping = {} if clip is None else {"clip_sample": True, "clip_sample_range": clip}
+    theirs, ours = (
+        scheduler("DDPMScheduler", variance_type="fixed_small", **clipping),
+        DDPM(SCHEDULE, 250, clip=clip),
+    )
+    theirs.set_timesteps(250)
+    assert ours.timesteps == theirs.timesteps.tolist()
+    mine = its = start_noise(KEYS, SHAPE)
+    for index, timestep in enumerate(ours.timesteps):
+        fresh.index = index
+        its = theirs.step(predicted(its), timestep, its).prev_sample
+        mine = ours.step(index, mine, predicted(mine), KEYS)
+        assert (mine - its).abs().max() <= 1e-6 * its.abs().max(), f"step {index}"
+    assert mine.isfinite().all()
+
+
+def test_a_ddim_trajectory_of_50_steps() -> None:
+    theirs, ours = scheduler("DDIMScheduler", set_alpha_to_one=True), DDIM(SCHEDULE, 50)
+    theirs.set_timesteps(50)
+    assert ours.timesteps == theirs.timesteps.tolist()
+    mine = its = start_noise(KEYS, SHAPE)
+    for index, timestep in enumerate(ours.timesteps):
+        its = theirs.step(predicted(its), timestep, its, eta=0.0).prev_sample
+        mine = ours.step(index, mine, predicted(mine), KEYS)
+        assert (mine - its).abs().max() <= 1e-6 * its.abs().max(), f"step {index}"
+
+
+def test_a_clipped_ddim_trajectory_of_50_steps() -> None:
+    theirs, ours = scheduler("DDIMScheduler", clip_sample=True), DDIM(SCHEDULE, 50, clip=1.0)
+    theirs.set_timesteps(50)
+    mine = its = start_noise(KEYS, SHAPE)
+    for index, timestep in enumerate(ours.timesteps):
+        step = theirs.step(predicted(its), timestep, its, eta=0.0, use_clipped_model_output=True)
+        its = step.prev_sample
+        mine = ours.step(index, mine, predicted(mine), KEYS)
+        assert (mine - its).abs().max() <= 1e-6 * its.abs().max(), f"step {index}"

@@ -1,0 +1,83 @@
+"""Pictures of every kind to uint8, and what is refused."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from transfusion.data import decode as module
+from transfusion.data.decode import DecodeFault, check_header, decode
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def grey(values: object, dtype: str = "uint8") -> Image.Image:
+    return Image.fromarray(np.array(values, dtype=dtype))
+
+
+def test_the_right_size_is_untouched() -> None:
+    values = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    picture = decode(encoded(Image.fromarray(values)), channels=1, image_size=8)
+    assert picture.shape == (1, 8, 8) and picture.dtype == np.uint8
+    assert np.array_equal(picture[0], values)
+    colour = decode(encoded(Image.fromarray(values)), channels=3, image_size=8)
+    assert np.array_equal(colour, np.stack([values] * 3))
+
+
+def test_other_sizes_are_cropped_to_the_centre() -> None:
+    values = np.zeros((8, 16), np.uint8)
+    values[:, 4:12] = 200
+    assert decode(encoded(Image.fromarray(values)), channels=1, image_size=4).min() == 200
+
+
+def test_transparency_is_white() -> None:
+    picture = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert decode(encoded(picture), channels=3, image_size=4).min() == 255
+    palette = Image.new("P", (4, 4))
+    palette.info["transparency"] = 0
+    assert decode(encoded(palette, transparency=0), channels=3, image_size=4).min() == 255
+
+
+def test_sixteen_bits_lose_the_lower_eight() -> None:
+    picture = decode(encoded(grey([[0, 256], [0x7FFF, 0xFFFF]], "uint16")), channels=1, image_size=2)
+    assert picture[0].tolist() == [[0, 1], [127, 255]]
+
+
+def test_orientation_is_applied() -> None:
+    picture = Image.new("RGB", (4, 4))
+    picture.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = decode(encoded(picture, exif=exif), channels=3, image_size=4)
+    assert turned[0, 3, 3] == 255 and turned[0, 0, 0] == 0
+
+
+def test_formats_go_by_content() -> None:
+    picture = Image.new("RGB", (4, 4), (200, 0, 0))
+    for kind in ("JPEG", "PNG", "WEBP"):
+        assert check_header(encoded(picture, kind)) == (4, 4)
+    for kind in ("GIF", "BMP", "TIFF"):
+        with pytest.raises(DecodeFault, match="unreadable"):
+            decode(encoded(picture, kind), channels=3, image_size=4)
+
+
+def test_damage_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise))
+    for damaged in (data[: len(data) // 2], b"", b"text", data[:200] + b"?" * 300 + data[500:]):
+        with pytest.raises(DecodeFault):
+            decode(damaged, channels=1, image_size=32)
+
+
+def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GREATEST_PIXELS", 15)
+    with pytest.raises(DecodeFault, match="pixels"):
+        decode(encoded(Image.new("L", (4, 4))), channels=1, image_size=4)

@@ -1,0 +1,79 @@
+"""The noise schedule and the objective."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from transfusion.config import DiffusionConfig
+from transfusion.diffusion.guidance import guide
+from transfusion.diffusion.noise import counter_normal
+from transfusion.diffusion.objective import NoiseObjective
+from transfusion.diffusion.schedule import CosineSchedule
+from transfusion.schema import TIMESTEP_BUCKETS
+
+
+def _betas(steps: int) -> torch.Tensor:
+    """Nichol and Dhariwal's betas, written out once more in double precision."""
+    alpha_bar = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 1)]
+    return torch.tensor(
+        [min(1 - after / before, 0.999) for before, after in pairwise(alpha_bar)],
+        dtype=torch.float64,
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 10, 1000])
+def test_alpha_times_the_previous_alpha_bar_is_alpha_bar(steps: int) -> None:
+    alpha_bar = CosineSchedule(steps).alpha_bar_T.double()
+    assert len(alpha_bar) == steps
+    before = torch.cat((torch.ones(1, dtype=torch.float64), alpha_bar[:-1]))
+    torch.testing.assert_close((1 - _betas(steps)) * before, alpha_bar, rtol=2e-5, atol=0)
+    assert (alpha_bar[1:] < alpha_bar[:-1]).all() and alpha_bar[-1] > 0 and alpha_bar[0] < 1
+
+
+def test_noised_images_keep_their_variance() -> None:
+    signal, noise = CosineSchedule(1000).signal_and_noise(torch.arange(1000))
+    torch.testing.assert_close(signal**2 + noise**2, torch.ones(1000), rtol=0, atol=1e-6)
+
+
+def test_a_batch_is_noised_as_its_images_are_alone() -> None:
+    objective = NoiseObjective(DiffusionConfig())
+    clean = torch.rand(5, 3, 4, 4) * 2 - 1
+    timestep, key = torch.tensor([0, 17, 500, 998, 999]), torch.tensor([3, 1, 2, 1, 9])
+    together = objective.corrupt(clean, timestep, key)
+    for i in range(5):
+        alone = objective.corrupt(clean[i : i + 1], timestep[i : i + 1], key[i : i + 1])
+        assert torch.equal(together.noisy[i], alone.noisy[0])
+        assert torch.equal(together.target[i], alone.target[0])
+    assert torch.equal(together.target[1], together.target[3])
+    assert torch.equal(together.target, counter_normal(key, (3, 4, 4)))
+
+
+def test_a_perfect_prediction_has_no_loss() -> None:
+    objective = NoiseObjective(DiffusionConfig())
+    timestep = torch.tensor([5, 995])
+    noised = objective.corrupt(torch.rand(2, 1, 8, 8), timestep, torch.tensor([1, 2]))
+    loss = objective.loss(noised.target.clone(), noised.target, torch.ones(2), timestep)
+    assert loss.total == 0 and loss.count == 128
+
+
+def test_buckets_and_weights_split_the_loss() -> None:
+    objective = NoiseObjective(DiffusionConfig(steps=1000))
+    timestep = torch.tensor([0, 99, 100, 999, 450])
+    weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    prediction, target = torch.randn(5, 1, 2, 2), torch.randn(5, 1, 2, 2)
+    loss = objective.loss(prediction, target, weight, timestep)
+    assert loss.count == 16 and len(loss.bucket_count_K) == TIMESTEP_BUCKETS
+    assert loss.bucket_count_K.tolist() == [8, 4, 0, 0, 0, 0, 0, 0, 0, 4]
+    torch.testing.assert_close(loss.total, (prediction - target)[:4].square().sum())
+    torch.testing.assert_close(loss.bucket_total_K.sum(), loss.total)
+
+
+def test_guidance_runs_from_the_unconditional_through_the_conditional_prediction() -> None:
+    conditional, unconditional = torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(guide(conditional, unconditional, 0.0), unconditional)
+    torch.testing.assert_close(guide(conditional, unconditional, 1.0), conditional)
+    torch.testing.assert_close(guide(conditional, unconditional, 3.0), 3 * conditional - 2 * unconditional)

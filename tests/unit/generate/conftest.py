@@ -1,0 +1,155 @@
+"""A pipeline over a small talkative model, and the plain truth: one row, no cache, everything read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from transfusion.codec import pixels as codec
+from transfusion.config import Config
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.diffusion.noise import counter_normal
+from transfusion.diffusion.sampler import DDIM, DDPM
+from transfusion.diffusion.schedule import CosineSchedule
+from transfusion.generate import Pipeline
+from transfusion.model import Transfusion
+from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken, TextSegment
+
+# Letters with a piece of their own, so that a text and its ids tell the same.
+LETTERS = "adeghiknorstvw"
+
+
+class Leaning(nn.Module):
+    """A text head that leans towards some tokens, so that an untrained model ends texts and begins images."""
+
+    def __init__(self, head: nn.Module, bias_V: Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("bias_V", bias_V)
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        return 3.0 * self.head(hidden_ND) + self.bias_V
+
+
+@pytest.fixture
+def build_pipeline(
+    build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
+) -> Callable[..., Pipeline]:
+    """build_pipeline(image=bias of <BOI>, end=bias of <EOS>, **build_model's) -> Pipeline that says letters."""
+
+    def build(*, image: float = -100.0, end: float = -100.0, **fields: Any) -> Pipeline:
+        config, model = build_model(**fields)
+        bias_V = torch.full((config.model.vocabulary,), -50.0)
+        bias_V[[tokenizer.encode(letter)[0] for letter in LETTERS]] = 0.0
+        bias_V[SpecialToken.BEGIN_IMAGE], bias_V[SpecialToken.END_DOCUMENT] = image, end
+        model.text_head = Leaning(model.text_head, bias_V)  # type: ignore[assignment]
+        return Pipeline(model, tokenizer, config, "cpu")
+
+    return build
+
+
+class Truth:
+    """What generation must equal, by the training forward alone: `model.embed`, `run_blocks`, no cache."""
+
+    def __init__(self, pipeline: Pipeline, pack: Callable[..., Batch]) -> None:
+        self.config, self.model = pipeline.config, pipeline.reader.model
+        self.tokenizer, self._pack = pipeline.tokenizer, pack
+
+    @torch.no_grad()
+    def states(
+        self, segments: Sequence[Segment], latents: Sequence[Tensor], timesteps: Sequence[int]
+    ) -> Tensor:
+        """Final states [S, D] of one document, images given as latents [C, H, W] at their timesteps."""
+        nothing = np.zeros((1, 8, 8), np.uint8)
+        plain = [ImageSegment(nothing, s.patches) if isinstance(s, ImageSegment) else s for s in segments]
+        batch = self._pack(self.config, [[plain]], timesteps=timesteps or None)
+        given = [torch.stack(list(latents))] if latents else [torch.zeros(1, 1, 8, 8)]
+        hidden_BSD = self.model.run_blocks(self.model.embed(batch, given), batch.position_BSA, batch.mask)
+        return self.model.norm(hidden_BSD[0])
+
+    def noise(
+        self, segments: Sequence[Segment], latents: Sequence[Tensor], timesteps: Sequence[int], first: int
+    ) -> Tensor:
+        """Predicted noise [1, C, H, W] of the image whose first patch stands at `first`."""
+        state_SD = self.states(segments, latents, timesteps)
+        return self.model.decode_patches(state_SD[None, first : first + 16], (1, *latents[-1].shape))
+
+    @torch.no_grad()
+    def draw(
+        self,
+        segments: list[Segment],
+        clean: list[Tensor],
+        key: int,
+        *,
+        guidance: float,
+        steps: int,
+        sampler: str,
+    ) -> Tensor:
+        """Latent [C, H, W] of an image behind the segments."""
+        image = ImageSegment(None, 16)
+        first = 2 + sum(len(s.token_ids) if isinstance(s, TextSegment) else 18 for s in segments)
+        plan = {"ddpm": DDPM, "ddim": DDIM}[sampler](CosineSchedule(1000), steps, clip=1.0)
+        key_I = torch.tensor([key])
+        latent = counter_normal(key_I, (1, 8, 8))
+        for index, timestep in enumerate(plan.timesteps):
+            known = [0] * len(clean)
+            noise = self.noise([*segments, image], [*clean, latent[0]], [*known, timestep], first)
+            if guidance != 1:
+                unconditional = self.noise([image], [latent[0]], [timestep], 2)
+                noise = unconditional + guidance * (noise - unconditional)
+            latent = plan.step(index, latent, noise, key_I)
+        return latent[0]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        parts: Sequence[str | Tensor],
+        *,
+        max_tokens: int,
+        max_images: int,
+        seed: int = 0,
+        **drawing: Any,
+    ) -> tuple[list[int], list[Tensor]]:
+        """Greedy continuation: all new ids, <BOI> and <EOS> among them, and the new pictures."""
+        segments: list[Segment] = []
+        clean: list[Tensor] = []
+        for part in parts:
+            if isinstance(part, str):
+                segments.append(TextSegment(tuple(self.tokenizer.encode(part))))
+            else:
+                segments.append(ImageSegment(None, 16))
+                clean.append(codec.encode(part))
+        ids: list[int] = []
+        pictures: list[Tensor] = []
+        said = 0
+        while said < max_tokens:
+            state_SD = self.states(segments, clean, [0] * len(clean))
+            length = 1 + sum(len(s.token_ids) if isinstance(s, TextSegment) else 18 for s in segments)
+            logit_V = self.model.text_head(state_SD[length - 1 : length])[0]
+            allowed = [SpecialToken.END_DOCUMENT, *range(len(SpecialToken), self.tokenizer.vocabulary)]
+            if len(pictures) < max_images:
+                allowed.append(SpecialToken.BEGIN_IMAGE)
+            token = max(allowed, key=lambda token: logit_V[token].item())
+            ids.append(int(token))
+            if token == SpecialToken.END_DOCUMENT:
+                break
+            if token == SpecialToken.BEGIN_IMAGE:
+                key = seed + (len(pictures) << 32)
+                picture = codec.decode(self.draw(segments, clean, key, **drawing))
+                pictures.append(picture)
+                clean.append(codec.encode(picture))
+                segments.append(ImageSegment(None, 16))
+            else:
+                said += 1
+                segments.append(TextSegment((int(token),)))
+        return ids, pictures
+
+
+@pytest.fixture
+def truth(pack: Callable[..., Batch]) -> Callable[[Pipeline], Truth]:
+    return lambda pipeline: Truth(pipeline, pack)

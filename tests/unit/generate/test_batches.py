@@ -1,0 +1,177 @@
+"""What a row becomes depends on its prompt, seed and number, not on its neighbours (A4, A5, N13)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from transfusion.codec import pixels as codec
+from transfusion.config import SampleConfig
+from transfusion.data.sequence import lay_out
+from transfusion.generate import ImageSampling, Pipeline
+from transfusion.generate.images import draw
+from transfusion.schema import ImageSegment, TextSegment
+
+
+def assert_same_answers(mine: list[str | Tensor], theirs: list[str | Tensor]) -> None:
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        if isinstance(a, str) or isinstance(b, str):
+            assert a == b
+        else:
+            assert (a.int() - b.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_of_mixed_prompts_is_answered_as_each_alone(
+    build_pipeline: Callable[..., Pipeline], picture: Any, guidance: float, temperature: float
+) -> None:
+    pipeline = build_pipeline(image=3.0, end=2.0)
+    one, two = (torch.from_numpy(picture(seed)) for seed in (1, 2))
+    prompts: list[list[str | Tensor]] = [
+        ["a handwritten three"],
+        [one, "and", two],
+        [""],
+        ["seven", one],
+        [two],
+        ["a much longer prompt than all of the others"],
+    ]
+    settings = {
+        "max_tokens": 9,
+        "max_images": 2,
+        "steps": 4,
+        "guidance": guidance,
+        "temperature": temperature,
+    }
+    together = pipeline.generate(prompts, seed=40, **settings)
+    new = [answer[len(prompt) :] for prompt, answer in zip(prompts, together, strict=True)]
+    assert len({sum(isinstance(part, Tensor) for part in answer) for answer in new}) > 1, "want mixed phases"
+    for number, prompt in enumerate(prompts):
+        assert_same_answers(together[number], pipeline.generate([prompt], seed=40 + number, **settings)[0])
+    for batch in (1, 4):
+        for mine, theirs in zip(
+            pipeline.generate(prompts, seed=40, batch=batch, **settings), together, strict=True
+        ):
+            assert_same_answers(mine, theirs)
+
+
+def test_prompted_pictures_come_back_untouched(build_pipeline: Callable[..., Pipeline], picture: Any) -> None:
+    pipeline = build_pipeline(image=1.0, end=1.0)
+    prompts = [
+        [torch.from_numpy(picture(3))],
+        ["text", torch.from_numpy(picture(4)), torch.from_numpy(picture(5)), "more"],
+    ]
+    copies = [[part.clone() if isinstance(part, Tensor) else part for part in prompt] for prompt in prompts]
+    answers = pipeline.generate(prompts, max_tokens=4, max_images=1, steps=2)
+    for prompt, copy, answer in zip(prompts, copies, answers, strict=True):
+        for before, original, after in zip(copy, prompt, answer, strict=False):
+            assert after is original
+            assert torch.equal(before, after) if isinstance(before, Tensor) else before == after
+
+
+def test_every_row_stops_on_its_own(build_pipeline: Callable[..., Pipeline], picture: Any) -> None:
+    pipeline = build_pipeline(end=2.0)
+    pictures = torch.stack([torch.from_numpy(picture(seed)) for seed in range(12)])
+    captions = pipeline.caption(pictures, max_tokens=20, temperature=1.0, seed=7)
+    lengths = {len(caption) for caption in captions}
+    assert len(lengths) > 3 and min(lengths) < 20
+    for number in (0, 5, 11):
+        alone = pipeline.caption(
+            pictures[number : number + 1], max_tokens=20, temperature=1.0, seed=7 + number
+        )
+        assert alone == [captions[number]]
+
+
+def test_rows_that_have_ended_cost_nothing(build_pipeline: Callable[..., Pipeline], picture: Any) -> None:
+    pipeline = build_pipeline(end=2.0)
+    seen: list[int] = []
+    run_blocks = pipeline.reader.model.run_blocks
+
+    def counting(hidden_BSD: Tensor, *rest: Any) -> Tensor:
+        seen.append(hidden_BSD.shape[0] * hidden_BSD.shape[1])
+        return run_blocks(hidden_BSD, *rest)
+
+    pipeline.reader.model.run_blocks = counting  # type: ignore[method-assign]
+    pictures = torch.stack([torch.from_numpy(picture(seed)) for seed in range(12)])
+    captions = pipeline.caption(pictures, max_tokens=20, temperature=1.0, seed=7)
+    # The tokens of a caption are read once each, the last of a full one not at all.
+    assert sum(seen[1:]) == sum(min(len(caption), 19) for caption in captions)
+
+
+def test_picture_k_has_seed_plus_k(build_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = build_pipeline()
+    prompts, settings = ["one", "two two two two", "three"], {"steps": 5, "guidance": 2.0}
+    drawn = pipeline.sample(prompts, per_prompt=2, seed=10, **settings)
+    assert [image.seed for image in drawn] == [10, 11, 12, 13, 14, 15]
+    assert [image.prompt for image in drawn] == [prompt for prompt in prompts for _ in range(2)]
+    for number, image in enumerate(drawn):
+        alone = pipeline.sample([image.prompt], seed=10 + number, **settings)[0]
+        assert_same_answers([image.pixels], [alone.pixels])
+    for batch in (1, 4):
+        again = pipeline.sample(prompts, per_prompt=2, seed=10, batch=batch, **settings)
+        assert_same_answers([image.pixels for image in again], [image.pixels for image in drawn])
+    assert not torch.equal(drawn[0].pixels, drawn[1].pixels)
+
+
+@torch.no_grad()
+def test_latents_of_a_batch_are_those_of_each_alone(build_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = build_pipeline()
+    reader = pipeline.reader
+    texts = [(), (9, 10, 11), tuple(range(20, 60))]
+    layouts = [lay_out([TextSegment(ids), ImageSegment(None, 16)]) for ids in texts]
+    counts = [layout.images[0][0] for layout in layouts]
+    sampling = ImageSampling(guidance=3.0, steps=6)
+
+    def latents(chosen: list[int]) -> Tensor:
+        cache = reader.cache(len(chosen), max(counts[i] for i in chosen))
+        block = reader.prefix_block([layouts[i] for i in chosen], [counts[i] for i in chosen])
+        reader.read(cache.view(), block)
+        return draw(reader, cache, range(len(chosen)), [70 + i for i in chosen], sampling, pipeline.schedule)
+
+    together = latents([0, 1, 2])
+    for i in range(3):
+        torch.testing.assert_close(latents([i])[0], together[i], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_share_the_grid_with_equal_forwards(
+    build_pipeline: Callable[..., Pipeline], ranks: int
+) -> None:
+    pipeline = build_pipeline()
+    grid = SampleConfig(prompts=["one", "two two"], per_prompt=2, steps=3, seed=4)
+    calls: list[int] = []
+    run_blocks = pipeline.reader.model.run_blocks
+
+    def counting(*inputs: Any) -> Tensor:
+        calls[-1] += 1
+        return run_blocks(*inputs)
+
+    pipeline.reader.model.run_blocks = counting  # type: ignore[method-assign]
+    shares = []
+    for rank in range(ranks):
+        calls.append(0)
+        shares.append(pipeline.sample_grid(grid, rank=rank, ranks=ranks))
+    assert len(set(calls)) == 1
+    whole = pipeline.sample(grid.prompts, per_prompt=2, steps=3, sampler="ddim", seed=4)
+    joined = sorted((image for share in shares for image in share), key=lambda image: image.seed)
+    assert [(image.prompt, image.seed) for image in joined] == [(image.prompt, image.seed) for image in whole]
+    assert_same_answers([image.pixels for image in joined], [image.pixels for image in whole])
+
+
+def test_a_drawn_picture_is_read_as_the_picture_that_is_returned(
+    build_pipeline: Callable[..., Pipeline],
+) -> None:
+    """What is said after a drawn picture is what would be said had the user given that picture."""
+    pipeline = build_pipeline(image=9.0)
+    answer = pipeline.generate([["three"]], max_tokens=8, max_images=1, steps=4)[0]
+    place = next(i for i, part in enumerate(answer) if isinstance(part, Tensor))
+    before, after = answer[: place + 1], "".join(answer[place + 1 :])
+    said = sum(len(part) for part in before[1:] if isinstance(part, str))
+    given = pipeline.generate([before], max_tokens=8 - said, max_images=0)[0]
+    assert len(after) > 3 and "".join(given[place + 1 :]) == after
+    assert codec.decode(codec.encode(answer[place])).equal(answer[place])

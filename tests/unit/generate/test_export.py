@@ -1,0 +1,91 @@
+"""A pipeline from an exported folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from transfusion.checkpoint import export
+from transfusion.config import Config
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.errors import UserError
+from transfusion.generate import Pipeline
+from transfusion.model import Transfusion
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
+) -> Path:
+    """Raw weights of seed 0, averaged ones of seed 1; the vocabulary is left to the tokenizer."""
+    config, raw = build_model(seed=0)
+    _, average = build_model(seed=1)
+    names = dict(export.WEIGHT_FILES)
+    for file, model in zip(names.values(), (raw, average), strict=True):
+        save_file(model.state_dict(), tmp_path / file, metadata={"format": "pt"})
+    shutil.copy(tokenizer.path, tmp_path / export.TOKENIZER)
+    values = config.as_dict()
+    values["model"]["vocabulary"] = 0
+    description = {
+        "format": export.FORMAT,
+        "format_version": export.FORMAT_VERSION,
+        "step": 5,
+        "weights": names,
+        "config": values,
+    }
+    (tmp_path / export.CONFIG).write_text(json.dumps(description))
+    return tmp_path
+
+
+def pictures(pipeline: Pipeline) -> torch.Tensor:
+    return pipeline.sample(["a handwritten three"], steps=3)[0].pixels
+
+
+def test_an_export_samples_as_its_live_model(
+    folder: Path, build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
+) -> None:
+    raw, average = (
+        pictures(Pipeline(model, tokenizer, config, "cpu"))
+        for config, model in (build_model(seed=0), build_model(seed=1))
+    )
+    assert not torch.equal(raw, average)
+    loaded = Pipeline.from_export(folder, device="cpu")
+    assert torch.equal(pictures(loaded), average)
+    assert torch.equal(pictures(Pipeline.from_export(folder, weights="ema", device="cpu")), average)
+    assert torch.equal(pictures(Pipeline.from_export(folder, weights="raw", device="cpu")), raw)
+    assert not any(parameter.requires_grad for parameter in loaded.reader.model.parameters())
+
+
+def test_raw_weights_serve_where_there_is_no_average(folder: Path) -> None:
+    description = json.loads((folder / export.CONFIG).read_text())
+    removed = description["weights"].popitem()[1]
+    (folder / export.CONFIG).write_text(json.dumps(description))
+    (folder / removed).unlink()
+    assert torch.equal(
+        pictures(Pipeline.from_export(folder, device="cpu")),
+        pictures(Pipeline.from_export(folder, weights="raw", device="cpu")),
+    )
+    with pytest.raises(UserError, match="no averaged weights"):
+        Pipeline.from_export(folder, weights="ema")
+
+
+def test_weights_of_another_model_are_refused(
+    folder: Path, build_model: Callable[..., tuple[Config, Transfusion]]
+) -> None:
+    _, other = build_model(width=16, heads=2)
+    save_file(other.state_dict(), folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors does not hold the weights of its config\.json"):
+        Pipeline.from_export(folder, weights="raw")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.ema.safetensors", "tokenizer.model"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=name):
+        Pipeline.from_export(folder)

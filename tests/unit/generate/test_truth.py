@@ -1,0 +1,75 @@
+"""Generation with the cache equals reading the whole document again at every step (A1, A2, A3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from transfusion.codec import pixels as codec
+from transfusion.generate import Pipeline
+from transfusion.schema import TextSegment
+
+DRAWING = {"guidance": 3.0, "steps": 4, "sampler": "ddpm"}
+
+
+def split(answer: list[str | Tensor], prompt_parts: int) -> tuple[str, list[Tensor]]:
+    new = answer[prompt_parts:]
+    return "".join(p for p in new if isinstance(p, str)), [p for p in new if isinstance(p, Tensor)]
+
+
+def assert_same_pictures(mine: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        # One level of 255: rounding to whole levels of latents that agree to 1e-4.
+        assert (a.int() - b.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("prompt", [[""], ["a handwritten three"]])
+@pytest.mark.parametrize("fields", [{}, {"position": "2d"}, {"qk_norm": True, "key_heads": 4}])
+def test_text_alone(
+    build_pipeline: Callable[..., Pipeline], truth: Any, prompt: list[str], fields: dict[str, Any]
+) -> None:
+    pipeline = build_pipeline(**fields)
+    ids, _ = truth(pipeline).generate(prompt, max_tokens=16, max_images=0)
+    answer = pipeline.generate([prompt], max_tokens=16, max_images=0)[0]
+    assert answer[:1] == prompt
+    assert "".join(answer[1:]) == pipeline.tokenizer.decode(ids)
+    assert len(answer[1]) == len(ids) == 16 and len(set(ids)) > 2
+
+
+@pytest.mark.parametrize("position", ["1d", "2d"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_interleaved(
+    build_pipeline: Callable[..., Pipeline], truth: Any, picture: Any, position: str, guidance: float
+) -> None:
+    pipeline = build_pipeline(image=6.0, position=position)
+    images = [torch.from_numpy(picture(seed)) for seed in (1, 2)]
+    prompt = ["one", images[0], "two", images[1], "three"]
+    drawing = {**DRAWING, "guidance": guidance}
+    ids, pictures = truth(pipeline).generate(prompt, max_tokens=8, max_images=2, seed=5, **drawing)
+    answer = pipeline.generate([prompt], max_tokens=8, max_images=2, seed=5, **drawing)[0]
+    text, drawn = split(answer, 5)
+    assert len(drawn) == 2
+    assert text == pipeline.tokenizer.decode(ids)
+    assert_same_pictures(drawn, pictures)
+    assert answer[1] is images[0] and answer[3] is images[1]
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
+def test_captioned_images(
+    build_pipeline: Callable[..., Pipeline], truth: Any, sampler: str, guidance: float
+) -> None:
+    pipeline = build_pipeline()
+    drawing = {"guidance": guidance, "steps": 6, "sampler": sampler}
+    prompts = ["a handwritten three", "seven"]
+    drawn = pipeline.sample(prompts, seed=3, **drawing)
+    for number, image in enumerate(drawn):
+        segment = TextSegment(tuple(pipeline.tokenizer.encode(prompts[number])))
+        expected = truth(pipeline).draw([segment], [], 3 + number, **drawing)
+        assert (image.prompt, image.seed) == (prompts[number], 3 + number)
+        assert_same_pictures([image.pixels], [codec.decode(expected)])

@@ -1,0 +1,194 @@
+"""How often and on how much the model is called, and what the unconditional branch is (N4, N9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from transfusion.config import Config
+from transfusion.data.deck import Variant
+from transfusion.data.rows import pair_segments
+from transfusion.data.sequence import lay_out, position_axes
+from transfusion.errors import UserError
+from transfusion.generate import Pipeline
+from transfusion.generate.cache import CacheRows
+
+
+class Calls:
+    """What the blocks were given: rows, positions [R, S, A] and the end of what each position sees."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        run_blocks = pipeline.reader.model.run_blocks
+
+        def spying(hidden_BSD: Tensor, position_BSA: Tensor, mask: Any, layers: Any) -> Tensor:
+            self.inputs.append((hidden_BSD.clone(), position_BSA.clone(), mask.end_key.clone()))
+            return run_blocks(hidden_BSD, position_BSA, mask, layers)
+
+        pipeline.reader.model.run_blocks = spying  # type: ignore[method-assign]
+
+    @property
+    def sizes(self) -> list[tuple[int, ...]]:
+        return [tuple(hidden.shape[:2]) for hidden, _, _ in self.inputs]
+
+
+@pytest.mark.parametrize("prompt", ["one", "a much longer prompt " * 5])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_each_step_reads_the_image_blocks_and_nothing_else(
+    build_pipeline: Callable[..., Pipeline], prompt: str, sampler: str
+) -> None:
+    pipeline = build_pipeline()
+    calls = Calls(pipeline)
+    pipeline.sample([prompt], per_prompt=3, guidance=3.0, steps=7, sampler=sampler)
+    prefix = len(pipeline.tokenizer.encode(prompt)) + 2
+    # The prompt once, the unconditional prefix once, then both branches of three images seven times.
+    assert calls.sizes == [(1, prefix), (1, 2), *[(6, 16)] * 7]
+
+
+def test_no_guidance_reads_no_unconditional_branch(build_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = build_pipeline()
+    calls = Calls(pipeline)
+    pipeline.sample(["one", "two"], guidance=1.0, steps=5)
+    assert calls.sizes[1:] == [(2, 16)] * 5
+
+
+@pytest.mark.parametrize("position", ["1d", "2d"])
+def test_the_unconditional_branch_is_a_dropped_caption_of_training(
+    build_pipeline: Callable[..., Pipeline], position: str
+) -> None:
+    pipeline = build_pipeline(position=position)
+    calls = Calls(pipeline)
+    pipeline.sample(["a handwritten three"], guidance=3.0, steps=2)
+    trained = lay_out(
+        pair_segments(pipeline.tokenizer.encode("a handwritten three"), None, 16, Variant.CAPTION_DROPPED),
+        axes=position_axes(position),
+    )
+    hidden_BSD, position_BSA, end_BS = calls.inputs[1]
+    expected_BSD = pipeline.reader.model.embedding(torch.from_numpy(trained.token_ids_S[:2]))[None]
+    assert torch.equal(hidden_BSD, expected_BSD)
+    assert torch.equal(position_BSA[0], torch.from_numpy(trained.position_SA[:2]))
+    assert end_BS[0].tolist() == trained.end_key_S[:2].tolist()
+    for _, position_BSA, end_BS in calls.inputs[2:]:
+        assert torch.equal(position_BSA[1], torch.from_numpy(trained.position_SA[2:18]))
+        assert end_BS[1].tolist() == trained.end_key_S[2:18].tolist()
+
+
+@pytest.mark.parametrize("position", ["1d", "2d"])
+def test_prompt_and_image_are_laid_out_as_in_training(
+    build_pipeline: Callable[..., Pipeline], position: str
+) -> None:
+    pipeline = build_pipeline(position=position)
+    calls = Calls(pipeline)
+    pipeline.sample(["a handwritten three"], guidance=1.0, steps=1)
+    ids = pipeline.tokenizer.encode("a handwritten three")
+    trained = lay_out(pair_segments(ids, None, 16, Variant.CAPTION_FIRST), axes=position_axes(position))
+    first = trained.images[0][0]
+    for (_, position_BSA, end_BS), part in zip(
+        calls.inputs, (slice(0, first), slice(first, first + 16)), strict=True
+    ):
+        assert torch.equal(position_BSA[0], torch.from_numpy(trained.position_SA[part]))
+        assert end_BS[0].tolist() == trained.end_key_S[part].tolist()
+
+
+def test_a_finished_image_is_read_once_more_with_its_end(build_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = build_pipeline(image=50.0)
+    calls = Calls(pipeline)
+    pipeline.generate([["one"], ["seven"]], max_tokens=3, max_images=1, guidance=1.0, steps=4)
+    # Prompt, <BOI>, four steps, the clean image with <EOI>, two tokens (the third need not be read).
+    assert calls.sizes[1:] == [(2, 1), *[(2, 16)] * 4, (2, 17), (2, 1), (2, 1)]
+
+
+def test_the_cache_is_written_in_place(build_pipeline: Callable[..., Pipeline], picture: Any) -> None:
+    pipeline = build_pipeline()
+    seen: set[int] = set()
+    write = CacheRows.write
+
+    def spying(self: CacheRows, layer: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = write(self, layer, *tensors)
+        seen.update((key.data_ptr(), value.data_ptr()))
+        return key, value
+
+    CacheRows.write = spying  # type: ignore[method-assign]
+    try:
+        pipeline.caption(torch.from_numpy(picture(0))[None], max_tokens=10)
+    finally:
+        CacheRows.write = write  # type: ignore[method-assign]
+    assert len(seen) == 2 * pipeline.config.model.layers
+
+
+@pytest.mark.parametrize("guidance", [-0.5, float("nan"), float("inf")])
+def test_impossible_guidance_is_an_error(build_pipeline: Callable[..., Pipeline], guidance: float) -> None:
+    pipeline = build_pipeline()
+    with pytest.raises(UserError, match="guidance"):
+        pipeline.sample(["one"], guidance=guidance)
+    with pytest.raises(UserError, match="guidance"):
+        pipeline.generate([["one"]], guidance=guidance)
+
+
+def _without_dropped_captions(config: Config) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"caption_drop": 0.0})})
+
+
+def test_guidance_without_an_unconditional_branch_is_an_error(
+    build_pipeline: Callable[..., Pipeline],
+) -> None:
+    pipeline = build_pipeline()
+    pipeline.config = _without_dropped_captions(pipeline.config)
+    calls = Calls(pipeline)
+    with pytest.raises(UserError, match=r"cannot be applied.*caption_drop.*use guidance 1"):
+        pipeline.sample(["one"], guidance=3.0)
+    assert not calls.inputs
+    pipeline.sample(["one"], guidance=1.0, steps=1)
+
+
+def test_guidance_of_an_empty_prompt_is_an_error(build_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = build_pipeline()
+    with pytest.raises(UserError, match="empty prompt"):
+        pipeline.sample(["one", ""], guidance=3.0)
+    assert len(pipeline.sample([""], guidance=1.0, steps=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"sampler": "euler"}, "sampler"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_settings_out_of_range_are_named(
+    build_pipeline: Callable[..., Pipeline], settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        build_pipeline().generate([["one"]], **settings)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 9), (3, 8, 8), (8, 8)])
+def test_pictures_of_another_shape_are_refused(
+    build_pipeline: Callable[..., Pipeline], shape: Sequence[int]
+) -> None:
+    with pytest.raises(UserError, match="a picture must be uint8"):
+        build_pipeline().generate([[torch.zeros(*shape, dtype=torch.uint8)]])
+    with pytest.raises(UserError, match="a picture must be uint8"):
+        build_pipeline().caption(torch.zeros(1, 1, 8, 8))
+
+
+def test_rows_end_where_training_rows_did(build_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = build_pipeline(row_length=24)
+    answer = pipeline.generate([["one"]], max_tokens=1000, max_images=0)[0]
+    assert len(pipeline.tokenizer.encode("one")) + 1 + len(answer[1]) == 24
+    drawing = build_pipeline(row_length=24, image=50.0)
+    answer = drawing.generate([["o"]], max_tokens=1000, max_images=4, steps=1)[0]
+    assert sum(isinstance(part, Tensor) for part in answer) == 1
+    with pytest.raises(UserError, match="row_length"):
+        pipeline.generate([["one " * 30]])
+    with pytest.raises(UserError, match="row_length"):
+        pipeline.sample(["one one one one one one one"], steps=1)

@@ -1,0 +1,148 @@
+"""Losses and gradients of the whole network (N1, N3, N8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from transfusion.config import Config
+from transfusion.diffusion.noise import counter_normal
+from transfusion.mixed_loss import MixedLoss
+from transfusion.model import ModelOutput, Transfusion
+from transfusion.model.initialise import initialise
+from transfusion.schema import TIMESTEP_BUCKETS, Batch, ImageSegment, LossTerms, TextSegment
+
+Build = Callable[..., tuple[Config, Transfusion]]
+
+
+@pytest.fixture
+def mixed(pack: Callable[..., Batch], picture: Any) -> Callable[[Config], Batch]:
+    """Text, caption first, image first and two images in one document, in two rows."""
+
+    def make(config: Config) -> Batch:
+        image = [ImageSegment(picture(seed), 16) for seed in range(4)]
+        text = [TextSegment(tuple(range(10 * n, 10 * n + 6))) for n in range(1, 6)]
+        rows = [
+            [[text[0]], [text[1], image[0]]],
+            [[image[1], text[2]], [text[3], image[2], text[4], image[3]]],
+        ]
+        return pack(config, rows, timesteps=[3, 300, 700, 999])
+
+    return make
+
+
+def losses(model: nn.Module, batch: Batch, config: Config) -> tuple[LossTerms, Tensor]:
+    objective = MixedLoss(config.diffusion)
+    terms = objective.terms(model, batch)
+    return terms, objective.combine(terms, terms.text_count, terms.image_count)
+
+
+class Perfect(nn.Module):
+    """Answers with the noise itself."""
+
+    def forward(self, batch: Batch, noisy: Sequence[Tensor]) -> ModelOutput:
+        noise = (counter_normal(group.noise_key_I, group.values.shape[1:]) for group in batch.images)
+        return ModelOutput(torch.zeros(()), tuple(noise))
+
+
+def test_a_perfect_prediction_has_no_image_loss(build_model: Build, mixed: Callable[[Config], Batch]) -> None:
+    config, _ = build_model()
+    terms, loss = losses(Perfect(), mixed(config), config)
+    assert terms.image_sum == 0 and terms.image_count == 4 * 64 and loss == 0
+    assert terms.bucket_sum_K.abs().max() == 0 and terms.bucket_count_K.sum() == 4 * 64
+    assert terms.bucket_count_K.nonzero().flatten().tolist() == [0, 3, 7, 9] and TIMESTEP_BUCKETS == 10
+
+
+def test_an_untrained_decoder_predicts_nothing(build_model: Build, mixed: Callable[[Config], Batch]) -> None:
+    config, model = build_model()
+    initialise(model, seed=0, layers=config.model.layers)
+    terms, _ = losses(model, mixed(config), config)
+    assert 0.7 < terms.image_sum / terms.image_count < 1.3
+    entropy = torch.tensor(float(config.model.vocabulary)).log()
+    assert abs(terms.text_sum / terms.text_count - entropy) < 0.1
+
+
+# The parameters that each loss cannot reach.
+BLIND = {"text": ("patch_decoder.",), "image": ("text_head.",)}
+
+
+@pytest.mark.parametrize("loss", ["text", "image"])
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "timestep_embedding": "patch", "position": "2d"}])
+def test_each_loss_has_a_gradient_on_every_parameter_it_should(
+    build_model: Build, mixed: Callable[[Config], Batch], loss: str, fields: dict[str, Any]
+) -> None:
+    config, model = build_model(**fields)
+    terms, _ = losses(model, mixed(config), config)
+    (terms.text_sum if loss == "text" else terms.image_sum).backward()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if name.startswith(BLIND[loss]):
+            assert gradient is None or gradient.abs().max() == 0, name
+        else:
+            assert gradient is not None and gradient.isfinite().all(), name
+            assert gradient.abs().max() > 0, name
+            if gradient.dim() == 2 and "embedding" not in name and "text_head" not in name:
+                assert (gradient.abs().amax(1) > 0).all(), f"{name}: a row has no gradient"
+
+
+@pytest.mark.parametrize("kind", ["text", "images"])
+def test_batches_of_one_modality_train(
+    build_model: Build, pack: Callable[..., Batch], picture: Any, kind: str
+) -> None:
+    config, model = build_model()
+    text, image = [TextSegment((9, 10, 11, 12))], [ImageSegment(picture(0), 16)]
+    batch = pack(config, [[text, text]] if kind == "text" else [[image, image], [image]])
+    terms, loss = losses(model, batch, config)
+    assert (terms.image_count == 0) == (kind == "text") and (terms.text_count == 0) == (kind == "images")
+    loss.backward()
+    assert loss.isfinite()
+    unused = ("patch_encoder.", "patch_decoder.") if kind == "text" else ("text_head.",)
+    for name, parameter in model.named_parameters():
+        # Zero, not None: every rank reduces the gradients of every parameter.
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert (parameter.grad.abs().max() == 0) == name.startswith(unused), name
+
+
+def test_a_weightless_image_changes_nothing(
+    build_model: Build, pack: Callable[..., Batch], picture: Any
+) -> None:
+    """What a rank without images carries must not be seen by its text."""
+    config, model = build_model()
+    batch = pack(config, [[[TextSegment(tuple(range(20, 60)))]]])
+    assert batch.images[0].image_weight_I.tolist() == [0.0]
+    before = model(batch, [torch.zeros(1, 1, 8, 8)]).text_sum
+    assert torch.equal(before, model(batch, [torch.randn(1, 1, 8, 8)]).text_sum)
+
+
+def test_recomputed_blocks_give_the_same_gradients(
+    build_model: Build, mixed: Callable[[Config], Batch]
+) -> None:
+    config, model = build_model()
+    gradients = []
+    for checkpointing in (False, True):
+        model.activation_checkpointing = checkpointing
+        model.zero_grad()
+        losses(model, mixed(config), config)[1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-7)
+
+
+def test_the_loss_is_learned(build_model: Build, mixed: Callable[[Config], Batch]) -> None:
+    config, model = build_model()
+    initialise(model, seed=0, layers=config.model.layers)
+    batch = mixed(config)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    history = []
+    for _ in range(40):
+        optimiser.zero_grad()
+        terms, loss = losses(model, batch, config)
+        loss.backward()
+        optimiser.step()
+        history.append((terms.text_sum / terms.text_count, terms.image_sum / terms.image_count))
+    assert history[-1][0] < 0.3 * history[0][0] and history[-1][1] < 0.5 * history[0][1]

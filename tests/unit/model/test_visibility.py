@@ -1,0 +1,122 @@
+"""Who sees whom, and where patches stand (N2, N7, A12)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from transfusion.codec import pixels as codec
+from transfusion.config import Config
+from transfusion.model import Transfusion
+from transfusion.model.patches import patchify, unpatchify
+from transfusion.schema import Batch, ImageSegment, Segment, TextSegment
+
+Build = Callable[..., tuple[Config, Transfusion]]
+Pack = Callable[..., Batch]
+
+KINDS = [{}, {"position": "2d"}, {"timestep_embedding": "patch", "qk_norm": True}]
+
+
+@torch.no_grad()
+def states(model: Transfusion, batch: Batch) -> Tensor:
+    """Final states [B, S, D] of a batch whose pictures are read as they are."""
+    latents = [codec.encode(group.values) for group in batch.images]
+    hidden_BSD = model.run_blocks(model.embed(batch, latents), batch.position_BSA, batch.mask)
+    return model.norm(hidden_BSD)
+
+
+@pytest.mark.parametrize("fields", KINDS)
+@torch.no_grad()
+def test_patches_know_their_place(
+    build_model: Build, pack: Pack, picture: Any, fields: dict[str, Any]
+) -> None:
+    config, model = build_model(**fields)
+    batch = pack(config, [[[TextSegment((9, 10)), ImageSegment(picture(0), 16)]]])
+    latent = codec.encode(batch.images[0].values)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    shuffled = unpatchify(patchify(latent, 2)[:, order], 1, 8, 8, 2)
+    (prediction,), (of_shuffled,) = model(batch, [latent]).noise, model(batch, [shuffled]).noise
+    put_back = unpatchify(patchify(of_shuffled, 2)[:, order.argsort()], 1, 8, 8, 2)
+    assert (prediction - put_back).abs().max() > 0.01 * prediction.abs().max()
+
+
+def test_images_never_see_what_comes_later(build_model: Build, pack: Pack, picture: Any) -> None:
+    config, model = build_model()
+
+    def document(later_text: Sequence[int], later_picture: int) -> list[Segment]:
+        return [
+            TextSegment((9, 10, 11)),
+            ImageSegment(picture(0), 16),
+            TextSegment(tuple(later_text)),
+            ImageSegment(picture(later_picture), 16),
+        ]
+
+    plain = states(model, pack(config, [[document((20, 21), 1)]]))[0]
+    other_text = states(model, pack(config, [[document((20, 99), 1)]]))[0]
+    other_picture = states(model, pack(config, [[document((20, 21), 2)]]))[0]
+    # <BOS> 3 tokens <BOI> 16 patches <EOI> 2 tokens <BOI> 16 patches <EOI> <EOS>
+    first, text, second = slice(5, 21), slice(22, 24), slice(25, 41)
+    for changed, unseen in ((other_text, 23), (other_picture, 25)):
+        torch.testing.assert_close(changed[:unseen], plain[:unseen], rtol=0, atol=1e-6)
+        assert ((changed[second] - plain[second]).abs().amax(1) > 1e-4).all()
+    assert torch.equal(plain[first], other_picture[first])
+    assert text.stop == second.start - 1
+
+
+def test_every_patch_sees_every_patch_of_its_image(build_model: Build, pack: Pack, picture: Any) -> None:
+    config, model = build_model(layers=1)
+    values = picture(0)
+    changed = values.copy()
+    changed[0, 7, 7] ^= 128
+    plain, other = (
+        states(model, pack(config, [[[TextSegment((9,)), ImageSegment(v, 16), TextSegment((8,))]]]))[0]
+        for v in (values, changed)
+    )
+    difference_S = (plain - other).abs().amax(1)
+    # <BOS> token <BOI> before, patches and all that follows after.
+    assert (difference_S[:3] == 0).all() and (difference_S[3:22] > 1e-6).all()
+
+
+@pytest.mark.parametrize("fields", KINDS)
+@torch.no_grad()
+def test_packed_documents_are_read_as_each_alone(
+    build_model: Build, pack: Pack, picture: Any, fields: dict[str, Any]
+) -> None:
+    config, model = build_model(**fields)
+    image = [ImageSegment(picture(seed), 16) for seed in range(4)]
+    documents: list[list[Segment]] = [
+        [TextSegment(tuple(range(20, 31)))],
+        [TextSegment((12, 13)), image[0]],
+        [image[1]],
+        [image[2], TextSegment((14,)), image[3], TextSegment(tuple(range(30, 70)))],
+    ]
+    packed = pack(config, [documents[:2], documents[2:]], timesteps=[5, 50, 500, 950])
+    packed_states = states(model, packed)
+    given = iter([[5], [50], [500, 950]])
+    for row, part in enumerate((documents[:2], documents[2:])):
+        start = 0
+        for document in part:
+            has_images = any(isinstance(segment, ImageSegment) for segment in document)
+            batch = pack(config, [[document]], timesteps=next(given) if has_images else None)
+            alone = states(model, batch)[0, : batch.counts.tokens]
+            here = packed_states[row, start : start + batch.counts.tokens]
+            torch.testing.assert_close(here, alone, rtol=2e-6, atol=2e-6)
+            logits = model.text_head(here)
+            torch.testing.assert_close(logits, model.text_head(alone), rtol=2e-6, atol=2e-5)
+            start += batch.counts.tokens
+    assert packed_states[:, -1].isfinite().all()
+
+
+def test_two_axes_leave_text_as_it_is(build_model: Build, pack: Pack, picture: Any) -> None:
+    (plain_config, plain), (config, model) = build_model(), build_model(position="2d")
+    model.load_state_dict(plain.state_dict())
+    text = TextSegment(tuple(range(20, 50)))
+    assert torch.equal(states(model, pack(config, [[[text]]])), states(plain, pack(plain_config, [[[text]]])))
+    document = [TextSegment((9, 10)), ImageSegment(picture(0), 16)]
+    difference = states(model, pack(config, [[document]])) - states(plain, pack(plain_config, [[document]]))
+    # <BOS> 2 tokens <BOI> as before, patches elsewhere.
+    assert difference[0, :4].abs().max() == 0 and difference[0, 4:20].abs().max() > 1e-3

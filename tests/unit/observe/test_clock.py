@@ -1,0 +1,108 @@
+"""Spans, pauses, speed and the time left, on a clock that the test turns."""
+
+from __future__ import annotations
+
+import pytest
+
+from transfusion.observe import Clock
+from transfusion.observe.clock import ETA_WINDOW
+
+
+class Hand:
+    """A clock hand that moves only when told."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+    def move(self, seconds: float) -> None:
+        self.time += seconds
+
+
+def test_a_lap_tells_speed_and_shares() -> None:
+    hand = Hand()
+    clock = Clock(hand)
+    for _ in range(2):
+        with clock.span("data_wait"):
+            hand.move(1.0)
+        with clock.span("step"):
+            hand.move(3.0)
+        clock.step_done(tokens=100)
+    lap = clock.lap()
+    assert lap.seconds == pytest.approx(8.0)
+    assert lap.steps == 2
+    assert lap.tokens_per_second == pytest.approx(25.0)
+    assert lap.shares == pytest.approx({"data_wait": 0.25, "step": 0.75})
+
+
+def test_a_lap_starts_empty_and_an_empty_one_has_no_speed() -> None:
+    hand = Hand()
+    clock = Clock(hand)
+    with clock.span("data_wait"):
+        hand.move(1.0)
+    clock.step_done(tokens=10)
+    clock.lap()
+    assert clock.lap().tokens_per_second is None
+    hand.move(2.0)
+    lap = clock.lap()
+    assert lap.shares == {} and lap.tokens_per_second == 0 and lap.steps == 0
+
+
+def test_pauses_count_for_nothing_also_inside_a_span_and_nested() -> None:
+    hand = Hand()
+    clock = Clock(hand)
+    with clock.span("step"):
+        hand.move(2.0)
+        with clock.pause(), clock.pause():
+            hand.move(100.0)
+    clock.step_done(tokens=50)
+    with clock.pause():
+        hand.move(100.0)
+    lap = clock.lap()
+    assert lap.seconds == pytest.approx(2.0)
+    assert lap.shares["step"] == pytest.approx(1.0)
+    assert lap.tokens_per_second == pytest.approx(25.0)
+
+
+def test_a_span_counts_also_when_it_fails() -> None:
+    hand = Hand()
+    clock = Clock(hand)
+    with pytest.raises(KeyError), clock.span("step"):
+        hand.move(1.0)
+        raise KeyError
+    assert clock.lap().shares["step"] == pytest.approx(1.0)
+
+
+def test_time_left_needs_a_step_of_this_start() -> None:
+    hand = Hand()
+    clock = Clock(hand)
+    assert clock.seconds_left(10) is None
+    hand.move(2.0)
+    clock.step_done(tokens=1)
+    assert clock.seconds_left(10) == pytest.approx(20.0)
+    assert clock.seconds_left(0) == 0.0
+    assert clock.seconds_left(-3) == 0.0, "a resumed run past its end is not early"
+
+
+def test_time_left_forgets_slow_first_steps() -> None:
+    hand = Hand()
+    clock = Clock(hand)
+    hand.move(500.0)
+    clock.step_done(tokens=1)
+    for _ in range(ETA_WINDOW):
+        hand.move(1.0)
+        clock.step_done(tokens=1)
+    assert clock.seconds_left(100) == pytest.approx(100.0)
+
+
+def test_time_left_expects_pauses_to_go_on() -> None:
+    hand = Hand()
+    clock = Clock(hand)
+    for _ in range(10):
+        hand.move(1.0)
+        clock.step_done(tokens=1)
+    with clock.pause():
+        hand.move(5.0)
+    assert clock.seconds_left(10) == pytest.approx(15.0)

@@ -1,0 +1,92 @@
+"""One line alive on a terminal, few plain lines elsewhere, the figures of metrics.jsonl in both."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from transfusion.observe.progress import Progress, describe, duration
+
+LINE: dict[str, Any] = {
+    "step": 7,
+    "loss": 2.34567,
+    "text_loss": 1.5,
+    "image_loss": None,
+    "gradient_norm": 0.5,
+    "tokens_per_second": 12345.6,
+    "data_wait": 0.034,
+    "memory_gib": 1.25,
+    "skipped": False,
+}
+
+
+def test_describe_rounds_and_leaves_out_what_is_unknown() -> None:
+    text = describe(LINE, seconds_left=200.0)
+    assert text == (
+        "loss 2.3457  text 1.5000  gradient 0.500  12,346 tok/s  data wait 3.4%  1.25 GiB  left 3m 20s"
+    )
+    assert "SKIPPED" in describe({**LINE, "skipped": True})
+    assert describe({"step": 1}) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (-5, "0s"), (59.6, "1m 00s"), (3599, "59m 59s"), (18_420, "5h 07m"), (183_600, "2d 03h")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def shown(total: int, steps: range, *, first_step: int = 0) -> list[str]:
+    stream = io.StringIO()
+    with Progress(total, first_step=first_step, console=Console(file=stream, highlight=False)) as progress:
+        for step in steps:
+            progress.update({**LINE, "step": step})
+    return stream.getvalue().splitlines()
+
+
+def test_plain_lines_are_few_and_whole() -> None:
+    lines = shown(1000, range(1, 1001))
+    assert len(lines) <= 102
+    assert lines[0].startswith("step 1/1000  loss 2.3457")
+    assert lines[-1].startswith("step 1000/1000")
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_short_or_resumed_run_shows_each_of_its_steps() -> None:
+    assert len(shown(5, range(1, 6))) == 5
+    resumed = shown(1000, range(995, 1001), first_step=994)
+    assert resumed[0].startswith("step 995/1000") and resumed[-1].startswith("step 1000/1000")
+
+
+def test_sparse_lines_are_all_shown() -> None:
+    assert len(shown(1000, range(50, 1001, 50))) == 20
+
+
+def test_on_a_terminal_one_line_is_redrawn() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=160, _environ={"TERM": "xterm"})
+    with Progress(10, console=console) as progress:
+        progress.update(LINE, seconds_left=3.0)
+    assert "step 7/10" in stream.getvalue() and "loss 2.3457" in stream.getvalue()
+    assert "\x1b[" in stream.getvalue()
+
+
+def test_no_color_is_honoured_on_a_terminal() -> None:
+    stream = io.StringIO()
+    environ = {"TERM": "xterm", "NO_COLOR": "1"}
+    console = Console(file=stream, force_terminal=True, width=160, _environ=environ)
+    with Progress(10, console=console) as progress:
+        progress.update(LINE)
+    assert "step 7/10" in stream.getvalue()
+    assert "\x1b[3" not in stream.getvalue().replace("\x1b[?", ""), "no foreground colour"
+
+
+def test_other_processes_are_silent() -> None:
+    stream = io.StringIO()
+    with Progress(10, enabled=False, console=Console(file=stream)) as progress:
+        progress.update(LINE)
+    assert stream.getvalue() == ""

@@ -1,0 +1,118 @@
+"""wandb gets the lines of metrics.jsonl on a step axis of our own, offline unless told otherwise."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from transfusion import presets
+from transfusion.errors import UserError
+from transfusion.observe import open_sink
+from transfusion.observe.sinks import NoSink, panel_values
+
+ON = presets.load(None, ["log.wandb=true", "run.name=first", "log.project=ours", "codec.image_size=8"])
+LINE = {"step": 3, "loss": 1.0, "text_loss": None, "image_loss_by_timestep": [0.5] + [None] * 9, "tokens": 7}
+
+
+class FakeRun:
+    """Notes what is asked of a wandb run."""
+
+    id = "abc"
+    offline = True
+    url = None
+
+    def __init__(self) -> None:
+        self.axes: list[tuple[str, Any]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.finished = False
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes.append((name, step_metric))
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    run = FakeRun()
+    calls: list[dict[str, Any]] = []
+    module = SimpleNamespace(
+        init=lambda **options: calls.append(options) or run,
+        Settings=lambda **options: options,
+        Image=lambda path, caption: (path, caption),
+        setup=lambda: SimpleNamespace(settings=SimpleNamespace(model_fields_set=set())),
+        run=run,
+        calls=calls,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_off_by_default_and_then_a_no_op(tmp_path: Path) -> None:
+    sink = open_sink(presets.load(None, ["codec.image_size=8"]), tmp_path, attempt=1)
+    assert isinstance(sink, NoSink)
+    sink.write(LINE)
+    sink.picture(0, tmp_path / "none.png")
+    sink.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_wandb_is_told_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        open_sink(ON, tmp_path, attempt=1)
+
+
+def test_each_attempt_is_a_run_of_one_group(tmp_path: Path, fake: SimpleNamespace) -> None:
+    open_sink(ON, tmp_path, attempt=2)
+    (options,) = fake.calls
+    assert (options["project"], options["group"], options["name"]) == ("ours", "first", "first-2")
+    assert options["mode"] == "offline"
+    assert options["settings"]["save_code"] is False
+    assert "id" not in options and "resume" not in options
+
+
+def test_the_users_mode_wins(tmp_path: Path, fake: SimpleNamespace) -> None:
+    fake.setup = lambda: SimpleNamespace(settings=SimpleNamespace(model_fields_set={"mode"}))
+    open_sink(ON, tmp_path, attempt=1)
+    assert fake.calls[0]["mode"] is None
+
+
+def test_the_step_axis_is_ours(tmp_path: Path, fake: SimpleNamespace) -> None:
+    sink = open_sink(ON, tmp_path, attempt=1)
+    sink.write(LINE)
+    sink.picture(3, tmp_path / "grid.png")
+    sink.close()
+    assert ("*", "step") in fake.run.axes
+    assert fake.run.logged[0] == {
+        "step": 3,
+        "loss/total": 1.0,
+        "image_loss_by_timestep/00-10%": 0.5,
+        "tokens": 7,
+    }
+    assert fake.run.logged[1]["step"] == 3 and fake.run.finished
+
+
+def test_panel_values_name_every_bucket_in_order() -> None:
+    names = list(panel_values({"step": 0, "image_loss_by_timestep": [1.0] * 10}))
+    assert names[1:] == sorted(names[1:]) and names[-1] == "image_loss_by_timestep/90-100%"
+
+
+@pytest.mark.slow
+def test_the_real_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    sink = open_sink(ON, tmp_path, attempt=1)
+    for step in (1, 2, 1):
+        sink.write({**LINE, "step": step})
+    sink.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
