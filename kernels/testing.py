@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +29,19 @@ def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> floa
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill memory that is allocated but not initialised with NaN, so that what a kernel fails to write shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled
 
 
 def exact_attention(
@@ -44,9 +49,9 @@ def exact_attention(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The reference in float64: output, log-sum-exp, and the gradients of q, k and v."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out, lse = reference_attention(*inputs, mask, scale)
-    dq, dk, dv = torch.autograd.grad(out, inputs, grad_out.double())
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    out, lse = reference_attention(q, k, v, mask, scale)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad_out.double())
     return out.detach(), lse, (dq, dk, dv)
 
 
@@ -81,11 +86,11 @@ def mask_families(size: int) -> dict[str, IntervalMask]:
         "tiny_documents": mask_of(size, tiny, [(1, 4), (15, 20), (28, 35)]),
         "documents_of_one": mask_of(size, []),
         "uneven_documents": mask_of(
-            size, [(0, third), (third, third + 9), (third + 9, size)], [(8, third - 4), (third + 2, third + 8)]
+            size,
+            [(0, third), (third, third + 9), (third + 9, size)],
+            [(8, third - 4), (third + 2, third + 8)],
         ),
-        "padded_tail": mask_of(
-            size, [(0, third), (third, size)], [(third, size - 20)], length=size - 17
-        ),
+        "padded_tail": mask_of(size, [(0, third), (third, size)], [(third, size - 20)], length=size - 17),
         "padding_only": mask_of(size, [(0, size)], length=0),
     }
     families = {
@@ -98,7 +103,9 @@ def mask_families(size: int) -> dict[str, IntervalMask]:
     families["sliding_window"] = IntervalMask((position - 20).clamp(min=0), position + 1)
     families["block_against_cache"] = _block_against_cache(size, queries=21)
     families["one_query"] = IntervalMask(
-        torch.zeros(2, 1, dtype=torch.int32), torch.tensor([[size - 5], [9]], dtype=torch.int32), num_keys=size
+        torch.zeros(2, 1, dtype=torch.int32),
+        torch.tensor([[size - 5], [9]], dtype=torch.int32),
+        num_keys=size,
     )
     return families
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transfusion_kernels.attention import cpu
 from transfusion_kernels.attention.layout import IntervalMask
-from transfusion_kernels.attention.reference import reference_attention
+from transfusion_kernels.attention.reference import accumulation_dtype, reference_attention
 from transfusion_kernels.dispatch import choose
 
 __all__ = ["check_arguments", "interval_attention"]
@@ -110,11 +110,6 @@ def empty_heads(batch: int, heads: int, positions: int, like: Tensor) -> Tensor:
     return like.new_empty(batch, positions, heads, like.shape[-1]).transpose(1, 2)
 
 
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the log-sum-exp for inputs of `dtype`: float32 or better."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 @torch.library.custom_op("transfusion::interval_attention", mutates_args=())
 def _interval_attention(
     q: Tensor,
@@ -171,7 +166,7 @@ def _interval_attention_backward(
 @_interval_attention.register_fake
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = q.shape
-    lse = q.new_empty(batch, heads, queries, dtype=lse_dtype(q.dtype))
+    lse = q.new_empty(batch, heads, queries, dtype=accumulation_dtype(q.dtype))
     return empty_heads(batch, heads, queries, like=q), lse
 
 

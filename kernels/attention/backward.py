@@ -8,6 +8,9 @@ of queries, seven products.
 Names and shapes as in `forward`: M queries, N keys, D head width padded to a power of two.
 """
 
+# What a kernel is given has no Python type.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 import torch
@@ -54,7 +57,7 @@ def attention_backward(
     key_heads, keys = k.shape[1], k.shape[2]
     padded_width = triton.next_power_of_2(width)
     tiles = tiles_for(q.device, padded_width, q.dtype)
-    share = batch // first_key.shape[0]
+    share = batch // max(first_key.shape[0], 1)
     if grad_out.stride(3) != 1:  # as of a sum, whose gradient is one expanded number
         grad_out = grad_out.contiguous()
 
@@ -339,9 +342,7 @@ def _queries_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """dq of a tile of queries."""
-    mask_row, row, head, start = tile_of(
-        tl.program_id(0), order, queries, heads, share, TILE_ROWS, BLOCK_M
-    )
+    mask_row, row, head, start = tile_of(tl.program_id(0), order, queries, heads, share, TILE_ROWS, BLOCK_M)
     if start >= queries:
         return
     mask_row, row = mask_row.to(tl.int64), row.to(tl.int64)

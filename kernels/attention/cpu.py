@@ -23,6 +23,7 @@ from torch import Tensor
 
 from transfusion_kernels.attention.cpu_plan import Bucket, Images, Plan, plan_for
 from transfusion_kernels.attention.layout import validate_bounds
+from transfusion_kernels.attention.reference import accumulation_dtype
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -76,6 +77,8 @@ def _plan(q: Tensor, k: Tensor, first_key: Tensor, end_key: Tensor) -> Plan | No
 def _packed_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     batch, heads, size, _ = q.shape
     k, v = _each_query_head(k, heads), _each_query_head(v, heads)
+    if plan.gathers:
+        q, k, v = (_by_position(x) for x in (q, k, v))
     results: list[Tensor] = []
     for bucket in plan.buckets:
         inputs = (_documents(x, bucket) for x in (q, k, v))
@@ -122,10 +125,13 @@ def _packed_backward(
     batch, heads, size, _ = q.shape
     key_heads = k.shape[1]
     k, v = _each_query_head(k, heads), _each_query_head(v, heads)
+    lse_BHS1 = lse[..., None]
+    if plan.gathers:
+        grad_out, q, k, v, out, lse_BHS1 = (_by_position(x) for x in (grad_out, q, k, v, out, lse_BHS1))
     results: list[Tensor] = []
     for bucket in plan.buckets:
         grad_b, q_b, k_b, v_b, out_b = (_documents(x, bucket) for x in (grad_out, q, k, v, out))
-        lse_b = _documents(lse[..., None], bucket)[..., 0]
+        lse_b = _documents(lse_BHS1, bucket)[..., 0]
         if bucket.padding is not None:  # then grad_b was gathered anew, and this changes no input
             _rows(grad_b).index_fill_(0, bucket.padding, 0.0)
         bias = _typed(bucket.bias, q)
@@ -138,7 +144,7 @@ def _packed_backward(
         for sum_RHD in sums_RHD:
             sum_RHD.index_fill_(0, plan.empty_rows, 0.0)
     for images in plan.images:
-        rows = tuple(_rows(x) for x in (grad_out, q, k, v, out, lse[..., None]))
+        rows = tuple(_rows(x) for x in (grad_out, q, k, v, out, lse_BHS1))
         _add_image_gradients(sums_RHD, rows, images, scale)
     dq, dk, dv = (x.view(batch, size, heads, -1).transpose(1, 2) for x in sums_RHD)
     return dq, _sum_query_heads(dk, key_heads), _sum_query_heads(dv, key_heads)
@@ -162,7 +168,8 @@ def _add_image_gradients(
         attn_mask=_typed(images.bias, q_RHD),
         scale=scale,
     )
-    for sum_RHD, rows_G, gradient in zip(sums_RHD, (query_rows_G, key_rows_G, key_rows_G), gradients):
+    rows_of_each = (query_rows_G, key_rows_G, key_rows_G)
+    for sum_RHD, rows_G, gradient in zip(sums_RHD, rows_of_each, gradients, strict=True):
         sum_RHD.index_add_(0, rows_G, _rows(gradient))
 
 
@@ -179,14 +186,19 @@ def _image(x_RHD: Tensor, rows_G: Tensor, count: int) -> Tensor:
     return x_RHD.index_select(0, rows_G).unflatten(0, (count, -1)).transpose(1, 2)
 
 
+def _by_position(x: Tensor) -> Tensor:
+    """[B, H, S, ...] of which `_rows` is a view: the same where it is one already, else a copy."""
+    if x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.stride(2):
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _rows(x: Tensor) -> Tensor:
-    """[B * S, H, ...] from [B, H, S, ...]: a view where the heads lie within the positions, else a copy."""
+    """[B * S, H, ...] from [B, H, S, ...]."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _collect(
-    collected: list[Tensor], results: tuple[Tensor, ...], bucket: Bucket, rows: int
-) -> list[Tensor]:
+def _collect(collected: list[Tensor], results: tuple[Tensor, ...], bucket: Bucket, rows: int) -> list[Tensor]:
     """The results of one call, [C, H, L, ...] each, put among those of the calls before, [rows + 1, H, ...].
 
     Rows that no call gives hold anything. Where one call gives all rows its results are not copied.
@@ -201,7 +213,7 @@ def _collect(
 
 
 def _typed(bias: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(like.dtype)
+    return None if bias is None else bias.to(accumulation_dtype(like.dtype))
 
 
 def _each_query_head(x_BKND: Tensor, heads: int) -> Tensor:
@@ -237,6 +249,8 @@ class _Window:
 
 
 def _windows(first_key: Tensor, end_key: Tensor, dtype: torch.dtype) -> Iterator[_Window]:
+    if first_key.numel() == 0:
+        return
     for start in range(0, first_key.shape[1], QUERY_BLOCK):
         queries = slice(start, start + QUERY_BLOCK)
         first_BQ, end_BQ = first_key[:, queries], end_key[:, queries]
@@ -262,8 +276,8 @@ def _windowed_forward(
     batch, heads, size, width = q.shape
     key_heads = k.shape[1]
     out = q.new_zeros(batch, size, heads, width).transpose(1, 2)
-    lse = q.new_full((batch, heads, size), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
-    for window in _windows(first_key, end_key, q.dtype):
+    lse = q.new_full((batch, heads, size), float("-inf"), dtype=accumulation_dtype(q.dtype))
+    for window in _windows(first_key, end_key, lse.dtype):
         out_w, lse_w = _flash_forward(
             _fold(q[:, :, window.queries], key_heads),
             k[:, :, window.keys],
@@ -305,7 +319,7 @@ def _windowed_backward(
     )
     # With a log-sum-exp of plus infinity the backward gives queries that see nothing weights of exactly 0.
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-    for window in _windows(first_key, end_key, q.dtype):
+    for window in _windows(first_key, end_key, lse.dtype):
         dq_w, dk_w, dv_w = _flash_backward(
             _fold(grad_out[:, :, window.queries], key_heads),
             _fold(q[:, :, window.queries], key_heads),

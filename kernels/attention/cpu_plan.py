@@ -70,6 +70,11 @@ class Plan:
     images: tuple[Images, ...]
     empty_rows: Tensor | None
 
+    @property
+    def gathers(self) -> bool:
+        """Whether any call takes rows out of the batch, rather than the batch as it is."""
+        return bool(self.images) or self.buckets[0].rows_G is not None
+
 
 _kept: list[tuple[Tensor, Tensor, int, Plan | None]] = []
 _lock = threading.Lock()
@@ -173,8 +178,10 @@ def _bucket(start_C: Tensor, length_C: Tensor, length: int, end_R: Tensor) -> Bu
     into_CL = rows_CL.masked_fill(past_end_CL, end_R.numel())
     bias = None
     if length <= SHORT_DOCUMENT:
+        # For each number of keys the row that shows as many: quicker than to compare every pair.
+        shown_L = _bias(slot_L >= torch.arange(length + 1)[:, None])
         end_CL = end_R[rows_CL] - start_C[:, None]
-        bias = _bias(slot_L < end_CL[:, None, :, None])
+        bias = shown_L.index_select(0, end_CL.flatten()).view(-1, 1, length, length)
     return Bucket(
         rows_CL.flatten(),
         into_CL.flatten(),
@@ -198,7 +205,7 @@ def _images(row_V: Tensor, end_V: Tensor, document_length_V: Tensor) -> tuple[Im
         query_L, key_L = torch.arange(length - 1), torch.arange(_round_up(length))
         query_rows_CL = begin_C1 + query_L
         key_rows_CL = begin_C1 + key_L.clamp(max=length - 1)
-        bias = _bias((key_L > query_L[:, None]) & (key_L < length))[None, None]
+        bias = _bias((key_L <= query_L[:, None]) | (key_L >= length))[None, None]
         groups.append(
             Images(
                 query_rows_CL.flatten(),
@@ -212,5 +219,5 @@ def _images(row_V: Tensor, end_V: Tensor, document_length_V: Tensor) -> tuple[Im
     return tuple(groups)
 
 
-def _bias(visible: Tensor) -> Tensor:
-    return torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+def _bias(hidden: Tensor) -> Tensor:
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))

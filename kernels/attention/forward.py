@@ -8,6 +8,9 @@ Names: p_ pointers, b_ blocks of values, o_ offsets, m_ masks. Shapes: M queries
 width padded to a power of two. Offsets are 64-bit: a tensor may hold more than 2^31 elements.
 """
 
+# What a kernel is given has no Python type.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 import contextlib
@@ -39,7 +42,7 @@ def attention_forward(
         return out, lse
     padded_width = triton.next_power_of_2(width)
     tile = tiles_for(q.device, padded_width, q.dtype).forward
-    share = batch // first_key.shape[0]
+    share = batch // max(first_key.shape[0], 1)
     programs = query_order.numel() * (TILE_ROWS // tile.rows) * share * heads
     with device_of(q):
         _forward_kernel[(programs,)](
@@ -179,9 +182,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    mask_row, row, head, start = tile_of(
-        tl.program_id(0), order, queries, heads, share, TILE_ROWS, BLOCK_M
-    )
+    mask_row, row, head, start = tile_of(tl.program_id(0), order, queries, heads, share, TILE_ROWS, BLOCK_M)
     if start >= queries:
         return
     mask_row, row = mask_row.to(tl.int64), row.to(tl.int64)

@@ -58,7 +58,9 @@ class IntervalMask:
         object.__setattr__(self, "_derived", {})
 
     @staticmethod
-    def from_spans(document_start: Tensor, image_end: Tensor, *, length: Tensor | None = None) -> IntervalMask:
+    def from_spans(
+        document_start: Tensor, image_end: Tensor, *, length: Tensor | None = None
+    ) -> IntervalMask:
         """The mask of packed documents: causal, bidirectional inside an image, closed between documents.
 
         document_start: integers [B, S], where the document of a position starts.
@@ -68,7 +70,9 @@ class IntervalMask:
         Built on the device of `document_start`, without a host synchronisation.
         """
         if document_start.dim() != 2:
-            raise ValueError(f"document_start: got shape {tuple(document_start.shape)}, takes [rows, positions]")
+            raise ValueError(
+                f"document_start: got shape {tuple(document_start.shape)}, takes [rows, positions]"
+            )
         if image_end.shape != document_start.shape:
             raise ValueError(
                 f"image_end: got shape {tuple(image_end.shape)}, takes document_start's, "
@@ -212,7 +216,9 @@ def _flatten(mask: IntervalMask) -> tuple[list[Any], int]:
 def _unflatten(children: Any, num_keys: int) -> IntervalMask:
     # A tree may carry placeholders where the tensors were, which the constructor would refuse.
     mask = object.__new__(IntervalMask)
-    for name, value in zip(("first_key", "end_key", "num_keys", "_derived"), (*children, num_keys, {})):
+    first_key, end_key = children
+    fields = {"first_key": first_key, "end_key": end_key, "num_keys": num_keys, "_derived": {}}
+    for name, value in fields.items():
         object.__setattr__(mask, name, value)
     return mask
 

@@ -11,6 +11,11 @@ from torch import Tensor
 from transfusion_kernels.attention.layout import IntervalMask
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scores and log-sum-exps of inputs of `dtype` are held in: float32 or better."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def reference_attention(
     q_BHSD: Tensor, k_BKND: Tensor, v_BKND: Tensor, mask: IntervalMask, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -19,7 +24,7 @@ def reference_attention(
     Computes in float32 or better. Returns the output [B, H, S, D] in the dtype of q, and the log-sum-exp of the
     scaled scores [B, H, S], which carries no gradient. A query that sees nothing gets 0 and minus infinity.
     """
-    dtype = torch.promote_types(q_BHSD.dtype, torch.float32)
+    dtype = accumulation_dtype(q_BHSD.dtype)
     group = q_BHSD.shape[1] // max(k_BKND.shape[1], 1)
     k_BHND = k_BKND.to(dtype).repeat_interleave(group, dim=1)
     v_BHND = v_BKND.to(dtype).repeat_interleave(group, dim=1)

@@ -11,6 +11,7 @@ import typer
 
 from transfusion import __version__
 from transfusion.errors import UserError
+from transfusion.parallel import environment
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,22 +35,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 a bug, 2 bad input, 3 a check failed, 75 stopped early and saved."""
     try:
-        app(standalone_mode=True)
+        app(environment.without_launcher_arguments(sys.argv[1:]))
     except UserError as error:
-        if _speaks():
+        # Of many ranks with the same complaint only the first prints it.
+        if environment.is_first_process():
             print(f"transfusion: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None
-
-
-def _speaks() -> bool:
-    """Of many ranks with the same complaint only the first prints it."""
-    if "transfusion.parallel.environment" not in sys.modules:
-        return True
-    from transfusion.parallel.environment import Environment
-
-    return Environment.detect().is_main
 
 
 def _print_version(wanted: bool) -> None:
@@ -63,9 +56,8 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
-    """`--local_rank` is what DeepSpeed's launcher adds; the environment already says it."""
+    pass
 
 
 @app.command()

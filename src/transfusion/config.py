@@ -77,7 +77,7 @@ class CodecConfig(Section):
 
     kind: Literal["pixels"] = Field("pixels", description="pixels: the scaled pixels are the latents")
     channels: Literal[1, 3] = Field(3, description="1: grey pictures, 3: colour")
-    image_size: PositiveInt = Field(256, description="side of the square picture, in pixels")
+    image_size: PositiveInt = Field(32, description="side of the square picture, in pixels")
 
 
 class DiffusionConfig(Section):

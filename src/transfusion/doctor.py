@@ -78,6 +78,13 @@ def run_doctor() -> list[Finding]:
     return findings
 
 
+def main() -> int:
+    """Look, print, and say with the exit code whether training can run."""
+    findings = run_doctor()
+    print_findings(findings)
+    return exit_code(findings)
+
+
 def exit_code(findings: Sequence[Finding]) -> int:
     """0 when training can run, 3 when something that it needs is missing."""
     return 3 if any(finding.required and finding.state == "missing" for finding in findings) else 0
@@ -158,8 +165,9 @@ def _deepspeed() -> Iterator[Finding]:
         yield Finding(
             "deepspeed",
             "missing",
-            "not installed; without it only one process can train (train.engine=local)",
+            "not installed; without it only one process can train, with train.engine=local",
             'DS_BUILD_OPS=0 pip install "deepspeed>=0.19.8,<0.20"',
+            required=_is_installed("torch") and _has_gpu(),  # where train.engine=auto means ZeRO
         )
 
 
@@ -246,7 +254,9 @@ def _choices() -> Iterator[Finding]:
 
     gpu = _has_gpu()
     if not _is_installed("deepspeed"):
-        engine = "local: deepspeed is not installed"
+        engine = "local in one process, since deepspeed is not installed" + (
+            "; set train.engine=local" if gpu else ""
+        )
     elif gpu:
         engine = "zero: a GPU is here"
     else:

@@ -44,9 +44,9 @@ def check(values: dict[str, Any], *, problems: Sequence[str] = (), where: str = 
     except ValidationError as error:
         found += [_explain(item) for item in error.errors()]
     if found:
-        listing = "".join(f"\n  - {problem}" for problem in found)
-        plural = "problem" if len(found) == 1 else "problems"
-        raise UserError(f"{len(found)} {plural} in {where}:{listing}")
+        if len(found) == 1:
+            raise UserError(f"{where}: {found[0]}")
+        raise UserError(f"{len(found)} problems in {where}:" + "".join(f"\n  - {problem}" for problem in found))
     return config
 
 

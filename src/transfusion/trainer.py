@@ -62,6 +62,7 @@ class Trainer:
         self.config = config = with_vocabulary(config, self.tokenizer)
         self.folder = RunFolder(Path(config.run.folder))
         if here.is_main:
+            self.lock = self.folder.lock()
             self.folder.create(config, arguments=sys.argv)
         start_logging(self.folder, rank=here.rank)
         self.engine: Engine = build_engine(config, here)

@@ -39,7 +39,7 @@ class SliceReader:
                 position = end
         if position != start + length:
             raise layout.damaged(self.folder, f"elements of {name} from {position} on are in no file")
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        return torch.cat(parts) if parts else torch.empty(0)
 
     def read_whole(self, kind: str, name: str) -> Tensor:
         """A whole parameter in its shape."""

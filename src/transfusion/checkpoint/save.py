@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def save(run_folder: str | Path, engine: Engine, state: TrainState, *, keep: int
     return folder
 
 
-def _together(work: Any, folder: Path) -> None:
+def _together(work: Callable[[], None], folder: Path) -> None:
     """Do this rank's part, wait for the others, and fail on all ranks if one failed."""
     problem: OSError | None = None
     try:

@@ -51,7 +51,7 @@ class VariantRule:
     caption_drop: float
 
 
-class Document(NamedTuple):
+class Drawn(NamedTuple):
     """One draw: which sample, how it is laid out, and its whole length in tokens."""
 
     epoch: int
@@ -69,23 +69,23 @@ class Deck:
         self._rule = rule
         self._key = keyed.word(source.name)
         self._chunk: tuple[int, int] | None = None
-        self._drawn: list[Document] = []
+        self._drawn: list[Drawn] = []
 
-    def document(self, epoch: int, position: int) -> Document:
+    def document(self, epoch: int, position: int) -> Drawn:
         """The document at this position of this epoch, a pure function of both and the seed."""
         chunk = (epoch, position // _DRAWN_TOGETHER)
         if chunk != self._chunk:
             self._chunk, self._drawn = chunk, self._draw(*chunk)
         return self._drawn[position % _DRAWN_TOGETHER]
 
-    def _draw(self, epoch: int, chunk: int) -> list[Document]:
+    def _draw(self, epoch: int, chunk: int) -> list[Drawn]:
         first = chunk * _DRAWN_TOGETHER
         positions = np.arange(first, min(first + _DRAWN_TOGETHER, self.size))
         sample_D = keyed.permuted(positions, self.size, self._rule.seed, _ORDER, self._key, epoch)
         variant_D = self.variants(epoch, sample_D)
         tokens_D = self.lengths(sample_D, variant_D)
         triples = zip(sample_D.tolist(), variant_D.tolist(), tokens_D.tolist(), strict=True)
-        return [Document(epoch, *triple) for triple in triples]
+        return [Drawn(epoch, *triple) for triple in triples]
 
     def variants(self, epoch: int, sample_D: NDArray[np.int64]) -> NDArray[np.int64]:
         """`Variant` of each sample in this epoch, by hashes of (seed, source, epoch, sample)."""

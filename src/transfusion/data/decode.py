@@ -63,9 +63,15 @@ def _to_values(picture: Image.Image, channels: int, image_size: int) -> Picture:
     mode = "L" if channels == 1 else "RGB"
     flat = _on_white(_eight_bit(picture)).convert(mode)
     if flat.size != (image_size, image_size):
-        flat = ImageOps.fit(flat, (image_size, image_size), method=Image.Resampling.BICUBIC)
+        flat = _centre_square(flat).resize((image_size, image_size), Image.Resampling.BICUBIC)
     values = np.asarray(flat, dtype=np.uint8)
     return values[None].copy() if channels == 1 else np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def _centre_square(picture: Image.Image) -> Image.Image:
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:

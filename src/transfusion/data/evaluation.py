@@ -17,6 +17,9 @@ from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.schema import Batch, Document, TextSegment
 
+# So many that a text is cut only where it is longer than a row: a cut takes context away.
+_OPEN_ROWS = 256
+
 
 class EvaluationLoader:
     """Batches over held-out sources; each pass gives the same ones, and every rank the same number of them.
@@ -45,9 +48,8 @@ class EvaluationLoader:
         self._settings = RowSettings.of(config)
         self._builder = RowBuilder(self.indexes, self._settings)
         rule = VariantRule(seed=config.run.seed, caption_first=caption_first, caption_drop=0.0)
-        plan = PlanSettings(
-            rows=self._rows, row_length=config.data.row_length, open_rows=config.data.open_rows, variants=rule
-        )
+        length = config.data.row_length
+        plan = PlanSettings(rows=self._rows, row_length=length, open_rows=_OPEN_ROWS, variants=rule)
         lengths = [source_lengths(index, 1.0, config) for index in self.indexes]
         self._plans: list[RowPlan] = list(plan_once(lengths, plan))
 

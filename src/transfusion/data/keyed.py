@@ -29,7 +29,8 @@ def bits(*words: ArrayLike) -> Words:
     """
     state = np.zeros(1, dtype=np.uint64)
     for value in words:
-        state = _mix((state + _GOLDEN) ^ np.asarray(value, dtype=np.uint64))
+        # The generator splitmix64, seeded by the words so far, at the place that this word says.
+        state = _mix(state + (np.array(value, dtype=np.uint64, ndmin=1) + np.uint64(1)) * _GOLDEN)
     return state
 
 
@@ -60,7 +61,7 @@ def permuted(positions: ArrayLike, size: int, *words: ArrayLike) -> NDArray[np.i
 
 
 def _mix(state: Words) -> Words:
-    """The finisher of splitmix64: every input bit reaches every output bit."""
+    """The output function of splitmix64: every input bit reaches every output bit."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from transfusion.data.deck import Deck, Document, SourceLengths, Variant, VariantRule
+from transfusion.data.deck import Deck, Drawn, SourceLengths, Variant, VariantRule
 from transfusion.errors import UserError
 from transfusion.presets import fingerprint
 
@@ -70,7 +70,7 @@ class Planner:
         """Raises UserError when the state belongs to other data or other settings."""
         self._sources, self._settings = tuple(sources), settings
         self._fingerprint = _fingerprint(self._sources, settings)
-        if state is not None and state.get("fingerprint") != self._fingerprint:
+        if state and state.get("fingerprint") != self._fingerprint:
             raise UserError(
                 "the data differ from those this run was started with (shards, tokenizer, seed, shares or"
                 " rows); restore them, or start anew in another run.dir"
@@ -251,7 +251,7 @@ def plan_once(
     yield from map(tuple, packer.rows)
 
 
-def _place_whole(packer: _Packer, settings: PlanSettings, source: int, document: Document) -> None:
+def _place_whole(packer: _Packer, settings: PlanSettings, source: int, document: Drawn) -> None:
     first = 0
     while first < document.tokens:
         tokens = min(settings.row_length, document.tokens - first)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -57,6 +57,14 @@ def scan(path: Path) -> Iterator[RawSample | Fault]:
         yield from _scan_lines(path, stream) if path.suffix == ".jsonl" else _scan_tar(path, stream)
 
 
+def texts(paths: Iterable[Path]) -> Iterator[str]:
+    """Texts and captions of all good samples, to train a tokenizer on."""
+    for path in paths:
+        for found in scan(path):
+            if isinstance(found, RawSample):
+                yield found.text
+
+
 def _scan_lines(path: Path, stream: BinaryIO) -> Iterator[RawSample | Fault]:
     for number, line in enumerate(stream):
         key = f"line {number}"
@@ -98,19 +106,20 @@ def _scan_tar(path: Path, stream: BinaryIO) -> Iterator[RawSample | Fault]:
                 members = {}
             key = match[1]
             if torn := entry.offset_data + entry.size > length:
+                members = {}
                 break
             members[match[2].lower()] = _Member(entry.offset_data, entry.size)
     except (tarfile.TarError, OSError, ValueError):
         torn = True
-    if torn:
-        # The sample in hand may lack members that the tear took.
-        yield Fault(path.name, key, "truncated tar")
-        return
-    if members:
-        yield _judge(path, stream, key, members)
     # tarfile takes a torn or damaged header for the end; a whole archive ends with a block of zeros.
-    if os.pread(stream.fileno(), _BLOCK, archive.offset) != bytes(_BLOCK):
-        yield Fault(path.name, "", "truncated tar")
+    torn = torn or os.pread(stream.fileno(), _BLOCK, archive.offset) != bytes(_BLOCK)
+    last = _judge(path, stream, key, members) if members else None
+    # What a tear may have taken members from is good only if it is a whole pair.
+    if last is not None and (not torn or (isinstance(last, RawSample) and last.picture_size)):
+        yield last
+        key = ""
+    if torn:
+        yield Fault(path.name, key, "truncated tar")
 
 
 def _judge(path: Path, stream: BinaryIO, key: str, members: dict[str, _Member]) -> RawSample | Fault:

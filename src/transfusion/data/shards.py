@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from webdataset.shardlists import expand_urls
+from braceexpand import braceexpand
 from webdataset.writer import TarWriter
 
 from transfusion.errors import UserError
@@ -79,10 +79,8 @@ def expand(specs: str | Sequence[str]) -> list[Path]:
 def _expand_one(spec: str) -> list[Path]:
     if "://" in spec or spec.startswith("pipe:"):
         raise UserError(f"shards {spec!r}: only files on this machine are read; download them first")
-    # webdataset would split at "::" and read WDS_ variables; paths here are only paths.
-    names = [name for part in [spec] for name in (expand_urls(part) if "{" in part else [part])]
     paths: list[Path] = []
-    for name in names:
+    for name in [spec] if Path(spec).is_file() else _brace_ranges(spec):
         if Path(name).is_file():
             paths.append(Path(name))
             continue
@@ -91,6 +89,13 @@ def _expand_one(spec: str) -> list[Path]:
             raise UserError(f"no shard {name}; {_nearby(Path(name))}")
         paths += matches
     return paths
+
+
+def _brace_ranges(spec: str) -> list[str]:
+    try:
+        return list(braceexpand(spec))
+    except ValueError:
+        raise UserError(f"shards {spec!r} has an unbalanced brace; write {{00000..00012}}.tar") from None
 
 
 def _nearby(path: Path) -> str:

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Protocol
 
 from transfusion.data.planner import RowPlan
@@ -99,10 +100,12 @@ class _Worker:
 
     def _start(self) -> None:
         # Never fork: this process may hold a CUDA context and running threads.
-        kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(kind)
-        if kind == "forkserver":
+        context: ForkServerContext | SpawnContext
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
+        else:
+            context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs, self._builder), daemon=True)
         self._process.start()

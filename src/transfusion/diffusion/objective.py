@@ -5,6 +5,7 @@ I images, C channels, H/W latent height and width, K timestep buckets.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ class NoisedImages(NamedTuple):
     target: Tensor
 
 
-class ImageLoss(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ImageLoss:
     """Squared error summed over elements and their count, in all ([]) and by timestep bucket ([K]); fp32."""
 
     total: Tensor

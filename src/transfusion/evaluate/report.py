@@ -75,11 +75,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curve:
-    """One panel: named series of (step, value), drawn raw and smoothed."""
+    """One panel: series of (label, colour, points), raw and smoothed; marked: points shown each for itself."""
 
     title: str
     series: Sequence[tuple[str, str, list[tuple[float, float]]]]
     smooth: bool = True
+    marked: Sequence[tuple[float, float]] = ()
 
 
 def write_report(run_folder: Path) -> Path:
@@ -124,6 +125,7 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "facts": _facts(lines, config, environment),
         "metrics": _metrics(_json(folder.path / "metrics.json")),
         "curves": [_draw(curve) for curve in _loss_curves(lines)],
+        "held_out": any(line.get("held_out_text_loss") or line.get("held_out_image_loss") for line in lines),
         "bucket_curve": _draw_buckets(lines),
         "machine_curves": [_draw(curve) for curve in _machine_curves(lines)],
         "grids": _grids(folder.samples),
@@ -180,7 +182,7 @@ def _facts(
             "images": lines[-1].get("images"),
             "duration": duration(_seconds(lines)),
             "attempts": len({line.get("attempt") for line in lines}),
-            "skipped": sum(bool(line.get("skipped")) for line in lines),
+            "skipped": lines[-1].get("skipped"),
             "text_loss": _ending(lines, "text_loss"),
             "image_loss": _ending(lines, "image_loss"),
         }
@@ -210,7 +212,8 @@ def _metrics(values: dict[str, Any]) -> list[dict[str, Any]]:
             empty = {"value": None, "unit": "", "bar": None, "passed": None, "how": ""}
             row = {**empty, **fields, "label": label[:1].upper() + label[1:]}
             if row["bar"] is not None:
-                sense = {True: "at least ", False: "below "}.get(fields.get("higher_is_better"), "")
+                higher = fields.get("higher_is_better")
+                sense = "" if higher is None else "at least " if higher else "below "
                 row["bar"] = sense + figure(row["bar"])
             rows.append(row)
     return rows
@@ -318,8 +321,16 @@ def data_uri(file: Path, *, smallest: int = PICTURE_SIDE, largest: int = LARGEST
 
 def _loss_curves(lines: list[dict[str, Any]]) -> list[Curve]:
     return _present(
-        Curve("Text loss, nats a token", [("", TEXT, _series(lines, "text_loss"))]),
-        Curve("Image loss, squared error of the noise", [("", IMAGE, _series(lines, "image_loss"))]),
+        Curve(
+            "Text loss, nats a token",
+            [("", TEXT, _series(lines, "text_loss"))],
+            marked=_series(lines, "held_out_text_loss"),
+        ),
+        Curve(
+            "Image loss, squared error of the noise",
+            [("", IMAGE, _series(lines, "image_loss"))],
+            marked=_series(lines, "held_out_image_loss"),
+        ),
         Curve("Total loss, as weighted", [("", TOTAL, _series(lines, "loss"))]),
     )
 
@@ -398,6 +409,8 @@ def _plot(axes: Any, curve: Curve) -> None:
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.45)
             values = _smoothed(values)
         axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
+    if curve.marked:
+        axes.plot(*zip(*curve.marked, strict=True), color=INK, linestyle="none", marker="o", markersize=4)
 
 
 def _scale(axes: Any, *, may_be_logarithmic: bool) -> None:

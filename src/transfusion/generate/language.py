@@ -68,7 +68,7 @@ def choose(logit_RV: Tensor, sampling: TextSampling, row_R: Sequence[int], index
     # A token is kept when those before it do not reach top_p yet, so the likeliest always is.
     kept_RV = probability_RV.masked_fill(sum_RV - probability_RV >= sampling.top_p, 0.0).cumsum(-1)
     keys = [((sampling.seed + row) << _TOKEN_BITS) + index for row, index in zip(row_R, index_R, strict=True)]
-    key_R = torch.tensor([key % (1 << 63) for key in keys], device=logit_RV.device)
+    key_R = torch.tensor(keys, device=logit_RV.device)
     uniform_R1 = torch.special.ndtr(counter_normal(key_R, (1,), stream=TEXT_STREAM).double())
     place_R1 = torch.searchsorted(kept_RV, (uniform_R1 * kept_RV[:, -1:]).to(kept_RV.dtype), right=True)
     # Rounding may carry the draw past the last kept token.

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from transfusion.checkpoint.export import ModelFolder, read_export
+from transfusion.checkpoint.export import read_export
 from transfusion.codec import pixels as codec
 from transfusion.config import Config, SampleConfig
 from transfusion.data.sequence import Layout, lay_out
@@ -26,11 +23,13 @@ from transfusion.generate import images, language
 from transfusion.generate.images import ImageSampling, SamplerName
 from transfusion.generate.interleave import Conversation, Limits, Part
 from transfusion.generate.language import TextSampling
+from transfusion.generate.load import Weights, find_device, load_model
 from transfusion.generate.reader import Reader
 from transfusion.model import Transfusion
 from transfusion.schema import ImageSegment, TextSegment
 
-Weights = Literal["auto", "raw", "ema"]
+# Leaves room in the 63 bits of a key for the number of a token (`language`) or of an image (`interleave`).
+GREATEST_SEED = 1 << 38
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +65,9 @@ class Pipeline:
         """
         found = read_export(folder)
         tokenizer = Tokenizer(found.tokenizer)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device)
-        half = device.type == "cuda" and found.config.train.precision == "bf16"
-        model = _load_model(found, _weight_file(found, weights), tokenizer)
-        return cls(
-            model.to(device, torch.bfloat16 if half else torch.float32), tokenizer, found.config, device
-        )
+        place = find_device(device)
+        model = load_model(found, weights, tokenizer, place)
+        return cls(model, tokenizer, found.config, place)
 
     @torch.no_grad()
     def sample(
@@ -94,6 +88,7 @@ class Pipeline:
         sampling = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed)
         wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
         self._check_sampling(sampling, wanted)
+        _check_seed(seed)
         return self._draw(wanted, list(range(seed, seed + len(wanted))), sampling, batch)
 
     @torch.no_grad()
@@ -166,8 +161,9 @@ class Pipeline:
             images.check(image, self.config)
         if max_tokens < 1 or max_images < 0:
             raise UserError("max_tokens must be at least 1 and max_images at least 0")
+        _check_seed(seed)
         for prompt in prompts:
-            self._check_pictures(prompt)
+            self._check_parts(prompt)
         limits = Limits(tokens=max_tokens, images=max_images, length=self.config.data.row_length)
         conversation = Conversation(
             self.reader, self.tokenizer, self.schedule, text=text, image=image, limits=limits
@@ -197,11 +193,8 @@ class Pipeline:
         return drawn
 
     def _caption_first(self, prompt: str) -> Layout:
-        caption, image = (
-            TextSegment(tuple(self.tokenizer.encode(prompt))),
-            ImageSegment(None, self.reader.patches),
-        )
-        return lay_out([caption, image], axes=self.reader.axes)
+        caption = TextSegment(tuple(self.tokenizer.encode(prompt)))
+        return lay_out([caption, ImageSegment(None, self.reader.patches)], axes=self.reader.axes)
 
     def _check_sampling(self, sampling: ImageSampling, prompts: Sequence[str]) -> None:
         images.check(sampling, self.config)
@@ -211,6 +204,7 @@ class Pipeline:
                 " guide by; use guidance 1 for pictures without a caption"
             )
         for prompt in set(prompts):
+            _check_text(prompt)
             length = len(self._caption_first(prompt))
             if length > self.config.data.row_length:
                 raise UserError(
@@ -218,41 +212,25 @@ class Pipeline:
                     f" {self.config.data.row_length}: {prompt[:60]!r}"
                 )
 
-    def _check_pictures(self, prompt: Sequence[Part]) -> None:
+    def _check_parts(self, prompt: Sequence[Part]) -> None:
         shape = self.reader.image_shape
         for part in prompt:
-            if isinstance(part, Tensor) and (part.dtype != torch.uint8 or part.shape != shape):
+            if isinstance(part, str):
+                _check_text(part)
+            elif part.dtype != torch.uint8 or part.shape != shape:
                 raise UserError(
                     f"a picture must be uint8 of shape {list(shape)},"
                     f" got {part.dtype} of shape {list(part.shape)}"
                 )
 
 
-def _weight_file(found: ModelFolder, weights: Weights) -> Path:
-    if weights == "auto":
-        return found.preferred
-    if weights == "raw":
-        return found.weights
-    if found.average is None:
-        raise UserError(
-            f"{found.weights.parent} holds no averaged weights (the run had optimizer.ema_decay=0);"
-            " use the raw ones"
-        )
-    return found.average
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < GREATEST_SEED:
+        raise UserError(f"seed {seed} must lie in [0, {GREATEST_SEED})")
 
 
-def _load_model(found: ModelFolder, path: Path, tokenizer: Tokenizer) -> Transfusion:
-    """The network with the weights of `path`, on the CPU, for inference only."""
-    vocabulary = found.config.model.vocabulary or tokenizer.vocabulary
-    with torch.device("meta"):
-        model = Transfusion(
-            found.config.model.model_copy(update={"vocabulary": vocabulary}), found.config.codec
-        )
+def _check_text(text: str) -> None:
     try:
-        model.load_state_dict(load_file(path), assign=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{path} does not hold the weights of its config.json: {reason}; export again"
-        ) from None
-    return model.eval().requires_grad_(False)
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"a prompt is not Unicode text: {ascii(text)[:60]}; give it as UTF-8") from None

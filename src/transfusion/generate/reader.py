@@ -44,6 +44,8 @@ class Block:
 
 
 class Reader:
+    """Reads blocks into caches and answers with states and logits; holds no state of its own."""
+
     def __init__(self, model: Transfusion, config: Config, device: torch.device) -> None:
         self.model, self.device = model, device
         self.patches = config.patches_per_image

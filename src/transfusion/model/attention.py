@@ -54,4 +54,5 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(key, value)
         attended = interval_attention(query, key, value, mask, backend=self.backend)
+        assert isinstance(attended, Tensor)  # not a pair: the log-sum-exp is not asked for
         return self.out(attended.transpose(1, 2).reshape(B, S, self.heads * self.head_dim))

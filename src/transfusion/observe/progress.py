@@ -80,7 +80,7 @@ def describe(line: Mapping[str, Any], *, seconds_left: float | None = None) -> s
         _figure("", line.get("tokens_per_second"), ",.0f", " tok/s"),
         _figure("data wait", line.get("data_wait"), ".1%"),
         _figure("", line.get("memory_gib"), ".2f", " GiB"),
-        "SKIPPED" if line.get("skipped") else "",
+        f"{line['skipped']} skipped" if line.get("skipped") else "",
         f"left {duration(seconds_left)}" if seconds_left is not None else "",
     ]
     return "  ".join(part for part in parts if part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -65,6 +66,25 @@ class RunFolder:
         """Where the sample grid of a step stands."""
         return self.samples / f"step_{step:07d}.png"
 
+    def lock(self) -> TextIO:
+        """Take the folder for this process, until the returned file is closed or the process ends.
+
+        Two runs that write one folder would spoil both. Raises UserError while another process has it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / "lock", "a", encoding="utf-8")  # noqa: SIM115 - held as long as the run
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"another process trains in {self.path}; wait for it, end it, or choose another run.dir"
+            ) from None
+        return file
+
     def create(self, config: Config, *, arguments: Sequence[str] = ()) -> None:
         """Make the folders and write the resolved config and what this start runs on (main process only).
 
@@ -77,9 +97,12 @@ class RunFolder:
             text = json.dumps(describe_environment(arguments), indent=2, ensure_ascii=False)
             self.environment.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"cannot write the run folder {self.path}: {error.strerror}; choose another with run.dir=DIR"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write the run folder {self.path}: {error.strerror}; choose another with run.dir=DIR"
+        )
 
 
 def describe_environment(arguments: Sequence[str] = ()) -> dict[str, Any]:

@@ -22,11 +22,6 @@ class MovingAverage:
         torch._foreach_lerp_(self.averages, self.tensors, 1.0 - self.decay)
 
     @torch.no_grad()
-    def restart(self) -> None:
-        """Make the averages equal to the tensors, as at the start."""
-        torch._foreach_copy_(self.averages, self.tensors)
-
-    @torch.no_grad()
     def exchange(self) -> None:
         """Swap averages and tensors in place, bit for bit, one tensor at a time; twice is no change."""
         for average, tensor in zip(self.averages, self.tensors, strict=True):

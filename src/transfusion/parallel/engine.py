@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,8 @@ class Engine(Protocol):
     def evaluation(self, weights: Weights) -> AbstractContextManager[nn.Module]:
         """The network for forward passes without gradients, in eval mode, with raw or averaged weights.
 
-        Every rank runs equally many forwards of equal parts. Raises UserError for "ema" where none is kept.
+        Every rank runs equally many forwards of equal parts, not under `torch.inference_mode`: ZeRO keeps
+        what it gathers there for training. Raises UserError for "ema" where none is kept.
         """
 
     def shards(self) -> list[Shard]:
@@ -114,11 +115,11 @@ def compile_blocks(model: Transfusion) -> None:
         block.forward = _compiled_when_training(block)
 
 
-def _compiled_when_training(block: nn.Module):  # type: ignore[no-untyped-def]
+def _compiled_when_training(block: nn.Module) -> Callable[..., Tensor]:
     eager = block.forward
     compiled = torch.compile(eager, dynamic=False)
 
-    def forward(*arguments):  # type: ignore[no-untyped-def]
+    def forward(*arguments: Any) -> Tensor:
         return (compiled if torch.is_grad_enabled() else eager)(*arguments)
 
     return forward

@@ -114,6 +114,14 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def is_first_process() -> bool:
+    """Whether this is the one process that speaks for all of them, as its launcher tells it."""
+    try:
+        return placement(os.environ).rank == 0
+    except UserError:
+        return True
+
+
 def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:
     """Command line arguments without the `--local_rank=N` that the deepspeed launcher puts among them."""
     kept: list[str] = []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.mixed_loss import MixedLoss
+from transfusion.model import Transfusion
 from transfusion.model.initialise import initial_value
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
@@ -46,40 +47,25 @@ class ZeroEngine:
     """ZeRO stage 1, 2 or 3. All state that trains lies in a few flat fp32 tensors a rank, `self.flats`."""
 
     def __init__(self, config: Config, environment: Environment) -> None:
-        join_group(environment)
         deepspeed = _import_deepspeed()
+        join_group(environment)
         self.config = config
         self.device, self.rank, self.world_size = environment.device, environment.rank, environment.world_size
         self.updates = 0
         self.stage = config.train.zero.stage
         self.loss = MixedLoss(config.diffusion)
-        cuda = self.device.type == "cuda"
-        settings = deepspeed_config(config, world_size=self.world_size, cuda=cuda)
         with torch.device("meta"):
             described = dict(build_model(config).named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in described.items()}
         with _quiet():
-            # Takes over the process group that is there; without it DeepSpeed counts one rank.
-            deepspeed.init_distributed()
-            # Stage 3 shards every module as soon as it is made, so that no rank ever holds the whole model.
-            dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-            with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype, enabled=self.stage == 3):
-                model = build_model(config)
-            named = dict(model.named_parameters())
-            decay = config.optimizer.weight_decay
-            self.adamw = groups.adamw(
-                groups.parameter_groups(described, named, decay), config.optimizer, fused=cuda
-            )
-            self.engine, self.zero, _, _ = deepspeed.initialize(
-                model=model, optimizer=self.adamw, config=settings
-            )
+            model = self._wrap(deepspeed, described)
         if config.train.compile:
             compile_blocks(model)
         self.flats = _flat_weights(self.zero, self.stage)
         groups.create_moments(self.adamw, self.flats)
         self.pieces = {
             name: piece
-            for name, parameter in named.items()
+            for name, parameter in model.named_parameters()
             if (piece := _locate(self.zero, self.stage, parameter, described[name].numel(), self.rank))
         }
         self._initialise()
@@ -142,6 +128,22 @@ class ZeroEngine:
         self.updates = updates
         groups.set_updates(self.adamw, updates)
         self._refresh()
+
+    def _wrap(self, deepspeed: Any, described: dict[str, nn.Parameter]) -> Transfusion:
+        """Build the network and AdamW and hand both to DeepSpeed; `described` gives every parameter's shape."""
+        cuda = self.device.type == "cuda"
+        settings = deepspeed_config(self.config, world_size=self.world_size, cuda=cuda)
+        # Takes over the process group that is there; without it DeepSpeed counts one rank.
+        deepspeed.init_distributed()
+        # Stage 3 shards every module as soon as it is made, so that no rank ever holds the whole model.
+        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype, enabled=self.stage == 3):
+            model = build_model(self.config)
+        parameters = dict(model.named_parameters())
+        decayed = groups.parameter_groups(described, parameters, self.config.optimizer.weight_decay)
+        self.adamw = groups.adamw(decayed, self.config.optimizer, fused=cuda)
+        self.engine, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=self.adamw, config=settings)
+        return model
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from transfusion.config import Config
+from transfusion.data import scan
 from transfusion.data.prepare import prepare
-from transfusion.data.scan import RawSample, scan
 from transfusion.data.shards import expand
 from transfusion.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion.schema import Batch
@@ -30,8 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def texts(data: Path) -> list[str]:
-    found = [item for path in expand(f"{data}/*/train/*.tar") for item in scan(path)]
-    return [item.text for item in found if isinstance(item, RawSample)]
+    return list(scan.texts(expand(f"{data}/*/train/*.tar")))
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +47,8 @@ def make_config(data: Path) -> MakeConfig:
             return {"name": name, "shards": f"{data}/{name}/{part}/*.tar"}
 
         section: dict[str, Any] = {
-            "sources": [source("digits", "train"), source("docs", "train")],
+            # The smaller part serves for training too: every loader of every rank indexes it anew.
+            "sources": [source("digits", "held_out"), source("docs", "held_out")],
             "held_out": [source("digits", "held_out"), source("docs", "held_out")],
             "row_length": 256,
             "rows": 8,
@@ -66,7 +66,11 @@ def rows_of() -> Callable[[Sequence[Batch]], list[list[torch.Tensor]]]:
     """All that a step holds, row by row, whatever batches it came in."""
 
     def explode(batches: Sequence[Batch]) -> list[list[torch.Tensor]]:
-        return [tensors for batch in batches for tensors in map(row, [batch] * len(batch.token_ids_BS), range(10**6))]
+        return [
+            tensors
+            for batch in batches
+            for tensors in map(row, [batch] * len(batch.token_ids_BS), range(10**6))
+        ]
 
     def row(batch: Batch, number: int) -> list[torch.Tensor]:
         tensors = [
@@ -83,7 +87,12 @@ def rows_of() -> Callable[[Sequence[Batch]], list[list[torch.Tensor]]]:
         for group in batch.images:
             real = group.image_weight_I > 0
             here = (group.patch_slot_IP[:, 0] // length == number) & real
-            fields = (group.values, group.timestep_I, group.noise_key_I, group.patch_slot_IP - number * length)
+            fields = (
+                group.values,
+                group.timestep_I,
+                group.noise_key_I,
+                group.patch_slot_IP - number * length,
+            )
             found += [field[here] for field in fields]
         return found
 

@@ -87,7 +87,10 @@ def test_missing_and_foreign_files_are_one_line(tmp_path: Path) -> None:
     other = tmp_path / "other.model"
     with other.open("wb") as stream:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["some words", "more"] * 9), model_writer=stream, vocab_size=20, minloglevel=2
+            sentence_iterator=iter(["some words", "more"] * 9),
+            model_writer=stream,
+            vocab_size=13,
+            minloglevel=2,
         )
     for path in (tmp_path / "missing.model", foreign, other):
         with pytest.raises(UserError, match="transfusion tokenizer train") as refused:

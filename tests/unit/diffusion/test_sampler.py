@@ -55,6 +55,14 @@ def test_ancestral_noise_is_keyed_by_image_and_step() -> None:
     assert not torch.equal(both[1:], sampler.step(2, latent[1:], latent[1:], keys[:1]))
 
 
+def test_every_step_adds_noise_of_its_own() -> None:
+    sampler, key = DDPM(SCHEDULE, 10), torch.tensor([3])
+    nothing = torch.zeros(1, 1, 40, 40)
+    added = torch.stack([sampler.step(index, nothing, nothing, key).flatten() for index in range(9)])
+    correlation = torch.corrcoef(torch.cat((added, start_noise(key, (1, 40, 40)).view(1, -1))))
+    assert (correlation - torch.eye(10)).abs().max() < 0.15
+
+
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
     with pytest.raises(ValueError, match="steps must lie in"):

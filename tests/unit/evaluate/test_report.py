@@ -39,12 +39,13 @@ def log_steps(folder: RunFolder, steps: range) -> None:
                     image_loss_by_timestep=buckets,
                     gradient_norm=1.0,
                     learning_rate=1e-3,
-                    skipped=step == 5,
+                    skipped=int(step >= 5),
                     tokens=step * 1000,
                     images=step * 10,
                     tokens_per_second=1e4,
                     data_wait=0.0,
                     memory_gib=1.0,
+                    held_out_text_loss=2.0 if step % 10 == 0 else None,
                 )
             )
 
@@ -175,7 +176,7 @@ def test_text_of_users_is_escaped(whole_run: RunFolder) -> None:
 def test_what_was_measured_stands_in_it(whole_run: RunFolder) -> None:
     text = " ".join(read(write_report(whole_run.path)).text.split())
     assert "40,000 tokens and 400 images in 40 of 250,000 steps" in text
-    assert "1 of the logged steps was skipped" in text
+    assert "1 step was skipped" in text and "Dots: held-out data" in text
     assert "0.97" in text and "at least 0.95" in text and "by an SVC" in text and "met" in text
     assert "below 3.1" in text and "missed" in text
     assert "54 of 60 are right" in text

@@ -71,6 +71,8 @@ def test_raw_weights_serve_where_there_is_no_average(folder: Path) -> None:
         pictures(Pipeline.from_export(folder, device="cpu")),
         pictures(Pipeline.from_export(folder, weights="raw", device="cpu")),
     )
+    with pytest.raises(UserError, match="choose auto, raw or ema"):
+        Pipeline.from_export(folder, weights="latest")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no averaged weights"):
         Pipeline.from_export(folder, weights="ema")
 
@@ -80,8 +82,25 @@ def test_weights_of_another_model_are_refused(
 ) -> None:
     _, other = build_model(width=16, heads=2)
     save_file(other.state_dict(), folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors does not hold the weights of its config\.json"):
+    with pytest.raises(UserError, match=r"model\.safetensors holds other weights"):
         Pipeline.from_export(folder, weights="raw")
+
+
+def test_a_larger_tokenizer_is_refused(folder: Path) -> None:
+    description = json.loads((folder / export.CONFIG).read_text())
+    description["config"]["model"]["vocabulary"] = 300
+    (folder / export.CONFIG).write_text(json.dumps(description))
+    with pytest.raises(UserError, match="320 pieces, its model knows 300"):
+        Pipeline.from_export(folder)
+
+
+@pytest.mark.parametrize("device", ["gpu9000", "cuda"])
+def test_a_device_that_is_not_there_is_refused(
+    folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"device '{device}'"):
+        Pipeline.from_export(folder, device=device)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.ema.safetensors", "tokenizer.model"])

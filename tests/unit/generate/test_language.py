@@ -75,4 +75,3 @@ def test_a_draw_depends_on_seed_row_and_number_of_the_token() -> None:
     assert len(set(together.tolist())) == 4
     shifted = TextSampling(temperature=1.0, seed=6)
     assert choose(logit_RV[:1], shifted, [0], [0]) == together[1]
-    assert choose(logit_RV[:1], TextSampling(temperature=1.0, seed=2**62), [0], [0]).shape == (1,)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from transfusion.codec import pixels as codec
-from transfusion.generate import Pipeline
-from transfusion.schema import TextSegment
+from transfusion.data.sequence import lay_out
+from transfusion.generate import ImageSampling, Pipeline
+from transfusion.generate.images import draw
+from transfusion.schema import ImageSegment, TextSegment
 
 DRAWING = {"guidance": 3.0, "steps": 4, "sampler": "ddpm"}
 
@@ -57,6 +59,49 @@ def test_interleaved(
     assert text == pipeline.tokenizer.decode(ids)
     assert_same_pictures(drawn, pictures)
     assert answer[1] is images[0] and answer[3] is images[1]
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@torch.no_grad()
+def test_latents_behind_a_mixed_prompt(
+    build_pipeline: Callable[..., Pipeline], truth: Any, picture: Any, sampler: Any, guidance: float
+) -> None:
+    pipeline = build_pipeline()
+    reader = pipeline.reader
+    given = torch.from_numpy(picture(6))
+    segments = [TextSegment((9, 10)), ImageSegment(None, 16), TextSegment((11, 12, 13))]
+    layout = lay_out([*segments, ImageSegment(None, 16)])
+    count = layout.images[1][0]
+    cache = reader.cache(1, count)
+    reader.read(cache.view(), reader.prefix_block([layout], [count], [given]))
+    sampling = ImageSampling(guidance=guidance, steps=6, sampler=sampler)
+    latent = draw(reader, cache, [0], [21], sampling, pipeline.schedule)[0]
+    settings = {"guidance": guidance, "steps": 6, "sampler": sampler}
+    expected = truth(pipeline).draw(segments, [codec.encode(given)], 21, **settings)
+    torch.testing.assert_close(latent, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_finished_image_is_read_clean(
+    build_pipeline: Callable[..., Pipeline], truth: Any, picture: Any
+) -> None:
+    """The state after <EOI> is that of a full forward with the clean image at timestep 0, not the noisy one."""
+    pipeline = build_pipeline()
+    reader = pipeline.reader
+    finished = torch.from_numpy(picture(6))
+    segments = [TextSegment((9, 10, 11)), ImageSegment(None, 16)]
+    layout = lay_out(segments, finished=False)
+    first = layout.images[0][0]
+    cache = reader.cache(1, len(layout))
+    reader.read(cache.view(), reader.prefix_block([layout], [first]))
+    draw(reader, cache, [0], [21], ImageSampling(steps=3), pipeline.schedule)
+    state_RD = reader.read(cache.view(), reader.image_block(finished[None], cache.lengths))
+    clean = truth(pipeline).states(segments, [codec.encode(finished)], [0])[len(layout) - 1]
+    noisy = truth(pipeline).states(segments, [codec.encode(finished)], [300])[len(layout) - 1]
+    torch.testing.assert_close(state_RD[0], clean, rtol=0, atol=1e-5)
+    assert (state_RD[0] - noisy).abs().max() > 1e-3
+    assert cache.lengths == [len(layout)]
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

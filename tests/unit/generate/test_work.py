@@ -162,6 +162,8 @@ def test_guidance_of_an_empty_prompt_is_an_error(build_pipeline: Callable[..., P
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 1 << 60}, "seed"),
     ],
 )
 def test_settings_out_of_range_are_named(
@@ -179,6 +181,14 @@ def test_pictures_of_another_shape_are_refused(
         build_pipeline().generate([[torch.zeros(*shape, dtype=torch.uint8)]])
     with pytest.raises(UserError, match="a picture must be uint8"):
         build_pipeline().caption(torch.zeros(1, 1, 8, 8))
+
+
+def test_prompts_that_are_no_text_are_refused(build_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = build_pipeline()
+    with pytest.raises(UserError, match="not Unicode"):
+        pipeline.sample(["a \udcff"], steps=1)
+    with pytest.raises(UserError, match="not Unicode"):
+        pipeline.generate([["a \udcff"]])
 
 
 def test_rows_end_where_training_rows_did(build_pipeline: Callable[..., Pipeline]) -> None:

@@ -26,7 +26,7 @@ def metrics(step: int, **changes: Any) -> StepMetrics:
         "image_loss_by_timestep": [0.1] * 9 + [None],
         "gradient_norm": 0.5,
         "learning_rate": 1e-3,
-        "skipped": False,
+        "skipped": 0,
         "tokens": 100 * step,
         "images": step,
         "tokens_per_second": 1000.0,

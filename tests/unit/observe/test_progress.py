@@ -19,7 +19,7 @@ LINE: dict[str, Any] = {
     "tokens_per_second": 12345.6,
     "data_wait": 0.034,
     "memory_gib": 1.25,
-    "skipped": False,
+    "skipped": 0,
 }
 
 
@@ -28,7 +28,7 @@ def test_describe_rounds_and_leaves_out_what_is_unknown() -> None:
     assert text == (
         "loss 2.3457  text 1.5000  gradient 0.500  12,346 tok/s  data wait 3.4%  1.25 GiB  left 3m 20s"
     )
-    assert "SKIPPED" in describe({**LINE, "skipped": True})
+    assert "2 skipped" in describe({**LINE, "skipped": 2})
     assert describe({"step": 1}) == ""
 
 

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Trains with DeepSpeed's launcher: launch/deepspeed.sh CONFIG [section.key=value ...]
+# Over the machines of launch/hostfile where that file exists, else on all GPUs of this one.
+set -euo pipefail
+
+[[ $# -ge 1 ]] || { echo "usage: bash launch/deepspeed.sh CONFIG [section.key=value ...]" >&2 && exit 2; }
+config="$(realpath "$1")"
+shift
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+ensure_venv all
+# The launcher starts `python` and asks for `ninja` by name.
+export PATH="$ROOT/.venv/bin:$PATH"
+if [[ -f launch/hostfile ]]; then
+    where=(--hostfile launch/hostfile)
+else
+    where=(--num_gpus "$(process_count)")
+fi
+exec deepspeed "${where[@]}" --module transfusion train "$config" "$@"

@@ -1,0 +1,59 @@
+# Sourced by the other scripts, after `set -euo pipefail`: goes to the checkout and keeps its .venv in step with
+# setup.py and constraints.txt. Afterwards "$PYTHON" is the Python of that environment.
+# shellcheck shell=bash
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT" || exit 2
+PYTHON="$ROOT/.venv/bin/python"
+
+# Neither the checkout nor a script's folder may shadow an installed package (kernels/ is also a name on PyPI).
+export PYTHONSAFEPATH=1
+# DeepSpeed compiles nothing when it is installed.
+export DS_BUILD_OPS=0
+
+fail() {
+    printf '%s\n' "$*" >&2
+    exit 2
+}
+
+is_new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+# The Python to make the environment with: 3.11, which the tests run on, else a newer one.
+find_python() {
+    local candidate
+    for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
+        if command -v "$candidate" >/dev/null && is_new_enough "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer is needed and was not found; install it (apt-get install python3.11 python3.11-venv)"
+}
+
+# ensure_venv EXTRAS: .venv holds this project with these extras, at the versions of constraints.txt.
+ensure_venv() {
+    local extras="$1" base stamp wanted
+    stamp=".venv/.installed-${extras//,/-}"
+    if ! is_new_enough "$PYTHON"; then
+        base="$(find_python)"
+        "$base" -c 'import ensurepip' 2>/dev/null \
+            || fail "$base cannot make virtual environments; install its venv package (apt-get install $base-venv)"
+        printf 'Making .venv with %s\n' "$("$base" --version)" >&2
+        "$base" -m venv --clear .venv
+    fi
+    wanted="$(cat setup.py pyproject.toml constraints.txt | "$PYTHON" -c \
+        'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
+    if [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
+        return
+    fi
+    printf 'Installing into .venv; the first time takes a few minutes and about 2 GB\n' >&2
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+    printf '%s\n' "$wanted" >"$stamp"
+}
+
+# How many processes train here: one a GPU, else two.
+process_count() {
+    "$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)'
+}

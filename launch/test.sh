@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs them all on the CPU. Arguments go to pytest: launch/test.sh -m 'not slow'
+set -euo pipefail
+
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+ensure_venv all,test,oracles
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m mypy
+"$PYTHON" -m pytest "$@"

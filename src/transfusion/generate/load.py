@@ -1,0 +1,72 @@
+"""The network of an exported folder, on a device, ready to generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from transfusion.checkpoint.export import ModelFolder
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.errors import UserError
+from transfusion.model import Transfusion
+
+Weights = Literal["auto", "raw", "ema"]
+
+
+def find_device(name: torch.device | str) -> torch.device:
+    """The named device, CUDA where there is one for "auto". Raises UserError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} does not exist; choose auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r} is not available: PyTorch finds no CUDA device; use auto or cpu")
+    return device
+
+
+def load_model(
+    found: ModelFolder, weights: Weights, tokenizer: Tokenizer, device: torch.device
+) -> Transfusion:
+    """The network, for inference only: on CUDA in the precision it was trained in, elsewhere in fp32.
+
+    Raises UserError where the folder's files do not belong together.
+    """
+    path = _weight_file(found, weights)
+    vocabulary = found.config.model.vocabulary or tokenizer.vocabulary
+    if tokenizer.vocabulary > vocabulary:
+        raise UserError(
+            f"{found.tokenizer} has {tokenizer.vocabulary} pieces, its model knows {vocabulary}; export again"
+        )
+    config = found.config.model.model_copy(update={"vocabulary": vocabulary})
+    with torch.device("meta"):
+        model = Transfusion(config, found.config.codec)
+    try:
+        model.load_state_dict(load_file(path), assign=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path} holds other weights than config.json tells: {reason}; export again"
+        ) from None
+    half = device.type == "cuda" and found.config.train.precision == "bf16"
+    return model.to(device, torch.bfloat16 if half else torch.float32).eval().requires_grad_(False)
+
+
+def _weight_file(found: ModelFolder, weights: Weights) -> Path:
+    if weights == "auto":
+        return found.preferred
+    if weights == "raw":
+        return found.weights
+    if weights != "ema":
+        raise UserError(f"weights {weights!r} do not exist; choose auto, raw or ema")
+    if found.average is None:
+        raise UserError(
+            f"{found.weights.parent} holds no averaged weights (the run had optimizer.ema_decay=0);"
+            " use the raw ones"
+        )
+    return found.average

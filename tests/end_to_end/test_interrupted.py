@@ -1,0 +1,105 @@
+"""Killed, stopped, continued: the same command ends up with the same run, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transfusion.observe.metrics import read_metrics
+
+STEPS = 8
+COMPARED = ("loss", "text_loss", "image_loss", "image_loss_by_timestep", "gradient_norm", "tokens", "images")
+
+
+def figures(run: Path) -> list[tuple[Any, ...]]:
+    """What every step measured, time and speed left out."""
+    return [tuple(line[name] for name in COMPARED) for line in read_metrics(run / "metrics.jsonl")]
+
+
+def wait_for_step(run: Path, step: int, process: Any) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+        if lines and lines[-1]["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} within two minutes")
+
+
+@pytest.fixture(scope="session")
+def straight(workplace: Any) -> Path:
+    workplace.run(*workplace.train("runs/straight", f"train.steps={STEPS}"))
+    return workplace.folder / "runs/straight"
+
+
+def weights(run: Path) -> bytes:
+    return (run / "checkpoints" / f"step_{STEPS:08d}" / "rank_00000.safetensors").read_bytes()
+
+
+def test_killed_and_continued(workplace: Any, straight: Path) -> None:
+    run = workplace.folder / "runs/killed"
+    command = workplace.train("runs/killed", f"train.steps={STEPS}")
+    process = workplace.start(*command)
+    wait_for_step(run, 5, process)
+    workplace.kill(process)
+    workplace.run(*command)
+    assert figures(run) == figures(straight)
+    assert weights(run) == weights(straight)
+
+
+def test_stopped_by_a_signal_saves_and_exits_with_75(workplace: Any, straight: Path) -> None:
+    run = workplace.folder / "runs/stopped"
+    command = workplace.train("runs/stopped", f"train.steps={STEPS}", "checkpoint.every=100")
+    process = workplace.start(*command)
+    wait_for_step(run, 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "the same command continues" in err
+    workplace.run(*command)
+    assert figures(run) == figures(straight)
+
+
+def test_torn_checkpoint_falls_back_to_the_one_before(workplace: Any, straight: Path) -> None:
+    run = workplace.folder / "runs/torn"
+    workplace.run(*workplace.train("runs/torn", "train.steps=6", "train.engine=local"))
+    newest = run / "checkpoints" / "step_00000006" / "rank_00000.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    said = workplace.run(*workplace.train("runs/torn", f"train.steps={STEPS}"), code=2)
+    assert "step_00000006" in said and "Traceback" not in said
+
+
+def test_two_processes_never_write_one_folder(workplace: Any) -> None:
+    command = workplace.train("runs/shared", "train.steps=1000")
+    process = workplace.start(*command)
+    wait_for_step(workplace.folder / "runs/shared", 1, process)
+    said = workplace.run(*command, code=2)
+    workplace.kill(process)
+    assert "another process trains in runs/shared" in said and "Traceback" not in said
+
+
+def test_a_finished_run_has_nothing_to_do(workplace: Any, straight: Path) -> None:
+    before = (straight / "metrics.jsonl").read_bytes()
+    assert "nothing to do" in workplace.run(*workplace.train("runs/straight", f"train.steps={STEPS}"))
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(workplace: Any, straight: Path) -> None:
+    said = workplace.run(*workplace.train("runs/straight", "train.steps=9", "model.width=96"), code=2)
+    assert "Traceback" not in said and "run.dir" in said
+
+
+def test_two_ranks_are_killed_and_continued(workplace: Any) -> None:
+    whole, killed = (workplace.folder / "runs" / name for name in ("zero-straight", "zero-killed"))
+    workplace.run(*workplace.train("runs/zero-straight", f"train.steps={STEPS}"), processes=2)
+    command = workplace.train("runs/zero-killed", f"train.steps={STEPS}")
+    process = workplace.start(*command, processes=2)
+    wait_for_step(killed, 4, process)
+    workplace.kill(process)
+    workplace.run(*command, processes=2)
+    assert figures(killed) == figures(whole)

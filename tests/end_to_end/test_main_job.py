@@ -1,0 +1,76 @@
+"""Prepare, train under ZeRO-3, export, sample, caption, evaluate, report: the commands of the README."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from PIL import Image
+
+from transfusion.observe.metrics import read_metrics
+
+
+def test_the_run_folder_holds_what_it_should(workplace: Any, trained: str) -> None:
+    run = workplace.folder / trained
+    for name in ("config.yaml", "env.json", "metrics.jsonl", "log.txt", "samples", "checkpoints", "export"):
+        assert (run / name).exists(), name
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    for line in lines:
+        assert line["loss"] > 0 and line["text_loss"] > 0 and line["image_loss"] > 0
+        assert len(line["image_loss_by_timestep"]) == 10
+        assert line["gradient_norm"] > 0 and line["skipped"] == 0
+    assert lines[-1]["held_out_text_loss"] > 0 and lines[-1]["held_out_image_loss"] > 0
+    # At step 0, at every save, and at the end.
+    assert [path.stem for path in sorted((run / "samples").glob("*.png"))] == [
+        f"step_{step:07d}" for step in (0, 3, 6, 7)
+    ]
+    environment = json.loads((run / "env.json").read_text())
+    assert "torch" in environment["packages"]
+
+
+def test_sample_writes_pictures_and_an_index(workplace: Any, trained: str) -> None:
+    model = f"{trained}/export"
+    command = ["sample", model, "--prompt", "a handwritten three", "--prompt", "the digit 7", "-n", "2", "--cfg", "3"]
+    workplace.run(*command, "--steps", "3", "--seed", "5", "--out", "pictures")
+    folder = workplace.folder / "pictures"
+    index = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+    assert [entry["seed"] for entry in index] == [5, 6, 7, 8]
+    assert [entry["prompt"] for entry in index] == ["a handwritten three"] * 2 + ["the digit 7"] * 2
+    for entry in index:
+        with Image.open(folder / entry["file"]) as picture:
+            assert (picture.size, picture.mode) == ((8, 8), "L")
+    # The same seed draws the same picture, in whatever company.
+    alone = ["sample", model, "--prompt", "the digit 7", "--cfg", "3", "--steps", "3", "--seed", "7"]
+    workplace.run(*alone, "--out", "alone")
+    assert (workplace.folder / "alone" / "0000.png").read_bytes() == (folder / "0002.png").read_bytes()
+
+
+def test_caption_prints_one_object_a_line(workplace: Any, trained: str) -> None:
+    workplace.run("sample", f"{trained}/export", "--prompt", "a", "-n", "2", "--steps", "1", "--out", "to-caption")
+    images = ["to-caption/0000.png", "to-caption/0001.png"]
+    out = workplace.run("caption", f"{trained}/export", *images, "--json", "--max-tokens", "4")
+    objects = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [entry["image"] for entry in objects] == images
+    assert all(isinstance(entry["caption"], str) for entry in objects)
+
+
+def test_evaluation_and_report(workplace: Any, trained: str) -> None:
+    suites = ["--suite", "held-out", "--suite", "digits"]
+    out = workplace.run("eval", f"{trained}/export", *suites, "--out", trained)
+    metrics = json.loads((workplace.folder / trained / "metrics.json").read_text())
+    for name in (
+        "generation_accuracy", "generation_diversity", "caption_accuracy", "text_loss_nats_per_token",
+        "text_loss_nats_per_byte", "bigram_nats_per_token", "bigram_nats_per_byte", "judge_accuracy_on_real",
+    ):  # fmt: skip
+        assert name in metrics and name in out
+        assert metrics[name]["how"]
+    assert metrics["judge_accuracy_on_real"]["value"] > 0.98
+    # Seven steps teach nothing: the figures must say so.
+    assert metrics["generation_accuracy"]["passed"] is False
+    assert metrics["text_loss_nats_per_token"]["passed"] is False
+    workplace.run("eval", f"{trained}/export", *suites, "--out", trained, "--check", code=3)
+    workplace.run("report", trained)
+    page = (workplace.folder / trained / "report.html").read_text()
+    assert "generation" in page and "data:image/png;base64" in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "src=\"http" not in page

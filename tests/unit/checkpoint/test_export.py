@@ -1,0 +1,139 @@
+"""Model folders: complete, readable by anyone, and never written over something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from handmade import make_batch, small_config, train_step
+from safetensors.torch import load_file
+
+from transfusion.checkpoint.export import export, read_export
+from transfusion.checkpoint.save import save
+from transfusion.errors import UserError
+from transfusion.parallel.engine import build_model
+from transfusion.parallel.environment import Environment
+from transfusion.parallel.local import LocalEngine
+from transfusion.schema import TrainState
+
+ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
+
+
+def make_run(folder: Path, *, decay: float = 0.5) -> LocalEngine:
+    engine = LocalEngine(small_config(optimizer__ema_decay=decay), ALONE)
+    train_step(engine, [make_batch("mixed", 0)])
+    save(folder, engine, TrainState(step=7), keep=1)
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    return engine
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    make_run(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_both_kinds_of_weights_load_into_the_network(tmp_path: Path) -> None:
+    engine = make_run(tmp_path / "run")
+    out = export(tmp_path / "run", tmp_path / "model")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "model.ema.safetensors",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
+    found = read_export(out)
+    assert found.config == engine.config
+    assert found.step == 7
+    assert found.tokenizer.read_bytes() == b"pieces"
+    assert found.average is not None and found.preferred == found.average
+    model = build_model(found.config)
+    averages = dict(zip(engine.masters, engine.average.averages, strict=True))
+    for path, expected in ((found.weights, engine.masters), (found.average, averages)):
+        model.load_state_dict(load_file(path), strict=True)
+        assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+
+
+def test_without_an_average_there_is_one_file(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", decay=0.0)
+    found = read_export(export(tmp_path / "run", tmp_path / "model"))
+    assert found.average is None
+    assert found.preferred == found.weights
+
+
+def test_one_checkpoint_can_be_named(run: Path, tmp_path: Path) -> None:
+    assert read_export(export(run / "checkpoints" / "step_00000007", tmp_path / "model")).step == 7
+
+
+def test_the_configured_tokenizer_stands_in_for_the_runs_own(tmp_path: Path) -> None:
+    (tmp_path / "named.model").write_bytes(b"named")
+    config = small_config(data__tokenizer=str(tmp_path / "named.model"))
+    save(tmp_path / "run", LocalEngine(config, ALONE), TrainState(step=1), keep=1)
+    assert read_export(export(tmp_path / "run", tmp_path / "model")).tokenizer.read_bytes() == b"named"
+
+
+def test_an_export_is_replaced(run: Path, tmp_path: Path) -> None:
+    out = export(run, tmp_path / "model")
+    (out / "tokenizer.model").unlink()
+    (tmp_path / "model.tmp").mkdir()
+    read_export(export(run, out))
+    assert not (tmp_path / "model.tmp").exists()
+
+
+def test_anything_else_is_left_alone(run: Path, tmp_path: Path) -> None:
+    for name, content in (("notes", "config.json"), ("letters", "letter.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / content).write_text("{}")
+        with pytest.raises(UserError, match="exists and is not an exported model; name another folder"):
+            export(run, tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == [content]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is not an exported model"):
+        export(run, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_nothing_is_written_without_a_tokenizer(run: Path, tmp_path: Path) -> None:
+    (run / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"cannot export .*: no tokenizer at .*tokenizer\.model; put it there"):
+        export(run, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_without_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no finished checkpoint; train first"):
+        export(tmp_path, tmp_path / "model")
+
+
+def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None:
+    path = run / "checkpoints" / "step_00000007" / "rank_00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is damaged"):
+        export(run, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.ema.safetensors", "tokenizer.model"])
+def test_a_missing_file_is_named(run: Path, tmp_path: Path, name: str) -> None:
+    out = export(run, tmp_path / "model")
+    (out / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}.*export the model again"):
+        read_export(out)
+
+
+def test_other_configs_and_torn_weights_are_refused(run: Path, tmp_path: Path) -> None:
+    out = export(run, tmp_path / "model")
+    weights = out / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read .*export the model again"):
+        read_export(out)
+    weights.write_bytes(whole)
+    text = (out / "config.json").read_text()
+    (out / "config.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(UserError, match="has model format 2, this version reads 1"):
+        read_export(out)
+    (out / "config.json").write_text('{"architectures": []}')
+    with pytest.raises(UserError, match=r"is no model folder: config\.json is not an export's"):
+        read_export(out)

@@ -1,0 +1,142 @@
+"""Which process am I: the variables of every launcher, and what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+
+from transfusion.errors import UserError
+from transfusion.parallel import environment
+from transfusion.parallel.environment import Environment, placement, without_launcher_arguments
+
+TORCHRUN = {
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "29500",
+}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "123456",
+}
+
+
+def test_without_a_launcher_there_is_one_process() -> None:
+    assert placement({})[:4] == (0, 0, 1, 1)
+
+
+def test_torchrun() -> None:
+    place = placement(TORCHRUN)
+    assert place[:4] == (5, 1, 8, 4)
+    assert place.variables == {"LOCAL_RANK": "1"}
+
+
+def test_deepspeed_launcher_sets_no_local_size() -> None:
+    variables = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
+    assert placement({**variables, "LOCAL_SIZE": "2"})[:4] == (5, 1, 8, 2)
+    assert placement(variables)[:4] == (5, 1, 8, 8)
+
+
+def test_srun() -> None:
+    place = placement(SRUN)
+    assert place[:4] == (5, 1, 7, 3)
+    assert place.variables == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "7",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "23456",
+    }
+
+
+def test_an_sbatch_script_itself_is_one_process() -> None:
+    assert placement({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})[:4] == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("listing", "node", "tasks"), [("4(x2),3", 0, 4), ("4(x2),3", 1, 4), ("4(x2),3", 2, 3), ("2", 0, 2)]
+)
+def test_tasks_of_a_slurm_node(listing: str, node: int, tasks: int) -> None:
+    assert environment._tasks_on_node(listing, node) == tasks
+
+
+@pytest.mark.parametrize(
+    ("listing", "host"), [("a1,a2", "a1"), ("gpu[03-07,9],other", "gpu03"), ("rack2-n[1,4]", "rack2-n1"), ("x", "x")]
+)
+def test_first_host_of_slurm_nodes(listing: str, host: str) -> None:
+    assert environment._first_host(listing) == host
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": "8"}, "RANK=8 does not fit WORLD_SIZE=8"),
+        ({"RANK": None}, "RANK must be an integer, got None"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE must be an integer, got 'many'"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set; use torchrun"),
+    ],
+)
+def test_contradicting_variables_are_told(changes: dict[str, str | None], message: str) -> None:
+    variables = {name: value for name, value in {**TORCHRUN, **changes}.items() if value is not None}
+    with pytest.raises(UserError, match=message):
+        placement(variables)
+
+
+def test_launcher_arguments_are_ignored() -> None:
+    given = ["--local_rank=1", "train", "a.yaml", "--local-rank", "3", "run.dir=x", "--local_rank", "0"]
+    assert without_launcher_arguments(given) == ["train", "a.yaml", "run.dir=x"]
+
+
+def test_start_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in (*TORCHRUN, "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    try:
+        here = environment.start(1)
+        assert here == Environment(0, 0, 1, torch.device("cpu"), 1)
+        assert here.is_main
+        assert torch.get_num_threads() == 1
+        assert os.environ["DS_ACCELERATOR"] == "cpu"
+        assert not torch.distributed.is_initialized()
+        assert environment.start().threads == len(os.sched_getaffinity(0))
+        environment.stop()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_missing_processes_are_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    changes = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in {**TORCHRUN, **changes}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"process 1 of 2 could not reach the others at 127.0.0.1:{port} within 1 s"):
+        environment.start(1, timeout=timedelta(seconds=1))
+
+
+def test_importing_is_light() -> None:
+    """The command line imports this module before torch, and the engines without DeepSpeed."""
+    code = (
+        "import sys, transfusion.parallel.environment; assert 'torch' not in sys.modules;"
+        "import transfusion.parallel.zero, transfusion.checkpoint.save; assert 'deepspeed' not in sys.modules"
+    )
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, "-c", code], env=variables, check=True)

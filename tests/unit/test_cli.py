@@ -1,0 +1,91 @@
+"""The command line: starts at once, and answers every mistake with one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def transfusion(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "transfusion", *arguments],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables}, timeout=120,
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from transfusion.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'deepspeed', 'triton', 'webdataset', 'sentencepiece'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in ("prepare", "tokenizer", "train", "export", "sample", "caption", "eval", "report", "doctor"):
+        assert command in done.stdout
+
+
+def test_help_starts_in_half_a_second_of_processor_time() -> None:
+    before = os.times()
+    assert transfusion("--help").returncode == 0
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    # Processor time, so that a busy machine does not fail the test; twice the bar leaves room for slow ones.
+    assert seconds < 1.0, f"{seconds:.2f} s"
+
+
+def test_version() -> None:
+    assert transfusion("--version").stdout.startswith("transfusion 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "missing.yaml"], ["missing.yaml", "configs/train"]),
+        (["train", "configs/train/quickstart.yaml", "train.stepps=3"], ["did you mean train.steps?"]),
+        (["train", "configs/train/quickstart.yaml", "data.tokenizer=gone.model"], ["gone.model", "tokenizer train"]),
+        (["export", "no-such-run", "--out", "x"], ["no-such-run"]),
+        (["sample", "no-such-model", "--prompt", "a", "--out", "x"], ["no-such-model"]),
+        (["caption", "no-such-model", "a.png"], ["no-such-model"]),
+        (["eval", "no-such-model"], ["no-such-model"]),
+        (["report", "no-such-run"], ["no-such-run"]),
+        (["prepare", "no-such-source", "--out", "x"], ["no-such-source"]),
+        (["tokenizer", "train", "no-such-*.tar", "--out", "x"], ["no-such-*.tar"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    done = transfusion(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("  - ")]
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (ROOT / "x").exists()
+
+
+def test_usage_errors_name_the_nearest_command() -> None:
+    done = transfusion("trian", "x.yaml")
+    assert done.returncode == 2
+    assert "train" in done.stderr
+
+
+def test_the_argument_of_deepspeeds_launcher_is_accepted() -> None:
+    assert transfusion("--local_rank=0", "config").returncode == 0
+
+
+def test_only_the_first_rank_speaks_of_a_mistake() -> None:
+    ranks = {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    done = transfusion("train", "missing.yaml", RANK="1", **ranks)
+    assert (done.returncode, done.stderr) == (2, "")

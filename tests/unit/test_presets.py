@@ -1,0 +1,110 @@
+"""Configuration: files, bases, overrides, and mistakes told all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from transfusion import presets
+from transfusion.config import Config
+from transfusion.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_the_papers() -> None:
+    config = presets.load(None)
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert (config.optimizer.learning_rate, config.optimizer.final_learning_rate) == (3e-4, 1.5e-5)
+    assert (config.optimizer.weight_decay, config.optimizer.gradient_clip) == (0.1, 1.0)
+    assert config.optimizer.warmup_steps == 4000
+    assert config.optimizer.ema_decay == 0.0
+    assert config.diffusion.steps == 1000
+    assert config.diffusion.image_loss_weight == 5.0
+    assert config.diffusion.understanding_timestep_limit == 500
+    assert (config.data.caption_first, config.data.caption_drop) == (0.8, 0.1)
+    assert config.data.row_length == 4096
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_says_what_it_is_for(path: Path) -> None:
+    presets.load(path)
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    for word in ("# Purpose:", "# Command:", "# Time:", "# Result:"):
+        assert word in head, f"{path.name} does not say its {word}"
+
+
+def test_overrides_and_numbers_in_scientific_notation(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "optimizer: {learning_rate: 1e-4}\nmodel: {width: 64, heads: 4}\n")
+    config = presets.load(path, ["model.width=96", "--train.steps=7", "run.name=x"])
+    assert config.optimizer.learning_rate == 1e-4
+    assert (config.model.width, config.train.steps, config.run.folder) == (96, 7, "runs/x")
+
+
+def test_base_files_are_merged_and_circles_refused(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "model: {width: 64, heads: 4}\ntrain: {steps: 5}\n")
+    path = write(tmp_path, "own.yaml", "base: base.yaml\ntrain: {steps: 9}\n")
+    config = presets.load(path)
+    assert (config.model.width, config.train.steps) == (64, 9)
+    circle = write(tmp_path, "circle.yaml", "base: circle.yaml\n")
+    with pytest.raises(UserError, match="circle"):
+        presets.load(circle)
+
+
+def test_all_mistakes_at_once_with_the_nearest_known_name() -> None:
+    with pytest.raises(UserError) as caught:
+        presets.load(None, ["model.widht=64", "train.steps=-1", "optimizer.betas=[2, 0.9]", "nonsense", "run=3"])
+    message = str(caught.value)
+    assert message.startswith("5 problems")
+    assert "did you mean model.width?" in message
+    assert "train.steps" in message and "-1" in message
+    assert "optimizer.betas" in message
+    assert "'nonsense' is not an override" in message
+    assert "run: " in message
+
+
+def test_parts_that_do_not_fit_each_other() -> None:
+    with pytest.raises(UserError, match=r"image_size 9 must be a multiple of model.patch_size"):
+        presets.load(None, ["codec.image_size=9"])
+    with pytest.raises(UserError, match="too short for a picture"):
+        presets.load(None, ["codec.image_size=64", "data.row_length=256"])
+    with pytest.raises(UserError, match=r"model.width 100 must be an even multiple"):
+        presets.load(None, ["model.width=100", "model.heads=12"])
+    with pytest.raises(UserError, match="multiple of model.key_heads"):
+        presets.load(None, ["model.key_heads=5"])
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read config"):
+        presets.load(tmp_path / "missing.yaml")
+    with pytest.raises(UserError, match="is not YAML"):
+        presets.load(write(tmp_path, "torn.yaml", "model: {width: 64"))
+    with pytest.raises(UserError, match="must hold sections"):
+        presets.load(write(tmp_path, "list.yaml", "- 1\n- 2\n"))
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    config = presets.load(None, ["model.width=96", "model.heads=4", "optimizer.epsilon=1e-9"])
+    path = tmp_path / "config.yaml"
+    presets.dump(config, path)
+    assert presets.load(path) == config
+    assert Config.model_validate(yaml.safe_load(presets.explain(config))) == config
+
+
+def test_every_key_is_explained() -> None:
+    lines = presets.explain(Config()).splitlines()
+    unexplained = [line for line in lines if not line.endswith(":") and "# " not in line]
+    assert unexplained == []
+
+
+def test_fingerprint_follows_the_values() -> None:
+    assert presets.fingerprint({"a": 1, "b": 2}) == presets.fingerprint({"b": 2, "a": 1})
+    assert presets.fingerprint({"a": 1}) != presets.fingerprint({"a": 2})
