@@ -6,6 +6,7 @@ KERNELS = "transfusion_kernels"
 
 CORE = [
     "torch>=2.11,<2.14",
+    "braceexpand>=0.1",
     "numpy>=2.0,<3",
     "pillow>=11,<13",
     "pydantic>=2.10,<3",

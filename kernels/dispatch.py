@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 from transfusion_kernels.attention.layout import IntervalMask
 
 ENVIRONMENT_VARIABLE = "TRANSFUSION_ATTENTION"

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from transfusion_kernels.attention.layout import IntervalMask
 from transfusion_kernels.attention.reference import reference_attention
 

@@ -68,12 +68,14 @@ train_tokenizer() {
 }
 
 train() {
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$(process_count)" \
+    # torchrun warns unless told; the training sets its own threads (train.threads).
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
+        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$(process_count)" \
         -m transfusion train configs/train/quickstart.yaml "run.dir=$RUN" ${overrides[@]+"${overrides[@]}"}
 }
 
 sample() {
-    transfusion sample "$MODEL" --out "$PICTURES" -n 8 --cfg 3 --steps 100 --seed 0 \
+    transfusion sample "$MODEL" --out "$PICTURES" -n 8 --cfg 3 --sampler ddim --steps 50 --seed 0 \
         --prompt "a handwritten three" --prompt "a handwritten seven"
 }
 
@@ -97,5 +99,5 @@ cat <<END
 Report    $ROOT/$RUN/report.html
 Pictures  $ROOT/$PICTURES
 Metrics   $ROOT/$RUN/metrics.json
-Model     $ROOT/$MODEL   (transfusion sample $MODEL --prompt "a handwritten five" --out pictures)
+Model     $ROOT/$MODEL   (.venv/bin/transfusion sample $MODEL --prompt "a handwritten five" --out pictures)
 END

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from transfusion_kernels.attention import cpu
 from transfusion_kernels.attention.layout import IntervalMask
 from transfusion_kernels.attention.reference import accumulation_dtype, reference_attention

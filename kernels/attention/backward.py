@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from transfusion_kernels.attention.forward import (
     LOG2_E,
     device_of,

@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from transfusion_kernels.attention.layout import TILE_ROWS
 from transfusion_kernels.attention.tiles import tiles_for
 

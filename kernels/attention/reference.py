@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
 from transfusion_kernels.attention.layout import IntervalMask
 
 

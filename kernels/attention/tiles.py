@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-
 from transfusion_kernels.attention.layout import TILE_ROWS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,8 +28,10 @@ EXIT_INTERRUPTED = 130
 
 Model = Annotated[Path, typer.Argument(help="folder written by `transfusion export`")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
-Weights = Annotated[str, typer.Option(help="auto (moving average where present), raw or ema")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Weights = Annotated[
+    Literal["auto", "raw", "ema"], typer.Option(help="auto: the moving average where there is one")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 
 
 def main() -> None:
@@ -86,13 +88,11 @@ def train_tokenizer(
     vocabulary: Annotated[int, typer.Option(help="pieces, control tokens included")] = 32_000,
 ) -> None:
     """Train a sentencepiece tokenizer on the texts and captions of shards."""
-    from transfusion.data.scan import RawSample, scan
+    from transfusion.data.scan import texts
     from transfusion.data.shards import expand
     from transfusion.data.tokenizer import train_tokenizer as run
 
-    samples = (sample for path in expand(shards) for sample in scan(path))
-    texts = (sample.text for sample in samples if isinstance(sample, RawSample))
-    tokenizer = run(texts, out, vocabulary=vocabulary)
+    tokenizer = run(texts(expand(shards)), out, vocabulary=vocabulary)
     print(f"{out}: {tokenizer.vocabulary} pieces")
 
 
@@ -129,14 +129,14 @@ def sample(
     n: Annotated[int, typer.Option("-n", min=1, help="pictures a caption")] = 1,
     cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")] = 3.0,
     steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1)] = 100,
-    sampler: Annotated[str, typer.Option(help="ddpm or ddim")] = "ddpm",
+    sampler: Annotated[Literal["ddpm", "ddim"], typer.Option(help="how noise is removed")] = "ddpm",
     seed: Annotated[int, typer.Option(min=0, help="picture k has seed + k")] = 0,
     weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:
     """Draw pictures from captions."""
-    from transfusion.generate.pipeline import Pipeline
     from transfusion.generate.pictures import save_samples
+    from transfusion.generate.pipeline import Pipeline
 
     pipeline = Pipeline.from_export(model, weights=weights, device=device)
     samples = pipeline.sample(prompt, per_prompt=n, guidance=cfg, steps=steps, sampler=sampler, seed=seed)

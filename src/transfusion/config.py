@@ -148,7 +148,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     head_chunk: PositiveInt = Field(4096, description="text targets whose logits exist at once")
     threads: NonNegativeInt = Field(0, description="CPU threads a process; 0: cores divided by local processes")
-    zero: ZeroConfig = Field(default_factory=ZeroConfig)
+    zero: ZeroConfig = ZeroConfig()
 
 
 class CheckpointConfig(Section):
@@ -176,16 +176,16 @@ class SampleConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    run: RunConfig = Field(default_factory=RunConfig)
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    codec: CodecConfig = Field(default_factory=CodecConfig)
-    diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    log: LogConfig = Field(default_factory=LogConfig)
-    sample: SampleConfig = Field(default_factory=SampleConfig)
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    codec: CodecConfig = CodecConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    sample: SampleConfig = SampleConfig()
 
     @property
     def patches_per_image(self) -> int:

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
 from transfusion_kernels import IntervalMask
-
-T = TypeVar("T")
 
 # Image losses are also reported by timestep: this many equal buckets over [0, diffusion.steps).
 TIMESTEP_BUCKETS = 10
@@ -123,16 +120,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
-        return _move(self, torch.device(device))
+        moved: Batch = _move(self, torch.device(device))
+        return moved
 
 
-def _move(value: T, device: torch.device) -> T:
+def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, IntervalMask):
         return value.to(device)
     if isinstance(value, tuple):
-        return tuple(_move(item, device) for item in value)  # type: ignore[return-value]
+        return tuple(_move(item, device) for item in value)
     if isinstance(value, Batch | ImageGroup):
         return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
     return value
@@ -182,6 +180,7 @@ class TrainState:
 
     step: int = 0
     skipped_steps: int = 0
+    faults: int = 0
     tokens: int = 0
     images: int = 0
     data: dict[str, Any] = field(default_factory=dict)

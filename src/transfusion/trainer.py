@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transfusion.checkpoint.save import save
 from transfusion.config import Config
 from transfusion.data.evaluation import EvaluationLoader
 from transfusion.data.loader import Loader
+from transfusion.data.scan import Fault
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.evaluate.held_out import held_out_losses
 from transfusion.generate.pictures import write_grid
@@ -73,6 +75,8 @@ class Trainer:
             EvaluationLoader(config, config.data.held_out, self.tokenizer, **ranks) if config.data.held_out else None
         )
         self.clock = Clock()
+        # Samples of the last step that this rank could not read.
+        self.faults = 0
         # Loss sums of the steps since the last line of metrics.
         self.pending: list[LossTerms] = []
 
@@ -91,7 +95,7 @@ class Trainer:
                 self._draw_grid(record)
             while self.state.step < steps:
                 result = self.train_step()
-                decision = agree(stop.decision).decision
+                decision = self._agree(stop)
                 at_end = self.state.step == steps
                 saves = at_end or decision > Decision.CONTINUE or self.state.step % self.config.checkpoint.every == 0
                 if saves or self.state.step % self.config.log.every == 0:
@@ -118,7 +122,14 @@ class Trainer:
         self.state.skipped_steps += int(result.skipped)
         self.state.tokens += tokens
         self.state.data = self.loader.state()
+        self.faults = sum(batch.counts.faults for batch in batches)
         return result
+
+    def _agree(self, stop: StopRequest) -> Decision:
+        """What all ranks do next, and how many samples of the step could not be read, in one collective."""
+        decision, (faults,) = agree(stop.decision, self.faults)
+        self.state.faults += faults
+        return decision
 
     def _log(self, record: Record | None, result: StepResult, *, held_out: bool) -> None:
         """Sum the losses over steps and ranks (all ranks together) and write a line (the main process)."""
@@ -139,6 +150,7 @@ class Trainer:
                 gradient_norm=result.gradient_norm,
                 learning_rate=learning_rate(self.state.step - 1, self.config.optimizer, self.config.train.steps),
                 skipped=self.state.skipped_steps,
+                faults=self.state.faults,
                 tokens=self.state.tokens,
                 images=self.state.images,
                 tokens_per_second=lap.tokens_per_second,
@@ -163,6 +175,7 @@ class Trainer:
     def _save(self, record: Record | None) -> None:
         self._draw_grid(record)
         with self.clock.pause():
+            self._write_quarantine()
             save(self.folder.path, self.engine, self.state, keep=self.config.checkpoint.keep)
 
     def _draw_grid(self, record: Record | None) -> None:
@@ -185,9 +198,23 @@ class Trainer:
             "%s: %d process(es) on %s, step %d to %d, run folder %s", self.config.run.name, self.here.world_size,
             self.engine.device.type, self.state.step, self.config.train.steps, self.folder.path,
         )
-        faults = self.loader.counters()["faults"]
-        if faults:
-            log.warning("samples left out, by reason: %s", faults)
+        if faults := self.loader.counters()["faults"]:
+            log.warning("samples left out, by reason: %s; see %s", faults, self.folder.quarantine)
+        self._write_quarantine()
+
+    def _write_quarantine(self) -> None:
+        """One line for each sample left out so far, by the index or by any rank at run time."""
+        indexed = sum(len(index.faults) for index in self.loader.indexes)
+        mine = self.loader.faults()
+        found = [mine if self.here.is_main else mine[indexed:]]
+        if self.here.world_size > 1:
+            everyone: list[list[Fault]] = [[] for _ in range(self.here.world_size)]
+            dist.all_gather_object(everyone, found[0])
+            found = everyone
+        faults = [fault for part in found for fault in part]
+        if self.here.is_main and faults:
+            lines = (json.dumps(asdict(fault), ensure_ascii=False) + "\n" for fault in faults)
+            self.folder.quarantine.write_text("".join(lines), encoding="utf-8")
 
 
 class Record:

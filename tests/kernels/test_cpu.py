@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
 from transfusion_kernels import IntervalMask, interval_attention
 from transfusion_kernels.attention import cpu_plan
 from transfusion_kernels.testing import (

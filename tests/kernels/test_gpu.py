@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 from transfusion_kernels import IntervalMask, explain, interval_attention
 from transfusion_kernels.testing import (
     exact_attention,

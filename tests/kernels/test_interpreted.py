@@ -10,7 +10,6 @@ import itertools
 
 import pytest
 import torch
-
 from transfusion_kernels import IntervalMask, interval_attention
 from transfusion_kernels.testing import (
     exact_attention,

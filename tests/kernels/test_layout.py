@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 from torch.utils import _pytree as pytree
-
 from transfusion_kernels import IntervalMask
 from transfusion_kernels.attention.layout import TILE_ROWS
 from transfusion_kernels.testing import mask_families, mask_of

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transfusion_kernels
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
-
-import transfusion_kernels
 from transfusion_kernels import IntervalMask, explain, interval_attention
 from transfusion_kernels.testing import mask_families, mask_of, relative_error
 

@@ -78,7 +78,7 @@ def test_parts_that_do_not_fit_each_other() -> None:
         presets.load(None, ["codec.image_size=64", "data.row_length=256"])
     with pytest.raises(UserError, match=r"model.width 100 must be an even multiple"):
         presets.load(None, ["model.width=100", "model.heads=12"])
-    with pytest.raises(UserError, match="multiple of model.key_heads"):
+    with pytest.raises(UserError, match=r"multiple of model\.key_heads"):
         presets.load(None, ["model.key_heads=5"])
 
 

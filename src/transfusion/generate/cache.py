@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
 from transfusion_kernels import IntervalMask
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Protocol
 
 from torch import Tensor, nn
+from transfusion_kernels import IntervalMask, interval_attention
 
 from transfusion.config import ModelConfig
 from transfusion.model.embedding import rotate
-from transfusion_kernels import IntervalMask, interval_attention
 
 
 class LayerCache(Protocol):

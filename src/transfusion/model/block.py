@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from transfusion_kernels import IntervalMask
 
 from transfusion.config import ModelConfig
 from transfusion.model.attention import Attention, LayerCache
-from transfusion_kernels import IntervalMask
 
 
 class FeedForward(nn.Module):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transfusion_kernels import IntervalMask
 
 from transfusion.config import CodecConfig, ModelConfig
 from transfusion.model.attention import LayerCache
@@ -20,7 +21,6 @@ from transfusion.model.embedding import rotary_angles
 from transfusion.model.heads import TextHead
 from transfusion.model.patches import PatchDecoder, PatchEncoder, patchify, unpatchify
 from transfusion.schema import Batch, Modality
-from transfusion_kernels import IntervalMask
 
 
 class ModelOutput(NamedTuple):

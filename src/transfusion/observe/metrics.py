@@ -21,7 +21,8 @@ class StepMetrics:
 
     image_loss_by_timestep: one value a bucket of timesteps. tokens, images: seen since the run's first step.
     data_wait: share of the time since the last line that was spent waiting for data. memory_gib: peak.
-    skipped: steps so far whose update was left out. held_out_*: known at checkpoints only.
+    skipped: steps so far whose update was left out. faults: samples so far that could not be read.
+    held_out_*: known at checkpoints only.
     """
 
     step: int
@@ -32,6 +33,7 @@ class StepMetrics:
     gradient_norm: float | None
     learning_rate: float
     skipped: int
+    faults: int
     tokens: int
     images: int
     tokens_per_second: float | None

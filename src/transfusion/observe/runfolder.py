@@ -47,6 +47,10 @@ class RunFolder:
         return self.path / "log.txt"
 
     @property
+    def quarantine(self) -> Path:
+        return self.path / "quarantine.jsonl"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

@@ -56,7 +56,7 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> StepResult:
         """Clip by the global norm and update, or skip on all ranks if the gradient of any is not finite."""
 
-    def evaluation(self, weights: Weights) -> AbstractContextManager[nn.Module]:
+    def evaluation(self, weights: Weights) -> AbstractContextManager[Transfusion]:
         """The network for forward passes without gradients, in eval mode, with raw or averaged weights.
 
         Every rank runs equally many forwards of equal parts, not under `torch.inference_mode`: ZeRO keeps

@@ -12,6 +12,7 @@ from torch import nn
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.mixed_loss import MixedLoss
+from transfusion.model import Transfusion
 from transfusion.model.initialise import initialise
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
@@ -87,7 +88,7 @@ class LocalEngine:
         return StepResult(gradient_norm=math.inf if skipped else gradient_norm, skipped=skipped)
 
     @contextmanager
-    def evaluation(self, weights: Weights) -> Iterator[nn.Module]:
+    def evaluation(self, weights: Weights) -> Iterator[Transfusion]:
         """See `Engine.evaluation`."""
         if weights == "ema" and not self.averages:
             raise UserError("no moving average is kept: set optimizer.ema_decay, or evaluate the raw weights")

@@ -94,7 +94,7 @@ class ZeroEngine:
         return StepResult(gradient_norm=norm, skipped=skipped)
 
     @contextmanager
-    def evaluation(self, weights: Weights) -> Iterator[nn.Module]:
+    def evaluation(self, weights: Weights) -> Iterator[Transfusion]:
         """See `Engine.evaluation`; averages and weights are swapped shard by shard, nothing is gathered."""
         if weights == "ema" and not self.averages:
             raise UserError("no moving average is kept: set optimizer.ema_decay, or evaluate the raw weights")
