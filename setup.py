@@ -44,7 +44,7 @@ setup(
         KERNELS,
         *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
     ],
-    package_data={"transfusion": ["py.typed", "*.html"], KERNELS: ["py.typed"]},
+    package_data={"transfusion": ["py.typed", "evaluate/*.html"], KERNELS: ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["transfusion=transfusion.cli:main"]},

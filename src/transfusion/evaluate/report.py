@@ -183,6 +183,7 @@ def _facts(
             "duration": duration(_seconds(lines)),
             "attempts": len({line.get("attempt") for line in lines}),
             "skipped": lines[-1].get("skipped"),
+            "faults": lines[-1].get("faults"),
             "text_loss": _ending(lines, "text_loss"),
             "image_loss": _ending(lines, "image_loss"),
         }

@@ -40,6 +40,7 @@ def log_steps(folder: RunFolder, steps: range) -> None:
                     gradient_norm=1.0,
                     learning_rate=1e-3,
                     skipped=int(step >= 5),
+                    faults=step // 20,
                     tokens=step * 1000,
                     images=step * 10,
                     tokens_per_second=1e4,
@@ -176,7 +177,8 @@ def test_text_of_users_is_escaped(whole_run: RunFolder) -> None:
 def test_what_was_measured_stands_in_it(whole_run: RunFolder) -> None:
     text = " ".join(read(write_report(whole_run.path)).text.split())
     assert "40,000 tokens and 400 images in 40 of 250,000 steps" in text
-    assert "1 step was skipped" in text and "Dots: held-out data" in text
+    assert "1 step was skipped" in text and "2 samples could not be read" in text
+    assert "Dots: held-out data" in text
     assert "0.97" in text and "at least 0.95" in text and "by an SVC" in text and "met" in text
     assert "below 3.1" in text and "missed" in text
     assert "54 of 60 are right" in text

@@ -27,6 +27,7 @@ def metrics(step: int, **changes: Any) -> StepMetrics:
         "gradient_norm": 0.5,
         "learning_rate": 1e-3,
         "skipped": 0,
+        "faults": 0,
         "tokens": 100 * step,
         "images": step,
         "tokens_per_second": 1000.0,

@@ -50,6 +50,15 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file" / "run").create(presets.load(None, ["codec.image_size=8"]))
 
 
+def test_one_process_at_a_time_has_the_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    held = folder.lock()
+    with pytest.raises(UserError, match=r"another process trains .* run\.dir"):
+        folder.lock()
+    held.close()
+    folder.lock().close()
+
+
 def test_grids_sort_by_step(tmp_path: Path) -> None:
     names = [RunFolder(tmp_path).grid(step).name for step in (0, 90, 1000)]
     assert names == sorted(names) and names[1] == "step_0000090.png"

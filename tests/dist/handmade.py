@@ -1,0 +1,167 @@
+"""Small configurations and batches written by hand, for tests of engines and checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from transfusion_kernels import IntervalMask
+
+from transfusion.config import Config
+from transfusion.parallel.engine import Engine, GlobalCounts, global_counts
+from transfusion.schema import Batch, BatchCounts, ImageGroup, LossTerms, Modality, SpecialToken, StepResult
+
+VOCABULARY = 64
+LENGTH = 32
+PATCHES = 4
+SIDE = 4
+
+Content = Literal["mixed", "text", "image", "little text"]
+
+
+def small_config(**changes: Any) -> Config:
+    """Two blocks of width 32 on 4x4 pictures of four patches. `changes`: dotted names with `__` for the dot."""
+    values: dict[str, Any] = {
+        "run": {"seed": 7},
+        "model": {"vocabulary": VOCABULARY, "layers": 2, "width": 32, "heads": 2, "feed_forward": 64},
+        "codec": {"channels": 1, "image_size": SIDE},
+        "data": {"row_length": LENGTH, "rows": 4},
+        "train": {"precision": "fp32", "attention": "auto", "zero": {}},
+        "optimizer": {},
+    }
+    for name, value in changes.items():
+        *sections, key = name.split("__")
+        section = values
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[key] = value
+    return Config.model_validate(values)
+
+
+def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> Batch:
+    """Rows of one document each and some padding; a batch without pictures carries one of weight 0.
+
+    side: of the pictures, which always have four patches.
+    """
+    random = torch.Generator().manual_seed(seed)
+    token = torch.zeros(rows, LENGTH, dtype=torch.int64)
+    modality = torch.full((rows, LENGTH), Modality.PADDING, dtype=torch.uint8)
+    weight = torch.zeros(rows, LENGTH)
+    image_end = torch.zeros(rows, LENGTH, dtype=torch.int64)
+    length = torch.empty(rows, dtype=torch.int64)
+    slots: list[torch.Tensor] = []
+    for row in range(rows):
+        words = {"image": 0, "little text": 3}.get(content, 18 + row)
+        text = torch.randint(8, VOCABULARY, (words,), generator=random)
+        has_image = content in ("image", "mixed")
+        document = [int(SpecialToken.BEGIN_DOCUMENT), *text.tolist()]
+        end = len(document)
+        weight[row, : end - 1] = 1.0
+        if has_image:
+            first = end + 1
+            slots.append(row * LENGTH + torch.arange(first, first + PATCHES))
+            image_end[row, first : first + PATCHES] = first + PATCHES
+            document += [SpecialToken.BEGIN_IMAGE, *[SpecialToken.PATCH] * PATCHES, SpecialToken.END_IMAGE]
+        document.append(SpecialToken.END_DOCUMENT)
+        if content != "image":
+            weight[row, len(document) - 2] = 1.0
+        length[row] = len(document)
+        token[row, : len(document)] = torch.tensor([int(item) for item in document])
+        modality[row, : len(document)] = Modality.TEXT
+    images = len(slots)
+    slot = torch.stack(slots) if images else torch.arange(PATCHES)[None]
+    if images:
+        modality.view(-1)[slot.flatten()] = Modality.IMAGE
+    count = max(images, 1)
+    group = ImageGroup(
+        modality=Modality.IMAGE,
+        values=torch.randint(0, 256, (count, 1, side, side), generator=random, dtype=torch.uint8),
+        image_weight_I=torch.full((count,), float(images > 0)),
+        patch_slot_IP=slot,
+        timestep_I=torch.randint(0, 1000, (count,), generator=random),
+        noise_key_I=torch.arange(count) + 1000 * seed,
+    )
+    return Batch(
+        token_ids_BS=token,
+        modality_BS=modality,
+        position_BSA=torch.arange(LENGTH).repeat(rows, 1)[..., None],
+        target_ids_BS=token.roll(-1, dims=1),
+        text_weight_BS=weight,
+        mask=IntervalMask.from_spans(torch.zeros(rows, LENGTH, dtype=torch.int64), image_end, length=length),
+        images=(group,),
+        counts=BatchCounts(
+            tokens=int(length.sum()),
+            text_targets=int(weight.sum()),
+            images=images,
+            image_elements=images * side**2,
+            padding=int(rows * LENGTH - length.sum()),
+        ),
+    )
+
+
+def join_rows(first: Batch, second: Batch) -> Batch:
+    """One batch with the rows of both."""
+    offset = first.token_ids_BS.numel()
+    groups = (first.images[0], second.images[0])
+    fields = ("values", "image_weight_I", "timestep_I", "noise_key_I")
+    group = replace(
+        groups[0],
+        patch_slot_IP=torch.cat([groups[0].patch_slot_IP, groups[1].patch_slot_IP + offset]),
+        **{name: torch.cat([getattr(group, name) for group in groups]) for name in fields},
+    )
+    fields = ("token_ids_BS", "modality_BS", "position_BSA", "target_ids_BS", "text_weight_BS")
+    masks = (first.mask, second.mask)
+    first_key = torch.cat([mask.first_key for mask in masks])
+    end_key = torch.cat([mask.end_key for mask in masks])
+    return replace(
+        first,
+        **{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in fields},
+        mask=IntervalMask(first_key, end_key),
+        images=(group,),
+        counts=first.counts + second.counts,
+    )
+
+
+def with_broken_image(batch: Batch) -> Batch:
+    """The same batch with a picture of NaN."""
+    group = batch.images[0]
+    values = torch.full(group.values.shape, float("nan"))
+    return replace(batch, images=(replace(group, values=values),))
+
+
+def train_step(
+    engine: Engine, batches: list[Batch], learning_rate: float = 1e-3, counts: GlobalCounts | None = None
+) -> tuple[LossTerms, StepResult]:
+    """One optimiser step on this rank's micro-batches; the sums of all of them.
+
+    counts: those of the step, where the batches at hand are not all of it; else counted over all ranks.
+    """
+    counts = counts or global_counts(batches)
+    total: LossTerms | None = None
+    for index, batch in enumerate(batches):
+        terms = engine.forward_backward(batch, counts, last=index == len(batches) - 1)
+        total = terms if total is None else total.plus(terms)
+    assert total is not None
+    return total, engine.step(learning_rate)
+
+
+def counts_of(batches: list[Batch]) -> GlobalCounts:
+    """Counts of the given batches, without asking other ranks."""
+    text = sum(batch.counts.text_targets for batch in batches)
+    image = sum(batch.counts.image_elements for batch in batches)
+    return GlobalCounts(torch.tensor(float(text)), torch.tensor(float(image)))
+
+
+def state_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """A copy of all that this rank trains, by kind and parameter."""
+    return {
+        f"{kind}/{shard.name}": tensor.detach().clone()
+        for shard in engine.shards()
+        for kind, tensor in shard.values.items()
+    }
+
+
+def same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two copies are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

@@ -1,0 +1,104 @@
+"""ZeRO on two ranks beside the plain engine, and the traps of ZeRO-3 (scenarios: worker.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+Findings = Callable[[str], list[Any]]
+
+pytestmark = pytest.mark.dist
+
+VARIANTS = ["defaults", "nothing kept", "recomputed", "qk norm, 2d, gqa", "uneven", "stage 1", "stage 2"]
+KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
+    """Eight steps of every unequal mix: losses within 1e-6 relative in fp32, gradient norms too."""
+    for found in pair(f"equals local: {variant}"):
+        assert found["loss"] < 1e-6
+        assert found["norm"] < 1e-6
+        # Adam divides by the gradient's own size, so rounding shows more in the weights.
+        assert found["weight"] < 2e-5
+        assert found["parameters"]
+
+
+def test_micro_batches_and_ranks_do_not_change_the_loss(pair: Findings) -> None:
+    for found in pair("accumulation"):
+        assert found["loss"] < 1e-6
+        assert found["norm"] < 1e-6
+
+
+def test_parameters_are_released(pair: Findings) -> None:
+    for held in pair("release"):
+        assert held["after backward"] == 0
+        assert held["after evaluation"] == 0
+        assert 0 < held["peak"] < held["whole"] / 2
+        assert held["kept by default"] == held["whole"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_on_one_rank_skips_on_all_and_leaves_no_trace(pair: Findings, kind: str) -> None:
+    for found in pair(f"broken step: {kind}"):
+        assert found == {
+            "skipped": True,
+            "norm is infinite": True,
+            "state untouched": True,
+            "updates": 2,
+            "goes on the same": True,
+            "ends the same": True,
+        }
+
+
+@pytest.mark.parametrize("kind", ["defaults", "nothing kept", "stage 2"])
+def test_evaluation_uses_the_average_and_leaves_no_trace(pair: Findings, kind: str) -> None:
+    for found in pair(f"evaluation: {kind}"):
+        for weights in ("ema", "raw"):
+            assert found[f"{weights} error"] < 1e-6
+            assert found[f"{weights} state untouched"]
+            assert found[f"{weights} training"] is False
+        assert found["ema text"] != found["raw text"]
+        assert found["trains on the same"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_learns_and_stays_with_the_plain_engine(pair: Findings, stage: int) -> None:
+    for found in pair(f"low precision: {stage}"):
+        assert found["unrounded start"]
+        assert found["dtypes"] == ["torch.bfloat16"]
+        assert found["curve"][-1] < 0.95 * found["curve"][0]
+        assert found["error"] < 2e-3
+
+
+def test_ranks_agree(pair: Findings) -> None:
+    for found in pair("agreement"):
+        assert found["decision"] == 2
+        assert found["counts"] == [7, 2 * 10**12]
+        assert found["global counts"] == [True, True]
+        assert "train.engine=local runs in one process" in found["local engine refused"]
+        assert found["auto"] == "ZeroEngine"
+
+
+def test_a_single_process_can_run_zero(single: Findings) -> None:
+    (found,) = single("one rank")
+    assert found["engine"] == "ZeroEngine"
+    assert found["group of one"]
+    assert found["norm error"] < 1e-6
+
+
+def test_deepspeed_is_silent(single: Findings, pair: Findings) -> None:
+    pair("agreement")
+    for findings in (single, pair):
+        lines = findings.output.splitlines()  # type: ignore[attr-defined]
+        assert [line for line in lines if "DeepSpeed" in line or "deepspeed" in line or "MA " in line] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["compiled", "compiled, recomputed"])
+def test_compiled_blocks_are_one_graph(compiled: Findings, scenario: str) -> None:
+    for found in compiled(scenario):
+        assert found["loss"] < 1e-6
+        assert (found["graphs"], found["breaks"]) == (1, 0)

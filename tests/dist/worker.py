@@ -1,0 +1,430 @@
+"""What one rank does in the distributed tests: `worker.py single|pair|compiled FOLDER`.
+
+Starting DeepSpeed takes seconds, so all scenarios run in one start and write their findings to
+FOLDER/<mode>_<rank>.json; the tests beside this file judge them. A scenario that raises is recorded as a
+traceback. `single` comes first: it leaves the checkpoint that `pair` loads.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from handmade import (
+    Content,
+    counts_of,
+    join_rows,
+    make_batch,
+    same_state,
+    small_config,
+    state_of,
+    train_step,
+    with_broken_image,
+)
+
+from transfusion.checkpoint.layout import step_folder
+from transfusion.checkpoint.resume import load, resume
+from transfusion.checkpoint.save import save
+from transfusion.config import Config
+from transfusion.errors import UserError
+from transfusion.parallel import environment
+from transfusion.parallel.agree import agree
+from transfusion.parallel.engine import build_engine, global_counts
+from transfusion.parallel.environment import Environment
+from transfusion.parallel.local import LocalEngine
+from transfusion.parallel.zero import ZeroEngine
+from transfusion.schema import Batch, Decision, LossTerms, TrainState
+
+ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
+# Nothing stays gathered: the setting that shows every missing gather and every leak.
+NOTHING_KEPT = {"persistence_threshold": 0, "max_live_parameters": 0, "max_reuse_distance": 0}
+# What rank 0 and rank 1 see in each step.
+STREAM: list[tuple[Content, Content]] = [
+    ("mixed", "mixed"),
+    ("text", "image"),
+    ("text", "text"),
+    ("image", "image"),
+    ("little text", "text"),
+    ("image", "mixed"),
+    ("image", "text"),
+    ("mixed", "mixed"),
+]
+# Uneven: a bias of one element, of which the second rank has nothing but padding.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "nothing kept": {"train__zero": NOTHING_KEPT},
+    "recomputed": {"train__activation_checkpointing": True, "train__zero": NOTHING_KEPT},
+    "qk norm, 2d, gqa": {"model__qk_norm": True, "model__key_heads": 1, "train__zero": NOTHING_KEPT},
+    "uneven": {"model__patch_size": 1, "codec__image_size": 2, "train__zero": NOTHING_KEPT},
+    "stage 1": {"train__zero": {"stage": 1}},
+    "stage 2": {"train__zero": {"stage": 2}},
+}
+IMAGE_WEIGHT = 5.0
+
+
+def stream_batches(step: int, config: Config) -> list[Batch]:
+    """Both ranks' batches of a step."""
+    contents, side = STREAM[step % len(STREAM)], config.codec.image_size
+    return [make_batch(content, 10 * step + rank, side=side) for rank, content in enumerate(contents)]
+
+
+def losses(terms: LossTerms) -> list[float]:
+    """Text, image and whole loss of one step, from sums over all ranks."""
+    text = float(terms.text_sum / terms.text_count.clamp(min=1))
+    image = float(terms.image_sum / terms.image_count.clamp(min=1))
+    return [text, image, text + IMAGE_WEIGHT * image]
+
+
+def over_ranks(terms: LossTerms) -> LossTerms:
+    """The terms summed over all ranks."""
+    summed = [term.double() for term in terms]
+    for term in summed:
+        dist.all_reduce(term)
+    return LossTerms(*summed)
+
+
+def difference(terms: LossTerms, wanted: LossTerms) -> float:
+    """Greatest relative difference of the three losses; `terms` are this rank's, `wanted` those of all."""
+    pairs = zip(losses(over_ranks(terms)), losses(wanted), strict=True)
+    return max(abs(value - reference) / max(abs(reference), 1e-12) for value, reference in pairs)
+
+
+def train(engine: Any, rank: int, steps: range) -> list[Any]:
+    """Train on this rank's share of the stream; the exact outcome of every step."""
+    outcome = []
+    for step in steps:
+        terms, result = train_step(engine, [stream_batches(step, engine.config)[rank]])
+        outcome.append([[float(term) for term in terms[:4]], result.gradient_norm, result.skipped])
+    return outcome
+
+
+def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of the training state, put together over ranks."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    mine = [(shard.name, shard.start, shard.shape, shard.values) for shard in engine.shards()]
+    dist.all_gather_object(parts, mine)
+    whole: dict[str, torch.Tensor] = {}
+    for name, start, shape, values in (piece for part in parts for piece in part):
+        for kind, tensor in values.items():
+            target = whole.setdefault(f"{kind}/{name}", torch.full((torch.Size(shape).numel(),), torch.nan))
+            target[start : start + tensor.numel()] = tensor
+    return whole
+
+
+def equals_local(config: Config, here: Environment, reference: Config | None = None) -> dict[str, Any]:
+    """Losses, gradient norms and final weights of ZeRO beside those of the plain engine on the same rows."""
+    zero, plain = ZeroEngine(config, here), LocalEngine(reference or config, ALONE)
+    loss_errors, norm_errors = [], []
+    for step in range(len(STREAM)):
+        batches = stream_batches(step, config)
+        terms, result = train_step(zero, [batches[here.rank]])
+        wanted_terms, wanted = train_step(plain, batches, counts=counts_of(batches))
+        loss_errors.append(difference(terms, wanted_terms))
+        norm_errors.append(abs(result.gradient_norm / wanted.gradient_norm - 1))
+    got, wanted_state = whole_weights(zero), state_of(plain)
+    weight_errors = {
+        key: float((got[key] - value).abs().max() / value.abs().max().clamp(min=1e-12))
+        for key, value in wanted_state.items()
+        if key.startswith("weight/")
+    }
+    return {
+        "loss": max(loss_errors),
+        "norm": max(norm_errors),
+        "weight": max(weight_errors.values()),
+        "parameters": got.keys() == wanted_state.keys(),
+    }
+
+
+def accumulation(here: Environment) -> dict[str, Any]:
+    """On ZeRO two micro-batches of one row and one of two; on the plain engine all rows in one batch."""
+    config = small_config(train__zero=NOTHING_KEPT)
+    apart, joined, plain = ZeroEngine(config, here), ZeroEngine(config, here), LocalEngine(config, ALONE)
+    loss_errors, norm_errors = [], []
+    contents: list[Content] = ["mixed", "text", "image", "mixed"]
+    for step in range(6):
+        rows = [
+            [make_batch(contents[(step + rank + row) % 4], 100 * step + 10 * rank + row, 1) for row in (0, 1)]
+            for rank in (0, 1)
+        ]
+        terms_apart, norm_apart = train_step(apart, rows[here.rank])
+        terms_joined, norm_joined = train_step(joined, [join_rows(*rows[here.rank])])
+        everything = join_rows(join_rows(*rows[0]), join_rows(*rows[1]))
+        wanted, norm = train_step(plain, [everything], counts=counts_of([everything]))
+        loss_errors += [difference(terms, wanted) for terms in (terms_apart, terms_joined)]
+        norm_errors += [abs(item.gradient_norm / norm.gradient_norm - 1) for item in (norm_apart, norm_joined)]
+    return {"loss": max(loss_errors), "norm": max(norm_errors)}
+
+
+def release(here: Environment) -> dict[str, Any]:
+    """How many elements of parameters each rank holds gathered, by when."""
+    engine = ZeroEngine(small_config(train__zero=NOTHING_KEPT), here)
+    parameters = list(engine.engine.module.parameters())
+    held: dict[str, Any] = {"whole": sum(parameter.ds_numel for parameter in parameters)}
+    highest = 0
+
+    def watch(*_: Any) -> None:
+        nonlocal highest
+        highest = max(highest, sum(parameter.numel() for parameter in parameters))
+
+    for module in engine.engine.module.modules():
+        module.register_forward_hook(watch)
+    batch = stream_batches(0, engine.config)[here.rank]
+    train_step(engine, [batch])
+    counts = global_counts([batch])
+    held["peak"] = highest
+    engine.forward_backward(batch, counts, last=True)
+    held["after backward"] = sum(parameter.numel() for parameter in parameters)
+    engine.step(1e-3)
+    with engine.evaluation("raw") as model:
+        engine.loss.terms(model, batch)
+        held["after evaluation"] = sum(parameter.numel() for parameter in parameters)
+    kept = ZeroEngine(small_config(), here)
+    train_step(kept, [batch])
+    held["kept by default"] = sum(parameter.numel() for parameter in kept.engine.module.parameters())
+    return held
+
+
+def broken_step(config: Config, here: Environment) -> dict[str, Any]:
+    """NaN on rank 1 alone, in the second of two micro-batches, beside a run that never saw it."""
+    engine, untouched = ZeroEngine(config, here), ZeroEngine(config, here)
+    for each in (engine, untouched):
+        train(each, here.rank, range(2))
+    before = state_of(engine)
+    good = make_batch("mixed", 77 + here.rank, side=config.codec.image_size)
+    bad = with_broken_image(good) if here.rank == 1 else good
+    _, result = train_step(engine, [good, bad])
+    return {
+        "skipped": result.skipped,
+        "norm is infinite": result.gradient_norm == float("inf"),
+        "state untouched": same_state(before, state_of(engine)),
+        "updates": engine.updates,
+        "goes on the same": train(engine, here.rank, range(2, 5)) == train(untouched, here.rank, range(2, 5)),
+        "ends the same": same_state(state_of(engine), state_of(untouched)),
+    }
+
+
+def evaluation(config: Config, here: Environment) -> dict[str, Any]:
+    """Averaged weights beside the plain engine's, partial forwards as in sampling, and no trace left behind."""
+    engine, undisturbed, plain = ZeroEngine(config, here), ZeroEngine(config, here), LocalEngine(config, ALONE)
+    for step in range(3):
+        batches = stream_batches(step, config)
+        train_step(plain, batches, counts=counts_of(batches))
+    for each in (engine, undisturbed):
+        train(each, here.rank, range(3))
+    before = state_of(engine)
+    batch = make_batch("mixed", 5)
+    found: dict[str, Any] = {}
+    for weights in ("ema", "raw"):
+        with engine.evaluation(weights) as model, plain.evaluation(weights) as reference:
+            found[f"{weights} training"] = model.training
+            for _ in range(2):
+                terms, wanted = engine.loss.terms(model, batch), plain.loss.terms(reference, batch)
+            found[f"{weights} text"], found[f"{weights} image"] = float(terms.text_sum), float(terms.image_sum)
+            found[f"{weights} error"] = max(
+                abs(float(terms.text_sum / wanted.text_sum) - 1), abs(float(terms.image_sum / wanted.image_sum) - 1)
+            )
+            noisy = [torch.zeros(batch.images[0].values.shape)]
+            for _ in range(3):
+                hidden = model.embed(batch, noisy)
+                hidden = model.norm(model.run_blocks(hidden, batch.position_BSA, batch.mask))
+                model.decode_patches(hidden.flatten(0, 1)[batch.images[0].patch_slot_IP], noisy[0].shape)
+                model.text_head(hidden.flatten(0, 1))
+        found[f"{weights} state untouched"] = same_state(before, state_of(engine))
+    found["trains on the same"] = train(engine, here.rank, range(3, 6)) == train(undisturbed, here.rank, range(3, 6))
+    return found
+
+
+def checkpoints(config: Config, here: Environment, folder: Path) -> dict[str, Any]:
+    """Save, go on, load into a fresh engine and go on again, with several checkpoints on the way."""
+    engine = ZeroEngine(config, here)
+    train(engine, here.rank, range(2))
+    with engine.evaluation("ema"):
+        pass
+    state = TrainState(step=2, skipped_steps=1, tokens=34, data={"source": {"epoch": 1}})
+    save(folder, engine, TrainState(step=1), keep=2)
+    save(folder, engine, state, keep=2)
+    saved = state_of(engine)
+    expected = train(engine, here.rank, range(2, 6))
+    fresh = ZeroEngine(config, here)
+    found: dict[str, Any] = {"state": resume(folder, fresh) == state, "updates": fresh.updates}
+    found["loaded bit for bit"] = same_state(saved, state_of(fresh))
+    found["goes on the same"] = train(fresh, here.rank, range(2, 6)) == expected
+    found["ends the same"] = same_state(state_of(engine), state_of(fresh))
+    plain = LocalEngine(config, ALONE)
+    load(step_folder(folder, 2), plain)
+    load(step_folder(folder, 2), fresh)
+    gathered, whole = whole_weights(fresh), state_of(plain)
+    found["plain engine loads the same"] = same_state(gathered, whole)
+    found["files"] = sorted(path.name for path in folder.rglob("*") if path.is_file() and here.rank == 0)
+    return found
+
+
+def from_one_rank(config: Config, here: Environment, folder: Path) -> dict[str, Any]:
+    """Load what a single process saved; its shards beside the plain engine's whole tensors."""
+    engine, plain = ZeroEngine(config, here), LocalEngine(config, ALONE)
+    state = resume(folder / "one", engine)
+    load(step_folder(folder / "one", 3), plain)
+    same = same_state(whole_weights(engine), state_of(plain))
+    batches = stream_batches(4, config)
+    terms, _ = train_step(engine, [batches[here.rank]])
+    wanted, _ = train_step(plain, batches, counts=counts_of(batches))
+    return {
+        "state": state == TrainState(step=3),
+        "same": same,
+        "next loss": difference(terms, wanted),
+        "updates": engine.updates,
+    }
+
+
+def failures(config: Config, here: Environment, folder: Path) -> dict[str, Any]:
+    """Errors of one rank that every rank must hear of: no space while saving, a bad file while loading."""
+    engine = ZeroEngine(config, here)
+    found = {}
+
+    def no_space() -> list[Any]:
+        raise OSError(28, "No space left on device")
+
+    whole = engine.shards
+    if here.rank == 1:
+        engine.shards = no_space  # type: ignore[method-assign]
+    try:
+        save(folder, engine, TrainState(step=9), keep=2)
+    except UserError as error:
+        found["save"] = str(error)
+    engine.shards = whole  # type: ignore[method-assign]
+    found["nothing counts as saved"] = not step_folder(folder, 9).exists()
+    target = save(folder, engine, TrainState(step=10), keep=2)
+    if here.rank == 0:
+        path = target / "rank_00001.safetensors"
+        path.write_bytes(path.read_bytes()[:-4])
+    dist.barrier()
+    try:
+        load(target, engine)
+    except UserError as error:
+        found["load"] = str(error)
+    return found
+
+
+def low_precision(here: Environment, stage: int) -> dict[str, Any]:
+    """bf16 beside the plain engine in bf16, which rounds and adds in another order."""
+    config = small_config(train__precision="bf16", train__zero={"stage": stage}, optimizer__ema_decay=0.5)
+    zero, plain = ZeroEngine(config, here), LocalEngine(config, ALONE)
+    start = same_state(whole_weights(zero), state_of(plain))
+    curve, errors = [], []
+    for _ in range(8):
+        batches = stream_batches(0, config)
+        terms, _ = train_step(zero, [batches[here.rank]])
+        wanted, _ = train_step(plain, batches, counts=counts_of(batches))
+        curve.append(losses(over_ranks(terms))[2])
+        errors.append(difference(terms, wanted))
+    dtypes = {str(parameter.dtype) for parameter in zero.engine.module.parameters()}
+    return {"unrounded start": start, "curve": curve, "error": max(errors), "dtypes": sorted(dtypes)}
+
+
+def agreement(here: Environment) -> dict[str, Any]:
+    decision = Decision.SAVE_AND_STOP if here.rank == 1 else Decision.CONTINUE
+    result = agree(decision, 3 + here.rank, 10**12)
+    content: Content = "image" if here.rank else "text"
+    counts = global_counts([make_batch(content, 1), make_batch(content, 2)])
+    expected = counts_of([make_batch(kind, seed) for kind in ("text", "image") for seed in (1, 2)])
+    try:
+        build_engine(small_config(train__engine="local"), here)
+        refusal = ""
+    except UserError as error:
+        refusal = str(error)
+    return {
+        "decision": int(result.decision),
+        "counts": list(result.counts),
+        "global counts": [counts.text.item() == expected.text.item(), counts.image.item() == expected.image.item()],
+        "local engine refused": refusal,
+        "auto": type(build_engine(small_config(), here)).__name__,
+    }
+
+
+def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
+    averaged = small_config(optimizer__ema_decay=0.5)
+    tight = small_config(optimizer__ema_decay=0.5, train__zero=NOTHING_KEPT)
+    low = small_config(optimizer__ema_decay=0.5, train__precision="bf16")
+    second = small_config(optimizer__ema_decay=0.5, train__zero={"stage": 2})
+    uneven = small_config(optimizer__ema_decay=0.5, **VARIANTS["uneven"])
+    scenarios: dict[str, Callable[[], Any]] = {"agreement": lambda: agreement(here)}
+    for name, changes in VARIANTS.items():
+        scenarios[f"equals local: {name}"] = lambda changes=changes: equals_local(small_config(**changes), here)
+    scenarios |= {
+        "accumulation": lambda: accumulation(here),
+        "release": lambda: release(here),
+        "low precision: 3": lambda: low_precision(here, 3),
+        "low precision: 1": lambda: low_precision(here, 1),
+        "from one rank": lambda: from_one_rank(averaged, here, folder),
+        "failures": lambda: failures(averaged, here, folder / "failures"),
+    }
+    kinds = {"defaults": averaged, "nothing kept": tight, "bf16": low, "stage 2": second, "uneven": uneven}
+    for name, config in kinds.items():
+        scenarios[f"checkpoints: {name}"] = lambda config=config, name=name: checkpoints(config, here, folder / name)
+        if name != "uneven":
+            scenarios[f"broken step: {name}"] = lambda config=config: broken_step(config, here)
+        if name not in ("bf16", "uneven"):
+            scenarios[f"evaluation: {name}"] = lambda config=config: evaluation(config, here)
+    return scenarios
+
+
+def single(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
+    def run() -> dict[str, Any]:
+        config = small_config(optimizer__ema_decay=0.5, train__engine="zero")
+        engine, plain = build_engine(config, here), LocalEngine(config, ALONE)
+        outcomes = [train(each, 0, range(3)) for each in (engine, plain)]
+        pairs = zip(outcomes[0], outcomes[1], strict=True)
+        save(folder / "one", engine, TrainState(step=3), keep=1)
+        return {
+            "engine": type(engine).__name__,
+            "norm error": max(abs(zero[1] / local[1] - 1) for zero, local in pairs),
+            "group of one": dist.get_world_size() == 1,
+        }
+
+    return {"one rank": run}
+
+
+def compiled(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
+    """Compiled blocks, alone and recomputed, beside eager ones."""
+
+    def run(recomputed: bool) -> dict[str, Any]:
+        config = small_config(
+            train__compile=True, train__activation_checkpointing=recomputed, train__zero=NOTHING_KEPT
+        )
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        found = equals_local(config, here, small_config())
+        counters = torch._dynamo.utils.counters
+        found["graphs"] = counters["stats"]["unique_graphs"]
+        found["breaks"] = sum(counters["graph_break"].values())
+        return found
+
+    return {"compiled": lambda: run(False), "compiled, recomputed": lambda: run(True)}
+
+
+def main() -> None:
+    mode, folder = sys.argv[1], Path(sys.argv[2])
+    here = environment.start(1, timeout=timedelta(seconds=60))
+    findings: dict[str, Any] = {}
+    for name, scenario in {"single": single, "pair": pair, "compiled": compiled}[mode](here, folder).items():
+        try:
+            findings[name] = scenario()
+        except Exception:
+            findings[name] = {"raised": traceback.format_exc()}
+            break
+    (folder / f"{mode}_{here.rank}.json").write_text(json.dumps(findings))
+    environment.stop()
+
+
+if __name__ == "__main__":
+    main()
