@@ -27,9 +27,7 @@ EXTRAS = {
     "oracles": ["diffusers>=0.36", "transformers>=5"],
 }
 EXTRAS["all"] = [
-    requirement
-    for name in ("train", "evaluate", "report", "wandb")
-    for requirement in EXTRAS[name]
+    requirement for name in ("train", "evaluate", "report", "wandb") for requirement in EXTRAS[name]
 ]
 
 setup(

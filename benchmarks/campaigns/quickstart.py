@@ -29,7 +29,9 @@ STAGE = re.compile(r"^  (\S+)\s+(\d+) s$", re.MULTILINE)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quickstart.json")
     out: Path = parser.parse_args().out
     command = ["bash", str(ROOT / "launch" / "quickstart.sh"), "--fresh"]

@@ -64,7 +64,9 @@ def _root(
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="digits, python-docs, a folder of images with captions, or a .jsonl")],
+    source: Annotated[
+        str, typer.Argument(help="digits, python-docs, a folder of images with captions, or a .jsonl")
+    ],
     out: Annotated[Path, typer.Option(help="folder for the shards")],
     held_out: Annotated[
         float | None, typer.Option(help="share kept for evaluation; default 0.02, of python-docs 0.1")
@@ -168,7 +170,9 @@ def caption(
 def evaluate(
     model: Model,
     suite: Annotated[list[str] | None, typer.Option(help="held-out, digits; repeat for several")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for metrics.json and the evidence; default: MODEL")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for metrics.json and the evidence; default: MODEL")
+    ] = None,
     weights: Weights = "auto",
     device: Device = "auto",
     check: Annotated[bool, typer.Option("--check", help="exit with 3 when a figure misses its bar")] = False,

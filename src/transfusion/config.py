@@ -24,7 +24,9 @@ class Section(BaseModel):
 class RunConfig(Section):
     name: str = Field("run", description="name of the run, shown in reports")
     dir: str = Field("", description="folder of the run; empty: runs/<name>")
-    seed: NonNegativeInt = Field(0, description="one seed for weights, data order, noise and dropout of captions")
+    seed: NonNegativeInt = Field(
+        0, description="one seed for weights, data order, noise and dropout of captions"
+    )
 
     @property
     def folder(self) -> str:
@@ -34,18 +36,25 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """A Llama block stack with a linear patch encoder and decoder (paper, section 3)."""
 
-    vocabulary: NonNegativeInt = Field(0, description="rows of the embedding; 0: as many as the tokenizer has")
+    vocabulary: NonNegativeInt = Field(
+        0, description="rows of the embedding; 0: as many as the tokenizer has"
+    )
     layers: PositiveInt = Field(16, description="transformer blocks")
     width: PositiveInt = Field(768, description="model width")
     heads: PositiveInt = Field(12, description="query heads")
     key_heads: NonNegativeInt = Field(0, description="key and value heads; 0: as many as query heads")
-    feed_forward: NonNegativeInt = Field(0, description="SwiGLU width; 0: 8/3 of the width, up to a multiple of 64")
+    feed_forward: NonNegativeInt = Field(
+        0, description="SwiGLU width; 0: 8/3 of the width, up to a multiple of 64"
+    )
     norm_epsilon: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
     rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary embedding")
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
-    position: Literal["1d", "2d"] = Field("1d", description="rotary positions of patches: running, or row and column")
+    position: Literal["1d", "2d"] = Field(
+        "1d", description="rotary positions of patches: running, or row and column"
+    )
     timestep_embedding: Literal["projected", "patch"] = Field(
-        "projected", description="where the timestep is added: to the projected patch, or to the raw patch vector"
+        "projected",
+        description="where the timestep is added: to the projected patch, or to the raw patch vector",
     )
     patch_size: PositiveInt = Field(2, description="side of a patch, in latent pixels")
 
@@ -66,7 +75,9 @@ class ModelConfig(Section):
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"model.width {self.width} must be an even multiple of model.heads {self.heads}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"model.heads {self.heads} must be a multiple of model.key_heads {self.kv_heads}")
+            raise ValueError(
+                f"model.heads {self.heads} must be a multiple of model.key_heads {self.kv_heads}"
+            )
         if self.position == "2d" and self.head_dim < 8:
             raise ValueError(f"model.position=2d needs heads of at least 8 dimensions, got {self.head_dim}")
         return self
@@ -94,7 +105,9 @@ class SourceConfig(Section):
     """One stream of documents."""
 
     name: str = Field(description="name in logs and counters")
-    shards: str | list[str] = Field(description="globs or brace ranges of .tar shards, or .jsonl files of text")
+    shards: str | list[str] = Field(
+        description="globs or brace ranges of .tar shards, or .jsonl files of text"
+    )
     share: Share = Field(1.0, description="share of the tokens, relative to the other sources")
 
 
@@ -109,20 +122,26 @@ class DataConfig(Section):
     caption_first: Probability = Field(0.8, description="share of pairs whose caption comes before the image")
     caption_drop: Probability = Field(0.1, description="share of pairs trained without caption, for guidance")
     workers: NonNegativeInt = Field(0, description="loader processes a rank; 0: in the training process")
-    max_faults: Probability = Field(0.05, description="a run stops when more than this share of samples is bad")
+    max_faults: Probability = Field(
+        0.05, description="a run stops when more than this share of samples is bad"
+    )
 
 
 class OptimizerConfig(Section):
     """AdamW and the cosine schedule of the paper (section 4.1)."""
 
     learning_rate: PositiveFloat = Field(3e-4, description="peak learning rate")
-    final_learning_rate: Annotated[float, Field(ge=0)] = Field(1.5e-5, description="learning rate at the last step")
+    final_learning_rate: Annotated[float, Field(ge=0)] = Field(
+        1.5e-5, description="learning rate at the last step"
+    )
     warmup_steps: NonNegativeInt = Field(4000, description="linear warm-up")
     betas: tuple[Probability, Probability] = Field((0.9, 0.95), description="AdamW betas")
     epsilon: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices only")
     gradient_clip: PositiveFloat = Field(1.0, description="greatest global gradient norm")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="0: no moving average of the weights")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="0: no moving average of the weights"
+    )
 
 
 class ZeroConfig(Section):
@@ -132,7 +151,9 @@ class ZeroConfig(Section):
     prefetch_bucket_size: PositiveInt = Field(50_000_000, description="elements gathered ahead")
     persistence_threshold: NonNegativeInt = Field(100_000, description="smaller parameters are not sharded")
     max_live_parameters: NonNegativeInt = Field(1_000_000_000, description="elements kept gathered")
-    max_reuse_distance: NonNegativeInt = Field(1_000_000_000, description="elements until reuse that keep a gather")
+    max_reuse_distance: NonNegativeInt = Field(
+        1_000_000_000, description="elements until reuse that keep a gather"
+    )
     reduce_bucket_size: PositiveInt = Field(50_000_000, description="elements reduced at once")
     overlap_communication: bool = Field(True, description="reduce while the backward pass runs (CUDA)")
 
@@ -142,12 +163,18 @@ class TrainConfig(Section):
     engine: Literal["auto", "local", "zero"] = Field(
         "auto", description="auto: zero with more than one process or a GPU, else local"
     )
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="type of weights and activations in the forward")
-    attention: Literal["auto", "cpu", "triton", "reference"] = Field("auto", description="attention implementation")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="type of weights and activations in the forward"
+    )
+    attention: Literal["auto", "cpu", "triton", "reference"] = Field(
+        "auto", description="attention implementation"
+    )
     compile: bool = Field(False, description="torch.compile each block's forward")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     head_chunk: PositiveInt = Field(4096, description="text targets whose logits exist at once")
-    threads: NonNegativeInt = Field(0, description="CPU threads a process; 0: cores divided by local processes")
+    threads: NonNegativeInt = Field(
+        0, description="CPU threads a process; 0: cores divided by local processes"
+    )
     zero: ZeroConfig = ZeroConfig()
 
 

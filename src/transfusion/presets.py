@@ -36,7 +36,9 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     return check(values, problems=problems, where=str(path) if path is not None else "the overrides")
 
 
-def check(values: dict[str, Any], *, problems: Sequence[str] = (), where: str = "the configuration") -> Config:
+def check(
+    values: dict[str, Any], *, problems: Sequence[str] = (), where: str = "the configuration"
+) -> Config:
     """Validate plain values into a `Config`; raises UserError that lists every problem."""
     found = list(problems)
     try:
@@ -46,7 +48,9 @@ def check(values: dict[str, Any], *, problems: Sequence[str] = (), where: str = 
     if found:
         if len(found) == 1:
             raise UserError(f"{where}: {found[0]}")
-        raise UserError(f"{len(found)} problems in {where}:" + "".join(f"\n  - {problem}" for problem in found))
+        raise UserError(
+            f"{len(found)} problems in {where}:" + "".join(f"\n  - {problem}" for problem in found)
+        )
     return config
 
 
@@ -85,7 +89,9 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}; configs/train holds the ready ones") from None
+        raise UserError(
+            f"cannot read config {path}: {error.strerror}; configs/train holds the ready ones"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -70,9 +70,13 @@ class Trainer:
         self.engine: Engine = build_engine(config, here)
         self.state = resume(self.folder.path, self.engine) or TrainState()
         ranks = {"rank": here.rank, "world_size": here.world_size}
-        self.loader = Loader(config, config.data.sources, self.tokenizer, state=self.state.data or None, **ranks)
+        self.loader = Loader(
+            config, config.data.sources, self.tokenizer, state=self.state.data or None, **ranks
+        )
         self.held_out = (
-            EvaluationLoader(config, config.data.held_out, self.tokenizer, **ranks) if config.data.held_out else None
+            EvaluationLoader(config, config.data.held_out, self.tokenizer, **ranks)
+            if config.data.held_out
+            else None
         )
         self.clock = Clock()
         # Samples of the last step that this rank could not read.
@@ -97,13 +101,19 @@ class Trainer:
                 result = self.train_step()
                 decision = self._agree(stop)
                 at_end = self.state.step == steps
-                saves = at_end or decision > Decision.CONTINUE or self.state.step % self.config.checkpoint.every == 0
+                saves = (
+                    at_end
+                    or decision > Decision.CONTINUE
+                    or self.state.step % self.config.checkpoint.every == 0
+                )
                 if saves or self.state.step % self.config.log.every == 0:
                     self._log(record, result, held_out=saves)
                 if saves:
                     self._save(record)
                 if decision == Decision.SAVE_AND_STOP and not at_end:
-                    log.warning("stopped at step %d after saving; the same command continues", self.state.step)
+                    log.warning(
+                        "stopped at step %d after saving; the same command continues", self.state.step
+                    )
                     return EXIT_STOPPED_EARLY
         log.info("done: step %d of %d", self.state.step, steps)
         return 0
@@ -115,7 +125,9 @@ class Trainer:
         counts = global_counts(batches)
         for number, batch in enumerate(batches, start=1):
             self.pending.append(self.engine.forward_backward(batch, counts, last=number == len(batches)))
-        result = self.engine.step(learning_rate(self.state.step, self.config.optimizer, self.config.train.steps))
+        result = self.engine.step(
+            learning_rate(self.state.step, self.config.optimizer, self.config.train.steps)
+        )
         tokens = self.config.data.rows * self.config.data.row_length
         self.clock.step_done(tokens)
         self.state.step += 1
@@ -148,7 +160,9 @@ class Trainer:
                 image_loss=losses.image,
                 image_loss_by_timestep=losses.image_by_timestep,
                 gradient_norm=result.gradient_norm,
-                learning_rate=learning_rate(self.state.step - 1, self.config.optimizer, self.config.train.steps),
+                learning_rate=learning_rate(
+                    self.state.step - 1, self.config.optimizer, self.config.train.steps
+                ),
                 skipped=self.state.skipped_steps,
                 faults=self.state.faults,
                 tokens=self.state.tokens,
@@ -190,13 +204,20 @@ class Trainer:
                 everyone = [[] for _ in range(self.here.world_size)]
                 dist.all_gather_object(everyone, mine)
         if record is not None:
-            pictures = sorted((picture for part in everyone for picture in part), key=lambda picture: picture.seed)
+            pictures = sorted(
+                (picture for part in everyone for picture in part), key=lambda picture: picture.seed
+            )
             record.grid(self.state.step, pictures)
 
     def _announce(self) -> None:
         log.info(
-            "%s: %d process(es) on %s, step %d to %d, run folder %s", self.config.run.name, self.here.world_size,
-            self.engine.device.type, self.state.step, self.config.train.steps, self.folder.path,
+            "%s: %d process(es) on %s, step %d to %d, run folder %s",
+            self.config.run.name,
+            self.here.world_size,
+            self.engine.device.type,
+            self.state.step,
+            self.config.train.steps,
+            self.folder.path,
         )
         if faults := self.loader.counters()["faults"]:
             log.warning("samples left out, by reason: %s; see %s", faults, self.folder.quarantine)

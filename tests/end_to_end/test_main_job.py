@@ -31,7 +31,18 @@ def test_the_run_folder_holds_what_it_should(workplace: Any, trained: str) -> No
 
 def test_sample_writes_pictures_and_an_index(workplace: Any, trained: str) -> None:
     model = f"{trained}/export"
-    command = ["sample", model, "--prompt", "a handwritten three", "--prompt", "the digit 7", "-n", "2", "--cfg", "3"]
+    command = [
+        "sample",
+        model,
+        "--prompt",
+        "a handwritten three",
+        "--prompt",
+        "the digit 7",
+        "-n",
+        "2",
+        "--cfg",
+        "3",
+    ]
     workplace.run(*command, "--steps", "3", "--seed", "5", "--out", "pictures")
     folder = workplace.folder / "pictures"
     index = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
@@ -47,7 +58,9 @@ def test_sample_writes_pictures_and_an_index(workplace: Any, trained: str) -> No
 
 
 def test_caption_prints_one_object_a_line(workplace: Any, trained: str) -> None:
-    workplace.run("sample", f"{trained}/export", "--prompt", "a", "-n", "2", "--steps", "1", "--out", "to-caption")
+    workplace.run(
+        "sample", f"{trained}/export", "--prompt", "a", "-n", "2", "--steps", "1", "--out", "to-caption"
+    )
     images = ["to-caption/0000.png", "to-caption/0001.png"]
     out = workplace.run("caption", f"{trained}/export", *images, "--json", "--max-tokens", "4")
     objects = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
@@ -73,4 +86,4 @@ def test_evaluation_and_report(workplace: Any, trained: str) -> None:
     workplace.run("report", trained)
     page = (workplace.folder / trained / "report.html").read_text()
     assert "generation" in page and "data:image/png;base64" in page
-    assert "http://" not in page.replace("http://www.w3.org", "") and "src=\"http" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and 'src="http' not in page

@@ -15,7 +15,11 @@ ROOT = Path(__file__).parents[2]
 def transfusion(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "transfusion", *arguments],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables}, timeout=120,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        timeout=120,
     )
 
 
@@ -30,7 +34,17 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("prepare", "tokenizer", "train", "export", "sample", "caption", "eval", "report", "doctor"):
+    for command in (
+        "prepare",
+        "tokenizer",
+        "train",
+        "export",
+        "sample",
+        "caption",
+        "eval",
+        "report",
+        "doctor",
+    ):
         assert command in done.stdout
 
 
@@ -52,7 +66,10 @@ def test_version() -> None:
     [
         (["train", "missing.yaml"], ["missing.yaml", "configs/train"]),
         (["train", "configs/train/quickstart.yaml", "train.stepps=3"], ["did you mean train.steps?"]),
-        (["train", "configs/train/quickstart.yaml", "data.tokenizer=gone.model"], ["gone.model", "tokenizer train"]),
+        (
+            ["train", "configs/train/quickstart.yaml", "data.tokenizer=gone.model"],
+            ["gone.model", "tokenizer train"],
+        ),
         (["export", "no-such-run", "--out", "x"], ["no-such-run"]),
         (["sample", "no-such-model", "--prompt", "a", "--out", "x"], ["no-such-model"]),
         (["caption", "no-such-model", "a.png"], ["no-such-model"]),
@@ -63,7 +80,9 @@ def test_version() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], words: list[str], tmp_path: Path
+) -> None:
     done = transfusion(*arguments)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

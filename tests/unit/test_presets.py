@@ -61,7 +61,9 @@ def test_base_files_are_merged_and_circles_refused(tmp_path: Path) -> None:
 
 def test_all_mistakes_at_once_with_the_nearest_known_name() -> None:
     with pytest.raises(UserError) as caught:
-        presets.load(None, ["model.widht=64", "train.steps=-1", "optimizer.betas=[2, 0.9]", "nonsense", "run=3"])
+        presets.load(
+            None, ["model.widht=64", "train.steps=-1", "optimizer.betas=[2, 0.9]", "nonsense", "run=3"]
+        )
     message = str(caught.value)
     assert message.startswith("5 problems")
     assert "did you mean model.width?" in message

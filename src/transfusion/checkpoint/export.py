@@ -1,9 +1,9 @@
 """From a checkpoint to a model folder that needs no trainer: weights, configuration, tokenizer.
 
-    config.json               this format's version, the step, the weight files, the run's configuration
-    model.safetensors         the weights, fp32
-    model.ema.safetensors     their moving average, where the run kept one
-    tokenizer.model
+config.json               this format's version, the step, the weight files, the run's configuration
+model.safetensors         the weights, fp32
+model.ema.safetensors     their moving average, where the run kept one
+tokenizer.model
 """
 
 from __future__ import annotations

@@ -39,10 +39,9 @@ def digits(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     train_pixels, train_labels, _ = _pictures(pipeline, pipeline.config.data.sources)
     test_pixels, test_labels, test_values = _pictures(pipeline, pipeline.config.data.held_out)
     folder = out / "evaluation"
-    return (
-        _generation(pipeline, folder / "generated", train_pixels, train_labels, test_pixels, test_labels)
-        | _captions(pipeline, folder, test_values, test_labels)
-    )
+    return _generation(
+        pipeline, folder / "generated", train_pixels, train_labels, test_pixels, test_labels
+    ) | _captions(pipeline, folder, test_values, test_labels)
 
 
 def _generation(
@@ -53,34 +52,46 @@ def _generation(
     judge = SVC(gamma=0.2).fit(train, train_labels)
     prompts = [f"a handwritten {word}" for word in DIGIT_WORDS]
     samples = pipeline.sample(
-        prompts, per_prompt=SAMPLES, guidance=GUIDANCE, steps=SAMPLER_STEPS, sampler="ddpm", seed=0, batch=SAMPLES * 10
+        prompts,
+        per_prompt=SAMPLES,
+        guidance=GUIDANCE,
+        steps=SAMPLER_STEPS,
+        sampler="ddpm",
+        seed=0,
+        batch=SAMPLES * 10,
     )
     save_samples(samples, folder)
     drawn = _scaled(torch.stack([sample.pixels for sample in samples]))
     wanted = np.repeat(np.arange(len(prompts)), SAMPLES)
     settings = f"DDPM {SAMPLER_STEPS} steps, guidance {GUIDANCE:g}, seeds from 0"
     ratios = [
-        _spread(drawn[wanted == digit]) / _spread(train[train_labels == digit]) for digit in range(len(prompts))
+        _spread(drawn[wanted == digit]) / _spread(train[train_labels == digit])
+        for digit in range(len(prompts))
     ]
     classes = f"each of {len(prompts)} digits"
     return {
         "generation_accuracy": Metric(
-            value=float((judge.predict(drawn) == wanted).mean()), bar=GENERATION_BAR,
-            how=f"SVC(gamma=0.2) trained on {len(train)} real pictures reads {SAMPLES} samples of {classes}; {settings}",
+            value=float((judge.predict(drawn) == wanted).mean()),
+            bar=GENERATION_BAR,
+            how=f"SVC(gamma=0.2), trained on {len(train)} real pictures, reads {SAMPLES} samples of {classes}; "
+            f"{settings}",
         ),
         "judge_accuracy_on_real": Metric(
             value=float((judge.predict(test) == test_labels).mean()),
             how=f"the same SVC on the {len(test)} real held-out pictures",
         ),
         "generation_diversity": Metric(
-            value=float(np.mean(ratios)), bar=DIVERSITY_BAR,
+            value=float(np.mean(ratios)),
+            bar=DIVERSITY_BAR,
             how="mean distance between two generated pictures of a digit over that of real ones, mean over digits",
         ),
         "nearest_training_distance_generated": Metric(
-            value=_nearest(drawn, train), how="mean distance of a generated picture to the nearest training picture",
+            value=_nearest(drawn, train),
+            how="mean distance of a generated picture to the nearest training picture",
         ),
         "nearest_training_distance_real": Metric(
-            value=_nearest(test, train), how="the same of real held-out pictures: much below it would be copying",
+            value=_nearest(test, train),
+            how="the same of real held-out pictures: much below it would be copying",
         ),
     }
 
@@ -105,7 +116,8 @@ def _captions(pipeline: Pipeline, folder: Path, values: torch.Tensor, labels: La
     (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
     return {
         "caption_accuracy": Metric(
-            value=correct / len(captions), bar=CAPTION_BAR,
+            value=correct / len(captions),
+            bar=CAPTION_BAR,
             how=f"greedy captions of the {len(captions)} held-out pictures that name exactly the right digit",
         )
     }
@@ -117,7 +129,9 @@ def _pictures(pipeline: Pipeline, sources: list[SourceConfig]) -> tuple[Pixels, 
     for document in documents(pipeline.config, sources, pipeline.tokenizer):
         images = [part for part in document.segments if isinstance(part, ImageSegment)]
         text = "".join(
-            pipeline.tokenizer.decode(part.token_ids) for part in document.segments if isinstance(part, TextSegment)
+            pipeline.tokenizer.decode(part.token_ids)
+            for part in document.segments
+            if isinstance(part, TextSegment)
         )
         digit = digit_in_caption(text)
         if len(images) == 1 and digit is not None:

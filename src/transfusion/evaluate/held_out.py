@@ -12,7 +12,9 @@ from transfusion.schema import LossTerms
 
 
 @torch.no_grad()
-def held_out_losses(model: nn.Module, loader: EvaluationLoader, config: Config, device: torch.device) -> LossTerms:
+def held_out_losses(
+    model: nn.Module, loader: EvaluationLoader, config: Config, device: torch.device
+) -> LossTerms:
     """This rank's loss sums over its share of the held-out data; every rank runs the same number of forwards.
 
     Noise and timesteps of the pictures are keyed by sample, so two checkpoints are judged on the same noise.

@@ -82,7 +82,10 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
         metrics["bigram_nats_per_byte"] = Metric(value=nats / size, unit="nats/byte", how=how)
     total = float(terms.text_sum)
     metrics["text_loss_nats_per_token"] = Metric(
-        value=total / tokens, unit="nats/token", bar=bar, higher_is_better=False,
+        value=total / tokens,
+        unit="nats/token",
+        bar=bar,
+        higher_is_better=False,
         how=f"cross entropy over the {tokens} tokens of held-out {source.name}, <EOS> included; bar: the bigram",
     )
     metrics["text_loss_nats_per_byte"] = Metric(

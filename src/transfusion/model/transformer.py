@@ -65,10 +65,13 @@ class Transfusion(nn.Module):
         flat = self.norm(hidden_BSD).flatten(0, 1)
         learned_N = batch.text_weight_BS.flatten().nonzero().squeeze(1)
         text_sum = self.text_head(flat[learned_N], batch.target_ids_BS.flatten()[learned_N])
-        return ModelOutput(text_sum, tuple(
-            self.decode_patches(flat[group.patch_slot_IP], latents.shape)
-            for group, latents in zip(batch.images, noisy, strict=True)
-        ))
+        return ModelOutput(
+            text_sum,
+            tuple(
+                self.decode_patches(flat[group.patch_slot_IP], latents.shape)
+                for group, latents in zip(batch.images, noisy, strict=True)
+            ),
+        )
 
     def embed(self, batch: Batch, noisy: Sequence[Tensor]) -> Tensor:
         """Token embeddings [B, S, D] with encoded patches in the slots of the images."""

@@ -142,7 +142,9 @@ class ZeroEngine:
         parameters = dict(model.named_parameters())
         decayed = groups.parameter_groups(described, parameters, self.config.optimizer.weight_decay)
         self.adamw = groups.adamw(decayed, self.config.optimizer, fused=cuda)
-        self.engine, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=self.adamw, config=settings)
+        self.engine, self.zero, _, _ = deepspeed.initialize(
+            model=model, optimizer=self.adamw, config=settings
+        )
         return model
 
     @torch.no_grad()

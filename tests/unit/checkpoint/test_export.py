@@ -96,7 +96,9 @@ def test_anything_else_is_left_alone(run: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_written_without_a_tokenizer(run: Path, tmp_path: Path) -> None:
     (run / "tokenizer.model").unlink()
-    with pytest.raises(UserError, match=r"cannot export .*: no tokenizer at .*tokenizer\.model; put it there"):
+    with pytest.raises(
+        UserError, match=r"cannot export .*: no tokenizer at .*tokenizer\.model; put it there"
+    ):
         export(run, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -114,7 +116,9 @@ def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.ema.safetensors", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.ema.safetensors", "tokenizer.model"]
+)
 def test_a_missing_file_is_named(run: Path, tmp_path: Path, name: str) -> None:
     out = export(run, tmp_path / "model")
     (out / name).unlink()

@@ -216,7 +216,10 @@ def test_damage_is_told(tmp_path: Path, damage: Callable[[Path], None], message:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__width": 64}, r"blocks\.0\.attention\.key\.weight has shape \(32, 32\) there and \(64, 64\) here"),
+        (
+            {"model__width": 64},
+            r"blocks\.0\.attention\.key\.weight has shape \(32, 32\) there and \(64, 64\) here",
+        ),
         ({"model__layers": 3}, r"it has no blocks\.2\.attention\.key\.weight"),
         ({"model__layers": 1}, r"model\.layers was 2 and is now 1"),
         ({"model__rope_theta": 5000.0}, r"model\.rope_theta was 10000\.0 and is now 5000\.0"),
@@ -237,7 +240,9 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_no_place_to_write(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    with pytest.raises(UserError, match=r"cannot save .*step_00000001: .*; free space or set another run\.dir"):
+    with pytest.raises(
+        UserError, match=r"cannot save .*step_00000001: .*; free space or set another run\.dir"
+    ):
         save(tmp_path, trained(0), TrainState(step=1), keep=1)
 
 
@@ -249,5 +254,7 @@ def test_any_slice_can_be_read(tmp_path: Path) -> None:
     assert torch.equal(reader.read("weight", "embedding.weight", 5, 70), weight[5:75])
     assert reader.read("weight", "embedding.weight", 5, 0).shape == (0,)
     assert torch.equal(reader.read_whole("weight", "embedding.weight"), engine.masters["embedding.weight"])
-    with pytest.raises(UserError, match=r"is damaged: elements of embedding\.weight from 2048 on are in no file"):
+    with pytest.raises(
+        UserError, match=r"is damaged: elements of embedding\.weight from 2048 on are in no file"
+    ):
         reader.read("weight", "embedding.weight", 2000, 100)

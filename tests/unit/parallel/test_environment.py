@@ -74,7 +74,8 @@ def test_tasks_of_a_slurm_node(listing: str, node: int, tasks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("listing", "host"), [("a1,a2", "a1"), ("gpu[03-07,9],other", "gpu03"), ("rack2-n[1,4]", "rack2-n1"), ("x", "x")]
+    ("listing", "host"),
+    [("a1,a2", "a1"), ("gpu[03-07,9],other", "gpu03"), ("rack2-n[1,4]", "rack2-n1"), ("x", "x")],
 )
 def test_first_host_of_slurm_nodes(listing: str, host: str) -> None:
     assert environment._first_host(listing) == host
@@ -128,7 +129,9 @@ def test_missing_processes_are_a_clear_error(monkeypatch: pytest.MonkeyPatch) ->
     changes = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in {**TORCHRUN, **changes}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=rf"process 1 of 2 could not reach the others at 127.0.0.1:{port} within 1 s"):
+    with pytest.raises(
+        UserError, match=rf"process 1 of 2 could not reach the others at 127.0.0.1:{port} within 1 s"
+    ):
         environment.start(1, timeout=timedelta(seconds=1))
 
 

@@ -69,7 +69,9 @@ def test_micro_batches_give_the_gradient_of_the_joined_batch() -> None:
 
 def test_counts_are_those_of_the_batches() -> None:
     batches = [make_batch("mixed", 1), make_batch("text", 2), make_batch("image", 3)]
-    assert [count.item() for count in global_counts(batches)] == [count.item() for count in counts_of(batches)]
+    assert [count.item() for count in global_counts(batches)] == [
+        count.item() for count in counts_of(batches)
+    ]
     assert global_counts(batches).text.item() > 0
 
 

@@ -89,7 +89,12 @@ def test_settings_reach_deepspeed() -> None:
     assert (made["train_micro_batch_size_per_gpu"], made["train_batch_size"]) == (3, 24)
     assert zero["stage"] == 2
     assert zero["overlap_comm"] is True
-    names = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+    names = (
+        "prefetch_bucket_size",
+        "param_persistence_threshold",
+        "max_live_parameters",
+        "max_reuse_distance",
+    )
     assert [zero[f"stage3_{name}"] for name in names] == [1, 2, 3, 4]
     assert zero["reduce_bucket_size"] == 5
 
