@@ -9,6 +9,7 @@ shift
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 ensure_venv all
+check_config "$config" "$@"
 # The launcher starts `python` and asks for `ninja` by name.
 export PATH="$ROOT/.venv/bin:$PATH"
 if [[ -f launch/hostfile ]]; then

@@ -36,7 +36,8 @@ find_python() {
 ensure_venv() {
     local extras="$1" base stamp wanted
     stamp=".venv/.installed-${extras//,/-}"
-    if ! is_new_enough "$PYTHON"; then
+    # Killed while it was made, an environment may have no pip.
+    if ! is_new_enough "$PYTHON" || ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
         base="$(find_python)"
         "$base" -c 'import ensurepip' 2>/dev/null \
             || fail "$base cannot make virtual environments; install its venv package (apt-get install $base-venv)"
@@ -53,7 +54,13 @@ ensure_venv() {
     printf '%s\n' "$wanted" >"$stamp"
 }
 
-# How many processes train here: one a GPU, else two.
+# process_count [ROWS]: how many processes train here: one a GPU, else two; as many as share ROWS evenly.
 process_count() {
-    "$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)'
+    "$PYTHON" -c 'import sys, torch; rows = int(sys.argv[1]); most = torch.cuda.device_count() or 2
+print(max(n for n in range(1, most + 1) if rows % n == 0))' "${1:-0}"
+}
+
+# Refuses a configuration in one line, before several processes would each do so.
+check_config() {
+    "$PYTHON" -m transfusion config "$@" >/dev/null
 }

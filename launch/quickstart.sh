@@ -21,6 +21,7 @@ done
 
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+CONFIG=configs/train/quickstart.yaml
 DATA=data/quickstart
 RUN=runs/quickstart
 MODEL=$RUN/export
@@ -51,7 +52,7 @@ transfusion() {
 
 tell_how_to_go_on() {
     local code=$?
-    if [[ $code -ne 0 && -n "$current" ]]; then
+    if [[ $code -ne 0 && $code -ne 2 && -n "$current" ]]; then
         printf '\nStopped in stage "%s" (exit code %d). The same command goes on from here.\n' "$current" $code >&2
     fi
 }
@@ -70,8 +71,10 @@ train_tokenizer() {
 train() {
     # torchrun warns unless told; the training sets its own threads (train.threads).
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
-        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$(process_count)" \
-        -m transfusion train configs/train/quickstart.yaml "run.dir=$RUN" ${overrides[@]+"${overrides[@]}"}
+        # torchrun warns unless told; the training sets its own threads (train.threads).
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
+        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$(process_count 8)" \
+        -m transfusion train "$CONFIG" "run.dir=$RUN" ${overrides[@]+"${overrides[@]}"}
 }
 
 sample() {
@@ -83,6 +86,7 @@ if $fresh; then
     rm -rf "$RUN" "$DATA"
 fi
 stage set-up ensure_venv all
+check_config "$CONFIG" ${overrides[@]+"${overrides[@]}"}
 stage prepare prepare
 [[ -e "$DATA/tokenizer.model" ]] || stage tokenizer train_tokenizer
 stage train train

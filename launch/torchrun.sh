@@ -8,6 +8,7 @@ shift
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 ensure_venv all
+check_config "$config" "$@"
 # torchrun warns unless told; the training sets its own threads (train.threads).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$(process_count)" \

@@ -46,7 +46,7 @@ def main() -> int:
         return process.returncode
     stages = {name: int(seconds) for name, seconds in STAGE.findall(printed)}
     seconds = sum(value for name, value in stages.items() if name != "set-up")
-    metrics = json.loads((RUN / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((RUN / "metrics.json").read_text(encoding="utf-8"))["details"]
     environment = describe_environment()
     record: dict[str, Any] = {
         "command": "python benchmarks/campaigns/quickstart.py",

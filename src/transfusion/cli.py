@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -23,8 +23,12 @@ app = typer.Typer(
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Tokenizers.")
 app.add_typer(tokenizer_app, name="tokenizer")
 
+# Typer keeps click's classes where no one else should look for them; this one's parent is what is needed.
+UsageError: Any = typer.BadParameter.__bases__[0]
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+# Seeds and what is added to them stay within a signed 64-bit integer.
+GREATEST_SEED = (1 << 62) - 1
 
 Model = Annotated[Path, typer.Argument(help="folder written by `transfusion export`")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
@@ -36,15 +40,30 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 a bug, 2 bad input, 3 a check failed, 75 stopped early and saved."""
+    arguments = environment.without_launcher_arguments(sys.argv[1:])
     try:
-        app(environment.without_launcher_arguments(sys.argv[1:]))
+        code = app(arguments, prog_name="transfusion", standalone_mode=False)
     except UserError as error:
-        # Of many ranks with the same complaint only the first prints it.
-        if environment.is_first_process():
-            print(f"transfusion: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
+        _refuse(str(error))
+    except UsageError as error:
+        text = error.format_message()
+        if "\n" in text:
+            # Nothing was asked for: the text is the help.
+            print(text, file=sys.stderr)
+            raise SystemExit(EXIT_BAD_INPUT) from None
+        command = error.ctx.command_path if error.ctx else "transfusion"
+        _refuse(f"{text} See `{command} --help`.")
+    except OSError as error:
+        _refuse(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(EXIT_INTERRUPTED) from None
+    else:
+        raise SystemExit(code or 0)
+
+
+def _refuse(message: str) -> NoReturn:
+    environment.say_once(message)
+    raise SystemExit(EXIT_BAD_INPUT) from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,9 +88,12 @@ def prepare(
     ],
     out: Annotated[Path, typer.Option(help="folder for the shards")],
     held_out: Annotated[
-        float | None, typer.Option(help="share kept for evaluation; default 0.02, of python-docs 0.1")
+        float | None,
+        typer.Option(min=0, max=1, help="share kept for evaluation; default 0.02, of python-docs 0.1"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of captions and of the split")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=GREATEST_SEED, help="seed of captions and of the split")
+    ] = 0,
 ) -> None:
     """Make webdataset shards, split into train and held_out."""
     from transfusion.data.prepare import prepare as run
@@ -87,7 +109,7 @@ def prepare(
 def train_tokenizer(
     shards: Annotated[list[str], typer.Argument(help="globs or brace ranges of shards, or .jsonl files")],
     out: Annotated[Path, typer.Option(help="the model file to write")],
-    vocabulary: Annotated[int, typer.Option(help="pieces, control tokens included")] = 32_000,
+    vocabulary: Annotated[int, typer.Option(min=1, help="pieces, control tokens included")] = 32_000,
 ) -> None:
     """Train a sentencepiece tokenizer on the texts and captions of shards."""
     from transfusion.data.scan import texts
@@ -132,7 +154,7 @@ def sample(
     cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")] = 3.0,
     steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1)] = 100,
     sampler: Annotated[Literal["ddpm", "ddim"], typer.Option(help="how noise is removed")] = "ddpm",
-    seed: Annotated[int, typer.Option(min=0, help="picture k has seed + k")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=GREATEST_SEED, help="picture k has seed + k")] = 0,
     weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:

@@ -10,9 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Share = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+# What is added to a seed must stay within a signed 64-bit integer.
+Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+# Between the problems of one ValueError; the loader tells them one a line.
+PROBLEM_SEPARATOR = "; "
 
 
 class Section(BaseModel):
@@ -24,9 +31,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     name: str = Field("run", description="name of the run, shown in reports")
     dir: str = Field("", description="folder of the run; empty: runs/<name>")
-    seed: NonNegativeInt = Field(
-        0, description="one seed for weights, data order, noise and dropout of captions"
-    )
+    seed: Seed = Field(0, description="one seed for weights, data order, noise and dropout of captions")
 
     @property
     def folder(self) -> str:
@@ -72,14 +77,15 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
+        problems = []
         if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"model.width {self.width} must be an even multiple of model.heads {self.heads}")
+            problems.append(f"model.width {self.width} must be an even multiple of model.heads {self.heads}")
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"model.heads {self.heads} must be a multiple of model.key_heads {self.kv_heads}"
-            )
+            problems.append(f"model.heads {self.heads} must be a multiple of model.key_heads {self.kv_heads}")
         if self.position == "2d" and self.head_dim < 8:
-            raise ValueError(f"model.position=2d needs heads of at least 8 dimensions, got {self.head_dim}")
+            problems.append(f"model.position=2d needs heads of at least 8 dimensions, got {self.head_dim}")
+        if problems:
+            raise ValueError(PROBLEM_SEPARATOR.join(problems))
         return self
 
 
@@ -119,7 +125,9 @@ class DataConfig(Section):
     rows: PositiveInt = Field(512, description="rows of a global batch, over all ranks and micro-batches")
     micro_rows: NonNegativeInt = Field(0, description="rows a rank computes at once; 0: all of its rows")
     open_rows: PositiveInt = Field(16, description="rows kept open by the packer")
-    caption_first: Probability = Field(0.8, description="share of pairs whose caption comes before the image")
+    caption_first: Probability = Field(
+        0.8, description="share of the pairs with a caption whose caption comes before the image"
+    )
     caption_drop: Probability = Field(0.1, description="share of pairs trained without caption, for guidance")
     workers: NonNegativeInt = Field(0, description="loader processes a rank; 0: in the training process")
     max_faults: Probability = Field(
@@ -135,13 +143,11 @@ class OptimizerConfig(Section):
         1.5e-5, description="learning rate at the last step"
     )
     warmup_steps: NonNegativeInt = Field(4000, description="linear warm-up")
-    betas: tuple[Probability, Probability] = Field((0.9, 0.95), description="AdamW betas")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas")
     epsilon: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices only")
     gradient_clip: PositiveFloat = Field(1.0, description="greatest global gradient norm")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="0: no moving average of the weights"
-    )
+    ema_decay: Decay = Field(0.0, description="0: no moving average of the weights")
 
 
 class ZeroConfig(Section):
@@ -149,7 +155,9 @@ class ZeroConfig(Section):
 
     stage: Literal[1, 2, 3] = Field(3, description="ZeRO stage")
     prefetch_bucket_size: PositiveInt = Field(50_000_000, description="elements gathered ahead")
-    persistence_threshold: NonNegativeInt = Field(100_000, description="smaller parameters are not sharded")
+    persistence_threshold: NonNegativeInt = Field(
+        100_000, description="smaller parameters are also kept whole"
+    )
     max_live_parameters: NonNegativeInt = Field(1_000_000_000, description="elements kept gathered")
     max_reuse_distance: NonNegativeInt = Field(
         1_000_000_000, description="elements until reuse that keep a gather"
@@ -192,12 +200,14 @@ class LogConfig(Section):
 class SampleConfig(Section):
     """The grid drawn at step 0 and at every checkpoint, always from the same seeds."""
 
-    prompts: list[str] = Field(default_factory=list, description="captions to draw; empty: no grid")
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="captions to draw; empty: no grid"
+    )
     per_prompt: PositiveInt = Field(1, description="pictures a caption")
     steps: PositiveInt = Field(50, description="sampler steps of the grid")
     sampler: Literal["ddpm", "ddim"] = Field("ddim", description="sampler of the grid")
     guidance: Annotated[float, Field(ge=0)] = Field(3.0, description="guidance scale; 1: none")
-    seed: NonNegativeInt = Field(0, description="seed of the first picture; picture k has seed + k")
+    seed: Seed = Field(0, description="seed of the first picture; picture k has seed + k")
 
 
 class Config(Section):
@@ -234,13 +244,22 @@ class Config(Section):
             )
         if self.diffusion.understanding_timestep_limit > self.diffusion.steps:
             problems.append("diffusion.understanding_timestep_limit must not exceed diffusion.steps")
+        if self.sample.prompts and self.sample.steps > self.diffusion.steps:
+            problems.append(
+                f"sample.steps {self.sample.steps} must not exceed diffusion.steps {self.diffusion.steps}"
+            )
         if self.optimizer.final_learning_rate > self.optimizer.learning_rate:
             problems.append("optimizer.final_learning_rate must not exceed optimizer.learning_rate")
+        if self.sample.prompts and self.sample.guidance != 1 and self.data.caption_drop == 0:
+            problems.append(
+                f"sample.guidance {self.sample.guidance:g} needs an unconditional branch, which data.caption_drop=0"
+                " does not train; set sample.guidance=1"
+            )
         names = [source.name for source in self.data.sources]
         if len(set(names)) != len(names):
             problems.append("data.sources: two sources have the same name")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError(PROBLEM_SEPARATOR.join(problems))
         return self
 
     def as_dict(self) -> dict[str, Any]:

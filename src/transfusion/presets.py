@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from transfusion.config import Config
+from transfusion.config import PROBLEM_SEPARATOR, Config
 from transfusion.errors import UserError
 
 
@@ -41,13 +42,20 @@ def check(
 ) -> Config:
     """Validate plain values into a `Config`; raises UserError that lists every problem."""
     found = list(problems)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        found += [_explain(item) for item in error.errors()]
+    values = copy.deepcopy(values)
+    while True:
+        try:
+            config = Config.model_validate(values)
+            break
+        except ValidationError as error:
+            mistakes = error.errors()
+        found += [problem for mistake in mistakes for problem in _explain(mistake)]
+        # Parts are compared only once each of them is well: take out what is wrong, to hear of the rest.
+        if not all(_take_out(values, mistake) for mistake in mistakes):
+            break
+    if len(found) == 1:
+        raise UserError(f"{where}: {found[0]}")
     if found:
-        if len(found) == 1:
-            raise UserError(f"{where}: {found[0]}")
         raise UserError(
             f"{len(found)} problems in {where}:" + "".join(f"\n  - {problem}" for problem in found)
         )
@@ -120,20 +128,37 @@ def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _explain(error: Any) -> str:
+def _take_out(values: dict[str, Any], mistake: Any) -> bool:
+    """Remove the value that a mistake is about; False when it is about a whole section."""
+    place = mistake["loc"]
+    if len(place) < 2 or mistake["type"] == "value_error":
+        return False
+    target: Any = values
+    for key in place[:-1]:
+        target = target[key] if isinstance(target, list) or key in target else {}
+    if not isinstance(target, dict) or place[-1] not in target:
+        return False
+    del target[place[-1]]
+    return True
+
+
+def _explain(error: Any) -> list[str]:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, list(_known_keys(Config)), n=1, cutoff=0.5)
+        general = ".".join("0" if isinstance(part, int) else str(part) for part in error["loc"])
+        near = difflib.get_close_matches(general, list(_known_keys(Config)), n=1, cutoff=0.5)
         remedy = f"; did you mean {near[0]}?" if near else "; `transfusion config` lists every key"
-        return f"{path} is not a known key{remedy}"
+        return [f"{path} is not a known key{remedy}"]
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return message
-    return f"{path}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+        return message.split(PROBLEM_SEPARATOR)
+    return [f"{path}: {message[0].lower()}{message[1:]}, got {error['input']!r}"]
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+        # Sections, and the entries of lists such as data.sources.
+        for kind, inner in ((field.annotation, ""), *((kind, "0.") for kind in get_args(field.annotation))):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _known_keys(kind, f"{prefix}{name}.{inner}")

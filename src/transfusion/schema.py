@@ -154,6 +154,10 @@ class LossTerms(NamedTuple):
     def detached(self) -> LossTerms:
         return LossTerms(*(term.detach() for term in self))
 
+    def double(self) -> LossTerms:
+        """In float64: what adds up many of them goes past what float32 counts exactly."""
+        return LossTerms(*(term.double() for term in self))
+
     def plus(self, other: LossTerms) -> LossTerms:
         return LossTerms(*(a + b for a, b in zip(self, other, strict=True)))
 
@@ -162,8 +166,7 @@ class Decision(enum.IntEnum):
     """What all ranks do after a step; the greatest value of any rank wins."""
 
     CONTINUE = 0
-    SAVE = 1
-    SAVE_AND_STOP = 2
+    SAVE_AND_STOP = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,11 +179,15 @@ class StepResult:
 
 @dataclass(slots=True, kw_only=True)
 class TrainState:
-    """All that a run needs beside weights and optimiser to go on exactly where it stopped. JSON only."""
+    """All that a run needs beside weights and optimiser to go on exactly where it stopped. JSON only.
+
+    faults: samples of all ranks that could not be read, of the `samples` that were tried.
+    """
 
     step: int = 0
     skipped_steps: int = 0
     faults: int = 0
+    samples: int = 0
     tokens: int = 0
     images: int = 0
     data: dict[str, Any] = field(default_factory=dict)

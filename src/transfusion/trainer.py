@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +17,10 @@ from transfusion.checkpoint.resume import resume
 from transfusion.checkpoint.save import save
 from transfusion.config import Config
 from transfusion.data.evaluation import EvaluationLoader
+from transfusion.data.index import too_many_faults
 from transfusion.data.loader import Loader
-from transfusion.data.scan import Fault
 from transfusion.data.tokenizer import Tokenizer
+from transfusion.errors import UserError
 from transfusion.evaluate.held_out import held_out_losses
 from transfusion.generate.pictures import write_grid
 from transfusion.generate.pipeline import Pipeline, SampledImage
@@ -29,10 +29,10 @@ from transfusion.observe.memory import peak_gib
 from transfusion.observe.metrics import MetricsLog, StepMetrics
 from transfusion.observe.progress import Progress
 from transfusion.observe.runfolder import RunFolder, start_logging
-from transfusion.observe.sinks import open_sink
+from transfusion.observe.sinks import open_sink, refuse_missing_sink
 from transfusion.optim.schedule import learning_rate
 from transfusion.parallel import environment
-from transfusion.parallel.agree import StopRequest, agree, group_device
+from transfusion.parallel.agree import StopRequest, agree, gather, group_device, together
 from transfusion.parallel.engine import Engine, Weights, build_engine, global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.schema import Decision, LossTerms, StepResult, TrainState
@@ -59,28 +59,21 @@ class Trainer:
     """One run on this process: engine, data, and the state that a checkpoint carries."""
 
     def __init__(self, config: Config, here: Environment) -> None:
+        """Called by all ranks together; what one of them refuses, all refuse, and then nothing is written."""
         self.here = here
-        self.tokenizer = Tokenizer(config.data.tokenizer)
-        self.config = config = with_vocabulary(config, self.tokenizer)
         self.folder = RunFolder(Path(config.run.folder))
-        if here.is_main:
-            self.lock = self.folder.lock()
-            self.folder.create(config, arguments=sys.argv)
-        start_logging(self.folder, rank=here.rank)
-        self.engine: Engine = build_engine(config, here)
+        start_logging(None, rank=here.rank)
+        # A run that is under way must not be read either: its checkpoints come and go.
+        self.lock = together(lambda: self.folder.lock_existing() if here.is_main else None)
+        self.tokenizer = together(lambda: Tokenizer(config.data.tokenizer))
+        self.config = with_vocabulary(config, self.tokenizer)
+        together(self._check)
+        self.engine: Engine = build_engine(self.config, here)
         self.state = resume(self.folder.path, self.engine) or TrainState()
-        ranks = {"rank": here.rank, "world_size": here.world_size}
-        self.loader = Loader(
-            config, config.data.sources, self.tokenizer, state=self.state.data or None, **ranks
-        )
-        self.held_out = (
-            EvaluationLoader(config, config.data.held_out, self.tokenizer, **ranks)
-            if config.data.held_out
-            else None
-        )
+        self.loader = together(self._open_loader)
+        self.held_out = together(self._open_held_out) if config.data.held_out else None
+        together(self._create_folder)
         self.clock = Clock()
-        # Samples of the last step that this rank could not read.
-        self.faults = 0
         # Loss sums of the steps since the last line of metrics.
         self.pending: list[LossTerms] = []
 
@@ -94,7 +87,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(self.loader)
             stop = stack.enter_context(StopRequest())
-            record = stack.enter_context(Record(self)) if self.here.is_main else None
+            record = together(lambda: stack.enter_context(Record(self)) if self.here.is_main else None)
             if self.state.step == 0:
                 self._draw_grid(record)
             while self.state.step < steps:
@@ -103,7 +96,7 @@ class Trainer:
                 at_end = self.state.step == steps
                 saves = (
                     at_end
-                    or decision > Decision.CONTINUE
+                    or decision == Decision.SAVE_AND_STOP
                     or self.state.step % self.config.checkpoint.every == 0
                 )
                 if saves or self.state.step % self.config.log.every == 0:
@@ -121,10 +114,10 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One optimiser step over this rank's micro-batches of the next global batch."""
         with self.clock.span("data"):
-            batches = [batch.to(self.engine.device) for batch in self.loader.next_step()]
+            # Together: the loader processes of a single rank may have died.
+            batches = [batch.to(self.engine.device) for batch in together(self.loader.next_step)]
         counts = global_counts(batches)
-        for number, batch in enumerate(batches, start=1):
-            self.pending.append(self.engine.forward_backward(batch, counts, last=number == len(batches)))
+        self.pending += [self.engine.forward_backward(batch, counts) for batch in batches]
         result = self.engine.step(
             learning_rate(self.state.step, self.config.optimizer, self.config.train.steps)
         )
@@ -134,13 +127,47 @@ class Trainer:
         self.state.skipped_steps += int(result.skipped)
         self.state.tokens += tokens
         self.state.data = self.loader.state()
-        self.faults = sum(batch.counts.faults for batch in batches)
         return result
 
+    def _check(self) -> None:
+        """What can be refused at once, before anything large is built. Raises UserError."""
+        if self.here.is_main:
+            self.folder.refuse_other_tokenizer(self.tokenizer.path)
+            refuse_missing_sink(self.config)
+
+    def _open_loader(self) -> Loader:
+        state = self.state.data or None
+        return Loader(self.config, self.config.data.sources, self.tokenizer, state=state, **self._ranks())
+
+    def _open_held_out(self) -> EvaluationLoader:
+        return EvaluationLoader(self.config, self.config.data.held_out, self.tokenizer, **self._ranks())
+
+    def _ranks(self) -> dict[str, int]:
+        return {"rank": self.here.rank, "world_size": self.here.world_size}
+
+    def _create_folder(self) -> None:
+        """The first thing that a start writes, once nothing is left that could refuse it."""
+        if self.here.is_main:
+            self.lock = self.lock or self.folder.lock()
+            self.folder.create(self.config, arguments=sys.argv)
+            self.folder.keep_tokenizer(self.tokenizer.path)
+            start_logging(self.folder)
+
     def _agree(self, stop: StopRequest) -> Decision:
-        """What all ranks do next, and how many samples of the step could not be read, in one collective."""
-        decision, (faults,) = agree(stop.decision, self.faults)
+        """What all ranks do next, and how many samples of the step could not be read, in one collective.
+
+        Raises UserError, on all ranks together, once the run had more bad samples than data.max_faults.
+        """
+        decision, (faults, samples) = agree(stop.decision, *self.loader.reading)
         self.state.faults += faults
+        self.state.samples += samples
+        if too_many_faults(self.state.faults, self.state.samples, self.config.data.max_faults):
+            self._write_quarantine()
+            raise UserError(
+                f"{self.state.faults} of {self.state.samples} samples could not be read, more than "
+                f"data.max_faults ({self.config.data.max_faults}); {self.folder.quarantine} names them: "
+                "mend the shards, or raise it"
+            )
         return decision
 
     def _log(self, record: Record | None, result: StepResult, *, held_out: bool) -> None:
@@ -149,31 +176,29 @@ class Trainer:
         self.pending = []
         self.state.images += losses.images
         judged = self._held_out_losses() if held_out else None
-        if record is None:
-            return
+        line = self._metrics(result, losses, judged)
+        seconds_left = self.clock.seconds_left(self.config.train.steps - self.state.step)
+        together(lambda: record.write(line, seconds_left=seconds_left) if record else None)
+
+    def _metrics(self, result: StepResult, losses: MeanLosses, judged: MeanLosses | None) -> StepMetrics:
         lap = self.clock.lap()
-        record.write(
-            StepMetrics(
-                step=self.state.step,
-                loss=losses.total,
-                text_loss=losses.text,
-                image_loss=losses.image,
-                image_loss_by_timestep=losses.image_by_timestep,
-                gradient_norm=result.gradient_norm,
-                learning_rate=learning_rate(
-                    self.state.step - 1, self.config.optimizer, self.config.train.steps
-                ),
-                skipped=self.state.skipped_steps,
-                faults=self.state.faults,
-                tokens=self.state.tokens,
-                images=self.state.images,
-                tokens_per_second=lap.tokens_per_second,
-                data_wait=lap.shares.get("data", 0.0),
-                memory_gib=peak_gib(self.engine.device),
-                held_out_text_loss=judged.text if judged else None,
-                held_out_image_loss=judged.image if judged else None,
-            ),
-            seconds_left=self.clock.seconds_left(self.config.train.steps - self.state.step),
+        return StepMetrics(
+            step=self.state.step,
+            loss=losses.total,
+            text_loss=losses.text,
+            image_loss=losses.image,
+            image_loss_by_timestep=losses.image_by_timestep,
+            gradient_norm=result.gradient_norm,
+            learning_rate=learning_rate(self.state.step - 1, self.config.optimizer, self.config.train.steps),
+            skipped=self.state.skipped_steps,
+            faults=self.state.faults,
+            tokens=self.state.tokens,
+            images=self.state.images,
+            tokens_per_second=lap.tokens_per_second,
+            data_wait=lap.shares.get("data", 0.0),
+            memory_gib=peak_gib(self.engine.device),
+            held_out_text_loss=judged.text if judged else None,
+            held_out_image_loss=judged.image if judged else None,
         )
 
     def _held_out_losses(self) -> MeanLosses | None:
@@ -199,15 +224,9 @@ class Trainer:
         with self.clock.pause(), self.engine.evaluation(self._best_weights()) as module:
             pipeline = Pipeline(module, self.tokenizer, self.config, self.engine.device)
             mine = pipeline.sample_grid(self.config.sample, rank=self.here.rank, ranks=self.here.world_size)
-            everyone = [mine]
-            if self.here.world_size > 1:
-                everyone = [[] for _ in range(self.here.world_size)]
-                dist.all_gather_object(everyone, mine)
-        if record is not None:
-            pictures = sorted(
-                (picture for part in everyone for picture in part), key=lambda picture: picture.seed
-            )
-            record.grid(self.state.step, pictures)
+            pictures = [picture for part in gather(mine) for picture in part]
+        pictures.sort(key=lambda picture: picture.seed)
+        together(lambda: record.grid(self.state.step, pictures) if record else None)
 
     def _announce(self) -> None:
         log.info(
@@ -225,17 +244,12 @@ class Trainer:
 
     def _write_quarantine(self) -> None:
         """One line for each sample left out so far, by the index or by any rank at run time."""
+        # What the index left out is the same on every rank.
         indexed = sum(len(index.faults) for index in self.loader.indexes)
         mine = self.loader.faults()
-        found = [mine if self.here.is_main else mine[indexed:]]
-        if self.here.world_size > 1:
-            everyone: list[list[Fault]] = [[] for _ in range(self.here.world_size)]
-            dist.all_gather_object(everyone, found[0])
-            found = everyone
-        faults = [fault for part in found for fault in part]
-        if self.here.is_main and faults:
-            lines = (json.dumps(asdict(fault), ensure_ascii=False) + "\n" for fault in faults)
-            self.folder.quarantine.write_text("".join(lines), encoding="utf-8")
+        parts = gather(mine if self.here.is_main else mine[indexed:])
+        faults = [fault for part in parts for fault in part]
+        together(lambda: self.folder.add_to_quarantine(faults) if self.here.is_main else None)
 
 
 class Record:
@@ -244,15 +258,15 @@ class Record:
     def __init__(self, trainer: Trainer) -> None:
         self._config, self._folder = trainer.config, trainer.folder
         self._first_step = trainer.state.step
-        self._stack = ExitStack()
 
     def __enter__(self) -> Record:
-        self._metrics = self._stack.enter_context(MetricsLog(self._folder.metrics))
-        self._sink = open_sink(self._config, self._folder.path, attempt=self._metrics.attempt)
-        self._stack.callback(self._sink.close)
-        self._progress = self._stack.enter_context(
-            Progress(self._config.train.steps, first_step=self._first_step)
-        )
+        with ExitStack() as stack:
+            self._metrics = stack.enter_context(MetricsLog(self._folder.metrics))
+            self._sink = open_sink(self._config, self._folder.path, attempt=self._metrics.attempt)
+            stack.callback(self._sink.close)
+            progress = Progress(self._config.train.steps, first_step=self._first_step)
+            self._progress = stack.enter_context(progress)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -284,8 +298,8 @@ class MeanLosses:
     @classmethod
     def over_ranks(cls, parts: Sequence[LossTerms], config: Config) -> MeanLosses:
         """Add up the parts of all ranks, in one collective; all ranks get the same answer."""
-        summed = functools.reduce(LossTerms.plus, parts)
-        flat = torch.cat([term.reshape(-1).double() for term in summed])
+        summed = functools.reduce(LossTerms.plus, (part.double() for part in parts))
+        flat = torch.cat([term.reshape(-1) for term in summed])
         if dist.is_initialized() and dist.get_world_size() > 1:
             flat = flat.to(group_device())
             dist.all_reduce(flat)

@@ -38,7 +38,9 @@ def run_worker(launcher: list[str], mode: str, folder: Path, ranks: int) -> Find
         for rank, found in enumerate(findings):
             if scenario not in found or "raised" in found[scenario]:
                 first = next((item["raised"] for item in found.values() if "raised" in item), "")
-                pytest.fail(f"rank {rank} did not finish {scenario!r}:\n{first}{done.stdout}{done.stderr[-4000:]}")
+                pytest.fail(
+                    f"rank {rank} did not finish {scenario!r}:\n{first}{done.stdout}{done.stderr[-4000:]}"
+                )
         return [found[scenario] for found in findings]
 
     look_up.output = done.stdout + done.stderr  # type: ignore[attr-defined]

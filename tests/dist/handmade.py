@@ -139,8 +139,8 @@ def train_step(
     """
     counts = counts or global_counts(batches)
     total: LossTerms | None = None
-    for index, batch in enumerate(batches):
-        terms = engine.forward_backward(batch, counts, last=index == len(batches) - 1)
+    for batch in batches:
+        terms = engine.forward_backward(batch, counts)
         total = terms if total is None else total.plus(terms)
     assert total is not None
     return total, engine.step(learning_rate)

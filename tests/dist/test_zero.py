@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from transfusion.schema import Decision
+
 Findings = Callable[[str], list[Any]]
 
 pytestmark = pytest.mark.dist
@@ -24,6 +26,16 @@ def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
         # Adam divides by the gradient's own size, so rounding shows more in the weights.
         assert found["weight"] < 2e-5
         assert found["parameters"]
+
+
+def test_the_head_is_gathered_once_however_its_targets_are_cut(pair: Findings) -> None:
+    """Ranks whose targets make unequal numbers of chunks neither wait for each other nor differ."""
+    for found, chunks in zip(pair("equals local: head in chunks"), pair("chunks"), strict=True):
+        assert found["loss"] < 1e-6
+        assert found["norm"] < 1e-6
+        assert found["weight"] < 2e-5
+        assert sum(mine != other for mine, other in chunks) >= 4
+        assert max(map(max, chunks)) >= 8
 
 
 def test_micro_batches_and_ranks_do_not_change_the_loss(pair: Findings) -> None:
@@ -64,6 +76,20 @@ def test_evaluation_uses_the_average_and_leaves_no_trace(pair: Findings, kind: s
         assert found["trains on the same"]
 
 
+@pytest.mark.parametrize("kind", ["defaults", "nothing kept"])
+def test_ranks_with_unequal_shares_judge_as_one_process(pair: Findings, kind: str) -> None:
+    """Three pictures on two ranks, and held-out data that leave one rank nothing but padding."""
+    for found in pair(f"judged: {kind}"):
+        assert found["shares"] == [2, 1]
+        assert found["captions"]
+        # One level of 255: latents that agree to 1e-6 may round to either side.
+        assert found["greatest difference"] <= 1
+        assert found["different pictures"] == 3
+        assert found["held out"] < 1e-6
+        assert found["counts"] == [78.0, 64.0]
+        assert found["trains on the same"]
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_learns_and_stays_with_the_plain_engine(pair: Findings, stage: int) -> None:
     for found in pair(f"low precision: {stage}"):
@@ -75,7 +101,7 @@ def test_bf16_learns_and_stays_with_the_plain_engine(pair: Findings, stage: int)
 
 def test_ranks_agree(pair: Findings) -> None:
     for found in pair("agreement"):
-        assert found["decision"] == 2
+        assert found["decision"] == Decision.SAVE_AND_STOP
         assert found["counts"] == [7, 2 * 10**12]
         assert found["global counts"] == [True, True]
         assert "train.engine=local runs in one process" in found["local engine refused"]
@@ -94,6 +120,12 @@ def test_deepspeed_is_silent(single: Findings, pair: Findings) -> None:
     for findings in (single, pair):
         lines = findings.output.splitlines()  # type: ignore[attr-defined]
         assert [line for line in lines if "DeepSpeed" in line or "deepspeed" in line or "MA " in line] == []
+
+
+def test_nothing_is_compiled_at_start(pair: Findings) -> None:
+    """DeepSpeed would spend a minute on operators that the CPU does not need."""
+    for found in pair("built files"):
+        assert found == []
 
 
 @pytest.mark.slow

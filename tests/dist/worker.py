@@ -8,9 +8,11 @@ traceback. `single` comes first: it leaves the checkpoint that `pair` loads.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,19 +33,23 @@ from handmade import (
     train_step,
     with_broken_image,
 )
+from transfusion_kernels import IntervalMask
 
+from transfusion.checkpoint import layout
 from transfusion.checkpoint.layout import step_folder
-from transfusion.checkpoint.resume import load, resume
+from transfusion.checkpoint.resume import SliceReader, load, resume
 from transfusion.checkpoint.save import save
-from transfusion.config import Config
+from transfusion.config import Config, SampleConfig
 from transfusion.errors import UserError
+from transfusion.evaluate.held_out import held_out_losses
+from transfusion.generate.pipeline import Pipeline
 from transfusion.parallel import environment
 from transfusion.parallel.agree import agree
 from transfusion.parallel.engine import build_engine, global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.parallel.zero import ZeroEngine
-from transfusion.schema import Batch, Decision, LossTerms, TrainState
+from transfusion.schema import Batch, BatchCounts, Decision, LossTerms, Modality, TrainState
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 # Nothing stays gathered: the setting that shows every missing gather and every leak.
@@ -87,7 +93,8 @@ def losses(terms: LossTerms) -> list[float]:
 
 def over_ranks(terms: LossTerms) -> LossTerms:
     """The terms summed over all ranks."""
-    summed = [term.double() for term in terms]
+    # Copies: the terms of held-out data are float64 already.
+    summed = [term.to(torch.float64, copy=True) for term in terms]
     for term in summed:
         dist.all_reduce(term)
     return LossTerms(*summed)
@@ -161,7 +168,9 @@ def accumulation(here: Environment) -> dict[str, Any]:
         everything = join_rows(join_rows(*rows[0]), join_rows(*rows[1]))
         wanted, norm = train_step(plain, [everything], counts=counts_of([everything]))
         loss_errors += [difference(terms, wanted) for terms in (terms_apart, terms_joined)]
-        norm_errors += [abs(item.gradient_norm / norm.gradient_norm - 1) for item in (norm_apart, norm_joined)]
+        norm_errors += [
+            abs(item.gradient_norm / norm.gradient_norm - 1) for item in (norm_apart, norm_joined)
+        ]
     return {"loss": max(loss_errors), "norm": max(norm_errors)}
 
 
@@ -182,7 +191,7 @@ def release(here: Environment) -> dict[str, Any]:
     train_step(engine, [batch])
     counts = global_counts([batch])
     held["peak"] = highest
-    engine.forward_backward(batch, counts, last=True)
+    engine.forward_backward(batch, counts)
     held["after backward"] = sum(parameter.numel() for parameter in parameters)
     engine.step(1e-3)
     with engine.evaluation("raw") as model:
@@ -215,7 +224,11 @@ def broken_step(config: Config, here: Environment) -> dict[str, Any]:
 
 def evaluation(config: Config, here: Environment) -> dict[str, Any]:
     """Averaged weights beside the plain engine's, partial forwards as in sampling, and no trace left behind."""
-    engine, undisturbed, plain = ZeroEngine(config, here), ZeroEngine(config, here), LocalEngine(config, ALONE)
+    engine, undisturbed, plain = (
+        ZeroEngine(config, here),
+        ZeroEngine(config, here),
+        LocalEngine(config, ALONE),
+    )
     for step in range(3):
         batches = stream_batches(step, config)
         train_step(plain, batches, counts=counts_of(batches))
@@ -229,9 +242,13 @@ def evaluation(config: Config, here: Environment) -> dict[str, Any]:
             found[f"{weights} training"] = model.training
             for _ in range(2):
                 terms, wanted = engine.loss.terms(model, batch), plain.loss.terms(reference, batch)
-            found[f"{weights} text"], found[f"{weights} image"] = float(terms.text_sum), float(terms.image_sum)
+            found[f"{weights} text"], found[f"{weights} image"] = (
+                float(terms.text_sum),
+                float(terms.image_sum),
+            )
             found[f"{weights} error"] = max(
-                abs(float(terms.text_sum / wanted.text_sum) - 1), abs(float(terms.image_sum / wanted.image_sum) - 1)
+                abs(float(terms.text_sum / wanted.text_sum) - 1),
+                abs(float(terms.image_sum / wanted.image_sum) - 1),
             )
             noisy = [torch.zeros(batch.images[0].values.shape)]
             for _ in range(3):
@@ -240,7 +257,9 @@ def evaluation(config: Config, here: Environment) -> dict[str, Any]:
                 model.decode_patches(hidden.flatten(0, 1)[batch.images[0].patch_slot_IP], noisy[0].shape)
                 model.text_head(hidden.flatten(0, 1))
         found[f"{weights} state untouched"] = same_state(before, state_of(engine))
-    found["trains on the same"] = train(engine, here.rank, range(3, 6)) == train(undisturbed, here.rank, range(3, 6))
+    found["trains on the same"] = train(engine, here.rank, range(3, 6)) == train(
+        undisturbed, here.rank, range(3, 6)
+    )
     return found
 
 
@@ -304,6 +323,23 @@ def failures(config: Config, here: Environment, folder: Path) -> dict[str, Any]:
     engine.shards = whole  # type: ignore[method-assign]
     found["nothing counts as saved"] = not step_folder(folder, 9).exists()
     target = save(folder, engine, TrainState(step=10), keep=2)
+    if here.rank == 1:
+        # Shared storage may show a rank a former list of files.
+        layout.find_latest = lambda _: None  # type: ignore[assignment]
+    state = resume(folder, engine)
+    found["all resume what the first finds"] = state is not None and state.step == 10
+    reader = SliceReader.read
+
+    def unreadable(*_: Any) -> Any:
+        raise OSError(5, "Input/output error", "rank_00000.safetensors")
+
+    if here.rank == 1:
+        SliceReader.read = unreadable  # type: ignore[method-assign]
+    try:
+        load(target, engine)
+    except UserError as error:
+        found["fill"] = str(error)
+    SliceReader.read = reader  # type: ignore[method-assign]
     if here.rank == 0:
         path = target / "rank_00001.safetensors"
         path.write_bytes(path.read_bytes()[:-4])
@@ -345,7 +381,10 @@ def agreement(here: Environment) -> dict[str, Any]:
     return {
         "decision": int(result.decision),
         "counts": list(result.counts),
-        "global counts": [counts.text.item() == expected.text.item(), counts.image.item() == expected.image.item()],
+        "global counts": [
+            counts.text.item() == expected.text.item(),
+            counts.image.item() == expected.image.item(),
+        ],
         "local engine refused": refusal,
         "auto": type(build_engine(small_config(), here)).__name__,
     }
@@ -359,7 +398,9 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     uneven = small_config(optimizer__ema_decay=0.5, **VARIANTS["uneven"])
     scenarios: dict[str, Callable[[], Any]] = {"agreement": lambda: agreement(here)}
     for name, changes in VARIANTS.items():
-        scenarios[f"equals local: {name}"] = lambda changes=changes: equals_local(small_config(**changes), here)
+        scenarios[f"equals local: {name}"] = lambda changes=changes: equals_local(
+            small_config(**changes), here
+        )
     scenarios |= {
         "accumulation": lambda: accumulation(here),
         "release": lambda: release(here),
@@ -370,7 +411,9 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     }
     kinds = {"defaults": averaged, "nothing kept": tight, "bf16": low, "stage 2": second, "uneven": uneven}
     for name, config in kinds.items():
-        scenarios[f"checkpoints: {name}"] = lambda config=config, name=name: checkpoints(config, here, folder / name)
+        scenarios[f"checkpoints: {name}"] = lambda config=config, name=name: checkpoints(
+            config, here, folder / name
+        )
         if name != "uneven":
             scenarios[f"broken step: {name}"] = lambda config=config: broken_step(config, here)
         if name not in ("bf16", "uneven"):
@@ -412,11 +455,111 @@ def compiled(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     return {"compiled": lambda: run(False), "compiled, recomputed": lambda: run(True)}
 
 
+class Letters:
+    """Stands for the tokenizer of a vocabulary of 64."""
+
+    vocabulary = 64
+
+    def encode(self, text: str) -> list[int]:
+        return [8 + ord(letter) % 56 for letter in text]
+
+
+def chunk_counts(chunk: int) -> list[tuple[int, ...]]:
+    """Into how many chunks the text head cuts each rank's targets, step by step."""
+    steps = (stream_batches(step, small_config()) for step in range(len(STREAM)))
+    return [tuple(-(-batch.counts.text_targets // chunk) for batch in batches) for batches in steps]
+
+
+def padding_alone(batch: Batch) -> Batch:
+    """The batch of a rank whose share of the held-out documents has run out."""
+    everywhere = batch.token_ids_BS.shape
+    bound = torch.zeros(everywhere, dtype=torch.int32)
+    group = batch.images[0]
+    return replace(
+        batch,
+        token_ids_BS=torch.zeros_like(batch.token_ids_BS),
+        modality_BS=torch.full(everywhere, Modality.PADDING, dtype=torch.uint8),
+        text_weight_BS=torch.zeros(everywhere),
+        mask=IntervalMask(bound, bound),
+        images=(replace(group, image_weight_I=torch.zeros_like(group.image_weight_I)),),
+        counts=BatchCounts(
+            tokens=0, text_targets=0, images=0, image_elements=0, padding=batch.token_ids_BS.numel()
+        ),
+    )
+
+
+def judged_in_training(here: Environment, changes: dict[str, Any]) -> dict[str, Any]:
+    """Grid and held-out losses as the trainer takes them, beside one process with the same weights."""
+    config = small_config(optimizer__ema_decay=0.5, **changes)
+    engine, undisturbed, plain = (
+        ZeroEngine(config, here),
+        ZeroEngine(config, here),
+        LocalEngine(config, ALONE),
+    )
+    for each in (engine, undisturbed):
+        for step in range(4):
+            train_step(each, [stream_batches(step, config)[here.rank]], learning_rate=3e-2)
+    weights = whole_weights(engine)
+    for shard in plain.shards():
+        for kind, tensor in shard.values.items():
+            tensor.copy_(weights[f"{kind}/{shard.name}"])
+    plain.shards_written(engine.updates)
+
+    grid = SampleConfig(prompts=["one", "two two", "three"], steps=3, seed=4)
+    # The second rank has nothing left for its second batch.
+    shares = [[make_batch("mixed", 50), make_batch("text", 51)], [make_batch("image", 52)]]
+    shares[1].append(padding_alone(make_batch("mixed", 53)))
+    with engine.evaluation("ema") as model:
+        pipeline = Pipeline(model, Letters(), config, here.device)
+        mine = pipeline.sample_grid(grid, rank=here.rank, ranks=2)
+        terms = held_out_losses(model, shares[here.rank], config, here.device)
+    with plain.evaluation("ema") as model:
+        wanted = Pipeline(model, Letters(), config, here.device).sample_grid(grid)
+        wanted_terms = held_out_losses(model, [*shares[0], *shares[1]], config, here.device)
+    everyone: list[Any] = [None, None]
+    dist.all_gather_object(everyone, mine)
+    pictures = sorted(everyone[0] + everyone[1], key=lambda picture: picture.seed)
+    pairs = list(zip(pictures, wanted, strict=True))
+    trained_on = [train(each, here.rank, range(4, 7)) for each in (engine, undisturbed)]
+    return {
+        "shares": [len(share) for share in everyone],
+        "captions": [[a.prompt, a.seed] for a, _ in pairs] == [[b.prompt, b.seed] for _, b in pairs],
+        "greatest difference": max(int((a.pixels.int() - b.pixels.int()).abs().max()) for a, b in pairs),
+        "different pictures": len({picture.pixels.numpy().tobytes() for picture in pictures}),
+        "held out": difference(terms, wanted_terms),
+        "counts": [float(count) for count in over_ranks(terms)[1:4:2]],
+        "trains on the same": trained_on[0] == trained_on[1],
+    }
+
+
+def built_files() -> list[str]:
+    """What has been compiled for DeepSpeed; the tests give it a folder of their own."""
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def pair_in_training(here: Environment) -> dict[str, Callable[[], Any]]:
+    chunked = small_config(train__head_chunk=5, train__zero=NOTHING_KEPT)
+    return {
+        "equals local: head in chunks": lambda: equals_local(chunked, here),
+        "chunks": lambda: chunk_counts(chunked.train.head_chunk),
+        "judged: defaults": lambda: judged_in_training(here, {}),
+        "judged: nothing kept": lambda: judged_in_training(here, {"train__zero": NOTHING_KEPT}),
+        "built files": built_files,
+    }
+
+
+def whole_pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
+    return pair(here, folder) | pair_in_training(here)
+
+
 def main() -> None:
     mode, folder = sys.argv[1], Path(sys.argv[2])
     here = environment.start(1, timeout=timedelta(seconds=60))
     findings: dict[str, Any] = {}
-    for name, scenario in {"single": single, "pair": pair, "compiled": compiled}[mode](here, folder).items():
+    for name, scenario in {"single": single, "pair": whole_pair, "compiled": compiled}[mode](
+        here, folder
+    ).items():
         try:
             findings[name] = scenario()
         except Exception:

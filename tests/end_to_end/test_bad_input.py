@@ -79,12 +79,40 @@ def test_too_many_bad_samples_stop_a_run(workplace: Any, shards: Path) -> None:
 def test_what_cannot_train_says_why(workplace: Any, overrides: list[str], word: str) -> None:
     said = workplace.run(*workplace.train("runs/refused", *overrides), code=2)
     assert word in said and "Traceback" not in said
+    assert not (workplace.folder / "runs/refused").exists()
+
+
+def complaint(said: str) -> str:
+    """The one line in which all ranks together say what is wrong."""
+    (line,) = [line for line in said.splitlines() if line.startswith("transfusion: ")]
+    return line
 
 
 def test_rows_that_the_ranks_cannot_share(workplace: Any) -> None:
     said = workplace.run(*workplace.train("runs/refused", "data.rows=5"), processes=2, code=1)
-    assert "data.rows" in said
-    assert said.count("transfusion: ") == 1
+    assert "data.rows" in complaint(said)
+    assert not (workplace.folder / "runs/refused").exists()
+
+
+def test_what_only_the_main_process_cannot_write_ends_all(workplace: Any) -> None:
+    run = workplace.folder / "runs/unwritable"
+    (run / "metrics.jsonl").mkdir(parents=True)
+    said = workplace.run(*workplace.train("runs/unwritable"), processes=2, code=1)
+    assert "Is a directory" in complaint(said)
+
+
+def test_bad_samples_of_all_ranks_are_judged_together(workplace: Any, shards: Path) -> None:
+    """Pictures torn at their end pass the index; each rank alone has read too few to judge."""
+    for shard in shards.glob("*.tar"):
+        with tarfile.open(shard) as archive:
+            pictures = [member for member in archive if member.name.endswith(".png")]
+            torn = {member.name: archive.extractfile(member).read()[:-30] for member in pictures[::2]}  # type: ignore[union-attr]
+        rewrite(shard, torn)
+    command = workplace.train("runs/too-torn", source(shards), "train.steps=30", "data.held_out=[]")
+    said = workplace.run(*command, processes=2, code=1)
+    assert "data.max_faults" in complaint(said) and "runs/too-torn/quarantine.jsonl" in complaint(said)
+    named = (workplace.folder / "runs/too-torn/quarantine.jsonl").read_text().splitlines()
+    assert len(named) > 5
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -41,6 +42,11 @@ def weights(run: Path) -> bytes:
     return (run / "checkpoints" / f"step_{STEPS:08d}" / "rank_00000.safetensors").read_bytes()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run, to see that a refused start leaves all as it was."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_killed_and_continued(workplace: Any, straight: Path) -> None:
     run = workplace.folder / "runs/killed"
     command = workplace.train("runs/killed", f"train.steps={STEPS}")
@@ -65,13 +71,20 @@ def test_stopped_by_a_signal_saves_and_exits_with_75(workplace: Any, straight: P
     assert figures(run) == figures(straight)
 
 
-def test_torn_checkpoint_falls_back_to_the_one_before(workplace: Any, straight: Path) -> None:
+def test_a_torn_checkpoint_is_refused_until_it_is_deleted(workplace: Any, straight: Path) -> None:
+    """The refusal changes nothing; after what it advises, the run goes on from the checkpoint before."""
     run = workplace.folder / "runs/torn"
-    workplace.run(*workplace.train("runs/torn", "train.steps=6", "train.engine=local"))
+    workplace.run(*workplace.train("runs/torn", "train.steps=6"))
     newest = run / "checkpoints" / "step_00000006" / "rank_00000.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    said = workplace.run(*workplace.train("runs/torn", f"train.steps={STEPS}"), code=2)
-    assert "step_00000006" in said and "Traceback" not in said
+    before = contents(run)
+    command = workplace.train("runs/torn", f"train.steps={STEPS}")
+    said = workplace.run(*command, code=2)
+    assert "step_00000006 is damaged" in said and "delete the folder" in said and "Traceback" not in said
+    assert contents(run) == before
+    shutil.rmtree(newest.parent)
+    assert "step 3 to 8" in workplace.run(*command)
+    assert weights(run) == weights(straight)
 
 
 def test_two_processes_never_write_one_folder(workplace: Any) -> None:
@@ -90,8 +103,34 @@ def test_a_finished_run_has_nothing_to_do(workplace: Any, straight: Path) -> Non
 
 
 def test_a_checkpoint_of_another_model_is_refused(workplace: Any, straight: Path) -> None:
+    before = contents(straight)
     said = workplace.run(*workplace.train("runs/straight", "train.steps=9", "model.width=96"), code=2)
     assert "Traceback" not in said and "run.dir" in said
+    assert contents(straight) == before
+
+
+def test_another_tokenizer_is_refused(workplace: Any, straight: Path) -> None:
+    named = workplace.folder / "data/quickstart/tokenizer.model"
+    assert (straight / "tokenizer.model").read_bytes() == named.read_bytes()
+    workplace.run(
+        "tokenizer", "train", "data/quickstart/*/train/*.tar", "--out", "other.model", "--vocabulary", "1100"
+    )
+    before = contents(straight)
+    command = workplace.train("runs/straight", "train.steps=9", "data.tokenizer=other.model")
+    said = workplace.run(*command, code=2)
+    assert "set data.tokenizer=runs/straight/tokenizer.model" in said and "Traceback" not in said
+    assert contents(straight) == before
+
+
+def test_a_file_torn_on_one_rank_is_named_by_all(workplace: Any) -> None:
+    run = workplace.folder / "runs/torn-rank"
+    command = workplace.train("runs/torn-rank", "train.steps=3")
+    workplace.run(*command, processes=2)
+    torn = run / "checkpoints" / "step_00000003" / "rank_00001.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    said = workplace.run(*command[:-1], "train.steps=6", processes=2, code=1)
+    (line,) = [line for line in said.splitlines() if line.startswith("transfusion: ")]
+    assert "rank_00001.safetensors has" in line
 
 
 def test_two_ranks_are_killed_and_continued(workplace: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ import torch
 
 from transfusion.config import CodecConfig, Config, DataConfig, ModelConfig
 from transfusion.data.packing import collate
-from transfusion.data.rows import Row, RowImage, RowSettings
-from transfusion.data.sequence import Layout, lay_out
+from transfusion.data.rows import Row, RowImage, RowSettings, _joined
+from transfusion.data.sequence import lay_out
 from transfusion.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion.model import Transfusion
 from transfusion.model.initialise import initialise
-from transfusion.schema import Batch, ImageSegment, Modality, Segment, SpecialToken
+from transfusion.schema import Batch, ImageSegment, Segment
 
 VOCABULARY = 320
 
@@ -38,11 +38,18 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def build_model() -> Callable[..., tuple[Config, Transfusion]]:
     """build_model(**fields of ModelConfig) -> (config, model) with 8x8 grey pictures of 16 patches."""
 
-    def build(*, row_length: int = 256, seed: int = 0, **fields: Any) -> tuple[Config, Transfusion]:
+    def build(
+        *,
+        row_length: int = 256,
+        seed: int = 0,
+        channels: Literal[1, 3] = 1,
+        image_size: int = 8,
+        **fields: Any,
+    ) -> tuple[Config, Transfusion]:
         shape = {"vocabulary": VOCABULARY, "layers": 2, "width": 32, "heads": 4, "key_heads": 2, **fields}
         config = Config(
             model=ModelConfig(**shape),
-            codec=CodecConfig(channels=1, image_size=8),
+            codec=CodecConfig(channels=channels, image_size=image_size),
             data=DataConfig(row_length=row_length),
         )
         model = Transfusion(config.model, config.codec)
@@ -89,55 +96,23 @@ def _row(
     timesteps: Sequence[int] | None,
     keys: Sequence[int] | None,
 ) -> Row:
+    """What the loader makes of planned documents, for documents, noise levels and noise keys given by hand."""
     layouts = [lay_out(document, axes=settings.axes) for document in documents]
     starts = np.cumsum([0, *map(len, layouts)]).tolist()
-    size, used = settings.row_length, starts[-1]
-    pictures = [
-        (start + first, segment.values_CHW)
-        for start, layout, document in zip(starts, layouts, documents, strict=False)
-        for (first, _), segment in zip(
-            layout.images, (s for s in document if isinstance(s, ImageSegment)), strict=True
-        )
+    first_patches = [
+        start + first for start, layout in zip(starts, layouts, strict=False) for first, _ in layout.images
     ]
-    numbers = range(images_before, images_before + len(pictures))
-    images = tuple(
-        RowImage(
-            np.asarray(values),
-            first,
-            settings.patches,
-            timesteps[number] if timesteps else 10 * (number + 1),
-            keys[number] if keys else number,
-        )
-        for (first, values), number in zip(pictures, numbers, strict=True)
-    )
-
-    def filled(name: str, padding: int) -> np.ndarray:
-        parts = [getattr(layout, name) for layout in layouts]
-        shift = starts if name == "end_key_S" else [0] * len(starts)
-        parts = [part + offset for part, offset in zip(parts, shift, strict=False)]
-        joined = np.full((size, *parts[0].shape[1:]), padding, parts[0].dtype)
-        joined[:used] = np.concatenate(parts)
-        return joined
-
-    return Row(
-        token_ids_S=filled("token_ids_S", SpecialToken.PADDING),
-        modality_S=filled("modality_S", Modality.PADDING),
-        position_SA=filled("position_SA", 0),
-        target_ids_S=filled("target_ids_S", SpecialToken.PADDING),
-        text_weight_S=filled("text_weight_S", 0),
-        first_key_S=_first_keys(layouts, starts, size),
-        end_key_S=filled("end_key_S", used).astype(np.int32),
-        images=images,
-        faults=(),
-        samples=len(layouts),
-    )
-
-
-def _first_keys(layouts: Sequence[Layout], starts: Sequence[int], size: int) -> np.ndarray:
-    lengths = [len(layout) for layout in layouts]
-    first = np.full(size, starts[-1], np.int32)
-    first[: starts[-1]] = np.repeat(starts[:-1], lengths)
-    return first
+    pictures = [
+        np.asarray(segment.values_CHW)
+        for document in documents
+        for segment in document
+        if isinstance(segment, ImageSegment)
+    ]
+    images = []
+    for number, (values, first) in enumerate(zip(pictures, first_patches, strict=True), images_before):
+        timestep = timesteps[number] if timesteps else 10 * (number + 1)
+        images.append(RowImage(values, first, settings.patches, timestep, keys[number] if keys else number))
+    return _joined(layouts, starts, settings, tuple(images), ())
 
 
 @pytest.fixture

@@ -105,5 +105,31 @@ def test_the_argument_of_deepspeeds_launcher_is_accepted() -> None:
 
 def test_only_the_first_rank_speaks_of_a_mistake() -> None:
     ranks = {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    done = transfusion("train", "missing.yaml", RANK="1", **ranks)
-    assert (done.returncode, done.stderr) == (2, "")
+    first, second = (transfusion("train", "missing.yaml", RANK=rank, **ranks) for rank in "01")
+    assert first.stderr.startswith("transfusion: cannot read config missing.yaml")
+    # The launcher ends the others as soon as the first has failed; one that is left alone says who it is.
+    assert second.returncode == 2 and second.stderr.startswith("transfusion: rank 1: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "model", "--prompt", "a", "--out", "x", "-n", "0"],
+        ["sample", "model", "--prompt", "a", "--out", "x", "--sampler", "euler"],
+        ["sample", "model", "--out", "x"],
+        ["prepare", "digits", "--out", "x", "--seed", "-1"],
+        ["tokenizer", "train", "a.tar", "--out", "x", "--vocabulary", "0"],
+        ["train"],
+        ["--nonsense"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_one_line_too(arguments: list[str]) -> None:
+    done = transfusion(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and "--help" in done.stderr
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    done = transfusion()
+    assert "prepare" in done.stdout + done.stderr and "Traceback" not in done.stderr

@@ -78,10 +78,27 @@ def test_parts_that_do_not_fit_each_other() -> None:
         presets.load(None, ["codec.image_size=9"])
     with pytest.raises(UserError, match="too short for a picture"):
         presets.load(None, ["codec.image_size=64", "data.row_length=256"])
+    with pytest.raises(UserError, match="needs an unconditional branch"):
+        presets.load(None, ["sample.prompts=[a]", "data.caption_drop=0"])
     with pytest.raises(UserError, match=r"model.width 100 must be an even multiple"):
         presets.load(None, ["model.width=100", "model.heads=12"])
     with pytest.raises(UserError, match=r"multiple of model\.key_heads"):
         presets.load(None, ["model.key_heads=5"])
+
+
+def test_parts_are_compared_even_where_values_are_wrong() -> None:
+    with pytest.raises(UserError) as caught:
+        presets.load(None, ["codec.image_size=7", "train.steps=-1", "model.heads=5", "model.key_heads=3"])
+    message = str(caught.value)
+    for word in ("train.steps", "model.heads 5", "model.key_heads 3"):
+        assert word in message
+    with pytest.raises(UserError, match=r"image_size 7 must be a multiple"):
+        presets.load(None, ["codec.image_size=7", "train.steps=-1"])
+
+
+def test_the_keys_of_a_source_are_known_too() -> None:
+    with pytest.raises(UserError, match=r"did you mean data\.sources\.0\.share\?"):
+        presets.load(None, ["data.sources=[{name: a, shards: x, shrae: 2}]"])
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ tokenizer.model
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from transfusion.checkpoint.resume import SliceReader
 from transfusion.checkpoint.stream import write_tensors
 from transfusion.config import Config
 from transfusion.errors import UserError
+from transfusion.parallel.agree import describe
 from transfusion.parallel.shards import AVERAGE, WEIGHT
 from transfusion.presets import check
 
@@ -61,18 +61,15 @@ def export(source: str | Path, out: str | Path) -> Path:
         layout.check_file(folder, name, record)
     tokenizer = _tokenizer(folder, manifest)
     _refuse_foreign(out)
-    unfinished = out.with_name(out.name + layout.UNFINISHED)
+    # A name that nobody else gives: whatever stands there is what a killed export left.
+    unfinished = out.with_name(f"{out.name}.export{layout.UNFINISHED}")
     try:
-        if unfinished.exists():
-            _refuse_foreign(unfinished)
-            shutil.rmtree(unfinished)
+        layout.clear(unfinished)
         unfinished.mkdir(parents=True)
         _write(unfinished, SliceReader(folder, manifest), tokenizer)
-        if out.exists():
-            shutil.rmtree(out)
-        unfinished.rename(out)
+        layout.replace_folder(unfinished, out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}; name another folder") from error
+        raise UserError(f"cannot write {out}: {describe(error)}; name another folder") from error
     return out
 
 
@@ -115,13 +112,18 @@ def _checkpoint(source: Path) -> Path:
 
 
 def _tokenizer(folder: Path, manifest: Manifest) -> Path:
-    """The run's own copy, else the file that its configuration names."""
-    own, named = folder.parent.parent / TOKENIZER, manifest.config["data"]["tokenizer"]
-    for path in (own, Path(named)) if named else (own,):
-        if path.is_file():
-            return path
-    where = f"neither at {own} nor at data.tokenizer {named!r}" if named else f"at {own}"
-    raise UserError(f"cannot export {folder}: no tokenizer {where}; put it there")
+    """The run's own copy; of a checkpoint outside of a run the file that its configuration names.
+
+    That file may have changed since, so a run never falls back to it.
+    """
+    run = folder.parent.parent
+    in_run = folder.parent == layout.checkpoints_folder(run)
+    path = run / TOKENIZER if in_run else Path(manifest.config["data"]["tokenizer"] or folder / TOKENIZER)
+    if not path.is_file():
+        raise UserError(
+            f"cannot export {folder}: no tokenizer at {path}; put the file that it was trained with there"
+        )
+    return path
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -138,7 +140,6 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def _write(folder: Path, reader: SliceReader, tokenizer: Path) -> None:
-    # First of all the file that says whose folder this is, so that a killed export can be cleared away.
     manifest = reader.manifest
     files = {kind: name for kind, name in WEIGHT_FILES.items() if kind in manifest.kinds}
     description = {
@@ -156,7 +157,6 @@ def _write(folder: Path, reader: SliceReader, tokenizer: Path) -> None:
             return reader.read_whole(kind, name)
 
         write_tensors(folder / file, shapes, read, metadata={"format": "pt"})
-    shutil.copyfile(tokenizer, folder / TOKENIZER)
-    with (folder / TOKENIZER).open("rb") as copied:
-        os.fsync(copied.fileno())
+    with layout.whole_file(folder / TOKENIZER) as partial:
+        shutil.copyfile(tokenizer, partial)
     layout.sync_folder(folder)

@@ -14,6 +14,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -166,12 +169,47 @@ def file_digest(path: Path) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that a reader sees either the former text or all of the new one."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives another name to write to, and `path` to the file once it is complete and on the disk."""
     partial = path.with_name(path.name + UNFINISHED)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
+    yield partial
+    with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def replace_folder(unfinished: Path, folder: Path) -> None:
+    """Give a finished folder its name; what stood there is deleted only afterwards, under another name."""
+    aside = _aside(folder)
+    if folder.exists():
+        clear(aside)
+        folder.rename(aside)
+    unfinished.rename(folder)
+    sync_folder(folder.parent)
+    clear(aside)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder under a name that no reader takes for complete, whenever the process is killed."""
+    aside = _aside(folder)
+    clear(aside)
+    folder.rename(aside)
+    clear(aside)
+
+
+def clear(leftover: Path) -> None:
+    """Delete what a killed process left under a name of ours, if there is any."""
+    if leftover.exists():
+        shutil.rmtree(leftover)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.former{UNFINISHED}")
 
 
 def sync_folder(folder: Path) -> None:

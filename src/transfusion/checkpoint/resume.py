@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor
 from transfusion.checkpoint import layout
 from transfusion.checkpoint.layout import Manifest
 from transfusion.errors import UserError
-from transfusion.parallel.agree import agree
+from transfusion.parallel.agree import from_main, together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.shards import AVERAGE, WEIGHT, Shard
-from transfusion.schema import Decision, TrainState
+from transfusion.schema import TrainState
 
 
 class SliceReader:
@@ -63,8 +64,10 @@ def resume(run_folder: str | Path, engine: Engine) -> TrainState | None:
     """Load the newest complete checkpoint of a run, if there is one, and return where the run stood.
 
     Called by all ranks together. A checkpoint that was being written when its run was killed is passed over.
+    Raises UserError as `load` does.
     """
-    folder = layout.find_latest(run_folder)
+    # One rank looks for all: on shared storage another may still be shown a former list of files.
+    folder = from_main(lambda: layout.find_latest(run_folder))
     return None if folder is None else load(folder, engine)
 
 
@@ -76,31 +79,26 @@ def load(folder: str | Path, engine: Engine) -> TrainState:
     UserError, on every rank, for a damaged checkpoint and for one of another model.
     """
     folder = Path(folder)
-    problem: UserError | None = None
-    manifest: Manifest | None = None
-    try:
-        manifest = layout.read_manifest(folder)
-        _check_files(folder, manifest, engine)
-        _check_model(folder, manifest, engine)
-    except UserError as error:
-        problem = error
-    failed = agree(Decision.CONTINUE, int(problem is not None)).counts[0]
-    if problem is not None:
-        raise problem
-    if failed or manifest is None:
-        raise UserError(f"cannot load {folder}: {failed} other processes refused; see their messages")
+    manifest = together(lambda: _checked(folder, engine))
     reader = SliceReader(folder, manifest)
-    for shard in engine.shards():
-        _fill(shard, reader)
+    together(lambda: _fill(engine.shards(), reader))
     engine.shards_written(manifest.updates)
     return TrainState(**manifest.state)
 
 
-def _fill(shard: Shard, reader: SliceReader) -> None:
-    for kind, tensor in shard.values.items():
-        # A run may have turned its moving average on since.
-        source = WEIGHT if kind == AVERAGE and AVERAGE not in reader.manifest.kinds else kind
-        tensor.copy_(reader.read(source, shard.name, shard.start, shard.length))
+def _checked(folder: Path, engine: Engine) -> Manifest:
+    manifest = layout.read_manifest(folder)
+    _check_files(folder, manifest, engine)
+    _check_model(folder, manifest, engine)
+    return manifest
+
+
+def _fill(shards: Sequence[Shard], reader: SliceReader) -> None:
+    for shard in shards:
+        for kind, tensor in shard.values.items():
+            # A run may have turned its moving average on since.
+            source = WEIGHT if kind == AVERAGE and AVERAGE not in reader.manifest.kinds else kind
+            tensor.copy_(reader.read(source, shard.name, shard.start, shard.length))
 
 
 def _check_files(folder: Path, manifest: Manifest, engine: Engine) -> None:

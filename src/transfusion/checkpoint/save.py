@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +12,10 @@ from transfusion.checkpoint import layout
 from transfusion.checkpoint.layout import FileRecord, Manifest, ParameterRecord
 from transfusion.checkpoint.stream import write_tensors
 from transfusion.errors import UserError
-from transfusion.parallel.agree import agree
+from transfusion.parallel.agree import describe, together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
-from transfusion.schema import Decision, TrainState
+from transfusion.schema import TrainState
 
 
 def save(run_folder: str | Path, engine: Engine, state: TrainState, *, keep: int) -> Path:
@@ -24,42 +23,35 @@ def save(run_folder: str | Path, engine: Engine, state: TrainState, *, keep: int
 
     Called by all ranks together; the folder must be on storage that all of them see. It is written under
     another name and renamed at the end, so that a process killed on the way leaves the former checkpoints as
-    they were. Raises UserError on every rank if any of them cannot write.
+    they were. If any rank cannot write, every rank raises the same UserError.
     """
     folder = layout.step_folder(run_folder, state.step)
     unfinished = folder.with_name(folder.name + layout.UNFINISHED)
-    if engine.rank == 0:
-        _together(lambda: _prepare(unfinished), folder)
-    else:
-        _together(lambda: None, folder)
+    main = engine.rank == 0
+    _together(lambda: _prepare(unfinished) if main else None, folder)
     _together(lambda: _write_rank(unfinished, engine), folder)
-    if engine.rank == 0:
-        _together(lambda: _finish(unfinished, folder, engine, state, keep), folder)
-    else:
-        _together(lambda: None, folder)
+    _together(lambda: _finish(unfinished, folder, engine, state, keep) if main else None, folder)
     return folder
 
 
 def _together(work: Callable[[], None], folder: Path) -> None:
-    """Do this rank's part, wait for the others, and fail on all ranks if one failed."""
-    problem: OSError | None = None
-    try:
-        work()
-    except OSError as error:
-        problem = error
-    failed = agree(Decision.CONTINUE, int(problem is not None)).counts[0]
-    if problem is not None:
-        where = f" ({problem.filename})" if problem.filename else ""
-        reason = f"{problem.strerror or problem}{where}"
-        raise UserError(f"cannot save {folder}: {reason}; free space or set another run.dir") from problem
-    if failed:
-        raise UserError(f"cannot save {folder}: {failed} other processes failed; see their messages")
+    """`together`, with errors that tell what was to be saved."""
+
+    def part() -> None:
+        try:
+            work()
+        except OSError as error:
+            raise UserError(
+                f"cannot save {folder}: {describe(error)}; free space or set another run.dir"
+            ) from error
+
+    together(part)
 
 
 def _prepare(unfinished: Path) -> None:
     # What earlier killed saves left behind is of no use to anyone.
     for leftover in unfinished.parent.glob(f"step_*{layout.UNFINISHED}"):
-        shutil.rmtree(leftover)
+        layout.clear(leftover)
     unfinished.mkdir(parents=True)
 
 
@@ -109,19 +101,9 @@ def _finish(unfinished: Path, folder: Path, engine: Engine, state: TrainState, k
     )
     layout.write_whole(unfinished / layout.MANIFEST, manifest.as_json())
     layout.sync_folder(unfinished)
-    _replace(unfinished, folder)
+    layout.replace_folder(unfinished, folder)
     layout.write_whole(folder.parent / layout.LATEST, folder.name + "\n")
     layout.sync_folder(folder.parent)
     for old in layout.complete_checkpoints(folder.parent.parent)[:-keep]:
         if old != folder:
-            shutil.rmtree(old)
-
-
-def _replace(unfinished: Path, folder: Path) -> None:
-    """Give the finished folder its name, in place of a former save of the same step if there is one."""
-    former = folder.with_name(f"{folder.name}.former{layout.UNFINISHED}")
-    if folder.exists():
-        folder.rename(former)
-    unfinished.rename(folder)
-    if former.exists():
-        shutil.rmtree(former)
+            layout.remove_folder(old)

@@ -6,11 +6,11 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from transfusion.config import Config, SourceConfig
 from transfusion.data.deck import SourceLengths, VariantRule
-from transfusion.data.index import SourceIndex, build_index, refuse_too_many, too_many_faults
+from transfusion.data.index import SourceIndex, build_index, refuse_too_many
 from transfusion.data.packing import collate
 from transfusion.data.planner import Planner, PlanSettings, State
 from transfusion.data.rows import Row, RowBuilder, RowSettings
@@ -22,6 +22,13 @@ from transfusion.schema import Batch, BatchCounts
 
 # Steps that workers prepare ahead.
 _STEPS_AHEAD = 2
+
+
+class Reading(NamedTuple):
+    """How reading went: samples that could not be read, and all that were tried."""
+
+    faults: int
+    samples: int
 
 
 class Loader:
@@ -60,14 +67,15 @@ class Loader:
         self._state = self._planner.state()
         self._ordered: collections.deque[State] = collections.deque()
         # The same bad sample comes again every epoch.
-        self._faults: collections.Counter[Fault] = collections.Counter()
-        self._samples = 0
+        self._faults: dict[Fault, None] = {}
+        # Of the last step. What it means is judged by all ranks together, not here.
+        self.reading = Reading(0, 0)
         self._totals = BatchCounts(tokens=0, text_targets=0, images=0, image_elements=0, padding=0)
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch; every rank has the same number of them.
 
-        Raises UserError when more than data.max_faults of this rank's samples could not be read.
+        What could not be read is left out and counted in `reading`.
         """
         while len(self._ordered) <= self._steps_ahead:
             plans = self._planner.next_batch()
@@ -75,7 +83,9 @@ class Loader:
             self._ordered.append(self._planner.state())
         rows = self._workshop.collect()
         self._state = self._ordered.popleft()
-        self._note_faults(rows)
+        found = [fault for row in rows for fault in row.faults]
+        self._faults.update(dict.fromkeys(found))
+        self.reading = Reading(len(found), sum(row.samples for row in rows))
         batches = [collate(part, self._settings) for part in micro_rows(rows, self._config.data.micro_rows)]
         for batch in batches:
             self._totals += batch.counts
@@ -86,14 +96,9 @@ class Loader:
         return self._state
 
     def counters(self) -> dict[str, Any]:
-        """What this rank was given so far, and bad samples by reason, those of the index too.
-
-        Tokens drawn and epochs begun, by source, are those of all ranks as the current block of plans began.
-        """
+        """What this rank was given so far, and bad samples by reason, those of the index too."""
         counts: dict[str, Any] = dataclasses.asdict(self._totals)
         counts["faults"] = dict(collections.Counter(fault.reason for fault in self.faults()))
-        counts["drawn"] = dict(self._state["start"]["emitted"])
-        counts["epochs"] = {name: cursor[0] for name, cursor in self._state["start"]["cursors"].items()}
         return counts
 
     def faults(self) -> list[Fault]:
@@ -111,17 +116,6 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _note_faults(self, rows: Sequence[Row]) -> None:
-        self._samples += sum(row.samples for row in rows)
-        self._faults.update(fault for row in rows for fault in row.faults)
-        bad = self._faults.total()
-        if too_many_faults(bad, self._samples, self._config.data.max_faults):
-            last = list(self._faults)[-1]
-            raise UserError(
-                f"{bad} of {self._samples} samples could not be read, more than data.max_faults"
-                f" ({self._config.data.max_faults}); the last: {last.shard} {last.key}: {last.reason}"
-            )
 
 
 def rows_per_rank(rows: int, world_size: int) -> int:

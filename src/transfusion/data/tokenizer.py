@@ -69,10 +69,6 @@ class Tokenizer:
             joined = joined + self._space_mark_ids + part
         return joined
 
-    def encode_many(self, texts: Iterable[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; control tokens and ids outside the vocabulary leave nothing."""
         kept = [int(token) for token in ids if len(SpecialToken) <= token < self.vocabulary]

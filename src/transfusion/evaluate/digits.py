@@ -34,7 +34,7 @@ MOST_CAPTION_TOKENS = 32
 def digits(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     """Generation judged by a classifier of real digits, diversity, and captions of the held-out pictures.
 
-    Leaves OUT/evaluation/generated (pictures, index.jsonl) and OUT/evaluation/captions.jsonl as evidence.
+    Leaves evidence under OUT/evaluation: generated/ (pictures, index.jsonl), held_out/ (pictures), captions.jsonl.
     """
     train_pixels, train_labels, _ = _pictures(pipeline, pipeline.config.data.sources)
     test_pixels, test_labels, test_values = _pictures(pipeline, pipeline.config.data.held_out)

@@ -22,7 +22,7 @@ def held_out_losses(
     loss = MixedLoss(config.diffusion)
     total: LossTerms | None = None
     for batch in loader:
-        terms = loss.terms(model, batch.to(device))
+        terms = loss.terms(model, batch.to(device)).double()
         total = terms if total is None else total.plus(terms)
     if total is None:
         raise ValueError("the held-out data gave no batch")

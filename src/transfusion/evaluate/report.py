@@ -206,7 +206,7 @@ def _ending(lines: list[dict[str, Any]], name: str) -> float | None:
 
 def _metrics(values: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
-    for name, entry in values.items():
+    for name, entry in values.get("details", values).items():
         fields = entry if isinstance(entry, dict) else {"value": entry}
         if isinstance(fields.get("value"), int | float | str | None):
             label = name.replace("_", " ")

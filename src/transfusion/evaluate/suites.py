@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transfusion.config import SourceConfig
 from transfusion.data.evaluation import EvaluationLoader, documents
@@ -35,21 +36,42 @@ def run_suites(
     if unknown:
         raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join(suites)}")
     pipeline = Pipeline.from_export(model, weights=weights, device=device)
+    out.mkdir(parents=True, exist_ok=True)
+    known = _known(out / METRICS)
     metrics: dict[str, Metric] = {}
     for name in names:
         metrics |= suites[name](pipeline, out)
-    path = out / METRICS
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    known |= {name: metric.as_dict() for name, metric in metrics.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    _write(out / METRICS, metrics, known)
     return metrics
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """Details of the metrics that stand in `path` already. Raises UserError for a file that is not ours."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["details"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; delete it, or name another folder with --out") from None
+
+
+def _write(path: Path, metrics: dict[str, Metric], known: dict[str, Any]) -> None:
+    """Names and numbers on top, for whoever compares; how each was measured under `details`."""
+    details = known | {name: metric.as_dict() for name, metric in metrics.items()}
+    text = json.dumps(
+        {name: detail["value"] for name, detail in details.items()} | {"details": details}, indent=2
+    )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     """Losses on the config's held-out sources; a text's beside a bigram fitted on the training text of its name."""
+    if not pipeline.config.data.held_out:
+        raise UserError(
+            "the model's configuration names no data.held_out; train with one, or choose another --suite"
+        )
     metrics: dict[str, Metric] = {}
     for source in pipeline.config.data.held_out:
         loader = EvaluationLoader(pipeline.config, [source], pipeline.tokenizer, rows=8)
@@ -59,8 +81,11 @@ def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
                 value=float(terms.image_sum / terms.image_count),
                 how=f"mean squared error of the predicted noise, held-out {source.name}, fixed noise and timesteps",
             )
-        else:
-            metrics |= _text_metrics(pipeline, source, terms)
+            continue
+        measured = _text_metrics(pipeline, source, terms)
+        # The first text source has the plain names; further ones carry their own.
+        taken = not measured.keys().isdisjoint(metrics)
+        metrics |= {f"{source.name}_{name}" if taken else name: metric for name, metric in measured.items()}
     return metrics
 
 

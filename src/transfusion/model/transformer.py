@@ -63,7 +63,9 @@ class Transfusion(nn.Module):
         hidden_BSD = self.embed(batch, noisy)
         hidden_BSD = self.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
         flat = self.norm(hidden_BSD).flatten(0, 1)
-        learned_N = batch.text_weight_BS.flatten().nonzero().squeeze(1)
+        # The count is known on the host, so nothing waits for the device to tell it.
+        weight = batch.text_weight_BS.flatten()
+        learned_N = torch.nonzero_static(weight, size=batch.counts.text_targets).squeeze(1)
         text_sum = self.text_head(flat[learned_N], batch.target_ids_BS.flatten()[learned_N])
         return ModelOutput(
             text_sum,

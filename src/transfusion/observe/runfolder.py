@@ -7,17 +7,20 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 from transfusion import __version__, presets
+from transfusion.checkpoint import layout
 from transfusion.config import Config
+from transfusion.data.scan import Fault
 from transfusion.errors import UserError
 
 PACKAGES = ("torch", "deepspeed", "triton", "numpy", "sentencepiece", "webdataset", "safetensors")
@@ -51,6 +54,10 @@ class RunFolder:
         return self.path / "quarantine.jsonl"
 
     @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.model"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
@@ -69,6 +76,10 @@ class RunFolder:
     def grid(self, step: int) -> Path:
         """Where the sample grid of a step stands."""
         return self.samples / f"step_{step:07d}.png"
+
+    def lock_existing(self) -> TextIO | None:
+        """`lock` where a former start has made the folder; None, and nothing made, where there is none yet."""
+        return self.lock() if (self.path / "lock").exists() else None
 
     def lock(self) -> TextIO:
         """Take the folder for this process, until the returned file is closed or the process ends.
@@ -97,16 +108,50 @@ class RunFolder:
         try:
             for folder in (self.path, self.samples, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
-            presets.dump(config, self.config)
+            with layout.whole_file(self.config) as partial:
+                presets.dump(config, partial)
             text = json.dumps(describe_environment(arguments), indent=2, ensure_ascii=False)
-            self.environment.write_text(text + "\n", encoding="utf-8")
+            layout.write_whole(self.environment, text + "\n")
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def refuse_other_tokenizer(self, path: Path) -> None:
+        """Raise UserError where the run has checkpoints that were trained with another tokenizer than `path`."""
+        if (
+            layout.find_latest(self.path)
+            and self.tokenizer.is_file()
+            and not _same_bytes(self.tokenizer, path)
+        ):
+            raise UserError(
+                f"data.tokenizer {path} is not the tokenizer that {self.path} was trained with; "
+                f"set data.tokenizer={self.tokenizer}, or run.dir to a new folder"
+            )
+
+    def keep_tokenizer(self, path: Path) -> None:
+        """Copy the tokenizer, so that the run stays usable whatever becomes of the file."""
+        try:
+            if not self.tokenizer.is_file() or not _same_bytes(self.tokenizer, path):
+                with layout.whole_file(self.tokenizer) as partial:
+                    shutil.copyfile(path, partial)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def add_to_quarantine(self, faults: Iterable[Fault]) -> None:
+        """Add samples that were left out to those of former starts; each stands there once."""
+        former = self.quarantine.read_text(encoding="utf-8").splitlines() if self.quarantine.exists() else []
+        found = [json.dumps(asdict(fault), ensure_ascii=False) for fault in faults]
+        lines = dict.fromkeys([*former, *found])
+        if len(lines) > len(former):
+            layout.write_whole(self.quarantine, "".join(f"{line}\n" for line in lines))
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
             f"cannot write the run folder {self.path}: {error.strerror}; choose another with run.dir=DIR"
         )
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
 
 
 def describe_environment(arguments: Sequence[str] = ()) -> dict[str, Any]:

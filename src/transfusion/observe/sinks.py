@@ -82,12 +82,7 @@ def open_sink(config: Config, folder: Path, *, attempt: int) -> Sink:
     """
     if not config.log.wandb:
         return NoSink()
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "log.wandb=true, but wandb is not installed; run `pip install wandb`, or set log.wandb=false"
-        ) from None
+    wandb = _import_wandb()
     run = wandb.init(
         project=config.log.project,
         group=config.run.name,
@@ -102,6 +97,12 @@ def open_sink(config: Config, folder: Path, *, attempt: int) -> Sink:
     return WandbSink(run, wandb.Image)
 
 
+def refuse_missing_sink(config: Config) -> None:
+    """Raise UserError where `open_sink` would, before a run has written anything."""
+    if config.log.wandb:
+        _import_wandb()
+
+
 def panel_values(line: Mapping[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl as wandb gets it: flat, grouped, without empty values."""
     values: dict[str, Any] = {}
@@ -113,6 +114,16 @@ def panel_values(line: Mapping[str, Any]) -> dict[str, Any]:
         else:
             values[PANELS.get(name, name)] = value
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "log.wandb=true, but wandb is not installed; run `pip install wandb`, or set log.wandb=false"
+        ) from None
+    return wandb
 
 
 def _mode_is_chosen(wandb: Any) -> bool:

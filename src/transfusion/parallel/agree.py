@@ -1,16 +1,19 @@
-"""What all ranks decide together, in one small collective a step, and the signals that ask for a stop."""
+"""What all ranks decide together: one small collective a step, errors that end all of them, stop signals."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from transfusion.errors import UserError
 from transfusion.schema import Decision
 
+T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -26,7 +29,7 @@ def agree(decision: Decision, *counts: int) -> Agreement:
 
     Every rank must call it with as many counts. One collective; without a process group it answers at once.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _is_shared():
         return Agreement(decision, counts)
     mine = torch.tensor([int(decision), *counts], dtype=torch.int64, device=group_device())
     all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -35,11 +38,59 @@ def agree(decision: Decision, *counts: int) -> Agreement:
     return Agreement(Decision(int(table[:, 0].max())), tuple(table[:, 1:].sum(0).tolist()))
 
 
+def together(work: Callable[[], T]) -> T:
+    """Do this rank's part and return its result, once all ranks have done theirs.
+
+    Every rank must call it, and `work` may hold no collective: a rank that fails does not reach it. Where the
+    part of a rank fails with a UserError or an OSError, every rank raises the same UserError, the message of
+    the first that failed; so no rank runs on into a collective that another never joins.
+    """
+    failure: UserError | OSError | None = None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        failure = error
+    message = describe(failure) if isinstance(failure, OSError) else failure and str(failure)
+    first = next((told for told in gather(message) if told is not None), None)
+    if first is not None:
+        raise UserError(first) from failure
+    return result
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What `work` gives on the main process, on every rank. Errors as those of `together`."""
+    if not _is_shared():
+        return together(work)
+    answer = [together(lambda: work() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(answer, src=0, device=group_device())
+    found: T = answer[0]  # type: ignore[assignment]
+    return found
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks, on every rank. The values are pickled, so keep them small."""
+    if not _is_shared():
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def describe(error: OSError) -> str:
+    """What the system says is wrong, and with which file."""
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
 def group_device() -> torch.device:
     """The device whose tensors the process group can exchange."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _is_shared() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 class StopRequest:

@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transfusion_kernels import dispatch
 
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.model import Transfusion
-from transfusion.parallel.agree import group_device
+from transfusion.parallel.agree import group_device, together
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.shards import Shard
 from transfusion.schema import Batch, LossTerms, StepResult
@@ -47,11 +48,8 @@ class Engine(Protocol):
     # Optimiser updates made, skipped steps left out.
     updates: int
 
-    def forward_backward(self, batch: Batch, counts: GlobalCounts, *, last: bool) -> LossTerms:
-        """Add the gradient of one micro-batch; `last`: no more follow before `step`.
-
-        Returns this rank's own sums, detached, on its device.
-        """
+    def forward_backward(self, batch: Batch, counts: GlobalCounts) -> LossTerms:
+        """Add the gradient of one micro-batch. Returns this rank's own sums, detached, on its device."""
 
     def step(self, learning_rate: float) -> StepResult:
         """Clip by the global norm and update, or skip on all ranks if the gradient of any is not finite."""
@@ -74,11 +72,13 @@ def build_engine(config: Config, environment: Environment) -> Engine:
     """The engine that `train.engine` names, with freshly initialised weights.
 
     auto: ZeRO with more than one process or on a GPU, else local. `config.model.vocabulary` must be set.
-    Raises UserError for the local engine in several processes and for ZeRO without DeepSpeed.
+    Called by all ranks together. Raises UserError on every rank, before anything is built: for the local
+    engine in several processes, ZeRO without DeepSpeed, and an attention that cannot run here.
     """
     kind = config.train.engine
     if kind == "auto":
         kind = "zero" if environment.world_size > 1 or environment.device.type == "cuda" else "local"
+    together(lambda: _refuse_attention(config, environment.device))
     if kind == "local":
         if environment.world_size > 1:
             raise UserError(
@@ -88,9 +88,30 @@ def build_engine(config: Config, environment: Environment) -> Engine:
         from transfusion.parallel.local import LocalEngine
 
         return LocalEngine(config, environment)
-    from transfusion.parallel.zero import ZeroEngine
+    from transfusion.parallel.zero import ZeroEngine, import_deepspeed
 
+    # Building it takes collectives, which a rank without DeepSpeed would never join.
+    together(import_deepspeed)
     return ZeroEngine(config, environment)
+
+
+def _refuse_attention(config: Config, device: torch.device) -> None:
+    """Raise UserError where the attention asked for cannot run, or a GPU would silently use the dense one."""
+    model, asked = config.model, config.train.attention
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    query = torch.empty(1, model.heads, 1, model.head_dim, device=device, dtype=dtype)
+    try:
+        choice = dispatch.choose(asked, query)
+    except ValueError as error:
+        raise UserError(
+            f"train.attention={asked} cannot run on {device.type}: {error}; set train.attention=auto"
+        ) from None
+    fell_back = asked == "auto" and dispatch.ENVIRONMENT_VARIABLE not in choice.reason
+    if device.type == "cuda" and choice.implementation == "reference" and fell_back:
+        raise UserError(
+            f"attention on this GPU would be the dense reference, since {choice.reason} (head_dim is model.width "
+            f"{model.width} / model.heads {model.heads}); change that, or ask for it: train.attention=reference"
+        )
 
 
 def build_model(config: Config) -> Transfusion:

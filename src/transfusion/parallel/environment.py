@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +25,9 @@ TIMEOUT = timedelta(minutes=10)
 # SLURM gives no port; jobs of one machine get different ones from here on.
 SLURM_FIRST_PORT = 20_000
 SLURM_PORTS = 20_000
+# So long the others leave the first process to say what all of them would say, and to end: on a busy machine
+# the end of a process alone can take ten seconds.
+HEAD_START = 30.0
 
 
 class Placement(NamedTuple):
@@ -120,6 +125,19 @@ def is_first_process() -> bool:
         return placement(os.environ).rank == 0
     except UserError:
         return True
+
+
+def say_once(message: str) -> None:
+    """Print an error that ends this process, on stderr, and of all ranks that have the same one only once.
+
+    A launcher ends all processes as soon as one of them fails. So the first speaks at once, while the others
+    wait to be ended; they speak only if the first had nothing to say.
+    """
+    if is_first_process():
+        print(f"transfusion: {message}", file=sys.stderr, flush=True)
+        return
+    time.sleep(HEAD_START)
+    print(f"transfusion: rank {placement(os.environ).rank}: {message}", file=sys.stderr, flush=True)
 
 
 def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:

@@ -56,7 +56,7 @@ class LocalEngine:
         averaged = list(self.masters.values()) if self.averages else []
         self.average = MovingAverage(averaged, config.optimizer.ema_decay)
 
-    def forward_backward(self, batch: Batch, counts: GlobalCounts, *, last: bool) -> LossTerms:
+    def forward_backward(self, batch: Batch, counts: GlobalCounts) -> LossTerms:
         """See `Engine.forward_backward`; gradients add up in fp32."""
         terms = self.loss.terms(self.model, batch.to(self.device))
         text, image = counts.text.to(self.device), counts.image.to(self.device)

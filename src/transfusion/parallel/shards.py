@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,9 +25,3 @@ class Shard:
     start: int
     length: int
     values: dict[str, Tensor]
-
-    def part_of(self, parameter: Tensor) -> Tensor:
-        """This slice [length] of a whole parameter."""
-        if parameter.numel() != math.prod(self.shape):
-            raise ValueError(f"{self.name} has {math.prod(self.shape)} elements, got {parameter.numel()}")
-        return parameter.detach().flatten()[self.start : self.start + self.length]

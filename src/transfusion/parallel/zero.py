@@ -47,7 +47,7 @@ class ZeroEngine:
     """ZeRO stage 1, 2 or 3. All state that trains lies in a few flat fp32 tensors a rank, `self.flats`."""
 
     def __init__(self, config: Config, environment: Environment) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         join_group(environment)
         self.config = config
         self.device, self.rank, self.world_size = environment.device, environment.rank, environment.world_size
@@ -72,8 +72,8 @@ class ZeroEngine:
         self.averages = config.optimizer.ema_decay > 0
         self.average = MovingAverage(self.flats if self.averages else [], config.optimizer.ema_decay)
 
-    def forward_backward(self, batch: Batch, counts: GlobalCounts, *, last: bool) -> LossTerms:
-        """See `Engine.forward_backward`; `step` ends the accumulation, so `last` is not needed here."""
+    def forward_backward(self, batch: Batch, counts: GlobalCounts) -> LossTerms:
+        """See `Engine.forward_backward`; DeepSpeed is told that `step` ends the accumulation."""
         terms = self.loss.terms(self.engine, batch.to(self.device))
         text, image = counts.text.to(self.device), counts.image.to(self.device)
         # DeepSpeed averages gradients over ranks, where ours are parts of one sum.
@@ -188,8 +188,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _import_deepspeed() -> Any:
-    """DeepSpeed, quiet and without anything to compile at its start."""
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet and without anything to compile at its start. Raises UserError where it is missing."""
     former = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,19 +69,74 @@ def test_one_checkpoint_can_be_named(run: Path, tmp_path: Path) -> None:
     assert read_export(export(run / "checkpoints" / "step_00000007", tmp_path / "model")).step == 7
 
 
-def test_the_configured_tokenizer_stands_in_for_the_runs_own(tmp_path: Path) -> None:
+def test_the_configured_tokenizer_serves_only_a_checkpoint_outside_of_a_run(tmp_path: Path) -> None:
+    """Inside of one the file may have changed since, which nobody would notice."""
     (tmp_path / "named.model").write_bytes(b"named")
     config = small_config(data__tokenizer=str(tmp_path / "named.model"))
-    save(tmp_path / "run", LocalEngine(config, ALONE), TrainState(step=1), keep=1)
-    assert read_export(export(tmp_path / "run", tmp_path / "model")).tokenizer.read_bytes() == b"named"
+    folder = save(tmp_path / "run", LocalEngine(config, ALONE), TrainState(step=1), keep=1)
+    for source in (tmp_path / "run", folder):
+        with pytest.raises(UserError, match=r"no tokenizer at .*run/tokenizer\.model"):
+            export(source, tmp_path / "model")
+    bare = folder.rename(tmp_path / "bare")
+    assert read_export(export(bare, tmp_path / "model")).tokenizer.read_bytes() == b"named"
 
 
 def test_an_export_is_replaced(run: Path, tmp_path: Path) -> None:
     out = export(run, tmp_path / "model")
     (out / "tokenizer.model").unlink()
-    (tmp_path / "model.tmp").mkdir()
     read_export(export(run, out))
-    assert not (tmp_path / "model.tmp").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def dying_at(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Die before the `count`-th action on the disk, and in the middle of deleting a folder."""
+    left = count
+
+    def counted(real: Any) -> Any:
+        def act(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left:
+                return real(*arguments, **options)
+            if real is rmtree:
+                next(arguments[0].glob("*.json")).unlink()
+            raise Killed
+
+        return act
+
+    rmtree = shutil.rmtree
+    for owner, name in (
+        (os, "fsync"),
+        (Path, "rename"),
+        (Path, "replace"),
+        (Path, "mkdir"),
+        (shutil, "rmtree"),
+    ):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+def test_an_export_killed_at_any_action_leaves_a_whole_one_or_none(run: Path, tmp_path: Path) -> None:
+    """The former stays until the new one is complete, and what is left does not block the next."""
+    out, killed = tmp_path / "model", 0
+    for count in range(1, 100):
+        export(run, out)
+        with pytest.MonkeyPatch.context() as patch:
+            dying_at(count, patch)
+            try:
+                export(run, out)
+            except Killed:
+                killed += 1
+            else:
+                break
+        if out.exists():
+            read_export(out)
+        read_export(export(run, out))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
+    assert killed > 8
 
 
 def test_anything_else_is_left_alone(run: Path, tmp_path: Path) -> None:
@@ -97,7 +155,7 @@ def test_anything_else_is_left_alone(run: Path, tmp_path: Path) -> None:
 def test_nothing_is_written_without_a_tokenizer(run: Path, tmp_path: Path) -> None:
     (run / "tokenizer.model").unlink()
     with pytest.raises(
-        UserError, match=r"cannot export .*: no tokenizer at .*tokenizer\.model; put it there"
+        UserError, match=r"cannot export .*: no tokenizer at .*tokenizer\.model; put the file .* there"
     ):
         export(run, tmp_path / "model")
     assert not (tmp_path / "model").exists()

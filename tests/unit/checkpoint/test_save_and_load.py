@@ -149,6 +149,35 @@ def test_killed_at_any_action_a_complete_checkpoint_remains(tmp_path: Path) -> N
     assert killed > 8
 
 
+def test_an_old_checkpoint_half_deleted_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = trained(0)
+    save(tmp_path, engine, TrainState(step=1), keep=1)
+
+    def killed(folder: Path) -> None:
+        (folder / layout.rank_file(0)).unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", killed)
+        save(tmp_path, engine, TrainState(step=2), keep=1)
+    assert layout.complete_checkpoints(tmp_path) == [step_folder(tmp_path, 2)]
+    save(tmp_path, engine, TrainState(step=3), keep=1)
+    assert names(tmp_path) == ["latest", "step_00000003"]
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints").mkdir()
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"^Permission denied \(.*checkpoints\)$"):
+        resume(tmp_path, trained(0))
+
+
 def test_an_unfinished_save_is_passed_over(tmp_path: Path) -> None:
     engine = trained(0)
     first = save(tmp_path, engine, TrainState(step=1), keep=3)

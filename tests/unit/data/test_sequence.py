@@ -50,7 +50,8 @@ def test_image_first() -> None:
 
 
 def test_what_is_predicted() -> None:
-    """<BOI> and <EOS> are; patches and <EOI> never; nothing where the input is <BOI>, a patch or <EOS>."""
+    """N6: the target is the next token. <BOI> and <EOS> are learned, patches and <EOI> never, and nothing where
+    the input is <BOI>, a patch or <EOS>."""
     assert learned([CAPTION, PICTURE]) == [(BOS, 50), (50, 51), (51, BOI), (EOI, EOS)]
     assert learned([PICTURE, CAPTION]) == [(BOS, BOI), (EOI, 50), (50, 51), (51, EOS)]
     assert learned([CAPTION]) == [(BOS, 50), (50, 51), (51, EOS)]

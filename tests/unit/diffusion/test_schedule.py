@@ -27,6 +27,7 @@ def _betas(steps: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", [1, 10, 1000])
 def test_alpha_times_the_previous_alpha_bar_is_alpha_bar(steps: int) -> None:
+    """N10: alpha[t] * alpha_bar[t - 1] = alpha_bar[t]."""
     alpha_bar = CosineSchedule(steps).alpha_bar_T.double()
     assert len(alpha_bar) == steps
     before = torch.cat((torch.ones(1, dtype=torch.float64), alpha_bar[:-1]))
@@ -40,6 +41,7 @@ def test_noised_images_keep_their_variance() -> None:
 
 
 def test_a_batch_is_noised_as_its_images_are_alone() -> None:
+    """A8: noising a batch is noising each image, with timesteps and keys that differ."""
     objective = NoiseObjective(DiffusionConfig())
     clean = torch.rand(5, 3, 4, 4) * 2 - 1
     timestep, key = torch.tensor([0, 17, 500, 998, 999]), torch.tensor([3, 1, 2, 1, 9])
@@ -53,6 +55,7 @@ def test_a_batch_is_noised_as_its_images_are_alone() -> None:
 
 
 def test_a_perfect_prediction_has_no_loss() -> None:
+    """N1: the objective alone; the whole network is in model/test_losses.py."""
     objective = NoiseObjective(DiffusionConfig())
     timestep = torch.tensor([5, 995])
     noised = objective.corrupt(torch.rand(2, 1, 8, 8), timestep, torch.tensor([1, 2]))

@@ -1,4 +1,4 @@
-"""What a row becomes depends on its prompt, seed and number, not on its neighbours (A4, A5, N13)."""
+"""What a row becomes depends on its prompt, seed and number, not on its neighbours."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def assert_same_answers(mine: list[str | Tensor], theirs: list[str | Tensor]) ->
 def test_a_batch_of_mixed_prompts_is_answered_as_each_alone(
     build_pipeline: Callable[..., Pipeline], picture: Any, guidance: float, temperature: float
 ) -> None:
+    """A4: batched is single, with and without guidance, in mixed phases."""
     pipeline = build_pipeline(image=3.0, end=2.0)
     one, two = (torch.from_numpy(picture(seed)) for seed in (1, 2))
     prompts: list[list[str | Tensor]] = [
@@ -61,6 +62,7 @@ def test_a_batch_of_mixed_prompts_is_answered_as_each_alone(
 
 
 def test_prompted_pictures_come_back_untouched(build_pipeline: Callable[..., Pipeline], picture: Any) -> None:
+    """A5: the pictures of ragged prompts are the ones that are returned."""
     pipeline = build_pipeline(image=1.0, end=1.0)
     prompts = [
         [torch.from_numpy(picture(3))],
@@ -75,6 +77,7 @@ def test_prompted_pictures_come_back_untouched(build_pipeline: Callable[..., Pip
 
 
 def test_every_row_stops_on_its_own(build_pipeline: Callable[..., Pipeline], picture: Any) -> None:
+    """N13: a row ends when its own text does, not its batch's."""
     pipeline = build_pipeline(end=2.0)
     pictures = torch.stack([torch.from_numpy(picture(seed)) for seed in range(12)])
     captions = pipeline.caption(pictures, max_tokens=20, temperature=1.0, seed=7)
@@ -120,6 +123,7 @@ def test_picture_k_has_seed_plus_k(build_pipeline: Callable[..., Pipeline]) -> N
 
 @torch.no_grad()
 def test_latents_of_a_batch_are_those_of_each_alone(build_pipeline: Callable[..., Pipeline]) -> None:
+    """A4: latents to 1e-4."""
     pipeline = build_pipeline()
     reader = pipeline.reader
     texts = [(), (9, 10, 11), tuple(range(20, 60))]

@@ -1,4 +1,4 @@
-"""Generation with the cache equals reading the whole document again at every step (A1, A2, A3)."""
+"""Generation with the cache equals reading the whole document again at every step."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def assert_same_pictures(mine: list[Tensor], theirs: list[Tensor]) -> None:
 def test_text_alone(
     build_pipeline: Callable[..., Pipeline], truth: Any, prompt: list[str], fields: dict[str, Any]
 ) -> None:
+    """A1: ids of a text from nothing. A2: and from a prompt, both exactly."""
     pipeline = build_pipeline(**fields)
     ids, _ = truth(pipeline).generate(prompt, max_tokens=16, max_images=0)
     answer = pipeline.generate([prompt], max_tokens=16, max_images=0)[0]
@@ -48,6 +49,7 @@ def test_text_alone(
 def test_interleaved(
     build_pipeline: Callable[..., Pipeline], truth: Any, picture: Any, position: str, guidance: float
 ) -> None:
+    """A3: text, image, text, image, text, then generation of both: ids exact, pictures the same."""
     pipeline = build_pipeline(image=6.0, position=position)
     images = [torch.from_numpy(picture(seed)) for seed in (1, 2)]
     prompt = ["one", images[0], "two", images[1], "three"]
@@ -67,6 +69,7 @@ def test_interleaved(
 def test_latents_behind_a_mixed_prompt(
     build_pipeline: Callable[..., Pipeline], truth: Any, picture: Any, sampler: Any, guidance: float
 ) -> None:
+    """A3: latents to 1e-4."""
     pipeline = build_pipeline()
     reader = pipeline.reader
     given = torch.from_numpy(picture(6))

@@ -1,4 +1,4 @@
-"""How often and on how much the model is called, and what the unconditional branch is (N4, N9)."""
+"""How often and on how much the model is called, and what the unconditional branch is."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from transfusion.config import Config
 from transfusion.data.deck import Variant
 from transfusion.data.rows import pair_segments
 from transfusion.data.sequence import lay_out, position_axes
+from transfusion.diffusion.guidance import guide
 from transfusion.errors import UserError
-from transfusion.generate import Pipeline
+from transfusion.generate import Pipeline, images
 from transfusion.generate.cache import CacheRows
 
 
@@ -41,6 +42,7 @@ class Calls:
 def test_each_step_reads_the_image_blocks_and_nothing_else(
     build_pipeline: Callable[..., Pipeline], prompt: str, sampler: str
 ) -> None:
+    """N9: the prefix is cached, and the work of a step does not depend on its length."""
     pipeline = build_pipeline()
     calls = Calls(pipeline)
     pipeline.sample([prompt], per_prompt=3, guidance=3.0, steps=7, sampler=sampler)
@@ -60,6 +62,7 @@ def test_no_guidance_reads_no_unconditional_branch(build_pipeline: Callable[...,
 def test_the_unconditional_branch_is_a_dropped_caption_of_training(
     build_pipeline: Callable[..., Pipeline], position: str
 ) -> None:
+    """N4: ids, positions and visibility of the unconditional branch are those of training."""
     pipeline = build_pipeline(position=position)
     calls = Calls(pipeline)
     pipeline.sample(["a handwritten three"], guidance=3.0, steps=2)
@@ -118,6 +121,64 @@ def test_the_cache_is_written_in_place(build_pipeline: Callable[..., Pipeline], 
     finally:
         CacheRows.write = write  # type: ignore[method-assign]
     assert len(seen) == 2 * pipeline.config.model.layers
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 8), (1, 16)])
+def test_every_drawn_picture_has_the_configured_size(
+    build_pipeline: Callable[..., Pipeline], channels: int, size: int
+) -> None:
+    """N5: a model of this version draws one size, that of its configuration, whatever a prompt asks for."""
+    pipeline = build_pipeline(channels=channels, image_size=size, image=50.0)
+    assert pipeline.config.codec.image_size == size
+    calls = Calls(pipeline)
+    drawn = [image.pixels for image in pipeline.sample(["one", "16,16", "4 by 4"], steps=2)]
+    patches = (size // 2) ** 2
+    assert calls.sizes[-2:] == [(6, patches)] * 2
+    answers = pipeline.generate([["one"], ["16,16"]], max_tokens=2, max_images=2, steps=2)
+    said = [part for answer in answers for part in answer if isinstance(part, Tensor)]
+    assert len(said) == 4
+    assert {tuple(picture.shape) for picture in drawn + said} == {(channels, size, size)}
+    with pytest.raises(UserError, match="a picture must be uint8"):
+        pipeline.generate([[torch.zeros(channels, 2 * size, size, dtype=torch.uint8)]])
+
+
+def test_bf16_generates(
+    build_pipeline: Callable[..., Pipeline], picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network in bf16, as trained with train.precision=bf16: pictures and captions, the same each time."""
+    plain, pipeline = build_pipeline(end=1.0), build_pipeline(end=1.0)
+    pipeline.reader.model.bfloat16()
+    predicted: list[Tensor] = []
+    guided: list[Tensor] = []
+    decode = pipeline.reader.model.decode_patches
+
+    def decoding(normed_IPD: Tensor, shape: Sequence[int]) -> Tensor:
+        predicted.append(decode(normed_IPD, shape))
+        return predicted[-1]
+
+    def guiding(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        guided.append(guide(conditional, unconditional, scale))
+        return guided[-1]
+
+    prompts, settings = ["a handwritten three", "seven"], {"steps": 6, "guidance": 3.0, "seed": 2}
+    exact = plain.sample(prompts, **settings)
+    monkeypatch.setattr(pipeline.reader.model, "decode_patches", decoding)
+    monkeypatch.setattr(images, "guide", guiding)
+    drawn, again = (pipeline.sample(prompts, **settings) for _ in range(2))
+    # The network rounds; what is made of its answers does not.
+    assert {noise.dtype for noise in predicted} == {torch.bfloat16}
+    assert {noise.dtype for noise in guided} == {torch.float32}
+    assert all(noise.isfinite().all() for noise in predicted + guided)
+    for one, other, reference in zip(drawn, again, exact, strict=True):
+        assert one.pixels.shape == (1, 8, 8) and one.pixels.dtype == torch.uint8
+        assert torch.equal(one.pixels, other.pixels)
+        assert (one.pixels.float() - reference.pixels.float()).abs().mean() < 20
+    pictures = torch.stack([torch.from_numpy(picture(seed)) for seed in range(3)])
+    for temperature in (0.0, 1.0):
+        captions, repeated = (
+            pipeline.caption(pictures, max_tokens=12, temperature=temperature) for _ in range(2)
+        )
+        assert captions == repeated and len(captions) == 3 and any(captions)
 
 
 @pytest.mark.parametrize("guidance", [-0.5, float("nan"), float("inf")])

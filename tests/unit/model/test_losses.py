@@ -1,7 +1,8 @@
-"""Losses and gradients of the whole network (N1, N3, N8)."""
+"""Losses and gradients of the whole network."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class Perfect(nn.Module):
 
 
 def test_a_perfect_prediction_has_no_image_loss(build_model: Build, mixed: Callable[[Config], Batch]) -> None:
+    """N1: a model that answers with the noise itself has a diffusion loss of exactly 0."""
     config, _ = build_model()
     terms, loss = losses(Perfect(), mixed(config), config)
     assert terms.image_sum == 0 and terms.image_count == 4 * 64 and loss == 0
@@ -75,6 +77,7 @@ BLIND = {"text": ("patch_decoder.",), "image": ("text_head.",)}
 def test_each_loss_has_a_gradient_on_every_parameter_it_should(
     build_model: Build, mixed: Callable[[Config], Batch], loss: str, fields: dict[str, Any]
 ) -> None:
+    """N3: every weighted loss term has a gradient, down to each output row of each matrix."""
     config, model = build_model(**fields)
     terms, _ = losses(model, mixed(config), config)
     (terms.text_sum if loss == "text" else terms.image_sum).backward()
@@ -93,6 +96,7 @@ def test_each_loss_has_a_gradient_on_every_parameter_it_should(
 def test_batches_of_one_modality_train(
     build_model: Build, pack: Callable[..., Batch], picture: Any, kind: str
 ) -> None:
+    """N8: batches of text alone and of images alone train, with a gradient on every parameter."""
     config, model = build_model()
     text, image = [TextSegment((9, 10, 11, 12))], [ImageSegment(picture(0), 16)]
     batch = pack(config, [[text, text]] if kind == "text" else [[image, image], [image]])
@@ -131,6 +135,27 @@ def test_recomputed_blocks_give_the_same_gradients(
     assert len(gradients[0]) == len(gradients[1])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-7)
+
+
+def test_bf16_loses_as_much_as_fp32(build_model: Build, mixed: Callable[[Config], Batch]) -> None:
+    config, model = build_model()
+    batch = mixed(config)
+    plain, plain_loss = losses(model, batch, config)
+    plain_loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    rounded = copy.deepcopy(model).bfloat16()
+    rounded.zero_grad()
+    terms, loss = losses(rounded, batch, config)
+    loss.backward()
+    # Sums and the loss stay fp32, whatever the network computes in.
+    assert {term.dtype for term in (*terms, loss)} == {torch.float32}
+    for mine, theirs in zip((*terms[:4], loss), (*plain[:4], plain_loss), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=0)
+    assert terms.text_count == plain.text_count and terms.image_count == plain.image_count
+    for name, parameter in rounded.named_parameters():
+        exact = gradients[name]
+        assert parameter.grad is not None and exact is not None and parameter.grad.dtype == torch.bfloat16
+        assert (parameter.grad.float() - exact).norm() < 0.1 * exact.norm(), name
 
 
 def test_the_loss_is_learned(build_model: Build, mixed: Callable[[Config], Batch]) -> None:

@@ -1,4 +1,4 @@
-"""Who sees whom, and where patches stand (N2, N7, A12)."""
+"""Who sees whom, and where patches stand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from transfusion.codec import pixels as codec
 from transfusion.config import Config
+from transfusion.mixed_loss import MixedLoss
 from transfusion.model import Transfusion
 from transfusion.model.patches import patchify, unpatchify
-from transfusion.schema import Batch, ImageSegment, Segment, TextSegment
+from transfusion.schema import Batch, ImageSegment, LossTerms, Segment, TextSegment
 
 Build = Callable[..., tuple[Config, Transfusion]]
 Pack = Callable[..., Batch]
@@ -34,6 +35,7 @@ def states(model: Transfusion, batch: Batch) -> Tensor:
 def test_patches_know_their_place(
     build_model: Build, pack: Pack, picture: Any, fields: dict[str, Any]
 ) -> None:
+    """N2: shuffled patches are not predicted as the same patches in their places."""
     config, model = build_model(**fields)
     batch = pack(config, [[[TextSegment((9, 10)), ImageSegment(picture(0), 16)]]])
     latent = codec.encode(batch.images[0].values)
@@ -45,6 +47,7 @@ def test_patches_know_their_place(
 
 
 def test_images_never_see_what_comes_later(build_model: Build, pack: Pack, picture: Any) -> None:
+    """N7: neither later text nor a later image reaches an image."""
     config, model = build_model()
 
     def document(later_text: Sequence[int], later_picture: int) -> list[Segment]:
@@ -86,6 +89,7 @@ def test_every_patch_sees_every_patch_of_its_image(build_model: Build, pack: Pac
 def test_packed_documents_are_read_as_each_alone(
     build_model: Build, pack: Pack, picture: Any, fields: dict[str, Any]
 ) -> None:
+    """A12: final states and logits of packed documents; their losses below."""
     config, model = build_model(**fields)
     image = [ImageSegment(picture(seed), 16) for seed in range(4)]
     documents: list[list[Segment]] = [
@@ -109,6 +113,40 @@ def test_packed_documents_are_read_as_each_alone(
             torch.testing.assert_close(logits, model.text_head(alone), rtol=2e-6, atol=2e-5)
             start += batch.counts.tokens
     assert packed_states[:, -1].isfinite().all()
+
+
+@pytest.mark.parametrize("fields", KINDS)
+@torch.no_grad()
+def test_packed_documents_lose_what_they_lose_alone(
+    build_model: Build, pack: Pack, picture: Any, fields: dict[str, Any]
+) -> None:
+    """A12: the losses of packed rows are the sums of those of the documents, each in a row of its own."""
+    config, model = build_model(**fields)
+    image = [ImageSegment(picture(seed), 16) for seed in range(4)]
+    documents: list[tuple[list[Segment], list[int], list[int]]] = [
+        ([TextSegment(tuple(range(20, 31)))], [], []),
+        ([TextSegment((12, 13)), image[0]], [5], [70]),
+        ([image[1]], [50], [71]),
+        ([image[2], TextSegment((14,)), image[3], TextSegment(tuple(range(30, 70)))], [500, 950], [72, 73]),
+    ]
+    loss = MixedLoss(config.diffusion)
+    contents = [document for document, _, _ in documents]
+    packed = pack(
+        config,
+        [contents[:3], contents[3:]],
+        timesteps=[timestep for _, timesteps, _ in documents for timestep in timesteps],
+        keys=[key for _, _, keys in documents for key in keys],
+    )
+    together = loss.terms(model, packed)
+    alone = [
+        loss.terms(model, pack(config, [[document]], timesteps=timesteps, keys=keys))
+        for document, timesteps, keys in documents
+    ]
+    for name in LossTerms._fields:
+        expected = torch.stack([getattr(terms, name).double() for terms in alone]).sum(0)
+        torch.testing.assert_close(getattr(together, name).double(), expected, rtol=2e-6, atol=0)
+    # Text of three documents (11 + 1, 2 + 1 and <EOS>, <BOI> twice and 1 + 40 and <EOS>), four images.
+    assert together.text_count == 12 + 4 + 44 and together.image_count == 4 * 64
 
 
 def test_two_axes_leave_text_as_it_is(build_model: Build, pack: Pack, picture: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from transfusion import presets
+from transfusion.data.scan import Fault
 from transfusion.errors import UserError
 from transfusion.observe import RunFolder, start_logging
 from transfusion.observe.runfolder import describe_environment, git_state, package_version
@@ -57,6 +58,75 @@ def test_one_process_at_a_time_has_the_folder(tmp_path: Path) -> None:
         folder.lock()
     held.close()
     folder.lock().close()
+
+
+def test_only_a_run_that_is_there_can_be_locked_without_making_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert folder.lock_existing() is None and not folder.path.exists()
+    folder.lock().close()
+    held = folder.lock_existing()
+    assert held is not None
+    with pytest.raises(UserError, match="another process trains"):
+        folder.lock_existing()
+    held.close()
+
+
+def test_a_config_torn_while_it_is_written_leaves_the_former(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    config = presets.load(None, ["codec.image_size=8"])
+    folder.create(config)
+    former = folder.config.read_bytes()
+
+    def full(config: object, path: Path) -> None:
+        path.write_text("run:")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(presets, "dump", full)
+    with pytest.raises(UserError, match="No space left"):
+        folder.create(config)
+    assert folder.config.read_bytes() == former
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path: Path) -> None:
+    folder, given = RunFolder(tmp_path / "run"), tmp_path / "given.model"
+    folder.path.mkdir()
+    for content in (b"first", b"before any checkpoint"):
+        given.write_bytes(content)
+        folder.refuse_other_tokenizer(given)
+        folder.keep_tokenizer(given)
+        assert folder.tokenizer.read_bytes() == content
+    checkpoint = folder.checkpoints / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    folder.refuse_other_tokenizer(given)
+    folder.refuse_other_tokenizer(folder.tokenizer)
+    given.write_bytes(b"another")
+    with pytest.raises(
+        UserError, match=r"given\.model is not the .* trained with; set data\.tokenizer=.*run/tok"
+    ):
+        folder.refuse_other_tokenizer(given)
+
+
+def test_the_quarantine_grows_and_names_each_sample_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.add_to_quarantine([])
+    assert not folder.quarantine.exists()
+    first, second = Fault("a.tar", "1", "empty caption"), Fault("a.tar", "é", "not a picture")
+    folder.add_to_quarantine([first, first])
+    # A later start, which has met only the second so far.
+    folder.add_to_quarantine([second])
+    folder.add_to_quarantine([second, first])
+    lines = [json.loads(line) for line in folder.quarantine.read_text(encoding="utf-8").splitlines()]
+    assert [line["key"] for line in lines] == ["1", "é"]
+    monkeypatch.setattr(Path, "replace", None)
+    before = folder.quarantine.read_bytes()
+    with pytest.raises(TypeError):
+        folder.add_to_quarantine([Fault("b.tar", "2", "torn")])
+    assert folder.quarantine.read_bytes() == before
 
 
 def test_grids_sort_by_step(tmp_path: Path) -> None:

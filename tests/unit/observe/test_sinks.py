@@ -12,7 +12,7 @@ import pytest
 from transfusion import presets
 from transfusion.errors import UserError
 from transfusion.observe import open_sink
-from transfusion.observe.sinks import NoSink, panel_values
+from transfusion.observe.sinks import NoSink, panel_values, refuse_missing_sink
 
 ON = presets.load(None, ["log.wandb=true", "run.name=first", "log.project=ours", "codec.image_size=8"])
 LINE = {"step": 3, "loss": 1.0, "text_loss": None, "image_loss_by_timestep": [0.5] + [None] * 9, "tokens": 7}
@@ -69,6 +69,9 @@ def test_a_missing_wandb_is_told_with_the_remedy(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         open_sink(ON, tmp_path, attempt=1)
+    with pytest.raises(UserError, match="pip install wandb"):
+        refuse_missing_sink(ON)
+    refuse_missing_sink(presets.load(None, ["codec.image_size=8"]))
 
 
 def test_each_attempt_is_a_run_of_one_group(tmp_path: Path, fake: SimpleNamespace) -> None:

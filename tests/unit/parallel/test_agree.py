@@ -1,18 +1,83 @@
-"""Agreement without other ranks, and signals that ask for a stop (with other ranks: tests/dist)."""
+"""What all ranks agree on, errors of one that end all, and signals that ask for a stop."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from transfusion.parallel.agree import StopRequest, agree
+from transfusion.errors import UserError
+from transfusion.parallel.agree import StopRequest, agree, from_main, gather, together
 from transfusion.schema import Decision
+
+# Three ranks; "work" fails on the ranks that the test names. Each writes down what it saw.
+RANK = """
+import json, sys
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from transfusion.errors import UserError
+from transfusion.parallel.agree import from_main, gather, together
+folder, rank, failing = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+dist.init_process_group(
+    "gloo", store=dist.FileStore(str(folder / "store"), 3), rank=rank, world_size=3,
+    timeout=timedelta(seconds=60),
+)
+def work():
+    kind = failing.get(str(rank))
+    if kind == "disk":
+        raise OSError(28, "No space left on device", f"file_{rank}")
+    if kind:
+        raise UserError(kind)
+    return rank
+def tried(call):
+    try:
+        return call()
+    except UserError as error:
+        return str(error)
+seen = [tried(lambda: together(work)), tried(lambda: from_main(work)), gather(rank)]
+(folder / f"seen_{rank}.json").write_text(json.dumps(seen))
+"""
 
 
 def test_alone_everyone_agrees() -> None:
-    assert agree(Decision.SAVE, 3, 4) == (Decision.SAVE, (3, 4))
+    assert agree(Decision.SAVE_AND_STOP, 3, 4) == (Decision.SAVE_AND_STOP, (3, 4))
+    assert together(lambda: 3) == from_main(lambda: 3) == 3
+    assert gather("mine") == ["mine"]
+
+
+def test_alone_an_error_of_the_system_is_told_with_its_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^No such file or directory \({tmp_path}/gone\)$"):
+        together((tmp_path / "gone").read_bytes)
+    with pytest.raises(ZeroDivisionError):
+        together(lambda: 1 // 0)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("failing", "together_sees", "from_main_sees"),
+    [
+        ({}, None, 0),
+        ({"1": "disk"}, "No space left on device (file_1)", 0),
+        ({"2": "third", "1": "second"}, "second", 0),
+        ({"0": "first"}, "first", "first"),
+    ],
+)
+def test_the_first_error_of_any_rank_is_raised_on_all(
+    tmp_path: Path, failing: dict[str, str], together_sees: str | None, from_main_sees: int | str
+) -> None:
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", RANK, str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(rank), json.dumps(failing)], env=variables) for rank in range(3)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0, 0]
+    for rank in range(3):
+        seen = json.loads((tmp_path / f"seen_{rank}.json").read_text())
+        assert seen == [rank if together_sees is None else together_sees, from_main_sees, [0, 1, 2]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -143,3 +143,16 @@ def test_importing_is_light() -> None:
     )
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     subprocess.run([sys.executable, "-c", code], env=variables, check=True)
+
+
+def test_of_all_ranks_the_first_speaks_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for rank in ("0", "3"):
+        for name, value in {**TORCHRUN, "RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        environment.say_once("no data")
+    assert capsys.readouterr().err == "transfusion: no data\ntransfusion: rank 3: no data\n"
+    assert waited == [environment.HEAD_START]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -16,6 +17,8 @@ from handmade import (
     train_step,
     with_broken_image,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transfusion_kernels import dispatch
 
 from transfusion.errors import UserError
 from transfusion.mixed_loss import MixedLoss
@@ -25,6 +28,7 @@ from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
+ON_GPU = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0), threads=1)
 
 
 def test_three_steps_equal_a_loop_written_out() -> None:
@@ -156,6 +160,42 @@ def test_which_engine_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"train\.engine=zero needs DeepSpeed .* pip install"):
         build_engine(small_config(train__engine="zero"), ALONE)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_an_attention_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    here = ALONE if backend == "triton" else ON_GPU
+    with (
+        FakeTensorMode(),
+        pytest.raises(UserError, match=rf"train\.attention={backend} cannot run on .*=auto"),
+    ):
+        build_engine(small_config(train__attention=backend), here)
+
+
+def test_triton_needs_a_gpu() -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(UserError, match=r"train\.attention=triton cannot run on cpu"):
+        build_engine(small_config(train__attention="triton"), ALONE)
+
+
+def test_a_gpu_never_falls_back_to_the_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head width 48 has no kernel; only a reference that was asked for may run."""
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    widths = re.escape(str(dispatch.TRITON_HEAD_DIMS))
+    with FakeTensorMode():
+        with pytest.raises(
+            UserError, match=rf"head_dim is 48, they take {widths} .*model\.width 96 / model\.heads 2"
+        ):
+            build_engine(small_config(model__width=96), ON_GPU)
+        # Refused only for want of DeepSpeed, which comes after.
+        for changes in ({"model__width": 96, "train__attention": "reference"}, {"model__width": 64}):
+            with pytest.raises(UserError, match="needs DeepSpeed"):
+                build_engine(small_config(**changes), ON_GPU)
+        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
+        with pytest.raises(UserError, match="needs DeepSpeed"):
+            build_engine(small_config(model__width=96), ON_GPU)
 
 
 def test_the_vocabulary_must_be_known() -> None:

@@ -1,0 +1,384 @@
+"""A training step from end to end: tokens a second, time, memory, and how much of the machine's arithmetic it uses.
+
+    .venv/bin/python benchmarks/step.py [CONFIG] [section.key=value ...] [--steps 10] [--out FILE]
+
+Without CONFIG: the paper's 0.16b on a GPU, a tiny model on the CPU. Documents are made up (random tokens, random
+pictures) and then planned, laid out, decoded and packed by the classes that training uses; the engine is the one that
+`train.engine` names. A step is what the trainer does: batches to the device, both losses, backward, clip, AdamW. Under
+torchrun every figure is of one process. Prints a summary, writes JSON, by default benchmarks/results/step.json. Exits
+with 3 when a step was skipped or a loss is not finite: such a step is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from limits import Limits, find_device, measure_limits, record_head, write_json
+from transfusion import presets
+from transfusion.config import Config
+from transfusion.data.deck import VariantRule
+from transfusion.data.index import SourceIndex
+from transfusion.data.loader import micro_rows, source_lengths
+from transfusion.data.packing import collate
+from transfusion.data.planner import Planner, PlanSettings
+from transfusion.data.rows import RowBuilder, RowSettings
+from transfusion.data.sequence import PAIR_CONTROL_TOKENS
+from transfusion.observe.memory import peak_gib
+from transfusion.parallel import environment
+from transfusion.parallel.engine import Engine, build_engine, build_model, global_counts
+from transfusion.schema import Batch, BatchCounts, LossTerms, SpecialToken
+
+RESULT = Path(__file__).resolve().parent / "results" / "step.json"
+NOT_A_STEP = 3
+# Tables 1 and 7 of the paper: 16 layers of width 768, patches of 2 x 2, a vocabulary of Llama 2, rows of 4,096.
+PAPER_SMALLEST = ("run.name=0.16b", "data.rows=8", "data.micro_rows=8")
+TINY = (
+    "run.name=tiny",
+    "model.layers=2",
+    "model.width=64",
+    "model.heads=2",
+    "model.vocabulary=512",
+    "codec.channels=1",
+    "codec.image_size=8",
+    "data.row_length=128",
+    "data.rows=4",
+    "train.engine=local",
+    "train.precision=fp32",
+    "train.threads=1",
+)
+VOCABULARY = 32_000
+DOCUMENTS, PICTURES, DIFFERENT_STEPS = 512, 16, 4
+# Published dense bf16 peaks in TFLOP/s, by a part of the device's name; the first that fits.
+PUBLISHED_PEAKS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "B200": 2250.0}
+FORMULAS = {
+    "exact": "6 * N * tokens + 12 * width * layers * visible pairs; N: matrices, without the embedding table",
+    "done": "the same, but each matrix only for the positions that pass through it (text head: text targets)",
+    "palm": "(6 * N + 12 * width * layers * row length) * positions, padding and hidden pairs included",
+    "mfu": "FLOPs a second over the published dense bf16 peak of the device; null where that is not known",
+    "share": "FLOPs a second over the matrix products measured in the same run",
+}
+
+
+# What is trained on
+
+
+def synthetic_sources(config: Config, folder: Path) -> list[SourceIndex]:
+    """Texts of 64 to 3,000 tokens, and pictures with captions of 8 to 64, as an index of shards would list them."""
+    random = np.random.default_rng(config.run.seed)
+    longest_caption = config.data.row_length - config.patches_per_image - PAIR_CONTROL_TOKENS
+    texts = np.exp(random.uniform(math.log(64), math.log(3000), DOCUMENTS)).astype(np.int64)
+    captions = random.integers(8, 65, DOCUMENTS).clip(max=max(1, longest_caption))
+    return [
+        _source("texts", texts, [], config, folder, random),
+        _source("pictures", captions, [_png(config, random) for _ in range(PICTURES)], config, folder, random),
+    ]  # fmt: skip
+
+
+def _source(
+    name: str,
+    tokens_N: np.ndarray,
+    pictures: Sequence[bytes],
+    config: Config,
+    folder: Path,
+    random: np.random.Generator,
+) -> SourceIndex:
+    shard = folder / f"{name}.bin"
+    shard.write_bytes(b"".join(pictures))
+    sizes = np.array([len(picture) for picture in pictures] or [0], dtype=np.int64)
+    which_N = np.arange(len(tokens_N)) % len(sizes)
+    vocabulary = config.model.vocabulary
+    ids_T = random.integers(len(SpecialToken), vocabulary, int(tokens_N.sum()))
+    return SourceIndex(
+        name=name,
+        shards=(shard,),
+        keys=tuple(f"{number:04d}" for number in range(len(tokens_N))),
+        shard_N=np.zeros(len(tokens_N), np.int32),
+        picture_offset_N=(np.cumsum(sizes) - sizes)[which_N],
+        picture_size_N=sizes[which_N],
+        token_start_N=np.concatenate([[0], np.cumsum(tokens_N)]),
+        token_ids_T=ids_T.astype(np.uint16) if vocabulary <= 1 << 16 else ids_T.astype(np.int32),
+        faults=(),
+    )
+
+
+def _png(config: Config, random: np.random.Generator) -> bytes:
+    side = config.codec.image_size
+    values = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def synthetic_steps(config: Config, steps: int, rank: int = 0, world_size: int = 1) -> list[list[Batch]]:
+    """This rank's micro-batches of the first `steps` global batches, half the tokens text and half pictures."""
+    rule = VariantRule(
+        seed=config.run.seed, caption_first=config.data.caption_first, caption_drop=config.data.caption_drop
+    )
+    settings = PlanSettings(
+        rows=config.data.rows,
+        row_length=config.data.row_length,
+        open_rows=config.data.open_rows,
+        variants=rule,
+    )
+    row_settings = RowSettings.of(config)
+    with tempfile.TemporaryDirectory() as folder:
+        indexes = synthetic_sources(config, Path(folder))
+        planner = Planner([source_lengths(index, 1.0, config) for index in indexes], settings)
+        builder = RowBuilder(indexes, row_settings)
+        plans = [planner.next_batch()[rank::world_size] for _ in range(steps)]
+        rows = [[builder.build(plan) for plan in step] for step in plans]
+    return [
+        [collate(part, row_settings) for part in micro_rows(step, config.data.micro_rows)] for step in rows
+    ]
+
+
+# What a step computes
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one step under each convention of `FORMULAS`."""
+
+    exact: float
+    done: float
+    palm: float
+
+    @classmethod
+    def of(cls, config: Config, batches: Sequence[Batch]) -> Work:
+        """Of these micro-batches, forward and backward; recomputation does not count."""
+        counts = total_counts(batches)
+        matrices = matrix_elements(config)
+        elements = sum(matrices.values())
+        positions = sum(batch.token_ids_BS.numel() for batch in batches)
+        patches = counts.images * config.patches_per_image
+        per_pair = 12 * config.model.width * config.model.layers
+        attention = per_pair * sum(batch.mask.visible_pairs() for batch in batches)
+        passed = {
+            "blocks": counts.tokens,
+            "text_head": counts.text_targets,
+            "patches": patches,
+            "timestep": counts.images,
+        }
+        return cls(
+            exact=6 * elements * counts.tokens + attention,
+            done=6 * sum(matrices[part] * passed[part] for part in matrices) + attention,
+            palm=(6 * elements + per_pair * config.data.row_length) * positions,
+        )
+
+    def rates(self, seconds: float, device: torch.device, measured_tflops: float) -> dict[str, Any]:
+        """Each convention as TFLOP/s, MFU and share of the measured products."""
+        published = published_tflops(device)
+        rates = {}
+        for name, operations in vars(self).items():
+            speed = operations / seconds / 1e12
+            rates[name] = {
+                "tflop": operations / 1e12,
+                "tflops": speed,
+                "mfu": speed / published if published else None,
+                "share": speed / measured_tflops,
+            }
+        return rates
+
+
+def matrix_elements(config: Config) -> dict[str, int]:
+    """Elements of the matrices that multiply, by where their inputs come from."""
+    with torch.device("meta"):
+        model = build_model(config)
+    timestep = _matrices(model.patch_encoder.timestep)
+    return {
+        "blocks": _matrices(model.blocks),
+        "text_head": _matrices(model.text_head),
+        "patches": _matrices(model.patch_encoder) + _matrices(model.patch_decoder) - timestep,
+        "timestep": timestep,
+    }
+
+
+def _matrices(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
+
+
+def published_tflops(device: torch.device) -> float | None:
+    """The maker's dense bf16 figure, None where it is not known here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PUBLISHED_PEAKS.items() if part in name), None)
+
+
+def total_counts(batches: Sequence[Batch]) -> BatchCounts:
+    """Counts of all micro-batches of a step."""
+    counts = batches[0].counts
+    for batch in batches[1:]:
+        counts += batch.counts
+    return counts
+
+
+# The measurement
+
+
+class BadStep(Exception):  # noqa: N818  (the measurement is refused, nothing is broken)
+    """A step that did not train: its time would say nothing."""
+
+
+def measure_step(
+    config: Config, *, steps: int = 10, warm_up: int = 3, seconds: float = 60.0
+) -> dict[str, Any]:
+    """Time steps of `config`; `model.vocabulary` must be set. Raises BadStep, and UserError as training does.
+
+    seconds: after this no further step is begun, once three are timed.
+    """
+    here = environment.start(config.train.threads)
+    try:
+        limits = measure_limits(here.device, seconds=min(5.0, seconds / 10), dtypes=(config.train.precision,))
+        data = synthetic_steps(config, DIFFERENT_STEPS, here.rank, here.world_size)
+        engine = build_engine(config, here)
+        losses = [train_step(engine, data[step % len(data)], config) for step in range(warm_up)]
+        if here.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(here.device)
+        times: list[float] = []
+        deadline = time.monotonic() + seconds
+        while len(times) < steps and (len(times) < 3 or time.monotonic() < deadline):
+            begin = _now(here.device)
+            losses.append(train_step(engine, data[len(times) % len(data)], config))
+            times.append(_now(here.device) - begin)
+        return _result(config, engine, data, times, losses, limits)
+    finally:
+        environment.stop()
+
+
+def train_step(engine: Engine, micro_batches: Sequence[Batch], config: Config) -> float:
+    """One step as `Trainer.train_step` makes it; returns the loss. Raises BadStep."""
+    batches = [batch.to(engine.device) for batch in micro_batches]
+    counts = global_counts(batches)
+    parts: list[LossTerms] = [engine.forward_backward(batch, counts) for batch in batches]
+    result = engine.step(config.optimizer.learning_rate)
+    terms = parts[0]
+    for part in parts[1:]:
+        terms = terms.plus(part)
+    weight = config.diffusion.image_loss_weight
+    loss = float(
+        terms.text_sum / terms.text_count.clamp(min=1) + weight * terms.image_sum / terms.image_count.clamp(min=1)
+    )  # fmt: skip
+    if result.skipped or not math.isfinite(loss):
+        raise BadStep(f"loss {loss}, gradient norm {result.gradient_norm}: the step was not made")
+    return loss
+
+
+def _now(device: torch.device) -> float:
+    """Seconds: of the wall once the GPU is done, on the CPU of the processor."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _result(
+    config: Config,
+    engine: Engine,
+    data: Sequence[Sequence[Batch]],
+    times: Sequence[float],
+    losses: Sequence[float],
+    limits: Limits,
+) -> dict[str, Any]:
+    seconds = statistics.median(times)
+    counts = [total_counts(step) for step in data]
+    tokens = statistics.mean(count.tokens for count in counts)
+    padding = statistics.mean(count.padding for count in counts)
+    images = statistics.mean(count.images for count in counts)
+    works = [Work.of(config, step) for step in data]
+    work = Work(*(statistics.mean(values) for values in zip(*(vars(w).values() for w in works), strict=True)))
+    return {
+        "engine": type(engine).__name__,
+        "processes": engine.world_size,
+        "parameters": matrix_elements(config),
+        "micro_batches": len(data[0]),
+        "tokens": tokens,
+        "images": images,
+        "image_share": images * config.patches_per_image / tokens,
+        "padding_share": padding / (tokens + padding),
+        "clock": "wall" if engine.device.type == "cuda" else "process",
+        "steps_timed": len(times),
+        "step_ms": seconds * 1e3,
+        "step_ms_least_and_most": [min(times) * 1e3, max(times) * 1e3],
+        "tokens_per_second": tokens / seconds,
+        "peak_gib": peak_gib(engine.device),
+        "loss_first_and_last": [losses[0], losses[-1]],
+        "published_tflops": published_tflops(engine.device),
+        "rates": work.rates(seconds, engine.device, limits.gemm_tflops[config.train.precision]),
+        "limits": limits.as_dict(),
+    }
+
+
+def summary(step: dict[str, Any]) -> str:
+    """The result in a few lines."""
+    lines = [
+        f"{step['engine']}, {step['processes']} process(es), {step['tokens']:.0f} tokens a step, "
+        f"{step['image_share']:.0%} of them patches",
+        f"{step['step_ms']:.2f} ms a step, {step['tokens_per_second']:,.0f} tokens/s, {step['peak_gib']:.2f} GiB",
+    ]
+    for name, rate in step["rates"].items():
+        mfu = "unknown" if rate["mfu"] is None else f"{rate['mfu']:.1%}"
+        lines.append(
+            f"{name:<6}{rate['tflops']:>9.3g} TFLOP/s  MFU {mfu:>7}  of the products {rate['share']:.1%}"
+        )
+    return "\n".join(lines)
+
+
+def load_config(arguments: Sequence[str], device: torch.device) -> Config:
+    """CONFIG and overrides as given, or the default model of the device with the overrides."""
+    files = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    if len(files) > 1:
+        raise SystemExit(f"one config file at most, got {files}")
+    if not files:
+        overrides = [*(PAPER_SMALLEST if device.type == "cuda" else TINY), *overrides]
+    config = presets.load(files[0] if files else None, overrides)
+    if config.model.vocabulary:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocabulary": VOCABULARY})})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="*", help="a file of configs/train, and section.key=value")
+    parser.add_argument("--steps", type=int, default=10, help="steps to time")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before them")
+    parser.add_argument("--seconds", type=float, default=60.0, help="after this no further step is begun")
+    parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
+    given = parser.parse_args()
+    device = find_device("auto")
+    config = load_config(given.config, device)
+    record: dict[str, Any] = {
+        "environment": record_head(device),
+        "formulas": FORMULAS,
+        "config": config.as_dict(),
+    }
+    try:
+        record["step"] = measure_step(config, steps=given.steps, warm_up=given.warm_up, seconds=given.seconds)
+    except BadStep as error:
+        print(f"not timed: {error}", file=sys.stderr)
+        return NOT_A_STEP
+    if environment.is_first_process():
+        write_json(record, given.out)
+        print(summary(record["step"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The README's walk-through for one's own pictures, command by command, on a few pictures and steps."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[2]
+SMALLER = [
+    "model.layers=1", "model.width=64", "model.heads=2", "data.rows=2", "data.micro_rows=2", "train.steps=2",
+    "train.precision=fp32", "train.threads=1",
+]  # fmt: skip
+
+
+def draw_pictures(folder: Path) -> None:
+    """Coloured circles and squares of odd sizes, each with a caption beside it."""
+    folder.mkdir()
+    choose = random.Random(0)
+    for number in range(60):
+        color, shape = choose.choice(["red", "green", "blue"]), choose.choice(["circle", "square"])
+        picture = Image.new("RGB", (choose.randint(20, 60), choose.randint(20, 60)), "white")
+        pen = ImageDraw.Draw(picture)
+        (pen.ellipse if shape == "circle" else pen.rectangle)((5, 5, 18, 18), fill=color)
+        picture.save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.txt").write_text(f"a {color} {shape}")
+
+
+def commands() -> list[list[str]]:
+    """The lines that begin with `transfusion` in the README's section."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own data")[1].split("```")[1]
+    return [
+        shlex.split(line, comments=True)[1:]
+        for line in section.splitlines()
+        if line.startswith("transfusion ")
+    ]
+
+
+def test_the_walk_through_of_the_readme(workplace: Any, tmp_path: Path) -> None:
+    place = type(workplace)(tmp_path)
+    draw_pictures(tmp_path / "FOLDER")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "photo.jpg").write_bytes((tmp_path / "FOLDER" / "000.png").read_bytes())
+    said = {}
+    for command in commands():
+        arguments = [re.sub(r"^(2048|8|100)$", lambda match: {"2048": "300", "8": "2", "100": "3"}[match[0]], part)
+                     for part in command]  # fmt: skip
+        if command[0] == "prepare":
+            arguments += ["--held-out", "0.2"]
+        if command[0] == "train":
+            arguments = [part for part in arguments if not part.startswith("train.steps")] + SMALLER
+        if command[0] != "doctor":
+            said[command[0]] = place.run(*arguments)
+    assert {
+        "prepare",
+        "tokenizer",
+        "train",
+        "export",
+        "sample",
+        "caption",
+        "eval",
+        "report",
+        "config",
+    } <= said.keys()
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+    assert json.loads(said["caption"].splitlines()[-1])["image"] == "photo.jpg"
+    assert "pictures_image_loss" in json.loads((tmp_path / "runs/own/metrics.json").read_text())
+    assert (tmp_path / "runs/own/report.html").exists()

@@ -1,0 +1,165 @@
+"""The attention table on the CPU: every line is there, and what is wrong is called wrong and never timed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transfusion_kernels.testing import exact_attention, relative_error
+
+import attention
+from attention import Case, Inputs, Options, Provider
+
+CPU = torch.device("cpu")
+
+
+def options(**changed: Any) -> Options:
+    plain: dict[str, Any] = {
+        "device": CPU,
+        "dtype": "fp32",
+        "lengths": [128],
+        "head_dims": [16],
+        "families": ["transfusion"],
+        "tokens": 256,
+        "width": 32,
+        "seconds": 60.0,
+        "call_seconds": 0.0,
+    }
+    return Options(**(plain | changed))
+
+
+def test_the_table_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "attention.json"
+    record = attention.run(options(families=list(attention.FAMILIES)), out=out)
+    assert json.loads(out.read_text()) == record
+    results = {(result["family"], result["provider"]): result for result in record["results"]}
+    assert len(results) == len(attention.FAMILIES) * len(attention.PROVIDERS) == len(record["results"])
+    for (family, provider), result in results.items():
+        runs = provider in ("ours-cpu", "sdpa-dense") or (provider, family) == ("sdpa-flash-causal", "causal")
+        assert result["status"] == ("ok" if runs else "unsupported"), result
+        assert bool(result["reason"]) != runs
+        if runs:
+            assert result["errors"].keys() == {"out", "dq", "dk", "dv"}
+            assert max(result["errors"].values()) < 1e-6
+            assert all(
+                result[part][key] > 0 for part in ("forward", "backward") for key in ("ms", "tflops", "share")
+            )
+    assert results["transfusion", "ours-cpu"]["mask_ms"] > 0
+    assert record["limits"]["gemm_tflops"]["fp32"] > 0 and "visible pairs" in record["formulas"]["forward"]
+    assert attention.exit_code(record) == 0
+    assert capsys.readouterr().out.count("ours-cpu") == len(attention.FAMILIES)
+
+
+def causal_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def with_the_right_mask(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    dense = inputs.mask.dense()[:, None]
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+
+
+def without_a_gradient(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    right = with_the_right_mask(inputs)
+    return lambda q, k, v: right(q, k, v.detach()) + 0 * v.sum()
+
+
+def with_nan(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    right = with_the_right_mask(inputs)
+    return lambda q, k, v: right(q, k, v) * torch.tensor([1.0] * 15 + [torch.nan])
+
+
+def with_one_wrong_row(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    right = with_the_right_mask(inputs)
+    keeps = torch.ones(inputs.q.shape[:3])
+    keeps[0, 0, 77] = 0.99
+    return lambda q, k, v: right(q, k, v) * keeps[..., None]
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [lambda inputs: causal_only, without_a_gradient, with_nan, with_one_wrong_row],
+    ids=["causal_only", "without_a_gradient", "with_nan", "with_one_wrong_row"],
+)
+def test_a_wrong_provider_is_wrong_and_not_timed(
+    prepare: Callable[[Inputs], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    providers = [Provider("liar", prepare, ours=True), Provider("honest", with_the_right_mask)]
+    record = attention.run(options(), providers)
+    liar, honest = record["results"]
+    assert liar["status"] == "wrong" and liar["reason"] and "errors" in liar
+    assert not {"forward", "backward", "mask_ms"} & liar.keys()
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert honest["status"] == "ok" and honest["forward"]["ms"] > 0
+    assert attention.exit_code(record) == 3
+    assert "liar              WRONG" in capsys.readouterr().out
+
+
+def test_one_wrong_row_of_many_is_seen_where_the_whole_tensor_hides_it() -> None:
+    case = Case("transfusion", 2048, 1, 1, 16, "bf16")
+    inputs = case.inputs(CPU)
+    exact = attention.exact_results(inputs)
+    right = with_the_right_mask(inputs)
+    keeps = torch.ones(inputs.q.shape[:3], dtype=torch.bfloat16)
+    keeps[0, 0, 1000] = 0.5
+    verdict = attention.verify(
+        lambda q, k, v: right(q, k, v) * keeps[..., None], inputs, exact, "bf16", poison=False
+    )
+    assert max(verdict.errors.values()) < attention.GREATEST_ERROR["bf16"][0]
+    assert verdict.worst_row > attention.GREATEST_ERROR["bf16"][1] and not verdict.right
+    assert attention.verify(right, inputs, exact, "bf16", poison=False).right
+
+
+def test_a_provider_that_fails_leaves_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(inputs: Inputs) -> Any:
+        raise RuntimeError("no kernel\n  for this image")
+
+    record = attention.run(options(), [Provider("broken", fails), Provider("honest", with_the_right_mask)])
+    broken, honest = record["results"]
+    assert (broken["status"], broken["reason"]) == ("failed", "RuntimeError: no kernel for this image")
+    assert honest["status"] == "ok"
+    assert attention.exit_code(record) == 0, "only our own failures fail the run"
+    assert attention.exit_code(attention.run(options(), [Provider("broken", fails, ours=True)])) == 3
+
+
+def test_out_of_time_is_said() -> None:
+    record = attention.run(options(seconds=0.0))
+    assert {(result["status"], result["reason"]) for result in record["results"]} == {
+        ("skipped", "out of time")
+    }
+
+
+@pytest.mark.parametrize("family", attention.FAMILIES)
+def test_the_reference_is_the_definition(family: str) -> None:
+    inputs = Case(family, 300, 2, 2, 16, "fp32").inputs(CPU)
+    out, _, gradients = exact_attention(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.grad_out)
+    for blocked, plain in zip(attention.exact_results(inputs, block=64), (out, *gradients), strict=True):
+        assert relative_error(blocked, plain) < 1e-13
+
+
+@pytest.mark.parametrize("family", attention.FAMILIES)
+@pytest.mark.parametrize("size", [64, 256, 1024, 8192])
+def test_families_fill_their_rows(family: str, size: int) -> None:
+    for seed in range(5):
+        documents, images = attention.FAMILIES[family](size, random.Random(seed))
+        assert [start for start, _ in documents] == [0, *(end for _, end in documents[:-1])]
+        assert documents[-1][1] == size
+        for first, end in images:
+            assert any(start <= first < end <= stop for start, stop in documents)
+        assert all(one[1] <= other[0] for one, other in itertools.pairwise(images))
+
+
+def test_the_mix_is_half_images() -> None:
+    found = [attention.transfusion_mix(8192, random.Random(seed)) for seed in range(50)]
+    share = sum(end - first for _, images in found for first, end in images) / (50 * 8192)
+    assert 0.4 < share < 0.6
+    lengths = [end - first for documents, _ in found for first, end in documents[:-1]]
+    assert min(lengths) >= 2048 and max(lengths) <= 4096

@@ -1,0 +1,85 @@
+"""The step benchmark on the CPU: valid batches, honest counts, and no figure of a step that did not train."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import step
+from limits import DTYPES
+from transfusion.config import Config
+
+CPU = torch.device("cpu")
+
+
+def tiny(*overrides: str) -> Config:
+    return step.load_config(list(overrides), CPU)
+
+
+def test_a_tiny_step() -> None:
+    result = step.measure_step(tiny("data.micro_rows=2"), steps=3, warm_up=1, seconds=1.0)
+    assert json.loads(json.dumps(result)) == result
+    assert result["engine"] == "LocalEngine" and result["micro_batches"] == 2
+    assert result["steps_timed"] == 3 and result["step_ms"] > 0 and result["peak_gib"] > 0
+    assert result["tokens_per_second"] == pytest.approx(result["tokens"] / result["step_ms"] * 1e3)
+    assert result["rates"].keys() == {"exact", "done", "palm"} <= step.FORMULAS.keys()
+    peak = result["limits"]["gemm_tflops"]["fp32"]
+    for rate in result["rates"].values():
+        assert rate["tflops"] == pytest.approx(rate["tflop"] / result["step_ms"] * 1e3)
+        assert rate["share"] == pytest.approx(rate["tflops"] / peak)
+        assert rate["mfu"] is None, "nobody publishes a peak of this machine"
+    assert "tokens/s" in step.summary(result)
+
+
+def test_a_step_that_did_not_train_is_not_timed() -> None:
+    with pytest.raises(step.BadStep):
+        step.measure_step(tiny("optimizer.learning_rate=1e30"), steps=3, warm_up=2, seconds=1.0)
+
+
+def test_batches_are_valid_and_mixed() -> None:
+    config = tiny("data.row_length=512", "model.position=2d")
+    batches = [batch for micro_batches in step.synthetic_steps(config, 3) for batch in micro_batches]
+    assert len(batches) == 3
+    for batch in batches:
+        batch.mask.validate()
+        assert batch.token_ids_BS.shape == (4, 512) and batch.position_BSA.shape == (4, 512, 3)
+        assert int(batch.token_ids_BS.max()) < config.model.vocabulary
+        assert batch.counts.faults == 0 and batch.counts.images > 0 and batch.counts.text_targets > 0
+        assert batch.counts.padding < 0.1 * batch.counts.tokens
+
+
+def test_ranks_share_a_step() -> None:
+    config = tiny()
+    (whole,) = step.synthetic_steps(config, 1)[0]
+    (first,), (second,) = (step.synthetic_steps(config, 1, rank, 2)[0] for rank in range(2))
+    assert torch.equal(first.token_ids_BS, whole.token_ids_BS[::2])
+    assert torch.equal(second.token_ids_BS, whole.token_ids_BS[1::2])
+
+
+def test_work_is_what_the_formulas_say() -> None:
+    config = tiny("data.caption_drop=0.5")
+    (batch,) = step.synthetic_steps(config, 1)[0]
+    matrices, counts = step.matrix_elements(config), batch.counts
+    # width 64, feed-forward 192, 2 layers, vocabulary 512, patches of 2 x 2 grey pixels
+    assert matrices["blocks"] == 2 * (4 * 64 * 64 + 3 * 64 * 192)
+    assert matrices["text_head"] == 512 * 64 and matrices["patches"] == 2 * 4 * 64
+    work = step.Work.of(config, [batch])
+    attention = 12 * 64 * 2 * batch.mask.visible_pairs()
+    assert work.exact == 6 * sum(matrices.values()) * counts.tokens + attention
+    assert work.palm == (6 * sum(matrices.values()) + 12 * 64 * 2 * 128) * 4 * 128
+    assert work.done == attention + 6 * (
+        matrices["blocks"] * counts.tokens
+        + matrices["text_head"] * counts.text_targets
+        + matrices["patches"] * counts.images * 16
+        + matrices["timestep"] * counts.images
+    )
+    assert work.done < work.exact < work.palm
+
+
+def test_the_gpu_default_is_the_papers_smallest() -> None:
+    config = step.load_config([], torch.device("cuda"))
+    assert (config.model.layers, config.model.width, config.model.vocabulary) == (16, 768, 32_000)
+    assert config.train.precision in DTYPES and config.patches_per_image == 256
+    assert step.load_config(["model.vocabulary=1000"], torch.device("cuda")).model.vocabulary == 1000

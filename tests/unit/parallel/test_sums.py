@@ -1,0 +1,37 @@
+"""Sums over many batches stay exact where float32 would stop counting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from handmade import make_batch, small_config
+
+from transfusion.evaluate.held_out import held_out_losses
+from transfusion.mixed_loss import MixedLoss
+from transfusion.schema import TIMESTEP_BUCKETS, LossTerms
+from transfusion.trainer import MeanLosses
+
+# The first whole number after which float32 knows no odd one.
+LARGE = 2.0**24
+
+
+def terms(value: float) -> LossTerms:
+    buckets = torch.full((TIMESTEP_BUCKETS,), value)
+    return LossTerms(*(torch.tensor(value) for _ in range(4)), buckets, buckets)
+
+
+def test_an_interval_of_steps() -> None:
+    parts = [terms(LARGE), *(terms(1.0) for _ in range(8))]
+    config = small_config()
+    elements = config.codec.channels * config.codec.image_size**2
+    found = MeanLosses.over_ranks([part._replace(text_count=torch.tensor(1.0)) for part in parts], config)
+    assert found.text == (LARGE + 8) / 9
+    assert found.images == round((LARGE + 8) / elements)
+
+
+def test_held_out_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([LARGE, 1.0, 1.0])
+    monkeypatch.setattr(MixedLoss, "terms", lambda *_: terms(next(values)))
+    batches = [make_batch("text", seed) for seed in range(3)]
+    total = held_out_losses(torch.nn.Identity(), batches, small_config(), torch.device("cpu"))  # type: ignore[arg-type]
+    assert float(total.text_sum) == LARGE + 2

@@ -1,0 +1,215 @@
+"""The training loop in one process, on real digits: skipped steps, and lines that survive a kill."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from transfusion.config import Config
+from transfusion.data.index import SourceIndex
+from transfusion.data.prepare import prepare
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.errors import UserError
+from transfusion.mixed_loss import MixedLoss
+from transfusion.observe.metrics import read_metrics
+from transfusion.observe.runfolder import start_logging
+from transfusion.parallel.environment import Environment
+from transfusion.schema import Batch, LossTerms
+from transfusion.trainer import Trainer
+
+ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
+# Of a line of metrics, all but time and speed.
+TIMED = {"time", "attempt", "tokens_per_second", "data_wait", "memory_gib"}
+
+
+class Killed(BaseException):
+    """Stands for the death of the process."""
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    prepare("digits", folder / "digits")
+    return folder / "digits" / "held_out"
+
+
+@pytest.fixture
+def build_config(digits: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Config]]:
+    """build_config(run, steps=..., log=..., checkpoint=...) -> Config of a tiny run in a folder of its own."""
+
+    def build(run: str, *, steps: int, log: int = 1, checkpoint: int = 100, **train: Any) -> Config:
+        return Config.model_validate(
+            {
+                "run": {"dir": str(tmp_path / run)},
+                "model": {"layers": 1, "width": 32, "heads": 2},
+                "codec": {"channels": 1, "image_size": 8},
+                "data": {
+                    "tokenizer": str(tokenizer.path),
+                    "sources": [{"name": "digits", "shards": f"{digits}/*.tar"}],
+                    "row_length": 64,
+                    "rows": 4,
+                    "micro_rows": 2,
+                },
+                "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2, "ema_decay": 0.5},
+                "train": {"steps": steps, "precision": "fp32", "engine": "local", "threads": 1, **train},
+                "checkpoint": {"every": checkpoint},
+                "log": {"every": log},
+            }
+        )
+
+    yield build
+    start_logging(None)
+
+
+def run(config: Config) -> int:
+    """A whole run, as `train` makes it; its folder is free again afterwards."""
+    trainer = Trainer(config, ALONE)
+    try:
+        return trainer.run()
+    finally:
+        trainer.lock.close()
+
+
+def lines(config: Config) -> list[dict[str, Any]]:
+    found = read_metrics(Path(config.run.folder) / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in found]
+
+
+def interfere(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[int, LossTerms], LossTerms]
+) -> Callable[[], None]:
+    """Let `change` see the number of each micro-batch from now on and replace its losses; returns the undoing."""
+    honest = MixedLoss.terms
+    micro_batches = 0
+
+    def terms(self: MixedLoss, model: Any, batch: Batch) -> LossTerms:
+        nonlocal micro_batches
+        micro_batches += 1
+        return change(micro_batches, honest(self, model, batch))
+
+    monkeypatch.setattr(MixedLoss, "terms", terms)
+    return lambda: monkeypatch.setattr(MixedLoss, "terms", honest)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_step_is_skipped_counted_and_left_behind(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, broken: float
+) -> None:
+    """The second micro-batch of step 3 has no finite loss: no update, one more skipped, and training goes on."""
+    config = build_config("broken", steps=6)
+    interfere(
+        monkeypatch,
+        lambda number, terms: terms._replace(text_sum=terms.text_sum * broken) if number == 6 else terms,
+    )
+    trainer = Trainer(config, ALONE)
+    weights: list[torch.Tensor] = []
+    step = trainer.engine.step
+
+    def watched(learning_rate: float) -> Any:
+        result = step(learning_rate)
+        weights.append(torch.cat([shard.values["weight"].clone() for shard in trainer.engine.shards()]))
+        return result
+
+    monkeypatch.setattr(trainer.engine, "step", watched)
+    try:
+        assert trainer.run() == 0
+    finally:
+        trainer.lock.close()
+    found = lines(config)
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+    assert [line["skipped"] for line in found] == [0, 0, 1, 1, 1, 1]
+    assert [line["loss"] is None for line in found] == [False, False, True, False, False, False]
+    assert [line["gradient_norm"] is None for line in found] == [False, False, True, False, False, False]
+    assert [line["tokens"] for line in found] == [256 * step for step in range(1, 7)]
+    unchanged = [torch.equal(before, after) for before, after in itertools.pairwise(weights)]
+    assert unchanged == [False, True, False, False, False]
+    assert found[-1]["loss"] < found[0]["loss"] and weights[-1].isfinite().all()
+
+
+def test_a_skipped_step_stays_counted_after_a_resume(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undo = interfere(
+        monkeypatch,
+        lambda number, terms: terms._replace(image_sum=terms.image_sum / 0) if number == 3 else terms,
+    )
+    assert run(build_config("resumed", steps=3)) == 0
+    undo()
+    config = build_config("resumed", steps=5)
+    assert run(config) == 0
+    assert [line["skipped"] for line in lines(config)] == [0, 1, 1, 1, 1]
+
+
+def test_too_many_bad_samples_end_the_run(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer than a hundred samples are judged as if they were a hundred."""
+    read = SourceIndex.read_picture
+    monkeypatch.setattr(
+        SourceIndex, "read_picture", lambda self, sample: b"torn" if sample % 5 == 0 else read(self, sample)
+    )
+    config = build_config("bad", steps=1000)
+    with pytest.raises(
+        UserError, match=r"could not be read, more than data\.max_faults \(0\.05\)"
+    ) as refused:
+        run(config)
+    faults, samples = (int(number) for number in re.findall(r"\d+", str(refused.value))[:2])
+    found = lines(config)
+    assert faults > 0.05 * max(samples, 100) and len(found) > 1
+    assert found[-1]["faults"] <= 0.05 * max(samples, 100)
+    monkeypatch.setattr(SourceIndex, "read_picture", read)
+    again = build_config("good", steps=2)
+    assert run(again) == 0 and lines(again)[-1]["faults"] == 0
+
+
+def test_a_run_killed_between_lines_writes_the_same_lines(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N11: lines average over steps since the one before, also those a resumed run has to do again.
+
+    Lines at steps 3, 5 (a checkpoint), 6, 9, 10 (a checkpoint) and 12; killed in step 8, after the line of 6.
+    """
+    settings = {"steps": 12, "log": 3, "checkpoint": 5}
+    straight, killed = build_config("straight", **settings), build_config("killed", **settings)
+    seen: list[LossTerms] = []
+
+    def remember(_: int, terms: LossTerms) -> LossTerms:
+        seen.append(terms.detached())
+        return terms
+
+    undo = interfere(monkeypatch, remember)
+    assert run(straight) == 0
+    undo()
+    ends = itertools.pairwise([0, 3, 5, 6, 9, 10, 12])
+    for line, (first, last) in zip(lines(straight), ends, strict=True):
+        # Two micro-batches a step.
+        part = seen[2 * first : 2 * last]
+        text = sum(terms.text_sum for terms in part) / sum(terms.text_count for terms in part)
+        image = sum(terms.image_sum for terms in part) / sum(terms.image_count for terms in part)
+        assert line["text_loss"] == pytest.approx(text.item(), rel=1e-5)
+        assert line["image_loss"] == pytest.approx(image.item(), rel=1e-5)
+
+    def die(number: int, terms: LossTerms) -> LossTerms:
+        if number == 16:
+            raise Killed
+        return terms
+
+    undo = interfere(monkeypatch, die)
+    with pytest.raises(Killed):
+        run(killed)
+    undo()
+    assert [line["step"] for line in lines(killed)] == [3, 5, 6]
+    assert run(killed) == 0
+    assert [line["step"] for line in lines(killed)] == [3, 5, 6, 9, 10, 12]
+    assert lines(killed) == lines(straight)
+    first, second = (
+        Path(config.run.folder) / "checkpoints" / "step_00000012" / "rank_00000.safetensors"
+        for config in (killed, straight)
+    )
+    assert first.read_bytes() == second.read_bytes()
