@@ -12,7 +12,7 @@ import torch
 
 from transfusion.config import CodecConfig, Config, DataConfig, ModelConfig
 from transfusion.data.packing import collate
-from transfusion.data.rows import Row, RowImage, RowSettings, _joined
+from transfusion.data.rows import Row, RowImage, RowSettings, joined
 from transfusion.data.sequence import lay_out
 from transfusion.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion.model import Transfusion
@@ -112,7 +112,7 @@ def _row(
     for number, (values, first) in enumerate(zip(pictures, first_patches, strict=True), images_before):
         timestep = timesteps[number] if timesteps else 10 * (number + 1)
         images.append(RowImage(values, first, settings.patches, timestep, keys[number] if keys else number))
-    return _joined(layouts, starts, settings, tuple(images), ())
+    return joined(layouts, starts, settings, tuple(images), ())
 
 
 @pytest.fixture

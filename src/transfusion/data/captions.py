@@ -34,7 +34,7 @@ TEMPLATES = (
     "this is a {word}",
 )
 # Share of captions that use the common template.
-COMMON_SHARE = 0.3
+COMMON_SHARE = 0.5
 
 _NAMED = re.compile(rf"\b(?:{'|'.join(DIGIT_WORDS)}|\d+)\b", re.IGNORECASE)
 

@@ -33,7 +33,7 @@ HELD_OUT_DIGITS = 297
 _HELD_OUT_DOCS = 0.1
 _HELD_OUT_OTHERS = 0.02
 # Raised whenever the same source would give other shards.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)

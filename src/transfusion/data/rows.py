@@ -100,7 +100,7 @@ class RowBuilder:
         for number in bad:
             layouts[number] = _silenced(layouts[number])
         images = self._images(plan, layouts, starts, pictures)
-        return _joined(layouts, starts, self._settings, images, faults)
+        return joined(layouts, starts, self._settings, images, faults)
 
     def empty(self) -> Row:
         """A row of padding alone."""
@@ -202,7 +202,7 @@ def _silenced(layout: Layout) -> Layout:
     )
 
 
-def _joined(
+def joined(
     layouts: Sequence[Layout],
     starts: Sequence[int],
     settings: RowSettings,
