@@ -9,7 +9,7 @@ import pytest
 
 Findings = Callable[[str], list[Any]]
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2", "uneven"]
 

@@ -11,7 +11,7 @@ from transfusion.schema import Decision
 
 Findings = Callable[[str], list[Any]]
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 VARIANTS = ["defaults", "nothing kept", "recomputed", "qk norm, 2d, gqa", "uneven", "stage 1", "stage 2"]
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]

@@ -58,6 +58,7 @@ def test_killed_and_continued(workplace: Any, straight: Path) -> None:
     assert weights(run) == weights(straight)
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal_saves_and_exits_with_75(workplace: Any, straight: Path) -> None:
     run = workplace.folder / "runs/stopped"
     command = workplace.train("runs/stopped", f"train.steps={STEPS}", "checkpoint.every=100")
@@ -71,6 +72,7 @@ def test_stopped_by_a_signal_saves_and_exits_with_75(workplace: Any, straight: P
     assert figures(run) == figures(straight)
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_refused_until_it_is_deleted(workplace: Any, straight: Path) -> None:
     """The refusal changes nothing; after what it advises, the run goes on from the checkpoint before."""
     run = workplace.folder / "runs/torn"
@@ -102,6 +104,7 @@ def test_a_finished_run_has_nothing_to_do(workplace: Any, straight: Path) -> Non
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(workplace: Any, straight: Path) -> None:
     before = contents(straight)
     said = workplace.run(*workplace.train("runs/straight", "train.steps=9", "model.width=96"), code=2)
@@ -109,6 +112,7 @@ def test_a_checkpoint_of_another_model_is_refused(workplace: Any, straight: Path
     assert contents(straight) == before
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused(workplace: Any, straight: Path) -> None:
     named = workplace.folder / "data/quickstart/tokenizer.model"
     assert (straight / "tokenizer.model").read_bytes() == named.read_bytes()
@@ -122,6 +126,7 @@ def test_another_tokenizer_is_refused(workplace: Any, straight: Path) -> None:
     assert contents(straight) == before
 
 
+@pytest.mark.slow
 def test_a_file_torn_on_one_rank_is_named_by_all(workplace: Any) -> None:
     run = workplace.folder / "runs/torn-rank"
     command = workplace.train("runs/torn-rank", "train.steps=3")
@@ -133,6 +138,7 @@ def test_a_file_torn_on_one_rank_is_named_by_all(workplace: Any) -> None:
     assert "rank_00001.safetensors has" in line
 
 
+@pytest.mark.slow
 def test_two_ranks_are_killed_and_continued(workplace: Any) -> None:
     whole, killed = (workplace.folder / "runs" / name for name in ("zero-straight", "zero-killed"))
     workplace.run(*workplace.train("runs/zero-straight", f"train.steps={STEPS}"), processes=2)

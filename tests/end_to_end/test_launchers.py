@@ -12,6 +12,8 @@ import pytest
 
 from transfusion.observe.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]

@@ -103,6 +103,7 @@ def test_the_argument_of_deepspeeds_launcher_is_accepted() -> None:
     assert transfusion("--local_rank=0", "config").returncode == 0
 
 
+@pytest.mark.slow
 def test_only_the_first_rank_speaks_of_a_mistake() -> None:
     ranks = {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     first, second = (transfusion("train", "missing.yaml", RANK=rank, **ranks) for rank in "01")
