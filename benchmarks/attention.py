@@ -2,12 +2,12 @@
 
     .venv/bin/python benchmarks/attention.py [--seconds 300] [--lengths 8192 4096 ...] [--out FILE]
 
-Prints a table and writes JSON, by default benchmarks/results/attention.json. Every provider gets the same random
-inputs, laid out as the model lays them out. Its output and gradients are first held against float64; one that is
-wrong is reported as wrong and not timed, and one that cannot run leaves its reason. Speeds count visible pairs only:
-4 * D * H * pairs forward, 10 * D * H * pairs backward (the scores are computed again). The share is of the matrix
-products that limits.py measured in the same run. On a GPU cases come most telling first, so that a short budget cuts
-off the least. Exits with 3 when one of ours is wrong or fails.
+Prints a table, writes JSON, by default benchmarks/results/attention.json, and draws it beside that. Every provider gets
+the same random inputs, laid out as the model lays them out. Its output and gradients are first held against float64
+(verify.py); one that is wrong is reported as wrong and not timed, and one that cannot run leaves its reason. Speeds
+count visible pairs only: 4 * D * H * pairs forward, 10 * D * H * pairs backward (the scores are computed again). The
+share is of the matrix products that limits.py measured in the same run. On a GPU cases come most telling first, so
+that a short budget cuts off the least. Exits with 3 when one of ours is wrong or fails.
 
 Shape suffixes: B rows, S positions, H heads, D head width.
 """
@@ -33,27 +33,26 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transfusion_kernels import IntervalMask, explain, interval_attention
 from transfusion_kernels.attention.cpu_plan import make_plan
-from transfusion_kernels.testing import poisoned_memory, relative_error
 
 from limits import DTYPES, Timer, find_device, measure_limits, record_head, tflops, write_json
+from verify import GREATEST_ERROR, Attend, exact_results, verify
 
 RESULT = Path(__file__).resolve().parent / "results" / "attention.json"
 WRONG_OR_FAILED = 3
-# Rounding leaves errors well below these, a tile with the wrong mask well above: of a whole tensor (norm of the
-# difference over norm), and of its worst row, so that a few wrong rows among many do not hide.
-GREATEST_ERROR = {"bf16": (2e-2, 0.15), "fp16": (5e-3, 0.05), "fp32": (1e-4, 1e-3)}
 FORMULAS = {
     "forward": "4 * D * H * visible pairs",
     "backward": "10 * D * H * visible pairs",
     "share": "of the measured matrix products of the same dtype",
 }
-RESULT_NAMES = ("out", "dq", "dk", "dv")
+# What a user who tunes FlexAttention on Hopper by hand arrives at; both of its backward loops take the same tiles.
+FLEX_TUNED = {
+    "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2,
+    "BLOCK_M1": 64, "BLOCK_N1": 128, "BLOCK_M2": 128, "BLOCK_N2": 64,
+}  # fmt: skip
 # Documents of 2,000 to 4,000 tokens do not fit into rows shorter than this; there the mix is scaled down.
 SHORTEST_UNSCALED = 2048
-REFERENCE_BLOCK = 256
 
 Span = tuple[int, int]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 # What is attended with what
@@ -107,11 +106,30 @@ def tiny_documents(size: int, random_: random.Random) -> tuple[list[Span], list[
     return documents, images
 
 
+def one_document(size: int, random_: random.Random) -> tuple[list[Span], list[Span]]:
+    """One document with an image of 256 patches in the middle of every 1,024 tokens."""
+    return [(0, size)], [(first, first + 256) for first in range(384, size - 255, 1024)]
+
+
+def packed(length: int) -> Callable[[int, random.Random], tuple[list[Span], list[Span]]]:
+    """Documents of one length, half of each an image."""
+
+    def build(size: int, random_: random.Random) -> tuple[list[Span], list[Span]]:
+        documents = [(first, min(first + length, size)) for first in range(0, size, length)]
+        images = [(first + length // 4, first + length // 4 + length // 2) for first, end in documents]
+        return documents, [(first, end) for first, end in images if end <= size]
+
+    return build
+
+
 FAMILIES: dict[str, Callable[[int, random.Random], tuple[list[Span], list[Span]]]] = {
     "transfusion": transfusion_mix,
     "causal": causal,
     "captions": captions,
     "tiny": tiny_documents,
+    "document": one_document,
+    "packed-512": packed(512),
+    "packed-64": packed(64),
 }
 
 
@@ -194,9 +212,10 @@ class Provider:
 
 def _interval(implementation: str) -> Callable[[Inputs], Attend]:
     def prepare(inputs: Inputs) -> Attend:
-        chosen = explain(inputs.q, inputs.k, inputs.v, inputs.mask)
-        if chosen.implementation != implementation:
-            raise Unsupported(f"here runs {chosen}")
+        try:
+            explain(inputs.q, inputs.k, inputs.v, inputs.mask, backend=implementation)
+        except ValueError as error:
+            raise Unsupported(str(error)) from None
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = interval_attention(q, k, v, inputs.mask, backend=implementation)
@@ -239,11 +258,14 @@ def _build_dense_mask(inputs: Inputs) -> Tensor:
     return IntervalMask.from_spans(inputs.document_start_BS, inputs.image_end_BS).dense()[:, None]
 
 
-def _flex(inputs: Inputs) -> Attend:
-    if not inputs.q.is_cuda:
-        raise Unsupported("FlexAttention has no backward on the CPU")
-    block_mask, attend = _build_block_mask(inputs), _compiled("flex_attention")
-    return lambda q, k, v: attend(q, k, v, block_mask=block_mask)
+def _flex(options: dict[str, int] | None) -> Callable[[Inputs], Attend]:
+    def prepare(inputs: Inputs) -> Attend:
+        if not inputs.q.is_cuda:
+            raise Unsupported("FlexAttention has no backward on the CPU")
+        block_mask, attend = _build_block_mask(inputs), _compiled("flex_attention")
+        return lambda q, k, v: attend(q, k, v, block_mask=block_mask, kernel_options=options)
+
+    return prepare
 
 
 def _build_block_mask(inputs: Inputs) -> object:
@@ -295,74 +317,16 @@ def _needs_causal(inputs: Inputs) -> None:
 
 
 PROVIDERS = (
+    Provider("ours-hopper", _interval("hopper"), _build_interval_mask, ours=True),
     Provider("ours-triton", _interval("triton"), _build_interval_mask, ours=True),
     Provider("ours-cpu", _interval("cpu"), _build_interval_mask, ours=True),
-    Provider("flex", _flex, _build_block_mask),
+    Provider("flex", _flex(None), _build_block_mask),
+    Provider("flex-tuned", _flex(FLEX_TUNED), _build_block_mask),
     Provider("sdpa-dense", _sdpa_dense, _build_dense_mask),
     Provider("sdpa-flash-causal", _sdpa_causal(SDPBackend.FLASH_ATTENTION, gpu_only=False)),
     Provider("sdpa-cudnn-causal", _sdpa_causal(SDPBackend.CUDNN_ATTENTION, gpu_only=True)),
     Provider("flash-attn", _flash_attention),
 )
-
-
-# The check before the clock
-
-
-def exact_results(inputs: Inputs, block: int = REFERENCE_BLOCK) -> tuple[Tensor, ...]:
-    """Output and gradients of q, k and v in float64, straight from the definition, a block of queries at a time."""
-    q, k, v, grad_out = (x.detach().double() for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
-    out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
-    scale = q.shape[-1] ** -0.5
-    first_BS, end_BS = inputs.mask.first_key, inputs.mask.end_key
-    for row in range(q.shape[0]):
-        for start in range(0, q.shape[2], block):
-            part = slice(start, start + block)
-            first_Q1, end_Q1 = first_BS[row, part, None], end_BS[row, part, None]
-            keys = slice(int(first_Q1[0]), int(end_Q1[-1]))  # the bounds never decrease
-            key_W = torch.arange(keys.start, keys.stop, device=q.device)
-            hidden_QW = (key_W < first_Q1) | (key_W >= end_Q1)
-            q_HQD, grad_HQD = q[row, :, part], grad_out[row, :, part]
-            k_HWD, v_HWD = k[row, :, keys], v[row, :, keys]
-            score_HQW = (q_HQD @ k_HWD.mT * scale).masked_fill_(hidden_QW, -math.inf)
-            weight_HQW = score_HQW.softmax(-1)
-            out_HQD = out[row, :, part] = weight_HQW @ v_HWD
-            dv[row, :, keys] += weight_HQW.mT @ grad_HQD
-            delta_HQ1 = (grad_HQD * out_HQD).sum(-1, keepdim=True)
-            dscore_HQW = weight_HQW.mul_((grad_HQD @ v_HWD.mT).sub_(delta_HQ1)).mul_(scale)
-            dq[row, :, part] = dscore_HQW @ k_HWD
-            dk[row, :, keys] += dscore_HQW.mT @ q_HQD
-    return out, dq, dk, dv
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How far a provider is from float64: each tensor, and the worst row of any."""
-
-    errors: dict[str, float]
-    worst_row: float
-    right: bool
-
-
-def verify(attend: Attend, inputs: Inputs, exact: Sequence[Tensor], dtype: str, *, poison: bool) -> Verdict:
-    """Run forward and backward once, and compare. NaN is never right."""
-    with poisoned_memory() if poison else contextlib.nullcontext():
-        out = attend(inputs.q, inputs.k, inputs.v)
-        results = (out, *torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.grad_out))
-    errors = {
-        name: relative_error(result, true)
-        for name, result, true in zip(RESULT_NAMES, results, exact, strict=True)
-    }
-    rows = [_worst_row(result, true) for result, true in zip(results, exact, strict=True)]
-    greatest, greatest_row = GREATEST_ERROR[dtype]
-    right = all(error <= greatest for error in errors.values()) and all(row <= greatest_row for row in rows)
-    return Verdict(errors, max(rows, key=lambda row: math.inf if math.isnan(row) else row), right)
-
-
-def _worst_row(result: Tensor, true: Tensor) -> float:
-    """The greatest norm of a row's difference, over the row's own norm or, where that is less, the rows' mean."""
-    norms = true.norm(dim=-1)
-    differences = (result.detach().double() - true).norm(dim=-1)
-    return float((differences / norms.clamp(min=float(norms.mean()))).max())
 
 
 # The table
@@ -522,6 +486,58 @@ def line_of(result: dict[str, Any]) -> str:
     return f"{head}{speeds}{mask}  {error}"
 
 
+def draw(record: dict[str, Any], out: Path) -> None:
+    """Speed over row length, a panel for each mask, head width and direction; needs matplotlib, else says so."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        return
+    timed = [result for result in record["results"] if result["status"] == "ok"]
+    widths = sorted({result["head_dim"] for result in timed})
+    columns = [(head_dim, way) for head_dim in widths for way in ("forward", "backward")]
+    lengths = sorted({result["length"] for result in timed})
+    families = [family for family in FAMILIES if any(result["family"] == family for result in timed)]
+    if not timed:
+        return
+    figure = Figure(figsize=(3.4 * len(columns), 2.6 * len(families) + 0.8), layout="constrained")
+    panels = figure.subplots(len(families), len(columns), squeeze=False, sharex=True)
+    fastest = max(result["forward"]["tflops"] for result in timed)
+    unit, per_tflops = ("TFLOP/s", 1) if fastest >= 1 else ("GFLOP/s", 1000)
+    colours = {provider.name: f"C{number}" for number, provider in enumerate(PROVIDERS)}
+    for row, family in enumerate(families):
+        for column, (head_dim, way) in enumerate(columns):
+            panel = panels[row, column]
+            for name, colour in colours.items():
+                points = sorted(
+                    (result["length"], result[way]["tflops"] * per_tflops)
+                    for result in timed
+                    if (result["family"], result["head_dim"], result["provider"]) == (family, head_dim, name)
+                )
+                if points:
+                    width = 2.2 if name.startswith("ours") else 1.2
+                    panel.plot(*zip(*points, strict=True), "o-", color=colour, lw=width, ms=4, label=name)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
+            panel.minorticks_off()
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+            panel.set_title(f"{family}, D {head_dim}, {way}", fontsize=9)
+        panels[row, 0].set_ylabel(f"{unit}, visible pairs")
+    for panel in panels[-1]:
+        panel.set_xlabel("tokens of a row")
+    seen = {
+        label: line
+        for panel in panels.flat
+        for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=4, frameon=False)
+    limits = record["limits"]
+    figure.suptitle(f"{limits['device']}: attention under each mask", fontsize=11)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
 def exit_code(record: dict[str, Any]) -> int:
     """3 when one of ours was wrong or failed, else 0: what others do is no fault of this project."""
     bad = any(result["ours"] and result["status"] in ("wrong", "failed") for result in record["results"])
@@ -534,7 +550,7 @@ def main() -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on the CPU")
-    parser.add_argument("--lengths", type=int, nargs="+", help="default: 1k to 16k on a GPU, 256 on the CPU")
+    parser.add_argument("--lengths", type=int, nargs="+", help="default: 1k to 32k on a GPU, 256 on the CPU")
     parser.add_argument("--head-dims", type=int, nargs="+", help="default: 128 64 on a GPU, 32 on the CPU")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--providers", nargs="+", choices=[provider.name for provider in PROVIDERS])
@@ -552,7 +568,7 @@ def main() -> int:
     options = Options(
         device=device,
         dtype=given.dtype or ("bf16" if on_gpu else "fp32"),
-        lengths=given.lengths or ([8192, 4096, 2048, 16384, 1024] if on_gpu else [256]),
+        lengths=given.lengths or ([8192, 4096, 2048, 16384, 1024, 32768] if on_gpu else [256]),
         head_dims=given.head_dims or ([128, 64] if on_gpu else [32]),
         families=given.families,
         tokens=given.tokens or (16384 if on_gpu else 512),
@@ -561,7 +577,9 @@ def main() -> int:
         call_seconds=0.1 if on_gpu else 0.05,
     )
     chosen = [p for p in PROVIDERS if not given.providers or p.name in given.providers]
-    return exit_code(run(options, chosen, given.out))
+    record = run(options, chosen, given.out)
+    draw(record, given.out.with_suffix(".png"))
+    return exit_code(record)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Every query sees one contiguous range of keys, so the whole mask is two integers
     mask = IntervalMask.from_spans(document_start, image_end)
     out = interval_attention(q, k, v, mask)
 
+Generation writes to a cache (`append_to_kvcache`) and attends to it (`interval_attention_with_kvcache`).
 `explain(q, k, v, mask)` tells which implementation runs and why. Importing this package needs torch only;
 Triton is imported when its kernels are first asked for.
 """
@@ -16,7 +17,14 @@ if __name__ == "kernels":
     )
 
 from transfusion_kernels.attention import interval_attention
+from transfusion_kernels.attention.kvcache import append_to_kvcache, interval_attention_with_kvcache
 from transfusion_kernels.attention.layout import IntervalMask
 from transfusion_kernels.dispatch import explain
 
-__all__ = ["IntervalMask", "explain", "interval_attention"]
+__all__ = [
+    "IntervalMask",
+    "append_to_kvcache",
+    "explain",
+    "interval_attention",
+    "interval_attention_with_kvcache",
+]

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from transfusion_kernels.attention.layout import IntervalMask
 
 ENVIRONMENT_VARIABLE = "TRANSFUSION_ATTENTION"
-IMPLEMENTATIONS = ("triton", "cpu", "reference")
+IMPLEMENTATIONS = ("hopper", "triton", "cpu", "reference")
+HOPPER_HEAD_DIMS = (64, 128)
+HOPPER_DTYPES = (torch.float16, torch.bfloat16)
 TRITON_HEAD_DIMS = (32, 64, 96, 128, 256)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Whether this process has said that the Hopper kernels fail.
+_warned = False
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,9 @@ class Choice:
 def explain(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *, backend: str = "auto") -> Choice:
     """Which implementation `interval_attention` runs for these arguments, and why.
 
+    Attention to a cache chooses alike, but where this is "hopper", which takes no cache: there it runs Triton if left
+    to choose, and refuses if asked by name.
+
     Raises ValueError where `interval_attention` would.
     """
     from transfusion_kernels.attention import check_arguments
@@ -43,18 +54,52 @@ def choose(backend: str, q: Tensor) -> Choice:
 
     Raises ValueError if the implementation asked for does not exist or cannot take `q`.
     """
+    wanted, by = _wanted(backend)
+    return _automatic(q) if wanted == "auto" else _asked_for(wanted, by, q)
+
+
+def choose_for_cache(backend: str, q: Tensor) -> Choice:
+    """As `choose`, for attention to a cache, which the Hopper kernels do not take.
+
+    Where nothing is asked for by name the Triton kernel stands in for them. Raises ValueError where they are.
+    """
+    wanted, by = _wanted(backend)
+    if wanted == "hopper":
+        raise ValueError(
+            f"backend: got 'hopper' by {by}, takes 'auto', 'triton', 'cpu' or 'reference' with a cache"
+        )
+    choice = choose(backend, q)
+    if choice.implementation != "hopper":
+        return choice
+    return Choice("triton", f"the Hopper kernels take no cache; {choice.reason}")
+
+
+def _wanted(backend: str) -> tuple[str, str]:
+    """What is asked for, "auto" where nothing is, and by what."""
     if backend not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"backend: got {backend!r}, takes 'auto' or one of {IMPLEMENTATIONS}")
     if backend != "auto":
-        return _asked_for(backend, "the argument 'backend'", q)
+        return backend, "the argument 'backend'"
     from_environment = _environment()
     if from_environment not in ("", "auto", *IMPLEMENTATIONS):
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE}: got {from_environment!r}, takes 'auto' or one of {IMPLEMENTATIONS}"
         )
-    if from_environment not in ("", "auto"):
-        return _asked_for(from_environment, f"the environment variable {ENVIRONMENT_VARIABLE}", q)
-    return _automatic(q)
+    return from_environment or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}"
+
+
+@torch.compiler.assume_constant_result
+def backward_implementation(implementation: str, head_dim: int, deterministic: bool) -> str:
+    """Which implementation computes the gradients where `implementation` computed the output.
+
+    The Hopper kernels leave to Triton those with the same bits on every run, and head widths at which this version of
+    its compiler would spill registers.
+    """
+    if implementation != "hopper":
+        return implementation
+    from transfusion_kernels.attention.hopper import BACKWARD
+
+    return "hopper" if head_dim in BACKWARD and not deterministic else "triton"
 
 
 def _automatic(q: Tensor) -> Choice:
@@ -66,13 +111,20 @@ def _automatic(q: Tensor) -> Choice:
     problem = _triton_problem(q)
     if problem:
         return Choice("reference", f"the Triton kernels cannot run: {problem}")
-    return Choice("triton", f"tensors on {device}, head_dim {q.shape[-1]}, {q.dtype}")
+    inputs = f"tensors on {device}, head_dim {q.shape[-1]}, {q.dtype}"
+    problem = _hopper_problem(q) or _hopper_failure(q.device, q.dtype, q.shape[-1])
+    if problem:
+        return Choice("triton", f"{inputs}; not hopper: {problem}")
+    backward = backward_implementation("hopper", q.shape[-1], deterministic=False)
+    return Choice("hopper", f"{inputs}; gradients by {backward}")
 
 
 def _asked_for(implementation: str, by: str, q: Tensor) -> Choice:
     problem = ""
     if implementation == "cpu" and q.device.type != "cpu":
         problem = f"q is on {q.device}"
+    elif implementation == "hopper":
+        problem = _hopper_problem(q)
     elif implementation == "triton":
         problem = _triton_problem(q)
         if not problem and q.device.type != "cuda" and not _interprets():
@@ -92,6 +144,19 @@ def _triton_problem(q: Tensor) -> str:
     return ""
 
 
+def _hopper_problem(q: Tensor) -> str:
+    if not _has_triton():
+        return "triton is not installed"
+    if q.shape[-1] not in HOPPER_HEAD_DIMS:
+        return f"head_dim is {q.shape[-1]}, its kernels take {HOPPER_HEAD_DIMS}"
+    if q.dtype not in HOPPER_DTYPES:
+        return f"the dtype is {q.dtype}, its kernels take {HOPPER_DTYPES}"
+    if q.device.type != "cuda":
+        return f"q is on {q.device}"
+    capability = _capability(q.device)
+    return "" if capability[0] == 9 else f"the compute capability is {capability[0]}.{capability[1]}, not 9"
+
+
 # What a compiler is to take as fixed rather than trace.
 @torch.compiler.assume_constant_result
 def _environment() -> str:
@@ -108,3 +173,30 @@ def _interprets() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU; (0, 0) for others."""
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _hopper_failure(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why the Hopper kernels do not work here, found out by running them once; nothing if they do."""
+    global _warned
+    failure = _try_hopper(device, dtype, head_dim)
+    if failure and not _warned:
+        _warned = True
+        warnings.warn(f"attention runs on Triton's portable kernels: Hopper's fail, {failure}", stacklevel=2)
+    return failure
+
+
+@functools.cache
+def _try_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    try:
+        from transfusion_kernels.attention import hopper
+    except Exception as error:  # Gluon is experimental: what a version lacks shows when it is imported
+        return f"{type(error).__name__}: {error}"
+    with _disable_current_modes():  # tensors may be fake, or counted, where the choice is made
+        return hopper.trial(device, dtype, head_dim)

@@ -54,6 +54,33 @@ def exact_attention(
     return out.detach(), lse, (dq, dk, dv)
 
 
+def paged(k: Tensor, v: Tensor, slots: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [B, K, N, D] on pages in a random order, and the int32 block table [B, pages of a row].
+
+    Pages are [K, slots, D], one more than are needed; what no key is written to holds NaN, and no row of the table
+    ends before its keys do.
+    """
+    batch, _, keys, _ = k.shape
+    per_row = -(-keys // slots)
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randperm(batch * per_row + 1, generator=generator)[: batch * per_row].view(batch, per_row)
+    caches = []
+    for x in (k, v):
+        padded = x.new_full((batch, x.shape[1], per_row * slots, x.shape[3]), float("nan"))
+        padded[:, :, :keys] = x
+        pages = x.new_full((batch * per_row + 1, x.shape[1], slots, x.shape[3]), float("nan"))
+        pages[table.flatten()] = padded.unflatten(2, (per_row, slots)).transpose(1, 2).flatten(0, 1)
+        caches.append(pages)
+    return caches[0], caches[1], table.to(torch.int32)
+
+
+def without_the_unseen(x: Tensor, mask: IntervalMask) -> tuple[Tensor, Tensor]:
+    """Keys or values [B, K, N, D] twice: with NaN, and with 0, outside the bounds of each row."""
+    key = torch.arange(mask.num_keys)
+    unseen = ((key < mask.first_key[:, :1]) | (key >= mask.end_key[:, -1:]))[:, None, :, None]
+    return x.masked_fill(unseen, float("nan")), x.masked_fill(unseen, 0.0)
+
+
 def mask_of(
     size: int, documents: Sequence[Span], images: Sequence[Span] = (), *, length: int | None = None
 ) -> IntervalMask:
@@ -65,6 +92,31 @@ def mask_of(
         image_end[start:end] = end
     lengths = None if length is None else torch.tensor([length])
     return IntervalMask.from_spans(document_start[None], image_end[None], length=lengths)
+
+
+def random_layout(rows: int, size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed rows: where documents start, where images end, and an id of the document and the image (or -1)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    start, end = torch.zeros(2, rows, size, dtype=torch.int64)
+    document, image = torch.zeros(rows, size, dtype=torch.int64), torch.full((rows, size), -1)
+    for row in range(rows):
+        position, count = 0, 0
+        while position < size:
+            document_end = min(size, position + draw(1, 60))
+            start[row, position:document_end] = position
+            document[row, position:document_end] = count
+            cursor = position + draw(0, 5)
+            while cursor < document_end:
+                image_end = min(document_end, cursor + draw(1, 20))
+                end[row, cursor:image_end] = image_end
+                image[row, cursor:image_end] = cursor
+                cursor = image_end + draw(0, 9)
+            position, count = document_end, count + 1
+    return start, end, document, image
 
 
 def mask_families(size: int) -> dict[str, IntervalMask]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transfusion_kernels.attention import cpu
+from transfusion_kernels.attention.checks import check_arguments, checked_scale
 from transfusion_kernels.attention.layout import IntervalMask
 from transfusion_kernels.attention.reference import accumulation_dtype, reference_attention
-from transfusion_kernels.dispatch import choose
+from transfusion_kernels.dispatch import backward_implementation, choose
 
 __all__ = ["check_arguments", "interval_attention"]
 
@@ -32,24 +33,26 @@ def interval_attention(
 
     q: [B, H, S, D]; k, v: [B, K, N, D], H a multiple of K; one floating dtype; any strides, the last being 1.
     mask: over S queries and N keys, with B rows or one that all share.
-    scale: of the scores, 1 / sqrt(D) unless given.
+    scale: of the scores, above 0; 1 / sqrt(D) unless given.
     deterministic: gradients with the same bits on every run. On a GPU this costs two more products backward; the
         other implementations always are.
     return_lse: also return the natural log-sum-exp of the scaled scores, float32 (float64 for float64 inputs)
         [B, H, S], minus infinity where a query sees nothing. It carries no gradient.
-    backend: "auto", "triton", "cpu" or "reference"; see `explain`.
+    backend: "auto", "hopper", "triton", "cpu" or "reference"; see `explain`.
 
     Returns [B, H, S, D] in the dtype of q, laid out as [B, S, H, D] so that joining the heads copies nothing.
     Raises ValueError, naming the argument, for shapes, dtypes and devices that do not fit, and on CPU tensors for
-    a mask whose values do not either.
+    a mask whose values do not either. Whether keys and values are finite is told by `mask.validate(k, v)`.
     """
     check_arguments(q, k, v, mask)
     implementation = choose(backend, q).implementation
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = checked_scale(q, scale)
+    if implementation != "cpu" and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        mask.validate()  # the CPU implementation does so once for each new mask
     if implementation == "reference":
         out, lse = reference_attention(q, k, v, mask, scale)
     else:
-        needs_columns = implementation == "triton"
+        needs_columns = implementation in ("hopper", "triton")
         out, lse = _interval_attention(
             q,
             k,
@@ -62,46 +65,10 @@ def interval_attention(
             mask.key_order if needs_columns else None,
             scale,
             deterministic,
+            needs_columns and mask.narrow,
             implementation,
         )
     return (out, lse.detach()) if return_lse else out
-
-
-def check_arguments(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> None:
-    """Raise ValueError, naming the argument, unless these can be attended with. Looks at no values."""
-    if q.dim() != 4:
-        raise ValueError(f"q: got shape {tuple(q.shape)}, takes [batch, heads, queries, head_dim]")
-    batch, heads, queries, head_dim = q.shape
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q: got {q.dtype}, takes a floating dtype")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dim() != 4 or tensor.shape[0] != batch or tensor.shape[3] != head_dim:
-            raise ValueError(
-                f"{name}: got shape {tuple(tensor.shape)}, takes [{batch}, key heads, keys, {head_dim}] as q is "
-                f"{tuple(q.shape)}"
-            )
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name}: got {tensor.dtype}, takes q's dtype, {q.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: got device {tensor.device}, takes q's, {q.device}")
-    if v.shape != k.shape:
-        raise ValueError(f"v: got shape {tuple(v.shape)}, takes k's, {tuple(k.shape)}")
-    if k.shape[1] == 0 or heads % k.shape[1] != 0:
-        raise ValueError(f"k: got {k.shape[1]} heads, takes a number that divides q's {heads}")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if head_dim > 1 and tensor.stride(3) != 1:
-            raise ValueError(f"{name}: got last stride {tensor.stride(3)}, takes a contiguous last dimension")
-    if not isinstance(mask, IntervalMask):
-        raise ValueError(f"mask: got {type(mask).__name__}, takes an IntervalMask")
-    if mask.first_key.shape[0] not in (1, batch) or mask.first_key.shape[1] != queries:
-        raise ValueError(
-            f"mask: got bounds of shape {tuple(mask.first_key.shape)}, takes [{batch} or 1, {queries}] as q is "
-            f"{tuple(q.shape)}"
-        )
-    if mask.num_keys != k.shape[2]:
-        raise ValueError(f"mask: got num_keys {mask.num_keys}, takes the number of keys in k, {k.shape[2]}")
-    if mask.device != q.device:
-        raise ValueError(f"mask: got device {mask.device}, takes q's, {q.device}")
 
 
 def empty_heads(batch: int, heads: int, positions: int, like: Tensor) -> Tensor:
@@ -122,14 +89,19 @@ def _interval_attention(
     key_order: Tensor | None,
     scale: float,
     deterministic: bool,
+    narrow: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     if implementation == "cpu":
         return cpu.attention_forward(q, k, v, first_key, end_key, scale)
+    assert query_order is not None
+    if implementation == "hopper":
+        from transfusion_kernels.attention import hopper
+
+        return hopper.attention_forward(q, k, v, first_key, end_key, query_order, scale)
     from transfusion_kernels.attention.forward import attention_forward
 
-    assert query_order is not None
-    return attention_forward(q, k, v, first_key, end_key, query_order, scale)
+    return attention_forward(q, k, v, first_key, end_key, query_order, scale, narrow)
 
 
 @torch.library.custom_op("transfusion::interval_attention_backward", mutates_args=())
@@ -148,17 +120,24 @@ def _interval_attention_backward(
     key_order: Tensor | None,
     scale: float,
     deterministic: bool,
+    narrow: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if implementation == "cpu":
         return cpu.attention_backward(grad_out, q, k, v, out, lse, first_key, end_key, scale)
-    from transfusion_kernels.attention.backward import attention_backward
-
     assert first_query is not None and end_query is not None
     assert query_order is not None and key_order is not None
+    if backward_implementation(implementation, q.shape[-1], deterministic) == "hopper":
+        from transfusion_kernels.attention import hopper
+
+        return hopper.attention_backward(
+            grad_out, q, k, v, out, lse, first_query, end_query, key_order, scale
+        )
+    from transfusion_kernels.attention.backward import attention_backward
+
     bounds = (first_key, end_key, first_query, end_query)
     return attention_backward(
-        grad_out, q, k, v, out, lse, bounds, (query_order, key_order), scale, deterministic
+        grad_out, q, k, v, out, lse, bounds, (query_order, key_order), scale, deterministic, narrow
     )
 
 
@@ -178,17 +157,25 @@ def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, *others: Any) -> tupl
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, deterministic, implementation = inputs
+    *tensors, scale, deterministic, narrow, implementation = inputs
     q, k, v, *mask_tensors = tensors
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, *mask_tensors)
     ctx.mark_non_differentiable(lse)
-    ctx.settings = (scale, deterministic, implementation)
+    ctx.settings = (scale, deterministic, narrow, implementation)
 
 
 def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = _interval_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients, *(None for _ in range(9)))
+    return (*gradients, *(None for _ in range(10)))
+
+
+def _no_second_derivatives(ctx: Any, *gradients: Tensor | None) -> None:
+    raise RuntimeError(
+        "interval_attention: got a second backward pass through its gradients, but its kernels have no second "
+        "derivatives; backend='reference' has them"
+    )
 
 
 _interval_attention.register_autograd(_gradients, setup_context=_save_for_backward)
+_interval_attention_backward.register_autograd(_no_second_derivatives)

@@ -39,7 +39,7 @@ def attention_forward(
     """
     plan = _plan(q, k, first_key, end_key)
     if plan is None:
-        return _windowed_forward(q, k, v, first_key, end_key, scale)
+        return windowed_forward(q, k, v, first_key, end_key, scale)
     return _packed_forward(q, k, v, plan, scale)
 
 
@@ -200,10 +200,11 @@ def _rows(x: Tensor) -> Tensor:
 def _collect(collected: list[Tensor], results: tuple[Tensor, ...], bucket: Bucket, rows: int) -> list[Tensor]:
     """The results of one call, [C, H, L, ...] each, put among those of the calls before, [rows + 1, H, ...].
 
-    Rows that no call gives hold anything. Where one call gives all rows its results are not copied.
+    Rows that no call gives hold anything. Where one call gives all rows its results are not copied, unless PyTorch
+    laid them out by heads, as it does for inputs that are.
     """
     if bucket.into_G is None:
-        return [_rows(result) for result in results]
+        return [_rows(result).contiguous() for result in results]
     if not collected:
         collected = [x.new_empty(rows + 1, x.shape[1], *x.shape[3:]) for x in results]
     for target, result in zip(collected, results, strict=True):
@@ -269,9 +270,10 @@ def _windows(first_key: Tensor, end_key: Tensor, dtype: torch.dtype) -> Iterator
         yield _Window(queries, slice(low, high), bias_BQW[:, None], empty)
 
 
-def _windowed_forward(
+def windowed_forward(
     q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, end_key: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """The output [B, H, S, D], laid out as [B, S, H, D], and the log-sum-exp [B, H, S], for valid bounds."""
     batch, heads, size, width = q.shape
     key_heads = k.shape[1]
     out = q.new_zeros(batch, size, heads, width).transpose(1, 2)

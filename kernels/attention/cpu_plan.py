@@ -47,18 +47,16 @@ class Bucket:
 class Images:
     """What tokens of images of one length see beyond themselves, for one call.
 
-    query_rows_G: int64, all but the last token of each image, `queries` of each.
-    key_rows_G: int64, all tokens of each image, the last repeated up to `keys` of each.
+    query_rows_G: int64, all but the last token of each image.
+    key_rows_G: int64, all tokens of each image, the last repeated up to a length that the kernel likes.
         The repeated ones are hidden, so that their gradients are 0 and may be added to any row.
-    bias: float32 [1, 1, queries, keys].
+    bias: float32 [1, 1, queries of an image, keys of an image].
     """
 
     query_rows_G: Tensor
     key_rows_G: Tensor
     bias: Tensor
     count: int
-    queries: int
-    keys: int
 
 
 @dataclass(frozen=True)
@@ -205,16 +203,7 @@ def _images(row_V: Tensor, end_V: Tensor, document_length_V: Tensor) -> tuple[Im
         query_rows_CL = begin_C1 + query_L
         key_rows_CL = begin_C1 + key_L.clamp(max=length - 1)
         bias = _bias((key_L <= query_L[:, None]) | (key_L >= length))[None, None]
-        groups.append(
-            Images(
-                query_rows_CL.flatten(),
-                key_rows_CL.flatten(),
-                bias,
-                begin_C1.numel(),
-                query_L.numel(),
-                key_L.numel(),
-            )
-        )
+        groups.append(Images(query_rows_CL.flatten(), key_rows_CL.flatten(), bias, begin_C1.numel()))
     return tuple(groups)
 
 

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 # The granularity of the orders in which tiles are started. Every kernel's own tile divides it, so that one
 # order, made once per mask, serves them all.
 TILE_ROWS = 128
+# Below this many visible keys a query, on average, most steps of large tiles are masked: small ones waste less.
+NARROW_WIDTH = 1024
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -27,9 +29,13 @@ class IntervalMask:
     mask. A row of padding has `first_key == end_key`, namely the number of valid positions, so that the bounds
     never decrease; its output is 0, its log-sum-exp minus infinity, and its gradients are 0.
     num_keys: how many keys there are, S unless given. It is larger than S where a block of queries reads a cache.
+    narrow: a hint for speed, which no result depends on: whether a query sees less than `NARROW_WIDTH` keys on
+    average, as in packed short documents. Known without being given where there are no more keys than that; and `to`
+    finds it out when it takes a mask from the host to a GPU, where the values are at hand. A mask made on a GPU of
+    short documents is given it by who knows their lengths: reading the values there would wait for the device.
 
     Keys and values must be finite everywhere, padding included: a partly visible tile multiplies hidden values by
-    a weight of 0, and 0 times NaN is NaN. The tensors are not copied.
+    a weight of 0, and 0 times NaN is NaN; `validate(k, v)` finds what is not. The tensors are not copied.
 
     Raises ValueError for wrong shapes, dtypes or devices. Values are checked by `validate`.
     """
@@ -37,9 +43,13 @@ class IntervalMask:
     first_key: Tensor
     end_key: Tensor
     num_keys: int
+    narrow: bool
 
-    def __init__(self, first_key: Tensor, end_key: Tensor, *, num_keys: int | None = None) -> None:
+    def __init__(
+        self, first_key: Tensor, end_key: Tensor, *, num_keys: int | None = None, narrow: bool = False
+    ) -> None:
         for name, bound in (("first_key", first_key), ("end_key", end_key)):
+            check_tensor(name, bound)
             if bound.dim() != 2:
                 raise ValueError(f"{name}: got shape {tuple(bound.shape)}, takes [rows, queries]")
             if bound.dtype != torch.int32:
@@ -50,25 +60,38 @@ class IntervalMask:
             )
         if first_key.device != end_key.device:
             raise ValueError(f"end_key: got device {end_key.device}, takes first_key's, {first_key.device}")
-        if num_keys is not None and num_keys < 0:
-            raise ValueError(f"num_keys: got {num_keys}, takes a number of keys, 0 or more")
+        if num_keys is not None and (
+            not isinstance(num_keys, int | torch.SymInt) or isinstance(num_keys, bool) or num_keys < 0
+        ):
+            raise ValueError(f"num_keys: got {num_keys!r}, takes a number of keys, 0 or more")
         object.__setattr__(self, "first_key", first_key)
         object.__setattr__(self, "end_key", end_key)
-        object.__setattr__(self, "num_keys", first_key.shape[1] if num_keys is None else num_keys)
+        num_keys = first_key.shape[1] if num_keys is None else num_keys
+        object.__setattr__(self, "num_keys", num_keys)
+        object.__setattr__(self, "narrow", narrow or num_keys < NARROW_WIDTH)
         object.__setattr__(self, "_derived", {})
 
     @staticmethod
     def from_spans(
-        document_start: Tensor, image_end: Tensor, *, length: Tensor | None = None
+        document_start: Tensor, image_end: Tensor, *, length: Tensor | None = None, narrow: bool = False
     ) -> IntervalMask:
         """The mask of packed documents: causal, bidirectional inside an image, closed between documents.
 
         document_start: integers [B, S], where the document of a position starts.
         image_end: integers [B, S], where the image that a position is in ends (one past its last), else 0.
         length: integers [B], how many positions of each row are real; the others are padding. All, unless given.
+        narrow: see the class.
 
-        Built on the device of `document_start`, without a host synchronisation.
+        Built on the device of `document_start`, without a host synchronisation. Raises ValueError, naming the argument,
+        for what is no tensor of integers of these shapes, all on one device.
         """
+        for name, tensor in (
+            ("document_start", document_start),
+            ("image_end", image_end),
+            ("length", length),
+        ):
+            if name != "length" or tensor is not None:
+                _check_integers(name, tensor, device_of=document_start)
         if document_start.dim() != 2:
             raise ValueError(
                 f"document_start: got shape {tuple(document_start.shape)}, takes [rows, positions]"
@@ -87,7 +110,7 @@ class IntervalMask:
             length_B1 = length.to(torch.int32)[:, None]
             first_BS = torch.where(position_S < length_B1, first_BS, length_B1)
             end_BS = torch.where(position_S < length_B1, end_BS, length_B1)
-        return IntervalMask(first_BS, end_BS)
+        return IntervalMask(first_BS, end_BS, narrow=narrow)
 
     @property
     def device(self) -> torch.device:
@@ -135,19 +158,52 @@ class IntervalMask:
         products = 5 if backward else 2
         return 2 * products * heads * head_dim * self.visible_pairs()
 
-    def validate(self) -> None:
+    def validate(self, k: Tensor | None = None, v: Tensor | None = None) -> None:
         """Raise ValueError if a bound leaves `[0, num_keys]`, decreases, or ends before it starts.
 
-        Waits for the device. The CPU implementation calls it once for each new mask.
+        k, v: [B, K, num_keys, D]. Those that are given must be finite everywhere, padding included; the error says
+            where the first that is not stands, and whether any query sees it.
+
+        Waits for the device. On CPU tensors `interval_attention` validates the bounds by itself.
         """
         validate_bounds(self.first_key, self.end_key, self.num_keys)
+        for name, tensor in (("k", k), ("v", v)):
+            if tensor is not None:
+                check_tensor(name, tensor)
+                self._validate_finite(name, tensor)
+
+    def _validate_finite(self, name: str, tensor: Tensor) -> None:
+        rows = self.first_key.shape[0]
+        if tensor.dim() != 4 or tensor.shape[2] != self.num_keys or rows not in (1, tensor.shape[0]):
+            batch = "batch" if rows == 1 else rows
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}, takes [{batch}, key heads, {self.num_keys}, head_dim]"
+            )
+        if tensor.device != self.device:
+            raise ValueError(f"{name}: got device {tensor.device}, takes the mask's, {self.device}")
+        broken_BKND = ~tensor.isfinite()
+        if not bool(broken_BKND.any()):
+            return
+        row, head, position, column = broken_BKND.nonzero()[0].tolist()
+        mask_row = row if rows > 1 else 0
+        first_S, end_S = self.first_key[mask_row], self.end_key[mask_row]
+        seen = bool(((first_S <= position) & (position < end_S)).any())
+        raise ValueError(
+            f"{name}: got {float(tensor[row, head, position, column])} in row {row}, key head {head}, position "
+            f"{position}, which {'queries see' if seen else 'no query sees'}; takes finite numbers everywhere, for "
+            "hidden values are multiplied by 0"
+        )
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> IntervalMask:
         """This mask on another device."""
+        leaves_host = self.device.type == "cpu" and torch.device(device).type != "cpu"
         return IntervalMask(
             self.first_key.to(device, non_blocking=non_blocking),
             self.end_key.to(device, non_blocking=non_blocking),
             num_keys=self.num_keys,
+            narrow=self.visible_pairs() < NARROW_WIDTH * self.first_key.numel()
+            if leaves_host
+            else self.narrow,
         )
 
     def _columns(self) -> tuple[Tensor, Tensor]:
@@ -171,6 +227,20 @@ class IntervalMask:
             with torch.inference_mode(False):  # what is kept may later be saved for a backward pass
                 kept = derived[name] = (version, compute())
         return kept[1]
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise ValueError unless this is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: got {type(value).__name__}, takes a tensor")
+
+
+def _check_integers(name: str, value: Any, device_of: Tensor) -> None:
+    check_tensor(name, value)
+    if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
+        raise ValueError(f"{name}: got {value.dtype}, takes integers")
+    if value.device != device_of.device:
+        raise ValueError(f"{name}: got device {value.device}, takes document_start's, {device_of.device}")
 
 
 def validate_bounds(first_key: Tensor, end_key: Tensor, num_keys: int) -> None:
@@ -209,15 +279,22 @@ def _longest_first(first: Tensor, end: Tensor) -> Tensor:
     return torch.argsort(width_BT.flatten(), descending=True, stable=True).to(torch.int32)
 
 
-def _flatten(mask: IntervalMask) -> tuple[list[Any], int]:
-    return [mask.first_key, mask.end_key], mask.num_keys
+def _flatten(mask: IntervalMask) -> tuple[list[Any], tuple[int, bool]]:
+    return [mask.first_key, mask.end_key], (mask.num_keys, mask.narrow)
 
 
-def _unflatten(children: Any, num_keys: int) -> IntervalMask:
+def _unflatten(children: Any, context: tuple[int, bool]) -> IntervalMask:
     # A tree may carry placeholders where the tensors were, which the constructor would refuse.
     mask = object.__new__(IntervalMask)
     first_key, end_key = children
-    fields = {"first_key": first_key, "end_key": end_key, "num_keys": num_keys, "_derived": {}}
+    num_keys, narrow = context
+    fields = {
+        "first_key": first_key,
+        "end_key": end_key,
+        "num_keys": num_keys,
+        "narrow": narrow,
+        "_derived": {},
+    }
     for name, value in fields.items():
         object.__setattr__(mask, name, value)
     return mask

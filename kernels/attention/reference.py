@@ -5,6 +5,8 @@ Shape suffixes: B batch, H query heads, K key heads, S queries, N keys, D head w
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from transfusion_kernels.attention.layout import IntervalMask
@@ -22,7 +24,21 @@ def reference_attention(
 
     Computes in float32 or better. Returns the output [B, H, S, D] in the dtype of q, and the log-sum-exp of the
     scaled scores [B, H, S], which carries no gradient. A query that sees nothing gets 0 and minus infinity.
+    Autocast has no say: the dtype of the inputs does.
     """
+    with _without_autocast(q_BHSD.device.type):
+        return _attend(q_BHSD, k_BKND, v_BKND, mask, scale)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    if not torch.amp.is_autocast_available(device_type):  # as on the meta device
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _attend(
+    q_BHSD: Tensor, k_BKND: Tensor, v_BKND: Tensor, mask: IntervalMask, scale: float
+) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(q_BHSD.dtype)
     group = q_BHSD.shape[1] // max(k_BKND.shape[1], 1)
     k_BHND = k_BKND.to(dtype).repeat_interleave(group, dim=1)

@@ -1,11 +1,15 @@
-"""Tile sizes of the Triton kernels: a table, looked up; nothing is tuned while a program runs."""
+"""Tile sizes of the Triton kernels: a table, looked up; nothing is tuned while a program runs.
+
+A row stands for what `machine_code` found to keep its values in registers, on every Triton it is shipped for.
+`benchmarks/campaigns/compile_kernels.py` compiles all of them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 
 import torch
+import triton
 from transfusion_kernels.attention.layout import TILE_ROWS
 
 
@@ -29,41 +33,121 @@ class Tile:
 @dataclass(frozen=True)
 class Tiles:
     """The tiles of the forward (queries x keys), the fused and the split backward for keys and values
-    (keys x queries), and the split backward for queries (queries x keys)."""
+    (keys x queries), and the split backward for queries (queries x keys).
+
+    fused: None where no tile of it fits the registers, so that the split backward stands in for it.
+    """
 
     forward: Tile
-    fused: Tile
+    fused: Tile | None
     keys: Tile
     queries: Tile
 
 
+# What the interpreter runs.
 _SMALL = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
-_MIDDLE = Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2))
-_AMPERE_128 = Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
-_HOPPER_64 = Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
-_HOPPER_128 = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
-_WIDE = Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+# What runs 16-bit heads of 256 where nothing else is listed.
+_BROAD = Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
 
-# By (major compute capability, padded head width), for 16-bit inputs. What is not listed runs on _MIDDLE, or _WIDE
-# for heads of 256.
+# By head width, for float32, which IEEE arithmetic multiplies without tensor cores, from registers.
+_EXACT_64 = Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1))
+_EXACT_128 = replace(_EXACT_64, fused=Tile(16, 16, 16, 1))
+_EXACT_256 = replace(_EXACT_64, forward=Tile(16, 32, 8, 1), fused=Tile(16, 16, 8, 1))
+_EXACT = {32: _EXACT_64, 64: _EXACT_64, 96: _EXACT_128, 128: _EXACT_128, 256: _EXACT_256}
+
+# By head width, for 16-bit inputs: what runs where nothing else is listed, and for narrow intervals.
+_COMMON_64 = Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(64, 32, 4, 2))
+_COMMON_96 = Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2))
+_COMMON_128 = Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+_COMMON = {32: _COMMON_64, 64: _COMMON_64, 96: _COMMON_96, 128: _COMMON_128, 256: _BROAD}
+
+_AMPERE_64 = Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(64, 64, 4, 2))
+_AMPERE_128 = Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+_HOPPER_64 = Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
+_HOPPER_64_NARROW = Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+_HOPPER_128 = Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
+_HOPPER_128_NARROW = Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2))
+_HOPPER_256 = Tiles(Tile(64, 64, 8, 2), None, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2))
+_BLACKWELL_64 = replace(_COMMON_64, fused=Tile(64, 64, 8, 1), keys=Tile(64, 64, 8, 1))
+_BLACKWELL_128 = Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 8, 1), Tile(128, 64, 8, 1), Tile(128, 64, 8, 2))
+_BLACKWELL_128_NARROW = replace(_COMMON_128, fused=Tile(64, 64, 8, 1), keys=Tile(64, 64, 4, 1))
+_BLACKWELL_256 = Tiles(Tile(64, 64, 8, 2), None, Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))
+_CDNA_64 = Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1))
+_CDNA_128 = Tiles(Tile(64, 64, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 1))
+_CDNA_256 = Tiles(Tile(64, 32, 8, 1), None, Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))
+
+# By architecture and head width: the tiles for wide intervals, then those for narrow ones.
 _TABLE = {
-    (8, 64): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    (8, 128): _AMPERE_128,
-    (9, 32): _HOPPER_64,
-    (9, 64): _HOPPER_64,
-    (9, 128): _HOPPER_128,
+    ("sm_80", 64): (_AMPERE_64, replace(_COMMON_64, forward=Tile(64, 64, 4, 3))),
+    ("sm_80", 128): (_AMPERE_128, _COMMON_128),
+    ("sm_90", 32): (_HOPPER_64, _HOPPER_64_NARROW),
+    ("sm_90", 64): (_HOPPER_64, _HOPPER_64_NARROW),
+    ("sm_90", 96): (_HOPPER_128, _HOPPER_128_NARROW),
+    ("sm_90", 128): (_HOPPER_128, _HOPPER_128_NARROW),
+    ("sm_90", 256): (_HOPPER_256, _HOPPER_256),
+    ("sm_100", 32): (_BLACKWELL_64, _BLACKWELL_64),
+    ("sm_100", 64): (_BLACKWELL_64, _BLACKWELL_64),
+    ("sm_100", 96): (_BLACKWELL_128, _BLACKWELL_128_NARROW),
+    ("sm_100", 128): (_BLACKWELL_128, _BLACKWELL_128_NARROW),
+    ("sm_100", 256): (_BLACKWELL_256, _BLACKWELL_256),
+    ("gfx942", 32): (_CDNA_64, _CDNA_64),
+    ("gfx942", 64): (_CDNA_64, _CDNA_64),
+    ("gfx942", 96): (_CDNA_128, _CDNA_128),
+    ("gfx942", 128): (_CDNA_128, _CDNA_128),
+    ("gfx942", 256): (_CDNA_256, _CDNA_256),
 }
 
+# Where the compiler of Triton 3.6 cannot keep a fused backward to registers, so that the split one stands in.
+_SPLIT_ON_TRITON_3_6 = {("sm_80", 64), ("sm_80", 128)}
 
-def tiles_for(device: torch.device, padded_width: int, dtype: torch.dtype) -> Tiles:
-    """The tiles for heads padded to `padded_width` on `device`. On a CPU, for the interpreter, the smallest."""
-    if device.type == "cpu":
+
+def tiles_for(width: int, dtype: torch.dtype, narrow: bool) -> Tiles:
+    """The tiles for heads of `width` on the current device. In the interpreter, the smallest.
+
+    narrow: whether queries see few keys, so that large tiles would mostly be masked.
+    """
+    if interprets():
         return _SMALL
-    if dtype == torch.float32:  # twice the bytes a tile, and no tensor cores in IEEE arithmetic
-        return _WIDE if padded_width > 128 else _SMALL
-    return _TABLE.get((_major_capability(device), padded_width), _WIDE if padded_width > 128 else _MIDDLE)
+    architecture = _architecture()
+    if dtype == torch.float32 and architecture.startswith("gfx"):  # with 64 KiB for a program
+        return _BROAD if width == 256 else _SMALL
+    if dtype == torch.float32:
+        return _EXACT[width]
+    key = (architecture, width)
+    common = _COMMON[width]
+    tiles = _TABLE.get(key, (common, common))[narrow]
+    splits = key in _SPLIT_ON_TRITON_3_6 and triton.__version__.startswith("3.6.")
+    return replace(tiles, fused=None) if splits else tiles
 
 
-@cache
-def _major_capability(device: torch.device) -> int:
-    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+def has_tma(dtype: torch.dtype) -> bool:
+    """Whether kernels for `dtype` take rows by descriptors on the current device. The interpreter plays the engine.
+
+    In float32 they do not: operands are multiplied from registers, and out of the order in which the copy engine
+    leaves a tile each comes by an address of its own, which spills hundreds of registers.
+    """
+    if interprets():
+        return True
+    architecture = _architecture()
+    is_hopper_or_later = architecture.startswith("sm_") and int(architecture.removeprefix("sm_")) >= 90
+    return is_hopper_or_later and dtype != torch.float32
+
+
+def needs_descriptors(dtype: torch.dtype) -> bool:
+    """Whether `has_tma` and the kernels are shipped in no other form for it.
+
+    The interpreter runs both forms, so that both are tested; it cannot add by descriptors.
+    """
+    return has_tma(dtype) and not interprets()
+
+
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _architecture() -> str:
+    if interprets():
+        return ""
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +71,37 @@ def test_equals_the_reference_in_float32(name: str, group: int, width: int) -> N
     assert torch.equal(~lse.isinf(), sees)
     assert bool((lse[~sees] == float("-inf")).all())
     torch.testing.assert_close(lse[sees].double(), exact_lse[sees], rtol=1e-5, atol=1e-5)
+
+
+def campaign() -> Any:
+    """benchmarks/campaigns/verify_cpu_attention.py, which runs the full product in a minute."""
+    path = Path(__file__).parents[2] / "benchmarks" / "campaigns" / "verify_cpu_attention.py"
+    specification = importlib.util.spec_from_file_location("verify_cpu_attention", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # where its data classes look for it
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_a_sample_of_the_full_product() -> None:
+    verify = campaign()
+    cases = list(verify.cases())
+    assert len(cases) == len(set(cases)) == 2 * 16 * 3 * 5 * 2 * 3
+    for case in random.Random(0).sample(cases, 80):
+        assert not verify.misses(*verify.errors(case)), case
+
+
+def test_the_full_product_misses_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = campaign()
+    case = verify.Case("uneven_documents", 67, 2, 32, "fp32", "fused")
+    assert verify.misses(*verify.errors(case)) == []
+    right = verify.attend
+    monkeypatch.setattr(verify, "attend", lambda *x: tuple(y * (1 + 1e-5) for y in right(*x)))
+    assert verify.misses(*verify.errors(case)) == ["out", "dq", "dk", "dv"]
+    nothing = {name: float("nan") for name in verify.RESULT_NAMES}
+    assert len(verify.misses(nothing, {})) == len(verify.misses(nothing, nothing)) == 4
 
 
 @pytest.mark.parametrize("name", ["causal", "padding_only", "one_query"])

@@ -7,9 +7,12 @@ one. bfloat16 is left to a GPU, because the interpreter's products of it are wro
 from __future__ import annotations
 
 import itertools
+import random
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transfusion_kernels import IntervalMask, interval_attention
 from transfusion_kernels.testing import (
     exact_attention,
@@ -27,48 +30,105 @@ pytestmark = [
     ),
 ]
 
-FAMILIES = mask_families(80)
-# Heads and widths, taken in turn by the masks.
-FORMS = itertools.cycle([(1, 32), (2, 96), (4, 64), (2, 32), (1, 96)])
-CASES = [(name, group, width) for name, (group, width) in zip(FAMILIES, FORMS, strict=False)]
+AXES = {
+    "family": list(mask_families(64)),
+    "size": [64, 77, 127, 128],
+    "group": [1, 2, 8],
+    "width": [32, 64, 96, 128],
+    # How rows lie in memory: heads apart, joined, one of several projections in one tensor, and at addresses that
+    # descriptors do not take.
+    "layout": ["heads", "joined", "packed", "unaligned"],
+    "deterministic": [False, True],
+}
 
 
-def compare(mask: IntervalMask, group: int, width: int, dtype: torch.dtype, bar: float) -> None:
+def pairwise_cover(axes: dict[str, list[Any]], seed: int) -> list[dict[str, Any]]:
+    """Cases that between them hold every pair of values of two axes, found greedily among random ones."""
+    source = random.Random(seed)
+    missing = {
+        frozenset([(one, x), (other, y)])
+        for one, other in itertools.combinations(axes, 2)
+        for x, y in itertools.product(axes[one], axes[other])
+    }
+    cases = []
+    while missing:
+        # Seeded with a pair that is missing, so that each case removes one.
+        wanted = dict(min(missing, key=sorted_text))
+        candidates = [{name: source.choice(axes[name]) for name in axes} | wanted for _ in range(40)]
+        best = max(candidates, key=lambda case: len(missing & pairs_of(case)))
+        missing -= pairs_of(best)
+        cases.append(best)
+    return cases
+
+
+def pairs_of(case: dict[str, Any]) -> set[frozenset[tuple[str, Any]]]:
+    return {frozenset(pair) for pair in itertools.combinations(case.items(), 2)}
+
+
+def sorted_text(pair: frozenset[tuple[str, Any]]) -> list[str]:
+    return sorted(map(str, pair))
+
+
+def rows_in_memory(layout: str, heads: int, size: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Random [2, heads, size, width] of that layout."""
+    if layout == "heads":
+        rows = torch.randn(2, heads, size, width, dtype=dtype)
+    elif layout == "joined":
+        rows = torch.randn(2, size, heads, width, dtype=dtype).transpose(1, 2)
+    elif layout == "packed":
+        rows = torch.randn(2, size, 2, heads, width, dtype=dtype)[:, :, 1].transpose(1, 2)
+    else:
+        rows = torch.randn(2, heads, size, width + 1, dtype=dtype)[..., 1:]
+    return rows.requires_grad_()
+
+
+def compare(
+    mask: IntervalMask,
+    group: int,
+    width: int,
+    dtype: torch.dtype,
+    bar: float,
+    layout: str = "joined",
+    deterministic: bool = False,
+) -> None:
     torch.manual_seed(width)
     heads = max(group, 2)
-    q = torch.randn(2, mask.num_queries, heads, width, dtype=dtype).transpose(1, 2).requires_grad_()
-    k = torch.randn(2, heads // group, mask.num_keys, width, dtype=dtype).requires_grad_()
-    v = torch.randn(2, mask.num_keys, 2, heads // group, width, dtype=dtype)[:, :, 1].transpose(1, 2)
-    v.requires_grad_()
+    q = rows_in_memory(layout, heads, mask.num_queries, width, dtype)
+    k, v = (rows_in_memory(layout, heads // group, mask.num_keys, width, dtype) for _ in range(2))
     grad_out = torch.randn_like(q)
     exact_out, exact_lse, exact_gradients = exact_attention(q, k, v, mask, grad_out)
-    for deterministic in (False, True):
-        with poisoned_memory():
-            out, lse = interval_attention(
-                q, k, v, mask, backend="triton", deterministic=deterministic, return_lse=True
-            )
-            gradients = torch.autograd.grad(out, (q, k, v), grad_out)
-        assert relative_error(out, exact_out) < bar
-        for name, gradient, exact in zip("qkv", gradients, exact_gradients, strict=True):
-            assert relative_error(gradient, exact, floor=1.0) < bar, (name, deterministic)
-        sees = ~exact_lse.isinf()
-        assert bool((lse[~sees] == float("-inf")).all())
-        torch.testing.assert_close(lse[sees].double(), exact_lse[sees], rtol=bar, atol=bar)
+    with poisoned_memory():
+        out, lse = interval_attention(
+            q, k, v, mask, backend="triton", deterministic=deterministic, return_lse=True
+        )
+        gradients = torch.autograd.grad(out, (q, k, v), grad_out)
+    assert relative_error(out, exact_out) < bar
+    for name, gradient, exact in zip("qkv", gradients, exact_gradients, strict=True):
+        assert relative_error(gradient, exact, floor=1.0) < bar, name
+    sees = ~exact_lse.isinf()
+    assert bool((lse[~sees] == float("-inf")).all())
+    torch.testing.assert_close(lse[sees].double(), exact_lse[sees], rtol=bar, atol=bar)
 
 
-@pytest.mark.parametrize(("name", "group", "width"), CASES)
-def test_equals_the_reference_in_float32(name: str, group: int, width: int) -> None:
-    compare(FAMILIES[name], group, width, torch.float32, bar=5e-6)
+@pytest.mark.parametrize(
+    "case", pairwise_cover(AXES, seed=0), ids=lambda case: "-".join(map(str, case.values()))
+)
+def test_equals_the_reference_in_float32(case: dict[str, Any]) -> None:
+    mask = mask_families(case["size"])[case["family"]]
+    settings = {name: case[name] for name in ("group", "width", "layout", "deterministic")}
+    compare(mask, **settings, dtype=torch.float32, bar=5e-6)
 
 
 @pytest.mark.parametrize("name", ["uneven_documents", "block_against_cache"])
 def test_equals_the_reference_in_float16(name: str) -> None:
-    compare(FAMILIES[name], 2, 32, torch.float16, bar=1e-3)
+    for deterministic in (False, True):
+        compare(mask_families(80)[name], 2, 32, torch.float16, bar=1e-3, deterministic=deterministic)
 
 
-@pytest.mark.parametrize("width", [128, 256])
-def test_wide_heads(width: int) -> None:
-    compare(mask_of(33, [(0, 20), (20, 33)], [(22, 30)], length=31), 1, width, torch.float32, bar=5e-6)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_widest_heads(deterministic: bool) -> None:
+    mask = mask_of(33, [(0, 20), (20, 33)], [(22, 30)], length=31)
+    compare(mask, 1, 256, torch.float32, bar=5e-6, deterministic=deterministic)
 
 
 def test_very_low_scores_beside_keys_past_the_last() -> None:
@@ -94,7 +154,7 @@ def test_nothing_to_do() -> None:
 
 
 def test_compiles_whole() -> None:
-    mask = FAMILIES["shared_row"]
+    mask = mask_families(80)["shared_row"]
     q, k, v = (torch.randn(2, 2, 80, 32) for _ in range(3))
     compiled = torch.compile(
         lambda *x: interval_attention(*x, mask, backend="triton"), fullgraph=True, backend="aot_eager"
@@ -106,5 +166,5 @@ def test_operator_passes_opcheck() -> None:
     mask = mask_of(40, [(0, 40)], [(5, 20)])
     q, k, v = (torch.randn(1, 2, 40, 32, requires_grad=True) for _ in range(3))
     columns = (mask.first_query, mask.end_query, mask.query_order, mask.key_order)
-    arguments = (q, k, v, mask.first_key, mask.end_key, *columns, 0.2, True, "triton")
+    arguments = (q, k, v, mask.first_key, mask.end_key, *columns, 0.2, True, False, "triton")
     torch.library.opcheck(torch.ops.transfusion.interval_attention.default, arguments)

@@ -11,10 +11,11 @@ import pytest
 
 
 @pytest.mark.slow
-def test_triton_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["test_interpreted.py", "test_interpreted_decode.py"])
+def test_triton_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    path = Path(__file__).with_name("test_interpreted.py")
+    path = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", str(path), "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,35 +12,10 @@ from torch.nn.attention.flex_attention import create_mask
 from torch.utils import _pytree as pytree
 from transfusion_kernels import IntervalMask
 from transfusion_kernels.attention.layout import TILE_ROWS
-from transfusion_kernels.testing import mask_families, mask_of
+from transfusion_kernels.testing import mask_families, mask_of, random_layout
 
 SIZE = 300
 FAMILIES = mask_families(SIZE)
-
-
-def random_layout(rows: int, size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Packed rows: where documents start, where images end, and an id of the document and the image (or -1)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (1,), generator=generator))
-
-    start, end = torch.zeros(2, rows, size, dtype=torch.int64)
-    document, image = torch.zeros(rows, size, dtype=torch.int64), torch.full((rows, size), -1)
-    for row in range(rows):
-        position, count = 0, 0
-        while position < size:
-            document_end = min(size, position + draw(1, 60))
-            start[row, position:document_end] = position
-            document[row, position:document_end] = count
-            cursor = position + draw(0, 5)
-            while cursor < document_end:
-                image_end = min(document_end, cursor + draw(1, 20))
-                end[row, cursor:image_end] = image_end
-                image[row, cursor:image_end] = cursor
-                cursor = image_end + draw(0, 9)
-            position, count = document_end, count + 1
-    return start, end, document, image
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -140,6 +118,36 @@ def test_validate_names_what_is_wrong(first: list[int], end: list[int], num_keys
         mask.validate()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_validate_finds_what_is_not_finite_in_keys_and_values(value: float) -> None:
+    mask = mask_of(64, [(0, 30), (30, 64)], length=50)
+    k, v = torch.randn(2, 3, 2, 64, 32).unbind()
+    mask.validate(k, v)
+    k[1, 1, 55, 7] = value
+    with pytest.raises(ValueError, match=f"k: got {value} in row 1, key head 1, position 55, which no query"):
+        mask.validate(k, v)
+    mask.validate(v=v)
+    v[2, 0, 49, 31] = value
+    with pytest.raises(
+        ValueError, match=f"v: got {value} in row 2, key head 0, position 49, which queries see"
+    ):
+        mask.validate(v=v)
+    batch = IntervalMask(mask.first_key.expand(3, -1).clone(), mask.end_key.expand(3, -1).clone())
+    batch.first_key[2], batch.end_key[2] = 0, 0
+    with pytest.raises(ValueError, match="row 2, key head 0, position 49, which no query sees"):
+        batch.validate(v=v)
+
+
+def test_validate_refuses_keys_of_another_shape() -> None:
+    mask = mask_of(64, [(0, 64)])
+    with pytest.raises(
+        ValueError, match=r"k: got shape \(2, 1, 63, 32\), takes \[batch, key heads, 64, head_dim\]"
+    ):
+        mask.validate(torch.randn(2, 1, 63, 32))
+    with pytest.raises(ValueError, match=r"v: got shape \(64, 32\)"):
+        mask.validate(v=torch.randn(64, 32))
+
+
 def test_constructor_names_what_is_wrong() -> None:
     first, end = bounds([0, 0], [1, 2])
     with pytest.raises(ValueError, match=r"first_key: got torch.int64, takes torch.int32"):
@@ -156,3 +164,59 @@ def test_constructor_names_what_is_wrong() -> None:
         IntervalMask.from_spans(first, end[:, :1])
     with pytest.raises(ValueError, match=r"length: got shape"):
         IntervalMask.from_spans(first, end, length=torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("number", [2.5, torch.tensor(2), "3", True])
+def test_num_keys_is_a_whole_number(number: Any) -> None:
+    first, end = bounds([0, 0], [1, 2])
+    with pytest.raises(ValueError, match=r"num_keys: got .*, takes a number of keys, 0 or more"):
+        IntervalMask(first, end, num_keys=number)
+
+
+@pytest.mark.parametrize("name", ["document_start", "image_end", "length"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.tolist(), "got list, takes a tensor"),
+        (lambda x: x.float(), "got torch.float32, takes integers"),
+        (lambda x: x.bool(), "got torch.bool, takes integers"),
+        (lambda x: x.to("meta"), "got device meta, takes document_start's, cpu"),
+    ],
+)
+def test_from_spans_names_what_is_wrong(name: str, change: Callable[[Tensor], Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "document_start": torch.zeros(2, 3, dtype=torch.int64),
+        "image_end": torch.zeros(2, 3, dtype=torch.int64),
+        "length": torch.tensor([3, 2]),
+    }
+    IntervalMask.from_spans(**arguments)
+    arguments[name] = change(arguments[name])
+    if name == "document_start" and "device" in message:
+        name, message = "image_end", "got device cpu, takes document_start's, meta"
+    with pytest.raises(ValueError, match=f"^{name}: {message}"):
+        IntervalMask.from_spans(**arguments)
+
+
+def test_lists_are_no_tensors() -> None:
+    first, end = bounds([0, 0], [1, 2])
+    with pytest.raises(ValueError, match="first_key: got list, takes a tensor"):
+        IntervalMask([[0, 0]], end)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="end_key: got list, takes a tensor"):
+        IntervalMask(first, [[1, 2]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="k: got list, takes a tensor"):
+        IntervalMask(first, end).validate([1.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="v: got device meta, takes the mask's, cpu"):
+        IntervalMask(first, end).validate(v=torch.zeros(2, 1, 2, 32, device="meta"))
+
+
+def test_a_mask_that_leaves_the_host_knows_whether_it_is_narrow() -> None:
+    size = 4096
+    documents = [(start, start + 256) for start in range(0, size, 256)]
+    for mask, narrow in ((mask_of(size, documents), True), (mask_of(size, [(0, size)]), False)):
+        assert not mask.narrow
+        moved = mask.to("meta")
+        assert moved.narrow == narrow
+        assert moved.to("meta").narrow == narrow
+        leaves, tree = pytree.tree_flatten(moved)
+        assert pytree.tree_unflatten(leaves, tree).narrow == narrow
+    assert mask_of(100, [(0, 100)]).narrow

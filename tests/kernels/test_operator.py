@@ -33,7 +33,74 @@ def test_operator_passes_opcheck(name: str) -> None:
     mask = mask_families(SIZE)[name]
     operator = torch.ops.transfusion.interval_attention.default
     tensors = (mask.first_key, mask.end_key, None, None, None, None)
-    torch.library.opcheck(operator, (*qkv(), *tensors, 0.2, False, "cpu"))
+    torch.library.opcheck(operator, (*qkv(), *tensors, 0.2, False, False, "cpu"))
+
+
+@pytest.mark.parametrize("name", ["uneven_documents", "causal"])
+def test_operator_passes_opcheck_on_one_row_that_is_laid_out_by_heads(name: str) -> None:
+    mask = mask_families(SIZE)[name]
+    operator = torch.ops.transfusion.interval_attention.default
+    tensors = (mask.first_key[:1], mask.end_key[:1], None, None, None, None)
+    for key_heads in (2, 4):
+        inputs = (x[:1].detach().contiguous().requires_grad_() for x in qkv(key_heads=key_heads))
+        torch.library.opcheck(operator, (*inputs, *tensors, 0.2, False, False, "cpu"))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_whole_for_batches_and_rows_of_any_size(dynamic: bool | None) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, end_key: Tensor) -> Tensor:
+        out = interval_attention(q, k, v, IntervalMask(first_key, end_key))
+        assert isinstance(out, Tensor)
+        return out
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch, size in ((2, 64), (3, 96), (1, 70)):
+        q = torch.randn(batch, 4, size, 32)
+        k, v = torch.randn(2, batch, 2, size, 32).unbind()
+        end_key = torch.arange(1, size + 1, dtype=torch.int32).expand(batch, -1).contiguous()
+        arguments = (q, k, v, torch.zeros_like(end_key), end_key)
+        torch.testing.assert_close(compiled(*arguments), attend(*arguments))
+
+
+def test_compiles_whole_for_any_scale() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out = interval_attention(q, k, v, MASK, scale=scale)
+        assert isinstance(out, Tensor)
+        return out
+
+    inputs = qkv(requires_grad=False)
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for scale in (0.25, 0.5, 0.125):
+        torch.testing.assert_close(compiled(*inputs, scale), attend(*inputs, scale))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_changes_nothing(backend: str) -> None:
+    """The dtype of the inputs says how exact the output is to be."""
+    plain, others = qkv(), qkv()
+    exact, exact_lse = interval_attention(*plain, MASK, return_lse=True, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = interval_attention(*others, MASK, return_lse=True, backend=backend)
+    assert out.dtype == lse.dtype == torch.float32
+    torch.testing.assert_close(out, exact, rtol=0, atol=0)
+    torch.testing.assert_close(lse, exact_lse, rtol=0, atol=0)
+    gradients = (torch.autograd.grad(x.square().sum(), y) for x, y in ((out, others), (exact, plain)))
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_second_derivatives_only_the_reference_has() -> None:
+    for backend in ("cpu", "reference"):
+        inputs = qkv()
+        out = interval_attention(*inputs, MASK, backend=backend)
+        (first,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+        if backend == "reference":
+            torch.autograd.grad(first.square().sum(), inputs)
+            continue
+        with pytest.raises(RuntimeError, match=r"no second derivatives.*backend='reference'"):
+            torch.autograd.grad(first.square().sum(), inputs)
 
 
 def test_compiles_whole_and_once_for_all_masks() -> None:
@@ -144,13 +211,26 @@ Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     ("change", "message"),
     [
         (lambda q, k, v: (q[0], k, v), r"q: got shape \(4, 96, 32\)"),
+        (lambda q, k, v: (None, k, v), "q: got NoneType, takes a tensor"),
+        (lambda q, k, v: (q, k, [v]), "v: got list, takes a tensor"),
+        (lambda q, k, v: (q[:, :0], k, v), r"q: got shape \(2, 0, 96, 32\)"),
+        (lambda q, k, v: (q[..., :0], k[..., :0], v[..., :0]), r"q: got shape \(2, 4, 96, 0\)"),
         (lambda q, k, v: (q.long(), k, v), "q: got torch.int64, takes a floating dtype"),
+        (lambda q, k, v: (q.to(torch.float8_e4m3fn), k, v), "q: got torch.float8_e4m3fn"),
         (lambda q, k, v: (q, k.half(), v), "k: got torch.float16, takes q's dtype, torch.float32"),
         (lambda q, k, v: (q, k.to("meta"), v), "k: got device meta, takes q's, cpu"),
         (lambda q, k, v: (q, k[:1], v), r"k: got shape \(1, 2, 96, 32\)"),
+        (lambda q, k, v: (q, k, v[0]), r"v: got shape \(2, 96, 32\), takes \[2, key heads, keys, 32\]"),
+        (lambda q, k, v: (q, k, v.double()), "v: got torch.float64, takes q's dtype, torch.float32"),
+        (lambda q, k, v: (q, k, v.to("meta")), "v: got device meta, takes q's, cpu"),
+        (lambda q, k, v: (q, k[..., :16], v[..., :16]), r"k: got shape \(2, 2, 96, 16\)"),
+        (lambda q, k, v: (q, k[:, :0], v[:, :0]), "k: got 0 heads, takes a number that divides q's 4"),
         (lambda q, k, v: (q, k, v[:, :, 1:]), r"v: got shape \(2, 2, 95, 32\), takes k's"),
         (lambda q, k, v: (q[:, :3], k, v), "k: got 2 heads, takes a number that divides q's 3"),
+        (lambda q, k, v: (q.mT.contiguous().mT, k, v), "q: got last stride 96"),
         (lambda q, k, v: (q, k.mT.contiguous().mT, v), "k: got last stride 96"),
+        (lambda q, k, v: (q, k, v.mT.contiguous().mT), "v: got last stride 96, takes a contiguous last"),
+        (lambda q, k, v: (q[:1], k[:1], v[:1]), r"mask: got bounds of shape \(2, 96\), takes \[1 or 1, 96\]"),
         (lambda q, k, v: (q[:, :, 1:], k, v), r"mask: got bounds of shape \(2, 96\), takes \[2 or 1, 95\]"),
         (lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]), "mask: got num_keys 96, takes .* 95"),
     ],
@@ -168,9 +248,20 @@ def test_other_refusals() -> None:
         interval_attention(*inputs, MASK.to("meta"))
     with pytest.raises(ValueError, match="mask: got Tensor, takes an IntervalMask"):
         interval_attention(*inputs, MASK.dense())  # type: ignore[arg-type]
+    for scale in (float("nan"), float("inf"), 0.0, -0.5, "0.5"):
+        with pytest.raises(ValueError, match=r"scale: got .*, takes a finite number above 0"):
+            interval_attention(*inputs, MASK, scale=scale)  # type: ignore[arg-type]
     odd_width = [x[..., :24] for x in inputs]
     with pytest.raises(ValueError, match=r"head_dim is 24, they take \(32, 64, 96, 128, 256\)"):
         interval_attention(*odd_width, MASK, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_values_of_a_mask_are_checked_on_the_cpu_whatever_runs(backend: str) -> None:
+    mask = mask_of(SIZE, [(0, SIZE)])
+    mask.end_key[0, -1] = SIZE + 1
+    with pytest.raises(ValueError, match=f"end_key: got {SIZE + 1}, takes keys from 0 to num_keys, {SIZE}"):
+        interval_attention(*qkv(requires_grad=False), mask, backend=backend)
 
 
 def run_python(code: str) -> str:

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transfusion_kernels.testing import exact_attention, relative_error
 
 import attention
+import cpu_attention
+import verify
 from attention import Case, Inputs, Options, Provider
 
 CPU = torch.device("cpu")
@@ -106,16 +109,16 @@ def test_a_wrong_provider_is_wrong_and_not_timed(
 def test_one_wrong_row_of_many_is_seen_where_the_whole_tensor_hides_it() -> None:
     case = Case("transfusion", 2048, 1, 1, 16, "bf16")
     inputs = case.inputs(CPU)
-    exact = attention.exact_results(inputs)
+    exact = verify.exact_results(inputs)
     right = with_the_right_mask(inputs)
     keeps = torch.ones(inputs.q.shape[:3], dtype=torch.bfloat16)
     keeps[0, 0, 1000] = 0.5
-    verdict = attention.verify(
+    verdict = verify.verify(
         lambda q, k, v: right(q, k, v) * keeps[..., None], inputs, exact, "bf16", poison=False
     )
-    assert max(verdict.errors.values()) < attention.GREATEST_ERROR["bf16"][0]
-    assert verdict.worst_row > attention.GREATEST_ERROR["bf16"][1] and not verdict.right
-    assert attention.verify(right, inputs, exact, "bf16", poison=False).right
+    assert max(verdict.errors.values()) < verify.GREATEST_ERROR["bf16"][0]
+    assert verdict.worst_row > verify.GREATEST_ERROR["bf16"][1] and not verdict.right
+    assert verify.verify(right, inputs, exact, "bf16", poison=False).right
 
 
 def test_a_provider_that_fails_leaves_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +144,7 @@ def test_out_of_time_is_said() -> None:
 def test_the_reference_is_the_definition(family: str) -> None:
     inputs = Case(family, 300, 2, 2, 16, "fp32").inputs(CPU)
     out, _, gradients = exact_attention(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.grad_out)
-    for blocked, plain in zip(attention.exact_results(inputs, block=64), (out, *gradients), strict=True):
+    for blocked, plain in zip(verify.exact_results(inputs, block=64), (out, *gradients), strict=True):
         assert relative_error(blocked, plain) < 1e-13
 
 
@@ -155,6 +158,27 @@ def test_families_fill_their_rows(family: str, size: int) -> None:
         for first, end in images:
             assert any(start <= first < end <= stop for start, stop in documents)
         assert all(one[1] <= other[0] for one, other in itertools.pairwise(images))
+
+
+def test_the_picture_shows_what_was_timed(tmp_path: Path) -> None:
+    record = attention.run(options(lengths=[64, 128], families=["transfusion", "causal"]))
+    attention.draw(record, tmp_path / "attention.png")
+    with Image.open(tmp_path / "attention.png") as picture:
+        assert picture.width > 500 and picture.height > 400
+    attention.draw(record | {"results": []}, tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
+
+
+def test_the_bars_of_the_cpu_are_judged_on_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "LENGTH", 1024)
+    for family, bars in cpu_attention.BARS.items():
+        found = cpu_attention.compare(family, rounds=1)
+        assert found["right"] and found["bars"] == bars
+        times = found["milliseconds"]
+        assert found["ratios"]["under dense"] == pytest.approx(times["dense"] / times["ours"])
+        assert found["ratios"]["over causal"] == pytest.approx(times["ours"] / times["causal"])
+        assert found["reached"]["under dense"] == (found["ratios"]["under dense"] >= bars["under dense"])
+    assert cpu_attention.median_ratio([3.0, 8.0, 9.0], [1.0, 2.0, 3.0]) == 3.0
 
 
 def test_the_mix_is_half_images() -> None:

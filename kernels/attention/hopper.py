@@ -1,0 +1,274 @@
+"""The Hopper kernels' host side: what they take, how they are launched, compiled ahead of time and tried out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from transfusion_kernels.attention import layout
+from transfusion_kernels.attention.forward import LOG2_E, device_of
+from transfusion_kernels.attention.hopper_backward import backward_kernel, statistics_kernel
+from transfusion_kernels.attention.hopper_forward import forward_kernel
+from transfusion_kernels.attention.layout import IntervalMask
+from transfusion_kernels.attention.reference import reference_attention
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Every partition of 128 threads starts with this many registers, and then takes from the producer what it gives up.
+OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
+_GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+_TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# The most that the first launch may differ from the reference, norm over norm: far above rounding, far below wrong.
+_TRIAL_BAR = 2e-2
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How many rows of the other side a step takes, and how many steps shared memory holds."""
+
+    step: int
+    stages: int
+
+
+# By head width. A program's own tile is `layout.TILE_ROWS` queries forward, keys backward, half of them to a consumer.
+# The compiler of Triton 3.9 keeps less in registers: what would spill there is smaller, or left to portable kernels.
+_BEFORE_3_8 = tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 8)
+FORWARD = {
+    64: Ring(step=128, stages=3) if _BEFORE_3_8 else Ring(step=64, stages=4),
+    128: Ring(step=128, stages=2),
+}
+BACKWARD = {64: Ring(step=64, stages=2)}
+if _BEFORE_3_8:
+    BACKWARD[128] = Ring(step=64, stages=2)
+_STATISTICS_ROWS = 64
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, end_key: Tensor, query_order: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output [B, H, S, D], laid out as [B, S, H, D], and the float32 log-sum-exp [B, H, S].
+
+    query_order: int32, the tiles of `layout.TILE_ROWS` queries in the order in which to start them.
+    """
+    batch, heads, queries, width = q.shape
+    key_heads, keys = k.shape[1], k.shape[2]
+    out = q.new_empty(batch, queries, heads, width).transpose(1, 2)
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    if out.numel() == 0 or keys == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    ring, half = FORWARD[width], layout.TILE_ROWS // 2
+    share = batch // first_key.shape[0]
+    with device_of(q):
+        forward_kernel[(query_order.numel() * share * heads,)](
+            describe(q, (1, half, width)),
+            describe(k, (1, ring.step, width)),
+            describe(v, (1, ring.step, width)),
+            describe(out, (1, half, width)),
+            lse,
+            first_key.contiguous(),
+            end_key.contiguous(),
+            query_order,
+            queries,
+            heads,
+            heads // key_heads,
+            share,
+            scale * LOG2_E,
+            STAGES=ring.stages,
+            **OPTIONS,
+        )
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    first_query: Tensor,
+    end_query: Tensor,
+    key_order: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, laid out as [B, S, H, D]. That of q has other rounding on every run.
+
+    key_order: int32, the tiles of `layout.TILE_ROWS` keys in the order in which to start them.
+    """
+    batch, heads, queries, width = q.shape
+    key_heads, keys = k.shape[1], k.shape[2]
+    # Added to in float32 whatever the inputs are.
+    dq_sum = q.new_zeros(batch, queries, heads, width, dtype=torch.float32).transpose(1, 2)
+    dq = torch.empty_like(dq_sum, dtype=q.dtype)
+    dk, dv = (x.new_empty(batch, keys, key_heads, width).transpose(1, 2) for x in (k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    if grad_out.stride(3) != 1:  # as of a sum, whose gradient is one expanded number
+        grad_out = grad_out.contiguous()
+    ring, half = BACKWARD[width], layout.TILE_ROWS // 2
+    blocks = -(-queries // _STATISTICS_ROWS)
+    statistics = lse.new_empty(batch, heads, 2, blocks * _STATISTICS_ROWS)
+    share = batch // first_query.shape[0]
+    with device_of(q):
+        statistics_kernel[(blocks * batch * heads,)](
+            out,
+            grad_out,
+            lse,
+            statistics,
+            *out.stride()[:3],
+            *grad_out.stride()[:3],
+            queries,
+            blocks * _STATISTICS_ROWS,
+            heads,
+            ROWS=_STATISTICS_ROWS,
+            WIDTH=width,
+            num_warps=OPTIONS["num_warps"],
+        )
+        backward_kernel[(key_order.numel() * share * key_heads,)](
+            describe(q, (1, ring.step, width)),
+            describe(k, (1, half, width)),
+            describe(v, (1, half, width)),
+            describe(grad_out, (1, ring.step, width)),
+            describe(statistics, (1, 2, ring.step)),
+            describe(dq_sum, (1, ring.step, width)),
+            describe(dk, (1, half, width)),
+            describe(dv, (1, half, width)),
+            first_query.contiguous(),
+            end_query.contiguous(),
+            key_order,
+            keys,
+            key_heads,
+            heads // key_heads,
+            share,
+            scale,
+            scale * LOG2_E,
+            STAGES=ring.stages,
+            **OPTIONS,
+        )
+    return torch.mul(dq_sum, scale, out=dq), dk, dv
+
+
+def describe(tensor: Tensor, block: tuple[int, int, int]) -> TensorDescriptor:
+    """What copies blocks [1, *block] of a tensor of four dimensions, and 0 for what stands past its end.
+
+    The copies take addresses and strides of 16 bytes. A tensor that has others is itself copied first.
+    """
+    size = tensor.element_size()
+    # The stride of a dimension of 1 is never used, and may be anything.
+    strides = [
+        stride if extent > 1 else tensor.shape[3]
+        for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    if tensor.data_ptr() % 16 or any(stride <= 0 or stride * size % 16 for stride in strides[:3]):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        strides = list(tensor.stride())
+    strides[3] = 1
+    return TensorDescriptor(tensor, list(tensor.shape), strides, [1, *block], _layout(block, tensor.dtype))
+
+
+def _layout(block: tuple[int, int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, *block], _GLUON_DTYPES[dtype])
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel as it is launched, for compiling it where no GPU is: the arguments of `GluonASTSource`, options."""
+
+    name: str
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, int]
+    options: dict[str, Any]
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel that walks tiles, as it can be launched: by head width and dtype."""
+    return [
+        make(width, dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+        for make, widths in ((_forward_case, FORWARD), (_backward_case, BACKWARD))
+        for width in widths
+    ]
+
+
+def _forward_case(width: int, dtype: torch.dtype) -> CompileCase:
+    ring, half = FORWARD[width], layout.TILE_ROWS // 2
+    queries, keys = (_descriptor_type((1, rows, width), dtype) for rows in (half, ring.step))
+    types = {"d_q": queries, "d_k": keys, "d_v": keys, "d_out": queries, "lse": "*fp32", "scale_log2": "fp32"}
+    types |= dict.fromkeys(("first_key", "end_key", "order"), "*i32")
+    types |= dict.fromkeys(("queries", "heads", "group", "share"), "i32")
+    return _case("hopper forward", width, dtype, forward_kernel, types, {"STAGES": ring.stages})
+
+
+def _backward_case(width: int, dtype: torch.dtype) -> CompileCase:
+    ring, half = BACKWARD[width], layout.TILE_ROWS // 2
+    types = dict.fromkeys(("d_q", "d_grad"), _descriptor_type((1, ring.step, width), dtype))
+    types |= dict.fromkeys(("d_k", "d_v", "d_dk", "d_dv"), _descriptor_type((1, half, width), dtype))
+    types["d_statistics"] = _descriptor_type((1, 2, ring.step), torch.float32)
+    types["d_dq"] = _descriptor_type((1, ring.step, width), torch.float32)
+    types |= dict.fromkeys(("first_query", "end_query", "order"), "*i32")
+    types |= dict.fromkeys(("keys", "key_heads", "group", "share"), "i32")
+    types |= dict.fromkeys(("scale", "scale_log2"), "fp32")
+    return _case("hopper backward", width, dtype, backward_kernel, types, {"STAGES": ring.stages})
+
+
+def _case(
+    name: str, width: int, dtype: torch.dtype, function: Any, types: dict[str, str], constants: dict[str, int]
+) -> CompileCase:
+    signature = {
+        argument: "constexpr" if argument in constants else types[argument] for argument in function.arg_names
+    }
+    name = f"{name}, head_dim {width}, {_TYPE_NAMES[dtype]}"
+    return CompileCase(name, function, signature, constants, dict(OPTIONS))
+
+
+def _descriptor_type(block: tuple[int, int, int], dtype: torch.dtype) -> str:
+    extents = ",".join(str(extent) for extent in (1, *block))
+    return f"tensordesc<{_TYPE_NAMES[dtype]}[{extents}],{_layout(block, dtype)!r}>"
+
+
+def trial(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """Run every kernel for this width once, on a few documents; what is wrong, or nothing.
+
+    Compiles them, waits for the device, and compares with the reference. Catches any exception.
+    """
+    try:
+        # Whatever the caller's modes: those of generation make no gradients, and autocast would round the reference.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            errors = _trial_errors(device, dtype, width)
+    except Exception as error:
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        return f"{type(error).__name__}: {first_line}"
+    wrong = [f"{name} by {error:.2g}" for name, error in errors.items() if not error < _TRIAL_BAR]
+    return f"results differ from the reference: {', '.join(wrong)}" if wrong else ""
+
+
+def _trial_errors(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, float]:
+    positions, heads, key_heads, scale = 300, 2, 1, width**-0.5
+    position = torch.arange(positions, device=device)[None]
+    document_start = torch.where(position < 90, 0, 90)
+    image_end = torch.where((position >= 120) & (position < 270), 270, 0)
+    length = torch.full((1,), positions - 7, device=device)
+    mask = IntervalMask.from_spans(document_start, image_end, length=length)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(heads: int) -> Tensor:
+        shape = (1, positions, heads, width)
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype).transpose(1, 2)
+
+    q, k, v, grad_out = normal(heads), normal(key_heads), normal(key_heads), normal(heads)
+    exact = [x.float().requires_grad_() for x in (q, k, v)]
+    exact_out, exact_lse = reference_attention(exact[0], exact[1], exact[2], mask, scale)
+    out, lse = attention_forward(q, k, v, mask.first_key, mask.end_key, mask.query_order, scale)
+    pairs = {"out": (out, exact_out.detach()), "log-sum-exp": (lse.exp(), exact_lse.exp())}
+    if width in BACKWARD:
+        columns = (mask.first_query, mask.end_query, mask.key_order)
+        gradients = attention_backward(grad_out, q, k, v, out, lse, *columns, scale)
+        exact_gradients = torch.autograd.grad(exact_out, exact, grad_out.float())
+        pairs |= zip(("dq", "dk", "dv"), zip(gradients, exact_gradients, strict=True), strict=True)
+    return {
+        name: float((ours.float() - exact).norm() / exact.norm()) for name, (ours, exact) in pairs.items()
+    }

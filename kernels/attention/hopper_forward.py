@@ -1,0 +1,300 @@
+"""The forward for Hopper GPUs, in Gluon: flash attention in which loads, products and softmax overlap.
+
+A program owns a tile of queries of one head and has three partitions. A producer of one warp fetches keys and values
+through rings of shared memory. Two consumers of four warps each own half of the queries. They take turns to issue
+products, so that one's softmax runs while the tensor cores work for the other; and each issues its scores of a step
+together with the weighted values of the step before, so that its own softmax overlaps them too.
+
+Barriers: `full` is completed by the bytes of a load, `empty` by the arrivals of both consumers. `turns` hold one
+arrival each: a consumer waits on its own and arrives at the other's.
+
+Names: d_ descriptors of tensors [B, H, S, D], s_ shared memory, p_ pointers, b_ values in registers, t_ products in
+flight, o_ offsets, m_ masks. The tests run this source in a simulator (`tests/kernels/gluon_simulator.py`).
+"""
+
+# What a kernel is given has no Python type, and Gluon knows no starred lists.
+# ruff: noqa: RUF005
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code=annotation-unchecked
+
+from __future__ import annotations
+
+from transfusion_kernels.attention.hopper_tma import tma_load, tma_store, tma_store_wait
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LN_2 = gl.constexpr(0.6931471805599453)
+HIDDEN = gl.constexpr(2147483647)
+CONSUMER_REGISTERS = gl.constexpr(240)
+PRODUCER_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit(do_not_specialize=["queries", "heads", "group", "share"])
+def forward_kernel(
+    d_q, d_k, d_v, d_out, lse, first_key, end_key, order, queries, heads, group, share, scale_log2,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """out and lse of the tile of queries that is this program's in `order`.
+
+    Blocks: d_q and d_out [1, 1, half a tile, D], d_k and d_v [1, 1, keys of a step, D].
+    group: query heads to a key head. share: batch rows to a row of the mask.
+    """
+    HALF: gl.constexpr = d_q.block_shape[2]
+    program = gl.program_id(0)
+    head = program % heads
+    sharer = (program // heads) % share
+    tile = gl.load(order + program // heads // share)
+    tiles = (queries + 2 * HALF - 1) // (2 * HALF)
+    mask_row = (tile // tiles).to(gl.int64)
+    row = tile // tiles + sharer
+    place = (row, head, head // group, (tile % tiles) * (2 * HALF))
+    bounds = (first_key + mask_row * queries, end_key + mask_row * queries)
+
+    s_q = gl.allocate_shared_memory(d_q.dtype, [2] + d_q.block_shape, d_q.layout)
+    q_full = make_barriers(2, 1)
+    turns = make_barriers(2, 1)
+    keys = (
+        gl.allocate_shared_memory(d_k.dtype, [STAGES] + d_k.block_shape, d_k.layout),
+        make_barriers(STAGES, 1),
+        make_barriers(STAGES, 2),
+    )
+    values = (
+        gl.allocate_shared_memory(d_v.dtype, [STAGES] + d_v.block_shape, d_v.layout),
+        make_barriers(STAGES, 1),
+        make_barriers(STAGES, 2),
+    )
+    fence_async_shared()
+    p_lse = lse + (row.to(gl.int64) * heads + head) * queries
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (0, d_out, p_lse, s_q, q_full, keys, values, turns, bounds, place, queries, scale_log2),
+            ),
+            (
+                _consume,
+                (1, d_out, p_lse, s_q, q_full, keys, values, turns, bounds, place, queries, scale_log2),
+            ),
+            (_produce, (d_q, d_k, d_v, s_q, q_full, keys, values, bounds, place, queries)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+@gluon.jit
+def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers, each of whose phases ends with ARRIVALS arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def slot_of(step, STAGES: gl.constexpr):
+    """Where in a ring a step is, and the parity of the phase in which that place holds it."""
+    return step % STAGES, (step // STAGES) & 1
+
+
+@gluon.jit
+def _steps(bounds, start, queries, ROWS: gl.constexpr, STEP: gl.constexpr):
+    """The keys that a tile sees, in steps: the first key, the number of steps (one at least), and between which two
+    of them every query sees every key."""
+    p_first, p_end = bounds
+    last = gl.minimum(start + ROWS, queries) - 1
+    low_first = gl.load(p_first + start)
+    high_first = gl.load(p_first + last)
+    low_end = gl.load(p_end + start)
+    high_end = gl.load(p_end + last)
+    steps = gl.maximum((high_end - low_first + STEP - 1) // STEP, 1)
+    full_start = gl.minimum((high_first - low_first + STEP - 1) // STEP, steps)
+    full_end = gl.maximum(gl.maximum(low_end - low_first, 0) // STEP, full_start)
+    return low_first, steps, full_start, full_end
+
+
+@gluon.jit
+def _produce(d_q, d_k, d_v, s_q, q_full, keys, values, bounds, place, queries):
+    """Fetch the queries of both consumers, then keys and values step by step."""
+    HALF: gl.constexpr = d_q.block_shape[2]
+    STEP: gl.constexpr = d_k.block_shape[2]
+    row, head, key_head, start = place
+    s_k, k_full, k_empty = keys
+    s_v, v_full, v_empty = values
+    STAGES: gl.constexpr = s_k.shape[0]
+    base, steps, _, _ = _steps(bounds, start, queries, 2 * HALF, STEP)
+    for member in gl.static_range(2):
+        mbarrier.expect(q_full.index(member), d_q.block_type.nbytes)
+        tma_load(d_q, [row, head, start + member * HALF, 0], q_full.index(member), s_q.index(member))
+    for i in range(steps):
+        slot, parity = slot_of(i, STAGES)
+        mbarrier.wait(k_empty.index(slot), parity ^ 1)
+        mbarrier.expect(k_full.index(slot), d_k.block_type.nbytes)
+        tma_load(d_k, [row, key_head, base + i * STEP, 0], k_full.index(slot), s_k.index(slot))
+        mbarrier.wait(v_empty.index(slot), parity ^ 1)
+        mbarrier.expect(v_full.index(slot), d_v.block_type.nbytes)
+        tma_load(d_v, [row, key_head, base + i * STEP, 0], v_full.index(slot), s_v.index(slot))
+
+
+@gluon.jit
+def _consume(
+    MEMBER: gl.constexpr, d_out, p_lse, s_q, q_full, keys, values, turns, bounds, place, queries, scale_log2
+):  # fmt: skip
+    """Attend with one half of the queries, and store their output and log-sum-exp."""
+    HALF: gl.constexpr = s_q.shape[3]
+    WIDTH: gl.constexpr = s_q.shape[4]
+    row, head, _, start = place
+    s_k, k_full, k_empty = keys
+    s_v, v_full, _ = values
+    STAGES: gl.constexpr = s_k.shape[0]
+    STEP: gl.constexpr = s_k.shape[3]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    OUTPUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+
+    base, steps, full_start, full_end = _steps(bounds, start, queries, 2 * HALF, STEP)
+    p_first, p_end = bounds
+    o_m = start + MEMBER * HALF + gl.arange(0, HALF, layout=SCORE_ROWS)
+    m_rows = o_m < queries
+    b_first = gl.load(p_first + o_m, mask=m_rows, other=HIDDEN)
+    b_end = gl.load(p_end + o_m, mask=m_rows, other=0)
+    b_max = gl.full([HALF], float("-inf"), gl.float32, SCORE_ROWS)
+    b_sum = gl.zeros([HALF], gl.float32, SCORE_ROWS)
+    b_out = gl.zeros([HALF, WIDTH], gl.float32, OUTPUT)
+    s_q_2d = s_q.index(MEMBER).reshape([HALF, WIDTH])
+    if MEMBER == 1:
+        mbarrier.arrive(turns.index(0), count=1)
+
+    # The first step has no values before it.
+    mbarrier.wait(q_full.index(MEMBER), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    mbarrier.wait(turns.index(MEMBER), 0)
+    b_zero = gl.zeros([HALF, STEP], gl.float32, SCORES)
+    t_score = warpgroup_mma(
+        s_q_2d, s_k.index(0).reshape([STEP, WIDTH]).permute((1, 0)), b_zero, use_acc=False, is_async=True
+    )
+    mbarrier.arrive(turns.index(1 - MEMBER), count=1)
+    b_score = warpgroup_mma_wait(0, deps=(t_score,))
+    mbarrier.arrive(k_empty.index(0), count=1)
+    b_weight, _, b_max, b_sum = _softmax(
+        b_score, b_max, b_sum, b_first, b_end, base, scale_log2, True, True, STEP, SCORES
+    )
+    b_weight = b_weight.to(s_v.dtype)
+
+    full_start = gl.maximum(full_start, 1)
+    full_end = gl.maximum(full_end, 1)
+    b_out, b_weight, b_max, b_sum = _attend(
+        b_out, b_weight, b_max, b_sum, 1, full_start, base, s_q_2d, keys, values, turns, b_first, b_end,
+        scale_log2, MEMBER, True, True,
+    )  # fmt: skip
+    b_out, b_weight, b_max, b_sum = _attend(
+        b_out, b_weight, b_max, b_sum, full_start, full_end, base, s_q_2d, keys, values, turns, b_first, b_end,
+        scale_log2, MEMBER, False, False,
+    )  # fmt: skip
+    b_out, b_weight, b_max, b_sum = _attend(
+        b_out, b_weight, b_max, b_sum, full_end, steps, base, s_q_2d, keys, values, turns, b_first, b_end,
+        scale_log2, MEMBER, False, True,
+    )  # fmt: skip
+
+    slot, parity = slot_of(steps - 1, STAGES)
+    mbarrier.wait(v_full.index(slot), parity)
+    t_out = warpgroup_mma(
+        gl.convert_layout(b_weight, WEIGHTS), s_v.index(slot).reshape([STEP, WIDTH]), b_out, is_async=True
+    )
+    m_empty = b_sum == 0.0
+    b_sum = gl.where(m_empty, 1.0, b_sum)
+    b_lse = gl.where(m_empty, float("-inf"), (b_max + gl.log2(b_sum)) * LN_2)
+    gl.store(p_lse + o_m, b_lse, mask=m_rows)
+    b_out = warpgroup_mma_wait(0, deps=(t_out,))
+    b_out = b_out * gl.convert_layout(1.0 / b_sum, OUTPUT_ROWS)[:, None]
+    # The queries are done with: the output leaves through their memory.
+    s_q_2d.store(b_out.to(s_q.dtype))
+    fence_async_shared()
+    tma_store(d_out, [row, head, start + MEMBER * HALF, 0], s_q.index(MEMBER))
+    tma_store_wait(0)
+
+
+@gluon.jit
+def _attend(
+    b_out, b_weight, b_max, b_sum, from_step, to_step, base, s_q, keys, values, turns, b_first, b_end, scale_log2,
+    MEMBER: gl.constexpr, MASK_FIRST: gl.constexpr, MASK_END: gl.constexpr,
+):  # fmt: skip
+    """Take the steps of keys `[from_step, to_step)`, each with the values of the step before.
+
+    b_weight: of the step before the first, and then of the last; its values are not yet in b_out.
+    """
+    s_k, k_full, k_empty = keys
+    s_v, v_full, v_empty = values
+    HALF: gl.constexpr = b_out.shape[0]
+    STAGES: gl.constexpr = s_k.shape[0]
+    STEP: gl.constexpr = s_k.shape[3]
+    WIDTH: gl.constexpr = s_k.shape[4]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    for i in range(from_step, to_step):
+        slot, parity = slot_of(i, STAGES)
+        last_slot, last_parity = slot_of(i - 1, STAGES)
+        mbarrier.wait(k_full.index(slot), parity)
+        mbarrier.wait(turns.index(MEMBER), i & 1)
+        b_zero = gl.zeros([HALF, STEP], gl.float32, SCORES)
+        t_score = warpgroup_mma(
+            s_q, s_k.index(slot).reshape([STEP, WIDTH]).permute((1, 0)), b_zero, use_acc=False, is_async=True
+        )
+        mbarrier.wait(v_full.index(last_slot), last_parity)
+        t_out = warpgroup_mma(
+            gl.convert_layout(b_weight, WEIGHTS),
+            s_v.index(last_slot).reshape([STEP, WIDTH]),
+            b_out,
+            is_async=True,
+        )
+        mbarrier.arrive(turns.index(1 - MEMBER), count=1)
+        b_score = warpgroup_mma_wait(1, deps=(t_score,))
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        b_weight_32, b_decay, b_max, b_sum = _softmax(
+            b_score,
+            b_max,
+            b_sum,
+            b_first,
+            b_end,
+            base + i * STEP,
+            scale_log2,
+            MASK_FIRST,
+            MASK_END,
+            STEP,
+            SCORES,
+        )
+        b_out = warpgroup_mma_wait(0, deps=(t_out,))
+        mbarrier.arrive(v_empty.index(last_slot), count=1)
+        b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUTPUT))[:, None]
+        b_weight = b_weight_32.to(s_v.dtype)
+    return b_out, b_weight, b_max, b_sum
+
+
+@gluon.jit
+def _softmax(
+    b_score, b_max, b_sum, b_first, b_end, key, scale_log2,
+    MASK_FIRST: gl.constexpr, MASK_END: gl.constexpr, STEP: gl.constexpr, SCORES: gl.constexpr,
+):  # fmt: skip
+    """The weights of the keys from `key`, by how much to shrink the output so far, and the new maximum and sum."""
+    if MASK_END:
+        o_n = key + gl.arange(0, STEP, layout=gl.SliceLayout(0, SCORES))
+        m_visible = o_n[None, :] < b_end[:, None]
+        if MASK_FIRST:
+            m_visible = m_visible & (o_n[None, :] >= b_first[:, None])
+        b_score = gl.where(m_visible, b_score, float("-inf"))
+    b_new_max = gl.maximum(b_max, gl.max(b_score, 1) * scale_log2)
+    b_shift = b_new_max
+    if MASK_END:  # a row that has seen nothing yet has no finite maximum
+        b_shift = gl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+    b_weight = gl.exp2(b_score * scale_log2 - b_shift[:, None])
+    b_decay = gl.exp2(b_max - b_shift)
+    b_sum = b_sum * b_decay + gl.sum(b_weight, 1)
+    return b_weight, b_decay, b_new_max, b_sum

@@ -1,0 +1,91 @@
+"""What Triton's compiler makes of the kernels that `auto` picks on a Hopper GPU. Needs no GPU.
+
+benchmarks/campaigns/compile_kernels.py compiles every form for every target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import torch  # noqa: E402
+import triton.language as tl  # noqa: E402
+from transfusion_kernels.attention.shipped import PASSES, CacheForm, Form, compile_cache_form, compile_form  # noqa: E402
+from transfusion_kernels.machine_code import compile_launches, inspect, problems  # noqa: E402
+
+
+# The narrow forms that are added here are those with other tiles; grouped queries are the harder ones.
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize(
+    ("head_dim", "narrow"),
+    [(32, False), (64, False), (64, True), (96, False), (128, False), (128, True), (256, False)],
+)
+def test_hopper_kernels_keep_to_registers_and_tensor_cores(
+    head_dim: int, narrow: bool, direction: str
+) -> None:
+    form = Form("sm_90", head_dim, direction, narrow, group=4)
+    reports = compile_form(form)
+    assert len(reports) == (
+        1 if direction == "forward" or (direction == "backward" and head_dim < 256) else 2
+    )
+    for report, wrong in reports:
+        assert not wrong, report
+        fused = direction == "backward" and head_dim < 256
+        assert (report.instructions["UTMAREDG"] > 0) == fused, report
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "direction"), [(64, "backward"), (128, "forward"), (128, "backward"), (256, "forward")]
+)
+def test_kernels_in_float32_keep_to_registers(head_dim: int, direction: str) -> None:
+    ((report, wrong),) = compile_form(Form("sm_90", head_dim, direction, narrow=False, group=4, exact=True))
+    assert not wrong, report
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(("head_dim", "queries"), [(64, 1), (128, 1), (64, 256), (128, 256)])
+def test_the_kernel_for_a_cache_keeps_to_registers(head_dim: int, queries: int, paged: bool) -> None:
+    ((report, wrong),) = compile_cache_form(CacheForm("sm_90", head_dim, queries, paged))
+    assert not wrong, report
+    assert report.instructions["HGMMA" if queries > 1 else "HMMA"] > 0
+
+
+@triton.jit
+def _too_large(x, y, out, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    product = tl.dot(tl.load(x + o), tl.load(y + o))
+    tl.store(out + o, tl.dot(product.to(tl.bfloat16), tl.load(y + o), product))
+
+
+def test_the_gate_finds_spills_and_what_else_is_wrong() -> None:
+    def launch() -> None:
+        x = torch.empty(256, 256, dtype=torch.bfloat16, device="meta")
+        _too_large[(1,)](x, x, x, BLOCK=256, num_warps=4)
+
+    (kernel,) = compile_launches("sm_90", launch).values()
+    report = inspect("too large", kernel, "sm_90")
+    assert any("spills" in problem for problem in problems(report))
+    assert any("descriptors" in problem for problem in problems(report, tma=True))
+    clean = dataclasses.replace(
+        report,
+        spill_stores=0,
+        spill_loads=0,
+        shared_bytes=0,
+        instructions={**report.instructions, "DEPBAR": 1},
+    )
+    assert not problems(clean)
+    serialised = {**report.instructions, "DEPBAR": report.instructions["HGMMA"]}
+    for change, word in (
+        ({"spill_loads": 1}, "spills"),
+        ({"shared_bytes": 1 << 20}, "shared memory"),
+        ({"instructions": serialised}, "serialised"),
+        ({"instructions": {**clean.instructions, "HMMA": 8}}, "HMMA"),
+        ({"instructions": {**clean.instructions, "HGMMA": 0}}, "no HGMMA"),
+    ):
+        found = problems(dataclasses.replace(clean, **change))  # type: ignore[arg-type]
+        assert len(found) == 1 and word in found[0], (found, word)
