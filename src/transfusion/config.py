@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Share = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -107,6 +116,21 @@ class DiffusionConfig(Section):
     )
 
 
+class ShareFrom(Section):
+    """One line of a schedule of shares."""
+
+    from_step: NonNegativeInt = Field(description="first step with this share")
+    share: Annotated[float, Field(ge=0)] = Field(description="share of the tokens; 0: none are drawn")
+
+
+# How a share may be written; pydantic puts these words into the place of a mistake.
+SHARE_FORMS = ("constant share", "schedule of shares")
+ShareOrSchedule = Annotated[
+    Annotated[Share, Tag(SHARE_FORMS[0])] | Annotated[list[ShareFrom], Tag(SHARE_FORMS[1])],
+    Discriminator(lambda value: SHARE_FORMS[isinstance(value, list)]),
+]
+
+
 class SourceConfig(Section):
     """One stream of documents."""
 
@@ -114,13 +138,39 @@ class SourceConfig(Section):
     shards: str | list[str] = Field(
         description="globs or brace ranges of .tar shards, or .jsonl files of text"
     )
-    share: Share = Field(1.0, description="share of the tokens, relative to the other sources")
+    latent_channels: NonNegativeInt = Field(
+        0, description="channels of precomputed latents (KEY.latent.npy, KEY.npy); 0: codec.channels"
+    )
+    share: ShareOrSchedule = Field(
+        1.0,
+        description="share of the tokens, relative to the other sources; or a list of {from_step, share},"
+        " the first from step 0",
+    )
+
+    @field_validator("share")
+    @classmethod
+    def _in_order(cls, share: float | list[ShareFrom]) -> float | list[ShareFrom]:
+        steps = [part.from_step for part in share] if isinstance(share, list) else [0]
+        if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+            raise ValueError(f"data.sources.share: from_step must begin with 0 and rise, got {steps}")
+        return share
+
+    @property
+    def schedule(self) -> tuple[tuple[int, float], ...]:
+        """(first step, share) in order, whichever way the share is written."""
+        if isinstance(self.share, list):
+            return tuple((part.from_step, part.share) for part in self.share)
+        return ((0, self.share),)
 
 
 class DataConfig(Section):
     sources: list[SourceConfig] = Field(default_factory=list, description="what to train on")
     held_out: list[SourceConfig] = Field(default_factory=list, description="what to evaluate on")
     tokenizer: str = Field("", description="sentencepiece model file")
+    index: str = Field(
+        "",
+        description="folder of `transfusion data index`; empty: an index beside each shard, or in the run folder",
+    )
     row_length: PositiveInt = Field(4096, description="tokens and patches a row")
     rows: PositiveInt = Field(512, description="rows of a global batch, over all ranks and micro-batches")
     micro_rows: NonNegativeInt = Field(0, description="rows a rank computes at once; 0: all of its rows")
@@ -174,7 +224,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="type of weights and activations in the forward"
     )
-    attention: Literal["auto", "cpu", "triton", "reference"] = Field(
+    attention: Literal["auto", "cpu", "hopper", "triton", "reference"] = Field(
         "auto", description="attention implementation"
     )
     compile: bool = Field(False, description="torch.compile each block's forward")
@@ -255,6 +305,10 @@ class Config(Section):
                 f"sample.guidance {self.sample.guidance:g} needs an unconditional branch, which data.caption_drop=0"
                 " does not train; set sample.guidance=1"
             )
+        schedules = [source.schedule for source in self.data.sources]
+        for step in sorted({first for schedule in schedules for first, _ in schedule}):
+            if not any([share for first, share in schedule if first <= step][-1] for schedule in schedules):
+                problems.append(f"data.sources: from step {step} on no source has a share")
         names = [source.name for source in self.data.sources]
         if len(set(names)) != len(names):
             problems.append("data.sources: two sources have the same name")

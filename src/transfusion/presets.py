@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from transfusion.config import PROBLEM_SEPARATOR, Config
+from transfusion.config import PROBLEM_SEPARATOR, SHARE_FORMS, Config
 from transfusion.errors import UserError
 
 
@@ -48,7 +49,7 @@ def check(
             config = Config.model_validate(values)
             break
         except ValidationError as error:
-            mistakes = error.errors()
+            mistakes = [mistake | {"loc": _place(mistake["loc"])} for mistake in error.errors()]
         found += [problem for mistake in mistakes for problem in _explain(mistake)]
         # Parts are compared only once each of them is well: take out what is wrong, to hear of the rest.
         if not all(_take_out(values, mistake) for mistake in mistakes):
@@ -121,11 +122,23 @@ def _merge(target: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            raise TypeError(f"{key} is a value, not a section")
-    values[keys[-1]] = value
+    target: Any = values
+    for key, following in itertools.pairwise(keys):
+        target = target[_number(key, target)] if isinstance(target, list) else target.setdefault(key, {})
+        if not isinstance(target, dict | list):
+            raise TypeError(f"{key} is a value, not a section with {following}")
+    target[_number(keys[-1], target) if isinstance(target, list) else keys[-1]] = value
+
+
+def _number(key: str, entries: Sequence[Any]) -> int:
+    if not key.isdecimal() or int(key) >= len(entries):
+        raise TypeError(f"{key} is no entry of a list of {len(entries)}; they are numbered from 0")
+    return int(key)
+
+
+def _place(location: Sequence[int | str]) -> tuple[int | str, ...]:
+    """Where a mistake stands, in the words of the file."""
+    return tuple(part for part in location if part not in SHARE_FORMS)
 
 
 def _take_out(values: dict[str, Any], mistake: Any) -> bool:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transfusion_kernels import IntervalMask
 
+from transfusion.tokens import SpecialToken as SpecialToken
+
 # Image losses are also reported by timestep: this many equal buckets over [0, diffusion.steps).
 TIMESTEP_BUCKETS = 10
 
@@ -24,19 +26,6 @@ class Modality(enum.IntEnum):
     TEXT = 0
     IMAGE = 1
     PADDING = 2
-
-
-class SpecialToken(enum.IntEnum):
-    """Control tokens. The tokenizer reserves these ids; user text can never produce them."""
-
-    PADDING = 0
-    BEGIN_DOCUMENT = 1
-    END_DOCUMENT = 2
-    UNKNOWN = 3
-    BEGIN_IMAGE = 4
-    END_IMAGE = 5
-    # Stands at patch positions, where the embedding is replaced by the encoded patch.
-    PATCH = 6
 
 
 @dataclass(frozen=True, slots=True)

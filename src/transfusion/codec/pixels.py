@@ -13,7 +13,9 @@ LATENT_BOUND = 1.0
 
 
 def encode(pixels_ICHW: Tensor) -> Tensor:
-    """uint8 pixels to fp32 latents in [-1, 1]."""
+    """uint8 pixels to fp32 latents in [-1, 1]; floats are latents already."""
+    if pixels_ICHW.is_floating_point():
+        return pixels_ICHW.float()
     return pixels_ICHW.float() / 127.5 - 1.0
 
 

@@ -35,13 +35,18 @@ TEMPLATES = (
 )
 # Share of captions that use the common template.
 COMMON_SHARE = 0.5
+# As if so many people had each described a scan.
+CAPTIONS_PER_DIGIT = 8
 
 _NAMED = re.compile(rf"\b(?:{'|'.join(DIGIT_WORDS)}|\d+)\b", re.IGNORECASE)
 
 
-def caption_for(digit: int, key: str) -> str:
-    """A caption of the digit, chosen by a hash of the sample's key."""
-    name = keyed.word(key)
+def captions_for(digit: int, key: str) -> list[str]:
+    """Captions of a scan of the digit; some may be the same."""
+    return [_caption(digit, keyed.word(f"{key}/{number}")) for number in range(CAPTIONS_PER_DIGIT)]
+
+
+def _caption(digit: int, name: int) -> str:
     if keyed.uniform(keyed.word("digits: common"), name)[0] < COMMON_SHARE:
         template = COMMON_TEMPLATE
     else:

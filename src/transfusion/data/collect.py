@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from transfusion.data import keyed
-from transfusion.data.decode import DecodeFault, check_header
-from transfusion.data.scan import PICTURE_EXTENSIONS, Fault, RawSample, scan
+from transfusion.data.judge import PICTURE_EXTENSIONS
+from transfusion.data.probe import PictureFault, probe
+from transfusion.data.sample import Fault, RawSample
+from transfusion.data.scan import scan
 from transfusion.data.shards import Sample
 from transfusion.errors import UserError
 
@@ -37,7 +39,10 @@ def is_held_out(key: str, seed: int, share: float) -> bool:
 
 
 def picture_sample(picture: bytes, extension: str, caption: str, **facts: Any) -> Sample:
-    """Members of a pair: picture, caption, and a KEY.json that can tell whether they belong together."""
+    """Members of a pair: picture, caption, and a KEY.json that can tell whether they belong together.
+
+    facts: more for KEY.json; `captions` there lists further wordings.
+    """
     facts = {"caption": caption, **facts, "sha256": hashlib.sha256(picture).hexdigest()}
     return {
         extension: picture,
@@ -72,21 +77,23 @@ def _pictures(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iter
         try:
             caption = path.with_suffix(".txt").read_bytes().decode().strip()
             data = path.read_bytes()
-            width, height = check_header(data)
+            facts = probe(data)
         except FileNotFoundError:
-            skipped.append(Fault(folder.name, name, "missing caption"))
+            skipped.append(Fault(folder.name, name, "caption_missing"))
         except UnicodeDecodeError:
-            skipped.append(Fault(folder.name, name, "caption is not UTF-8"))
-        except (DecodeFault, OSError) as error:
+            skipped.append(Fault(folder.name, name, "text_encoding"))
+        except (PictureFault, OSError) as error:
             skipped.append(
-                Fault(folder.name, name, str(error) if isinstance(error, DecodeFault) else "unreadable file")
+                Fault(folder.name, name, str(error) if isinstance(error, PictureFault) else "file_unreadable")
             )
         else:
             if caption:
                 extension = path.suffix.lower().lstrip(".")
-                yield picture_sample(data, extension, caption, file=name, width=width, height=height)
+                yield picture_sample(
+                    data, extension, caption, file=name, width=facts.width, height=facts.height
+                )
             else:
-                skipped.append(Fault(folder.name, name, "empty caption"))
+                skipped.append(Fault(folder.name, name, "caption_empty"))
 
 
 def collect_lines(path: Path, *, seed: int, held_out: float) -> Collection:

@@ -9,21 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
+from transfusion.data.probe import GREATEST_PIXELS
+
 # By content, never by name; everything else Pillow can open is refused.
 FORMATS = ("JPEG", "PNG", "WEBP")
-GREATEST_PIXELS = 50_000_000
 
 Picture = NDArray[np.uint8]
 
 
 class DecodeFault(Exception):  # noqa: N818  (no mistake of the program: one bad sample)
     """A picture that cannot be used; the message is the reason, short enough to count by."""
-
-
-def check_header(data: bytes) -> tuple[int, int]:
-    """(width, height) from the header alone. Raises DecodeFault."""
-    with _open(data) as picture:
-        return picture.size
 
 
 def decode(data: bytes, *, channels: int, image_size: int) -> Picture:
@@ -37,12 +32,12 @@ def decode(data: bytes, *, channels: int, image_size: int) -> Picture:
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 picture.load()
                 upright = ImageOps.exif_transpose(picture)
-        except Exception as error:
-            raise DecodeFault(f"damaged picture ({type(error).__name__})") from None
+        except Exception:
+            raise DecodeFault("image_corrupt") from None
         try:
             return _to_values(upright, channels, image_size)
-        except (OSError, ValueError) as error:
-            raise DecodeFault(f"unusable picture ({type(error).__name__})") from None
+        except (OSError, ValueError):
+            raise DecodeFault("image_corrupt") from None
 
 
 def _open(data: bytes) -> Image.Image:
@@ -53,9 +48,9 @@ def _open(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception:
-        raise DecodeFault("unreadable picture") from None
+        raise DecodeFault("image_corrupt") from None
     if picture.width * picture.height > GREATEST_PIXELS:
-        raise DecodeFault("too many pixels")
+        raise DecodeFault("image_too_large")
     return picture
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from transfusion.config import Config, SourceConfig
 from transfusion.data.deck import Variant, VariantRule
-from transfusion.data.decode import DecodeFault, decode
+from transfusion.data.decode import DecodeFault
 from transfusion.data.index import SourceIndex
 from transfusion.data.loader import build_indexes, source_lengths
 from transfusion.data.packing import collate
 from transfusion.data.planner import PlanSettings, RowPlan, plan_once
-from transfusion.data.rows import RowBuilder, RowSettings, pair_segments
+from transfusion.data.rows import RowBuilder, RowSettings, pair_segments, read_values
 from transfusion.data.scan import Fault
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
-from transfusion.schema import Batch, Document, TextSegment
+from transfusion.schema import Batch, Document, ImageSegment, TextSegment
 
 # So many that a text is cut only where it is longer than a row: a cut takes context away.
 _OPEN_ROWS = 256
@@ -50,7 +51,7 @@ class EvaluationLoader:
         rule = VariantRule(seed=config.run.seed, caption_first=caption_first, caption_drop=0.0)
         length = config.data.row_length
         plan = PlanSettings(rows=self._rows, row_length=length, open_rows=_OPEN_ROWS, variants=rule)
-        lengths = [source_lengths(index, 1.0, config) for index in self.indexes]
+        lengths = [source_lengths(index, ((0, 1.0),), config) for index in self.indexes]
         self._plans: list[RowPlan] = list(plan_once(lengths, plan))
 
     def __len__(self) -> int:
@@ -88,10 +89,20 @@ def documents(
 
 
 def _document(index: SourceIndex, sample: int, config: Config) -> Document:
-    ids = index.text_ids(sample).tolist()
-    if not index.is_pair_N[sample]:
-        return Document((TextSegment(tuple(ids)),), index.name, index.keys[sample])
-    codec = config.codec
-    values = decode(index.read_picture(sample), channels=codec.channels, image_size=codec.image_size)
-    segments = pair_segments(ids, values, config.patches_per_image, Variant.CAPTION_FIRST)
-    return Document(tuple(segments), index.name, index.keys[sample])
+    settings = RowSettings.of(config)
+    if index.interleaved_N[sample]:
+        segments, pictures = index.segments(sample)
+        numbers = iter(pictures)
+        segments = [
+            replace(segment, values_CHW=read_values(index, sample, next(numbers), settings))
+            if isinstance(segment, ImageSegment)
+            else segment
+            for segment in segments
+        ]
+    elif index.images_N[sample]:
+        values = read_values(index, sample, 0, settings)
+        ids = index.text_ids(sample).tolist()
+        segments = pair_segments(ids, values, config.patches_per_image, Variant.CAPTION_FIRST)
+    else:
+        segments = [TextSegment(tuple(index.text_ids(sample).tolist()))]
+    return Document(tuple(segments), index.name, index.key(sample))

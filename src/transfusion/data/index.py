@@ -1,146 +1,204 @@
-"""What a source holds, where it stands and how long it is: all that planning needs, and no file read twice.
+"""What a source holds, where it stands and how long it is: all that planning needs, from the index of each shard.
 
-Shape suffixes: N samples of the source, T its text tokens, one after another.
+Shape suffixes: N samples of the source, C their texts and captions, T tokens of these.
 """
 
 from __future__ import annotations
 
 import collections
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transfusion.config import SourceConfig
-from transfusion.data.scan import Fault, RawSample, scan
-from transfusion.data.sequence import PAIR_CONTROL_TOKENS
+from transfusion.data.indexing import HARMLESS, IndexPlace, open_indexes, too_many_faults
+from transfusion.data.sample import Fault
+from transfusion.data.scan import is_shard
+from transfusion.data.sequence import IMAGE_CONTROL_TOKENS, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS
+from transfusion.data.shardindex import Integers, ShardIndex
 from transfusion.data.shards import expand
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
+from transfusion.schema import ImageSegment, Segment, TextSegment
 
 # Two bytes a token where the vocabulary allows.
 TokenIds = NDArray[np.uint16] | NDArray[np.int32]
 
-# Fewer samples than this say nothing about a share of bad ones: a run never dies of the first.
-_FEWEST_TO_JUDGE = 100
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceIndex:
-    """The good samples of one source, and the faults that were left out.
+    """The samples of one source that fit a row, and the faults that were left out.
 
-    shard_N: which shard. picture_offset_N, picture_size_N: bytes of the picture in it; size 0 is a text.
-    token_start_N: N + 1 borders of each sample's ids (caption or text, no control tokens) in token_ids_T.
+    caption_start_N: N + 1 borders of each sample's captions in C; a text counts as one, and so does an
+    interleaved document. text_tokens_C: ids of each. images_N: images in each sample's document.
+    interleaved_N: whether the document has an order of its own.
     """
 
-    name: str
-    shards: tuple[Path, ...]
-    keys: tuple[str, ...]
-    shard_N: NDArray[np.int32]
-    picture_offset_N: NDArray[np.int64]
-    picture_size_N: NDArray[np.int64]
-    token_start_N: NDArray[np.int64]
-    token_ids_T: TokenIds
-    faults: tuple[Fault, ...]
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[ShardIndex],
+        *,
+        patches: int,
+        row_length: int,
+        latent_channels: int = 0,
+    ) -> None:
+        """patches: of one image. latent_channels: of precomputed latents; 0: any.
+
+        What cannot be cut and is longer than a row is a fault; of several captions only those too long are left out.
+        """
+        self.name = name
+        self.shards = tuple(part.shard for part in parts)
+        self._parts, self._patches = tuple(parts), patches
+        self._longest_caption = row_length - patches - PAIR_CONTROL_TOKENS
+        views = [_View(part, patches, row_length, latent_channels) for part in parts]
+        # Which samples of each shard are kept; None: all.
+        self._kept = [view.kept for view in views]
+        self._start_of_part = np.cumsum([0, *(len(view.captions_N) for view in views)])
+        self.caption_start_N = np.zeros(int(self._start_of_part[-1]) + 1, np.int64)
+        if views:
+            np.cumsum(np.concatenate([view.captions_N for view in views]), out=self.caption_start_N[1:])
+        self.text_tokens_C: Integers = _joined([view.tokens_C for view in views], np.int64)
+        self.images_N: Integers = _joined([view.images_N for view in views], np.int64)
+        self.interleaved_N: NDArray[np.bool_] = _joined([view.interleaved_N for view in views], np.bool_)
+        self.faults = tuple(fault for view in views for fault in view.faults)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return int(self._start_of_part[-1])
 
     @property
     def is_pair_N(self) -> NDArray[np.bool_]:
-        return self.picture_size_N > 0
+        """A picture with captions."""
+        is_pair_N: NDArray[np.bool_] = (self.images_N > 0) & ~self.interleaved_N
+        return is_pair_N
 
-    @property
-    def text_tokens_N(self) -> NDArray[np.int64]:
-        return np.diff(self.token_start_N)
+    def key(self, sample: int) -> str:
+        """Key of the sample, unique in its shard."""
+        part, place = self._place(sample)
+        return part.key(place)
 
-    def text_ids(self, sample: int) -> TokenIds:
-        """Ids of the sample's text or caption."""
-        return self.token_ids_T[self.token_start_N[sample] : self.token_start_N[sample + 1]]
+    def text_ids(self, sample: int, caption: int = 0) -> TokenIds:
+        """Ids of the sample's text, or of the caption with this number among its own."""
+        part, place = self._place(sample)
+        first, end = part.caption_start_N[place : place + 2]
+        if end - first > 1:
+            lengths = part["tokens_C"][first:end]
+            first += np.flatnonzero(lengths <= self._longest_caption)[caption]
+        ids: TokenIds = part["token_ids_T"][slice(*part.token_start_C[first : first + 2])]
+        return ids
 
-    def read_picture(self, sample: int) -> bytes:
-        """Bytes of the sample's picture, as they are now in the shard. Raises OSError."""
-        with self.shards[self.shard_N[sample]].open("rb") as stream:
-            return os.pread(
-                stream.fileno(), int(self.picture_size_N[sample]), int(self.picture_offset_N[sample])
-            )
+    def segments(self, sample: int) -> tuple[list[Segment], list[int]]:
+        """An interleaved document without its pixels, and for each image in it the number of its picture."""
+        part, place = self._place(sample)
+        ids, segments, pictures, first = self.text_ids(sample).tolist(), list[Segment](), list[int](), 0
+        for element in part.elements(place):
+            if element < 0:
+                segments.append(ImageSegment(None, self._patches))
+                pictures.append(-1 - element)
+            else:
+                segments.append(TextSegment(tuple(ids[first : first + element])))
+                first += element
+        return segments, pictures
+
+    def read_picture(self, sample: int, picture: int = 0) -> bytes:
+        """Bytes of one of the sample's pictures or latents, as they are now in the shard. Raises OSError."""
+        part, place = self._place(sample)
+        return part.read_picture(place, picture)
+
+    def is_latent(self, sample: int, picture: int = 0) -> bool:
+        """Whether these are latents, not a picture."""
+        part, place = self._place(sample)
+        return part.is_latent(place, picture)
 
     def fault(self, sample: int, reason: str) -> Fault:
         """A fault of this sample, found when it was read."""
-        return Fault(self.shards[self.shard_N[sample]].name, self.keys[sample], reason)
+        part, place = self._place(sample)
+        return part.fault(place, reason)
+
+    def _place(self, sample: int) -> tuple[ShardIndex, int]:
+        number = int(np.searchsorted(self._start_of_part, sample, side="right")) - 1
+        place = sample - int(self._start_of_part[number])
+        kept = self._kept[number]
+        return self._parts[number], place if kept is None else int(kept[place])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lengths are for planning, which workers do not; without them a large source starts at once there too.
+        lengths = ("caption_start_N", "text_tokens_C", "images_N", "interleaved_N", "faults")
+        return {name: value for name, value in self.__dict__.items() if name not in lengths}
 
 
-def build_index(source: SourceConfig, tokenizer: Tokenizer, *, patches: int, row_length: int) -> SourceIndex:
-    """Read every shard of the source once.
+class _View:
+    """Of one shard what fits a row of this length. kept: numbers of these samples; None: all of them."""
 
-    patches: of one picture; a pair longer than a row is a fault, since it is never cut.
-    Raises UserError when a shard is missing or no good sample is left.
-    """
-    shards = tuple(expand(source.shards))
-    longest_caption = row_length - patches - PAIR_CONTROL_TOKENS
-    samples: list[tuple[int, RawSample]] = []
-    faults: list[Fault] = []
-    token_ids: list[list[int]] = []
-    for number, shard in enumerate(shards):
-        for found in scan(shard):
-            if isinstance(found, Fault):
-                faults.append(found)
-                continue
-            ids = tokenizer.encode(found.text)
-            if found.picture_size and len(ids) > longest_caption:
-                faults.append(Fault(shard.name, found.key, "longer than a row"))
-                continue
-            samples.append((number, found))
-            token_ids.append(ids)
-    if not samples:
-        raise UserError(f"source {source.name} has no usable sample in {len(shards)} shards{_why(faults)}")
-    return _packed(source.name, shards, samples, token_ids, faults, tokenizer.vocabulary)
+    def __init__(self, part: ShardIndex, patches: int, row_length: int, latent_channels: int) -> None:
+        self.captions_N: NDArray[Any] = part["captions_N"]
+        self.tokens_C: NDArray[Any] = part["tokens_C"]
+        self.images_N: NDArray[Any] = part.images_N
+        self.interleaved_N: NDArray[np.bool_] = (part["elements_N"] > 0) & (self.images_N > 0)
+        self.kept: Integers | None = None
+        self.faults = list(part.faults())
+        is_pair_C = np.repeat((self.images_N > 0) & ~self.interleaved_N, self.captions_N)
+        fits_C = ~is_pair_C | (self.tokens_C <= row_length - patches - PAIR_CONTROL_TOKENS)
+        if self.interleaved_N.any():
+            longest_C = row_length - TEXT_CONTROL_TOKENS - np.repeat(
+                self.images_N * (patches + IMAGE_CONTROL_TOKENS), self.captions_N
+            )  # fmt: skip
+            fits_C &= ~np.repeat(self.interleaved_N, self.captions_N) | (self.tokens_C <= longest_C)
+        channels_I = part["latent_channels_I"]
+        strange_I = (channels_I > 0) & (channels_I != latent_channels) & (latent_channels > 0)
+        strange = set(np.repeat(np.arange(len(part)), part["pictures_N"])[strange_I].tolist())
+        fits_C &= ~np.repeat(np.isin(np.arange(len(part)), list(strange)), self.captions_N)
+        if not fits_C.all():
+            self._leave_out(part, fits_C, strange)
+
+    def _leave_out(self, part: ShardIndex, fits_C: NDArray[np.bool_], strange: set[int]) -> None:
+        fitting_N = np.add.reduceat(fits_C, part.caption_start_N[:-1], dtype=np.int64)
+        self.kept = np.flatnonzero(fitting_N)
+        for sample in np.flatnonzero(fitting_N == 0).tolist():
+            self.faults.append(part.fault(sample, "latent_shape" if sample in strange else "longer_than_row"))
+        self.captions_N, self.tokens_C = fitting_N[self.kept], self.tokens_C[fits_C]
+        self.images_N, self.interleaved_N = self.images_N[self.kept], self.interleaved_N[self.kept]
 
 
-def _packed(
-    name: str,
-    shards: tuple[Path, ...],
-    samples: Sequence[tuple[int, RawSample]],
-    token_ids: Sequence[Sequence[int]],
-    faults: Sequence[Fault],
-    vocabulary: int,
+def build_index(
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    *,
+    patches: int,
+    row_length: int,
+    place: IndexPlace | None = None,
+    latent_channels: int = 0,
 ) -> SourceIndex:
-    lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    total = int(starts[-1])
-    packed: TokenIds = np.empty(total, np.uint16) if vocabulary <= 1 << 16 else np.empty(total, np.int32)
-    for start, ids in zip(starts, token_ids, strict=False):
-        packed[start : start + len(ids)] = ids
-    return SourceIndex(
-        name=name,
-        shards=shards,
-        keys=tuple(sample.key for _, sample in samples),
-        shard_N=np.array([shard for shard, _ in samples], dtype=np.int32),
-        picture_offset_N=np.array([sample.picture_offset for _, sample in samples], dtype=np.int64),
-        picture_size_N=np.array([sample.picture_size for _, sample in samples], dtype=np.int64),
-        token_start_N=starts,
-        token_ids_T=packed,
-        faults=tuple(faults),
+    """The index of a source; index files that are missing are made first.
+
+    Raises UserError when a shard is missing, an index is stale, or no good sample is left.
+    """
+    shards = [path for path in expand(source.shards) if is_shard(path)]
+    parts = open_indexes(shards, tokenizer, place or IndexPlace())
+    index = SourceIndex(
+        source.name, parts, patches=patches, row_length=row_length, latent_channels=latent_channels
     )
-
-
-def too_many_faults(faults: int, samples: int, greatest_share: float) -> bool:
-    """Whether more than this share of the samples (good and bad) is bad."""
-    return faults > greatest_share * max(samples, _FEWEST_TO_JUDGE)
+    if not len(index):
+        raise UserError(
+            f"source {source.name} has no usable sample in {len(shards)} shards{_why(index.faults)}"
+        )
+    return index
 
 
 def refuse_too_many(indexes: Iterable[SourceIndex], greatest_share: float) -> None:
     """Raises UserError for a source with too many faults, with its reasons."""
     for index in indexes:
-        faults = len(index.faults)
-        if too_many_faults(faults, faults + len(index), greatest_share):
+        harm = [fault for fault in index.faults if fault.reason != HARMLESS]
+        if too_many_faults(len(harm), len(harm) + len(index), greatest_share):
             raise UserError(
-                f"source {index.name}: {faults} of {faults + len(index)} samples are bad{_why(index.faults)};"
+                f"source {index.name}: {len(harm)} of {len(harm) + len(index)} samples are bad{_why(harm)};"
                 f" mend the shards or raise data.max_faults ({greatest_share})"
             )
+
+
+def _joined(arrays: Sequence[NDArray[Any]], kind: type) -> NDArray[Any]:
+    return np.concatenate(arrays).astype(kind) if arrays else np.empty(0, kind)
 
 
 def _why(faults: Iterable[Fault]) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from transfusion.config import Config, SourceConfig
-from transfusion.data.deck import SourceLengths, VariantRule
+from transfusion.data.deck import Schedule, SourceLengths, VariantRule
 from transfusion.data.index import SourceIndex, build_index, refuse_too_many
+from transfusion.data.indexing import IndexPlace
 from transfusion.data.packing import collate
 from transfusion.data.planner import Planner, PlanSettings, State
 from transfusion.data.rows import Row, RowBuilder, RowSettings
@@ -55,10 +57,10 @@ class Loader:
         self.indexes = build_indexes(config, sources, tokenizer)
         refuse_too_many(self.indexes, config.data.max_faults)
         lengths = [
-            source_lengths(index, source.share, config)
+            source_lengths(index, source.schedule, config)
             for index, source in zip(self.indexes, sources, strict=True)
         ]
-        self._planner = Planner(lengths, _plan_settings(config), state)
+        self._planner = Planner(lengths, plan_settings(config), state)
         self._settings = RowSettings.of(config)
         builder = RowBuilder(self.indexes, self._settings)
         workers = config.data.workers
@@ -78,8 +80,7 @@ class Loader:
         What could not be read is left out and counted in `reading`.
         """
         while len(self._ordered) <= self._steps_ahead:
-            plans = self._planner.next_batch()
-            self._workshop.order(plans[self._rank :: self._world_size])
+            self._workshop.order(self._planner.next_batch(self._rank, self._world_size))
             self._ordered.append(self._planner.state())
         rows = self._workshop.collect()
         self._state = self._ordered.popleft()
@@ -136,25 +137,36 @@ def micro_rows(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
 
 
 def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> list[SourceIndex]:
-    """The index of each source, for rows and pictures of this configuration."""
+    """The index of each source, for rows and pictures of this configuration; missing files of it are made."""
+    folder = Path(config.data.index) if config.data.index else None
     return [
-        build_index(source, tokenizer, patches=config.patches_per_image, row_length=config.data.row_length)
+        build_index(
+            source,
+            tokenizer,
+            patches=config.patches_per_image,
+            row_length=config.data.row_length,
+            place=IndexPlace(folder=folder, fallback=Path(config.run.folder) / "index"),
+            latent_channels=source.latent_channels or config.codec.channels,
+        )
         for source in sources
     ]
 
 
-def source_lengths(index: SourceIndex, share: float, config: Config) -> SourceLengths:
+def source_lengths(index: SourceIndex, schedule: Schedule, config: Config) -> SourceLengths:
     """What the planner is told of a source."""
     return SourceLengths(
         name=index.name,
-        share=share,
-        text_tokens_N=index.text_tokens_N,
-        is_pair_N=index.is_pair_N,
+        schedule=schedule,
+        caption_start_N=index.caption_start_N,
+        text_tokens_C=index.text_tokens_C,
+        images_N=index.images_N,
+        interleaved_N=index.interleaved_N,
         patches=config.patches_per_image,
     )
 
 
-def _plan_settings(config: Config) -> PlanSettings:
+def plan_settings(config: Config) -> PlanSettings:
+    """What the planner is told of the configuration."""
     data = config.data
     rule = VariantRule(seed=config.run.seed, caption_first=data.caption_first, caption_drop=data.caption_drop)
     return PlanSettings(rows=data.rows, row_length=data.row_length, open_rows=data.open_rows, variants=rule)

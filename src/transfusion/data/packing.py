@@ -31,12 +31,14 @@ def collate(rows: Sequence[Row], settings: RowSettings) -> Batch:
 
 
 def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[ImageGroup, ...]:
-    """Images by shape, in row order; one of weight 0 where there is none, so that ranks do the same work."""
-    by_shape: dict[tuple[int, ...], list[tuple[int, RowImage]]] = {}
+    """Images by type and shape, in row order; one of weight 0 where there is none, so that ranks do the same work."""
+    by_shape: dict[tuple[str, tuple[int, ...]], list[tuple[int, RowImage]]] = {}
     for number, row in enumerate(rows):
         for image in row.images:
             first_slot = number * settings.row_length + image.first_patch
-            by_shape.setdefault(image.values_CHW.shape, []).append((first_slot, image))
+            by_shape.setdefault((image.values_CHW.dtype.str, image.values_CHW.shape), []).append(
+                (first_slot, image)
+            )
     if not by_shape:
         shape = (settings.channels, settings.image_size, settings.image_size)
         nothing = RowImage(np.zeros(shape, np.uint8), 0, settings.patches, 0, 0)

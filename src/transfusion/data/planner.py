@@ -1,26 +1,34 @@
 """Which piece of which document stands in which row of which batch: a pure function of (seed, state).
 
-Nothing is read and nothing decoded here. Rows are packed in stream order into a few open rows, and a block of
-rows is then dealt to its batches so that each batch has about the same share of text.
+Nothing is read and nothing decoded here. Documents of all sources form one stream (`stream`), which is packed in
+its order into a few open rows; a block of rows is then dealt to its batches so that each batch has about the same
+share of text.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from transfusion.data.deck import Deck, Drawn, SourceLengths, Variant, VariantRule
+import numpy as np
+
+from transfusion.data.deck import Integers, Lengths, Variant, VariantRule, next_change
+from transfusion.data.stream import Columns, Stream, fresh_cursors
 from transfusion.errors import UserError
 from transfusion.presets import fingerprint
 
+# Stands in the fingerprint: a plan made by other rules is another plan.
+_FORMAT = 2
 # Rows of a block, rounded to whole batches: enough that a document of many rows is spread over many batches.
 _ROWS_PER_BLOCK = 512
 
 
 class Piece(NamedTuple):
-    """`tokens` tokens from `first` of a document: sample of a source (by number) in an epoch, so laid out."""
+    """`tokens` tokens from `first` of a document: sample of a source (by number) in an epoch, so laid out and with
+    this one of its captions."""
 
     source: int
     epoch: int
@@ -28,6 +36,7 @@ class Piece(NamedTuple):
     first: int
     tokens: int
     variant: int
+    caption: int = 0
 
 
 RowPlan = tuple[Piece, ...]
@@ -65,7 +74,7 @@ class Planner:
     """
 
     def __init__(
-        self, sources: Sequence[SourceLengths], settings: PlanSettings, state: State | None = None
+        self, sources: Sequence[Lengths], settings: PlanSettings, state: State | None = None
     ) -> None:
         """Raises UserError when the state belongs to other data or other settings."""
         self._sources, self._settings = tuple(sources), settings
@@ -73,22 +82,21 @@ class Planner:
         if state and state.get("fingerprint") != self._fingerprint:
             raise UserError(
                 "the data differ from those this run was started with (shards, tokenizer, seed, shares or"
-                " rows); restore them, or start anew in another run.dir"
+                " rows), or another version planned it; restore them, or start anew in another run.dir"
             )
         self._start: State = state["start"] if state else fresh(self._sources)
         self._used: int = state["used"] if state else 0
-        self._block: tuple[list[RowPlan], State] | None = None
+        self._block: Block | None = None
 
-    def next_batch(self) -> tuple[RowPlan, ...]:
-        """Rows of the next global batch."""
+    def next_batch(self, rank: int = 0, world_size: int = 1) -> tuple[RowPlan, ...]:
+        """Rows of the next global batch: all, or those of one rank (rows rank, rank + world_size, ...)."""
         if self._block is None:
             self._block = plan_block(self._sources, self._settings, self._start)
-        rows, following = self._block
         first = self._used * self._settings.rows
-        batch = tuple(rows[first : first + self._settings.rows])
+        batch = self._block.rows(range(first + rank, first + self._settings.rows, world_size))
         self._used += 1
-        if self._used == self._settings.batches_per_block:
-            self._start, self._used, self._block = following, 0, None
+        if self._used == self._block.batches:
+            self._start, self._used, self._block = self._block.following, 0, None
         return batch
 
     def state(self) -> State:
@@ -96,114 +104,150 @@ class Planner:
         return {"fingerprint": self._fingerprint, "start": self._start, "used": self._used}
 
 
-def fresh(sources: Sequence[SourceLengths]) -> State:
-    """The start of a block in which nothing has been drawn yet."""
-    return {
-        "block": 0,
-        # Per source: epoch, position in its permutation, tokens already taken of the document in hand.
-        "cursors": {source.name: [0, 0, 0] for source in sources},
-        "emitted": {source.name: 0 for source in sources},
-        "open": [],
-        "ready": [],
-    }
+def fresh(sources: Sequence[Lengths]) -> State:
+    """The start of a block in which nothing has been drawn yet.
+
+    batch: number of its first batch. sources: where each stands (`stream.Cursor`). open, ready: rows that wait for
+    more and rows that wait for their block, as `_written` puts them.
+    """
+    return {"batch": 0, "sources": fresh_cursors(sources), "open": [], "ready": []}
 
 
-def plan_block(
-    sources: Sequence[SourceLengths], settings: PlanSettings, start: State
-) -> tuple[list[RowPlan], State]:
-    """Rows of the block that begins at `start`, in batch order, and where the next block begins."""
-    wanted = settings.rows * settings.batches_per_block
-    packer = _Packer(settings, start)
-    drawn = _Draw(sources, settings, start)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Rows of some batches in batch order; made into plans when asked for, since a rank needs only its own.
+
+    pieces: P of them, in columns. members: for each row the numbers of its pieces. following: the next block's start.
+    """
+
+    batches: int
+    pieces: Columns
+    members: tuple[list[int], ...]
+    following: State
+
+    def rows(self, numbers: Sequence[int]) -> tuple[RowPlan, ...]:
+        """The plans of these rows."""
+        return tuple(_row_plan(self.pieces, self.members[number]) for number in numbers)
+
+
+def plan_block(sources: Sequence[Lengths], settings: PlanSettings, start: State) -> Block:
+    """The block that begins at `start`; it ends early where a share changes."""
+    change = next_change([source.schedule for source in sources], start["batch"])
+    batches = settings.batches_per_block
+    if change is not None:
+        batches = min(batches, change - start["batch"])
+    wanted = batches * settings.rows
+    stream = Stream(
+        sources,
+        settings.variants,
+        start["sources"],
+        step=start["batch"],
+        row_length=settings.row_length,
+        shortest_piece=settings.shortest_piece,
+    )
+    packer = _Packer(settings)
+    packer.resume(_read(start, stream), len(start["open"]))
     while len(packer.done) < wanted:
-        packer.place(drawn.next_piece())
+        rows = wanted - len(packer.done)
+        pieces = stream.ahead(rows * settings.row_length)
+        stream.take(pieces, packer.place(pieces, wanted))
+    pieces = packer.pieces()
     following = {
-        "block": start["block"] + 1,
-        "cursors": drawn.cursors,
-        "emitted": drawn.emitted,
-        "open": packer.rows,
-        "ready": packer.done[wanted:],
+        "batch": start["batch"] + batches,
+        "sources": stream.cursors(),
+        "open": _written(pieces, packer.rows, stream),
+        "ready": _written(pieces, packer.done[wanted:], stream),
     }
-    return deal(packer.done[:wanted], settings.rows, start["block"]), following
-
-
-class _Draw:
-    """Takes the next piece from the source that is furthest below its share of the tokens."""
-
-    def __init__(self, sources: Sequence[SourceLengths], settings: PlanSettings, start: State) -> None:
-        self._settings = settings
-        self._decks = [Deck(source, settings.variants) for source in sources]
-        total = sum(source.share for source in sources)
-        self._shares = [source.share / total for source in sources]
-        self._names = [source.name for source in sources]
-        self.cursors: dict[str, list[int]] = {name: list(start["cursors"][name]) for name in self._names}
-        self.emitted: dict[str, int] = dict(start["emitted"])
-
-    def next_piece(self) -> Piece:
-        """A whole pair, or a text or the part of it that fills a row."""
-        source = self._furthest_behind()
-        name, deck = self._names[source], self._decks[source]
-        epoch, position, first = self.cursors[name]
-        document = deck.document(epoch, position)
-        tokens = self._part(document.tokens - first)
-        if first + tokens < document.tokens:
-            self.cursors[name][2] += tokens
-        else:
-            last = position + 1 == deck.size
-            self.cursors[name] = [epoch + last, 0 if last else position + 1, 0]
-        self.emitted[name] += tokens
-        return Piece(source, epoch, document.sample, first, tokens, document.variant)
-
-    def _furthest_behind(self) -> int:
-        total = sum(self.emitted.values()) + 1
-        deficits = [
-            share * total - self.emitted[name] for share, name in zip(self._shares, self._names, strict=True)
-        ]
-        return deficits.index(max(deficits))
-
-    def _part(self, remaining: int) -> int:
-        length, shortest = self._settings.row_length, self._settings.shortest_piece
-        if remaining <= length:
-            return remaining
-        return length if remaining - length >= shortest else length - shortest
+    done = packer.done[:wanted]
+    text = [sum(pieces.tokens[row][pieces.variant[row] == Variant.TEXT].tolist()) for row in done]
+    order = deal(np.array(text), settings.rows, start["batch"])
+    members = tuple(done[row] for row in order.tolist())
+    return Block(batches=batches, pieces=pieces, members=members, following=following)
 
 
 class _Packer:
-    """Open rows, and the rows that are done. Pairs go in whole; texts are cut only to fill a gap."""
+    """Open rows, and the rows that are done. Pairs go in whole; texts are cut only to fill a gap.
 
-    def __init__(self, settings: PlanSettings, start: State) -> None:
+    Rows are lists of numbers of pieces. The open ones are kept by the room they have left, fullest first.
+    """
+
+    def __init__(self, settings: PlanSettings) -> None:
         self._settings = settings
-        self.rows: list[list[Piece]] = [[Piece(*piece) for piece in row] for row in start["open"]]
-        self._free = [settings.row_length - sum(piece.tokens for piece in row) for row in self.rows]
-        self.done: list[list[Piece]] = [[Piece(*piece) for piece in row] for row in start["ready"]]
+        self.rows: list[list[int]] = []
+        self.done: list[list[int]] = []
+        self._free: list[int] = []
+        # What was handed in, and of the pieces put into rows: which of that, from where, how many tokens.
+        self._given: list[Columns] = []
+        self._number: list[int] = []
+        self._first: list[int] = []
+        self._tokens: list[int] = []
 
-    def place(self, piece: Piece) -> None:
-        """Put the piece into the rows, in parts if it is text and must be cut."""
-        rest = piece.tokens
-        while rest:
-            row, tokens = self._where(piece, rest)
-            first = piece.first + piece.tokens - rest
-            self.rows[row].append(piece._replace(first=first, tokens=tokens))
-            self._free[row] -= tokens
-            rest -= tokens
-            if self._free[row] < self._settings.closing_gap:
-                self._close(row)
+    def resume(self, rows: Sequence[Columns], still_open: int) -> None:
+        """Take up rows as they were left, the first of them still open."""
+        for row in rows:
+            members = list(range(len(self._number), len(self._number) + len(row.tokens)))
+            self._given.append(row)
+            self._number += members
+            self._first += row.first.tolist()
+            self._tokens += row.tokens.tolist()
+            if len(self.rows) < still_open:
+                self.rows.append(members)
+                self._free.append(self._settings.row_length - int(row.tokens.sum()))
+            else:
+                self.done.append(members)
 
-    def _where(self, piece: Piece, rest: int) -> tuple[int, int]:
-        """Row for (a part of) the rest, and how much of it: best fit, else a new row, else a gap for text."""
-        free = self._free
-        fitting = [row for row in range(len(free)) if free[row] >= rest]
-        if fitting:
-            return min(fitting, key=free.__getitem__), rest
-        if len(free) == self._settings.open_rows:
-            widest = max(range(len(free)), key=free.__getitem__)
-            part = self._gap(free[widest], rest) if piece.variant == Variant.TEXT else 0
-            if part:
-                return widest, part
-            self._close(min(range(len(free)), key=free.__getitem__))
-        self.rows.append([])
-        free.append(self._settings.row_length)
-        return len(free) - 1, rest
+    def place(self, pieces: Columns, wanted: int) -> int:
+        """Put pieces into rows until `wanted` rows are done or all are placed; returns how many were.
+
+        Best fit, else a new row, else the widest gap for a part of a text; else the fullest row is done.
+        """
+        settings, free, rows, done = self._settings, self._free, self.rows, self.done
+        length, open_rows, closing_gap = settings.row_length, settings.open_rows, settings.closing_gap
+        given = sum(len(columns.tokens) for columns in self._given)
+        cuttable = (pieces.variant == Variant.TEXT).tolist()
+        columns = zip(pieces.tokens.tolist(), pieces.first.tolist(), cuttable, strict=True)
+        placed = 0
+        for rest, first, is_text in columns:
+            if len(done) >= wanted:
+                break
+            while rest:
+                part, place = rest, bisect_left(free, rest)
+                if place == len(free):
+                    if place < open_rows:
+                        free.append(length)
+                        rows.append([])
+                    else:
+                        part = self._gap(free[-1], rest) if is_text else 0
+                        if not part:
+                            free.pop(0)
+                            done.append(rows.pop(0))
+                            continue
+                        place -= 1
+                row, left = rows.pop(place), free.pop(place) - part
+                row.append(len(self._number))
+                self._number.append(given + placed)
+                self._first.append(first)
+                self._tokens.append(part)
+                if left < closing_gap:
+                    done.append(row)
+                else:
+                    place = bisect_left(free, left)
+                    free.insert(place, left)
+                    rows.insert(place, row)
+                first += part
+                rest -= part
+            placed += 1
+        self._given.append(pieces)
+        return placed
+
+    def pieces(self) -> Columns:
+        """The pieces that the rows name."""
+        number = np.array(self._number, dtype=np.int64)
+        all_given = Columns(*(np.concatenate(column) for column in zip(*self._given, strict=True)))
+        chosen = Columns(*(column[number] for column in all_given))
+        return chosen._replace(
+            first=np.array(self._first, dtype=np.int64), tokens=np.array(self._tokens, dtype=np.int64)
+        )
 
     def _gap(self, gap: int, rest: int) -> int:
         """Tokens of a text to put into a gap that is too small for it; 0 if the cut would be too short."""
@@ -211,74 +255,99 @@ class _Packer:
         part = gap if rest - gap >= shortest else rest - shortest
         return part if part >= shortest else 0
 
-    def _close(self, row: int) -> None:
-        self.done.append(self.rows.pop(row))
-        self._free.pop(row)
 
+def deal(text: Integers, per_batch: int, turn: int) -> Integers:
+    """Numbers of the rows in batch order; every batch, and every strided part of it, has about the same text.
 
-def deal(rows: Sequence[Sequence[Piece]], per_batch: int, block: int) -> list[RowPlan]:
-    """Rows in batch order; every batch, and every strided part of it, has about the same tokens of text.
-
-    Rows are dealt in layers of like text content, the richest of a layer to the batch that is poorest so far.
+    text: tokens of text of each row. Rows are dealt in layers of like text content, the richest of a layer to the
+    batch that is poorest so far; `turn` says who is served first among equals.
     """
-    batches = len(rows) // per_batch
-    text = [sum(piece.tokens for piece in row if piece.variant == Variant.TEXT) for row in rows]
-    by_text = sorted(range(len(rows)), key=lambda row: (text[row], row))
-    hands: list[list[int]] = [[] for _ in range(batches)]
-    sums = [0] * batches
-    for layer in range(per_batch):
-        cards = by_text[layer * batches : (layer + 1) * batches]
-        takers = sorted(range(batches), key=lambda batch: (sums[batch], (batch + block) % batches))
-        for batch, row in zip(takers, reversed(cards), strict=True):
-            hands[batch].append(row)
-            sums[batch] += text[row]
+    batches = len(text) // per_batch
+    by_text = np.argsort(text, kind="stable").reshape(per_batch, batches)
+    hands = np.empty((batches, per_batch), dtype=np.int64)
+    sums = np.zeros(batches, dtype=np.int64)
+    among_equals = (np.arange(batches) + turn) % batches
+    for layer, cards in enumerate(by_text):
+        takers = np.lexsort((among_equals, sums))
+        hands[takers, layer] = cards[::-1]
+        sums[takers] += text[cards[::-1]]
     # Folded: up the even rows and down the odd ones, so that rank r of W (rows r, r + W, ...) has its share.
-    return [tuple(rows[row]) for hand in hands for row in [*hand[::2], *hand[1::2][::-1]]]
+    return np.concatenate([hands[:, ::2], hands[:, 1::2][:, ::-1]], axis=1).ravel()
 
 
-def plan_once(
-    sources: Sequence[SourceLengths], settings: PlanSettings, *, epoch: int = 0
-) -> Iterator[RowPlan]:
-    """Rows that hold every document of every source exactly once: for evaluation."""
-    packer = _Packer(settings, fresh(sources))
+def plan_once(sources: Sequence[Lengths], settings: PlanSettings, *, epoch: int = 0) -> Iterator[RowPlan]:
+    """Rows that hold every document of every source exactly once, source after source: for evaluation."""
+    packer = _Packer(settings)
     for number, source in enumerate(sources):
-        deck = Deck(source, settings.variants)
-        for position in range(deck.size):
-            document = deck.document(epoch, position)
-            _place_whole(packer, settings, number, document)
-            yield from map(tuple, packer.done)
-            packer.done.clear()
-    yield from map(tuple, packer.rows)
+        stream = Stream(
+            [source],
+            settings.variants,
+            {source.name: [epoch * len(source), 0, 0]},
+            step=0,
+            row_length=settings.row_length,
+            shortest_piece=settings.shortest_piece,
+        )
+        pieces = stream.documents(len(source))
+        packer.place(pieces._replace(source=np.full_like(pieces.source, number)), 1 << 62)
+    pieces = packer.pieces()
+    for row in [*packer.done, *packer.rows]:
+        yield _row_plan(pieces, row)
 
 
-def _place_whole(packer: _Packer, settings: PlanSettings, source: int, document: Drawn) -> None:
-    first = 0
-    while first < document.tokens:
-        tokens = min(settings.row_length, document.tokens - first)
-        packer.place(Piece(source, document.epoch, document.sample, first, tokens, document.variant))
-        first += tokens
+def _row_plan(pieces: Columns, row: Sequence[int]) -> RowPlan:
+    columns = (
+        pieces.source,
+        pieces.epoch,
+        pieces.sample,
+        pieces.first,
+        pieces.tokens,
+        pieces.variant,
+        pieces.caption,
+    )
+    return tuple(map(Piece._make, zip(*(column[row].tolist() for column in columns), strict=True)))
 
 
-def _fingerprint(sources: Sequence[SourceLengths], settings: PlanSettings) -> str:
-    lengths = [
-        [source.name, source.share, source.patches, len(source.text_tokens_N), _digest(source)]
-        for source in sources
-    ]
-    rule = settings.variants
-    return fingerprint(
+def _written(pieces: Columns, rows: Sequence[list[int]], stream: Stream) -> list[list[Any]]:
+    """Rows as the state holds them.
+
+    A document is one integer: how many draws it lies behind its source's next one, times the number of sources, plus
+    the source's number. A part of a text is [that integer, its first token, its tokens].
+    """
+    behind = np.array(stream.next_draws())[pieces.source] - pieces.draw
+    code = (behind * len(stream.next_draws()) + pieces.source).tolist()
+    is_part = ((pieces.first > 0) | (pieces.tokens < pieces.whole)).tolist()
+    return [
         [
-            lengths,
-            settings.rows,
-            settings.row_length,
-            settings.open_rows,
-            rule.seed,
-            rule.caption_first,
-            rule.caption_drop,
+            [code[piece], int(pieces.first[piece]), int(pieces.tokens[piece])]
+            if is_part[piece]
+            else code[piece]
+            for piece in row
         ]
+        for row in rows
+    ]
+
+
+def _read(start: State, stream: Stream) -> list[Columns]:
+    """The rows of a state, the open ones first."""
+    rows = [*start["open"], *start["ready"]]
+    parts = [part if isinstance(part, list) else [part, 0, 0] for row in rows for part in row]
+    code, first, tokens = np.array(parts, dtype=np.int64).reshape(-1, 3).T
+    next_draws = np.array(stream.next_draws())
+    behind, source = np.divmod(code, len(next_draws))
+    found = np.empty((len(Columns._fields), len(code)), dtype=np.int64)
+    for number, next_draw in enumerate(next_draws):
+        here = np.flatnonzero(source == number)
+        found[:, here] = np.stack(stream.whole_documents(number, next_draw - behind[here]))
+    pieces = Columns(*found)
+    pieces = pieces._replace(first=first, tokens=np.where(tokens > 0, tokens, pieces.whole))
+    borders = np.cumsum([len(row) for row in rows])[:-1]
+    return (
+        [Columns(*columns) for columns in zip(*(np.split(column, borders) for column in pieces), strict=True)]
+        if rows
+        else []
     )
 
 
-def _digest(source: SourceLengths) -> str:
-    digest = hashlib.blake2b(source.text_tokens_N.tobytes(), digest_size=8)
-    digest.update(source.is_pair_N.tobytes())
-    return digest.hexdigest()
+def _fingerprint(sources: Sequence[Lengths], settings: PlanSettings) -> str:
+    known = [[source.name, source.schedule, source.digest()] for source in sources]
+    return fingerprint([_FORMAT, known, dataclasses.asdict(settings)])

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from transfusion.data.captions import caption_for
+from transfusion.data.captions import captions_for
 from transfusion.data.collect import Collection, collect_folder, collect_lines, picture_sample
 from transfusion.data.shards import Sample, sample_key, write_shards
 from transfusion.errors import UserError
@@ -33,7 +33,7 @@ HELD_OUT_DIGITS = 297
 _HELD_OUT_DOCS = 0.1
 _HELD_OUT_OTHERS = 0.02
 # Raised whenever the same source would give other shards.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +130,9 @@ def _digits(pictures: NDArray[np.uint8], labels: NDArray[np.int64]) -> Iterator[
         height, width = picture.shape
         stream = io.BytesIO()
         Image.fromarray(picture).save(stream, format="PNG")
-        caption = caption_for(label, sample_key(number))
-        yield picture_sample(stream.getvalue(), "png", caption, label=label, width=width, height=height)
+        captions = captions_for(label, sample_key(number))
+        facts = {"captions": captions, "label": label, "width": width, "height": height}
+        yield picture_sample(stream.getvalue(), "png", captions[0], **facts)
 
 
 def collect_python_docs(held_out: float) -> Collection:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from transfusion.config import Config
 from transfusion.data import keyed
 from transfusion.data.deck import Variant
-from transfusion.data.decode import DecodeFault, Picture, decode
+from transfusion.data.decode import DecodeFault, decode
 from transfusion.data.index import SourceIndex
+from transfusion.data.latents import LatentFault, read_latent
 from transfusion.data.planner import Piece, RowPlan
 from transfusion.data.scan import Fault
 from transfusion.data.sequence import Layout, lay_out, lay_out_text, position_axes
@@ -25,6 +26,10 @@ from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, Te
 _TIMESTEP, _NOISE = keyed.word("timestep"), keyed.word("noise")
 # Decoded pictures are kept up to this size: a small data set is then decoded once, not once an epoch.
 _CACHE_BYTES = 64 << 20
+# <EOI> and <EOS>.
+_AFTER_LAST_IMAGE = 2
+# uint8 pixels or float32 latents, [C, H, W].
+Values = NDArray[np.uint8] | NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +62,9 @@ class RowSettings:
 
 @dataclass(frozen=True, slots=True)
 class RowImage:
-    """A picture of the row: its pixels, the position of its first patch, its noise level and noise."""
+    """An image of the row: pixels or latents, the position of its first patch, its noise level and noise."""
 
-    values_CHW: Picture
+    values_CHW: Values
     first_patch: int
     patches: int
     timestep: int
@@ -88,7 +93,7 @@ class RowBuilder:
     def __init__(self, indexes: Sequence[SourceIndex], settings: RowSettings) -> None:
         self._indexes, self._settings = tuple(indexes), settings
         self._source_keys = [keyed.word(index.name) for index in indexes]
-        self._cache: dict[tuple[int, int], Picture] = {}
+        self._cache: dict[tuple[int, int, int], Values] = {}
         self._cached_bytes = 0
 
     def build(self, plan: RowPlan) -> Row:
@@ -96,7 +101,7 @@ class RowBuilder:
         pictures, faults = self._pictures(plan)
         layouts = [self._layout(piece) for piece in plan]
         starts = np.cumsum([0, *map(len, layouts)]).tolist()
-        bad = [number for number, piece in enumerate(plan) if _is_pair(piece) and number not in pictures]
+        bad = [number for number, piece in enumerate(plan) if _has_images(piece) and number not in pictures]
         for number in bad:
             layouts[number] = _silenced(layouts[number])
         images = self._images(plan, layouts, starts, pictures)
@@ -107,19 +112,22 @@ class RowBuilder:
         return self.build(())
 
     def _layout(self, piece: Piece) -> Layout:
-        ids, axes = self._indexes[piece.source].text_ids(piece.sample), self._settings.axes
+        axes = self._settings.axes
+        if piece.variant == Variant.INTERLEAVED:
+            return lay_out(self._indexes[piece.source].segments(piece.sample)[0], axes=axes)
+        ids = self._indexes[piece.source].text_ids(piece.sample, piece.caption)
         if piece.variant == Variant.TEXT:
             return lay_out_text(ids, piece.first, piece.tokens, axes=axes)
         return lay_out(pair_segments(ids.tolist(), None, self._settings.patches, piece.variant), axes=axes)
 
-    def _pictures(self, plan: RowPlan) -> tuple[dict[int, Picture], tuple[Fault, ...]]:
-        """Pictures by piece number, and the faults of those that could not be had."""
+    def _pictures(self, plan: RowPlan) -> tuple[dict[int, list[Values]], tuple[Fault, ...]]:
+        """The images of each piece by its number, and the faults of those pieces whose images could not be had."""
         pictures, faults = {}, []
         for number, piece in enumerate(plan):
-            if not _is_pair(piece):
+            if not _has_images(piece):
                 continue
             try:
-                pictures[number] = self._picture(piece)
+                pictures[number] = [self._picture(piece, picture) for picture in self._numbers(piece)]
             except DecodeFault as error:
                 faults.append(self._indexes[piece.source].fault(piece.sample, str(error)))
             except OSError as error:
@@ -128,57 +136,84 @@ class RowBuilder:
                 )
         return pictures, tuple(faults)
 
-    def _picture(self, piece: Piece) -> Picture:
-        place = (piece.source, piece.sample)
-        picture = self._cache.get(place)
-        if picture is None:
-            data = self._indexes[piece.source].read_picture(piece.sample)
-            picture = decode(data, channels=self._settings.channels, image_size=self._settings.image_size)
-            if self._cached_bytes + picture.nbytes <= _CACHE_BYTES:
-                self._cache[place] = picture
-                self._cached_bytes += picture.nbytes
-        return picture
+    def _numbers(self, piece: Piece) -> Sequence[int]:
+        """For each image of the piece the number of its picture among the sample's."""
+        if piece.variant != Variant.INTERLEAVED:
+            return (0,)
+        return self._indexes[piece.source].segments(piece.sample)[1]
+
+    def _picture(self, piece: Piece, number: int) -> Values:
+        place = (piece.source, piece.sample, number)
+        values = self._cache.get(place)
+        if values is None:
+            values = read_values(self._indexes[piece.source], piece.sample, number, self._settings)
+            if self._cached_bytes + values.nbytes <= _CACHE_BYTES:
+                self._cache[place] = values
+                self._cached_bytes += values.nbytes
+        return values
 
     def _images(
-        self, plan: RowPlan, layouts: Sequence[Layout], starts: Sequence[int], pictures: dict[int, Picture]
+        self,
+        plan: RowPlan,
+        layouts: Sequence[Layout],
+        starts: Sequence[int],
+        pictures: dict[int, list[Values]],
     ) -> tuple[RowImage, ...]:
         if not pictures:
             return ()
-        numbers = list(pictures)
-        timesteps, noise_keys = self._random([plan[number] for number in numbers])
+        places = [(number, image) for number, values in pictures.items() for image in range(len(values))]
+        understood = [
+            layouts[number].images[image][0] + self._settings.patches + _AFTER_LAST_IMAGE
+            < len(layouts[number])
+            for number, image in places
+        ]
+        timesteps, noise_keys = self._random([plan[number] for number, _ in places], places, understood)
         return tuple(
             RowImage(
-                pictures[number],
-                starts[number] + layouts[number].images[0][0],
+                pictures[number][image],
+                starts[number] + layouts[number].images[image][0],
                 self._settings.patches,
                 *drawn,
             )
-            for number, *drawn in zip(numbers, timesteps, noise_keys, strict=True)
+            for (number, image), *drawn in zip(places, timesteps, noise_keys, strict=True)
         )
 
-    def _random(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
-        """Timestep and noise key of each piece's image, by hashes of (seed, source, epoch, sample, image)."""
-        # An image before its caption is there to be understood, so it is not noised beyond recognition.
+    def _random(
+        self, pieces: Sequence[Piece], places: Sequence[tuple[int, int]], understood: Sequence[bool]
+    ) -> tuple[list[int], list[int]]:
+        """Timestep and noise key of each image, by hashes of (seed, source, epoch, sample, image)."""
+        # An image with something after it is there to be understood, so it is not noised beyond recognition.
         limits = [
-            self._settings.image_first_timesteps
-            if piece.variant == Variant.IMAGE_FIRST
-            else self._settings.timesteps
-            for piece in pieces
+            self._settings.image_first_timesteps if goes_on else self._settings.timesteps
+            for goes_on in understood
         ]
-        image_number = 0
         words = (
             [self._source_keys[piece.source] for piece in pieces],
             [piece.epoch for piece in pieces],
             [piece.sample for piece in pieces],
-            image_number,
+            [image for _, image in places],
         )
         levels = keyed.uniform(self._settings.seed, _TIMESTEP, *words)
         noise_keys = keyed.bits(self._settings.seed, _NOISE, *words) >> np.uint64(1)
         return (levels * np.array(limits)).astype(np.int64).tolist(), noise_keys.tolist()
 
 
+def read_values(index: SourceIndex, sample: int, picture: int, settings: RowSettings) -> Values:
+    """One of the sample's pictures as pixels, or its latents as they are. Raises DecodeFault and OSError."""
+    data = index.read_picture(sample, picture)
+    if not index.is_latent(sample, picture):
+        return decode(data, channels=settings.channels, image_size=settings.image_size)
+    try:
+        latent = read_latent(data)
+    except LatentFault as error:
+        raise DecodeFault(str(error)) from None
+    if latent.shape != (settings.channels, settings.image_size, settings.image_size):
+        raise DecodeFault("latent_shape")
+    return latent
+
+
 def pair_segments(
-    caption_ids: Sequence[int], values: Picture | None, patches: int, variant: int
+    caption_ids: Sequence[int], values: Values | None, patches: int, variant: int
 ) -> list[Segment]:
     """Segments of a picture with its caption, in the order of the variant."""
     caption, image = TextSegment(tuple(caption_ids)), ImageSegment(values, patches)
@@ -187,7 +222,7 @@ def pair_segments(
     return [caption, image] if variant == Variant.CAPTION_FIRST else [image, caption]
 
 
-def _is_pair(piece: Piece) -> bool:
+def _has_images(piece: Piece) -> bool:
     return piece.variant != Variant.TEXT
 
 

@@ -1,60 +1,64 @@
-"""One pass over a shard: which samples it holds and where, and what is wrong with the others.
+"""What a shard holds: its good samples and where they stand, and every other one with the reason why not.
 
-Nothing is extracted, no link followed and nothing opened that a shard names.
+Nothing is extracted, no link followed, nothing opened that a shard names, and no pickle loaded. docs/data.md
+lists the reasons.
 """
 
 from __future__ import annotations
 
-import json
+import array
+import itertools
 import os
 import re
-import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from transfusion.data.decode import DecodeFault, check_header
+import numpy as np
 
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# The key ends at the first dot of the file name, as webdataset has it.
-_MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
-_BLOCK = 512
+from transfusion.data.judge import PICTURE_EXTENSIONS, Group, Judge
+from transfusion.data.sample import (
+    CAPTION_BYTES,
+    DOCUMENT_BYTES,
+    Fault,
+    RawSample,
+    SampleError,
+    document,
+    json_object,
+)
+from transfusion.data.tarwalk import TarWalk
 
+SHARD_EXTENSIONS = (".tar", ".jsonl")
+GREATEST_NAME = 255
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A sample that is left out, and why. The reason is short and the same for all of its kind."""
-
-    shard: str
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class RawSample:
-    """A text (no picture: size 0), or a caption and where its picture stands in the shard."""
-
-    key: str
-    text: str
-    picture_offset: int = 0
-    picture_size: int = 0
-
-
-class _SampleError(Exception):
-    """Carries the reason why a sample is left out."""
+# JSON may spell each byte of a text in six.
+_LONGEST_LINE = 6 * DOCUMENT_BYTES + CAPTION_BYTES
+_UNSAFE_NAME = re.compile(r"^/|(?:^|/)\.\.(?:/|$)|\\|^[A-Za-z]:|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# Pairs compared with their KEY.json, to learn whether this shard's hashes and captions are those of its members.
+_PAIRS_TRIED = 16
+# Of those tried, one in so many captions may differ, for some may be damaged; at least one in all.
+_DIFFERING = 8
+_NAME_REASONS = ("name_unsafe", "member_ignored")
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    offset: int
-    size: int
+def is_shard(path: Path) -> bool:
+    """Whether the file's name says that it holds samples."""
+    return path.suffix.lower() in SHARD_EXTENSIONS
 
 
 def scan(path: Path) -> Iterator[RawSample | Fault]:
-    """Samples and faults of a .tar shard or a .jsonl file, in file order."""
-    with path.open("rb") as stream:
-        yield from _scan_lines(path, stream) if path.suffix == ".jsonl" else _scan_tar(path, stream)
+    """Samples and faults of a .tar shard or a .jsonl file, in file order; what is wrong with the shard comes last.
+
+    Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if path.suffix.lower() == ".jsonl":
+            yield from _scan_lines(path.name, descriptor)
+        else:
+            yield from _scan_tar(path.name, descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def texts(paths: Iterable[Path]) -> Iterator[str]:
@@ -62,118 +66,152 @@ def texts(paths: Iterable[Path]) -> Iterator[str]:
     for path in paths:
         for found in scan(path):
             if isinstance(found, RawSample):
-                yield found.text
+                yield from found.texts
 
 
-def _scan_lines(path: Path, stream: BinaryIO) -> Iterator[RawSample | Fault]:
-    for number, line in enumerate(stream):
-        key = f"line {number}"
-        try:
-            yield RawSample(key, _text_of_line(line))
-        except _SampleError as error:
-            yield Fault(path.name, key, str(error))
-
-
-def _text_of_line(line: bytes) -> str:
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError:
-        raise _SampleError("not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise _SampleError("not JSON") from None
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise _SampleError("missing text")
-    return _checked(text, "empty text")
-
-
-def _scan_tar(path: Path, stream: BinaryIO) -> Iterator[RawSample | Fault]:
-    length = os.fstat(stream.fileno()).st_size
-    try:
-        archive = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115  (the stream is closed by the caller)
-    except (tarfile.TarError, EOFError):
-        yield Fault(path.name, "", "not a tar")
-        return
-    key, torn = "", False
-    members: dict[str, _Member] = {}
-    try:
-        for entry in archive:
-            match = _MEMBER_NAME.fullmatch(entry.name)
-            if not entry.isfile() or match is None:
-                continue
-            if match[1] != key and members:
-                yield _judge(path, stream, key, members)
-                members = {}
-            key = match[1]
-            if torn := entry.offset_data + entry.size > length:
-                members = {}
+def _scan_lines(shard: str, descriptor: int) -> Iterator[RawSample | Fault]:
+    offset = 0
+    with open(descriptor, "rb", closefd=False) as stream:
+        for number in itertools.count():
+            line = stream.readline(_LONGEST_LINE)
+            if not line:
                 break
-            members[match[2].lower()] = _Member(entry.offset_data, entry.size)
-    except (tarfile.TarError, OSError, ValueError):
-        torn = True
-    # tarfile takes a torn or damaged header for the end; a whole archive ends with a block of zeros.
-    torn = torn or os.pread(stream.fileno(), _BLOCK, archive.offset) != bytes(_BLOCK)
-    last = _judge(path, stream, key, members) if members else None
-    # What a tear may have taken members from is good only if it is a whole pair.
-    if last is not None and (not torn or (isinstance(last, RawSample) and last.picture_size)):
-        yield last
-        key = ""
-    if torn:
-        yield Fault(path.name, key, "truncated tar")
+            start, whole = offset, line
+            offset += len(line)
+            while len(whole) == _LONGEST_LINE and not whole.endswith(b"\n"):
+                whole = stream.readline(_LONGEST_LINE)
+                offset += len(whole)
+            key, notes = f"line {number}", list[str]()
+            try:
+                text = _text_of_line(line, notes)
+                yield RawSample(key, (text,), offset=start, notes=tuple(notes))
+            except SampleError as error:
+                yield Fault(shard, key, str(error), start)
+    if not offset:
+        yield Fault(shard, "", "shard_empty")
 
 
-def _judge(path: Path, stream: BinaryIO, key: str, members: dict[str, _Member]) -> RawSample | Fault:
-    try:
-        picture = next((members[name] for name in PICTURE_EXTENSIONS if name in members), None)
-        if picture is None:
-            return RawSample(key, _checked(_text_member(stream, members), "empty text"))
-        caption = _checked(_caption(stream, members).strip(), "empty caption")
-        check_header(_read(stream, picture))
-        return RawSample(key, caption, picture.offset, picture.size)
-    except (_SampleError, DecodeFault) as error:
-        return Fault(path.name, key, str(error))
+def _text_of_line(line: bytes, notes: list[str]) -> str:
+    if len(line) == _LONGEST_LINE:
+        raise SampleError("text_oversize")
+    if not line.strip():
+        raise SampleError("line_blank")
+    text = json_object(line).get("text")
+    if not isinstance(text, str):
+        raise SampleError("text_missing")
+    return document(text, notes)
 
 
-def _text_member(stream: BinaryIO, members: dict[str, _Member]) -> str:
-    # A text document is a .txt alone; with a .json beside it, it is a pair that lost its picture.
-    if "txt" not in members:
-        raise _SampleError("missing member")
-    if "json" in members:
-        raise _SampleError("missing picture")
-    return _utf8(_read(stream, members["txt"]))
+def _scan_tar(shard: str, descriptor: int) -> Iterator[RawSample | Fault]:
+    """Two walks: the first finds keys that come twice, the second judges the samples one by one."""
+    judge = Judge(descriptor)
+    scattered, repeated = _survey(descriptor, judge)
+    walk = TarWalk(descriptor)
+    met: set[int] = set()
+    told: set[str] = set()
+    for group in _groups(walk):
+        mark = hash(group.key)
+        if mark in scattered or mark in repeated:
+            if mark in met and mark in scattered:
+                continue
+            group.reason = (
+                "not_adjacent" if mark in scattered else "duplicate_key" if mark in met else group.reason
+            )
+            met.add(mark)
+        try:
+            yield judge.sample(group)
+        except SampleError as error:
+            told.add(str(error))
+            yield Fault(shard, group.key, str(error), group.offset)
+    for reason, offset in walk.problems.items():
+        if reason not in told:
+            yield Fault(shard, "", reason, offset)
 
 
-def _caption(stream: BinaryIO, members: dict[str, _Member]) -> str:
-    if "txt" in members:
-        return _utf8(_read(stream, members["txt"]))
-    if "json" not in members:
-        raise _SampleError("missing caption")
-    try:
-        value = json.loads(_utf8(_read(stream, members["json"])))
-    except (ValueError, RecursionError):
-        raise _SampleError("not JSON") from None
-    caption = value.get("caption") if isinstance(value, dict) else None
-    if not isinstance(caption, str):
-        raise _SampleError("missing caption")
-    return caption
+def _survey(descriptor: int, judge: Judge) -> tuple[set[int], set[int]]:
+    """Keys (their hashes) whose members are scattered, and keys that come again with the same kind of member.
+
+    Also lets the judge know what KEY.json tells: a downloader may have written the hash of the original file, and
+    captions may have been written anew.
+    """
+    marks, kinds = array.array("q"), array.array("q")
+    tried: list[tuple[bool | None, bool | None]] = []
+    for group in _groups(TarWalk(descriptor)):
+        if group.reason in _NAME_REASONS:
+            continue
+        marks.append(hash(group.key))
+        kinds.append(_kinds(group))
+        if len(tried) < _PAIRS_TRIED and (agreement := judge.agreement(group)) != (None, None):
+            tried.append(agreement)
+    judge.hashes_tell = any(hashes for hashes, _ in tried)
+    same = [captions for _, captions in tried if captions is not None]
+    judge.captions_tell = any(same) and same.count(False) <= max(1, len(same) // _DIFFERING)
+    unique, counts = np.unique(np.frombuffer(marks, np.int64), return_counts=True)
+    again = set(unique[counts > 1].tolist())
+    first: dict[int, int] = {}
+    repeated: set[int] = set()
+    for mark, kind in zip(marks, kinds, strict=True) if again else ():
+        if mark in again and first.setdefault(mark, 0) & kind:
+            repeated.add(mark)
+        elif mark in again:
+            first[mark] |= kind
+    return again - repeated, repeated
 
 
-def _checked(text: str, reason_if_empty: str) -> str:
-    if not text.strip():
-        raise _SampleError(reason_if_empty)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _SampleError("not UTF-8") from None
-    return text
+def _kinds(group: Group) -> int:
+    """A bit for each kind of member: all pictures are one kind."""
+    kinds = 0
+    for extension in group.members:
+        kinds |= 1 if extension in PICTURE_EXTENSIONS else 2 << zlib.crc32(extension.encode()) % 61
+    return kinds
 
 
-def _utf8(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise _SampleError("not UTF-8") from None
+def _groups(walk: TarWalk) -> Iterator[Group]:
+    """Runs of members of one key; each name that is refused or ignored is told once, as a group of its own."""
+    group: Group | None = None
+    aside: tuple[str, str] | None = None
+    for member in walk:
+        name = member.name.decode("utf-8", "surrogateescape").removeprefix("./")
+        key, extension, reason = _split(name, len(member.name))
+        if group is not None and member.before:
+            group.damage = member.before
+        if reason:
+            if aside != (key, reason):
+                aside = (key, reason)
+                yield Group(key, member.offset, reason=reason)
+            continue
+        aside = None
+        if group is None or group.key != key:
+            if group is not None:
+                yield group
+            group = Group(key, member.offset, damage=member.before)
+        group.add(extension, member)
+    if group is not None:
+        reason, offset = walk.latest
+        if offset > group.offset:
+            group.damage = group.damage or reason
+        yield group
 
 
-def _read(stream: BinaryIO, member: _Member) -> bytes:
-    return os.pread(stream.fileno(), member.size, member.offset)
+def _split(name: str, size: int) -> tuple[str, str, str]:
+    """(key, extension in lower case, why a member of such a name is left out, else empty)."""
+    folder, slash, base = name.rpartition("/")
+    if size > GREATEST_NAME or _UNSAFE_NAME.search(name):
+        folder, slash, base = _last_part(name)
+        return folder + slash + _stem(base), "", "name_unsafe"
+    stem = _stem(base)
+    extension = base[len(stem) + 1 :].lower()
+    if stem.startswith(".") or not extension or "__MACOSX" in folder.split("/"):
+        return folder + slash + stem, "", "member_ignored"
+    return folder + slash + stem, extension, ""
+
+
+def _last_part(name: str) -> tuple[str, str, str]:
+    """As rpartition, at whichever slash comes last."""
+    return max((name.rpartition(slash) for slash in "/\\"), key=lambda parts: len(parts[0]))
+
+
+def _stem(base: str) -> str:
+    """Up to the first dot that does not lead."""
+    leading = len(base) - len(base.lstrip("."))
+    return base[:leading] + base[leading:].partition(".")[0]

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
 
-# <BOS>, <BOI>, <EOI> and <EOS> of a document with one image; <BOS> and <EOS> of a text.
-PAIR_CONTROL_TOKENS = 4
+# <BOS> and <EOS> of a document; <BOI> and <EOI> of each image in it; all of a document with one image.
 TEXT_CONTROL_TOKENS = 2
+IMAGE_CONTROL_TOKENS = 2
+PAIR_CONTROL_TOKENS = TEXT_CONTROL_TOKENS + IMAGE_CONTROL_TOKENS
 
 Integers = NDArray[np.int64]
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from braceexpand import braceexpand
-from webdataset.writer import TarWriter
 
 from transfusion.errors import UserError
 
@@ -48,6 +47,9 @@ def write_shards(samples: Iterable[Sample], out: Path, *, per_shard: int = SAMPL
 
 
 def _write_one(samples: Iterator[Sample], path: Path, *, first_number: int, per_shard: int) -> None:
+    # Imported here, since it brings torch along, which processes that only find shards do without.
+    from webdataset.writer import TarWriter
+
     unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with unfinished.open("wb") as stream:

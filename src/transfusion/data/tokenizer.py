@@ -13,7 +13,7 @@ from typing import Any
 import sentencepiece
 
 from transfusion.errors import UserError
-from transfusion.schema import SpecialToken
+from transfusion.tokens import SpecialToken
 
 # sentencepiece writes a space as this character inside its pieces, and would read the character as a space.
 _SPACE_MARK = "\u2581"
@@ -74,6 +74,11 @@ class Tokenizer:
         kept = [int(token) for token in ids if len(SpecialToken) <= token < self.vocabulary]
         text: str = self._processor.decode(kept)
         return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The piece of each id as text, for eyes: parts of a letter are shown as <0xNN>."""
+        pieces: list[str] = self._processor.id_to_piece([int(token) for token in ids])
+        return [piece.replace(_SPACE_MARK, " ") for piece in pieces]
 
 
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocabulary: int) -> Tokenizer:

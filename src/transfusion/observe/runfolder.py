@@ -139,7 +139,8 @@ class RunFolder:
     def add_to_quarantine(self, faults: Iterable[Fault]) -> None:
         """Add samples that were left out to those of former starts; each stands there once."""
         former = self.quarantine.read_text(encoding="utf-8").splitlines() if self.quarantine.exists() else []
-        found = [json.dumps(asdict(fault), ensure_ascii=False) for fault in faults]
+        # ASCII: a name of a shard may hold bytes that are no UTF-8.
+        found = [json.dumps(asdict(fault)) for fault in faults]
         lines = dict.fromkeys([*former, *found])
         if len(lines) > len(former):
             layout.write_whole(self.quarantine, "".join(f"{line}\n" for line in lines))

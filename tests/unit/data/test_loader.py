@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import signal
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,22 +189,32 @@ def bad_shards(data: Path, tmp_path: Path) -> Path:
     """Digits with a torn shard, an empty caption, and a picture that only decoding finds bad."""
     shutil.copytree(data / "digits/train", tmp_path, dirs_exist_ok=True)
     torn = tmp_path / "00001.tar"
-    torn.write_bytes(torn.read_bytes()[: 1024 * 1024])
-    damage(tmp_path / "00000.tar", {"000000003.txt": b" ", "000000005.png": None, "000000006.png": None})
+    torn.write_bytes(torn.read_bytes()[: 1024 * 1024 - 512])
+    changes: dict[str, bytes | None] = {"000000003.txt": b" "}
+    for key in ("000000005", "000000006"):
+        # Without its hash, which would tell at once.
+        changes |= {f"{key}.png": None, f"{key}.json": b"{}"}
+    damage(tmp_path / "00000.tar", changes)
     return tmp_path
 
 
 def damage(shard: Path, changes: dict[str, bytes | None]) -> None:
-    """Replace members; None damages the end of a picture and leaves its header good."""
+    """Replace members; None makes a picture whose pixels cannot be inflated though its checksums are right."""
     with tarfile.open(shard) as archive:
         members = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
     with tarfile.open(shard, "w") as archive:
         for name, content in members:
             changed = changes.get(name, content)
-            content = content[:45] + b"?" * (len(content) - 45) if changed is None else changed
+            content = undecodable(content) if changed is None else changed
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
+
+
+def undecodable(png: bytes) -> bytes:
+    body = b"IDAT" + b"?" * 20
+    chunk = struct.pack(">I", 20) + body + struct.pack(">I", zlib.crc32(body))
+    return png[:33] + chunk + png[-12:]
 
 
 def test_bad_samples_are_counted_and_survived(
@@ -211,7 +223,7 @@ def test_bad_samples_are_counted_and_survived(
     config = make_config()
     source = SourceConfig(name="digits", shards=f"{bad_shards}/*.tar")
     one, again = (Loader(config, [source], tokenizer, rank=0, world_size=1) for _ in range(2))
-    assert [fault.reason for fault in one.faults()] == ["empty caption", "truncated tar"]
+    assert [fault.reason for fault in one.faults()] == ["caption_empty", "tar_truncated"]
     assert one.faults()[0].key == "000000003" and len(one.indexes[0]) > 1200
     faults = 0
     for _ in range(40):
@@ -232,7 +244,8 @@ def test_too_many_bad_samples_are_refused_or_told(
     source = SourceConfig(name="digits", shards=f"{bad_shards}/00000.tar")
     with pytest.raises(UserError, match="1 of 1000 samples are bad"):
         Loader(make_config(max_faults=0), [source], tokenizer, rank=0, world_size=1)
-    many = {f"0000000{number}.png": None for number in range(10, 90)}
+    many: dict[str, bytes | None] = {f"0000000{number}.png": None for number in range(10, 90)}
+    many |= {f"0000000{number}.json": b"{}" for number in range(10, 90)}
     damage(bad_shards / "00000.tar", many)
     loader = Loader(make_config(), [source], tokenizer, rank=0, world_size=1)
     batches, readings = [], []
@@ -268,7 +281,7 @@ def test_held_out_documents_come_once_on_any_number_of_ranks(
     index = ranks[0].indexes[1]
     docs = EvaluationLoader(config, config.data.held_out[1:], tokenizer)
     # Every token of every text and its <EOS> is predicted exactly once.
-    assert sum(batch.counts.text_targets for batch in docs) == len(index.token_ids_T) + len(index)
+    assert sum(batch.counts.text_targets for batch in docs) == index.text_tokens_C.sum() + len(index)
     assert all(batch.images[0].image_weight_I.sum() == 0 for batch in docs)
 
 

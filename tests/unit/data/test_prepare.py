@@ -35,7 +35,8 @@ def test_digits_are_the_scans_with_fitting_captions(data: Path) -> None:
     stored = shards[0].read_bytes()
     for sample, image, label in zip(held, scans.images[split], scans.target[split], strict=True):
         assert digit_in_caption(sample.text) == label
-        values = decode(stored[sample.picture_offset :][: sample.picture_size], channels=1, image_size=8)
+        (picture,) = sample.pictures
+        values = decode(stored[picture.offset :][: picture.size], channels=1, image_size=8)
         assert np.array_equal(values[0], np.round(image * 255 / 16).astype(np.uint8))
 
 
@@ -106,26 +107,26 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
     (source / "sub").mkdir(parents=True)
     for number in range(40):
         path = source / ("sub" if number % 2 else ".") / f"{number}.png"
-        Image.new("RGB", (9, 5), (number, 0, 0)).save(path)
+        Image.new("RGB", (9, 8), (number, 0, 0)).save(path)
         path.with_suffix(".txt").write_text(f"picture {number}\n")
     (source / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     (source / "torn.txt").write_text("torn")
     (source / "alone.webp").write_bytes(b"x")
     (source / "0.txt").write_text("  ")
     result = prepare(str(source), out, held_out=0.25)
-    assert result.skipped == {"unreadable picture": 1, "missing caption": 1, "empty caption": 1}
+    assert result.skipped == {"image_truncated": 1, "caption_missing": 1, "caption_empty": 1}
     train, held = read(out / "train"), read(out / "held_out")
     assert len(train) + len(held) == 39 == result.train + result.held_out and 2 <= len(held) <= 20
     assert {sample.text for sample in train + held} == {f"picture {number}" for number in range(1, 40)}
     record = json.loads((out / "prepared.json").read_text())
-    assert ["torn.jpg", "unreadable picture"] in record["skipped_samples"]
+    assert ["torn.jpg", "image_truncated"] in record["skipped_samples"]
 
 
 def test_lines_of_text(tmp_path: Path) -> None:
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(200)) + "{broken\n")
     result = prepare(str(source), tmp_path / "out")
-    assert result.train + result.held_out == 200 and result.skipped == {"not JSON": 1}
+    assert result.train + result.held_out == 200 and result.skipped == {"json_invalid": 1}
     assert 0 < result.held_out < 15
 
 

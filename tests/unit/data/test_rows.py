@@ -35,8 +35,9 @@ def indexes(config: Config, tokenizer: Tokenizer) -> list[SourceIndex]:
 
 
 def pair(index: SourceIndex, sample: int, variant: Variant, epoch: int = 0) -> Piece:
-    text = 0 if variant == Variant.CAPTION_DROPPED else int(index.text_tokens_N[sample])
-    return Piece(0, epoch, sample, 0, text + 20, variant)
+    caption = 1
+    text = 0 if variant == Variant.CAPTION_DROPPED else len(index.text_ids(sample, caption))
+    return Piece(0, epoch, sample, 0, text + 20, variant, caption)
 
 
 def test_a_row_of_every_variant(config: Config, indexes: list[SourceIndex]) -> None:
@@ -66,6 +67,8 @@ def test_a_row_of_every_variant(config: Config, indexes: list[SourceIndex]) -> N
     # A text that goes on in another row still learns its true next token.
     assert row.text_weight_S[starts[2] - 1] == 1
     assert row.target_ids_S[starts[2] - 1] == indexes[1].text_ids(0)[89]
+    caption = indexes[0].text_ids(0, plan[0].caption)
+    assert row.token_ids_S[1 : 1 + len(caption)].tolist() == caption.tolist()
     dropped = row.token_ids_S[starts[3] : starts[4]]
     assert dropped.tolist() == lay_out([ImageSegment(None, 16)]).token_ids_S.tolist()
     assert not row.text_weight_S[starts[3] : starts[4]].any()
@@ -109,11 +112,13 @@ def test_a_sample_that_cannot_be_read_keeps_its_place(
     good = RowBuilder(indexes, settings).build(plan)
     read = SourceIndex.read_picture
     monkeypatch.setattr(
-        SourceIndex, "read_picture", lambda self, sample: b"torn" if sample == 1 else read(self, sample)
+        SourceIndex,
+        "read_picture",
+        lambda self, sample, picture: b"torn" if sample == 1 else read(self, sample),
     )
     row = RowBuilder(indexes, settings).build(plan)
     start, end = plan[0].tokens, plan[0].tokens + plan[1].tokens
-    assert [fault.reason for fault in row.faults] == ["unreadable picture"]
+    assert [fault.reason for fault in row.faults] == ["image_corrupt"]
     assert (row.modality_S[start:end] == Modality.PADDING).all() and not row.text_weight_S[start:end].any()
     assert np.array_equal(row.first_key_S, good.first_key_S) and np.array_equal(row.end_key_S, good.end_key_S)
     for name in ("token_ids_S", "modality_S", "target_ids_S", "text_weight_S", "position_SA"):
@@ -168,7 +173,7 @@ def test_colour_and_positions_in_two_dimensions(make_config: MakeConfig, indexes
 def test_a_vanished_shard_is_a_fault(
     config: Config, indexes: list[SourceIndex], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def missing(self: SourceIndex, sample: int) -> bytes:
+    def missing(self: SourceIndex, sample: int, picture: int) -> bytes:
         return (tmp_path / "gone.tar").read_bytes()
 
     monkeypatch.setattr(SourceIndex, "read_picture", missing)

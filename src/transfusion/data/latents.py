@@ -1,0 +1,58 @@
+"""Precomputed latents: NumPy files of float16 or float32 [C, h, w], never a pickle. C channels, h/w height, width."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+# A header longer than this is none of ours; only so much is parsed.
+HEADER_BYTES = 4096
+_TYPES = ("float16", "float32")
+
+
+class LatentFault(Exception):  # noqa: N818  (no mistake of the program: one bad sample)
+    """Latents that cannot be used; the message is the reason."""
+
+
+def latent_shape(head: bytes, size: int) -> tuple[int, int, int]:
+    """[C, h, w] of a file of `size` bytes that begins with `head` (at least HEADER_BYTES, or all of it).
+
+    Raises LatentFault.
+    """
+    stream = io.BytesIO(head)
+    shape, _, kind = _header(stream)
+    if kind.name not in _TYPES:
+        raise LatentFault("latent_dtype")
+    if len(shape) != 3 or min(shape) < 1:
+        raise LatentFault("latent_shape")
+    if size != stream.tell() + math.prod(shape) * kind.itemsize:
+        raise LatentFault("latent_corrupt")
+    return shape[0], shape[1], shape[2]
+
+
+def read_latent(data: bytes) -> NDArray[np.float32]:
+    """The latents as float32 [C, h, w]. Raises LatentFault, also where a value is not finite."""
+    shape = latent_shape(data[:HEADER_BYTES], len(data))
+    stream = io.BytesIO(data)
+    _, columns_first, kind = _header(stream)
+    values = np.frombuffer(data, kind, offset=stream.tell())
+    values = values.reshape(shape, order="F" if columns_first else "C").astype(np.float32, order="C")
+    if not np.isfinite(values).all():
+        raise LatentFault("latent_not_finite")
+    return values
+
+
+def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        version = npy.read_magic(stream)
+        if version == (1, 0):
+            return npy.read_array_header_1_0(stream, max_header_size=HEADER_BYTES)
+        return npy.read_array_header_2_0(stream, max_header_size=HEADER_BYTES)
+    except Exception:
+        # The parser of NumPy's own format raises whatever a malformed literal makes it raise.
+        raise LatentFault("latent_corrupt") from None

@@ -1,0 +1,188 @@
+"""What a picture's bytes tell without decoding it: format, size, whether it is whole, and whether it is a bomb.
+
+A walk over the markers of a JPEG, the chunks of a PNG (with their checksums) or of a WebP costs a fraction of
+decoding and holds nothing but the bytes themselves.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+GREATEST_PIXELS = 50_000_000
+SMALLEST_SIDE = 8
+GREATEST_ASPECT = 20
+# Pillow refuses more in one text or profile, so more is refused here, before it is decoded.
+GREATEST_METADATA = 1 << 20
+
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+# Start of frame: all of C0 to CF but the tables (C4), a reserved one (C8) and arithmetic conditioning (CC).
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Markers that stand alone: restarts and TEM.
+_ALONE = frozenset((*range(0xD0, 0xD8), 0x01))
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+# Bytes before the compressed part of a PNG text or profile: keyword, a zero, and these.
+_COMPRESSED = {b"zTXt": 1, b"iCCP": 1}
+
+
+class PictureFault(Exception):  # noqa: N818  (no mistake of the program: one bad sample)
+    """A picture that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFacts:
+    """Size as stored (before any rotation), and whether it holds more than one frame."""
+
+    width: int
+    height: int
+    animated: bool = False
+
+
+def probe(data: bytes) -> PictureFacts:
+    """Facts of a JPEG, PNG or WebP, by content. Raises PictureFault: broken, cut short, or outside the limits."""
+    if not data:
+        raise PictureFault("image_empty")
+    try:
+        if data.startswith(_PNG):
+            return _png(data)
+        if data.startswith(_JPEG):
+            return _jpeg(data)
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            return _webp(data)
+    except (IndexError, zlib.error):
+        raise PictureFault("image_corrupt") from None
+    raise PictureFault("image_corrupt")
+
+
+def _checked(width: int, height: int, *, animated: bool = False) -> PictureFacts:
+    if not width or not height:
+        raise PictureFault("image_corrupt")
+    if width * height > GREATEST_PIXELS:
+        raise PictureFault("image_too_large")
+    if min(width, height) < SMALLEST_SIDE:
+        raise PictureFault("image_too_small")
+    if max(width, height) > GREATEST_ASPECT * min(width, height):
+        raise PictureFault("image_aspect")
+    return PictureFacts(width, height, animated)
+
+
+def _png(data: bytes) -> PictureFacts:
+    facts, position, animated, has_pixels = None, len(_PNG), False, False
+    view = memoryview(data)
+    while True:
+        length, kind = int.from_bytes(data[position : position + 4]), data[position + 4 : position + 8]
+        body, end = position + 8, position + 12 + length
+        if facts is None:
+            # Judged first: what is too large or too small is so however it goes on.
+            if kind != b"IHDR" or length != 13:
+                raise PictureFault("image_truncated" if len(data) < 33 else "image_corrupt")
+            facts = _checked(_big(data, body), _big(data, body + 4))
+        if len(kind) < 4 or end > len(data):
+            raise PictureFault("image_truncated")
+        if zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+            raise PictureFault("image_corrupt")
+        if kind in _COMPRESSED or kind == b"iTXt":
+            _refuse_bomb(kind, data[body : end - 4])
+        animated |= kind == b"acTL"
+        has_pixels |= kind == b"IDAT"
+        if kind == b"IEND":
+            break
+        position = end
+    if not has_pixels:
+        raise PictureFault("image_corrupt")
+    return PictureFacts(facts.width, facts.height, animated)
+
+
+def _refuse_bomb(kind: bytes, body: bytes) -> None:
+    _, _, rest = body.partition(b"\0")
+    if kind == b"iTXt":
+        if rest[:1] != b"\1":
+            return
+        # A flag and a method, then language and translated keyword, each up to a zero.
+        rest = rest[2:].partition(b"\0")[2].partition(b"\0")[2]
+    else:
+        rest = rest[_COMPRESSED[kind] :]
+    inflater = zlib.decompressobj()
+    try:
+        inflated = inflater.decompress(rest, GREATEST_METADATA)
+    except zlib.error:
+        # Not needed for the pixels, and decoders pass over it.
+        return
+    if len(inflated) >= GREATEST_METADATA:
+        raise PictureFault("image_metadata_bomb")
+
+
+def _jpeg(data: bytes) -> PictureFacts:
+    facts, position = None, 2
+    while position + 4 <= len(data):
+        if data[position] != 0xFF:
+            raise PictureFault("image_corrupt")
+        marker = data[position + 1]
+        if marker == 0xFF:
+            position += 1
+            continue
+        if marker in _ALONE:
+            position += 2
+            continue
+        length = int.from_bytes(data[position + 2 : position + 4])
+        if marker in _FRAMES:
+            if position + 9 > len(data):
+                break
+            height, width = data[position + 5 : position + 7], data[position + 7 : position + 9]
+            facts = _checked(int.from_bytes(width), int.from_bytes(height))
+        if marker == _START_OF_SCAN:
+            if facts is None:
+                raise PictureFault("image_corrupt")
+            # Inside a scan FF is always followed by 00 or a restart, so this is no pixel.
+            if data.find(b"\xff\xd9", position + 2 + length) < 0:
+                raise PictureFault("image_truncated")
+            return facts
+        if length < 2 or marker == _END_OF_IMAGE:
+            raise PictureFault("image_corrupt")
+        position += 2 + length
+    raise PictureFault("image_truncated")
+
+
+def _webp(data: bytes) -> PictureFacts:
+    facts, position, animated, has_pixels = None, 12, False, False
+    end = 8 + int.from_bytes(data[4:8], "little")
+    while position + 8 <= min(end, len(data)):
+        kind, length = (
+            data[position : position + 4],
+            int.from_bytes(data[position + 4 : position + 8], "little"),
+        )
+        body = position + 8
+        if kind == b"VP8X" and facts is None:
+            width, height = (1 + _little(data, body + at, 3) for at in (4, 7))
+            animated = bool(data[body] & 2)
+            facts = _checked(width, height)
+        elif kind == b"VP8 " and facts is None:
+            if data[body + 3 : body + 6] != b"\x9d\x01\x2a":
+                raise PictureFault("image_corrupt")
+            facts = _checked(_little(data, body + 6, 2) & 0x3FFF, _little(data, body + 8, 2) & 0x3FFF)
+        elif kind == b"VP8L" and facts is None:
+            if data[body] != 0x2F:
+                raise PictureFault("image_corrupt")
+            bits = _little(data, body + 1, 4)
+            facts = _checked((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+        has_pixels |= kind in (b"VP8 ", b"VP8L", b"ANMF")
+        position = body + length + (length & 1)
+    if facts is None:
+        raise PictureFault("image_truncated" if end > len(data) else "image_corrupt")
+    if end > len(data) or position > len(data) + 1:
+        raise PictureFault("image_truncated")
+    if not has_pixels:
+        raise PictureFault("image_corrupt")
+    return PictureFacts(facts.width, facts.height, animated)
+
+
+def _big(data: bytes, position: int) -> int:
+    if position + 4 > len(data):
+        raise PictureFault("image_truncated")
+    return int.from_bytes(data[position : position + 4])
+
+
+def _little(data: bytes, position: int, count: int) -> int:
+    if position + count > len(data):
+        raise PictureFault("image_truncated")
+    return int.from_bytes(data[position : position + count], "little")

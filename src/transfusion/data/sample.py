@@ -1,0 +1,128 @@
+"""What reading a shard finds: samples, faults, and the rules for text. Reasons are short and countable."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+CAPTION_BYTES = 65_536
+DOCUMENT_BYTES = 2_000_000
+
+_BOM = "\ufeff"
+# All controls but tab and line feed; line ends are one line feed before this is asked.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A sample that is left out, and why; the same reason for all of its kind.
+
+    key: as it stands in the shard, `line N` (from 0) of a text file, or empty where the shard itself is at fault.
+    offset: of its first byte in the shard.
+    """
+
+    shard: str
+    key: str
+    reason: str
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPicture:
+    """Where a picture stands in the shard, and its width and height as stored.
+
+    latent_channels: of a precomputed latent; 0: a picture.
+    """
+
+    offset: int
+    size: int
+    width: int
+    height: int
+    latent_channels: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """A text, a picture with captions, or an interleaved document.
+
+    texts: the text; the captions, of which one is chosen each epoch (listed twice, chosen twice as often); or the
+    texts of an interleaved document. elements: of an interleaved document only, in reading order: t >= 0 is
+    texts[t], and -1 - p is pictures[p]. notes: what was mended or overlooked, to be counted.
+    """
+
+    key: str
+    texts: tuple[str, ...]
+    pictures: tuple[StoredPicture, ...] = ()
+    elements: tuple[int, ...] = ()
+    offset: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The text, or the first caption."""
+        return self.texts[0]
+
+
+class SampleError(Exception):
+    """Carries the reason why a sample is left out."""
+
+
+def utf8(data: bytes) -> str:
+    """The text of these bytes; no encoding is guessed. Raises SampleError."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise SampleError("text_encoding") from None
+
+
+def document(text: str, notes: list[str]) -> str:
+    """A text document, mended; white space is part of it. Raises SampleError."""
+    text = _mended(text, DOCUMENT_BYTES, notes)
+    if not text.strip():
+        raise SampleError("text_empty")
+    return text
+
+
+def caption(text: str, notes: list[str]) -> str:
+    """A caption, mended, without white space at its ends. Raises SampleError."""
+    text = _mended(text, CAPTION_BYTES, notes).strip()
+    if not text:
+        raise SampleError("caption_empty")
+    return text
+
+
+def _mended(text: str, greatest: int, notes: list[str]) -> str:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        # A lone surrogate, which JSON can spell and UTF-8 cannot.
+        raise SampleError("text_encoding") from None
+    if size > greatest:
+        raise SampleError("text_oversize")
+    if "\0" in text:
+        # No one writes it: these bytes are not what they were.
+        raise SampleError("text_control")
+    if text.startswith(_BOM):
+        text = text.removeprefix(_BOM)
+        notes.append("bom_stripped")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        notes.append("newlines_normalised")
+    if _CONTROLS.search(text):
+        text = _CONTROLS.sub("", text)
+        notes.append("controls_removed")
+    return text
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in these bytes. Raises SampleError."""
+    text = utf8(data).removeprefix(_BOM)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise SampleError("json_invalid") from None
+    if not isinstance(value, dict):
+        raise SampleError("json_invalid")
+    return value

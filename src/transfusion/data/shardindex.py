@@ -1,0 +1,346 @@
+"""The index file of one shard: where its good samples stand, how long they are, and what was left out and why.
+
+A head of 64 bytes, the token ids, the other arrays in the narrowest type that holds them, and a trailer of JSON
+that names each array with its place and checksum. Read by memory map, an array at a time.
+Shape suffixes: N good samples, C their texts and captions, T tokens of these, I stored pictures, E elements of
+interleaved documents, F faults.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfusion.data import judge, probe, sample, scan
+from transfusion.data.sample import Fault, RawSample
+
+Integers = NDArray[np.int64]
+
+# Raised whenever the same shard would give another file.
+_VERSION = 1
+_MAGIC = b"transfusion\x1aidx\n"
+# Magic, version, then offset, length and checksum of the trailer.
+_HEAD = struct.Struct("<16sIQQI")
+_HEAD_BYTES, _ALIGNMENT = 64, 8
+_COLUMNS = (
+    "key_bytes_N", "offset_N", "captions_N", "pictures_N", "elements_N", "tokens_C", "picture_offset_I",
+    "picture_size_I", "picture_width_I", "picture_height_I", "latent_channels_I", "element_E", "fault_key_bytes_F",
+    "fault_offset_F", "fault_reason_F",
+)  # fmt: skip
+_ENDS, _PLACES, _PLACE = 1 << 16, 62, 1 << 12
+
+
+class Encoder(Protocol):
+    """A tokenizer, as far as an index needs one."""
+
+    fingerprint: str
+    vocabulary: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without control tokens."""
+
+
+class Prints(NamedTuple):
+    """What an index file depends on beside the shard: fingerprints of the tokenizer and of the rules."""
+
+    tokenizer: str
+    policy: str
+
+    @classmethod
+    def of(cls, encoder: Encoder | None) -> Prints:
+        """encoder: None where texts are not tokenised."""
+        limits = [
+            _VERSION, sample.CAPTION_BYTES, sample.DOCUMENT_BYTES, scan.GREATEST_NAME, judge.GREATEST_MEMBER,
+            judge.GREATEST_ELEMENTS, probe.GREATEST_PIXELS, probe.SMALLEST_SIDE, probe.GREATEST_ASPECT,
+            probe.GREATEST_METADATA,
+        ]  # fmt: skip
+        tokenizer = encoder.fingerprint if encoder else ""
+        return cls(tokenizer, hashlib.blake2b(repr(limits).encode(), digest_size=6).hexdigest())
+
+
+class Stale(Exception):  # noqa: N818  (no mistake of the program: the file must be made anew)
+    """An index file that does not fit; the message says what has changed."""
+
+
+class ShardIndex:
+    """One index file; its arrays are mapped when they are first asked for."""
+
+    def __init__(self, path: Path, shard: Path) -> None:
+        """Raises Stale when the file is damaged, cut short, or of another version; OSError when it is missing."""
+        self.path, self.shard = path, shard
+        with path.open("rb") as stream:
+            self._facts = _trailer(stream)
+
+    def __len__(self) -> int:
+        count: int = self._facts["samples"]
+        return count
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """What was mended or overlooked in good samples, counted."""
+        return dict(self._facts["notes"])
+
+    def check(self, prints: Prints) -> None:
+        """Raises Stale when the shard, the tokenizer or the rules are no longer those of this file."""
+        stated = self._facts
+        if stated["tokenizer"] != prints.tokenizer:
+            made = "with another tokenizer" if stated["tokenizer"] else "without a tokenizer"
+            raise Stale(f"it was made {made}")
+        if stated["policy"] != prints.policy:
+            raise Stale("it was made by other rules for pictures and texts")
+        status = self.shard.stat()
+        if status.st_size != stated["size"]:
+            raise Stale("the shard has changed since")
+        # A copy has another time but the same bytes.
+        if status.st_mtime_ns != stated["mtime_ns"] and _digest(self.shard) != stated["digest"]:
+            raise Stale("the shard has changed since")
+
+    def verify(self) -> None:
+        """Raises Stale when the checksum of any array is wrong."""
+        for name, (_, _, _, checksum) in self._facts["arrays"].items():
+            if zlib.crc32(self[name].tobytes()) != checksum:
+                raise Stale("it is damaged")
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        kind, count, offset, _ = self._facts["arrays"][name]
+        if not count:
+            return np.empty(0, kind)
+        return np.frombuffer(self._map, kind, count, offset)
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        with self.path.open("rb") as stream:
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def caption_start_N(self) -> Integers:
+        return _borders(self["captions_N"])
+
+    @cached_property
+    def token_start_C(self) -> Integers:
+        return _borders(self["tokens_C"])
+
+    @cached_property
+    def picture_start_N(self) -> Integers:
+        return _borders(self["pictures_N"])
+
+    @cached_property
+    def element_start_N(self) -> Integers:
+        return _borders(self["elements_N"])
+
+    @cached_property
+    def _key_start_N(self) -> Integers:
+        return _borders(self["key_bytes_N"])
+
+    @property
+    def images_N(self) -> Integers:
+        """Images in each sample's document: the same picture may stand in it several times."""
+        if not self["element_E"].size:
+            return self["pictures_N"].astype(np.int64)
+        negative = np.concatenate([[0], np.cumsum(self["element_E"] < 0)])
+        in_elements_N = negative[self.element_start_N[1:]] - negative[self.element_start_N[:-1]]
+        return np.where(self["elements_N"] > 0, in_elements_N, self["pictures_N"]).astype(np.int64)
+
+    def key(self, sample: int) -> str:
+        """Key of a good sample."""
+        return _text(self["keys"], self._key_start_N, sample)
+
+    def elements(self, sample: int) -> list[int]:
+        """In reading order t >= 0: the next t tokens of the text; -1 - p: picture p. Empty for pairs and texts."""
+        elements: list[int] = self["element_E"][slice(*self.element_start_N[sample : sample + 2])].tolist()
+        return elements
+
+    def read_picture(self, sample: int, picture: int = 0) -> bytes:
+        """Bytes of a picture or latent, as they are now in the shard. Raises OSError."""
+        place = self.picture_start_N[sample] + picture
+        with self.shard.open("rb", buffering=0) as stream:
+            size, offset = int(self["picture_size_I"][place]), int(self["picture_offset_I"][place])
+            return os.pread(stream.fileno(), size, offset)
+
+    def is_latent(self, sample: int, picture: int = 0) -> bool:
+        return bool(self["latent_channels_I"][self.picture_start_N[sample] + picture])
+
+    def fault(self, sample: int, reason: str) -> Fault:
+        """A fault of a good sample, found later."""
+        return Fault(self.shard.name, self.key(sample), reason, int(self["offset_N"][sample]))
+
+    def faults(self) -> Iterator[Fault]:
+        """What was left out when the shard was read."""
+        starts = _borders(self["fault_key_bytes_F"])
+        columns = zip(self["fault_reason_F"].tolist(), self["fault_offset_F"].tolist(), strict=True)
+        for number, (reason, offset) in enumerate(columns):
+            key = _text(self["fault_keys"], starts, number)
+            yield Fault(self.shard.name, key, self._facts["reasons"][reason], offset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Other processes map the file themselves.
+        return {"path": self.path, "shard": self.shard, "_facts": self._facts}
+
+
+def index_shard(shard: Path, path: Path, encoder: Encoder | None) -> None:
+    """Read the shard once and write its index file, whole or not at all.
+
+    encoder: None: texts have no tokens. Raises OSError.
+    """
+    status, digest = shard.stat(), _digest(shard)
+    with _unfinished(path) as stream:
+        writer = _Writer(stream, encoder)
+        for found in scan.scan(shard):
+            if isinstance(found, Fault):
+                writer.add_fault(found)
+            else:
+                writer.add(found)
+        facts = {
+            "shard": shard.name,
+            "size": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "digest": digest,
+        }
+        writer.finish(facts | Prints.of(encoder)._asdict())
+
+
+class _Writer:
+    """Collects columns in memory, a few bytes a sample, and puts token ids into the file at once."""
+
+    def __init__(self, stream: BinaryIO, encoder: Encoder | None) -> None:
+        self._stream, self._encoder = stream, encoder
+        self._id_type = np.dtype("<u2" if encoder is None or encoder.vocabulary <= 1 << 16 else "<i4")
+        self._stream.write(bytes(_HEAD_BYTES))
+        self._columns = {name: array.array("q") for name in _COLUMNS}
+        self._keys, self._fault_keys = bytearray(), bytearray()
+        self._reasons: dict[str, int] = {}
+        self._notes: collections.Counter[str] = collections.Counter()
+        self._tokens, self._checksum = 0, 0
+
+    def add(self, found: RawSample) -> None:
+        ids = [self._encoder.encode(text) if self._encoder else [] for text in found.texts]
+        if found.elements:
+            self._put(element_E=[len(ids[t]) if t >= 0 else t for t in found.elements])
+            # In reading order they are one text, which its elements cut.
+            ids = [[token for t in found.elements if t >= 0 for token in ids[t]]]
+        key = found.key.encode()
+        self._keys += key
+        self._put(
+            key_bytes_N=[len(key)], offset_N=[found.offset], captions_N=[len(ids)],
+            pictures_N=[len(found.pictures)], elements_N=[len(found.elements)], tokens_C=map(len, ids),
+        )  # fmt: skip
+        for stored in found.pictures:
+            self._put(
+                picture_offset_I=[stored.offset], picture_size_I=[stored.size], picture_width_I=[stored.width],
+                picture_height_I=[stored.height], latent_channels_I=[stored.latent_channels],
+            )  # fmt: skip
+        for text in ids:
+            data = np.array(text, self._id_type).tobytes()
+            self._checksum = zlib.crc32(data, self._checksum)
+            self._stream.write(data)
+            self._tokens += len(text)
+        self._notes.update(found.notes)
+
+    def add_fault(self, fault: Fault) -> None:
+        key = fault.key.encode("utf-8", "surrogateescape")
+        self._fault_keys += key
+        reason = self._reasons.setdefault(fault.reason, len(self._reasons))
+        self._put(fault_key_bytes_F=[len(key)], fault_offset_F=[fault.offset], fault_reason_F=[reason])
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        arrays: dict[str, tuple[str, int, int, int]] = {
+            "token_ids_T": (self._id_type.str, self._tokens, _HEAD_BYTES, self._checksum)
+        }
+        columns: dict[str, NDArray[Any]] = {
+            name: _narrowed(np.frombuffer(values, np.int64)) for name, values in self._columns.items()
+        }
+        columns["keys"] = np.frombuffer(self._keys, np.uint8)
+        columns["fault_keys"] = np.frombuffer(self._fault_keys, np.uint8)
+        for name, values in columns.items():
+            self._stream.write(bytes(-self._stream.tell() % _ALIGNMENT))
+            data = values.tobytes()
+            arrays[name] = (values.dtype.str, len(values), self._stream.tell(), zlib.crc32(data))
+            self._stream.write(data)
+        samples = len(self._columns["offset_N"])
+        facts |= {"samples": samples, "notes": dict(sorted(self._notes.items()))}
+        trailer = json.dumps({**facts, "reasons": list(self._reasons), "arrays": arrays}).encode()
+        offset = self._stream.tell()
+        self._stream.write(trailer)
+        self._stream.seek(0)
+        self._stream.write(_HEAD.pack(_MAGIC, _VERSION, offset, len(trailer), zlib.crc32(trailer)))
+
+    def _put(self, **values: Any) -> None:
+        for name, numbers in values.items():
+            self._columns[name].extend(numbers)
+
+
+def _trailer(stream: BinaryIO) -> dict[str, Any]:
+    head, length = stream.read(_HEAD.size), os.fstat(stream.fileno()).st_size
+    if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+        raise Stale("it is damaged")
+    _, version, offset, size, checksum = _HEAD.unpack(head)
+    if version != _VERSION:
+        raise Stale("it was written by another version")
+    if offset + size != length:
+        raise Stale("it is damaged")
+    stream.seek(offset)
+    trailer = stream.read(size)
+    if zlib.crc32(trailer) != checksum:
+        raise Stale("it is damaged")
+    facts: dict[str, Any] = json.loads(trailer)
+    return facts
+
+
+def _narrowed(values: Integers) -> NDArray[Any]:
+    """The same numbers in the smallest little-endian integers that hold them."""
+    if not values.size:
+        return values.astype(np.uint8)
+    kind = np.promote_types(np.min_scalar_type(values.min()), np.min_scalar_type(values.max()))
+    return values.astype(kind.newbyteorder("<"))
+
+
+def _borders(counts: NDArray[Any]) -> Integers:
+    """Where each begins when they follow one another, and where the last ends."""
+    borders = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=borders[1:])
+    return borders
+
+
+def _text(characters: NDArray[np.uint8], starts: Integers, number: int) -> str:
+    return characters[slice(*starts[number : number + 2])].tobytes().decode("utf-8", "surrogateescape")
+
+
+def _digest(shard: Path) -> str:
+    """Of the head, the tail and places between: whatever rewrites a shard changes one of them."""
+    with shard.open("rb", buffering=0) as stream:
+        length = os.fstat(stream.fileno()).st_size
+        digest = hashlib.blake2b(str(length).encode(), digest_size=8)
+        spans: Mapping[int, int] = {0: _ENDS, max(0, length - _ENDS): _ENDS} | {
+            length * place // _PLACES: _PLACE for place in range(1, _PLACES) if length > 2 * _ENDS
+        }
+        for offset, size in sorted(spans.items()):
+            digest.update(os.pread(stream.fileno(), size, offset))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _unfinished(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when all went well, and vanishes otherwise."""
+    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with unfinished.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,237 @@
+"""The members of a tar that may be torn, glued, lying or no tar at all: headers alone, read where they stand.
+
+Python's tarfile takes damage for the end of the archive and believes every size; nothing here does. No memory
+is claimed on a header's word, no link is followed, and reading goes on at the next whole header.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BLOCK = 512
+# Of long names and pax records; a header may claim any size.
+GREATEST_EXTENSION = 1 << 20
+
+NO_END_MARKER, TRUNCATED, BAD_HEADER = "tar_no_end_marker", "tar_truncated", "tar_bad_header"
+TRAILING_DATA, EMPTY, UNREADABLE = "tar_trailing_data", "tar_empty", "tar_unreadable"
+
+_WINDOW = 1 << 15
+_SEARCHED_AT_ONCE = 1 << 20
+_ZEROS = bytes(BLOCK)
+_MAGIC, _MAGIC_OFFSET = b"ustar", 257
+_REGULAR, _DIRECTORY = (b"0", b"\0", b"7"), b"5"
+# Types without data whatever their size field says: hard and symbolic links, devices, pipes.
+_NO_DATA = (b"1", b"2", b"3", b"4", b"6")
+_PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]{1,255})=")
+
+
+class Member(NamedTuple):
+    """A member: its name, where header and data stand, and how long the data is.
+
+    regular: False for links, devices and sparse files. torn: why the data is not whole, else empty. before: the
+    damage, or the end of an archive, that stands right before it, else empty.
+    """
+
+    name: bytes
+    offset: int
+    start: int
+    size: int
+    regular: bool
+    torn: str
+    before: str
+
+
+class _Header(NamedTuple):
+    name: bytes
+    size: int
+    kind: bytes
+
+
+class _BadHeaderError(Exception):
+    """This block is no header, or one that lies."""
+
+
+class TarWalk:
+    """Iterates over the members once.
+
+    problems: by reason the offset of the first, complete when the walk has ended. latest: the last one so far.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.problems: dict[str, int] = {}
+        self.latest: tuple[str, int] = ("", -1)
+        self._descriptor = descriptor
+        self._length = os.fstat(descriptor).st_size
+        self._window, self._window_start = b"", 0
+
+    def __iter__(self) -> Iterator[Member]:
+        position, found, before = 0, False, ""
+        while (place := self._next_header(position, found)) is not None:
+            if place != position:
+                before = TRAILING_DATA
+            try:
+                member, following = self._member(place)
+            except _BadHeaderError:
+                self._note(BAD_HEADER, place)
+                # Searched from the next block on: the size of a lying header says nothing.
+                position, before = self._search(place + BLOCK), BAD_HEADER
+                continue
+            torn = ""
+            if following is None:
+                # Cut off here, or a lie: members behind it tell.
+                following = self._search(place + BLOCK)
+                torn = TRUNCATED if following >= self._length else BAD_HEADER
+                self._note(torn, place)
+            found = True
+            if member.name:
+                yield member._replace(torn=torn, before=before)
+            position, before = following, torn
+        if not found:
+            readable = self._length and not self.problems.keys() & {BAD_HEADER, TRUNCATED}
+            self.problems = {EMPTY if readable else UNREADABLE: 0}
+
+    def _next_header(self, position: int, found: bool) -> int | None:
+        """Where the next header stands: here, or behind an end marker; None at the end."""
+        left = self._length - position
+        if left < BLOCK:
+            if left > 0:
+                self._note(TRUNCATED, position)
+            elif found and not self.problems.keys() & {TRUNCATED, BAD_HEADER}:
+                self._note(NO_END_MARKER, position)
+            return None
+        if self._block(position) != _ZEROS:
+            return position
+        place = self._behind_zeros(position)
+        if place >= self._length:
+            return None
+        self._note(TRAILING_DATA, place)
+        return place
+
+    def _behind_zeros(self, position: int) -> int:
+        """The first block from here on that is not all zeros, or the end."""
+        while position < self._length:
+            data = os.pread(self._descriptor, _SEARCHED_AT_ONCE, position)
+            zeros = len(data) - len(data.lstrip(b"\0"))
+            if zeros < len(data):
+                place = position + zeros // BLOCK * BLOCK
+                return place if self._length - place >= BLOCK else self._length
+            position += len(data) or self._length
+        return self._length
+
+    def _search(self, position: int) -> int:
+        """The next block that is a whole header, or the end."""
+        while position < self._length:
+            data = os.pread(self._descriptor, _SEARCHED_AT_ONCE, position)
+            magic = data.find(_MAGIC, _MAGIC_OFFSET)
+            while magic >= 0:
+                start = magic - _MAGIC_OFFSET
+                if start % BLOCK == 0 and _is_whole(data[start : start + BLOCK]):
+                    return position + start
+                magic = data.find(_MAGIC, magic + 1)
+            position += len(data) or self._length
+        return self._length
+
+    def _member(self, place: int) -> tuple[Member, int | None]:
+        """The member whose headers begin here, and where the next begin: None if its data is not all there.
+
+        A directory has no name.
+        """
+        long_name, pax, position = b"", dict[bytes, bytes](), place
+        while True:
+            header = _parsed(self._block(position))
+            data = position + BLOCK
+            if header.kind not in (b"L", b"K", b"x", b"g"):
+                break
+            if header.size > min(GREATEST_EXTENSION, self._length - data):
+                raise _BadHeaderError
+            content = os.pread(self._descriptor, header.size, data)
+            if header.kind == b"L":
+                long_name = content.split(b"\0", 1)[0]
+            elif header.kind == b"x":
+                pax = _pax(content)
+            position = data + _padded(header.size)
+        size = _decimal(pax[b"size"]) if b"size" in pax else header.size
+        regular = header.kind in _REGULAR and not any(key.startswith(b"GNU.sparse.") for key in pax)
+        name = pax.get(b"path") or long_name or header.name
+        if header.kind in _NO_DATA:
+            size = 0
+        if header.kind == _DIRECTORY or (regular and name.endswith(b"/")):
+            name = b""
+        member = Member(name, place, data, size, regular, torn="", before="")
+        if size > self._length - data:
+            return member, None
+        return member, min(data + _padded(size), self._length)
+
+    def _block(self, position: int) -> bytes:
+        start = position - self._window_start
+        if not 0 <= start <= len(self._window) - BLOCK:
+            self._window = os.pread(self._descriptor, _WINDOW, position)
+            self._window_start, start = position, 0
+        return self._window[start : start + BLOCK]
+
+    def _note(self, reason: str, offset: int) -> None:
+        self.problems.setdefault(reason, offset)
+        self.latest = (reason, offset)
+
+
+def _parsed(block: bytes) -> _Header:
+    if not _is_whole(block):
+        raise _BadHeaderError
+    name = block[:100].split(b"\0", 1)[0]
+    # Only POSIX has a prefix there; GNU keeps times in the same place.
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = block[345:500].split(b"\0", 1)[0] + b"/" + name
+    return _Header(name, _number(block[124:136]), block[156:157])
+
+
+def _is_whole(block: bytes) -> bool:
+    """Whether the block's checksum is its own; bytes count as unsigned, or as old writers had it, signed."""
+    if len(block) < BLOCK:
+        return False
+    try:
+        claimed = _number(block[148:156])
+    except _BadHeaderError:
+        return False
+    total = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    if claimed == total:
+        return True
+    high = sum(byte > 127 for byte in block[:148]) + sum(byte > 127 for byte in block[156:])
+    return claimed == total - 256 * high
+
+
+def _number(field: bytes) -> int:
+    """A size in octal digits, or in base 256 with the highest bit set."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:])
+    digits = field.strip(b" \0")
+    if digits and not digits.isdigit():
+        raise _BadHeaderError
+    try:
+        return int(digits or b"0", 8)
+    except ValueError:
+        raise _BadHeaderError from None
+
+
+def _pax(content: bytes) -> dict[bytes, bytes]:
+    """Records `LENGTH KEY=VALUE` and a line end; what is malformed ends them."""
+    records, position = {}, 0
+    while match := _PAX_RECORD.match(content, position):
+        end = position + int(match[1])
+        if end > len(content) or end <= match.end() or content[end - 1 : end] != b"\n":
+            raise _BadHeaderError
+        records[match[2]] = content[match.end() : end - 1]
+        position = end
+    return records
+
+
+def _decimal(digits: bytes) -> int:
+    if not digits.isdigit() or len(digits) > 20:
+        raise _BadHeaderError
+    return int(digits)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK

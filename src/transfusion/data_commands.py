@@ -1,0 +1,139 @@
+"""`transfusion data ...`: what shards hold, what is wrong with them, and what a run would make of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Spec = Annotated[Path, typer.Argument(help="a file of configs/train, for its data.sources")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")]
+
+data_app = typer.Typer(no_args_is_help=True, help="Shards: index them, and see what a run makes of them.")
+
+
+@data_app.callback()
+def _root() -> None:
+    pass
+
+
+@data_app.command()
+def show(
+    spec: Spec,
+    out: Annotated[Path, typer.Option(help="FILE.html with every token, or FILE.png at a glance")],
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="rows to draw")] = 4,
+    step: Annotated[int, typer.Option(min=0, help="of which global batch")] = 0,
+) -> None:
+    """Draw rows of a batch: tokens, images, borders of documents, the mask."""
+    from transfusion import presets
+    from transfusion.data.views import show_rows
+
+    show_rows(presets.load(spec, overrides or []), out, rows=rows, step=step)
+    print(out)
+
+
+@data_app.command()
+def stats(
+    spec: Spec,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="global batches to plan")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Shares, lengths, padding and faults of a configuration's sources."""
+    from transfusion import presets
+    from transfusion.data.views import describe_stats, stats_config
+
+    found = stats_config(presets.load(spec, overrides or []), steps=steps)
+    print(json.dumps(found) if as_json else describe_stats(found))
+
+
+@data_app.command()
+def plan(
+    spec: Annotated[
+        Path | None,
+        typer.Argument(help="a file of configs/train; none, with --simulate: pairs and texts, lognormal"),
+    ] = None,
+    overrides: Overrides = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="only lengths: sources of any size, like those of SPEC")
+    ] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="plan as one of so many ranks")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="global batches")] = 64,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=0, help="samples of each simulated source; 0: as many as SPEC has, else 700 million"
+        ),
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Plan without reading pictures: time, memory, shares, padding, balance. data.rows is the global batch."""
+    from transfusion import presets
+    from transfusion.data.survey import as_dict, describe, survey_config
+
+    words = overrides or []
+    if spec is not None and "=" in spec.name and not spec.exists():
+        spec, words = None, [str(spec), *words]
+    config = presets.load(spec, words)
+    found = survey_config(config, simulate=simulate, ranks=ranks, steps=steps, samples=samples)
+    print(json.dumps(as_dict(found)) if as_json else describe(found))
+
+
+@data_app.command("index")
+def index_shards(
+    spec: Annotated[
+        list[str],
+        typer.Argument(help="globs, brace ranges or files; or one file of configs/train with overrides"),
+    ],
+    out: Annotated[Path, typer.Option(help="folder for the index files, counters.json and quarantine.jsonl")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="for token lengths, which training needs; a config names its own")
+    ] = None,
+    max_faults: Annotated[
+        float | None, typer.Option(min=0, max=1, help="share of bad samples past which the exit code is 3")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="processes; 0: one a core, or none for little")] = 0,
+) -> None:
+    """Read shards once: what is good, where it stands, how long it is, and what is left out and why.
+
+    Killed and run again it goes on, shard by shard; run on a finished folder it renews what is stale.
+    """
+    from transfusion import presets
+    from transfusion.config import DataConfig
+    from transfusion.data.indexing import QUARANTINE, IndexJob, write_index
+
+    if spec[0].endswith((".yaml", ".yml")):
+        config = presets.load(spec[0], spec[1:])
+        jobs = IndexJob.of(config)
+        max_faults = config.data.max_faults if max_faults is None else max_faults
+    else:
+        jobs = [IndexJob(spec, tokenizer)]
+    with _byte_bar("index") as progress:
+        limit = DataConfig().max_faults if max_faults is None else max_faults
+        report = write_index(jobs, out, greatest_share=limit, processes=workers, progress=progress)
+    for line in report.describe():
+        typer.echo(line)
+    for shard in report.bad_shards:
+        typer.echo(f"too many bad samples: {shard}; {out / QUARANTINE} names them", err=True)
+    if report.past_limit:
+        raise typer.Exit(3)
+
+
+@contextlib.contextmanager
+def _byte_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of (bytes done, bytes in all) on a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn(name), BarColumn(bar_width=None), DownloadColumn(), TimeRemainingColumn())
+    shown = console.is_terminal and not console.is_dumb_terminal
+    with Progress(*columns, console=console, expand=True, disable=not shown) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,152 @@
+"""Interleaved documents and latents on their whole way: from a shard through plan and row into a batch."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from transfusion.codec import pixels
+from transfusion.config import Config
+from transfusion.data.deck import Variant
+from transfusion.data.evaluation import documents
+from transfusion.data.index import SourceIndex
+from transfusion.data.loader import Loader, build_indexes
+from transfusion.data.planner import Piece
+from transfusion.data.rows import RowBuilder, RowSettings
+from transfusion.data.sequence import lay_out
+from transfusion.data.shards import write_shards
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.schema import ImageSegment, Modality
+
+PATCHES, DOCUMENTS = 16, 40
+
+
+def png(shade: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", (8, 8), shade).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def edit(number: int) -> dict[str, bytes]:
+    """Picture, instruction, picture; every fourth shows its first picture again."""
+    elements = [
+        {"type": "image", "image": "img0.png"},
+        {"type": "text", "text": "the digit " * (1 + number % 5)},
+        {"type": "image", "image": "img1.png"},
+    ]
+    elements += elements[:1] if number % 4 == 0 else []
+    facts = {"elements": elements}
+    return {"img0.png": png(number), "img1.png": png(100 + number), "json": json.dumps(facts).encode()}
+
+
+def latent(number: int) -> dict[str, bytes]:
+    stream = io.BytesIO()
+    np.save(stream, np.full((1, 8, 8), number / 8, np.float16))
+    return {"latent.npy": stream.getvalue(), "txt": b"the digit"}
+
+
+@pytest.fixture
+def config(tmp_path: Path, data: Path, make_config: object) -> Config:
+    write_shards([edit(number) for number in range(DOCUMENTS)], tmp_path / "edits")
+    write_shards([latent(number) for number in range(DOCUMENTS)], tmp_path / "latents")
+    sources = [
+        {"name": "edits", "shards": f"{tmp_path}/edits/*.tar"},
+        {"name": "latents", "shards": f"{tmp_path}/latents/*.tar"},
+        {"name": "docs", "shards": f"{data}/docs/held_out/*.tar"},
+    ]
+    found: Config = make_config(sources=sources, caption_drop=0.5)  # type: ignore[operator]
+    return found
+
+
+def test_a_row_of_an_interleaved_document(config: Config, tokenizer: Tokenizer) -> None:
+    (index, *_) = build_indexes(config, config.data.sources, tokenizer)
+    segments, pictures = index.segments(4)
+    layout = lay_out(segments)
+    assert pictures == [0, 1, 0] and len(layout) == int(index.text_tokens_C[4]) + 3 * (PATCHES + 2) + 2
+    piece = Piece(0, 0, 4, 0, len(layout), int(Variant.INTERLEAVED))
+    row = RowBuilder([index], RowSettings.of(config)).build((piece,))
+    assert [int(image.values_CHW.max()) for image in row.images] == [4, 104, 4]
+    assert [image.first_patch for image in row.images] == [first for first, _ in layout.images]
+    assert (
+        len({image.noise_key for image in row.images}) == 3 == len({image.timestep for image in row.images})
+    )
+    assert np.array_equal(row.token_ids_S[: len(layout)], layout.token_ids_S)
+
+
+def test_only_the_last_image_of_a_document_is_noised_beyond_recognition(
+    config: Config, tokenizer: Tokenizer
+) -> None:
+    (index, *_) = build_indexes(config, config.data.sources, tokenizer)
+    builder, limit = (
+        RowBuilder([index], RowSettings.of(config)),
+        config.diffusion.understanding_timestep_limit,
+    )
+    first, last = [], []
+    for sample in range(DOCUMENTS):
+        for epoch in range(8):
+            tokens = len(lay_out(index.segments(sample)[0]))
+            piece = Piece(0, epoch, sample, 0, tokens, int(Variant.INTERLEAVED))
+            *before, after = (image.timestep for image in builder.build((piece,)).images)
+            # The last image of every fourth is followed by nothing either.
+            first += before
+            last.append(after)
+    assert max(first) < limit <= max(last)
+
+
+def test_a_picture_that_cannot_be_had_silences_its_document(
+    config: Config, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (index, *_) = build_indexes(config, config.data.sources, tokenizer)
+    read = SourceIndex.read_picture
+    monkeypatch.setattr(
+        SourceIndex,
+        "read_picture",
+        lambda self, sample, picture: b"" if picture else read(self, sample, picture),
+    )
+    lengths = [len(lay_out(index.segments(sample)[0])) for sample in range(2)]
+    plan = tuple(
+        Piece(0, 0, sample, 0, length, int(Variant.INTERLEAVED)) for sample, length in enumerate(lengths)
+    )
+    row = RowBuilder([index], RowSettings.of(config)).build(plan)
+    assert not row.images and not row.text_weight_S.any() and (row.modality_S == Modality.PADDING).all()
+    assert [fault.reason for fault in row.faults] == ["image_corrupt"] * 2
+    assert [fault.key for fault in row.faults] == ["000000000", "000000001"]
+
+
+def test_batches_hold_every_kind(config: Config, tokenizer: Tokenizer) -> None:
+    with Loader(config, config.data.sources, tokenizer, rank=0, world_size=1) as loader:
+        whole = {len(lay_out(loader.indexes[0].segments(sample)[0])) for sample in range(DOCUMENTS)}
+        seen = set()
+        for _ in range(6):
+            for batch in loader.next_step():
+                batch.mask.validate()
+                assert batch.counts.faults == 0
+                for group in batch.images:
+                    seen.add(group.values.dtype)
+                    # Patches stand where the groups say, each once.
+                    slots = group.patch_slot_IP.flatten()
+                    assert (batch.modality_BS.flatten()[slots] == Modality.IMAGE).all()
+                assert sum(group.patch_slot_IP.numel() for group in batch.images) == int(
+                    (batch.modality_BS == Modality.IMAGE).sum()
+                )
+        assert seen == {torch.uint8, torch.float32} and max(whole) > 2 * PATCHES
+
+
+def test_latents_pass_the_codec_as_they_are(config: Config, tokenizer: Tokenizer) -> None:
+    found = list(documents(config, config.data.sources[:2], tokenizer))
+    assert len(found) == 2 * DOCUMENTS
+    values = [
+        segment.values_CHW
+        for document in found[DOCUMENTS:]
+        for segment in document.segments
+        if isinstance(segment, ImageSegment)
+    ]
+    assert [float(value[0, 0, 0]) for value in values] == [number / 8 for number in range(DOCUMENTS)]
+    tensor = torch.from_numpy(np.stack(values))
+    assert torch.equal(pixels.encode(tensor), tensor)

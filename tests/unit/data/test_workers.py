@@ -1,0 +1,76 @@
+"""Rows through shared memory: the arrays arrive as they were, and do not travel by pipe."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from transfusion.data import workers
+from transfusion.data.rows import Row, RowImage
+from transfusion.data.scan import Fault
+from transfusion.data.workers import _Arena, _attempt, _Packed
+
+LENGTH = 4096
+
+
+class Builder:
+    """Stands in for a RowBuilder: a row of random arrays with so many pictures."""
+
+    def build(self, pictures: int) -> Row:
+        if pictures < 0:
+            raise ValueError("no such row")
+        random = np.random.default_rng(pictures)
+        images = tuple(
+            RowImage(random.integers(0, 256, (3, 64, 64), dtype=np.uint8), 66 * number, 64, number, number)
+            for number in range(pictures)
+        )
+        return Row(
+            token_ids_S=random.integers(0, 1 << 40, LENGTH),
+            modality_S=random.integers(0, 3, LENGTH, dtype=np.uint8),
+            position_SA=random.integers(0, 99, (LENGTH, 3)),
+            target_ids_S=random.integers(0, 99, LENGTH),
+            text_weight_S=random.random(LENGTH, dtype=np.float32),
+            first_key_S=random.integers(0, 99, LENGTH, dtype=np.int32),
+            end_key_S=random.integers(0, 99, LENGTH, dtype=np.int32),
+            images=images,
+            faults=(Fault("00000.tar", "key", "truncated"),),
+            samples=pictures,
+        )
+
+
+def test_arrays_travel_through_shared_memory() -> None:
+    ours = _Arena()
+    theirs = _Arena(os.dup(ours._descriptor))
+    kept = []
+    # Larger and smaller in turn, so that the memory grows and is used again.
+    for pictures in (1, 40, 0, 2):
+        answer = _attempt(Builder(), pictures, theirs)  # type: ignore[arg-type]
+        assert isinstance(answer, _Packed)
+        assert len(answer.rest) < 200 * pictures + 2000 and answer.borders[-1] > LENGTH * 50
+        kept.append((pictures, pickle.loads(answer.rest, buffers=ours.read(answer.borders))))
+    for pictures, row in kept:
+        # The first row is still what it was after others were written over its place.
+        assert pickle.dumps(row) == pickle.dumps(Builder().build(pictures))
+        assert row.token_ids_S.flags.writeable
+    ours.close()
+    theirs.close()
+
+
+def test_a_failure_is_the_answer() -> None:
+    arena = _Arena()
+    assert isinstance(_attempt(Builder(), -1, arena), ValueError)  # type: ignore[arg-type]
+    arena.close()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_memory_has_no_name(named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With memfd_create and without it."""
+    if not named:
+        monkeypatch.delattr(workers.os, "memfd_create", raising=False)
+    arena = _Arena()
+    borders = arena.write([memoryview(b"abc"), memoryview(b""), memoryview(b"de")])
+    assert arena.read(borders) == [b"abc", b"", b"de"]
+    arena.close()
