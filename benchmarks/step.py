@@ -37,6 +37,8 @@ from transfusion.data.packing import collate
 from transfusion.data.planner import Planner, PlanSettings
 from transfusion.data.rows import RowBuilder, RowSettings
 from transfusion.data.sequence import PAIR_CONTROL_TOKENS
+from transfusion.data.shardindex import ShardIndex, index_shard
+from transfusion.data.shards import write_shards
 from transfusion.observe.memory import peak_gib
 from transfusion.parallel import environment
 from transfusion.parallel.engine import Engine, build_engine, build_model, global_counts
@@ -96,23 +98,27 @@ def _source(
     folder: Path,
     random: np.random.Generator,
 ) -> SourceIndex:
-    shard = folder / f"{name}.bin"
-    shard.write_bytes(b"".join(pictures))
-    sizes = np.array([len(picture) for picture in pictures] or [0], dtype=np.int64)
-    which_N = np.arange(len(tokens_N)) % len(sizes)
-    vocabulary = config.model.vocabulary
-    ids_T = random.integers(len(SpecialToken), vocabulary, int(tokens_N.sum()))
-    return SourceIndex(
-        name=name,
-        shards=(shard,),
-        keys=tuple(f"{number:04d}" for number in range(len(tokens_N))),
-        shard_N=np.zeros(len(tokens_N), np.int32),
-        picture_offset_N=(np.cumsum(sizes) - sizes)[which_N],
-        picture_size_N=sizes[which_N],
-        token_start_N=np.concatenate([[0], np.cumsum(tokens_N)]),
-        token_ids_T=ids_T.astype(np.uint16) if vocabulary <= 1 << 16 else ids_T.astype(np.int32),
-        faults=(),
-    )
+    samples: list[dict[str, bytes]] = [{"txt": str(tokens).encode()} for tokens in tokens_N]
+    if pictures:
+        samples = [{"png": pictures[number % len(pictures)], **text} for number, text in enumerate(samples)]
+    (shard,) = write_shards(samples, folder / name)
+    index_file = shard.with_suffix(".index")
+    encoder = RandomEncoder(config.model.vocabulary, random)
+    index_shard(shard, index_file, encoder)
+    parts = [ShardIndex(index_file, shard)]
+    return SourceIndex(name, parts, patches=config.patches_per_image, row_length=config.data.row_length)
+
+
+class RandomEncoder:
+    """Takes a text for the number of its tokens, and draws them."""
+
+    fingerprint = "random"
+
+    def __init__(self, vocabulary: int, random: np.random.Generator) -> None:
+        self.vocabulary, self._random = vocabulary, random
+
+    def encode(self, text: str) -> list[int]:
+        return self._random.integers(len(SpecialToken), self.vocabulary, int(text)).tolist()
 
 
 def _png(config: Config, random: np.random.Generator) -> bytes:
@@ -137,9 +143,9 @@ def synthetic_steps(config: Config, steps: int, rank: int = 0, world_size: int =
     row_settings = RowSettings.of(config)
     with tempfile.TemporaryDirectory() as folder:
         indexes = synthetic_sources(config, Path(folder))
-        planner = Planner([source_lengths(index, 1.0, config) for index in indexes], settings)
+        planner = Planner([source_lengths(index, ((0, 1.0),), config) for index in indexes], settings)
         builder = RowBuilder(indexes, row_settings)
-        plans = [planner.next_batch()[rank::world_size] for _ in range(steps)]
+        plans = [planner.next_batch(rank, world_size) for _ in range(steps)]
         rows = [[builder.build(plan) for plan in step] for step in plans]
     return [
         [collate(part, row_settings) for part in micro_rows(step, config.data.micro_rows)] for step in rows

@@ -34,8 +34,7 @@ find_python() {
 
 # ensure_venv EXTRAS: .venv holds this project with these extras, at the versions of constraints.txt.
 ensure_venv() {
-    local extras="$1" base stamp wanted
-    stamp=".venv/.installed-${extras//,/-}"
+    local extras="$1" base installed wanted stamp=.venv/.installed
     # Killed while it was made, an environment may have no pip.
     if ! is_new_enough "$PYTHON" || ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
         base="$(find_python)"
@@ -46,12 +45,21 @@ ensure_venv() {
     fi
     wanted="$(cat setup.py pyproject.toml constraints.txt | "$PYTHON" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
-    if [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
+    installed="$(sed -n "s/^$wanted //p" "$stamp" 2>/dev/null || true)"
+    if includes "$installed" "$extras"; then
         return
     fi
     printf 'Installing into .venv; the first time takes a few minutes and about 2 GB\n' >&2
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
-    printf '%s\n' "$wanted" >"$stamp"
+    printf '%s %s\n' "$wanted" "${installed:+$installed,}$extras" >"$stamp"
+}
+
+# includes LIST NAMES: every one of these comma-separated names is in the list.
+includes() {
+    local name
+    for name in ${2//,/ }; do
+        [[ ",$1," == *",$name,"* ]] || return 1
+    done
 }
 
 # process_count [ROWS]: how many processes train here: one a GPU, else two; as many as share ROWS evenly.

@@ -71,8 +71,6 @@ train_tokenizer() {
 train() {
     # torchrun warns unless told; the training sets its own threads (train.threads).
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
-        # torchrun warns unless told; the training sets its own threads (train.threads).
-    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
         "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$(process_count 8)" \
         -m transfusion train "$CONFIG" "run.dir=$RUN" ${overrides[@]+"${overrides[@]}"}
 }

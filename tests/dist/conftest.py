@@ -20,10 +20,13 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 Findings = Callable[[str], list[Any]]
 
 
-def run_worker(launcher: list[str], mode: str, folder: Path, ranks: int) -> Findings:
-    """Run the worker on `ranks` processes; returns a look-up of a scenario's findings, rank by rank."""
+def run_worker(launcher: list[str], mode: str, folder: Path, ranks: int, **settings: str) -> Findings:
+    """Run the worker on `ranks` processes; returns a look-up of a scenario's findings, rank by rank.
+
+    settings: more environment variables.
+    """
     variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | settings
     variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, *launcher, str(WORKER), mode, str(folder)]
     done = subprocess.run(
@@ -72,3 +75,10 @@ def pair(single: Findings, shared_folder: Path) -> Findings:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Findings:
     """Findings of two ranks that compile their blocks."""
     return run_worker(torchrun(2), "compiled", tmp_path_factory.mktemp("compiled"), 2)
+
+
+@pytest.fixture(scope="session")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    """Findings of two ranks whose attention is the Triton kernels, run by Triton's interpreter."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    return run_worker(torchrun(2), "interpreted", folder, 2, TRITON_INTERPRET="1")

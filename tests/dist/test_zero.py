@@ -78,7 +78,8 @@ def test_evaluation_uses_the_average_and_leaves_no_trace(pair: Findings, kind: s
 
 @pytest.mark.parametrize("kind", ["defaults", "nothing kept"])
 def test_ranks_with_unequal_shares_judge_as_one_process(pair: Findings, kind: str) -> None:
-    """Three pictures on two ranks, and held-out data that leave one rank nothing but padding."""
+    """Three pictures on two ranks, then one, and held-out data that leave one rank nothing but padding."""
+    assert [found["of one"] for found in pair(f"judged: {kind}")] == [1, 0]
     for found in pair(f"judged: {kind}"):
         assert found["shares"] == [2, 1]
         assert found["captions"]
@@ -134,3 +135,14 @@ def test_compiled_blocks_are_one_graph(compiled: Findings, scenario: str) -> Non
     for found in compiled(scenario):
         assert found["loss"] < 1e-6
         assert (found["graphs"], found["breaks"]) == (1, 0)
+
+
+def test_triton_kernels_train_as_the_cpu_does(interpreted: Findings) -> None:
+    """ZeRO-3, blocks computed again in the backward, and in the second step text alone on one rank."""
+    for found in interpreted("interpreted"):
+        assert found["contents"] == [["mixed", "mixed"], ["text", "image"]]
+        assert found["loss"] < 1e-6
+        assert found["norm"] < 1e-6
+        # Other kernels round otherwise, which Adam's first steps show most.
+        assert found["weight"] < 1e-4
+        assert found["forwards"] == 2 * 2 * 2  # steps, layers, and each block forward again

@@ -1,4 +1,4 @@
-"""What one rank does in the distributed tests: `worker.py single|pair|compiled FOLDER`.
+"""What one rank does in the distributed tests: `worker.py single|pair|compiled|interpreted FOLDER`.
 
 Starting DeepSpeed takes seconds, so all scenarios run in one start and write their findings to
 FOLDER/<mode>_<rank>.json; the tests beside this file judge them. A scenario that raises is recorded as a
@@ -128,11 +128,13 @@ def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
     return whole
 
 
-def equals_local(config: Config, here: Environment, reference: Config | None = None) -> dict[str, Any]:
+def equals_local(
+    config: Config, here: Environment, reference: Config | None = None, steps: int = len(STREAM)
+) -> dict[str, Any]:
     """Losses, gradient norms and final weights of ZeRO beside those of the plain engine on the same rows."""
     zero, plain = ZeroEngine(config, here), LocalEngine(reference or config, ALONE)
     loss_errors, norm_errors = [], []
-    for step in range(len(STREAM)):
+    for step in range(steps):
         batches = stream_batches(step, config)
         terms, result = train_step(zero, [batches[here.rank]])
         wanted_terms, wanted = train_step(plain, batches, counts=counts_of(batches))
@@ -455,6 +457,27 @@ def compiled(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     return {"compiled": lambda: run(False), "compiled, recomputed": lambda: run(True)}
 
 
+def interpreted(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
+    """The Triton kernels, run by Triton's interpreter, beside the plain engine on the CPU's attention."""
+    from transfusion_kernels.attention import forward
+
+    changes = {"model__width": 64, "train__activation_checkpointing": True, "train__zero": NOTHING_KEPT}
+    launches = []
+    launch = forward.attention_forward
+
+    def counted(*arguments: Any) -> Any:
+        launches.append(arguments[0].shape)
+        return launch(*arguments)
+
+    def run() -> dict[str, Any]:
+        forward.attention_forward = counted  # type: ignore[assignment]
+        config = small_config(train__attention="triton", **changes)
+        found = equals_local(config, here, small_config(train__attention="cpu", **changes), steps=2)
+        return found | {"forwards": len(launches), "contents": STREAM[:2]}
+
+    return {"interpreted": run}
+
+
 class Letters:
     """Stands for the tokenizer of a vocabulary of 64."""
 
@@ -512,6 +535,9 @@ def judged_in_training(here: Environment, changes: dict[str, Any]) -> dict[str, 
     with engine.evaluation("ema") as model:
         pipeline = Pipeline(model, Letters(), config, here.device)
         mine = pipeline.sample_grid(grid, rank=here.rank, ranks=2)
+        # Nothing is left for the second rank, which must take part in the forwards all the same.
+        single = grid.model_copy(update={"prompts": ["one"]})
+        of_one = pipeline.sample_grid(single, rank=here.rank, ranks=2)
         terms = held_out_losses(model, shares[here.rank], config, here.device)
     with plain.evaluation("ema") as model:
         wanted = Pipeline(model, Letters(), config, here.device).sample_grid(grid)
@@ -523,6 +549,7 @@ def judged_in_training(here: Environment, changes: dict[str, Any]) -> dict[str, 
     trained_on = [train(each, here.rank, range(4, 7)) for each in (engine, undisturbed)]
     return {
         "shares": [len(share) for share in everyone],
+        "of one": len(of_one),
         "captions": [[a.prompt, a.seed] for a, _ in pairs] == [[b.prompt, b.seed] for _, b in pairs],
         "greatest difference": max(int((a.pixels.int() - b.pixels.int()).abs().max()) for a, b in pairs),
         "different pictures": len({picture.pixels.numpy().tobytes() for picture in pictures}),
@@ -553,13 +580,14 @@ def whole_pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     return pair(here, folder) | pair_in_training(here)
 
 
+MODES = {"single": single, "pair": whole_pair, "compiled": compiled, "interpreted": interpreted}
+
+
 def main() -> None:
     mode, folder = sys.argv[1], Path(sys.argv[2])
     here = environment.start(1, timeout=timedelta(seconds=60))
     findings: dict[str, Any] = {}
-    for name, scenario in {"single": single, "pair": whole_pair, "compiled": compiled}[mode](
-        here, folder
-    ).items():
+    for name, scenario in MODES[mode](here, folder).items():
         try:
             findings[name] = scenario()
         except Exception:

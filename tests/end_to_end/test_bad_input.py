@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,12 @@ def rewrite(shard: Path, changes: dict[str, bytes]) -> None:
             archive.addfile(member, io.BytesIO(data))
 
 
+def undecodable(png: bytes) -> bytes:
+    """A picture with right checksums whose pixels cannot be inflated: only decoding finds that."""
+    body = b"IDAT" + b"?" * 20
+    return png[:33] + struct.pack(">I", 20) + body + struct.pack(">I", zlib.crc32(body)) + png[-12:]
+
+
 @pytest.fixture
 def shards(workplace: Any, tmp_path: Path) -> Path:
     """A copy of the digits' training shards, to be spoilt."""
@@ -40,10 +48,9 @@ def test_a_run_survives_bad_samples_and_names_them(workplace: Any, shards: Path,
     shard = sorted(shards.glob("*.tar"))[0]
     with tarfile.open(shard) as archive:
         names = [member.name for member in archive if member.name.endswith(".png")]
-        torn = archive.extractfile(names[3]).read()[:-30]  # type: ignore[union-attr]
-    # A picture whose header is fine but whose end is missing is only found when it is decoded.
-    caption = names[5].replace(".png", ".txt")
-    rewrite(shard, {names[3]: torn, names[4]: b"not a picture", caption: b" \n"})
+        bad = undecodable(archive.extractfile(names[3]).read())  # type: ignore[union-attr]
+    caption, facts = names[5].replace(".png", ".txt"), names[3].replace(".png", ".json")
+    rewrite(shard, {names[3]: bad, facts: b"{}", names[4]: b"not a picture", caption: b" \n"})
     workplace.run(
         *workplace.train("runs/bad", source(shards), "train.steps=30", "data.rows=16", "data.held_out=[]")
     )
@@ -102,12 +109,12 @@ def test_what_only_the_main_process_cannot_write_ends_all(workplace: Any) -> Non
 
 
 def test_bad_samples_of_all_ranks_are_judged_together(workplace: Any, shards: Path) -> None:
-    """Pictures torn at their end pass the index; each rank alone has read too few to judge."""
+    """Pictures that only decoding finds bad pass the index; each rank alone has read too few to judge."""
     for shard in shards.glob("*.tar"):
         with tarfile.open(shard) as archive:
             pictures = [member for member in archive if member.name.endswith(".png")]
-            torn = {member.name: archive.extractfile(member).read()[:-30] for member in pictures[::2]}  # type: ignore[union-attr]
-        rewrite(shard, torn)
+            bad = {member.name: undecodable(archive.extractfile(member).read()) for member in pictures[::2]}  # type: ignore[union-attr]
+        rewrite(shard, bad | {name.replace(".png", ".json"): b"{}" for name in bad})
     command = workplace.train("runs/too-torn", source(shards), "train.steps=30", "data.held_out=[]")
     said = workplace.run(*command, processes=2, code=1)
     assert "data.max_faults" in complaint(said) and "runs/too-torn/quarantine.jsonl" in complaint(said)

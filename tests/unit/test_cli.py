@@ -37,6 +37,7 @@ def test_help_imports_nothing_heavy() -> None:
     for command in (
         "prepare",
         "tokenizer",
+        "data",
         "train",
         "export",
         "sample",

@@ -127,3 +127,32 @@ def test_every_key_is_explained() -> None:
 def test_fingerprint_follows_the_values() -> None:
     assert presets.fingerprint({"a": 1, "b": 2}) == presets.fingerprint({"b": 2, "a": 1})
     assert presets.fingerprint({"a": 1}) != presets.fingerprint({"a": 2})
+
+
+SOURCES = "data.sources=[{name: a, shards: x, share: 0.5}, {name: b, shards: y}]"
+
+
+def test_shares_are_numbers_or_schedules() -> None:
+    schedule = "data.sources.1.share=[{from_step: 0, share: 0}, {from_step: 100, share: 0.25}]"
+    config = presets.load(None, [SOURCES, "data.sources.0.share=0.75", schedule])
+    assert [source.schedule for source in config.data.sources] == [((0, 0.75),), ((0, 0.0), (100, 0.25))]
+    assert presets.check(config.as_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sources.0.share=-1", r"data\.sources\.0\.share: input should be greater than 0, got -1"),
+        ("data.sources.0.share=[]", "must begin with 0 and rise, got"),
+        ("data.sources.0.share=[{from_step: 5, share: 1}]", r"must begin with 0 and rise, got \[5\]"),
+        ("data.sources.0.share=[{from_step: 0, share: x}]", r"data\.sources\.0\.share\.0\.share: "),
+        ("data.sources.2.share=1", "2 is no entry of a list of 2"),
+        (
+            "data.sources=[{name: a, shards: x, share: [{from_step: 0, share: 0}]}]",
+            "from step 0 on no source",
+        ),
+    ],
+)
+def test_shares_that_cannot_be(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        presets.load(None, [SOURCES, override])

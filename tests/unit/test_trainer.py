@@ -152,7 +152,9 @@ def test_too_many_bad_samples_end_the_run(
     """Fewer than a hundred samples are judged as if they were a hundred."""
     read = SourceIndex.read_picture
     monkeypatch.setattr(
-        SourceIndex, "read_picture", lambda self, sample: b"torn" if sample % 5 == 0 else read(self, sample)
+        SourceIndex,
+        "read_picture",
+        lambda self, sample, picture: b"torn" if sample % 5 == 0 else read(self, sample),
     )
     config = build_config("bad", steps=1000)
     with pytest.raises(

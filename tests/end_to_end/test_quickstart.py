@@ -1,0 +1,88 @@
+"""launch/quickstart.sh itself: from nothing to the report, and on again, in a few steps of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+FEW_STEPS = (
+    "train.steps=6",
+    "checkpoint.every=3",
+    "sample.per_prompt=1",
+    "sample.steps=2",
+    "train.threads=1",
+)
+Quickstart = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the script reads of the checkout, with the environment that runs these tests as its .venv."""
+    environment = Path(sys.prefix)
+    if not (environment / ".installed").is_file():
+        pytest.skip("these tests do not run in an environment that launch/test.sh made")
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("launch", "configs"):
+        shutil.copytree(ROOT / name, folder / name)
+    for name in ("setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(environment)
+    return folder
+
+
+@pytest.fixture
+def quickstart(checkout: Path) -> Quickstart:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(checkout / "launch" / "quickstart.sh"), *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        # From another folder: the script finds its own.
+        return subprocess.run(
+            command, cwd="/", env=environment, capture_output=True, text=True, timeout=400, check=False
+        )
+
+    return run
+
+
+def stages(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line.removeprefix("== ") for line in done.stderr.splitlines() if line.startswith("== ")]
+
+
+def test_from_nothing_to_the_report_and_on_again(checkout: Path, quickstart: Quickstart) -> None:
+    done = quickstart(*FEW_STEPS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    everything = ["set-up", "prepare", "tokenizer", "train", "export", "sample", "evaluate", "report"]
+    assert stages(done) == everything
+    run = checkout / "runs" / "quickstart"
+    assert "two" in (run / "report.html").read_text(encoding="utf-8")
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert {"generation_accuracy", "caption_accuracy", "text_loss_nats_per_token"} <= set(metrics)
+    assert len((run / "pictures" / "index.jsonl").read_text(encoding="utf-8").splitlines()) == 16
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
+
+    again = quickstart(*FEW_STEPS)
+    assert again.returncode == 0, again.stdout + again.stderr
+    # Nothing is made twice; training finds that it is done.
+    assert stages(again) == ["set-up", "prepare", "train", "report"]
+    assert (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() == lines
+
+
+@pytest.mark.parametrize("argument", ["train.stepz=6", "--what", "steps"])
+def test_a_mistake_ends_before_anything_is_made(
+    checkout: Path, quickstart: Quickstart, argument: str
+) -> None:
+    before = sorted(checkout.rglob("*"))
+    done = quickstart(argument)
+    assert done.returncode == 2
+    assert len([line for line in done.stderr.splitlines() if line and not line.startswith("==")]) == 1
+    assert sorted(checkout.rglob("*")) == before
