@@ -40,32 +40,35 @@ Weights = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point. Exit codes: 0 done, 1 a bug, 2 bad input, 3 a check failed, 75 stopped early and saved."""
+    environment.leave(_run())
+
+
+def _run() -> int:
     arguments = environment.without_launcher_arguments(sys.argv[1:])
     try:
         code = app(arguments, prog_name="transfusion", standalone_mode=False)
     except UserError as error:
-        _refuse(str(error))
+        return _refuse(str(error))
     except UsageError as error:
         text = error.format_message()
         if "\n" in text:
             # Nothing was asked for: the text is the help.
             print(text, file=sys.stderr)
-            raise SystemExit(EXIT_BAD_INPUT) from None
+            return EXIT_BAD_INPUT
         command = error.ctx.command_path if error.ctx else "transfusion"
-        _refuse(f"{text} See `{command} --help`.")
+        return _refuse(f"{text} See `{command} --help`.")
     except OSError as error:
-        _refuse(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        return _refuse(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     except (KeyboardInterrupt, typer.Abort):
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    else:
-        raise SystemExit(code or 0)
+        return EXIT_INTERRUPTED
+    return code or 0
 
 
-def _refuse(message: str) -> NoReturn:
+def _refuse(message: str) -> int:
     environment.say_once(message)
-    raise SystemExit(EXIT_BAD_INPUT) from None
+    return EXIT_BAD_INPUT
 
 
 def _print_version(wanted: bool) -> None:

@@ -595,6 +595,7 @@ def main() -> None:
             break
     (folder / f"{mode}_{here.rank}.json").write_text(json.dumps(findings))
     environment.stop()
+    environment.leave(0)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ that the command line can use this module early.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import re
 import sys
@@ -13,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from transfusion.errors import UserError
 
@@ -28,6 +30,8 @@ SLURM_PORTS = 20_000
 # So long the others leave the first process to say what all of them would say, and to end: on a busy machine
 # the end of a process alone can take ten seconds.
 HEAD_START = 30.0
+# What this process has been in, if only for a while.
+_groups_joined: list[Environment] = []
 
 
 class Placement(NamedTuple):
@@ -102,6 +106,7 @@ def join_group(environment: Environment, *, timeout: timedelta = TIMEOUT) -> Non
         options.update(store=dist.HashStore(), rank=0, world_size=1)
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", **options)
+        _groups_joined.append(environment)
     except (RuntimeError, ValueError, torch.distributed.DistError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = " ".join(str(error).split())[:200]
@@ -117,6 +122,23 @@ def stop() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, after what is registered for its end has run.
+
+    A process that was in a group skips the taking down of the interpreter. Threads of gloo outlive their group
+    where DeepSpeed keeps a reference to it, and one that gives back a tensor while Python is taken down aborts
+    the process (exit code -6): the launcher would call a finished run a failure.
+    """
+    if not _groups_joined:
+        raise SystemExit(code)
+    # As multiprocessing ends its own processes.
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def is_first_process() -> bool:

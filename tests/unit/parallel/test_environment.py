@@ -120,6 +120,36 @@ def test_start_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(threads)
 
 
+# A group that something keeps, as DeepSpeed does, and work that its threads have not given back yet.
+ENDS_WITH_WORK_IN_GLOO = """
+import atexit
+import torch, torch.distributed as dist
+from transfusion.parallel import environment
+atexit.register(print, "at exit")
+environment.join_group(environment.start(1))
+kept = dist.distributed_c10d._get_default_group()
+for _ in range(400):
+    dist.all_reduce(torch.ones(1_000_000), async_op=True)
+environment.stop()
+environment.leave(75)
+"""
+
+
+def test_threads_that_outlive_their_group_do_not_abort_the_end() -> None:
+    command = [sys.executable, "-c", ENDS_WITH_WORK_IN_GLOO]
+    alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    for _ in range(2):
+        ended = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=120, check=False)
+        assert (ended.returncode, ended.stdout) == (75, "at exit\n"), ended.stderr
+
+
+def test_a_process_that_was_in_no_group_ends_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_groups_joined", [])
+    with pytest.raises(SystemExit) as ended:
+        environment.leave(2)
+    assert ended.value.code == 2
+
+
 def test_missing_processes_are_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
