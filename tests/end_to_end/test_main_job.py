@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from transfusion.observe.metrics import read_metrics
@@ -30,6 +31,7 @@ def test_the_run_folder_holds_what_it_should(workplace: Any, trained: str) -> No
     assert "torch" in environment["packages"]
 
 
+@pytest.mark.slow
 def test_sample_writes_pictures_and_an_index(workplace: Any, trained: str) -> None:
     model = f"{trained}/export"
     command = [
@@ -58,6 +60,7 @@ def test_sample_writes_pictures_and_an_index(workplace: Any, trained: str) -> No
     assert (workplace.folder / "alone" / "0000.png").read_bytes() == (folder / "0002.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_caption_prints_one_object_a_line(workplace: Any, trained: str) -> None:
     workplace.run(
         "sample", f"{trained}/export", "--prompt", "a", "-n", "2", "--steps", "1", "--out", "to-caption"
@@ -69,6 +72,7 @@ def test_caption_prints_one_object_a_line(workplace: Any, trained: str) -> None:
     assert all(isinstance(entry["caption"], str) for entry in objects)
 
 
+@pytest.mark.slow
 def test_evaluation_and_report(workplace: Any, trained: str) -> None:
     suites = ["--suite", "held-out", "--suite", "digits"]
     out = workplace.run("eval", f"{trained}/export", *suites, "--out", trained)

@@ -20,6 +20,7 @@ from transfusion_kernels.machine_code import compile_launches, inspect, problems
 
 
 # The narrow forms that are added here are those with other tiles; grouped queries are the harder ones.
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize(
     ("head_dim", "narrow"),

@@ -210,6 +210,7 @@ def test_compiles_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failure == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", hopper.compile_cases(), ids=lambda case: case.name)
 def test_compiles_for_hopper(
     case: hopper.CompileCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
