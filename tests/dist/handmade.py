@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transfusion_kernels import IntervalMask
 
+from transfusion.codec import pixels
 from transfusion.config import Config
 from transfusion.parallel.engine import Engine, GlobalCounts, global_counts
 from transfusion.schema import Batch, BatchCounts, ImageGroup, LossTerms, Modality, SpecialToken, StepResult
@@ -17,7 +18,7 @@ LENGTH = 32
 PATCHES = 4
 SIDE = 4
 
-Content = Literal["mixed", "text", "image", "little text"]
+Content = Literal["mixed", "text", "image", "little text", "two kinds"]
 
 
 def small_config(**changes: Any) -> Config:
@@ -42,7 +43,7 @@ def small_config(**changes: Any) -> Config:
 def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> Batch:
     """Rows of one document each and some padding; a batch without pictures carries one of weight 0.
 
-    side: of the pictures, which always have four patches.
+    side: of the pictures, which always have four patches. two kinds: as mixed, the first picture as latents.
     """
     random = torch.Generator().manual_seed(seed)
     token = torch.zeros(rows, LENGTH, dtype=torch.int64)
@@ -54,7 +55,7 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
     for row in range(rows):
         words = {"image": 0, "little text": 3}.get(content, 18 + row)
         text = torch.randint(8, VOCABULARY, (words,), generator=random)
-        has_image = content in ("image", "mixed")
+        has_image = content in ("image", "mixed", "two kinds")
         document = [int(SpecialToken.BEGIN_DOCUMENT), *text.tolist()]
         end = len(document)
         weight[row, : end - 1] = 1.0
@@ -89,7 +90,7 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
         target_ids_BS=token.roll(-1, dims=1),
         text_weight_BS=weight,
         mask=IntervalMask.from_spans(torch.zeros(rows, LENGTH, dtype=torch.int64), image_end, length=length),
-        images=(group,),
+        images=_two_kinds(group) if content == "two kinds" else (group,),
         counts=BatchCounts(
             tokens=int(length.sum()),
             text_targets=int(weight.sum()),
@@ -98,6 +99,16 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
             padding=int(rows * LENGTH - length.sum()),
         ),
     )
+
+
+def _two_kinds(group: ImageGroup) -> tuple[ImageGroup, ImageGroup]:
+    """The first picture as float latents, the others as they are."""
+    fields = ("values", "image_weight_I", "patch_slot_IP", "timestep_I", "noise_key_I")
+    first, others = (
+        replace(group, **{name: getattr(group, name)[part] for name in fields})
+        for part in (slice(1), slice(1, None))
+    )
+    return replace(first, values=pixels.encode(first.values)), others
 
 
 def join_rows(first: Batch, second: Batch) -> Batch:

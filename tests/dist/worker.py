@@ -63,7 +63,7 @@ STREAM: list[tuple[Content, Content]] = [
     ("little text", "text"),
     ("image", "mixed"),
     ("image", "text"),
-    ("mixed", "mixed"),
+    ("two kinds", "mixed"),
 ]
 # Uneven: a bias of one element, of which the second rank has nothing but padding.
 VARIANTS: dict[str, dict[str, Any]] = {

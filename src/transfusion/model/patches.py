@@ -5,6 +5,9 @@ I images, C channels, H/W latent height and width, P patches, E values a patch (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from transfusion.config import ModelConfig
@@ -37,13 +40,20 @@ class PatchEncoder(nn.Module):
         self.projection = nn.Linear(patch_values, config.width)
         self.timestep = TimestepEmbedding(config.width if self.after_projection else patch_values)
 
-    def forward(self, patch_IPE: Tensor, timestep_I: Tensor) -> Tensor:
-        """[I, P, E] and timesteps [I] to [I, P, D]."""
-        embedding = self.timestep(timestep_I)[:, None]
-        patch_IPE = patch_IPE.to(self.projection.weight.dtype)
+    def forward(self, patches_IPE: Sequence[Tensor], timesteps_I: Sequence[Tensor]) -> list[Tensor]:
+        """Patches [I, P, E] and timesteps [I] of each group of images to [I, P, D].
+
+        All groups in one product: under ZeRO-3 every rank must gather the same weights the same number of
+        times, however many groups its batch has.
+        """
+        dtype = self.projection.weight.dtype
+        patches = [patch_IPE.to(dtype) for patch_IPE in patches_IPE]
+        embedding_ID = self.timestep(torch.cat(list(timesteps_I)))
+        embeddings = [part[:, None] for part in embedding_ID.split([len(group) for group in patches])]
         if self.after_projection:
-            return self.projection(patch_IPE) + embedding
-        return self.projection(patch_IPE + embedding)
+            projected = _as_one(self.projection, patches)
+            return [one + other for one, other in zip(projected, embeddings, strict=True)]
+        return _as_one(self.projection, [one + other for one, other in zip(patches, embeddings, strict=True)])
 
 
 class PatchDecoder(nn.Module):
@@ -53,5 +63,13 @@ class PatchDecoder(nn.Module):
         super().__init__()
         self.projection = nn.Linear(config.width, patch_values)
 
-    def forward(self, x_IPD: Tensor) -> Tensor:
-        return self.projection(x_IPD)
+    def forward(self, states_IPD: Sequence[Tensor]) -> list[Tensor]:
+        """States [I, P, D] of each group of images to patch values [I, P, E], in one product."""
+        return _as_one(self.projection, states_IPD)
+
+
+def _as_one(projection: nn.Linear, groups: Sequence[Tensor]) -> list[Tensor]:
+    """The projection of tensors [I, P, features] that may differ in I and P, called once."""
+    rows = torch.cat([group.flatten(0, 1) for group in groups])
+    parts = projection(rows).split([group.shape[0] * group.shape[1] for group in groups])
+    return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, groups, strict=True)]

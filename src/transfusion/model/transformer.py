@@ -67,12 +67,10 @@ class Transfusion(nn.Module):
         weight = batch.text_weight_BS.flatten()
         learned_N = torch.nonzero_static(weight, size=batch.counts.text_targets).squeeze(1)
         text_sum = self.text_head(flat[learned_N], batch.target_ids_BS.flatten()[learned_N])
+        patches = self.patch_decoder([flat[group.patch_slot_IP] for group in batch.images])
         return ModelOutput(
             text_sum,
-            tuple(
-                self.decode_patches(flat[group.patch_slot_IP], latents.shape)
-                for group, latents in zip(batch.images, noisy, strict=True)
-            ),
+            tuple(self._pictures(part, of.shape) for part, of in zip(patches, noisy, strict=True)),
         )
 
     def embed(self, batch: Batch, noisy: Sequence[Tensor]) -> Tensor:
@@ -81,21 +79,27 @@ class Transfusion(nn.Module):
         tokens_BSD = self.embedding(batch.token_ids_BS)
         hidden_BSD = tokens_BSD * is_text_BS1.to(tokens_BSD.dtype)
         flat = hidden_BSD.flatten(0, 1)
-        for group, latents in zip(batch.images, noisy, strict=True):
-            patches_IPD = self.encode_patches(latents, group.timestep_I)
+        encoded = self.patch_encoder(
+            [patchify(latents, self.config.patch_size) for latents in noisy],
+            [group.timestep_I for group in batch.images],
+        )
+        for group, patches_IPD in zip(batch.images, encoded, strict=True):
             # Adding, where slots hold zero, leaves the slots of an image of weight 0 as they are.
-            patches_IPD = patches_IPD * group.image_weight_I[:, None, None].to(patches_IPD.dtype)
-            flat = flat.index_add(0, group.patch_slot_IP.flatten(), patches_IPD.flatten(0, 1))
+            weighted_IPD = patches_IPD * group.image_weight_I[:, None, None].to(patches_IPD.dtype)
+            flat = flat.index_add(0, group.patch_slot_IP.flatten(), weighted_IPD.flatten(0, 1))
         return flat.view_as(hidden_BSD)
 
     def encode_patches(self, noisy_ICHW: Tensor, timestep_I: Tensor) -> Tensor:
         """Noised latents to encoded patches [I, P, D]."""
-        return self.patch_encoder(patchify(noisy_ICHW, self.config.patch_size), timestep_I)
+        return self.patch_encoder([patchify(noisy_ICHW, self.config.patch_size)], [timestep_I])[0]
 
     def decode_patches(self, normed_IPD: Tensor, shape: Sequence[int]) -> Tensor:
         """Final states of the patches to predicted noise of `shape` [I, C, H, W]."""
+        return self._pictures(self.patch_decoder([normed_IPD])[0], shape)
+
+    def _pictures(self, patch_IPE: Tensor, shape: Sequence[int]) -> Tensor:
         _, channels, height, width = shape
-        return unpatchify(self.patch_decoder(normed_IPD), channels, height, width, self.config.patch_size)
+        return unpatchify(patch_IPE, channels, height, width, self.config.patch_size)
 
     def run_blocks(
         self,
