@@ -99,13 +99,13 @@ def describe_stats(found: dict[str, Any]) -> str:
     """The figures as tables to read."""
     names = list(_QUANTILES)
     lines = [
-        f"{'source':16} {'shards':>7} {'pairs':>11} {'texts':>11} {'share':>7} {'wanted':>7}   text tokens: "
-        + " ".join(f"{name:>8}" for name in names)
+        f"{'source':16} {'shards':>7} {'pairs':>11} {'interleaved':>11} {'texts':>11} {'share':>7} {'wanted':>7}"
+        "   text tokens: " + " ".join(f"{name:>8}" for name in names)
     ]
     for name, each in found["sources"].items():
         lines.append(
-            f"{name:16} {each['shards']:7,} {each['pairs']:11,} {each['texts']:11,} {each['share']:7.4f}"
-            f" {each['wanted_share']:7.4f}   {each['text_tokens']:11,}: "
+            f"{name:16} {each['shards']:7,} {each['pairs']:11,} {each['interleaved']:11,} {each['texts']:11,}"
+            f" {each['share']:7.4f} {each['wanted_share']:7.4f}   {each['text_tokens']:11,}: "
             + " ".join(f"{each['text_lengths'][quantile]:8,}" for quantile in names)
         )
     lines += [
