@@ -238,7 +238,14 @@ class TrainConfig(Section):
 
 class CheckpointConfig(Section):
     every: PositiveInt = Field(1000, description="steps between checkpoints; one is always made at the end")
-    keep: PositiveInt = Field(2, description="checkpoints kept")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    keep_every: NonNegativeInt = Field(
+        0, description="checkpoints whose step is a multiple of this are kept for ever; 0: none"
+    )
+    asynchronous: bool = Field(
+        True,
+        description="write while training goes on, from a copy in host memory; false: wait, without the copy",
+    )
 
 
 class LogConfig(Section):

@@ -6,7 +6,7 @@ import functools
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from transfusion.checkpoint.resume import resume
-from transfusion.checkpoint.save import save
+from transfusion.checkpoint.save import Saver
 from transfusion.config import Config
 from transfusion.data.evaluation import EvaluationLoader
 from transfusion.data.index import too_many_faults
@@ -73,12 +73,27 @@ class Trainer:
         self.loader = together(self._open_loader)
         self.held_out = together(self._open_held_out) if config.data.held_out else None
         together(self._create_folder)
+        self.saver = Saver(
+            self.folder.path,
+            self.engine,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+        )
         self.clock = Clock()
         # Loss sums of the steps since the last line of metrics.
         self.pending: list[LossTerms] = []
 
     def run(self) -> int:
         """Steps until the last one or until asked to stop; saves on the way. Returns the exit code."""
+        try:
+            return self._run()
+        except UserError:
+            # On all ranks together, as all errors for users are: what is half saved can still be saved.
+            with suppress(UserError):
+                self.saver.finish()
+            raise
+
+    def _run(self) -> int:
         steps = self.config.train.steps
         if self.state.step >= steps:
             log.info("already at step %d of %d: nothing to do", self.state.step, steps)
@@ -104,10 +119,12 @@ class Trainer:
                 if saves:
                     self._save(record)
                 if decision == Decision.SAVE_AND_STOP and not at_end:
+                    self.saver.finish()
                     log.warning(
                         "stopped at step %d after saving; the same command continues", self.state.step
                     )
                     return EXIT_STOPPED_EARLY
+            self.saver.finish()
         log.info("done: step %d of %d", self.state.step, steps)
         return 0
 
@@ -154,13 +171,18 @@ class Trainer:
             start_logging(self.folder)
 
     def _agree(self, stop: StopRequest) -> Decision:
-        """What all ranks do next, and how many samples of the step could not be read, in one collective.
+        """What all ranks do next, how many samples of the step could not be read, and whether all have written the
+        save under way, in one collective.
 
         Raises UserError, on all ranks together, once the run had more bad samples than data.max_faults.
         """
-        decision, (faults, samples) = agree(stop.decision, *self.loader.reading)
+        decision, (faults, samples, written) = agree(
+            stop.decision, *self.loader.reading, int(self.saver.written)
+        )
         self.state.faults += faults
         self.state.samples += samples
+        if written == self.here.world_size:
+            self.saver.finish()
         if too_many_faults(self.state.faults, self.state.samples, self.config.data.max_faults):
             self._write_quarantine()
             raise UserError(
@@ -215,7 +237,9 @@ class Trainer:
         self._draw_grid(record)
         with self.clock.pause():
             self._write_quarantine()
-            save(self.folder.path, self.engine, self.state, keep=self.config.checkpoint.keep)
+            self.saver.begin(self.state, copy=self.config.checkpoint.asynchronous)
+            if not self.config.checkpoint.asynchronous:
+                self.saver.finish()
 
     def _draw_grid(self, record: Record | None) -> None:
         """The fixed-seed pictures, each rank drawing its share with the same number of forwards."""

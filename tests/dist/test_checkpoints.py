@@ -47,6 +47,7 @@ def test_a_finished_save_leaves_nothing_else_behind(pair: Findings) -> None:
 def test_an_error_of_one_rank_reaches_all(pair: Findings) -> None:
     """Each failure is one of the second rank alone, and both tell it in the same words."""
     for found in pair("failures"):
+        assert "No space left on device" in found["begin"]
         assert "No space left on device" in found["save"]
         assert found["nothing counts as saved"]
         assert found["fill"] == "Input/output error (rank_00000.safetensors)"

@@ -36,6 +36,7 @@ from handmade import (
 from transfusion_kernels import IntervalMask
 
 from transfusion.checkpoint import layout
+from transfusion.checkpoint import save as saving
 from transfusion.checkpoint.layout import step_folder
 from transfusion.checkpoint.resume import SliceReader, load, resume
 from transfusion.checkpoint.save import save
@@ -312,17 +313,19 @@ def failures(config: Config, here: Environment, folder: Path) -> dict[str, Any]:
     engine = ZeroEngine(config, here)
     found = {}
 
-    def no_space() -> list[Any]:
+    def no_space(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    whole = engine.shards
-    if here.rank == 1:
-        engine.shards = no_space  # type: ignore[method-assign]
-    try:
-        save(folder, engine, TrainState(step=9), keep=2)
-    except UserError as error:
-        found["save"] = str(error)
-    engine.shards = whole  # type: ignore[method-assign]
+    # Before anything is written, and in the thread that writes.
+    for name, owner, member in (("begin", engine, "shards"), ("save", saving, "write_tensors")):
+        whole = getattr(owner, member)
+        if here.rank == 1:
+            setattr(owner, member, no_space)
+        try:
+            save(folder, engine, TrainState(step=9), keep=2)
+        except UserError as error:
+            found[name] = str(error)
+        setattr(owner, member, whole)
     found["nothing counts as saved"] = not step_folder(folder, 9).exists()
     target = save(folder, engine, TrainState(step=10), keep=2)
     if here.rank == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 from handmade import make_batch, same_state, small_config, state_of, train_step
 
 from transfusion.checkpoint import layout
+from transfusion.checkpoint import save as saving
 from transfusion.checkpoint.layout import MANIFEST, find_latest, read_manifest, step_folder
 from transfusion.checkpoint.resume import SliceReader, load, resume
-from transfusion.checkpoint.save import save
+from transfusion.checkpoint.save import Saver, save
 from transfusion.errors import UserError
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
@@ -60,6 +62,86 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10, 11):
         save(tmp_path, engine, TrainState(step=step), keep=2)
     assert names(tmp_path) == ["latest", "step_00000010", "step_00000011"]
+
+
+def test_some_are_kept_for_ever(tmp_path: Path) -> None:
+    engine = trained(0)
+    saver = Saver(tmp_path, engine, keep=1, keep_every=4)
+    for step in range(2, 13, 2):
+        saver.begin(TrainState(step=step), copy=True)
+    saver.finish()
+    assert names(tmp_path) == ["latest", "step_00000004", "step_00000008", "step_00000012"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved is the state at `begin`, also where buffers of a former save are used again."""
+    may_write = threading.Event()
+    write = saving.write_tensors
+
+    def slow(*arguments: Any) -> Any:
+        assert may_write.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(saving, "write_tensors", slow)
+    engine = trained()
+    saver = Saver(tmp_path, engine, keep=2)
+    for step in (2, 3):
+        may_write.clear()
+        before, state = state_of(engine), TrainState(step=step)
+        before = {name: tensor.clone() for name, tensor in before.items()}
+        saver.begin(state, copy=True)
+        train_step(engine, [make_batch("mixed", step)])
+        state.step += 1
+        assert not saver.written
+        assert find_latest(tmp_path) == (None if step == 2 else step_folder(tmp_path, 2))
+        may_write.set()
+        saver.finish()
+        assert not saver.written
+        fresh = LocalEngine(AVERAGED, ALONE)
+        assert resume(tmp_path, fresh) == TrainState(step=step)
+        assert fresh.updates == step
+        assert same_state(before, state_of(fresh)) and not same_state(before, state_of(engine))
+
+
+def test_a_save_that_fails_on_the_way_says_so_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = trained(0)
+    saver = Saver(tmp_path, engine, keep=2)
+    saver.begin(TrainState(step=1), copy=True)
+    saver.finish()
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "write_tensors", full)
+    saver.begin(TrainState(step=2), copy=True)
+    with pytest.raises(UserError, match=r"cannot save .*step_00000002: No space left on device; free space"):
+        saver.finish()
+    saver.finish()
+    assert find_latest(tmp_path) == step_folder(tmp_path, 1)
+
+
+def test_a_disk_that_gives_back_other_bytes_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = saving.write_tensors
+
+    def corrupting(path: Path, *arguments: Any) -> Any:
+        record = write(path, *arguments)
+        with path.open("r+b") as file:
+            file.seek(record.bytes // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+        return record
+
+    monkeypatch.setattr(saving, "write_tensors", corrupting)
+    with pytest.raises(UserError, match="gives other bytes than were written; check the disk"):
+        save(tmp_path, trained(0), TrainState(step=1), keep=1)
+    assert find_latest(tmp_path) is None
 
 
 def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
