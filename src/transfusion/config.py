@@ -233,6 +233,9 @@ class TrainConfig(Section):
     threads: NonNegativeInt = Field(
         0, description="CPU threads a process; 0: cores divided by local processes"
     )
+    stall_seconds: Annotated[float, Field(ge=0)] = Field(
+        100.0, description="a process that does one thing for longer writes why into RUN/stalls; 0: never"
+    )
     zero: ZeroConfig = ZeroConfig()
 
 

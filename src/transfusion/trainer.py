@@ -30,6 +30,7 @@ from transfusion.observe.metrics import MetricsLog, StepMetrics
 from transfusion.observe.progress import Progress
 from transfusion.observe.runfolder import RunFolder, start_logging
 from transfusion.observe.sinks import open_sink, refuse_missing_sink
+from transfusion.observe.watchdog import LOADER, Watchdog
 from transfusion.optim.schedule import learning_rate
 from transfusion.parallel import environment
 from transfusion.parallel.agree import StopRequest, agree, gather, group_device, together
@@ -79,6 +80,12 @@ class Trainer:
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
         )
+        self.watchdog = Watchdog(
+            self.folder.stalls,
+            here.rank,
+            seconds=config.train.stall_seconds,
+            samples=self.loader.samples,
+        )
         self.clock = Clock()
         # Loss sums of the steps since the last line of metrics.
         self.pending: list[LossTerms] = []
@@ -102,6 +109,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(self.loader)
             stop = stack.enter_context(StopRequest())
+            stack.enter_context(self.watchdog)
             record = together(lambda: stack.enter_context(Record(self)) if self.here.is_main else None)
             if self.state.step == 0:
                 self._draw_grid(record)
@@ -130,11 +138,14 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """One optimiser step over this rank's micro-batches of the next global batch."""
+        self.watchdog.note(LOADER, self.state.step)
         with self.clock.span("data"):
             # Together: the loader processes of a single rank may have died.
             batches = [batch.to(self.engine.device) for batch in together(self.loader.next_step)]
+        self.watchdog.note("forward and backward", self.state.step)
         counts = global_counts(batches)
         self.pending += [self.engine.forward_backward(batch, counts) for batch in batches]
+        self.watchdog.note("optimiser step", self.state.step)
         result = self.engine.step(
             learning_rate(self.state.step, self.config.optimizer, self.config.train.steps)
         )
@@ -176,6 +187,7 @@ class Trainer:
 
         Raises UserError, on all ranks together, once the run had more bad samples than data.max_faults.
         """
+        self.watchdog.note("agreement of all ranks", self.state.step)
         decision, (faults, samples, written) = agree(
             stop.decision, *self.loader.reading, int(self.saver.written)
         )
@@ -194,6 +206,7 @@ class Trainer:
 
     def _log(self, record: Record | None, result: StepResult, *, held_out: bool) -> None:
         """Sum the losses over steps and ranks (all ranks together) and write a line (the main process)."""
+        self.watchdog.note("held-out losses and metrics", self.state.step)
         losses = MeanLosses.over_ranks(self.pending, self.config)
         self.pending = []
         self.state.images += losses.images
@@ -235,6 +248,7 @@ class Trainer:
 
     def _save(self, record: Record | None) -> None:
         self._draw_grid(record)
+        self.watchdog.note("saving", self.state.step)
         with self.clock.pause():
             self._write_quarantine()
             self.saver.begin(self.state, copy=self.config.checkpoint.asynchronous)
@@ -245,6 +259,7 @@ class Trainer:
         """The fixed-seed pictures, each rank drawing its share with the same number of forwards."""
         if not self.config.sample.prompts:
             return
+        self.watchdog.note("drawing the sample grid", self.state.step)
         with self.clock.pause(), self.engine.evaluation(self._best_weights()) as module:
             pipeline = Pipeline(module, self.tokenizer, self.config, self.engine.device)
             mine = pipeline.sample_grid(self.config.sample, rank=self.here.rank, ranks=self.here.world_size)

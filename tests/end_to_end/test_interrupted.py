@@ -1,9 +1,12 @@
-"""Killed, stopped, continued: the same command ends up with the same run, bit for bit."""
+"""Killed, stopped, stalled, continued: the same command ends up with the same run, bit for bit."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -148,3 +151,51 @@ def test_two_ranks_are_killed_and_continued(workplace: Any) -> None:
     workplace.kill(process)
     workplace.run(*command, processes=2)
     assert figures(killed) == figures(whole)
+
+
+def rank_processes(parent: int) -> list[int]:
+    """The processes that a launcher has started, rank 0 first."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(parent), "-f", "transfusion train"], capture_output=True, text=True
+    )
+    return sorted(int(word) for word in found.stdout.split())
+
+
+def wait_for(path: Path, process: Any) -> str:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not come within a minute")
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_told_by_the_others(workplace: Any) -> None:
+    """SIGSTOP to the second rank: the first waits for it in a collective, and says so while it does."""
+    run = workplace.folder / "runs/stalled"
+    command = workplace.train(
+        "runs/stalled", "train.steps=100", "checkpoint.every=200", "train.stall_seconds=2"
+    )
+    process = workplace.start(*command, processes=2)
+    wait_for_step(run, 3, process)
+    first, second = rank_processes(process.pid)
+    os.kill(second, signal.SIGSTOP)
+    try:
+        told = wait_for(run / "stalls" / "rank_00000.txt", process)
+        recorded = json.loads(wait_for(run / "stalls" / "rank_00000.json", process))
+    finally:
+        os.kill(second, signal.SIGCONT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert first != second and read_metrics(run / "metrics.jsonl")[-1]["step"] == 100
+    head, rest = told.split("\n", 1)
+    assert head.startswith("rank 0 stands still in step ") and "another rank is late or gone" in head
+    assert head in err
+    # A collective with its size, the samples by source and key, and the stack of the thread that trains.
+    collectives, samples = rest.split("samples of the last batch:")
+    assert " elements, number " in collectives
+    assert "row 0: digits " in samples or "row 0: python-docs " in samples
+    assert "trainer.py" in samples
+    assert not recorded["entries"][-1]["retired"]

@@ -14,7 +14,7 @@ from transfusion.data.deck import Schedule, SourceLengths, VariantRule
 from transfusion.data.index import SourceIndex, build_index, refuse_too_many
 from transfusion.data.indexing import IndexPlace
 from transfusion.data.packing import collate
-from transfusion.data.planner import Planner, PlanSettings, State
+from transfusion.data.planner import Piece, Planner, PlanSettings, RowPlan, State
 from transfusion.data.rows import Row, RowBuilder, RowSettings
 from transfusion.data.scan import Fault
 from transfusion.data.tokenizer import Tokenizer
@@ -67,7 +67,8 @@ class Loader:
         self._workshop: Workshop = ProcessWorkshop(builder, workers) if workers else LocalWorkshop(builder)
         self._steps_ahead = _STEPS_AHEAD if workers else 0
         self._state = self._planner.state()
-        self._ordered: collections.deque[State] = collections.deque()
+        self._plans: Sequence[RowPlan] = ()
+        self._ordered: collections.deque[tuple[Sequence[RowPlan], State]] = collections.deque()
         # The same bad sample comes again every epoch.
         self._faults: dict[Fault, None] = {}
         # Of the last step. What it means is judged by all ranks together, not here.
@@ -80,10 +81,11 @@ class Loader:
         What could not be read is left out and counted in `reading`.
         """
         while len(self._ordered) <= self._steps_ahead:
-            self._workshop.order(self._planner.next_batch(self._rank, self._world_size))
-            self._ordered.append(self._planner.state())
+            plans = self._planner.next_batch(self._rank, self._world_size)
+            self._workshop.order(plans)
+            self._ordered.append((plans, self._planner.state()))
         rows = self._workshop.collect()
-        self._state = self._ordered.popleft()
+        self._plans, self._state = self._ordered.popleft()
         found = [fault for row in rows for fault in row.faults]
         self._faults.update(dict.fromkeys(found))
         self.reading = Reading(len(found), sum(row.samples for row in rows))
@@ -95,6 +97,17 @@ class Loader:
     def state(self) -> State:
         """Where the stream stands after the last step taken: a small JSON dict, the same on every rank."""
         return self._state
+
+    def samples(self) -> list[str]:
+        """The samples of this rank's last step, a row a line: source and key of each."""
+        return [
+            f"row {number}: " + ", ".join(self._name(piece) for piece in plan)
+            for number, plan in enumerate(self._plans)
+        ]
+
+    def _name(self, piece: Piece) -> str:
+        index = self.indexes[piece.source]
+        return f"{index.name} {index.key(piece.sample)}"
 
     def counters(self) -> dict[str, Any]:
         """What this rank was given so far, and bad samples by reason, those of the index too."""

@@ -66,6 +66,10 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def stalls(self) -> Path:
+        return self.path / "stalls"
+
+    @property
     def export(self) -> Path:
         return self.path / "export"
 

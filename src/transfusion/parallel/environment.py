@@ -30,6 +30,7 @@ SLURM_PORTS = 20_000
 # So long the others leave the first process to say what all of them would say, and to end: on a busy machine
 # the end of a process alone can take ten seconds.
 HEAD_START = 30.0
+FLIGHT_RECORDS = "2000"
 # What this process has been in, if only for a while.
 _groups_joined: list[Environment] = []
 
@@ -82,6 +83,8 @@ def start(threads: int = 0, *, timeout: timedelta = TIMEOUT) -> Environment:
         # DeepSpeed guesses its accelerator from installed packages; without a GPU the guess may be wrong.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.update(place.variables)
+    # Collectives that are kept for `flight`.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDS)
     count = threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     torch.set_num_threads(count)
     device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
