@@ -183,7 +183,7 @@ class CacheConfig(Section):
     gigabytes: PositiveFloat = Field(50.0, description="bound of the folder, in 10^9 bytes")
     connections: PositiveInt = Field(4, description="shards that a process downloads at once")
     attempts: PositiveInt = Field(5, description="tries of a shard before its samples count as bad")
-    timeout: PositiveFloat = Field(60.0, description="seconds without a byte that end a try")
+    timeout: PositiveFloat = Field(30.0, description="seconds without a byte that end a try")
     pause: Annotated[float, Field(ge=0)] = Field(
         1.0, description="seconds before the second try; doubled before each further one"
     )

@@ -24,7 +24,15 @@ from typing import IO, NamedTuple
 
 from transfusion.addresses import file_name, identity, redacted
 from transfusion.config import CacheConfig
-from transfusion.data.download import Contents, DownloadFailed, Patience, ShardChanged, download, unwritable
+from transfusion.data.download import (
+    Contents,
+    DownloadFailed,
+    Patience,
+    ShardChanged,
+    Stopped,
+    download,
+    unwritable,
+)
 from transfusion.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,6 +41,7 @@ log = logging.getLogger(__name__)
 _STEP_BYTES = 64 << 20
 # A shard that was given up is not asked for again so soon: each of its samples would wait for all tries.
 FORGIVEN_SECONDS = 120.0
+_GLANCE_SECONDS = 0.05
 _FOLDERS = ("locks", "leases", "failed")
 _UNFINISHED = ".tmp-"
 
@@ -111,14 +120,15 @@ class ShardCache:
         try:
             for name in _FOLDERS:
                 (self._folder / name).mkdir(parents=True, exist_ok=True)
-            self._lease = (self._folder / "leases" / self._token).open("w+", encoding="utf-8")
+            # Locked: no other may find the lease before it is held.
+            with self._locked():
+                self._lease = (self._folder / "leases" / self._token).open("w+", encoding="utf-8")
+                fcntl.flock(self._lease, fcntl.LOCK_EX)
+                self._clear()
         except OSError as error:
             raise UserError(
                 f"cannot write the cache folder {self._folder}: {error.strerror}; name another data.cache.folder"
             ) from None
-        fcntl.flock(self._lease, fcntl.LOCK_EX)
-        with self._locked():
-            self._clear()
 
     def path(self, shard: RemoteShard, contents: Contents) -> Path:
         """Where the copy stands, if it is there."""
@@ -150,8 +160,8 @@ class ShardCache:
 
         must: even above the bound. Raises DownloadFailed, UserError, Stopped.
         """
-        path = self.path(shard, contents)
-        with self._one_at_a_time(shard):
+        path, stop = self.path(shard, contents), stop or threading.Event()
+        with self._one_at_a_time(shard, stop):
             if self._touch(path, contents):
                 return True
             self._refuse_failed(shard, contents)
@@ -160,7 +170,7 @@ class ShardCache:
                     return False
                 unfinished = self._begin(path, contents.size)
             try:
-                self._download(shard, unfinished, contents, stop or threading.Event())
+                self._download(shard, unfinished, contents, stop)
             except DownloadFailed as error:
                 self._failed(shard, contents).write_text(str(error.strerror), encoding="utf-8")
                 log.warning("%s: %s", shard, _advice(error, self.settings.patience.attempts))
@@ -170,10 +180,10 @@ class ShardCache:
     @contextlib.contextmanager
     def fetched_new(self, shard: RemoteShard) -> Iterator[tuple[Path, Contents]]:
         """Download whatever the address gives now, and hold it while the caller reads. Raises as `fetch`."""
-        holder = object()
-        with self._one_at_a_time(shard):
+        holder, never = object(), threading.Event()
+        with self._one_at_a_time(shard, never):
             unfinished = self._begin(self._folder / f"{shard.identity}{shard.suffix}", 0)
-            contents = self._download(shard, unfinished, None, threading.Event(), holder)
+            contents = self._download(shard, unfinished, None, never, holder)
         try:
             yield self.path(shard, contents), contents
         finally:
@@ -321,15 +331,17 @@ class ShardCache:
             yield
 
     @contextlib.contextmanager
-    def _one_at_a_time(self, shard: RemoteShard) -> Iterator[None]:
-        """One download of a shard; who waited finds the copy."""
+    def _one_at_a_time(self, shard: RemoteShard, stop: threading.Event) -> Iterator[None]:
+        """One download of a shard; who waited finds the copy. Raises Stopped."""
         with (self._folder / "locks" / shard.identity).open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            while not _is_free(stream):
+                if stop.wait(_GLANCE_SECONDS):
+                    raise Stopped
             yield
 
 
 def _is_free(stream: IO[str]) -> bool:
-    """Whether nobody holds this file's lock: its process is dead."""
+    """Whether nobody held this file's lock; now we do, until it is closed."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ from transfusion.data.download import DownloadFailed, Stopped
 from transfusion.data.index import SourceIndex
 from transfusion.data.planner import Planner, RowPlan
 from transfusion.data.shardindex import ShardIndex
+
+log = logging.getLogger(__name__)
 
 # Looked at again after so long where there was no room: other processes may have let go of theirs.
 _RETRY_SECONDS = 0.5
@@ -63,11 +66,12 @@ class Fetcher:
         self._in_hand: collections.deque[Needs] = collections.deque()
         self._coming: collections.deque[Needs] = collections.deque()
         self._after: list[Need] = []
+        self._sizes: dict[Need, int] = {}
         self._horizon: dict[Need, bool] = {}
         self._here: set[Need] = set()
         self._busy: set[Need] = set()
         self._given_up: dict[Need, float] = {}
-        self._complaint = ""
+        self._complaint, self._warned = "", False
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._stop = threading.Event()
@@ -83,6 +87,7 @@ class Fetcher:
         with self._changed:
             self._coming = collections.deque(coming)
             self._after = list(self._reachable(after))
+        self._warn_of_small_cache()
         self._look_ahead()
 
     @property
@@ -103,7 +108,6 @@ class Fetcher:
                 self._changed.wait()
             self._in_hand.append(self._coming.popleft())
         self.waited_seconds += time.monotonic() - begin
-        self._look_ahead()
 
     def end_batch(self) -> None:
         """The oldest batch in hand is built."""
@@ -134,10 +138,23 @@ class Fetcher:
         """As many of them as the cache could ever hold."""
         size = 0
         for need in dict.fromkeys(after):
-            size += self._part(need).contents.size
+            size += self._size(need)
             if size > self._settings.greatest_bytes:
                 return
             yield need
+
+    def _warn_of_small_cache(self) -> None:
+        """Once, where the batches that are dealt together read more than the cache holds."""
+        size = sum(map(self._size, set(itertools.chain(*self._coming))))
+        if size > self._settings.greatest_bytes and not self._warned:
+            self._warned = True
+            log.warning(
+                "the next %d batches read %.3g GB of remote shards, more than data.cache.gigabytes (%.3g) holds: "
+                "shards will be downloaded again and again; raise it, or lower data.sources.N.window_shards",
+                len(self._coming),
+                size / 1e9,
+                self._settings.greatest_bytes / 1e9,
+            )
 
     def _look_ahead(self) -> None:
         """Hold what the next batches need, as far as the bound allows; let go of the rest."""
@@ -145,10 +162,10 @@ class Fetcher:
             # Above the bound goes what one batch needs at once, and no more.
             at_once = self._in_hand or itertools.islice(self._coming, 1)
             horizon = dict.fromkeys(itertools.chain.from_iterable(at_once), True)
-            size = sum(self._part(need).contents.size for need in horizon)
+            size = sum(map(self._size, horizon))
             for need in itertools.chain(*self._coming, self._after):
                 if need not in horizon:
-                    size += self._part(need).contents.size
+                    size += self._size(need)
                     if size > self._settings.greatest_bytes:
                         break
                     horizon[need] = False
@@ -168,6 +185,11 @@ class Fetcher:
     def _part(self, need: Need) -> ShardIndex:
         source, shard = need
         return self._indexes[source].part(shard)
+
+    def _size(self, need: Need) -> int:
+        if need not in self._sizes:
+            self._sizes[need] = self._part(need).contents.size
+        return self._sizes[need]
 
     def _copy_name(self, need: Need) -> str:
         part = self._part(need)
@@ -259,11 +281,14 @@ class PlanFetcher:
     def _read_block(self) -> None:
         if not self.fetcher.expects:
             batches = self._planner.rest_of_block(self._rank, self._world_size)
-            self.fetcher.expect([shards_of(plans, self._indexes) for plans in batches], self._after())
+            coming = [shards_of(plans, self._indexes) for plans in batches]
+            self.fetcher.expect(coming, self._after(set(itertools.chain(*coming))))
 
-    def _after(self) -> Iterator[Need]:
+    def _after(self, block: set[Need]) -> Iterator[Need]:
         """Shards behind the planned block, those needed soonest first: of rows that are begun, then of windows."""
-        yield from shards_of(self._planner.rows_after_block(), self._indexes)
+        begun = shards_of(self._planner.rows_after_block(), self._indexes)
+        # A row that nothing fits may stay open for very long: what only such rows need is not kept for them.
+        yield from (need for need in begun if need in block)
         draws = self._planner.draws_after_block()
         lines = [line.ahead(draws[line.name]) for line in self._lines if line.name in draws]
         yield from (need for _, need in heapq.merge(*lines))
