@@ -24,6 +24,7 @@ class Web:
     """asked: requests by name. behave(name, number of this request of it, its bytes) -> Answer; None hangs up."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.asked: collections.Counter[str] = collections.Counter()
         self.sent = 0
         self.behave: Callable[[str, int, bytes], Answer | None] = lambda name, number, body: Answer(body)

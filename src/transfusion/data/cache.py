@@ -172,7 +172,9 @@ class ShardCache:
             try:
                 self._download(shard, unfinished, contents, stop)
             except DownloadFailed as error:
-                self._failed(shard, contents).write_text(str(error.strerror), encoding="utf-8")
+                # Where it cannot be noted, others only try for themselves.
+                with contextlib.suppress(OSError):
+                    self._failed(shard, contents).write_text(str(error.strerror), encoding="utf-8")
                 log.warning("%s: %s", shard, _advice(error, self.settings.patience.attempts))
                 raise
         return True

@@ -215,35 +215,34 @@ class Fetcher:
                     continue
                 need, must = found
                 self._busy.add(need)
-            fetched = self._fetch(need, must)
+            had_room = self._fetch(need, must)
             with self._changed:
                 self._busy.discard(need)
-                if fetched and need in self._horizon:
-                    self._here.add(need)
                 self._changed.notify_all()
-                if not fetched:
+                if not had_room:
                     self._changed.wait(_RETRY_SECONDS)
 
     def _fetch(self, need: Need, must: bool) -> bool:
-        """Whether the copy is there now; what was in the way is kept for the caller of `is_ready`."""
+        """Fetch one shard or give it up; False: there was no room."""
         try:
-            fetched = self._part(need).fetch(must=must, stop=self._stop)
+            had_room = self._part(need).fetch(must=must, stop=self._stop)
+            with self._changed:
+                self._given_up.pop(need, None)
+                if had_room and need in self._horizon:
+                    self._here.add(need)
+            return had_room
+        except Stopped:
+            return True
         except DownloadFailed as error:
             with self._changed:
                 self._given_up[need] = time.monotonic()
                 self._complaint = f"{self._part(need).shard}: {error.strerror}"
-            return False
-        except Stopped:
-            return False
         # Whatever it is, the thread that waits for the shard must hear of it.
         except Exception as error:
             with self._changed:
                 self._error = error
             self._stop.set()
-            return False
-        with self._changed:
-            self._given_up.pop(need, None)
-        return fetched
+        return True
 
 
 class PlanFetcher:

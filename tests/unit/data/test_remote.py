@@ -31,9 +31,10 @@ from transfusion.config import CacheConfig, Config
 from transfusion.data import download, planner
 from transfusion.data.cache import CacheSettings, RemoteShard, ShardCache
 from transfusion.data.deck import Windows
-from transfusion.data.download import Contents, DownloadFailed, ShardChanged
+from transfusion.data.download import Contents, DownloadFailed, ShardChanged, Stopped
 from transfusion.data.evaluation import EvaluationLoader
 from transfusion.data.evaluation import documents as all_documents
+from transfusion.data.fetching import shards_of
 from transfusion.data.loader import Loader, build_indexes
 from transfusion.data.shards import open_address, write_shards
 from transfusion.data.tokenizer import Tokenizer
@@ -50,6 +51,8 @@ RowsOf = Callable[[Sequence[Batch]], Rows]
 Same = Callable[[Rows, Rows], bool]
 Make = Callable[..., Config]
 SHARDS, SAMPLES, WINDOW, STEPS = 10, 30, 3, 12
+# For processes that start on a machine that does much else.
+LONGEST_WAIT = 600
 QUICK = {"attempts": 3, "timeout": 20.0, "pause": 0.01, "connections": 2}
 
 
@@ -231,6 +234,55 @@ def test_an_epoch_downloads_each_shard_once_and_keeps_the_bound(
         assert max(web.asked.values()) <= 2
         assert 3 * shard_bytes < most <= cache.peak_bytes <= bound
     assert not list((tmp_path / "cache").glob(".*.tmp-*"))
+
+
+def test_a_cache_below_the_working_set_is_told_once(
+    folder: Path, make: Make, tokenizer: Tokenizer, shard_bytes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make(f"file:{folder}", texts=False, cache={"gigabytes": 4 * shard_bytes / 1e9})
+    with caplog.at_level(logging.WARNING), loaders(config, tokenizer) as (loader,):
+        for _ in range(130):
+            loader.next_step()
+    (record,) = caplog.records
+    assert "more than data.cache.gigabytes" in record.getMessage()
+
+
+def test_rows_that_nothing_fits_do_not_hold_their_shards(
+    folder: Path, make: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows to come are fetched before what only rows need that may stay open for ever."""
+    monkeypatch.setattr(planner, "_ROWS_PER_BLOCK", 8)
+    with loaders(make(f"file:{folder}", texts=False), tokenizer) as (loader,):
+        assert loader.fetching is not None
+        for _ in range(60):
+            loader.next_step()
+        plans = loader.fetching._planner.rest_of_block()
+        block = {need for batch in plans for need in shards_of(batch, loader.indexes)}
+        after = list(loader.fetching._after(block))
+        draw = loader.fetching._planner.draws_after_block()["pictures"]
+        deck = loader.fetching._lines[0]._deck
+        coming = [(0, shard) for _, shard in itertools.islice(deck.shards_ahead(draw), 2 * WINDOW)]
+        begun = shards_of(loader.fetching._planner.rows_after_block(), loader.indexes)
+        assert set(begun) - block, "no row was left behind: the test shows nothing"
+        assert after[: len(set(begun) & block)] == [need for need in begun if need in block]
+        assert after[len(set(begun) & block) :][: 2 * WINDOW] == coming
+
+
+def test_who_waits_for_a_download_can_be_stopped(folder: Path, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, 1 << 30)
+    one, other = ShardCache(settings), ShardCache(settings)
+    shard, contents = shard_of(folder / "00000.tar", settings)
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    with one._one_at_a_time(shard, threading.Event()), pytest.raises(Stopped):
+        other.fetch(shard, contents, stop=stop)
+    slow = RemoteShard("pipe:sleep 30", settings)
+    stop.clear()
+    threading.Timer(0.2, stop.set).start()
+    begin = time.monotonic()
+    with pytest.raises(Stopped):
+        other.fetch(slow, contents, stop=stop)
+    assert time.monotonic() - begin < 10 and other.used_bytes() == 0
 
 
 def test_a_tiny_cache_goes_above_its_bound_by_one_step(
@@ -466,7 +518,7 @@ def test_two_processes_share_a_cache(
     ]
     for rank in ranks:
         rank.start()
-    found = [results.get(timeout=120) for _ in ranks]
+    found = [results.get(timeout=LONGEST_WAIT) for _ in ranks]
     for rank in ranks:
         rank.join()
     assert found[0][0] == found[1][0] and not found[0][1] and not found[1][1]
@@ -482,7 +534,7 @@ def test_killed_in_mid_download(web: Web, folder: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=fetch, args=(address, contents, settings))
     process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LONGEST_WAIT
     while not (left := list(tmp_path.glob(".*.tmp-*"))) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.pid is not None
