@@ -1,6 +1,6 @@
 """What a small cache costs: bytes downloaded in an epoch, and how much of the transfer training does not wait for.
 
-    .venv/bin/python benchmarks/campaigns/remote.py [--shards 50] [--samples 600] [--out FILE]
+    .venv/bin/python benchmarks/campaigns/remote.py [--shards 50] [--samples 1000] [--out FILE]
 
 Makes shards of captioned pictures, serves them over HTTP on this machine, and reads them through a cache of a tenth
 of their bytes.
@@ -206,7 +206,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shards", type=int, default=50)
-    parser.add_argument("--samples", type=int, default=600, help="of each shard")
+    parser.add_argument("--samples", type=int, default=1000, help="of each shard")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
