@@ -19,6 +19,7 @@ HOUSE = Path(__file__).parents[1]
 LAYERS: dict[str, int] = {
     "__init__": 1,
     "errors": 1,
+    "addresses": 1,
     "schema": 1,
     "tokens": 1,
     "config": 1,
@@ -54,6 +55,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "triton": ("kernels/",),
     "wandb": ("src/transfusion/observe/sinks.py",),
     "webdataset": ("src/transfusion/data/shards.py",),
+    "fsspec": ("src/transfusion/data/shards.py",),
     "sentencepiece": ("src/transfusion/data/tokenizer.py",),
     "sklearn": ("src/transfusion/data/prepare.py", "src/transfusion/evaluate/"),
     "matplotlib": ("src/transfusion/evaluate/report.py",),

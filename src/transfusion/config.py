@@ -14,9 +14,12 @@ from pydantic import (
     Field,
     PositiveInt,
     Tag,
+    field_serializer,
     field_validator,
     model_validator,
 )
+
+from transfusion.addresses import redacted_plain
 
 Share = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -136,7 +139,10 @@ class SourceConfig(Section):
 
     name: str = Field(description="name in logs and counters")
     shards: str | list[str] = Field(
-        description="globs or brace ranges of .tar shards, or .jsonl files of text"
+        description="globs or brace ranges of .tar shards, or .jsonl files of text; or URLs with brace ranges"
+    )
+    window_shards: PositiveInt = Field(
+        8, description="of a source with URLs: shards whose samples are shuffled together; others ignore it"
     )
     latent_channels: NonNegativeInt = Field(
         0, description="channels of precomputed latents (KEY.latent.npy, KEY.npy); 0: codec.channels"
@@ -146,6 +152,10 @@ class SourceConfig(Section):
         description="share of the tokens, relative to the other sources; or a list of {from_step, share},"
         " the first from step 0",
     )
+
+    @field_serializer("shards", when_used="json")
+    def _without_credentials(self, shards: str | list[str]) -> str | list[str]:
+        return redacted_plain(shards)
 
     @field_validator("share")
     @classmethod
@@ -163,6 +173,22 @@ class SourceConfig(Section):
         return ((0, self.share),)
 
 
+class CacheConfig(Section):
+    """Copies of the shards that sources name by URL; without such a source nothing is downloaded or written."""
+
+    folder: str = Field(
+        "",
+        description="folder of the copies, best on a local disk, for all processes; empty: cache/ in the run folder",
+    )
+    gigabytes: PositiveFloat = Field(50.0, description="bound of the folder, in 10^9 bytes")
+    connections: PositiveInt = Field(4, description="shards that a process downloads at once")
+    attempts: PositiveInt = Field(5, description="tries of a shard before its samples count as bad")
+    timeout: PositiveFloat = Field(30.0, description="seconds without a byte that end a try")
+    pause: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="seconds before the second try; doubled before each further one"
+    )
+
+
 class DataConfig(Section):
     sources: list[SourceConfig] = Field(default_factory=list, description="what to train on")
     held_out: list[SourceConfig] = Field(default_factory=list, description="what to evaluate on")
@@ -171,6 +197,7 @@ class DataConfig(Section):
         "",
         description="folder of `transfusion data index`; empty: an index beside each shard, or in the run folder",
     )
+    cache: CacheConfig = CacheConfig()
     row_length: PositiveInt = Field(4096, description="tokens and patches a row")
     rows: PositiveInt = Field(512, description="rows of a global batch, over all ranks and micro-batches")
     micro_rows: NonNegativeInt = Field(0, description="rows a rank computes at once; 0: all of its rows")
@@ -327,5 +354,5 @@ class Config(Section):
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as they are written to a run's config.yaml and a model's config.json."""
+        """Plain values, as they are written to a run's config.yaml and a model's config.json: no credentials."""
         return self.model_dump(mode="json")

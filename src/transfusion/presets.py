@@ -14,6 +14,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from transfusion.addresses import redacted_text
 from transfusion.config import PROBLEM_SEPARATOR, SHARE_FORMS, Config
 from transfusion.errors import UserError
 
@@ -55,10 +56,11 @@ def check(
         if not all(_take_out(values, mistake) for mistake in mistakes):
             break
     if len(found) == 1:
-        raise UserError(f"{where}: {found[0]}")
+        raise UserError(redacted_text(f"{where}: {found[0]}"))
     if found:
         raise UserError(
-            f"{len(found)} problems in {where}:" + "".join(f"\n  - {problem}" for problem in found)
+            f"{len(found)} problems in {where}:"
+            + "".join(f"\n  - {redacted_text(problem)}" for problem in found)
         )
     return config
 
@@ -102,7 +104,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             f"cannot read config {path}: {error.strerror}; configs/train holds the ready ones"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML: {redacted_text(' '.join(str(error).split()))}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections such as `model:`, not a {type(values).__name__}")
     bases = values.pop("base", [])

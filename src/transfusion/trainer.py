@@ -197,10 +197,11 @@ class Trainer:
             self.saver.finish()
         if too_many_faults(self.state.faults, self.state.samples, self.config.data.max_faults):
             self._write_quarantine()
+            complaint = self.loader.complaint()
             raise UserError(
                 f"{self.state.faults} of {self.state.samples} samples could not be read, more than "
                 f"data.max_faults ({self.config.data.max_faults}); {self.folder.quarantine} names them: "
-                "mend the shards, or raise it"
+                "mend the shards, or raise it" + (f" ({complaint})" if complaint else "")
             )
         return decision
 

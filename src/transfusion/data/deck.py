@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -21,9 +21,11 @@ Integers = NDArray[np.int64]
 # Share of the tokens by step: (first step, share), the first from step 0 on.
 Schedule = tuple[tuple[int, float], ...]
 
-_ORDER, _DROP, _CAPTION_FIRST, _CAPTION = (
-    keyed.word(name) for name in ("order", "caption drop", "caption first", "caption")
+_ORDER, _DROP, _CAPTION_FIRST, _CAPTION, _SHARDS = (
+    keyed.word(name) for name in ("order", "caption drop", "caption first", "caption", "shards")
 )
+# The order of the shards is kept of as many epochs: draws may lie on both sides of a border.
+_EPOCHS_KEPT = 2
 
 
 class Variant(enum.IntEnum):
@@ -36,6 +38,62 @@ class Variant(enum.IntEnum):
     INTERLEAVED = 4
 
 
+class Windows:
+    """The order of a source whose shards are had one by one: shards permuted, and samples within a window of them.
+
+    Each epoch permutes the K shards anew and cuts them into windows of `shards` (the last may have fewer); the
+    samples of a window are permuted together. So an epoch holds each sample once, and needs each shard once.
+    """
+
+    def __init__(self, counts_K: Integers, shards: int) -> None:
+        """counts_K: samples of each shard, in the order of the source."""
+        self.counts_K, self.shards = np.asarray(counts_K, np.int64), shards
+        self._first_K = np.cumsum(self.counts_K) - self.counts_K
+        self._orders: dict[tuple[int, ...], tuple[Integers, Integers]] = {}
+
+    def samples(self, place_D: Integers, seed: int, key: int, epoch: int) -> Integers:
+        """The samples at these places of an epoch."""
+        order_K, start_K = self._order(seed, key, epoch)
+        # Borders of windows, and of the shards in their new order.
+        window_W = start_K[:: self.shards]
+        window_D = np.searchsorted(window_W, place_D, side="right") - 1
+        inside_D = np.empty_like(place_D)
+        for window in np.unique(window_D).tolist():
+            here_D = window_D == window
+            begin, end = int(window_W[window]), int(start_K[min((window + 1) * self.shards, len(order_K))])
+            inside_D[here_D] = begin + keyed.permuted(
+                place_D[here_D] - begin, end - begin, seed, _ORDER, key, epoch, window
+            )
+        turn_D = np.searchsorted(start_K[:-1], inside_D, side="right") - 1
+        sample_D: Integers = self._first_K[order_K[turn_D]] + inside_D - start_K[turn_D]
+        return sample_D
+
+    def shard_of(self, sample_D: Integers) -> Integers:
+        """Number of the shard of each sample."""
+        shard_D: Integers = np.searchsorted(self._first_K, sample_D, side="right") - 1
+        return shard_D
+
+    def ahead(self, place: int, seed: int, key: int, epoch: int) -> Iterator[tuple[int, int]]:
+        """Shards that the epoch needs from this place on: (place from which on, shard), window after window."""
+        order_K, start_K = self._order(seed, key, epoch)
+        for first in range(0, len(order_K), self.shards):
+            last = min(first + self.shards, len(order_K))
+            if start_K[last] > place:
+                yield from ((max(place, int(start_K[first])), int(shard)) for shard in order_K[first:last])
+
+    def _order(self, seed: int, key: int, epoch: int) -> tuple[Integers, Integers]:
+        """Shards [K] in the order of an epoch, and the borders [K + 1] of their samples."""
+        words = (seed, key, epoch)
+        if words not in self._orders:
+            shards = len(self.counts_K)
+            order_K = keyed.permuted(np.arange(shards), shards, seed, _SHARDS, key, epoch)
+            start_K = np.concatenate([[0], np.cumsum(self.counts_K[order_K])])
+            while len(self._orders) >= _EPOCHS_KEPT:
+                del self._orders[next(iter(self._orders))]
+            self._orders[words] = order_K, start_K
+        return self._orders[words]
+
+
 class Lengths(Protocol):
     """What planning needs to know of a source: integers only, asked for many samples at once."""
 
@@ -45,6 +103,10 @@ class Lengths(Protocol):
     @property
     def schedule(self) -> Schedule:
         """Share of the tokens by step."""
+
+    @property
+    def windows(self) -> Windows | None:
+        """How samples are ordered where shards are remote; None: all are permuted together."""
 
     def __len__(self) -> int:
         """Samples."""
@@ -81,6 +143,7 @@ class SourceLengths:
     images_N: Integers
     interleaved_N: NDArray[np.bool_]
     patches: int
+    windows: Windows | None = None
 
     def __len__(self) -> int:
         return len(self.images_N)
@@ -105,6 +168,9 @@ class SourceLengths:
         digest = hashlib.blake2b(f"{self.patches} {len(self)}".encode(), digest_size=8)
         for array in (self.text_tokens_C, self.caption_start_N, self.images_N, self.interleaved_N):
             digest.update(np.ascontiguousarray(array).data)
+        if self.windows is not None:
+            digest.update(f"{self.windows.shards} windows".encode())
+            digest.update(np.ascontiguousarray(self.windows.counts_K).data)
         return digest.hexdigest()
 
 
@@ -152,9 +218,7 @@ class Deck:
         sample_D = np.empty_like(draw_D)
         for epoch in np.unique(epoch_D).tolist():
             here_D = epoch_D == epoch
-            sample_D[here_D] = keyed.permuted(
-                place_D[here_D], self.size, self._rule.seed, _ORDER, self._key, epoch
-            )
+            sample_D[here_D] = self._samples(place_D[here_D], epoch)
         patches_D = self.source.image_tokens(sample_D)
         variant_D = self._variants(epoch_D, sample_D, patches_D > 0)
         variant_D[self.source.interleaved(sample_D)] = int(Variant.INTERLEAVED)
@@ -164,6 +228,24 @@ class Deck:
         control_D = np.where(patches_D > 0, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS)
         tokens_D = (text_D + patches_D + control_D).astype(np.int64)
         return Documents(epoch_D, sample_D, variant_D, caption_D, tokens_D)
+
+    def shards_ahead(self, draw: int) -> Iterator[tuple[int, int]]:
+        """Shards that draws from this one on need, in order and without end: (first draw that may, shard).
+
+        Only of a source with windows.
+        """
+        windows = self.source.windows
+        assert windows is not None
+        epoch, place = divmod(draw, self.size)
+        while True:
+            for first, shard in windows.ahead(place, self._rule.seed, self._key, epoch):
+                yield epoch * self.size + first, shard
+            epoch, place = epoch + 1, 0
+
+    def _samples(self, place_D: Integers, epoch: int) -> Integers:
+        if self.source.windows is not None:
+            return self.source.windows.samples(place_D, self._rule.seed, self._key, epoch)
+        return keyed.permuted(place_D, self.size, self._rule.seed, _ORDER, self._key, epoch)
 
     def _variants(self, epoch_D: Integers, sample_D: Integers, is_pair_D: NDArray[np.bool_]) -> Integers:
         """`Variant` of each, by hashes of (seed, source, epoch, sample)."""

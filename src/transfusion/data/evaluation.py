@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from transfusion.config import Config, SourceConfig
 from transfusion.data.deck import Variant, VariantRule
 from transfusion.data.decode import DecodeFault
+from transfusion.data.fetching import Fetcher, shards_of
 from transfusion.data.index import SourceIndex
-from transfusion.data.loader import build_indexes, source_lengths
+from transfusion.data.indexing import cache_of
+from transfusion.data.loader import build_indexes, is_remote, source_lengths
 from transfusion.data.packing import collate
 from transfusion.data.planner import PlanSettings, RowPlan, plan_once
 from transfusion.data.rows import RowBuilder, RowSettings, pair_segments, read_values
@@ -46,7 +49,7 @@ class EvaluationLoader:
         self._rank, self._world_size = rank, world_size
         self._rows = rows or config.data.micro_rows or max(1, config.data.rows // world_size)
         self.indexes = build_indexes(config, sources, tokenizer)
-        self._settings = RowSettings.of(config)
+        self._settings, self._cache = RowSettings.of(config), cache_of(config)
         self._builder = RowBuilder(self.indexes, self._settings)
         rule = VariantRule(seed=config.run.seed, caption_first=caption_first, caption_drop=0.0)
         length = config.data.row_length
@@ -61,11 +64,20 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches; the last ones hold rows of padding where documents have run out."""
         mine = self._plans[self._rank :: self._world_size]
-        for number in range(len(self)):
-            plans = mine[number * self._rows : (number + 1) * self._rows]
-            rows = [self._builder.build(plan) for plan in plans]
-            rows += [self._builder.empty() for _ in range(self._rows - len(rows))]
-            yield collate(rows, self._settings)
+        batches = [mine[number * self._rows : (number + 1) * self._rows] for number in range(len(self))]
+        with contextlib.ExitStack() as stack:
+            fetcher: Fetcher | None = None
+            if any(map(is_remote, self.indexes)):
+                fetcher = stack.enter_context(contextlib.closing(Fetcher(self.indexes, self._cache)))
+                fetcher.expect(shards_of(plans, self.indexes) for plans in batches)
+            for plans in batches:
+                if fetcher is not None:
+                    fetcher.begin_batch()
+                rows = [self._builder.build(plan) for plan in plans]
+                rows += [self._builder.empty() for _ in range(self._rows - len(rows))]
+                if fetcher is not None:
+                    fetcher.end_batch()
+                yield collate(rows, self._settings)
 
 
 def documents(

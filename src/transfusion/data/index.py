@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transfusion.config import SourceConfig
-from transfusion.data.indexing import HARMLESS, IndexPlace, open_indexes, too_many_faults
+from transfusion.config import CacheConfig, SourceConfig
+from transfusion.data.cache import CacheSettings, RemoteShard
+from transfusion.data.deck import Windows
+from transfusion.data.indexing import HARMLESS, IndexPlace, find_shards, open_indexes, too_many_faults
 from transfusion.data.sample import Fault
 from transfusion.data.scan import is_shard
 from transfusion.data.sequence import IMAGE_CONTROL_TOKENS, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS
 from transfusion.data.shardindex import Integers, ShardIndex
-from transfusion.data.shards import expand
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, Segment, TextSegment
@@ -32,7 +34,7 @@ class SourceIndex:
 
     caption_start_N: N + 1 borders of each sample's captions in C; a text counts as one, and so does an
     interleaved document. text_tokens_C: ids of each. images_N: images in each sample's document.
-    interleaved_N: whether the document has an order of its own.
+    interleaved_N: whether the document has an order of its own. windows: the order of the samples, if remote.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class SourceIndex:
         patches: int,
         row_length: int,
         latent_channels: int = 0,
+        window_shards: int = 1,
     ) -> None:
-        """patches: of one image. latent_channels: of precomputed latents; 0: any.
+        """patches: of one image. latent_channels: of precomputed latents; 0: any. window_shards: of a remote source.
 
         What cannot be cut and is longer than a row is a fault; of several captions only those too long are left out.
         """
@@ -63,6 +66,9 @@ class SourceIndex:
         self.images_N: Integers = _joined([view.images_N for view in views], np.int64)
         self.interleaved_N: NDArray[np.bool_] = _joined([view.interleaved_N for view in views], np.bool_)
         self.faults = tuple(fault for view in views for fault in view.faults)
+        self.windows: Windows | None = None
+        if any(isinstance(shard, RemoteShard) for shard in self.shards):
+            self.windows = Windows(np.diff(self._start_of_part), window_shards)
 
     def __len__(self) -> int:
         return int(self._start_of_part[-1])
@@ -72,6 +78,10 @@ class SourceIndex:
         """A picture with captions."""
         is_pair_N: NDArray[np.bool_] = (self.images_N > 0) & ~self.interleaved_N
         return is_pair_N
+
+    def part(self, shard: int) -> ShardIndex:
+        """The index of one shard, by its number."""
+        return self._parts[shard]
 
     def key(self, sample: int) -> str:
         """Key of the sample, unique in its shard."""
@@ -124,7 +134,7 @@ class SourceIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         # Lengths are for planning, which workers do not; without them a large source starts at once there too.
-        lengths = ("caption_start_N", "text_tokens_C", "images_N", "interleaved_N", "faults")
+        lengths = ("caption_start_N", "text_tokens_C", "images_N", "interleaved_N", "faults", "windows")
         return {name: value for name, value in self.__dict__.items() if name not in lengths}
 
 
@@ -169,15 +179,23 @@ def build_index(
     row_length: int,
     place: IndexPlace | None = None,
     latent_channels: int = 0,
+    cache: CacheSettings | None = None,
 ) -> SourceIndex:
     """The index of a source; index files that are missing are made first.
 
-    Raises UserError when a shard is missing, an index is stale, or no good sample is left.
+    cache: for remote shards; None: the default one below this folder. Raises UserError when a shard is missing, an
+    index is stale, or no good sample is left.
     """
-    shards = [path for path in expand(source.shards) if is_shard(path)]
+    cache = cache or CacheSettings.of(CacheConfig(), Path("cache"))
+    shards = [shard for shard in find_shards(source.shards, cache) if is_shard(shard)]
     parts = open_indexes(shards, tokenizer, place or IndexPlace())
     index = SourceIndex(
-        source.name, parts, patches=patches, row_length=row_length, latent_channels=latent_channels
+        source.name,
+        parts,
+        patches=patches,
+        row_length=row_length,
+        latent_channels=latent_channels,
+        window_shards=source.window_shards,
     )
     if not len(index):
         raise UserError(

@@ -20,11 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from transfusion.config import Config
+from transfusion.addresses import is_address, redacted
+from transfusion.config import CacheConfig, Config
+from transfusion.data.cache import CacheSettings, RemoteShard
+from transfusion.data.download import DownloadFailed
 from transfusion.data.sample import Fault
 from transfusion.data.scan import is_shard
-from transfusion.data.shardindex import Prints, ShardIndex, Stale, index_shard
-from transfusion.data.shards import expand
+from transfusion.data.shardindex import Prints, Shard, ShardIndex, Stale, index_shard
+from transfusion.data.shards import expand_all
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 
@@ -35,6 +38,8 @@ HARMLESS = "member_ignored"
 _SUFFIX = ".index"
 # Fewer bytes than these are read before a process has started.
 _WORTH_PROCESSES = 1 << 26
+# What a shard of unknown size counts for there.
+_NOMINAL = 1 << 22
 # Fewer samples than this say nothing about a share of bad ones: a run never dies of the first.
 _FEWEST_TO_JUDGE = 100
 
@@ -44,14 +49,19 @@ class IndexPlace:
     """Where index files are kept.
 
     folder: all of them; one that is stale there is refused. None: each beside its shard, or in `fallback` where that
-    cannot be written; what is stale there is made anew.
+    cannot be written or the shard is remote; what is stale there is made anew.
     """
 
     folder: Path | None = None
     fallback: Path | None = None
 
-    def path(self, shard: Path) -> Path:
+    def path(self, shard: Shard) -> Path:
         """The index file of this shard. Raises UserError when there is no place for it."""
+        if isinstance(shard, RemoteShard):
+            folder = self.folder or self.fallback
+            if folder is None:
+                raise UserError(f"the index of {shard} needs a folder; name one with data.index=DIR")
+            return folder / f"{shard.name}.{shard.identity}{_SUFFIX}"
         beside = shard.with_name(shard.name + _SUFFIX)
         if self.folder is None and (beside.exists() or os.access(shard.parent, os.W_OK)):
             return beside
@@ -65,7 +75,12 @@ class IndexPlace:
         return folder / f"{shard.name}.{mark}{_SUFFIX}"
 
 
-def open_indexes(shards: Sequence[Path], tokenizer: Tokenizer, place: IndexPlace) -> list[ShardIndex]:
+def find_shards(specs: str | Sequence[str], cache: CacheSettings) -> list[Shard]:
+    """What globs, brace ranges, paths and addresses name, in order; also what is no shard. Raises as `expand_all`."""
+    return [RemoteShard(place, cache) if isinstance(place, str) else place for place in expand_all(specs)]
+
+
+def open_indexes(shards: Sequence[Shard], tokenizer: Tokenizer, place: IndexPlace) -> list[ShardIndex]:
     """The index of each shard; what is missing is made first, by one process of all that ask at once.
 
     Raises UserError for a stale one in `place.folder`, with the command that renews it.
@@ -79,7 +94,7 @@ def open_indexes(shards: Sequence[Path], tokenizer: Tokenizer, place: IndexPlace
     return [ShardIndex(place.path(shard), shard) for shard in shards]
 
 
-def _opened(shard: Path, place: IndexPlace, tokenizer: Tokenizer) -> ShardIndex | None:
+def _opened(shard: Shard, place: IndexPlace, tokenizer: Tokenizer) -> ShardIndex | None:
     """The index of this shard if it is there and fits."""
     path = place.path(shard)
     try:
@@ -90,7 +105,7 @@ def _opened(shard: Path, place: IndexPlace, tokenizer: Tokenizer) -> ShardIndex 
     except Stale as why:
         if place.folder is None:
             return None
-        every = str(shard.with_name("*" + shard.suffix))
+        every = str(shard if isinstance(shard, RemoteShard) else shard.with_name("*" + shard.suffix))
         words = [
             "transfusion",
             "data",
@@ -129,10 +144,14 @@ class IndexReport:
 
 
 class IndexJob(NamedTuple):
-    """Shards, and the tokenizer for their texts; None: token lengths are left out, and training refuses the index."""
+    """Shards, and the tokenizer for their texts; None: token lengths are left out, and training refuses the index.
+
+    cache: for remote shards; None: a folder beside the index files.
+    """
 
     specs: Sequence[str]
     tokenizer: Path | None
+    cache: CacheSettings | None = None
 
     @classmethod
     def of(cls, config: Config) -> list[IndexJob]:
@@ -140,8 +159,9 @@ class IndexJob(NamedTuple):
         if not config.data.sources:
             raise UserError("data.sources is empty; name at least one source with its shards")
         tokenizer = Path(config.data.tokenizer)
+        cache = cache_of(config)
         return [
-            cls([source.shards] if isinstance(source.shards, str) else source.shards, tokenizer)
+            cls([source.shards] if isinstance(source.shards, str) else source.shards, tokenizer, cache)
             for source in (*config.data.sources, *config.data.held_out)
         ]
 
@@ -160,12 +180,13 @@ def write_index(
     (bytes done, bytes to do).
     Raises UserError when a spec names nothing, or no shard.
     """
-    encoders: dict[Path, Tokenizer | None] = {}
+    encoders: dict[Shard, Tokenizer | None] = {}
     skipped: collections.Counter[str] = collections.Counter()
     for job in jobs:
-        found = expand(job.specs)
+        found = find_shards(job.specs, job.cache or CacheSettings.of(CacheConfig(), out / "cache"))
         if not any(map(is_shard, found)):
-            raise UserError(f"{', '.join(job.specs)}: none of {len(found)} files is a .tar or .jsonl shard")
+            named = ", ".join(redacted(spec) if is_address(spec) else spec for spec in job.specs)
+            raise UserError(f"{named}: none of {len(found)} files is a .tar or .jsonl shard")
         encoder = Tokenizer(job.tokenizer) if job.tokenizer else None
         encoders.update((path, encoder) for path in found if is_shard(path))
         skipped.update(path.suffix or "none" for path in found if not is_shard(path))
@@ -185,6 +206,11 @@ def write_index(
     return report
 
 
+def cache_of(config: Config) -> CacheSettings:
+    """Where this run keeps copies of remote shards."""
+    return CacheSettings.of(config.data.cache, Path(config.run.folder) / "cache")
+
+
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -195,7 +221,7 @@ def too_many_faults(faults: int, samples: int, greatest_share: float) -> bool:
     return faults > greatest_share * max(samples, _FEWEST_TO_JUDGE)
 
 
-def _is_whole(path: Path, shard: Path, prints: Prints) -> bool:
+def _is_whole(path: Path, shard: Shard, prints: Prints) -> bool:
     try:
         index = ShardIndex(path, shard)
         index.check(prints)
@@ -206,18 +232,18 @@ def _is_whole(path: Path, shard: Path, prints: Prints) -> bool:
 
 
 def _make(
-    work: Sequence[tuple[Path, Path]],
-    encoders: Mapping[Path, Tokenizer | None],
+    work: Sequence[tuple[Shard, Path]],
+    encoders: Mapping[Shard, Tokenizer | None],
     *,
     processes: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Make these index files, the greatest shards first, so that no process is left with one at the end."""
-    sizes = {shard: shard.stat().st_size for shard, _ in work}
+    sizes = {shard: _NOMINAL if isinstance(shard, RemoteShard) else shard.stat().st_size for shard, _ in work}
     work = sorted(work, key=lambda each: -sizes[each[0]])
     total, done = sum(sizes.values()), 0
 
-    def report(shard: Path) -> None:
+    def report(shard: Shard) -> None:
         nonlocal done
         done += sizes[shard]
         if progress is not None:
@@ -231,11 +257,11 @@ def _make(
     processes = min(processes or (cores() if total > _WORTH_PROCESSES else 1), len(work))
     if processes < 2:
         for shard, path in work:
-            index_shard(shard, path, encoders[shard])
+            _index(shard, path, encoders[shard])
             report(shard)
         return
     with _pool(processes) as pool:
-        orders: dict[Future[None], Path] = {}
+        orders: dict[Future[None], Shard] = {}
         for shard, path in work:
             encoder = encoders[shard]
             order = pool.submit(_index_in_worker, shard, path, encoder.path if encoder else None)
@@ -276,8 +302,17 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _index_in_worker(shard: Path, path: Path, tokenizer: Path | None) -> None:
-    index_shard(shard, path, _loaded(tokenizer) if tokenizer else None)
+def _index_in_worker(shard: Shard, path: Path, tokenizer: Path | None) -> None:
+    _index(shard, path, _loaded(tokenizer) if tokenizer else None)
+
+
+def _index(shard: Shard, path: Path, encoder: Tokenizer | None) -> None:
+    try:
+        index_shard(shard, path, encoder)
+    except DownloadFailed as error:
+        raise UserError(
+            f"{shard} cannot be indexed: {error.strerror}; check the address and the network, or leave it out"
+        ) from None
 
 
 @functools.cache

@@ -10,9 +10,11 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from transfusion.config import Config, SourceConfig
+from transfusion.data.cache import RemoteShard
 from transfusion.data.deck import Schedule, SourceLengths, VariantRule
+from transfusion.data.fetching import PlanFetcher
 from transfusion.data.index import SourceIndex, build_index, refuse_too_many
-from transfusion.data.indexing import IndexPlace
+from transfusion.data.indexing import IndexPlace, cache_of
 from transfusion.data.packing import collate
 from transfusion.data.planner import Piece, Planner, PlanSettings, RowPlan, State
 from transfusion.data.rows import Row, RowBuilder, RowSettings
@@ -60,7 +62,19 @@ class Loader:
             source_lengths(index, source.schedule, config)
             for index, source in zip(self.indexes, sources, strict=True)
         ]
-        self._planner = Planner(lengths, plan_settings(config), state)
+        settings = plan_settings(config)
+        self._planner = Planner(lengths, settings, state)
+        self.fetching: PlanFetcher | None = None
+        if any(map(is_remote, self.indexes)):
+            self.fetching = PlanFetcher(
+                self._planner,
+                self.indexes,
+                lengths,
+                settings.variants,
+                cache_of(config),
+                rank=rank,
+                world_size=world_size,
+            )
         self._settings = RowSettings.of(config)
         builder = RowBuilder(self.indexes, self._settings)
         workers = config.data.workers
@@ -81,10 +95,17 @@ class Loader:
         What could not be read is left out and counted in `reading`.
         """
         while len(self._ordered) <= self._steps_ahead:
+            if self.fetching is not None:
+                # A step is ordered once its shards are there; only the one that is asked for is waited for.
+                if self._ordered and not self.fetching.is_ready():
+                    break
+                self.fetching.begin_batch()
             plans = self._planner.next_batch(self._rank, self._world_size)
             self._workshop.order(plans)
             self._ordered.append((plans, self._planner.state()))
         rows = self._workshop.collect()
+        if self.fetching is not None:
+            self.fetching.fetcher.end_batch()
         self._plans, self._state = self._ordered.popleft()
         found = [fault for row in rows for fault in row.faults]
         self._faults.update(dict.fromkeys(found))
@@ -120,8 +141,14 @@ class Loader:
         return [fault for index in self.indexes for fault in index.faults] + list(self._faults)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers and downloads."""
         self._workshop.close()
+        if self.fetching is not None:
+            self.fetching.fetcher.close()
+
+    def complaint(self) -> str:
+        """A shard that could not be downloaded, and why; empty where all could."""
+        return self.fetching.fetcher.complaint() if self.fetching is not None else ""
 
     def __enter__(self) -> Loader:
         return self
@@ -160,6 +187,7 @@ def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: To
             row_length=config.data.row_length,
             place=IndexPlace(folder=folder, fallback=Path(config.run.folder) / "index"),
             latent_channels=source.latent_channels or config.codec.channels,
+            cache=cache_of(config),
         )
         for source in sources
     ]
@@ -175,7 +203,13 @@ def source_lengths(index: SourceIndex, schedule: Schedule, config: Config) -> So
         images_N=index.images_N,
         interleaved_N=index.interleaved_N,
         patches=config.patches_per_image,
+        windows=index.windows,
     )
+
+
+def is_remote(index: SourceIndex) -> bool:
+    """Whether shards of the source have to be fetched."""
+    return any(isinstance(shard, RemoteShard) for shard in index.shards)
 
 
 def plan_settings(config: Config) -> PlanSettings:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from transfusion.data.deck import Integers, Lengths, Variant, VariantRule, next_change
+from transfusion.data.deck import Integers, Lengths, Variant, VariantRule, next_change, share_at
 from transfusion.data.stream import Columns, Stream, fresh_cursors
 from transfusion.errors import UserError
 from transfusion.presets import fingerprint
@@ -90,14 +90,43 @@ class Planner:
 
     def next_batch(self, rank: int = 0, world_size: int = 1) -> tuple[RowPlan, ...]:
         """Rows of the next global batch: all, or those of one rank (rows rank, rank + world_size, ...)."""
+        block = self._planned()
+        batch = block.rows(self._numbers(self._used, rank, world_size))
+        self._used += 1
+        if self._used == block.batches:
+            self._start, self._used, self._block = block.following, 0, None
+        return batch
+
+    def rest_of_block(self, rank: int = 0, world_size: int = 1) -> list[tuple[RowPlan, ...]]:
+        """What `next_batch` will give until the planned block ends; at least one batch."""
+        block = self._planned()
+        return [
+            block.rows(self._numbers(batch, rank, world_size)) for batch in range(self._used, block.batches)
+        ]
+
+    def rows_after_block(self) -> tuple[RowPlan, ...]:
+        """Rows of later blocks as far as they are filled already, whichever rank will have them."""
+        block = self._planned()
+        return tuple(_row_plan(block.pieces, row) for row in block.waiting)
+
+    def draws_after_block(self) -> dict[str, int]:
+        """Of each source that gives tokens then: its next draw behind the planned block."""
+        following = self._planned().following
+        return {
+            source.name: following["sources"][source.name][0]
+            for source in self._sources
+            if share_at(source.schedule, following["batch"])
+        }
+
+    def _planned(self) -> Block:
         if self._block is None:
             self._block = plan_block(self._sources, self._settings, self._start)
-        first = self._used * self._settings.rows
-        batch = self._block.rows(range(first + rank, first + self._settings.rows, world_size))
-        self._used += 1
-        if self._used == self._block.batches:
-            self._start, self._used, self._block = self._block.following, 0, None
-        return batch
+        return self._block
+
+    def _numbers(self, batch: int, rank: int, world_size: int) -> range:
+        """Rows of the block that a rank has in its batch with this number."""
+        first = batch * self._settings.rows
+        return range(first + rank, first + self._settings.rows, world_size)
 
     def state(self) -> State:
         """Where the stream stands after the last batch given. It is not changed later: keep it as it is."""
@@ -117,12 +146,14 @@ def fresh(sources: Sequence[Lengths]) -> State:
 class Block:
     """Rows of some batches in batch order; made into plans when asked for, since a rank needs only its own.
 
-    pieces: P of them, in columns. members: for each row the numbers of its pieces. following: the next block's start.
+    pieces: P of them, in columns. members: for each row the numbers of its pieces. waiting: the same of rows that are
+    begun and will be given later. following: the next block's start.
     """
 
     batches: int
     pieces: Columns
     members: tuple[list[int], ...]
+    waiting: tuple[list[int], ...]
     following: State
 
     def rows(self, numbers: Sequence[int]) -> tuple[RowPlan, ...]:
@@ -162,7 +193,8 @@ def plan_block(sources: Sequence[Lengths], settings: PlanSettings, start: State)
     text = [sum(pieces.tokens[row][pieces.variant[row] == Variant.TEXT].tolist()) for row in done]
     order = deal(np.array(text), settings.rows, start["batch"])
     members = tuple(done[row] for row in order.tolist())
-    return Block(batches=batches, pieces=pieces, members=members, following=following)
+    waiting = (*packer.done[wanted:], *packer.rows)
+    return Block(batches=batches, pieces=pieces, members=members, waiting=waiting, following=following)
 
 
 class _Packer:

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -41,7 +42,12 @@ _DIFFERING = 8
 _NAME_REASONS = ("name_unsafe", "member_ignored")
 
 
-def is_shard(path: Path) -> bool:
+class _Named(Protocol):
+    @property
+    def suffix(self) -> str: ...
+
+
+def is_shard(path: _Named) -> bool:
     """Whether the file's name says that it holds samples."""
     return path.suffix.lower() in SHARD_EXTENSIONS
 

@@ -16,9 +16,11 @@ import json
 import mmap
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -26,9 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfusion.data import judge, probe, sample, scan
+from transfusion.data.cache import RemoteShard
+from transfusion.data.download import Contents, ShardChanged
 from transfusion.data.sample import Fault, RawSample
 
 Integers = NDArray[np.int64]
+Shard = Path | RemoteShard
 
 # Raised whenever the same shard would give another file.
 _VERSION = 1
@@ -42,6 +47,10 @@ _COLUMNS = (
     "fault_offset_F", "fault_reason_F",
 )  # fmt: skip
 _ENDS, _PLACES, _PLACE = 1 << 16, 62, 1 << 12
+# Beside the index of a remote shard, once a download has shown that the shard is another.
+_CHANGED = ".changed"
+# A copy may be removed between its arrival and its opening, by a process that needs room.
+_OPENINGS = 3
 
 
 class Encoder(Protocol):
@@ -79,7 +88,7 @@ class Stale(Exception):  # noqa: N818  (no mistake of the program: the file must
 class ShardIndex:
     """One index file; its arrays are mapped when they are first asked for."""
 
-    def __init__(self, path: Path, shard: Path) -> None:
+    def __init__(self, path: Path, shard: Shard) -> None:
         """Raises Stale when the file is damaged, cut short, or of another version; OSError when it is missing."""
         self.path, self.shard = path, shard
         with path.open("rb") as stream:
@@ -102,6 +111,11 @@ class ShardIndex:
             raise Stale(f"it was made {made}")
         if stated["policy"] != prints.policy:
             raise Stale("it was made by other rules for pictures and texts")
+        if isinstance(self.shard, RemoteShard):
+            # What stands at the address now is not asked: each copy is compared when it is downloaded.
+            if self._changed.exists():
+                raise Stale("the shard has changed since")
+            return
         status = self.shard.stat()
         if status.st_size != stated["size"]:
             raise Stale("the shard has changed since")
@@ -165,11 +179,41 @@ class ShardIndex:
         return elements
 
     def read_picture(self, sample: int, picture: int = 0) -> bytes:
-        """Bytes of a picture or latent, as they are now in the shard. Raises OSError."""
+        """Bytes of a picture or latent, as they are now in the shard; a remote one is fetched. Raises OSError."""
         place = self.picture_start_N[sample] + picture
-        with self.shard.open("rb", buffering=0) as stream:
+        with self._open() as stream:
             size, offset = int(self["picture_size_I"][place]), int(self["picture_offset_I"][place])
             return os.pread(stream.fileno(), size, offset)
+
+    def _open(self) -> FileIO:
+        if not isinstance(self.shard, RemoteShard):
+            return self.shard.open("rb", buffering=0)
+        path = self.shard.settings.folder / self.shard.copy_name(self.contents)
+        for _ in range(_OPENINGS):
+            with contextlib.suppress(FileNotFoundError):
+                return path.open("rb", buffering=0)
+            self.fetch()
+        return path.open("rb", buffering=0)
+
+    @property
+    def contents(self) -> Contents:
+        """What a remote shard held when it was indexed."""
+        return Contents(self._facts["size"], self._facts["checksum"])
+
+    def fetch(self, *, must: bool = True, stop: threading.Event | None = None) -> bool:
+        """See that the copy of a remote shard is in the cache; False: there is no room now. See `ShardCache.fetch`."""
+        assert isinstance(self.shard, RemoteShard)
+        try:
+            return self.shard.cache.fetch(self.shard, self.contents, must=must, stop=stop)
+        except ShardChanged:
+            # So the next start refuses this index, or makes it anew; it may be a folder that only others write.
+            with contextlib.suppress(OSError):
+                self._changed.touch()
+            raise
+
+    @property
+    def _changed(self) -> Path:
+        return self.path.with_name(self.path.name + _CHANGED)
 
     def is_latent(self, sample: int, picture: int = 0) -> bool:
         return bool(self["latent_channels_I"][self.picture_start_N[sample] + picture])
@@ -191,25 +235,29 @@ class ShardIndex:
         return {"path": self.path, "shard": self.shard, "_facts": self._facts}
 
 
-def index_shard(shard: Path, path: Path, encoder: Encoder | None) -> None:
-    """Read the shard once and write its index file, whole or not at all.
+def index_shard(shard: Shard, path: Path, encoder: Encoder | None) -> None:
+    """Read the shard once, a remote one through its cache, and write its index file, whole or not at all.
 
-    encoder: None: texts have no tokens. Raises OSError.
+    encoder: None: texts have no tokens. Raises OSError, and UserError where a download ends in one.
     """
+    if isinstance(shard, RemoteShard):
+        with shard.cache.fetched_new(shard) as (copy, contents):
+            _write_index(copy, path, encoder, {"shard": shard.name, **contents._asdict()})
+        path.with_name(path.name + _CHANGED).unlink(missing_ok=True)
+        return
     status, digest = shard.stat(), _digest(shard)
+    facts = {"shard": shard.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "digest": digest}
+    _write_index(shard, path, encoder, facts)
+
+
+def _write_index(file: Path, path: Path, encoder: Encoder | None, facts: dict[str, Any]) -> None:
     with _unfinished(path) as stream:
         writer = _Writer(stream, encoder)
-        for found in scan.scan(shard):
+        for found in scan.scan(file):
             if isinstance(found, Fault):
                 writer.add_fault(found)
             else:
                 writer.add(found)
-        facts = {
-            "shard": shard.name,
-            "size": status.st_size,
-            "mtime_ns": status.st_mtime_ns,
-            "digest": digest,
-        }
         writer.finish(facts | Prints.of(encoder)._asdict())
 
 

@@ -1,4 +1,7 @@
-"""Webdataset shards: written here, and found by glob or brace range. The only importer of webdataset."""
+"""Webdataset shards: written here, found by glob or brace range, and opened where an address names them.
+
+The only importer of webdataset and fsspec.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from braceexpand import braceexpand
 
+from transfusion.addresses import is_address, redacted, scheme
 from transfusion.errors import UserError
 
 # img2dataset's layout: five digits of the shard, then four of the sample in it.
@@ -67,20 +72,69 @@ def _write_one(samples: Iterator[Sample], path: Path, *, first_number: int, per_
 def expand(specs: str | Sequence[str]) -> list[Path]:
     """Files that globs, brace ranges (`{00000..00012}.tar`) and plain paths name, in order, each once.
 
-    Raises UserError that names what is missing and what stands beside it.
+    Raises UserError that names what is missing and what stands beside it, and for an address.
     """
-    found: dict[Path, None] = {}
+    found: list[Path] = []
+    for place in expand_all(specs):
+        if isinstance(place, str):
+            raise UserError(f"{redacted(place)}: only files on this machine are read here; download it first")
+        found.append(place)
+    return found
+
+
+def expand_all(specs: str | Sequence[str]) -> list[Path | str]:
+    """As `expand`, with addresses among them as they are, one for each shard."""
+    found: dict[Path | str, None] = {}
     for spec in [specs] if isinstance(specs, str) else specs:
-        for path in _expand_one(spec):
-            found.setdefault(path)
+        for place in _addresses(spec) if is_address(spec) else _expand_one(spec):
+            found.setdefault(place)
     if not found:
         raise UserError("a source names no shards; set shards to a glob such as data/train/*.tar")
     return list(found)
 
 
+def open_address(address: str) -> Any:
+    """The bytes at an address: a stream, with its process as `proc` where a program fetches them.
+
+    webdataset knows the scheme, or else fsspec. Raises UserError where neither does, or what they need is not
+    installed; OSError.
+    """
+    # Imported here, since it brings torch along.
+    from webdataset.gopen import gopen, gopen_schemes
+
+    kind, shown = scheme(address), redacted(address)
+    try:
+        if kind == "file" or kind in gopen_schemes:
+            return gopen(address)
+        import fsspec
+
+        return fsspec.open(address, "rb").open()
+    except (ImportError, FileNotFoundError) as error:
+        missing = getattr(error, "filename", None) if kind in gopen_schemes else None
+        if isinstance(error, FileNotFoundError) and not missing:
+            raise
+        needs = missing or getattr(error, "name", None) or f"a library for {kind}:"
+        raise UserError(
+            f"{shown} needs {needs}, which is not installed; install it, or write a command: `pipe:COMMAND`"
+        ) from None
+    except ValueError:
+        raise UserError(
+            f"nothing here opens {kind}: ({shown}); write https:, gs:, hf:, file: or a command, `pipe:COMMAND`"
+        ) from None
+    except OSError:
+        raise
+    except Exception as error:
+        # Libraries of object stores have errors of their own, whose words may hold the address.
+        raise OSError(None, type(error).__name__) from None
+
+
+def _addresses(spec: str) -> list[str]:
+    if "*" in spec and scheme(spec) != "pipe":
+        raise UserError(f"{redacted(spec)}: what stands there cannot be listed; write {{00000..00012}}.tar")
+    return _brace_ranges(spec)
+
+
 def _expand_one(spec: str) -> list[Path]:
-    if "://" in spec or spec.startswith("pipe:"):
-        raise UserError(f"shards {spec!r}: only files on this machine are read; download them first")
     paths: list[Path] = []
     for name in [spec] if Path(spec).is_file() else _brace_ranges(spec):
         if Path(name).is_file():
@@ -97,7 +151,8 @@ def _brace_ranges(spec: str) -> list[str]:
     try:
         return list(braceexpand(spec))
     except ValueError:
-        raise UserError(f"shards {spec!r} has an unbalanced brace; write {{00000..00012}}.tar") from None
+        shown = redacted(spec) if is_address(spec) else spec
+        raise UserError(f"shards {shown!r} has an unbalanced brace; write {{00000..00012}}.tar") from None
 
 
 def _nearby(path: Path) -> str:

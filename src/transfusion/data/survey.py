@@ -45,6 +45,11 @@ class SimulatedLengths:
     patches: int
     pairs: float
 
+    @property
+    def windows(self) -> None:
+        """Order costs the plan next to nothing."""
+        return None
+
     def __len__(self) -> int:
         return self.samples
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from transfusion import __version__, presets
+from transfusion.addresses import redacted_text
 from transfusion.checkpoint import layout
 from transfusion.config import Config
 from transfusion.data.scan import Fault
@@ -163,7 +164,7 @@ def describe_environment(arguments: Sequence[str] = ()) -> dict[str, Any]:
     """What a run stands on, GPUs of this machine only. No environment variables: they may hold secrets."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": list(arguments),
+        "argv": [redacted_text(argument) for argument in arguments],
         "transfusion": __version__,
         "git": git_state(Path(__file__).resolve()),
         "python": platform.python_version(),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
 import numpy as np
 import pytest
 
-from transfusion.data.deck import Deck, SourceLengths, Variant, VariantRule
+from transfusion.data.deck import Deck, SourceLengths, Variant, VariantRule, Windows
 from transfusion.data.planner import Piece, Planner, PlanSettings, RowPlan, deal, plan_once
 from transfusion.errors import UserError
 
@@ -283,3 +284,33 @@ def test_ranks_are_given_their_own_rows() -> None:
         for rank, planner in enumerate(ranks):
             assert planner.next_batch(rank, 4) == batch[rank::4]
     assert len({json.dumps(planner.state()) for planner in [whole, *ranks]}) == 1
+
+
+def test_the_stream_of_local_sources_stays_what_it_is() -> None:
+    """Windows are of remote sources alone: runs that were begun before there were any go on."""
+    common: dict[str, Any] = {"schedule": ((0, 1.0),), "interleaved_N": np.zeros(500, bool), "patches": 16}
+    given = [
+        SourceLengths(
+            name="pairs",
+            caption_start_N=np.arange(501) * 2,
+            text_tokens_C=np.arange(1000) % 13 + 2,
+            images_N=np.ones(500, np.int64),
+            **common,
+        ),
+        SourceLengths(
+            name="texts",
+            caption_start_N=np.arange(501),
+            text_tokens_C=np.arange(500) * 7 % 900 + 1,
+            images_N=np.zeros(500, np.int64),
+            **common,
+        ),
+    ]
+    planner = Planner(given, settings(seed=5))
+    digest = hashlib.sha256()
+    for _ in range(70):
+        batch = [[tuple(map(int, piece)) for piece in row] for row in planner.next_batch()]
+        digest.update(repr(batch).encode())
+    assert (planner.state()["fingerprint"], digest.hexdigest()[:16]) == ("56228ec8393d", "0c49aca3cee8a144")
+    windowed = dataclasses.replace(given[0], windows=Windows(np.full(10, 50), 3))
+    prints = {Planner([source], settings()).state()["fingerprint"] for source in (given[0], windowed)}
+    assert len(prints) == 2
