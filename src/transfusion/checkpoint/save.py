@@ -7,6 +7,7 @@ main process writes the manifest and gives the folder its name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,8 +94,15 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        _together(pending.writing.result, pending.folder)
         main = self._engine.rank == 0
+        try:
+            _together(pending.writing.result, pending.folder)
+        except UserError:
+            # No rank writes any more; a full disk needs the room.
+            if main:
+                with contextlib.suppress(OSError):
+                    layout.clear(pending.unfinished)
+            raise
         _together(lambda: self._publish(pending) if main else None, pending.folder)
 
     def _own_part(self, *, copy: bool) -> tuple[list[Shard], Mapping[str, Tensor]]:
