@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transfusion.codec import pixels
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion.objective import NoiseObjective
+from transfusion.model.patches import pictures
 from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
 
 
@@ -28,7 +29,8 @@ class MixedLoss:
         device = batch.token_ids_BS.device
         image_sum, image_count = torch.zeros((), device=device), torch.zeros((), device=device)
         bucket_sum, bucket_count = (torch.zeros(TIMESTEP_BUCKETS, device=device) for _ in range(2))
-        for group, images, prediction in zip(batch.images, noised, output.noise, strict=True):
+        predictions = pictures(output.noise_NE, [images.noisy for images in noised])
+        for group, images, prediction in zip(batch.images, noised, predictions, strict=True):
             loss = self.objective.loss(prediction, images.target, group.image_weight_I, group.timestep_I)
             image_sum, image_count = image_sum + loss.total, image_count + loss.count
             bucket_sum, bucket_count = bucket_sum + loss.bucket_total_K, bucket_count + loss.bucket_count_K

@@ -72,6 +72,12 @@ def pair(single: Findings, shared_folder: Path) -> Findings:
 
 
 @pytest.fixture(scope="session")
+def quad(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    """Findings of four ranks."""
+    return run_worker(torchrun(4), "quad", tmp_path_factory.mktemp("quad"), 4)
+
+
+@pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Findings:
     """Findings of two ranks that compile their blocks."""
     return run_worker(torchrun(2), "compiled", tmp_path_factory.mktemp("compiled"), 2)

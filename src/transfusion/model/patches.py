@@ -1,10 +1,13 @@
 """Latents to patch vectors and back, and the linear encoder and decoder around the transformer.
 
-I images, C channels, H/W latent height and width, P patches, E values a patch (C * size * size), D width.
+I images, C channels, H/W latent height and width, P patches, E values a patch (C * size * size), D width,
+N patches of all images. Encoder and decoder take the patches of all groups of images as one tensor, and give one:
+under ZeRO-3 every rank must call the same modules, with as many tensors in and out, however many groups its batch has.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +30,17 @@ def unpatchify(patch_IPE: Tensor, channels: int, height: int, width: int, size: 
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
 
 
+def pictures(patch_NE: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Patch values, group after group, as images [I, C, H, W] of the shapes of `like`."""
+    values = patch_NE.shape[1]
+    parts = patch_NE.split([latent_ICHW.numel() // values for latent_ICHW in like])
+    images = []
+    for part_NE, latent_ICHW in zip(parts, like, strict=True):
+        _, channels, height, width = latent_ICHW.shape
+        images.append(unpatchify(part_NE, channels, height, width, math.isqrt(values // channels)))
+    return tuple(images)
+
+
 class PatchEncoder(nn.Module):
     """Noisy patches and their timestep to the transformer's width.
 
@@ -40,20 +54,17 @@ class PatchEncoder(nn.Module):
         self.projection = nn.Linear(patch_values, config.width)
         self.timestep = TimestepEmbedding(config.width if self.after_projection else patch_values)
 
-    def forward(self, patches_IPE: Sequence[Tensor], timesteps_I: Sequence[Tensor]) -> list[Tensor]:
-        """Patches [I, P, E] and timesteps [I] of each group of images to [I, P, D].
-
-        All groups in one product: under ZeRO-3 every rank must gather the same weights the same number of
-        times, however many groups its batch has.
-        """
-        dtype = self.projection.weight.dtype
-        patches = [patch_IPE.to(dtype) for patch_IPE in patches_IPE]
-        embedding_ID = self.timestep(torch.cat(list(timesteps_I)))
-        embeddings = [part[:, None] for part in embedding_ID.split([len(group) for group in patches])]
+    def forward(self, patch_NE: Tensor, timestep_I: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """Patches [N, E] to [N, D], group after group; timestep_I: of all images; shapes: (I, P) of each group."""
+        embedding_ID = self.timestep(timestep_I)
+        groups = zip(embedding_ID.split([images for images, _ in shapes]), shapes, strict=True)
+        embedding_ND = torch.cat(
+            [part[:, None].expand(-1, patches, -1).flatten(0, 1) for part, (_, patches) in groups]
+        )
+        patch_NE = patch_NE.to(self.projection.weight.dtype)
         if self.after_projection:
-            projected = _as_one(self.projection, patches)
-            return [one + other for one, other in zip(projected, embeddings, strict=True)]
-        return _as_one(self.projection, [one + other for one, other in zip(patches, embeddings, strict=True)])
+            return self.projection(patch_NE) + embedding_ND
+        return self.projection(patch_NE + embedding_ND)
 
 
 class PatchDecoder(nn.Module):
@@ -63,13 +74,6 @@ class PatchDecoder(nn.Module):
         super().__init__()
         self.projection = nn.Linear(config.width, patch_values)
 
-    def forward(self, states_IPD: Sequence[Tensor]) -> list[Tensor]:
-        """States [I, P, D] of each group of images to patch values [I, P, E], in one product."""
-        return _as_one(self.projection, states_IPD)
-
-
-def _as_one(projection: nn.Linear, groups: Sequence[Tensor]) -> list[Tensor]:
-    """The projection of tensors [I, P, features] that may differ in I and P, called once."""
-    rows = torch.cat([group.flatten(0, 1) for group in groups])
-    parts = projection(rows).split([group.shape[0] * group.shape[1] for group in groups])
-    return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, groups, strict=True)]
+    def forward(self, state_ND: Tensor) -> Tensor:
+        """States [N, D] to patch values [N, E]."""
+        return self.projection(state_ND)

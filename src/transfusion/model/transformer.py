@@ -24,10 +24,12 @@ from transfusion.schema import Batch, Modality
 
 
 class ModelOutput(NamedTuple):
-    """text_sum: fp32 nats summed over the text targets. noise: the prediction [I, C, H, W] of each group."""
+    """text_sum: fp32 nats summed over the text targets. noise_NE: the predicted noise of all patches, group after
+    group; `patches.pictures` makes images of it. Two tensors, whatever the batch holds: see `patches`.
+    """
 
     text_sum: Tensor
-    noise: tuple[Tensor, ...]
+    noise_NE: Tensor
 
 
 class Transfusion(nn.Module):
@@ -67,11 +69,8 @@ class Transfusion(nn.Module):
         weight = batch.text_weight_BS.flatten()
         learned_N = torch.nonzero_static(weight, size=batch.counts.text_targets).squeeze(1)
         text_sum = self.text_head(flat[learned_N], batch.target_ids_BS.flatten()[learned_N])
-        patches = self.patch_decoder([flat[group.patch_slot_IP] for group in batch.images])
-        return ModelOutput(
-            text_sum,
-            tuple(self._pictures(part, of.shape) for part, of in zip(patches, noisy, strict=True)),
-        )
+        slot_N = torch.cat([group.patch_slot_IP.flatten() for group in batch.images])
+        return ModelOutput(text_sum, self.patch_decoder(flat[slot_N]))
 
     def embed(self, batch: Batch, noisy: Sequence[Tensor]) -> Tensor:
         """Token embeddings [B, S, D] with encoded patches in the slots of the images."""
@@ -79,27 +78,34 @@ class Transfusion(nn.Module):
         tokens_BSD = self.embedding(batch.token_ids_BS)
         hidden_BSD = tokens_BSD * is_text_BS1.to(tokens_BSD.dtype)
         flat = hidden_BSD.flatten(0, 1)
-        encoded = self.patch_encoder(
-            [patchify(latents, self.config.patch_size) for latents in noisy],
-            [group.timestep_I for group in batch.images],
+        shapes = [tuple(group.patch_slot_IP.shape) for group in batch.images]
+        patch_ND = self.patch_encoder(
+            torch.cat([patchify(latents, self.config.patch_size).flatten(0, 1) for latents in noisy]),
+            torch.cat([group.timestep_I for group in batch.images]),
+            shapes,
         )
-        for group, patches_IPD in zip(batch.images, encoded, strict=True):
-            # Adding, where slots hold zero, leaves the slots of an image of weight 0 as they are.
-            weighted_IPD = patches_IPD * group.image_weight_I[:, None, None].to(patches_IPD.dtype)
-            flat = flat.index_add(0, group.patch_slot_IP.flatten(), weighted_IPD.flatten(0, 1))
-        return flat.view_as(hidden_BSD)
+        slot_N = torch.cat([group.patch_slot_IP.flatten() for group in batch.images])
+        weight_N1 = torch.cat(
+            [
+                group.image_weight_I[:, None].expand_as(group.patch_slot_IP).reshape(-1, 1)
+                for group in batch.images
+            ]
+        )
+        # Adding, where slots hold zero, leaves the slots of an image of weight 0 as they are.
+        return flat.index_add(0, slot_N, patch_ND * weight_N1.to(patch_ND.dtype)).view_as(hidden_BSD)
 
     def encode_patches(self, noisy_ICHW: Tensor, timestep_I: Tensor) -> Tensor:
         """Noised latents to encoded patches [I, P, D]."""
-        return self.patch_encoder([patchify(noisy_ICHW, self.config.patch_size)], [timestep_I])[0]
+        patch_IPE = patchify(noisy_ICHW, self.config.patch_size)
+        images, patches, _ = patch_IPE.shape
+        encoded_ND = self.patch_encoder(patch_IPE.flatten(0, 1), timestep_I, [(images, patches)])
+        return encoded_ND.unflatten(0, (images, patches))
 
     def decode_patches(self, normed_IPD: Tensor, shape: Sequence[int]) -> Tensor:
         """Final states of the patches to predicted noise of `shape` [I, C, H, W]."""
-        return self._pictures(self.patch_decoder([normed_IPD])[0], shape)
-
-    def _pictures(self, patch_IPE: Tensor, shape: Sequence[int]) -> Tensor:
         _, channels, height, width = shape
-        return unpatchify(patch_IPE, channels, height, width, self.config.patch_size)
+        patch_NE = self.patch_decoder(normed_IPD.flatten(0, 1))
+        return unpatchify(patch_NE, channels, height, width, self.config.patch_size)
 
     def run_blocks(
         self,

@@ -15,6 +15,7 @@ from transfusion.diffusion.noise import counter_normal
 from transfusion.mixed_loss import MixedLoss
 from transfusion.model import ModelOutput, Transfusion
 from transfusion.model.initialise import initialise
+from transfusion.model.patches import patchify
 from transfusion.schema import TIMESTEP_BUCKETS, Batch, ImageSegment, LossTerms, TextSegment
 
 Build = Callable[..., tuple[Config, Transfusion]]
@@ -47,7 +48,7 @@ class Perfect(nn.Module):
 
     def forward(self, batch: Batch, noisy: Sequence[Tensor]) -> ModelOutput:
         noise = (counter_normal(group.noise_key_I, group.values.shape[1:]) for group in batch.images)
-        return ModelOutput(torch.zeros(()), tuple(noise))
+        return ModelOutput(torch.zeros(()), torch.cat([patchify(each, 2).flatten(0, 1) for each in noise]))
 
 
 def test_a_perfect_prediction_has_no_image_loss(build_model: Build, mixed: Callable[[Config], Batch]) -> None:

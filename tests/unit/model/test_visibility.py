@@ -13,7 +13,7 @@ from transfusion.codec import pixels as codec
 from transfusion.config import Config
 from transfusion.mixed_loss import MixedLoss
 from transfusion.model import Transfusion
-from transfusion.model.patches import patchify, unpatchify
+from transfusion.model.patches import patchify, pictures, unpatchify
 from transfusion.schema import Batch, ImageSegment, LossTerms, Segment, TextSegment
 
 Build = Callable[..., tuple[Config, Transfusion]]
@@ -41,7 +41,9 @@ def test_patches_know_their_place(
     latent = codec.encode(batch.images[0].values)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     shuffled = unpatchify(patchify(latent, 2)[:, order], 1, 8, 8, 2)
-    (prediction,), (of_shuffled,) = model(batch, [latent]).noise, model(batch, [shuffled]).noise
+    (prediction,), (of_shuffled,) = (
+        pictures(model(batch, [noisy]).noise_NE, [noisy]) for noisy in (latent, shuffled)
+    )
     put_back = unpatchify(patchify(of_shuffled, 2)[:, order.argsort()], 1, 8, 8, 2)
     assert (prediction - put_back).abs().max() > 0.01 * prediction.abs().max()
 
