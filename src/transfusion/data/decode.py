@@ -20,11 +20,14 @@ except ImportError:
 # By content, never by name; everything else Pillow can open is refused.
 FORMATS = ("JPEG", "PNG", "WEBP")
 
-_PNG, _PNG_HEAD, _GREY = b"\x89PNG\r\n\x1a\n", 33, 0
+_PNG, _PNG_HEAD, _GREY, _PALETTE = b"\x89PNG\r\n\x1a\n", 33, 0, 3
+# Colours of a palette, and how far each is transparent.
+_TABLES = ([b"PLTE"], [b"PLTE", b"tRNS"])
 # Where Pillow keeps what may tell how a picture is turned.
 _ORIENTING = frozenset(("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"))
-# Chunks and texts of a PNG that OpenCV passes over: how it is turned, and that it moves.
-_PILLOW_ALONE = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp", b"acTL")
+# What of a PNG may tell that it is turned, or moves: chunks, and keywords of texts.
+_TURNING_CHUNKS = (b"eXIf", b"acTL")
+_TURNING_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 Picture = NDArray[np.uint8]
 
@@ -75,9 +78,8 @@ def _by_opencv(data: bytes) -> Image.Image | None:
     """
     if opencv is None or len(data) < _PNG_HEAD or not data.startswith(_PNG) or data[24] != 8:
         return None
-    if int.from_bytes(data[16:20]) * int.from_bytes(data[20:24]) > GREATEST_PIXELS:
-        raise DecodeFault("image_too_large")
-    if data[25] == _GREY or any(mark in data for mark in _PILLOW_ALONE) or not _is_sound(data):
+    pixels = int.from_bytes(data[16:20]) * int.from_bytes(data[20:24])
+    if pixels > GREATEST_PIXELS or data[25] == _GREY or not _is_plain(data):
         return None
     values = opencv.imdecode(np.frombuffer(data, np.uint8), opencv.IMREAD_UNCHANGED)
     # What OpenCV refuses Pillow judges.
@@ -88,15 +90,30 @@ def _by_opencv(data: bytes) -> Image.Image | None:
     return Image.frombuffer(mode, (width, height), opencv.cvtColor(values, code), "raw", mode, 0, 1)
 
 
-def _is_sound(data: bytes) -> bool:
-    """Whether the checksums of all chunks before the pixels are right: OpenCV takes a damaged transparency as it is."""
-    position = len(_PNG)
-    while (kind := data[position + 4 : position + 8]) != b"IDAT":
-        end = position + 12 + int.from_bytes(data[position : position + 4])
-        if len(kind) < 4 or zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+def _is_plain(data: bytes) -> bool:
+    """Whether the chunks of a PNG hold nothing that OpenCV takes in another way than Pillow.
+
+    It passes over what turns a picture or lets it move, and takes a damaged or misplaced transparency as it is.
+    """
+    tables: list[tuple[bytes, int]] = []
+    position, pixels = len(_PNG), False
+    while (kind := data[position + 4 : position + 8]) != b"IEND":
+        length = int.from_bytes(data[position : position + 4])
+        end = position + 12 + length
+        if len(kind) < 4 or kind in _TURNING_CHUNKS or data.startswith(_TURNING_TEXTS, position + 8):
             return False
+        if kind == b"IDAT":
+            pixels = True
+        elif not pixels and zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+            return False
+        elif kind in (b"PLTE", b"tRNS"):
+            if pixels:
+                return False
+            tables.append((kind, length // (3 if kind == b"PLTE" else 1)))
         position = end
-    return True
+    if data[25] != _PALETTE:
+        return pixels and not tables
+    return pixels and [kind for kind, _ in tables] in _TABLES and tables[-1][1] <= tables[0][1]
 
 
 def _to_values(picture: Image.Image, channels: int, image_size: int) -> Picture:
