@@ -250,14 +250,20 @@ def steps_alone(config: Config, index: SourceIndex, tokenizer: Tokenizer) -> dic
     rows_per_pass = -(-len(index) // (config.data.row_length // (config.patches_per_image + 8)))
     return {
         "read": lambda: read_whole(index),
-        "check": lambda: [checked(data, fact) for data, fact in zip(pictures, facts, strict=True)],
-        "decode": lambda: [decode(data) for data in pictures],
-        "composite": lambda: [on_white(picture) for picture in decoded],
-        "resize": lambda: [resized(picture) for picture in flat],
+        "check": lambda: each(lambda both: checked(*both), list(zip(pictures, facts, strict=True))),
+        "decode": lambda: each(decode, pictures),
+        "composite": lambda: each(on_white, decoded),
+        "resize": lambda: each(resized, flat),
         "tokenise": lambda: tokenizer_of(tokenizer)(captions),
         "pack": lambda: [planner.next_batch() for _ in range(rows_per_pass // config.data.rows)],
         "collate": lambda: stacked(small),
     }
+
+
+def each(call: Callable[[Any], object], values: Iterable[Any]) -> None:
+    """Call it on each and keep nothing: fresh memory for all results would cost more than some of the steps."""
+    for value in values:
+        call(value)
 
 
 def checked(picture: bytes, facts: bytes) -> bool:
