@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import hashlib
 import io
 import itertools
@@ -279,9 +280,8 @@ def read_whole(index: SourceIndex) -> int:
 
 
 def tokenizer_of(tokenizer: Tokenizer) -> Callable[[list[str]], object]:
-    """sentencepiece itself, all texts in one call."""
-    encode: Callable[[list[str]], object] = tokenizer._processor.encode
-    return encode
+    """sentencepiece itself, all texts in one call, in one thread."""
+    return functools.partial(tokenizer._processor.encode, num_threads=1)
 
 
 def fastest_decode(sample: list[bytes]) -> Callable[[bytes], Any]:
