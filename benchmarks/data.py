@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -91,14 +92,22 @@ def seconds(call: Callable[[], object], rounds: int) -> float:
     """Processor time of a call, the median."""
     taken = []
     for _ in range(rounds):
+        forget()
         begin = time.process_time()
         call()
         taken.append(time.process_time() - begin)
     return statistics.median(taken)
 
 
+def forget() -> None:
+    """Have no measurement collect the garbage, or walk over the objects, that others have left."""
+    gc.collect()
+    gc.freeze()
+
+
 def seconds_a_picture(call: Callable[[], int]) -> float:
     """Processor time of a call over the number of pictures it returns."""
+    forget()
     begin = time.process_time()
     pictures = call()
     return (time.process_time() - begin) / pictures
