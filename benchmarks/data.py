@@ -8,7 +8,8 @@ is trained on them first. All times are processor time of one core, the median o
 planning    speed, padding, cuts, shares of batches and of the whole, size of the state, time to resume: half the
             tokens text, half pairs of 64 patches, rows of 4,096, global batches of 8 rows
 reading     one pass over the pictures from shards to batches, index and plan included, against the sum of what its
-            steps take alone with the fastest library that is installed, and against webdataset doing the same work
+            steps take alone with the fastest library that is installed, and against webdataset, Hugging Face datasets
+            (streaming) and Megatron-Energon doing the same work in one process; those not installed are left out
 
 beyond      planning alone as one of 512 ranks with 8 rows each, over 700 million pairs and as many texts, simulated
 
@@ -18,15 +19,23 @@ Exits with 3 when a bar is missed.
 from __future__ import annotations
 
 import argparse
+import collections
+import functools
+import gc
+import hashlib
 import io
+import itertools
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +46,7 @@ from PIL import Image
 from limits import record_head, write_json
 from transfusion import presets
 from transfusion.config import Config
+from transfusion.data import rows
 from transfusion.data.deck import Deck, Lengths
 from transfusion.data.index import SourceIndex
 from transfusion.data.loader import Loader, build_indexes, plan_settings, source_lengths
@@ -61,6 +71,8 @@ BARS: dict[str, tuple[str, float]] = {
     "resume_seconds": ("at most", 2.0),
     "share_of_the_limit": ("at least", 0.75),
     "over_webdataset": ("at least", 1.3),
+    "over_datasets": ("at least", 1.5),
+    "over_energon": ("at least", 3.0),
 }
 
 
@@ -80,10 +92,25 @@ def seconds(call: Callable[[], object], rounds: int) -> float:
     """Processor time of a call, the median."""
     taken = []
     for _ in range(rounds):
+        forget()
         begin = time.process_time()
         call()
         taken.append(time.process_time() - begin)
     return statistics.median(taken)
+
+
+def forget() -> None:
+    """Have no measurement collect the garbage, or walk over the objects, that others have left."""
+    gc.collect()
+    gc.freeze()
+
+
+def seconds_a_picture(call: Callable[[], int]) -> float:
+    """Processor time of a call over the number of pictures it returns."""
+    forget()
+    begin = time.process_time()
+    pictures = call()
+    return (time.process_time() - begin) / pictures
 
 
 # Planning
@@ -163,61 +190,97 @@ def beyond(config: Config, rounds: int) -> dict[str, Any]:
 
 
 def reading(config: Config, rounds: int) -> dict[str, Any]:
-    """Seconds a picture: ours from shards to batches, its steps alone, and webdataset."""
+    """Microseconds a picture: ours from shards to batches, its steps alone, and the peers. All in turn, each round."""
     only = config.model_copy(
         update={"data": config.data.model_copy(update={"sources": config.data.sources[:1]})}
     )
     tokenizer = Tokenizer(config.data.tokenizer)
-    (index,) = build_indexes(only, only.data.sources, tokenizer)
-    images = len(index)
-    ours = seconds(lambda: read_all(only, tokenizer, images), rounds) / images
-    steps = {name: value / images for name, value in step_limits(only, index, tokenizer, rounds).items()}
-    others = {"webdataset": seconds(lambda: with_webdataset(only, tokenizer), rounds) / images}
+    # Every picture is to be decoded each time, also where the plan of a block passes several epochs.
+    rows._CACHE_BYTES = 0
+    with tempfile.TemporaryDirectory() as folder:
+        (index,) = build_indexes(only, only.data.sources, tokenizer)
+        steps = steps_alone(only, index, tokenizer)
+        peers, missing = peers_installed(only, tokenizer, Path(folder), len(index))
+        taken: dict[str, list[float]] = collections.defaultdict(list)
+        for _ in range(rounds):
+            first, again = read_all(only, tokenizer)
+            taken["index"].append(first / len(index))
+            taken["rows"].append(again)
+            for name, call in steps.items():
+                taken[name].append(seconds(call, 1) / len(index))
+            for name, peer in peers.items():
+                taken[name].append(seconds_a_picture(peer))
+    micro = {name: statistics.median(values) * 1e6 for name, values in taken.items()}
+    ours, limit = micro["index"] + micro["rows"], sum(micro[name] for name in steps)
     return {
-        "images": images,
+        "images": len(index),
+        "opencv": find_spec("cv2") is not None,
         "microseconds_an_image": {
-            "ours": ours * 1e6,
-            "steps": {name: value * 1e6 for name, value in steps.items()},
-            "others": {name: value * 1e6 for name, value in others.items()},
+            "ours": ours,
+            "of_which_index": micro["index"],
+            "limit": limit,
+            "steps": {name: micro[name] for name in steps},
+            "others": {name: micro[name] for name in peers},
         },
-        "share_of_the_limit": sum(steps.values()) / ours,
-        "over_webdataset": others["webdataset"] / ours,
+        "share_of_the_limit": limit / ours,
+        **{f"over_{name}": micro[name] / ours for name in peers},
+        "over_once_indexed": {name: micro[name] / micro["rows"] for name in peers},
+        "not_installed": missing,
     }
 
 
-def read_all(config: Config, tokenizer: Tokenizer, images: int) -> None:
-    """One pass over every picture: index, plan, read, decode, lay out, collate."""
+def read_all(config: Config, tokenizer: Tokenizer) -> tuple[float, float]:
+    """Seconds to index all pictures, and seconds a picture from plan to batch over one whole block of the plan."""
     with tempfile.TemporaryDirectory() as folder:
         # A folder of its own, or the index of an earlier round would save what is measured here.
         fresh = config.model_copy(update={"data": config.data.model_copy(update={"index": folder})})
-        loader = Loader(fresh, config.data.sources, tokenizer, rank=0, world_size=1)
-        seen = 0
-        while seen < images:
-            seen += sum(batch.counts.images for batch in loader.next_step())
-        loader.close()
+        index = seconds(lambda: build_indexes(fresh, fresh.data.sources, tokenizer), 1)
+
+        def read_block() -> int:
+            with Loader(fresh, fresh.data.sources, tokenizer, rank=0, world_size=1) as loader:
+                batches = range(plan_settings(fresh).batches_per_block)
+                return sum(batch.counts.images for _ in batches for batch in loader.next_step())
+
+        return index, seconds_a_picture(read_block)
 
 
-def step_limits(config: Config, index: SourceIndex, tokenizer: Tokenizer, rounds: int) -> dict[str, float]:
-    """Seconds that each step takes for all pictures when nothing else is done."""
+def steps_alone(config: Config, index: SourceIndex, tokenizer: Tokenizer) -> dict[str, Callable[[], object]]:
+    """Each step for all pictures, when nothing else is done."""
     pictures = [index.read_picture(sample) for sample in range(len(index))]
     decode = fastest_decode(pictures[:64])
     decoded = [as_image(decode(data)) for data in pictures]
     flat = [on_white(picture) for picture in decoded]
     small = [resized(picture) for picture in flat]
     captions = list(texts(index.shards))
+    facts = [
+        json.dumps({"caption": text, "sha256": hashlib.sha256(data).hexdigest()}).encode()
+        for data, text in zip(pictures, captions, strict=True)
+    ]
     planner = Planner([source_lengths(index, ((0, 1.0),), config)], plan_settings(config))
     rows_per_pass = -(-len(index) // (config.data.row_length // (config.patches_per_image + 8)))
     return {
-        "read": seconds(lambda: read_whole(index), rounds),
-        "decode": seconds(lambda: [decode(data) for data in pictures], rounds),
-        "composite": seconds(lambda: [on_white(picture) for picture in decoded], rounds),
-        "resize": seconds(lambda: [resized(picture) for picture in flat], rounds),
-        "tokenise": seconds(lambda: tokenizer_of(tokenizer)(captions), rounds),
-        "pack": seconds(
-            lambda: [planner.next_batch() for _ in range(rows_per_pass // config.data.rows)], rounds
-        ),
-        "collate": seconds(lambda: stacked(small), rounds),
+        "read": lambda: read_whole(index),
+        "check": lambda: each(lambda both: checked(*both), list(zip(pictures, facts, strict=True))),
+        "decode": lambda: each(decode, pictures),
+        "composite": lambda: each(on_white, decoded),
+        "resize": lambda: each(resized, flat),
+        "tokenise": lambda: tokenizer_of(tokenizer)(captions),
+        "pack": lambda: [planner.next_batch() for _ in range(rows_per_pass // config.data.rows)],
+        "collate": lambda: stacked(small),
     }
+
+
+def each(call: Callable[[Any], object], values: Iterable[Any]) -> None:
+    """Call it on each and keep nothing: fresh memory for all results would cost more than some of the steps."""
+    for value in values:
+        call(value)
+
+
+def checked(picture: bytes, facts: bytes) -> bool:
+    """The least that tells damage and a wrong picture: checksum, hash, and what KEY.json says it is."""
+    zlib.crc32(picture)
+    same: bool = hashlib.sha256(picture).hexdigest() == json.loads(facts)["sha256"]
+    return same
 
 
 def read_whole(index: SourceIndex) -> int:
@@ -226,9 +289,8 @@ def read_whole(index: SourceIndex) -> int:
 
 
 def tokenizer_of(tokenizer: Tokenizer) -> Callable[[list[str]], object]:
-    """sentencepiece itself, all texts in one call."""
-    encode: Callable[[list[str]], object] = tokenizer._processor.encode
-    return encode
+    """sentencepiece itself, all texts in one call, in one thread."""
+    return functools.partial(tokenizer._processor.encode, num_threads=1)
 
 
 def fastest_decode(sample: list[bytes]) -> Callable[[bytes], Any]:
@@ -256,8 +318,10 @@ def as_image(decoded: Any) -> Image.Image:
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, picture).convert("RGB")
+    """From RGBA. Pillow's fastest way, which gives what its alpha_composite gives."""
+    white = Image.new("RGB", picture.size, (255, 255, 255))
+    white.paste(picture, mask=picture)
+    return white
 
 
 def resized(picture: Image.Image) -> Image.Image:
@@ -265,27 +329,115 @@ def resized(picture: Image.Image) -> Image.Image:
 
 
 def stacked(pictures: list[Image.Image]) -> int:
-    """Batches of 256 as tensors [I, C, H, W]; returns their number."""
-    starts = range(0, len(pictures), 256)
-    for first in starts:
+    """Batches of 256 as tensors [I, C, H, W]; returns the number of pictures."""
+    for first in range(0, len(pictures), 256):
         batch = np.stack([np.asarray(picture) for picture in pictures[first : first + 256]])
         torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
-    return len(starts)
+    return len(pictures)
 
 
-def with_webdataset(config: Config, tokenizer: Tokenizer) -> int:
-    """The same work in webdataset's way, by Pillow and our tokenizer; returns the number of batches."""
+# Peers: each in one process, as its documentation has it, with the same functions for a sample.
+
+
+def peers_installed(
+    config: Config, tokenizer: Tokenizer, folder: Path, images: int
+) -> tuple[dict[str, Callable[[], int]], list[str]]:
+    """One pass over all pictures by each peer that is installed, and the names of those that are not.
+
+    Each returns how many it gave: Energon's last batch would be filled up from its next epoch, and is left out.
+    """
+    shards = [shard.resolve() for shard in expand(config.data.sources[0].shards)]
+    peers: dict[str, Callable[[], int]] = {"webdataset": lambda: with_webdataset(shards, tokenizer)}
+    if find_spec("datasets"):
+        peers["datasets"] = lambda: with_datasets(shards, tokenizer, folder / "datasets")
+    if find_spec("megatron") and find_spec("megatron.energon"):
+        prepare_for_energon(shards, folder / "energon")
+        peers["energon"] = lambda: with_energon(folder / "energon", tokenizer, images // 256)
+    missing = [name for name in ("datasets", "energon") if name not in peers]
+    for name in missing:
+        print(f"{name} is not installed: not compared", flush=True)
+    return peers, missing
+
+
+def prepared(picture: Image.Image, caption: str, tokenizer: Tokenizer) -> tuple[Image.Image, list[int]]:
+    """What every peer does with a sample."""
+    return resized(on_white(picture.convert("RGBA"))), tokenizer.encode(caption)
+
+
+def with_webdataset(shards: list[Path], tokenizer: Tokenizer) -> int:
+    """A pass of webdataset, in its order."""
     import webdataset
 
-    def prepare(sample: dict[str, Any]) -> tuple[Image.Image, list[int]]:
-        return resized(on_white(sample["png"].convert("RGBA"))), tokenizer.encode(sample["txt"])
-
-    shards = [str(shard) for shard in expand(config.data.sources[0].shards)]
-    data = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil").map(prepare)
-    return sum(stacked(pictures) for pictures, _ in data.batched(256, collation_fn=_columns))
+    data = webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False, empty_check=False)
+    samples = data.decode("pil").map(lambda sample: prepared(sample["png"], sample["txt"], tokenizer))
+    return sum(stacked(pictures) for pictures, _ in samples.batched(256, collation_fn=_columns))
 
 
-def _columns(samples: list[tuple[Any, ...]]) -> tuple[list[Any], ...]:
+def with_datasets(shards: list[Path], tokenizer: Tokenizer, cache: Path) -> int:
+    """A pass of Hugging Face datasets, streaming, in its order."""
+    import datasets
+
+    def of_sample(sample: dict[str, Any]) -> dict[str, Any]:
+        picture, ids = prepared(sample["png"], sample["txt"], tokenizer)
+        return {"picture": picture, "ids": ids}
+
+    data = datasets.load_dataset(
+        "webdataset",
+        data_files={"train": [str(shard) for shard in shards]},
+        split="train",
+        streaming=True,
+        cache_dir=str(cache),
+    )
+    samples = data.map(of_sample, remove_columns=["json", "png", "txt", "__key__", "__url__"])
+    return sum(stacked(batch["picture"]) for batch in samples.iter(batch_size=256))
+
+
+def prepare_for_energon(shards: list[Path], folder: Path) -> None:
+    """Energon's own index; not counted, though ours is."""
+    folder.mkdir()
+    for shard in shards:
+        (folder / shard.name).symlink_to(shard)
+    command = [
+        str(Path(sys.executable).parent / "energon"),
+        "prepare",
+        "--non-interactive",
+        "--num-workers",
+        "1",
+    ]
+    command += ["--split-parts", "train:.*", "--sample-type", "CaptioningSample"]
+    command += ["--field-map", json.dumps({"image": "png", "caption": "txt"}), str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def with_energon(folder: Path, tokenizer: Tokenizer, batches: int) -> int:
+    """So many batches of Megatron-Energon, shuffled as in its documentation; its training data never end."""
+    from megatron import energon
+
+    class Encoder(energon.DefaultTaskEncoder):  # type: ignore[misc]
+        decoder = energon.SampleDecoder(image_decode="pilrgba")
+
+        def encode_sample(self, sample: Any) -> tuple[Image.Image, list[int]]:
+            return prepared(sample.image, sample.caption, tokenizer)
+
+        def batch(self, samples: list[Any]) -> int:
+            return stacked(_columns(samples)[0])
+
+        def encode_batch(self, batch: int) -> int:
+            return batch
+
+    alone = energon.WorkerConfig(rank=0, world_size=1, num_workers=0)
+    data = energon.get_train_dataset(
+        folder,
+        worker_config=alone,
+        batch_size=256,
+        shuffle_buffer_size=100,
+        max_samples_per_sequence=100,
+        task_encoder=Encoder(),
+    )
+    return sum(itertools.islice(energon.get_loader(data), batches))
+
+
+def _columns(samples: Iterable[tuple[Any, ...]]) -> tuple[list[Any], ...]:
     return tuple(list(column) for column in zip(*samples, strict=True))
 
 
@@ -323,7 +475,8 @@ def main() -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "tokenizer.model"
-        config = make_config(options.data, model)
+        # Nothing is written beside the data.
+        config = make_config(options.data, model, index=str(Path(folder) / "index"))
         shards = [shard for source in config.data.sources for shard in expand(source.shards)]
         train_tokenizer(texts(shards), model, vocabulary=VOCABULARY)
         for part in wanted:

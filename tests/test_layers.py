@@ -54,6 +54,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("src/transfusion/parallel/zero.py",),
     "triton": ("kernels/",),
     "wandb": ("src/transfusion/observe/sinks.py",),
+    "cv2": ("src/transfusion/data/decode.py",),
     "webdataset": ("src/transfusion/data/shards.py",),
     "fsspec": ("src/transfusion/data/shards.py",),
     "sentencepiece": ("src/transfusion/data/tokenizer.py",),

@@ -12,8 +12,8 @@ import torch
 
 from transfusion.config import CodecConfig, Config, DataConfig, ModelConfig
 from transfusion.data.packing import collate
-from transfusion.data.rows import Row, RowImage, RowSettings, joined
-from transfusion.data.sequence import lay_out
+from transfusion.data.rows import Row, RowImage, RowSettings, borders, joined
+from transfusion.data.sequence import draft
 from transfusion.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion.model import Transfusion
 from transfusion.model.initialise import initialise
@@ -97,10 +97,11 @@ def _row(
     keys: Sequence[int] | None,
 ) -> Row:
     """What the loader makes of planned documents, for documents, noise levels and noise keys given by hand."""
-    layouts = [lay_out(document, axes=settings.axes) for document in documents]
-    starts = np.cumsum([0, *map(len, layouts)]).tolist()
+    drafts = [draft(document) for document in documents]
     first_patches = [
-        start + first for start, layout in zip(starts, layouts, strict=False) for first, _ in layout.images
+        start + first
+        for start, each in zip(borders(drafts), drafts, strict=False)
+        for first, _ in each.images
     ]
     pictures = [
         np.asarray(segment.values_CHW)
@@ -112,7 +113,7 @@ def _row(
     for number, (values, first) in enumerate(zip(pictures, first_patches, strict=True), images_before):
         timestep = timesteps[number] if timesteps else 10 * (number + 1)
         images.append(RowImage(values, first, settings.patches, timestep, keys[number] if keys else number))
-    return joined(layouts, starts, settings, tuple(images), ())
+    return joined(drafts, settings, tuple(images), ())
 
 
 @pytest.fixture

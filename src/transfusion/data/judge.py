@@ -228,6 +228,6 @@ def _same_caption(text: str, facts: dict[str, Any]) -> bool | None:
     """Whether `caption` is this text; None where there is none."""
     stated = facts.get("caption")
     try:
-        return caption(stated, []) == text if isinstance(stated, str) else None
+        return stated == text or caption(stated, []) == text if isinstance(stated, str) else None
     except SampleError:
         return None

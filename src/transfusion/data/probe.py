@@ -7,7 +7,7 @@ decoding and holds nothing but the bytes themselves.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GREATEST_PIXELS = 50_000_000
 SMALLEST_SIDE = 8
@@ -81,16 +81,18 @@ def _png(data: bytes) -> PictureFacts:
             raise PictureFault("image_truncated")
         if zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
             raise PictureFault("image_corrupt")
-        if kind in _COMPRESSED or kind == b"iTXt":
-            _refuse_bomb(kind, data[body : end - 4])
-        animated |= kind == b"acTL"
-        has_pixels |= kind == b"IDAT"
-        if kind == b"IEND":
+        if kind == b"IDAT":
+            has_pixels = True
+        elif kind == b"IEND":
             break
+        elif kind in _COMPRESSED or kind == b"iTXt":
+            _refuse_bomb(kind, data[body : end - 4])
+        elif kind == b"acTL":
+            animated = True
         position = end
     if not has_pixels:
         raise PictureFault("image_corrupt")
-    return PictureFacts(facts.width, facts.height, animated)
+    return replace(facts, animated=True) if animated else facts
 
 
 def _refuse_bomb(kind: bytes, body: bytes) -> None:

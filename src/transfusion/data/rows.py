@@ -6,8 +6,10 @@ Shape suffixes: S positions of the row, A position axes, C channels, H/W picture
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from transfusion.data.index import SourceIndex
 from transfusion.data.latents import LatentFault, read_latent
 from transfusion.data.planner import Piece, RowPlan
 from transfusion.data.scan import Fault
-from transfusion.data.sequence import Layout, lay_out, lay_out_text, position_axes
+from transfusion.data.sequence import Draft, draft, draft_text, lay_out_all, position_axes
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
 
 _TIMESTEP, _NOISE = keyed.word("timestep"), keyed.word("noise")
@@ -99,26 +101,22 @@ class RowBuilder:
     def build(self, plan: RowPlan) -> Row:
         """The planned row. A sample that cannot be read keeps its place, silenced, as a fault of the row."""
         pictures, faults = self._pictures(plan)
-        layouts = [self._layout(piece) for piece in plan]
-        starts = np.cumsum([0, *map(len, layouts)]).tolist()
+        drafts = [self._draft(piece) for piece in plan]
         bad = [number for number, piece in enumerate(plan) if _has_images(piece) and number not in pictures]
-        for number in bad:
-            layouts[number] = _silenced(layouts[number])
-        images = self._images(plan, layouts, starts, pictures)
-        return joined(layouts, starts, self._settings, images, faults)
+        images = self._images(plan, drafts, pictures)
+        return joined(drafts, self._settings, images, faults, silenced=bad)
 
     def empty(self) -> Row:
         """A row of padding alone."""
         return self.build(())
 
-    def _layout(self, piece: Piece) -> Layout:
-        axes = self._settings.axes
+    def _draft(self, piece: Piece) -> Draft:
         if piece.variant == Variant.INTERLEAVED:
-            return lay_out(self._indexes[piece.source].segments(piece.sample)[0], axes=axes)
+            return draft(self._indexes[piece.source].segments(piece.sample)[0])
         ids = self._indexes[piece.source].text_ids(piece.sample, piece.caption)
         if piece.variant == Variant.TEXT:
-            return lay_out_text(ids, piece.first, piece.tokens, axes=axes)
-        return lay_out(pair_segments(ids.tolist(), None, self._settings.patches, piece.variant), axes=axes)
+            return draft_text(ids, piece.first, piece.tokens)
+        return draft(pair_segments(ids.tolist(), None, self._settings.patches, piece.variant))
 
     def _pictures(self, plan: RowPlan) -> tuple[dict[int, list[Values]], tuple[Fault, ...]]:
         """The images of each piece by its number, and the faults of those pieces whose images could not be had."""
@@ -153,25 +151,22 @@ class RowBuilder:
         return values
 
     def _images(
-        self,
-        plan: RowPlan,
-        layouts: Sequence[Layout],
-        starts: Sequence[int],
-        pictures: dict[int, list[Values]],
+        self, plan: RowPlan, drafts: Sequence[Draft], pictures: dict[int, list[Values]]
     ) -> tuple[RowImage, ...]:
         if not pictures:
             return ()
+        starts = borders(drafts)
         places = [(number, image) for number, values in pictures.items() for image in range(len(values))]
         understood = [
-            layouts[number].images[image][0] + self._settings.patches + _AFTER_LAST_IMAGE
-            < len(layouts[number])
+            drafts[number].images[image][0] + self._settings.patches + _AFTER_LAST_IMAGE
+            < len(drafts[number].token_ids_S)
             for number, image in places
         ]
         timesteps, noise_keys = self._random([plan[number] for number, _ in places], places, understood)
         return tuple(
             RowImage(
                 pictures[number][image],
-                starts[number] + layouts[number].images[image][0],
+                starts[number] + drafts[number].images[image][0],
                 self._settings.patches,
                 *drawn,
             )
@@ -226,45 +221,46 @@ def _has_images(piece: Piece) -> bool:
     return piece.variant != Variant.TEXT
 
 
-def _silenced(layout: Layout) -> Layout:
-    """The same length and the same visibility, but nothing to read and nothing to learn."""
-    return replace(
-        layout,
-        token_ids_S=np.full_like(layout.token_ids_S, SpecialToken.PADDING),
-        modality_S=np.full_like(layout.modality_S, Modality.PADDING),
-        target_ids_S=np.full_like(layout.target_ids_S, SpecialToken.PADDING),
-        text_weight_S=np.zeros_like(layout.text_weight_S),
-    )
+def borders(drafts: Sequence[Draft]) -> list[int]:
+    """Where each document begins when they stand one after another, and where the last ends."""
+    return list(itertools.accumulate((len(each.token_ids_S) for each in drafts), initial=0))
 
 
 def joined(
-    layouts: Sequence[Layout],
-    starts: Sequence[int],
+    drafts: Sequence[Draft],
     settings: RowSettings,
     images: tuple[RowImage, ...],
     faults: tuple[Fault, ...],
+    silenced: Sequence[int] = (),
 ) -> Row:
-    """Layouts one after another, then padding, which sees nothing and which nothing sees."""
-    used = starts[-1]
+    """Documents one after another, then padding, which sees nothing and which nothing sees.
+
+    silenced: numbers of documents that keep their length and what they see, with nothing to read or to learn.
+    """
+    starts, layout = borders(drafts), lay_out_all(drafts, axes=settings.axes)
+    used, length = starts[-1], settings.row_length
     row = Row(
-        token_ids_S=np.full(settings.row_length, SpecialToken.PADDING, np.int64),
-        modality_S=np.full(settings.row_length, Modality.PADDING, np.uint8),
-        position_SA=np.zeros((settings.row_length, settings.axes), np.int64),
-        target_ids_S=np.full(settings.row_length, SpecialToken.PADDING, np.int64),
-        text_weight_S=np.zeros(settings.row_length, np.float32),
-        first_key_S=np.full(settings.row_length, used, np.int32),
-        end_key_S=np.full(settings.row_length, used, np.int32),
+        token_ids_S=_padded(layout.token_ids_S, length, SpecialToken.PADDING),
+        modality_S=_padded(layout.modality_S, length, Modality.PADDING),
+        position_SA=_padded(layout.position_SA, length, 0),
+        target_ids_S=_padded(layout.target_ids_S, length, SpecialToken.PADDING),
+        text_weight_S=_padded(layout.text_weight_S, length, 0),
+        first_key_S=_padded(np.repeat(np.array(starts[:-1], np.int32), np.diff(starts)), length, used),
+        end_key_S=_padded(layout.end_key_S, length, used),
         images=images,
         faults=faults,
-        samples=len(layouts),
+        samples=len(drafts),
     )
-    for start, layout in zip(starts, layouts, strict=False):
-        here = slice(start, start + len(layout))
-        row.token_ids_S[here] = layout.token_ids_S
-        row.modality_S[here] = layout.modality_S
-        row.position_SA[here] = layout.position_SA
-        row.target_ids_S[here] = layout.target_ids_S
-        row.text_weight_S[here] = layout.text_weight_S
-        row.first_key_S[here] = start
-        row.end_key_S[here] = layout.end_key_S + start
+    for number in silenced:
+        here = slice(*starts[number : number + 2])
+        row.token_ids_S[here] = row.target_ids_S[here] = SpecialToken.PADDING
+        row.modality_S[here] = Modality.PADDING
+        row.text_weight_S[here] = 0
     return row
+
+
+def _padded(values: NDArray[Any], length: int, filling: int) -> NDArray[Any]:
+    """[S, ...] to `length` positions."""
+    padded = np.full((length, *values.shape[1:]), filling, values.dtype)
+    padded[: len(values)] = values
+    return padded

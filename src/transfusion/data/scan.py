@@ -39,6 +39,10 @@ _UNSAFE_NAME = re.compile(r"^/|(?:^|/)\.\.(?:/|$)|\\|^[A-Za-z]:|[\x00-\x1f\x7f-\
 _PAIRS_TRIED = 16
 # Of those tried, one in so many captions may differ, for some may be damaged; at least one in all.
 _DIFFERING = 8
+# Names as tools write them, about which nothing is in question: folders come apart from these.
+_PLAIN_NAME = re.compile(r"([A-Za-z0-9_-]+)\.([a-z0-9.]+)")
+# Members remembered from the first walk, about 300 bytes each; of a larger shard every header is read twice.
+_MEMBERS_KEPT = 1 << 17
 _NAME_REASONS = ("name_unsafe", "member_ignored")
 
 
@@ -109,13 +113,14 @@ def _text_of_line(line: bytes, notes: list[str]) -> str:
 
 
 def _scan_tar(shard: str, descriptor: int) -> Iterator[RawSample | Fault]:
-    """Two walks: the first finds keys that come twice, the second judges the samples one by one."""
-    judge = Judge(descriptor)
-    scattered, repeated = _survey(descriptor, judge)
-    walk = TarWalk(descriptor)
+    """Twice over the samples: first to find keys that come again, then to judge them one by one."""
+    judge, walk = Judge(descriptor), TarWalk(descriptor)
+    scattered, repeated, groups = _survey(_groups(walk), judge)
+    if groups is None:
+        walk = TarWalk(descriptor)
     met: set[int] = set()
     told: set[str] = set()
-    for group in _groups(walk):
+    for group in _groups(walk) if groups is None else groups:
         mark = hash(group.key)
         if mark in scattered or mark in repeated:
             if mark in met and mark in scattered:
@@ -134,15 +139,22 @@ def _scan_tar(shard: str, descriptor: int) -> Iterator[RawSample | Fault]:
             yield Fault(shard, "", reason, offset)
 
 
-def _survey(descriptor: int, judge: Judge) -> tuple[set[int], set[int]]:
-    """Keys (their hashes) whose members are scattered, and keys that come again with the same kind of member.
+def _survey(groups: Iterable[Group], judge: Judge) -> tuple[set[int], set[int], list[Group] | None]:
+    """Keys (their hashes) whose members are scattered, keys that come again with the same kind of member, and the
+    groups themselves where they are not too many.
 
     Also lets the judge know what KEY.json tells: a downloader may have written the hash of the original file, and
     captions may have been written anew.
     """
     marks, kinds = array.array("q"), array.array("q")
     tried: list[tuple[bool | None, bool | None]] = []
-    for group in _groups(TarWalk(descriptor)):
+    kept: list[Group] | None = []
+    members = 0
+    for group in groups:
+        members += len(group.members) + 1
+        if kept is not None:
+            kept.append(group)
+            kept = kept if members <= _MEMBERS_KEPT else None
         if group.reason in _NAME_REASONS:
             continue
         marks.append(hash(group.key))
@@ -161,7 +173,7 @@ def _survey(descriptor: int, judge: Judge) -> tuple[set[int], set[int]]:
             repeated.add(mark)
         elif mark in again:
             first[mark] |= kind
-    return again - repeated, repeated
+    return again - repeated, repeated, kept
 
 
 def _kinds(group: Group) -> int:
@@ -201,6 +213,9 @@ def _groups(walk: TarWalk) -> Iterator[Group]:
 
 def _split(name: str, size: int) -> tuple[str, str, str]:
     """(key, extension in lower case, why a member of such a name is left out, else empty)."""
+    plain = _PLAIN_NAME.fullmatch(name)
+    if plain and size <= GREATEST_NAME:
+        return plain[1], plain[2], ""
     folder, slash, base = name.rpartition("/")
     if size > GREATEST_NAME or _UNSAFE_NAME.search(name):
         folder, slash, base = _last_part(name)

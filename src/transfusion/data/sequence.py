@@ -11,14 +11,17 @@ Shape suffixes: S positions of the document, A position axes.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
+from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken
 
 # <BOS> and <EOS> of a document; <BOI> and <EOI> of each image in it; all of a document with one image.
 TEXT_CONTROL_TOKENS = 2
@@ -28,7 +31,7 @@ PAIR_CONTROL_TOKENS = TEXT_CONTROL_TOKENS + IMAGE_CONTROL_TOKENS
 Integers = NDArray[np.int64]
 
 # The control tokens as plain arrays: looking them up in the enumeration costs more than all else here.
-_PADDING = np.array([int(SpecialToken.PADDING)])
+_PADDING = int(SpecialToken.PADDING)
 _BOS, _EOS = np.array([int(SpecialToken.BEGIN_DOCUMENT)]), np.array([int(SpecialToken.END_DOCUMENT)])
 _BOI, _EOI = np.array([int(SpecialToken.BEGIN_IMAGE)]), np.array([int(SpecialToken.END_IMAGE)])
 _PATCH = int(SpecialToken.PATCH)
@@ -49,10 +52,11 @@ _MODALITY[_PATCH] = int(Modality.IMAGE)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One document, or a piece of one, as arrays; positions and bounds count from its first token.
+    """Documents or pieces of documents, mostly one, as arrays; positions count from the first token of each.
 
     token_ids_S: PATCH stands at patch positions. target_ids_S: the next token. text_weight_S: 1 where that is
-    learned. end_key_S: first position that s may not see; it sees all before. images: (first patch, patches).
+    learned. end_key_S: first position that s may not see; it sees all before, of its document. images: (first
+    patch, patches). end_key_S and images count from the first token of all.
     """
 
     token_ids_S: Integers
@@ -72,26 +76,52 @@ def position_axes(position: str) -> int:
     return {"1d": 1, "2d": 3}[position]
 
 
+class Draft(NamedTuple):
+    """The tokens of one document, or of a piece of one, before the rules are applied.
+
+    following: the token behind the last. images: as in Layout. learns_text: False where no text is a target.
+    """
+
+    token_ids_S: Integers
+    following: int
+    images: tuple[tuple[int, int], ...]
+    learns_text: bool
+
+
+def draft(segments: Sequence[Segment], *, finished: bool = True) -> Draft:
+    """A document of texts and images between <BOS> and <EOS>; see `lay_out`."""
+    parts = [_BOS]
+    images, length, learns_text = [], 1, False
+    for segment in segments:
+        if isinstance(segment, ImageSegment):
+            images.append((length + 1, segment.patches))
+            parts.append(_image_tokens(segment.patches))
+            length += segment.patches + IMAGE_CONTROL_TOKENS
+        else:
+            parts.append(np.array(segment.token_ids, dtype=np.int64))
+            length += len(segment.token_ids)
+            learns_text = True
+    if finished:
+        parts.append(_EOS)
+    return Draft(np.concatenate(parts), _PADDING, tuple(images), learns_text)
+
+
+def draft_text(token_ids: NDArray[np.integer], first: int, tokens: int) -> Draft:
+    """A piece of a text document; see `lay_out_text`."""
+    end = first + tokens
+    inside = token_ids[max(first - 1, 0) : end].astype(np.int64)
+    before = _BOS if first == 0 else _BOS[:0]
+    piece = np.concatenate([before, inside, _EOS, [_PADDING]])[: tokens + 1]
+    return Draft(piece[:-1], int(piece[-1]), (), True)
+
+
 def lay_out(segments: Sequence[Segment], *, axes: int = 1, finished: bool = True) -> Layout:
     """A document of texts and images between <BOS> and <EOS>.
 
     finished=False leaves <EOS> out: the prefix of a generation, whose last token has no target. A document
     without text (a dropped caption) has no text loss: it only teaches what an image is.
     """
-    parts = [_BOS]
-    images, length = [], 1
-    for segment in segments:
-        if isinstance(segment, ImageSegment):
-            images.append((length + 1, segment.patches))
-            parts += [_BOI, np.full(segment.patches, _PATCH), _EOI]
-            length += segment.patches + 2
-        else:
-            parts.append(np.asarray(segment.token_ids, dtype=np.int64))
-            length += len(segment.token_ids)
-    if finished:
-        parts.append(_EOS)
-    learns_text = any(isinstance(segment, TextSegment) for segment in segments)
-    return _with_rules(np.concatenate(parts), _PADDING, tuple(images), axes, learns_text)
+    return lay_out_all([draft(segments, finished=finished)], axes=axes)
 
 
 def lay_out_text(token_ids: NDArray[np.integer], first: int, tokens: int, *, axes: int = 1) -> Layout:
@@ -99,54 +129,56 @@ def lay_out_text(token_ids: NDArray[np.integer], first: int, tokens: int, *, axe
 
     A piece that ends inside the document still learns its last token's true successor.
     """
-    end = first + tokens
-    inside = token_ids[max(first - 1, 0) : end].astype(np.int64)
-    before = _BOS if first == 0 else _BOS[:0]
-    piece = np.concatenate([before, inside, _EOS, _PADDING])[: tokens + 1]
-    return _with_rules(piece[:-1], piece[-1:], (), axes, learns_text=True)
+    return lay_out_all([draft_text(token_ids, first, tokens)], axes=axes)
 
 
-def _with_rules(
-    token_ids_S: Integers,
-    following: Integers,
-    images: tuple[tuple[int, int], ...],
-    axes: int,
-    learns_text: bool,
-) -> Layout:
-    """Targets, weights, positions and bounds, from the tokens and the one that follows the last."""
-    length = len(token_ids_S)
-    target_ids_S = np.concatenate([token_ids_S[1:], following])
-    end_key_S = np.arange(1, length + 1, dtype=np.int32)
-    for first, patches in images:
-        end_key_S[first : first + patches] = first + patches
+def lay_out_all(drafts: Sequence[Draft], *, axes: int = 1) -> Layout:
+    """Documents one after another: targets, weights, positions and bounds of all at once."""
+    lengths = [len(each.token_ids_S) for each in drafts]
+    starts = list(itertools.accumulate(lengths, initial=0))
+    token_ids_S = np.concatenate([_BOS[:0], *(each.token_ids_S for each in drafts)])
+    target_ids_S = np.concatenate([token_ids_S[1:], _BOS[: len(drafts[:1])]])
+    target_ids_S[np.array(starts[1:], np.int64) - 1] = [each.following for each in drafts]
     kind_S = np.minimum(token_ids_S, _TEXT)
-    weight_S = np.zeros(length, np.float32)
-    if learns_text:
-        weight_S[:] = _LEARNED_FROM[kind_S] * _LEARNED_AS[np.minimum(target_ids_S, _TEXT)]
+    weight_S = _LEARNED_FROM[kind_S] * _LEARNED_AS[np.minimum(target_ids_S, _TEXT)]
+    end_key_S = np.arange(1, starts[-1] + 1, dtype=np.int32)
+    images = []
+    for start, length, each in zip(starts, lengths, drafts, strict=False):
+        if not each.learns_text:
+            weight_S[start : start + length] = 0
+        for first, patches in each.images:
+            end_key_S[start + first : start + first + patches] = start + first + patches
+            images.append((start + first, patches))
+    running_S = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
     return Layout(
         token_ids_S=token_ids_S,
         modality_S=_MODALITY[kind_S],
-        position_SA=_positions(length, images, axes),
+        position_SA=_positions(running_S, images, axes),
         target_ids_S=target_ids_S,
         text_weight_S=weight_S,
         end_key_S=end_key_S,
-        images=images,
+        images=tuple(images),
     )
 
 
-def _positions(length: int, images: Sequence[tuple[int, int]], axes: int) -> Integers:
+@functools.cache
+def _image_tokens(patches: int) -> Integers:
+    """<BOI>, patches, <EOI>."""
+    return np.concatenate([_BOI, np.full(patches, _PATCH), _EOI])
+
+
+def _positions(running_S: Integers, images: Sequence[tuple[int, int]], axes: int) -> Integers:
     """Running positions; with three axes a patch has (first, first + row, first + column) of its image.
 
     After an image the running position goes on as if its patches stood in one line.
     """
-    running = np.arange(length, dtype=np.int64)
     if axes == 1:
-        return running[:, None]
-    position_SA = np.repeat(running[:, None], 3, axis=1)
+        return running_S[:, None]
+    position_SA = np.repeat(running_S[:, None], 3, axis=1)
     for first, patches in images:
         side = math.isqrt(patches)
         row, column = np.divmod(np.arange(patches), side)
-        position_SA[first : first + patches] = first
+        position_SA[first : first + patches] = running_S[first]
         position_SA[first : first + patches, 1] += row
         position_SA[first : first + patches, 2] += column
     return position_SA

@@ -20,7 +20,6 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -46,6 +45,8 @@ _COLUMNS = (
     "picture_size_I", "picture_width_I", "picture_height_I", "latent_channels_I", "element_E", "fault_key_bytes_F",
     "fault_offset_F", "fault_reason_F",
 )  # fmt: skip
+# Token ids that wait to be written together.
+_IDS_AT_ONCE = 1 << 16
 _ENDS, _PLACES, _PLACE = 1 << 16, 62, 1 << 12
 # Beside the index of a remote shard, once a download has shown that the shard is another.
 _CHANGED = ".changed"
@@ -91,6 +92,7 @@ class ShardIndex:
     def __init__(self, path: Path, shard: Shard) -> None:
         """Raises Stale when the file is damaged, cut short, or of another version; OSError when it is missing."""
         self.path, self.shard = path, shard
+        self._arrays: dict[str, NDArray[Any]] = {}
         with path.open("rb") as stream:
             self._facts = _trailer(stream)
 
@@ -130,10 +132,12 @@ class ShardIndex:
                 raise Stale("it is damaged")
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        kind, count, offset, _ = self._facts["arrays"][name]
-        if not count:
-            return np.empty(0, kind)
-        return np.frombuffer(self._map, kind, count, offset)
+        array = self._arrays.get(name)
+        if array is None:
+            kind, count, offset, _ = self._facts["arrays"][name]
+            array = np.frombuffer(self._map, kind, count, offset) if count else np.empty(0, kind)
+            self._arrays[name] = array
+        return array
 
     @cached_property
     def _map(self) -> mmap.mmap:
@@ -181,19 +185,24 @@ class ShardIndex:
     def read_picture(self, sample: int, picture: int = 0) -> bytes:
         """Bytes of a picture or latent, as they are now in the shard; a remote one is fetched. Raises OSError."""
         place = self.picture_start_N[sample] + picture
-        with self._open() as stream:
-            size, offset = int(self["picture_size_I"][place]), int(self["picture_offset_I"][place])
-            return os.pread(stream.fileno(), size, offset)
+        size, offset = int(self["picture_size_I"][place]), int(self["picture_offset_I"][place])
+        descriptor = self._open()
+        try:
+            return os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
 
-    def _open(self) -> FileIO:
+    def _open(self) -> int:
+        """A descriptor of the shard, or of the copy of a remote one."""
+        flags = os.O_RDONLY | os.O_CLOEXEC
         if not isinstance(self.shard, RemoteShard):
-            return self.shard.open("rb", buffering=0)
+            return os.open(self.shard, flags)
         path = self.shard.settings.folder / self.shard.copy_name(self.contents)
         for _ in range(_OPENINGS):
             with contextlib.suppress(FileNotFoundError):
-                return path.open("rb", buffering=0)
+                return os.open(path, flags)
             self.fetch()
-        return path.open("rb", buffering=0)
+        return os.open(path, flags)
 
     @property
     def contents(self) -> Contents:
@@ -232,7 +241,7 @@ class ShardIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         # Other processes map the file themselves.
-        return {"path": self.path, "shard": self.shard, "_facts": self._facts}
+        return {"path": self.path, "shard": self.shard, "_facts": self._facts, "_arrays": {}}
 
 
 def index_shard(shard: Shard, path: Path, encoder: Encoder | None) -> None:
@@ -272,39 +281,47 @@ class _Writer:
         self._keys, self._fault_keys = bytearray(), bytearray()
         self._reasons: dict[str, int] = {}
         self._notes: collections.Counter[str] = collections.Counter()
+        self._waiting: list[int] = []
         self._tokens, self._checksum = 0, 0
 
     def add(self, found: RawSample) -> None:
         ids = [self._encoder.encode(text) if self._encoder else [] for text in found.texts]
+        put = self._columns
         if found.elements:
-            self._put(element_E=[len(ids[t]) if t >= 0 else t for t in found.elements])
+            put["element_E"].extend([len(ids[t]) if t >= 0 else t for t in found.elements])
             # In reading order they are one text, which its elements cut.
             ids = [[token for t in found.elements if t >= 0 for token in ids[t]]]
         key = found.key.encode()
         self._keys += key
-        self._put(
-            key_bytes_N=[len(key)], offset_N=[found.offset], captions_N=[len(ids)],
-            pictures_N=[len(found.pictures)], elements_N=[len(found.elements)], tokens_C=map(len, ids),
-        )  # fmt: skip
+        put["key_bytes_N"].append(len(key))
+        put["offset_N"].append(found.offset)
+        put["captions_N"].append(len(ids))
+        put["pictures_N"].append(len(found.pictures))
+        put["elements_N"].append(len(found.elements))
         for stored in found.pictures:
-            self._put(
-                picture_offset_I=[stored.offset], picture_size_I=[stored.size], picture_width_I=[stored.width],
-                picture_height_I=[stored.height], latent_channels_I=[stored.latent_channels],
-            )  # fmt: skip
+            put["picture_offset_I"].append(stored.offset)
+            put["picture_size_I"].append(stored.size)
+            put["picture_width_I"].append(stored.width)
+            put["picture_height_I"].append(stored.height)
+            put["latent_channels_I"].append(stored.latent_channels)
         for text in ids:
-            data = np.array(text, self._id_type).tobytes()
-            self._checksum = zlib.crc32(data, self._checksum)
-            self._stream.write(data)
-            self._tokens += len(text)
-        self._notes.update(found.notes)
+            put["tokens_C"].append(len(text))
+            self._waiting += text
+        if len(self._waiting) >= _IDS_AT_ONCE:
+            self._write_ids()
+        if found.notes:
+            self._notes.update(found.notes)
 
     def add_fault(self, fault: Fault) -> None:
         key = fault.key.encode("utf-8", "surrogateescape")
         self._fault_keys += key
         reason = self._reasons.setdefault(fault.reason, len(self._reasons))
-        self._put(fault_key_bytes_F=[len(key)], fault_offset_F=[fault.offset], fault_reason_F=[reason])
+        self._columns["fault_key_bytes_F"].append(len(key))
+        self._columns["fault_offset_F"].append(fault.offset)
+        self._columns["fault_reason_F"].append(reason)
 
     def finish(self, facts: dict[str, Any]) -> None:
+        self._write_ids()
         arrays: dict[str, tuple[str, int, int, int]] = {
             "token_ids_T": (self._id_type.str, self._tokens, _HEAD_BYTES, self._checksum)
         }
@@ -326,9 +343,12 @@ class _Writer:
         self._stream.seek(0)
         self._stream.write(_HEAD.pack(_MAGIC, _VERSION, offset, len(trailer), zlib.crc32(trailer)))
 
-    def _put(self, **values: Any) -> None:
-        for name, numbers in values.items():
-            self._columns[name].extend(numbers)
+    def _write_ids(self) -> None:
+        data = np.array(self._waiting, self._id_type).tobytes()
+        self._checksum = zlib.crc32(data, self._checksum)
+        self._stream.write(data)
+        self._tokens += len(self._waiting)
+        self._waiting.clear()
 
 
 def _trailer(stream: BinaryIO) -> dict[str, Any]:

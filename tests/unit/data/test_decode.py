@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import random
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -81,3 +84,61 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "GREATEST_PIXELS", 15)
     with pytest.raises(DecodeFault, match="image_too_large"):
         decode(encoded(Image.new("L", (4, 4))), channels=1, image_size=4)
+
+
+def test_on_white_is_exact() -> None:
+    """Every value under every alpha, rounded to the nearest."""
+    value, alpha = np.meshgrid(np.arange(256), np.arange(256))
+    picture = np.stack([value, value, value, alpha], -1).astype(np.uint8)
+    wanted = np.rint((value * alpha + 255 * (255 - alpha)) / 255)
+    assert np.array_equal(decode(encoded(Image.fromarray(picture)), channels=3, image_size=256)[1], wanted)
+    assert np.array_equal(decode(encoded(Image.fromarray(picture)), channels=1, image_size=256)[0], wanted)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def random_png(chance: random.Random) -> bytes:
+    """Of eight bits: any kind of pixel, any filters, with or without transparency, whole or damaged."""
+    kind, width, height = chance.choice([0, 2, 3, 4, 6]), chance.randint(8, 24), chance.randint(8, 24)
+    length = width * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    lines = [bytes([chance.randrange(5)]) + chance.randbytes(length) for _ in range(height)]
+    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0))]
+    if kind == 3:
+        chunks.append(chunk(b"PLTE", chance.randbytes(3 * chance.randint(1, 256))))
+    if kind in (0, 2, 3) and chance.random() < 0.6:
+        size = {0: 2, 2: 6, 3: chance.randint(1, 200)}[kind]
+        chunks.append(chunk(b"tRNS", chance.randbytes(size)))
+    if chance.random() < 0.2:
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        chunks.append(chunk(b"eXIf", exif.tobytes()[6:]))
+    pixels = zlib.compress(b"".join(lines)[: None if chance.random() < 0.8 else -1 - length])
+    chunks += [chunk(b"IDAT", pixels[:40]), chunk(b"IDAT", pixels[40:]), chunk(b"IEND", b"")]
+    data = bytearray(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    if chance.random() < 0.5:
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    return bytes(data[: len(data) if chance.random() < 0.8 else chance.randrange(len(data))])
+
+
+def test_opencv_gives_what_pillow_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values, and the same refusals."""
+    pytest.importorskip("cv2")
+    chance = random.Random(0)
+
+    def outcome(data: bytes, channels: int) -> list[object]:
+        try:
+            return decode(data, channels=channels, image_size=16).tolist()
+        except DecodeFault as fault:
+            return [str(fault)]
+
+    used = 0
+    for number in range(600):
+        data, channels = random_png(chance), 1 if number % 4 == 0 else 3
+        used += module._by_opencv(data) is not None
+        by_opencv = outcome(data, channels)
+        with monkeypatch.context() as without:
+            without.setattr(module, "opencv", None)
+            assert outcome(data, channels) == by_opencv
+    assert used > 100

@@ -15,7 +15,7 @@ from transfusion.config import Config
 from transfusion.data.drawing import _mask_pixels
 from transfusion.data.loader import Loader
 from transfusion.data.rows import Row, RowSettings, joined
-from transfusion.data.sequence import lay_out
+from transfusion.data.sequence import draft
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.data.views import describe_stats, show_rows, stats_config
 from transfusion.errors import UserError
@@ -61,11 +61,11 @@ def test_a_picture_of_the_rows(config: Config, tmp_path: Path) -> None:
 
 
 def test_mask_pixels_are_the_mask() -> None:
-    layouts = [lay_out([TextSegment((9, 9)), ImageSegment(None, 4)]), lay_out([TextSegment((9, 9, 9))])]
+    drafts = [draft([TextSegment((9, 9)), ImageSegment(None, 4)]), draft([TextSegment((9, 9, 9))])]
     settings = RowSettings(
         seed=0, row_length=20, axes=1, patches=4, channels=1, image_size=8, timesteps=10, image_first_timesteps=5
     )  # fmt: skip
-    row: Row = joined(layouts, [0, len(layouts[0]), len(layouts[0]) + len(layouts[1])], settings, (), ())
+    row: Row = joined(drafts, settings, (), ())
     pixels = _mask_pixels(row, 20)
     place = np.arange(20)
     seen = (place >= row.first_key_S[:, None]) & (place < row.end_key_S[:, None])
