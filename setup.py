@@ -25,7 +25,15 @@ EXTRAS = {
     "opencv": ["opencv-python-headless>=4.10"],
     "report": ["matplotlib>=3.9", "jinja2>=3.1"],
     "wandb": ["wandb>=0.20"],
-    "test": ["pytest>=8", "mypy>=1.15", "ruff>=0.9", "types-PyYAML", "triton>=3.6"],
+    # OpenCV, since only then is it seen to give the same values.
+    "test": [
+        "pytest>=8",
+        "mypy>=1.15",
+        "ruff>=0.9",
+        "types-PyYAML",
+        "triton>=3.6",
+        "opencv-python-headless>=4.10",
+    ],
     "oracles": ["diffusers>=0.36", "transformers>=5"],
 }
 EXTRAS["all"] = [
