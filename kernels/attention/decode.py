@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from transfusion_kernels.attention.forward import HIDDEN, LOG2_E, device_of, normalise, weigh
-from transfusion_kernels.attention.tiles import Tile
+from transfusion_kernels.attention.tiles import Tile, targets_nvidia
 
 # Below two programs a processor some wait for memory that others could be loading.
 PROGRAMS_PER_PROCESSOR = 2
@@ -91,6 +91,7 @@ def decode_forward(
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,
+            **_register_limit(tile),
         )
         if parts > 1:
             _merge_kernel[(lse.numel(),)](
@@ -119,6 +120,15 @@ def decode_tile(packed_rows: int, padded_width: int, dtype: torch.dtype) -> Tile
         warps=8 if rows == 64 and padded_width == 128 else 4,
         stages=2,
     )
+
+
+def _register_limit(tile: Tile) -> dict[str, int]:
+    """What keeps NVIDIA's assembler from spilling; a compiler for AMD does not know the option.
+
+    Given no limit it sets one itself, so that more programs fit on a processor, and spills a register or two for it.
+    Four warps with all the registers that there are still fit twice, which is what `parts_for` counts on.
+    """
+    return {"maxnreg": 255} if tile.warps == 4 and targets_nvidia() else {}
 
 
 def parts_for(programs: int, num_keys: int, processors: int) -> int:

@@ -24,7 +24,7 @@ from transfusion_kernels.machine_code import (
 )
 
 PASSES = ("forward", "backward", "deterministic backward")
-_HEADS, _LENGTH, _CACHE_GROUP = 8, 4096, 4
+_HEADS, _LENGTH = 8, 4096
 
 
 @dataclass(frozen=True)
@@ -72,37 +72,38 @@ def compile_form(form: Form) -> list[tuple[Report, list[str]]]:
 
 @dataclass(frozen=True)
 class CacheForm:
-    """The kernel for a cache in bfloat16, four query heads a key head. queries: new positions of a row."""
+    """The kernel for a cache in bfloat16. group: query heads a key head; queries: new positions of a row."""
 
     target: str
     head_dim: int
+    group: int
     queries: int
     paged: bool
 
     def __str__(self) -> str:
         kind = "paged" if self.paged else "static"
-        return f"{self.target} {self.head_dim} against a {kind} cache, {self.queries} queries"
+        return f"{self.target} {self.head_dim} against a {kind} cache, {self.queries} queries, group {self.group}"
 
 
 def shipped_cache_forms(target: str) -> Iterator[CacheForm]:
-    """A word, a few words, and an image, each by every head width."""
+    """A word, a few words, and an image, which make tiles of 16, 32 and 64 rows, each by every head width."""
     for head_dim in TRITON_HEAD_DIMS:
-        for queries in (1, 8, 256):
+        for group, queries in ((1, 1), (1, 32), (1, 256), (4, 1), (4, 8), (4, 256)):
             for paged in (False, True):
-                yield CacheForm(target, head_dim, queries, paged)
+                yield CacheForm(target, head_dim, group, queries, paged)
 
 
 def compile_cache_form(form: CacheForm) -> list[tuple[Report, list[str]]]:
     """The report on a form's kernel that multiplies matrices, with what is wrong with it."""
     launched = compile_launches(form.target, lambda: _launch_with_cache(form))
     report = inspect(str(form), launched["_decode_kernel"], form.target)
-    return [(report, problems(report, small=form.queries * _CACHE_GROUP < 64))]
+    return [(report, problems(report, small=form.queries * form.group < 64))]
 
 
 def _launch_with_cache(form: CacheForm) -> None:
     slots = 16 if form.paged else _LENGTH
     q = torch.empty(2, _HEADS, form.queries, form.head_dim, dtype=torch.bfloat16, device="meta")
-    cache = q.new_empty(_LENGTH // 16 if form.paged else 2, _HEADS // _CACHE_GROUP, slots, form.head_dim)
+    cache = q.new_empty(_LENGTH // 16 if form.paged else 2, _HEADS // form.group, slots, form.head_dim)
     bound = q.new_empty(2, form.queries, dtype=torch.int32)
     table = q.new_empty(2, _LENGTH // 16, dtype=torch.int32) if form.paged else None
     decode_forward(q, cache, cache, bound, bound, table, _LENGTH, form.head_dim**-0.5, num_splits=4)

@@ -128,8 +128,7 @@ def has_tma(dtype: torch.dtype) -> bool:
     """
     if interprets():
         return True
-    architecture = _architecture()
-    is_hopper_or_later = architecture.startswith("sm_") and int(architecture.removeprefix("sm_")) >= 90
+    is_hopper_or_later = targets_nvidia() and int(_architecture().removeprefix("sm_")) >= 90
     return is_hopper_or_later and dtype != torch.float32
 
 
@@ -144,6 +143,11 @@ def needs_descriptors(dtype: torch.dtype) -> bool:
 def interprets() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def targets_nvidia() -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU."""
+    return _architecture().startswith("sm_")
 
 
 def _architecture() -> str:

@@ -49,11 +49,16 @@ def test_kernels_in_float32_keep_to_registers(head_dim: int, direction: str) -> 
 
 
 @pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize(("head_dim", "queries"), [(64, 1), (128, 1), (64, 256), (128, 256)])
-def test_the_kernel_for_a_cache_keeps_to_registers(head_dim: int, queries: int, paged: bool) -> None:
-    ((report, wrong),) = compile_cache_form(CacheForm("sm_90", head_dim, queries, paged))
+@pytest.mark.parametrize(
+    ("head_dim", "group", "queries"),
+    [(64, 4, 1), (96, 4, 8), (128, 4, 1), (128, 1, 32), (64, 4, 256), (128, 4, 256)],
+)
+def test_the_kernel_for_a_cache_keeps_to_registers(
+    head_dim: int, group: int, queries: int, paged: bool
+) -> None:
+    ((report, wrong),) = compile_cache_form(CacheForm("sm_90", head_dim, group, queries, paged))
     assert not wrong, report
-    assert report.instructions["HGMMA" if queries > 1 else "HMMA"] > 0
+    assert report.instructions["HGMMA" if group * queries >= 64 else "HMMA"] > 0
 
 
 @triton.jit
