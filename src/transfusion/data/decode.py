@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import warnings
 import zlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ from PIL import Image, ImageFile, ImageOps
 from transfusion.data.probe import GREATEST_PIXELS
 
 try:
-    import cv2 as opencv
+    opencv: Any = importlib.import_module("cv2")
 except ImportError:
     opencv = None
 
