@@ -227,6 +227,9 @@ class OptimizerConfig(Section):
     ema_decay: Decay = Field(0.0, description="0: no moving average of the weights")
 
 
+Offload = Literal["none", "cpu", "nvme"]
+
+
 class ZeroConfig(Section):
     """What DeepSpeed is told; every value is written out, since its defaults move between releases."""
 
@@ -241,6 +244,28 @@ class ZeroConfig(Section):
     )
     reduce_bucket_size: PositiveInt = Field(50_000_000, description="elements reduced at once")
     overlap_communication: bool = Field(True, description="reduce while the backward pass runs (CUDA)")
+    hpz_partition_size: PositiveInt = Field(
+        1,
+        description="ranks, best of one machine, that keep a second copy of the weights between them (hpZ); 1: none",
+    )
+    offload_optimizer: Offload = Field("none", description="where weights and moments of AdamW lie")
+    offload_parameters: Offload = Field("none", description="where weights lie between uses; stage 3")
+    nvme_path: str = Field("", description="folder on a local disk for what is offloaded to nvme")
+
+    @model_validator(mode="after")
+    def _stage_can(self) -> ZeroConfig:
+        problems = []
+        for name in ("offload_parameters", "hpz_partition_size"):
+            if self.stage < 3 and getattr(self, name) != type(self).model_fields[name].default:
+                problems.append(f"train.zero.{name} needs train.zero.stage=3, got {self.stage}")
+        places = {self.offload_optimizer, self.offload_parameters}
+        if self.offload_optimizer == "nvme" and self.stage < 3:
+            problems.append(f"train.zero.offload_optimizer=nvme needs train.zero.stage=3, got {self.stage}")
+        if "nvme" in places and not self.nvme_path:
+            problems.append("train.zero.nvme_path must name a folder for what is offloaded to nvme")
+        if problems:
+            raise ValueError(PROBLEM_SEPARATOR.join(problems))
+        return self
 
 
 class TrainConfig(Section):
@@ -255,7 +280,13 @@ class TrainConfig(Section):
         "auto", description="attention implementation"
     )
     compile: bool = Field(False, description="torch.compile each block's forward")
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    activation_checkpointing: Literal["none", "block", "attention"] = Field(
+        "none",
+        description="what is computed again in the backward pass: nothing, blocks, or their attention alone",
+    )
+    sequence_parallel: PositiveInt = Field(
+        1, description="ranks that share each row, every one with a slice of its positions; 1: none"
+    )
     head_chunk: PositiveInt = Field(4096, description="text targets whose logits exist at once")
     threads: NonNegativeInt = Field(
         0, description="CPU threads a process; 0: cores divided by local processes"
@@ -264,6 +295,12 @@ class TrainConfig(Section):
         100.0, description="a process that does one thing for longer writes why into RUN/stalls; 0: never"
     )
     zero: ZeroConfig = ZeroConfig()
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _once_a_switch(cls, value: Any) -> Any:
+        """Runs and models of earlier versions say true for blocks and false for nothing."""
+        return {True: "block", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class CheckpointConfig(Section):
@@ -316,6 +353,17 @@ class Config(Section):
         """Patches of one picture, from the codec's latent size and the patch size."""
         return (self.codec.image_size // self.model.patch_size) ** 2
 
+    def _division_problems(self) -> list[str]:
+        """What keeps rows and heads from being shared by train.sequence_parallel ranks, in one sentence."""
+        ranks = self.train.sequence_parallel
+        shared = {
+            "model.heads": self.model.heads,
+            "model.key_heads": self.model.kv_heads,
+            "data.row_length": self.data.row_length,
+        }
+        uneven = [f"{name} {value}" for name, value in shared.items() if value % ranks]
+        return [f"train.sequence_parallel {ranks} must divide {', '.join(uneven)}"] if uneven else []
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         problems = []
@@ -349,6 +397,7 @@ class Config(Section):
         names = [source.name for source in self.data.sources]
         if len(set(names)) != len(names):
             problems.append("data.sources: two sources have the same name")
+        problems += self._division_problems()
         if problems:
             raise ValueError(PROBLEM_SEPARATOR.join(problems))
         return self

@@ -13,7 +13,7 @@ Findings = Callable[[str], list[Any]]
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-VARIANTS = ["defaults", "nothing kept", "recomputed", "qk norm, 2d, gqa", "uneven", "stage 1", "stage 2"]
+VARIANTS = ["defaults", "nothing kept", "recomputed", "attention recomputed", "qk norm, 2d, gqa", "uneven", "stage 1", "stage 2"]
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]
 
 
@@ -26,6 +26,7 @@ def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
         # Adam divides by the gradient's own size, so rounding shows more in the weights.
         assert found["weight"] < 2e-5
         assert found["parameters"]
+        assert found["dtypes"] == ["torch.float32"]
 
 
 @pytest.mark.parametrize("variant", ["defaults", "nothing kept", "recomputed"])
@@ -139,7 +140,7 @@ def test_nothing_is_compiled_at_start(pair: Findings) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["compiled", "compiled, recomputed"])
+@pytest.mark.parametrize("scenario", ["compiled", "compiled, recomputed", "compiled, attention recomputed"])
 def test_compiled_blocks_are_one_graph(compiled: Findings, scenario: str) -> None:
     for found in compiled(scenario):
         assert found["loss"] < 1e-6

@@ -71,7 +71,8 @@ STREAM: list[tuple[Content, Content]] = [
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "nothing kept": {"train__zero": NOTHING_KEPT},
-    "recomputed": {"train__activation_checkpointing": True, "train__zero": NOTHING_KEPT},
+    "recomputed": {"train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT},
+    "attention recomputed": {"train__activation_checkpointing": "attention", "train__zero": NOTHING_KEPT},
     "qk norm, 2d, gqa": {"model__qk_norm": True, "model__key_heads": 1, "train__zero": NOTHING_KEPT},
     "uneven": {"model__patch_size": 1, "codec__image_size": 2, "train__zero": NOTHING_KEPT},
     "stage 1": {"train__zero": {"stage": 1}},
@@ -153,6 +154,7 @@ def equals_local(
         "norm": max(norm_errors),
         "weight": max(weight_errors.values()),
         "parameters": got.keys() == wanted_state.keys(),
+        "dtypes": sorted({str(parameter.dtype) for parameter in zero.engine.module.parameters()}),
     }
 
 
@@ -446,7 +448,7 @@ def single(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
 def compiled(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     """Compiled blocks, alone and recomputed, beside eager ones."""
 
-    def run(recomputed: bool) -> dict[str, Any]:
+    def run(recomputed: str) -> dict[str, Any]:
         config = small_config(
             train__compile=True, train__activation_checkpointing=recomputed, train__zero=NOTHING_KEPT
         )
@@ -458,14 +460,18 @@ def compiled(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
         found["breaks"] = sum(counters["graph_break"].values())
         return found
 
-    return {"compiled": lambda: run(False), "compiled, recomputed": lambda: run(True)}
+    return {
+        "compiled": lambda: run("none"),
+        "compiled, recomputed": lambda: run("block"),
+        "compiled, attention recomputed": lambda: run("attention"),
+    }
 
 
 def interpreted(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     """The Triton kernels, run by Triton's interpreter, beside the plain engine on the CPU's attention."""
     from transfusion_kernels.attention import forward
 
-    changes = {"model__width": 64, "train__activation_checkpointing": True, "train__zero": NOTHING_KEPT}
+    changes = {"model__width": 64, "train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT}
     launches = []
     launch = forward.attention_forward
 

@@ -42,16 +42,22 @@ class Transfusion(nn.Module):
         *,
         attention: str = "auto",
         head_chunk: int = 4096,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: str = "none",
     ) -> None:
-        """`config.vocabulary` must be set. Weights are left uninitialised: see `initialise`."""
+        """`config.vocabulary` must be set. Weights are left uninitialised: see `initialise`.
+
+        activation_checkpointing: what the backward pass computes again, "none", each "block", or its "attention".
+        """
         super().__init__()
         self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        self.recomputes_blocks = activation_checkpointing == "block"
         patch_values = codec.channels * config.patch_size**2
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.patch_encoder = PatchEncoder(config, patch_values)
-        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.layers))
+        recomputes_attention = activation_checkpointing == "attention"
+        self.blocks = nn.ModuleList(
+            Block(config, attention, recomputes_attention=recomputes_attention) for _ in range(config.layers)
+        )
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.text_head = TextHead(config.width, config.vocabulary, head_chunk)
         self.patch_decoder = PatchDecoder(config, patch_values)
@@ -118,8 +124,9 @@ class Transfusion(nn.Module):
         angle_BSF = rotary_angles(position_BSA, self.config.head_dim, self.config.rope_theta)
         cosine_BSF, sine_BSF = angle_BSF.cos(), angle_BSF.sin()
         for layer, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden_BSD = checkpoint(block, hidden_BSD, cosine_BSF, sine_BSF, mask, use_reentrant=False)
+            if self.recomputes_blocks and torch.is_grad_enabled():
+                inputs = (hidden_BSD, cosine_BSF, sine_BSF, mask)
+                hidden_BSD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 cache = None if caches is None else caches[layer]
                 hidden_BSD = block(hidden_BSD, cosine_BSF, sine_BSF, mask, cache)

@@ -135,9 +135,9 @@ class ZeroEngine:
         settings = deepspeed_config(self.config, world_size=self.world_size, cuda=cuda)
         # Takes over the process group that is there; without it DeepSpeed counts one rank.
         deepspeed.init_distributed()
-        # Stage 3 shards every module as soon as it is made, so that no rank ever holds the whole model.
-        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
-        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype, enabled=self.stage == 3):
+        # Stage 3 shards every module as soon as it is made, so that no rank ever holds the whole model. The dtype
+        # is read from the settings: given as an argument, it is ignored on CPUs without fp16, which get bf16.
+        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=self.stage == 3):
             model = build_model(self.config)
         parameters = dict(model.named_parameters())
         decayed = groups.parameter_groups(described, parameters, self.config.optimizer.weight_decay)

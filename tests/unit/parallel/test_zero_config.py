@@ -99,6 +99,31 @@ def test_settings_reach_deepspeed() -> None:
     assert zero["reduce_bucket_size"] == 5
 
 
+def test_offload_and_secondary_copies_reach_deepspeed() -> None:
+    places = {"offload_optimizer": "cpu", "offload_parameters": "nvme", "nvme_path": "/fast"}
+    config = small_config(train__zero={"hpz_partition_size": 2, **places})
+    zero = deepspeed_config(config, world_size=4, cuda=True)["zero_optimization"]
+    assert zero["zero_hpz_partition_size"] == 2
+    assert zero["offload_optimizer"] == {
+        "device": "cpu",
+        "nvme_path": "/fast",
+        "pin_memory": True,
+        "buffer_count": 4,
+        "pipeline_read": False,
+        "pipeline_write": False,
+        "fast_init": False,
+        "ratio": 1.0,
+    }
+    assert zero["offload_param"] == {
+        "device": "nvme",
+        "nvme_path": "/fast",
+        "pin_memory": True,
+        "buffer_count": 5,
+        "buffer_size": 100_000_000,
+        "max_in_cpu": 1_000_000_000,
+    }
+
+
 def test_the_leaf_module_exists() -> None:
     assert f"{Block.__module__}.{Block.__qualname__}" == LEAF_MODULE
 
