@@ -28,6 +28,7 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 # Between the problems of one ValueError; the loader tells them one a line.
@@ -291,8 +292,28 @@ class TrainConfig(Section):
     threads: NonNegativeInt = Field(
         0, description="CPU threads a process; 0: cores divided by local processes"
     )
-    stall_seconds: Annotated[float, Field(ge=0)] = Field(
+    init_from: str = Field(
+        "", description="folder of a Hugging Face Llama whose weights a new run starts from; empty: none"
+    )
+    stall_seconds: NonNegativeFloat = Field(
         100.0, description="a process that does one thing for longer writes why into RUN/stalls; 0: never"
+    )
+    stall_exit_seconds: NonNegativeFloat = Field(
+        110.0,
+        description="a process that waits for another in a collective of a step for longer ends with code 69;"
+        " 0: after ten minutes",
+    )
+    time_limit_minutes: NonNegativeFloat = Field(
+        0.0, description="save and exit with 75 before the run has taken so long; 0: no limit"
+    )
+    spike_factor: NonNegativeFloat = Field(
+        0.0,
+        description="skip a step whose loss or gradient norm is more than this many medians of the steps before;"
+        " 0: none",
+    )
+    spike_window: PositiveInt = Field(128, description="good steps that the medians are taken over")
+    roll_back_after: NonNegativeInt = Field(
+        10, description="skipped steps in a row that bring back the last good checkpoint; 0: never"
     )
     zero: ZeroConfig = ZeroConfig()
 
@@ -319,6 +340,16 @@ class LogConfig(Section):
     every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
     wandb: bool = Field(False, description="also write to wandb (offline unless WANDB_MODE says otherwise)")
     project: str = Field("transfusion", description="wandb project")
+    gradient_norms: bool = Field(
+        False, description="gradient norm of each block and of each part outside of them, in logged steps"
+    )
+    profile_steps: list[PositiveInt] = Field(
+        default_factory=list, description="steps whose trace torch's profiler writes into RUN/profiles"
+    )
+    memory_history: bool = Field(
+        False,
+        description="remember which code allocated what on the GPU, for the snapshot when memory runs out",
+    )
 
 
 class SampleConfig(Section):

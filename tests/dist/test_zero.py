@@ -75,6 +75,25 @@ def test_nan_on_one_rank_skips_on_all_and_leaves_no_trace(pair: Findings, kind: 
         }
 
 
+@pytest.mark.parametrize("kind", ["nothing kept", "uneven", "stage 2", "stage 1, bf16"])
+def test_norms_by_module_and_a_greatest_norm(pair: Findings, kind: str) -> None:
+    """Each norm is the plain engine's; a norm above the limit is told, skipped on all ranks, and leaves no trace."""
+    for found in pair(f"told norms: {kind}"):
+        assert found["error"] < 1e-6
+        assert found["refused"] and found["state untouched"] and found["taken after"]
+        assert found["norm of the refused"] < 1e-6
+        assert found["updates"] == 4
+
+
+@pytest.mark.parametrize("kind", ["nothing kept", "stage 2"])
+def test_ranks_start_from_a_llama_each_with_its_own_slices(pair: Findings, kind: str) -> None:
+    """Bit for bit the weights in the files; no more is read at once than one tensor."""
+    for found in pair(f"from a Llama: {kind}"):
+        assert found["same"] and found["read at once"]
+        assert found["share read"] < 0.6
+        assert found["next loss"] < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["defaults", "nothing kept", "stage 2"])
 def test_evaluation_uses_the_average_and_leaves_no_trace(pair: Findings, kind: str) -> None:
     for found in pair(f"evaluation: {kind}"):

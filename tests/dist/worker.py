@@ -33,11 +33,13 @@ from handmade import (
     train_step,
     with_broken_image,
 )
+from safetensors.torch import save_file
 from transfusion_kernels import IntervalMask
 
-from transfusion.checkpoint import layout
+from transfusion.checkpoint import layout, llama
 from transfusion.checkpoint import save as saving
 from transfusion.checkpoint.layout import step_folder
+from transfusion.checkpoint.llama import Llama, start_from_llama
 from transfusion.checkpoint.resume import SliceReader, load, resume
 from transfusion.checkpoint.save import save
 from transfusion.config import Config, SampleConfig
@@ -375,6 +377,106 @@ def low_precision(here: Environment, stage: int) -> dict[str, Any]:
     return {"unrounded start": start, "curve": curve, "error": max(errors), "dtypes": sorted(dtypes)}
 
 
+def told_norms(config: Config, here: Environment) -> dict[str, Any]:
+    """Norms by module beside the plain engine's, with a gradient that is clipped; then a step that is refused."""
+    zero, plain = ZeroEngine(config, here), LocalEngine(config, ALONE)
+    errors = []
+    for step in range(3):
+        batches = stream_batches(step, config)
+        counts = counts_of(batches)
+        zero.forward_backward(batches[here.rank], counts)
+        for batch in batches:
+            plain.forward_backward(batch, counts)
+        got, wanted = (each.step(1e-3, module_norms=True) for each in (zero, plain))
+        assert got.module_norms is not None and wanted.module_norms is not None
+        assert got.module_norms.keys() == wanted.module_norms.keys() and got.gradient_norm > 0.1
+        # Relative to the whole: at the start some parts have no gradient at all.
+        errors += [
+            abs(norm - wanted.module_norms[name]) / wanted.gradient_norm
+            for name, norm in got.module_norms.items()
+        ]
+    before = state_of(zero)
+    batches = stream_batches(3, config)
+    zero.forward_backward(batches[here.rank], counts_of(batches))
+    refused = zero.step(1e-3, largest_norm=wanted.gradient_norm / 100, module_norms=True)
+    untouched = same_state(before, state_of(zero))
+    _, after = train_step(zero, [batches[here.rank]])
+    return {
+        "error": max(errors),
+        "refused": refused.skipped and refused.module_norms is None,
+        "norm of the refused": abs(refused.gradient_norm / after.gradient_norm - 1),
+        "state untouched": untouched,
+        "taken after": not after.skipped,
+        "updates": zero.updates,
+    }
+
+
+class Pieces:
+    """Stands for a tokenizer of which a Llama without one needs nothing."""
+
+    def piece_bytes(self) -> list[bytes]:
+        return []
+
+
+def from_llama(changes: dict[str, Any], here: Environment, folder: Path) -> dict[str, Any]:
+    """A Llama of two shards into ZeRO and into the plain engine; how much a rank read at once."""
+    config = small_config(optimizer__ema_decay=0.5, model__key_heads=1, **changes)
+    source = LocalEngine(config.model_copy(update={"run": config.run.model_copy(update={"seed": 3})}), ALONE)
+    if here.rank == 0:
+        write_llama(folder, source)
+    dist.barrier()
+    read, rows = [], Llama.rows
+
+    def watched(self: Llama, name: str, start: int, end: int) -> torch.Tensor:
+        values = rows(self, name, start, end)
+        read.append(values.numel())
+        return values
+
+    Llama.rows = watched  # type: ignore[method-assign]
+    zero, plain = ZeroEngine(config, here), LocalEngine(config, ALONE)
+    start_from_llama(folder, zero, Pieces())  # type: ignore[arg-type]
+    mine = sum(read)
+    start_from_llama(folder, plain, Pieces())  # type: ignore[arg-type]
+    Llama.rows = rows  # type: ignore[method-assign]
+    got = whole_weights(zero)
+    batches = stream_batches(0, config)
+    terms, _ = train_step(zero, [batches[here.rank]])
+    wanted, _ = train_step(plain, batches, counts=counts_of(batches))
+    taken = plain.masters["text_head.weight"].numel()
+    return {
+        "same": all(
+            torch.equal(got[f"{kind}/{name}"], value.flatten())
+            for kind in ("weight", "ema")
+            for name, value in source.masters.items()
+            if not name.startswith("patch_")
+        ),
+        "read at once": max(read) <= taken,
+        "share read": mine / (sum(read) - mine),
+        "next loss": difference(terms, wanted),
+    }
+
+
+def write_llama(folder: Path, source: LocalEngine) -> None:
+    """The text tower of an engine, as transformers writes a Llama."""
+    model = source.config.model
+    folder.mkdir(parents=True)
+    names = {name: llama._their_name(name, False) for name in source.masters}
+    tensors = {its: source.masters[name].detach().contiguous() for name, its in names.items() if its}
+    halves = (dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2]))
+    weight_map = {}
+    for number, half in enumerate(halves):
+        file = f"model-{number}.safetensors"
+        save_file(half, str(folder / file))
+        weight_map |= dict.fromkeys(half, file)
+    (folder / llama.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    settings = {
+        "model_type": "llama", "num_hidden_layers": model.layers, "hidden_size": model.width,
+        "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
+        "intermediate_size": model.ffn_width, "rms_norm_eps": model.norm_epsilon,
+    }  # fmt: skip
+    (folder / llama.CONFIG).write_text(json.dumps(settings))
+
+
 def agreement(here: Environment) -> dict[str, Any]:
     decision = Decision.SAVE_AND_STOP if here.rank == 1 else Decision.CONTINUE
     result = agree(decision, 3 + here.rank, 10**12)
@@ -417,6 +519,15 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
         "from one rank": lambda: from_one_rank(averaged, here, folder),
         "failures": lambda: failures(averaged, here, folder / "failures"),
     }
+    for name, changes in {"nothing kept": {"train__zero": NOTHING_KEPT}, "stage 2": {"train__zero": {"stage": 2}}}.items():
+        scenarios[f"from a Llama: {name}"] = lambda name=name, changes=changes: from_llama(
+            changes, here, folder / f"llama {name}"
+        )
+    low_first = {"train__zero": {"stage": 1}, "train__precision": "bf16"}
+    for name, changes in {**VARIANTS, "stage 1, bf16": low_first}.items():
+        if name in ("nothing kept", "uneven", "stage 2", "stage 1, bf16"):
+            clipped = small_config(optimizer__gradient_clip=0.05, **changes)
+            scenarios[f"told norms: {name}"] = lambda clipped=clipped: told_norms(clipped, here)
     kinds = {"defaults": averaged, "nothing kept": tight, "bf16": low, "stage 2": second, "uneven": uneven}
     for name, config in kinds.items():
         scenarios[f"checkpoints: {name}"] = lambda config=config, name=name: checkpoints(
