@@ -248,7 +248,7 @@ def test_spikes_are_skipped_and_a_kill_changes_nothing(
     build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step 8 has ten times the loss of those before: left out and counted, and by a resumed run just so."""
-    settings = {"steps": 10, "checkpoint": 6, "spike_factor": 4.0, "spike_window": 4}
+    settings = {"steps": 10, "checkpoint": 5, "spike_factor": 4.0, "spike_window": 4}
     straight, killed, blind = (build_config(name, **settings) for name in ("straight", "killed", "blind"))
     blind = blind.model_copy(update={"train": blind.train.model_copy(update={"spike_factor": 0.0})})
     found = {}
@@ -264,7 +264,7 @@ def test_spikes_are_skipped_and_a_kill_changes_nothing(
     assert first_weight(Path(straight.run.dir), 10) != first_weight(Path(blind.run.dir), 10)
 
     def die(number: int, terms: LossTerms) -> LossTerms:
-        if number == 2 * 7:
+        if number == 2 * 8 - 1:
             raise Killed
         return terms
 
@@ -272,8 +272,8 @@ def test_spikes_are_skipped_and_a_kill_changes_nothing(
     with pytest.raises(Killed):
         run(killed)
     undo()
-    # Micro-batches are counted from the checkpoint of step 6 on.
-    interfere(monkeypatch, spoilt(2, 2, 10.0))
+    # Micro-batches are counted from the checkpoint of step 5 on.
+    interfere(monkeypatch, spoilt(3, 3, 10.0))
     assert run(killed) == 0
     assert lines(killed) == found[straight.run.dir]
 
