@@ -281,8 +281,11 @@ def test_spikes_are_skipped_and_a_kill_changes_nothing(
 def test_bad_steps_in_a_row_bring_back_a_checkpoint_and_the_data_go_on(
     build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 6 to 8 are not finite. The weights of step 5, changed meanwhile to show it, come back after the third."""
-    config = build_config("back", steps=10, checkpoint=5, roll_back_after=3)
+    """Steps 6 to 8 are not finite. The weights of step 5, changed meanwhile to show it, come back after the third.
+
+    Every step is saved, two are kept: what is saved amid skipped steps is passed over, and pushes nothing out.
+    """
+    config = build_config("back", steps=10, checkpoint=1, roll_back_after=3)
     interfere(monkeypatch, spoilt(6, 8, float("nan")))
     trainer = Trainer(config, ALONE)
     weights, step = {}, trainer.engine.step
@@ -312,6 +315,8 @@ def test_bad_steps_in_a_row_bring_back_a_checkpoint_and_the_data_go_on(
     assert [line["roll_backs"] for line in found] == [0] * 7 + [1, 1, 1]
     assert torch.equal(weights[8], weights[5]) and not torch.equal(weights[7], weights[5])
     assert found[-1]["tokens"] == 256 * 10 and found[-1]["loss"] is not None
+    kept = sorted(path.name for path in (Path(config.run.folder) / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000009", "step_00000010"]
 
 
 def test_a_run_that_no_checkpoint_helps_ends_with_the_remedy(
