@@ -150,7 +150,9 @@ def model_fingerprint(config: Config) -> str:
 
 def model_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that must agree between a checkpoint and the run that loads it."""
-    return {"model": config["model"], "codec": config["codec"]}
+    # Not where the autoencoder lies: its fingerprint tells which it is. What is empty says nothing.
+    codec = {name: value for name, value in config["codec"].items() if value and name != "folder"}
+    return {"model": config["model"], "codec": codec}
 
 
 def damaged(folder: Path, problem: str) -> UserError:

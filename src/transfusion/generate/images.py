@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from transfusion.codec.pixels import LATENT_BOUND
 from transfusion.config import Config
 from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.sampler import DDIM, DDPM, Sampler, start_noise
@@ -74,16 +73,16 @@ def draw(
     position_RPA = reader.image_positions(view.lengths)[:, : reader.patches]
     mask = view.mask(torch.full(position_RPA.shape[:2], reader.patches, device=reader.device))
 
-    sampler: Sampler = SAMPLERS[sampling.sampler](schedule, sampling.steps, clip=LATENT_BOUND)
+    sampler: Sampler = SAMPLERS[sampling.sampler](schedule, sampling.steps, clip=reader.codec.bound)
     key_I = torch.tensor(keys, device=reader.device)
-    latent_ICHW = start_noise(key_I, reader.image_shape)
+    latent_ICHW = start_noise(key_I, reader.latent_shape)
     for index, timestep in enumerate(sampler.timesteps):
         timestep_I = torch.full((images,), timestep, device=reader.device)
         patches_RPD = reader.model.encode_patches(latent_ICHW, timestep_I)
         if guided:
             patches_RPD = torch.cat((patches_RPD, patches_RPD))
         hidden_RPD = reader.model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
-        shape = (len(hidden_RPD), *reader.image_shape)
+        shape = (len(hidden_RPD), *reader.latent_shape)
         noise_RCHW = reader.model.decode_patches(reader.model.norm(hidden_RPD), shape).float()
         if guided:
             conditional, unconditional = noise_RCHW.chunk(2)

@@ -48,7 +48,7 @@ class Transfusion(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        patch_values = codec.channels * config.patch_size**2
+        patch_values = codec.depth * config.patch_size**2
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.patch_encoder = PatchEncoder(config, patch_values)
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.layers))
