@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transfusion_kernels.testing import relative_error
 
 from transfusion.codec import pixels as codec
 from transfusion.config import Config
@@ -110,9 +111,9 @@ def test_packed_documents_are_read_as_each_alone(
             batch = pack(config, [[document]], timesteps=next(given) if has_images else None)
             alone = states(model, batch)[0, : batch.counts.tokens]
             here = packed_states[row, start : start + batch.counts.tokens]
-            torch.testing.assert_close(here, alone, rtol=2e-6, atol=2e-6)
-            logits = model.text_head(here)
-            torch.testing.assert_close(logits, model.text_head(alone), rtol=2e-6, atol=2e-5)
+            # As a whole: single elements differ by the rounding of products of other shapes, by processor.
+            assert relative_error(here, alone) < 1e-6
+            assert relative_error(model.text_head(here), model.text_head(alone)) < 1e-6
             start += batch.counts.tokens
     assert packed_states[:, -1].isfinite().all()
 
