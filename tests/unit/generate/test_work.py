@@ -17,6 +17,7 @@ from transfusion.diffusion.guidance import guide
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline, images
 from transfusion.generate.cache import CacheRows
+from transfusion.model.patches import Encoding
 
 
 class Calls:
