@@ -51,8 +51,19 @@ class RunConfig(Section):
         return self.dir or f"runs/{self.name}"
 
 
+class UNetConfig(Section):
+    """The U-Net around the transformer: one block at the latents' resolution, one below, each way (paper, section 3.2).
+
+    The defaults have 0.27 B parameters, at whatever width of the transformer and size of the patches.
+    """
+
+    widths: tuple[PositiveInt, PositiveInt] = Field((832, 1344), description="channels of the two blocks")
+    layers: PositiveInt = Field(2, description="residual and self-attention layers of a block")
+    head_dim: PositiveInt = Field(64, description="dimensions of a head of the self-attention")
+
+
 class ModelConfig(Section):
-    """A Llama block stack with a linear patch encoder and decoder (paper, section 3)."""
+    """A Llama block stack between a patch encoder and a patch decoder (paper, section 3)."""
 
     vocabulary: NonNegativeInt = Field(
         0, description="rows of the embedding; 0: as many as the tokenizer has"
@@ -75,6 +86,10 @@ class ModelConfig(Section):
         description="where the timestep is added: to the projected patch, or to the raw patch vector",
     )
     patch_size: PositiveInt = Field(2, description="side of a patch, in latent pixels")
+    patcher: Literal["linear", "unet"] = Field(
+        "linear", description="what makes patches of latents and latents of patches"
+    )
+    unet: UNetConfig = UNetConfig()
 
     @property
     def kv_heads(self) -> int:
@@ -97,9 +112,29 @@ class ModelConfig(Section):
             problems.append(f"model.heads {self.heads} must be a multiple of model.key_heads {self.kv_heads}")
         if self.position == "2d" and self.head_dim < 8:
             problems.append(f"model.position=2d needs heads of at least 8 dimensions, got {self.head_dim}")
+        if self.patcher == "unet":
+            problems += self._problems_of_the_unet()
         if problems:
             raise ValueError(PROBLEM_SEPARATOR.join(problems))
         return self
+
+    def _problems_of_the_unet(self) -> list[str]:
+        problems = []
+        if self.patch_size & (self.patch_size - 1):
+            problems.append(
+                f"model.patch_size {self.patch_size} must be a power of two for model.patcher=unet, which halves"
+            )
+        if any(width % self.unet.head_dim for width in self.unet.widths):
+            problems.append(
+                f"model.unet.widths {list(self.unet.widths)} must be multiples of model.unet.head_dim"
+                f" {self.unet.head_dim}"
+            )
+        if self.timestep_embedding != "projected":
+            problems.append(
+                f"model.timestep_embedding={self.timestep_embedding} is for model.patcher=linear; the U-Net takes"
+                " the timestep in each of its layers"
+            )
+        return problems
 
 
 class CodecConfig(Section):

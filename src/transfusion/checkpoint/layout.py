@@ -149,8 +149,12 @@ def model_fingerprint(config: Config) -> str:
 
 
 def model_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that must agree between a checkpoint and the run that loads it."""
-    return {"model": config["model"], "codec": config["codec"]}
+    """The part of a configuration that must agree between a checkpoint and the run that loads it.
+
+    A key that is younger than the checkpoint has its default, which is what was done before.
+    """
+    defaults = Config().as_dict()
+    return {section: defaults[section] | config[section] for section in ("model", "codec")}
 
 
 def damaged(folder: Path, problem: str) -> UserError:

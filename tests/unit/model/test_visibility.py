@@ -27,7 +27,9 @@ KINDS = [{}, {"position": "2d"}, {"timestep_embedding": "patch", "qk_norm": True
 def states(model: Transfusion, batch: Batch) -> Tensor:
     """Final states [B, S, D] of a batch whose pictures are read as they are."""
     latents = [codec.encode(group.values) for group in batch.images]
-    hidden_BSD = model.run_blocks(model.embed(batch, latents), batch.position_BSA, batch.mask)
+    timestep_I = torch.cat([group.timestep_I for group in batch.images])
+    hidden_BSD = model.embed(batch, model.encode_patches(latents, timestep_I).patch_ND)
+    hidden_BSD = model.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
     return model.norm(hidden_BSD)
 
 
