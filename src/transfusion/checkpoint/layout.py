@@ -154,7 +154,12 @@ def model_settings(config: dict[str, Any]) -> dict[str, Any]:
     A key that is younger than the checkpoint has its default, which is what was done before.
     """
     defaults = Config().as_dict()
-    return {section: defaults[section] | config[section] for section in ("model", "codec")}
+    model, codec = (defaults[section] | config[section] for section in ("model", "codec"))
+    # Not where the autoencoder lies: its fingerprint tells which it is. What is empty says nothing.
+    return {
+        "model": model,
+        "codec": {name: value for name, value in codec.items() if value and name != "folder"},
+    }
 
 
 def damaged(folder: Path, problem: str) -> UserError:

@@ -1,10 +1,15 @@
-"""Precomputed latents: NumPy files of float16 or float32 [C, h, w], never a pickle. C channels, h/w height, width."""
+"""Precomputed latents: NumPy files of float16 or float32 [C, h, w], never a pickle, and whose they are.
+
+NNNNN_latents.json beside NNNNN.tar tells which codec made the latents in it. C channels, h/w height, width.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -13,6 +18,35 @@ from numpy.typing import NDArray
 # A header longer than this is none of ours; only so much is parsed.
 HEADER_BYTES = 4096
 _TYPES = ("float16", "float32")
+# Extensions of what a codec writes beside a picture.
+LATENTS, TOKENS = "latent.npy", "tokens.npy"
+
+
+class LatentRecord(NamedTuple):
+    """Of one shard: the codec's fingerprint, the size of the pictures, how many have latents, which do not and why.
+
+    source, source_bytes: the shard that the pictures came from.
+    """
+
+    codec: str
+    kind: str
+    image_size: int
+    encoded: int
+    left_out: dict[str, int]
+    source: str
+    source_bytes: int
+
+
+def record_path(shard: Path) -> Path:
+    return shard.with_name(f"{shard.stem}_latents.json")
+
+
+def read_record(shard: Path) -> LatentRecord | None:
+    """What is told of a shard's latents; None: nothing, or nothing that can be read."""
+    try:
+        return LatentRecord(**json.loads(record_path(shard).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 class LatentFault(Exception):  # noqa: N818  (no mistake of the program: one bad sample)

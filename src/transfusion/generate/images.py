@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from transfusion.codec.pixels import LATENT_BOUND
 from transfusion.config import Config
 from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.sampler import DDIM, DDPM, Sampler, start_noise
@@ -75,9 +74,9 @@ def draw(
     position_RPA = reader.image_positions(view.lengths)[:, : reader.patches]
     mask = view.mask(torch.full(position_RPA.shape[:2], reader.patches, device=reader.device))
 
-    sampler: Sampler = SAMPLERS[sampling.sampler](schedule, sampling.steps, clip=LATENT_BOUND)
+    sampler: Sampler = SAMPLERS[sampling.sampler](schedule, sampling.steps, clip=reader.codec.bound)
     key_I = torch.tensor(keys, device=reader.device)
-    latent_ICHW = start_noise(key_I, reader.image_shape)
+    latent_ICHW = start_noise(key_I, reader.latent_shape)
     for index, timestep in enumerate(sampler.timesteps):
         timestep_I = torch.full((images,), timestep, device=reader.device)
         encoding = reader.model.encode_patches([latent_ICHW], timestep_I)
@@ -86,7 +85,7 @@ def draw(
         patches_RPD = encoding.patch_ND.unflatten(0, (-1, reader.patches))
         hidden_RPD = reader.model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
         predicted_NE = reader.model.decode_patches(reader.model.norm(hidden_RPD).flatten(0, 1), encoding)
-        noise_RCHW = unpatchify(predicted_NE, *reader.image_shape, reader.model.config.patch_size).float()
+        noise_RCHW = unpatchify(predicted_NE, *reader.latent_shape, reader.model.config.patch_size).float()
         if guided:
             conditional, unconditional = noise_RCHW.chunk(2)
             noise_RCHW = guide(conditional, unconditional, sampling.guidance)

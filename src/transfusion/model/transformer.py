@@ -57,7 +57,7 @@ class Transfusion(nn.Module):
         super().__init__()
         self.config = config
         self.recomputes_blocks = activation_checkpointing == "block"
-        patch_values = codec.channels * config.patch_size**2
+        patch_values = codec.depth * config.patch_size**2
         encoder, decoder = PATCHERS[config.patcher]
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.patch_encoder = encoder(config, patch_values)
