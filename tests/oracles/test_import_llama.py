@@ -39,7 +39,10 @@ def save_llama(folder: Path, **changes: Any) -> Any:
         for parameter in llama.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
         llama.to(torch.bfloat16).save_pretrained(folder, max_shard_size="12kB")
-    return llama.float()
+    # Read again, since the angles of the one that was cast are rounded too.
+    return transformers.LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def config_of(vocabulary: int = VOCABULARY, **changes: Any) -> Config:

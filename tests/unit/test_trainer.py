@@ -248,7 +248,7 @@ def test_spikes_are_skipped_and_a_kill_changes_nothing(
     build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step 8 has ten times the loss of those before: left out and counted, and by a resumed run just so."""
-    settings = {"steps": 10, "checkpoint": 6, "spike_factor": 4.0, "spike_window": 4}
+    settings = {"steps": 10, "checkpoint": 5, "spike_factor": 4.0, "spike_window": 4}
     straight, killed, blind = (build_config(name, **settings) for name in ("straight", "killed", "blind"))
     blind = blind.model_copy(update={"train": blind.train.model_copy(update={"spike_factor": 0.0})})
     found = {}
@@ -264,7 +264,7 @@ def test_spikes_are_skipped_and_a_kill_changes_nothing(
     assert first_weight(Path(straight.run.dir), 10) != first_weight(Path(blind.run.dir), 10)
 
     def die(number: int, terms: LossTerms) -> LossTerms:
-        if number == 2 * 7:
+        if number == 2 * 8 - 1:
             raise Killed
         return terms
 
@@ -272,8 +272,8 @@ def test_spikes_are_skipped_and_a_kill_changes_nothing(
     with pytest.raises(Killed):
         run(killed)
     undo()
-    # Micro-batches are counted from the checkpoint of step 6 on.
-    interfere(monkeypatch, spoilt(2, 2, 10.0))
+    # Micro-batches are counted from the checkpoint of step 5 on.
+    interfere(monkeypatch, spoilt(3, 3, 10.0))
     assert run(killed) == 0
     assert lines(killed) == found[straight.run.dir]
 
@@ -281,8 +281,11 @@ def test_spikes_are_skipped_and_a_kill_changes_nothing(
 def test_bad_steps_in_a_row_bring_back_a_checkpoint_and_the_data_go_on(
     build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 6 to 8 are not finite. The weights of step 5, changed meanwhile to show it, come back after the third."""
-    config = build_config("back", steps=10, checkpoint=5, roll_back_after=3)
+    """Steps 6 to 8 are not finite. The weights of step 5, changed meanwhile to show it, come back after the third.
+
+    Every step is saved, two are kept: what is saved amid skipped steps is passed over, and pushes nothing out.
+    """
+    config = build_config("back", steps=10, checkpoint=1, roll_back_after=3)
     interfere(monkeypatch, spoilt(6, 8, float("nan")))
     trainer = Trainer(config, ALONE)
     weights, step = {}, trainer.engine.step
@@ -312,6 +315,8 @@ def test_bad_steps_in_a_row_bring_back_a_checkpoint_and_the_data_go_on(
     assert [line["roll_backs"] for line in found] == [0] * 7 + [1, 1, 1]
     assert torch.equal(weights[8], weights[5]) and not torch.equal(weights[7], weights[5])
     assert found[-1]["tokens"] == 256 * 10 and found[-1]["loss"] is not None
+    kept = sorted(path.name for path in (Path(config.run.folder) / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000009", "step_00000010"]
 
 
 def test_a_run_that_no_checkpoint_helps_ends_with_the_remedy(

@@ -131,10 +131,13 @@ def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelCo
         problems.append("a Llama has no norm on queries and keys: set model.qk_norm=false")
     try:
         compared = list(_compared(settings, rope, model))
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{folder / CONFIG} is no Llama's: {error} is missing or wrong") from None
-    head_dim = settings.get("head_dim") or compared[1].there // compared[2].there
-    if head_dim * compared[2].there != compared[1].there:
+    except KeyError as error:
+        raise UserError(f"{folder / CONFIG} is no Llama's: {error} is missing") from None
+    if wrong := [setting.key for setting in compared if not isinstance(setting.there, int | float)]:
+        raise UserError(f"{folder / CONFIG} is no Llama's: what it has for {wrong[0]} is no number")
+    heads, width = settings["num_attention_heads"], settings["hidden_size"]
+    head_dim = settings.get("head_dim") or width // heads
+    if head_dim * heads != width:
         problems.append(f"its heads have {head_dim} dimensions, which are not its width over their number")
     different = [f"{setting.key}={setting.there}" for setting in compared if setting.here != setting.there]
     if different:

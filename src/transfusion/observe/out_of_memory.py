@@ -51,12 +51,14 @@ def advice(config: Config, world_size: int) -> Iterator[str]:
     micro_rows = data.micro_rows or rows_per_rank(data.rows, world_size)
     if micro_rows > 1:
         yield f"set data.micro_rows={micro_rows // 2}, which changes no result"
-    if not train.activation_checkpointing:
-        yield "set train.activation_checkpointing=true"
+    if train.activation_checkpointing != "block":
+        yield "set train.activation_checkpointing=block"
     if train.precision == "fp32":
         yield "set train.precision=bf16"
     if world_size > 1 and train.zero.stage < 3:
         yield "set train.zero.stage=3"
+    if train.zero.offload_optimizer == "none":
+        yield "set train.zero.offload_optimizer=cpu, which is slow"
     yield "use more processes, which share the weights and the optimiser"
 
 
