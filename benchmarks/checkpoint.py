@@ -1,6 +1,6 @@
 """What saving costs training: wall time of steps with one save among them, over the same steps without.
 
-    .venv/bin/python benchmarks/checkpoint.py [--steps 12] [--rounds 3] [--out FILE]
+    .venv/bin/python benchmarks/checkpoint.py [--steps 12] [--rounds 3] [--modes none,beside,waiting] [--out FILE]
 
 A model whose checkpoint is about 1 GB (fp32 weights and both moments), steps of made-up documents as in
 benchmarks/step.py, all cores. A round times the same steps without a save, with one that is written while training
@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,18 @@ def timed(
     return end - begin, waited + end - stood
 
 
-def measure(config: Config, *, steps: int, rounds: int) -> dict[str, Any]:
-    """Times of each mode in each round, and their ratios."""
+def measure(config: Config, *, steps: int, rounds: int, modes: Sequence[str] = MODES) -> dict[str, Any]:
+    """Times of each mode in each round, and their ratios to the first, which is without a save."""
     here = environment.start(config.train.threads)
     data = synthetic_steps(config, 4, here.rank, here.world_size)
     engine = build_engine(config, here)
-    found: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
+    found: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # Once around: the pages of the copy, and of the file, are new only once in a run.
         timed("beside", engine, data, config, 2, folder)
         for number in range(rounds):
-            for mode in MODES if number % 2 == 0 else reversed(MODES):
+            for mode in modes if number % 2 == 0 else reversed(modes):
                 found[mode].append(timed(mode, engine, data, config, steps, folder))
         newest = find_latest(folder)
         assert newest is not None
@@ -97,7 +98,7 @@ def measure(config: Config, *, steps: int, rounds: int) -> dict[str, Any]:
             mode: statistics.median(
                 one / other for one, other in zip(seconds[mode], seconds["none"], strict=True)
             )
-            for mode in MODES[1:]
+            for mode in modes[1:]
         },
         "bar": BAR,
     }
@@ -124,12 +125,13 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=12, help="steps timed")
     parser.add_argument("--rounds", type=int, default=3, help="times that each mode is timed")
+    parser.add_argument("--modes", default=",".join(MODES), help="what is timed; none comes first")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file")
     given = parser.parse_args()
     device = find_device("auto")
     record: dict[str, Any] = {"environment": record_head(device)}
     config = presets.load(None, list(SETTINGS))
-    record |= measure(config, steps=given.steps, rounds=given.rounds)
+    record |= measure(config, steps=given.steps, rounds=given.rounds, modes=given.modes.split(","))
     write_json(record, given.out)
     print(summary(record))
     return 0

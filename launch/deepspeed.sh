@@ -14,6 +14,8 @@ check_config "$config" "$@"
 export PATH="$ROOT/.venv/bin:$PATH"
 if [[ -f launch/hostfile ]]; then
     where=(--hostfile launch/hostfile)
+    # Versions, clocks, shared storage and bandwidth of the machines; CHECK=0 leaves it out.
+    [[ "${CHECK:-1}" == 0 ]] || deepspeed "${where[@]}" --module transfusion doctor --cluster
 else
     where=(--num_gpus "$(process_count)")
 fi

@@ -42,6 +42,7 @@ LAYERS: dict[str, int] = {
     "scaling": 4,
     "serve": 5,
     "doctor": 5,
+    "doctor_cluster": 5,
     "cli": 5,
     "data_commands": 5,
     "codec_commands": 5,

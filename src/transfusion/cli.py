@@ -225,8 +225,19 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="compare the processes of torchrun, deepspeed or srun")
+    ] = False,
+    folder: Annotated[
+        Path, typer.Option(help="with --cluster: where runs are kept, seen by all machines")
+    ] = Path(),
+) -> None:
     """Say what was found, what will be used, and the command that mends what is missing."""
+    if cluster:
+        from transfusion.doctor_cluster import main as compare
+
+        raise typer.Exit(compare(folder))
     from transfusion.doctor import main as run
 
     raise typer.Exit(run())

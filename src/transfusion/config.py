@@ -28,6 +28,7 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 # Between the problems of one ValueError; the loader tells them one a line.
@@ -54,8 +55,19 @@ class RunConfig(Section):
         return self.dir or f"runs/{self.name}"
 
 
+class UNetConfig(Section):
+    """The U-Net around the transformer: one block at the latents' resolution, one below, each way (paper, section 3.2).
+
+    The defaults have 0.27 B parameters, at whatever width of the transformer and size of the patches.
+    """
+
+    widths: tuple[PositiveInt, PositiveInt] = Field((832, 1344), description="channels of the two blocks")
+    layers: PositiveInt = Field(2, description="residual and self-attention layers of a block")
+    head_dim: PositiveInt = Field(64, description="dimensions of a head of the self-attention")
+
+
 class ModelConfig(Section):
-    """A Llama block stack with a linear patch encoder and decoder (paper, section 3)."""
+    """A Llama block stack between a patch encoder and a patch decoder (paper, section 3)."""
 
     vocabulary: NonNegativeInt = Field(
         0, description="rows of the embedding; 0: as many as the tokenizer has"
@@ -78,6 +90,10 @@ class ModelConfig(Section):
         description="where the timestep is added: to the projected patch, or to the raw patch vector",
     )
     patch_size: PositiveInt = Field(2, description="side of a patch, in latent pixels")
+    patcher: Literal["linear", "unet"] = Field(
+        "linear", description="what makes patches of latents and latents of patches"
+    )
+    unet: UNetConfig = UNetConfig()
 
     @property
     def kv_heads(self) -> int:
@@ -100,9 +116,29 @@ class ModelConfig(Section):
             problems.append(f"model.heads {self.heads} must be a multiple of model.key_heads {self.kv_heads}")
         if self.position == "2d" and self.head_dim < 8:
             problems.append(f"model.position=2d needs heads of at least 8 dimensions, got {self.head_dim}")
+        if self.patcher == "unet":
+            problems += self._problems_of_the_unet()
         if problems:
             raise ValueError(PROBLEM_SEPARATOR.join(problems))
         return self
+
+    def _problems_of_the_unet(self) -> list[str]:
+        problems = []
+        if self.patch_size & (self.patch_size - 1):
+            problems.append(
+                f"model.patch_size {self.patch_size} must be a power of two for model.patcher=unet, which halves"
+            )
+        if any(width % self.unet.head_dim for width in self.unet.widths):
+            problems.append(
+                f"model.unet.widths {list(self.unet.widths)} must be multiples of model.unet.head_dim"
+                f" {self.unet.head_dim}"
+            )
+        if self.timestep_embedding != "projected":
+            problems.append(
+                f"model.timestep_embedding={self.timestep_embedding} is for model.patcher=linear; the U-Net takes"
+                " the timestep in each of its layers"
+            )
+        return problems
 
 
 class CodecConfig(Section):
@@ -298,6 +334,9 @@ class OptimizerConfig(Section):
     ema_decay: Decay = Field(0.0, description="0: no moving average of the weights")
 
 
+Offload = Literal["none", "cpu", "nvme"]
+
+
 class ZeroConfig(Section):
     """What DeepSpeed is told; every value is written out, since its defaults move between releases."""
 
@@ -312,6 +351,28 @@ class ZeroConfig(Section):
     )
     reduce_bucket_size: PositiveInt = Field(50_000_000, description="elements reduced at once")
     overlap_communication: bool = Field(True, description="reduce while the backward pass runs (CUDA)")
+    hpz_partition_size: PositiveInt = Field(
+        1,
+        description="ranks, best of one machine, that keep a second copy of the weights between them (hpZ); 1: none",
+    )
+    offload_optimizer: Offload = Field("none", description="where weights and moments of AdamW lie")
+    offload_parameters: Offload = Field("none", description="where weights lie between uses; stage 3")
+    nvme_path: str = Field("", description="folder on a local disk for what is offloaded to nvme")
+
+    @model_validator(mode="after")
+    def _stage_can(self) -> ZeroConfig:
+        problems = []
+        for name in ("offload_parameters", "hpz_partition_size"):
+            if self.stage < 3 and getattr(self, name) != type(self).model_fields[name].default:
+                problems.append(f"train.zero.{name} needs train.zero.stage=3, got {self.stage}")
+        places = {self.offload_optimizer, self.offload_parameters}
+        if self.offload_optimizer == "nvme" and self.stage < 3:
+            problems.append(f"train.zero.offload_optimizer=nvme needs train.zero.stage=3, got {self.stage}")
+        if "nvme" in places and not self.nvme_path:
+            problems.append("train.zero.nvme_path must name a folder for what is offloaded to nvme")
+        if problems:
+            raise ValueError(PROBLEM_SEPARATOR.join(problems))
+        return self
 
 
 class TrainConfig(Section):
@@ -326,15 +387,47 @@ class TrainConfig(Section):
         "auto", description="attention implementation"
     )
     compile: bool = Field(False, description="torch.compile each block's forward")
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    activation_checkpointing: Literal["none", "block", "attention"] = Field(
+        "none",
+        description="what is computed again in the backward pass: nothing, blocks, or their attention alone",
+    )
+    sequence_parallel: PositiveInt = Field(
+        1, description="ranks that share each row, every one with a slice of its positions; 1: none"
+    )
     head_chunk: PositiveInt = Field(4096, description="text targets whose logits exist at once")
     threads: NonNegativeInt = Field(
         0, description="CPU threads a process; 0: cores divided by local processes"
     )
-    stall_seconds: Annotated[float, Field(ge=0)] = Field(
+    init_from: str = Field(
+        "", description="folder of a Hugging Face Llama whose weights a new run starts from; empty: none"
+    )
+    stall_seconds: NonNegativeFloat = Field(
         100.0, description="a process that does one thing for longer writes why into RUN/stalls; 0: never"
     )
+    stall_exit_seconds: NonNegativeFloat = Field(
+        110.0,
+        description="a process that waits for another in a collective of a step for longer ends with code 69;"
+        " 0: after ten minutes",
+    )
+    time_limit_minutes: NonNegativeFloat = Field(
+        0.0, description="save and exit with 75 before the run has taken so long; 0: no limit"
+    )
+    spike_factor: NonNegativeFloat = Field(
+        0.0,
+        description="skip a step whose loss or gradient norm is more than this many medians of the steps before;"
+        " 0: none",
+    )
+    spike_window: PositiveInt = Field(128, description="good steps that the medians are taken over")
+    roll_back_after: NonNegativeInt = Field(
+        10, description="skipped steps in a row that bring back the last good checkpoint; 0: never"
+    )
     zero: ZeroConfig = ZeroConfig()
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _once_a_switch(cls, value: Any) -> Any:
+        """Runs and models of earlier versions say true for blocks and false for nothing."""
+        return {True: "block", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class CheckpointConfig(Section):
@@ -353,6 +446,16 @@ class LogConfig(Section):
     every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
     wandb: bool = Field(False, description="also write to wandb (offline unless WANDB_MODE says otherwise)")
     project: str = Field("transfusion", description="wandb project")
+    gradient_norms: bool = Field(
+        False, description="gradient norm of each block and of each part outside of them, in logged steps"
+    )
+    profile_steps: list[PositiveInt] = Field(
+        default_factory=list, description="steps whose trace torch's profiler writes into RUN/profiles"
+    )
+    memory_history: bool = Field(
+        False,
+        description="remember which code allocated what on the GPU, for the snapshot when memory runs out",
+    )
 
 
 class SampleConfig(Section):
@@ -386,6 +489,17 @@ class Config(Section):
     def patches_per_image(self) -> int:
         """Patches of one picture, from the codec's latent size and the patch size."""
         return (self.codec.latent_size // self.model.patch_size) ** 2
+
+    def _division_problems(self) -> list[str]:
+        """What keeps rows and heads from being shared by train.sequence_parallel ranks, in one sentence."""
+        ranks = self.train.sequence_parallel
+        shared = {
+            "model.heads": self.model.heads,
+            "model.key_heads": self.model.kv_heads,
+            "data.row_length": self.data.row_length,
+        }
+        uneven = [f"{name} {value}" for name, value in shared.items() if value % ranks]
+        return [f"train.sequence_parallel {ranks} must divide {', '.join(uneven)}"] if uneven else []
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
@@ -421,6 +535,7 @@ class Config(Section):
         names = [source.name for source in self.data.sources]
         if len(set(names)) != len(names):
             problems.append("data.sources: two sources have the same name")
+        problems += self._division_problems()
         if problems:
             raise ValueError(PROBLEM_SEPARATOR.join(problems))
         return self

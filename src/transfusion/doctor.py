@@ -91,17 +91,22 @@ def exit_code(findings: Sequence[Finding]) -> int:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """One line a finding, below it the command that mends it, and the verdict."""
+    """The table of findings, and the verdict."""
+    print_table(findings)
+    print()
+    print(
+        "Training can run." if exit_code(findings) == 0 else "Training cannot run yet: see what is MISSING."
+    )
+
+
+def print_table(findings: Sequence[Finding]) -> None:
+    """One line a finding, below it the command that mends it."""
     marks = {"good": "ok     ", "note": "note   ", "missing": "MISSING"}
     width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
         print(f"{marks[finding.state]}  {finding.name:<{width}}  {finding.text}")
         if finding.remedy:
             print(f"{'':7}  {'':<{width}}  -> {finding.remedy}")
-    print()
-    print(
-        "Training can run." if exit_code(findings) == 0 else "Training cannot run yet: see what is MISSING."
-    )
 
 
 def _python() -> Iterator[Finding]:

@@ -155,26 +155,37 @@ class Decision(enum.IntEnum):
     """What all ranks do after a step; the greatest value of any rank wins."""
 
     CONTINUE = 0
-    SAVE_AND_STOP = 1
+    SAVE = 1
+    SAVE_AND_STOP = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Outcome of one optimiser step. `skipped`: a non-finite loss or gradient on any rank."""
+    """Outcome of one optimiser step.
+
+    skipped: a loss or gradient of any rank was not finite, or the norm greater than was allowed.
+    module_norms: of the gradient before clipping, by the module's name; None where they were not asked for.
+    """
 
     gradient_norm: float
     skipped: bool
+    module_norms: dict[str, float] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainState:
     """All that a run needs beside weights and optimiser to go on exactly where it stopped. JSON only.
 
+    bad_steps: skipped ones in a row, up to this step. roll_backs: times that a former checkpoint was brought
+    back. recent: loss and gradient norm of the newest good steps, where spikes are looked for.
     faults: samples of all ranks that could not be read, of the `samples` that were tried.
     """
 
     step: int = 0
     skipped_steps: int = 0
+    bad_steps: int = 0
+    roll_backs: int = 0
+    recent: list[list[float]] = field(default_factory=list)
     faults: int = 0
     samples: int = 0
     tokens: int = 0

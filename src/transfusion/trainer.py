@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+import math
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from transfusion.checkpoint.resume import resume
+from transfusion.checkpoint.llama import start_from_llama
+from transfusion.checkpoint.resume import load, newest_good, resume
 from transfusion.checkpoint.save import Saver
 from transfusion.codec import open_codec
 from transfusion.config import Config
@@ -24,17 +20,21 @@ from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.evaluate.held_out import held_out_losses
 from transfusion.generate.pictures import write_grid
-from transfusion.generate.pipeline import Pipeline, SampledImage
-from transfusion.observe.clock import Clock
+from transfusion.generate.pipeline import Pipeline
+from transfusion.observe.clock import Clock, TimeLimit
+from transfusion.observe.losses import MeanLosses
 from transfusion.observe.memory import peak_gib
-from transfusion.observe.metrics import MetricsLog, StepMetrics
-from transfusion.observe.progress import Progress
+from transfusion.observe.metrics import StepMetrics
+from transfusion.observe.out_of_memory import is_out_of_memory, out_of_memory, remember_allocations
+from transfusion.observe.profiling import profiled
+from transfusion.observe.record import Record
 from transfusion.observe.runfolder import RunFolder, start_logging
-from transfusion.observe.sinks import open_sink, refuse_missing_sink
+from transfusion.observe.sinks import refuse_missing_sink
+from transfusion.observe.spikes import SpikeDetector
 from transfusion.observe.watchdog import LOADER, Watchdog
 from transfusion.optim.schedule import learning_rate
 from transfusion.parallel import environment
-from transfusion.parallel.agree import StopRequest, agree, gather, group_device, together
+from transfusion.parallel.agree import Signals, agree, from_main, gather, together
 from transfusion.parallel.engine import Engine, Weights, build_engine, global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.schema import Decision, LossTerms, StepResult, TrainState
@@ -63,6 +63,7 @@ class Trainer:
     def __init__(self, config: Config, here: Environment) -> None:
         """Called by all ranks together; what one of them refuses, all refuse, and then nothing is written."""
         self.here = here
+        self.limit = TimeLimit(config.train.time_limit_minutes)
         self.folder = RunFolder(Path(config.run.folder))
         start_logging(None, rank=here.rank)
         # A run that is under way must not be read either: its checkpoints come and go.
@@ -73,7 +74,7 @@ class Trainer:
         # Frozen and whole on every rank, outside of what the engine shards and trains.
         self.codec = together(lambda: open_codec(config.codec, here.device))
         self.engine: Engine = build_engine(self.config, here, self.codec)
-        self.state = resume(self.folder.path, self.engine) or TrainState()
+        self.state = resume(self.folder.path, self.engine) or self._begin()
         self.loader = together(self._open_loader)
         self.held_out = together(self._open_held_out) if config.data.held_out else None
         together(self._create_folder)
@@ -87,8 +88,10 @@ class Trainer:
             self.folder.stalls,
             here.rank,
             seconds=config.train.stall_seconds,
+            exit_seconds=self._patience(),
             samples=self.loader.samples,
         )
+        self.spikes = SpikeDetector(config.train.spike_factor, config.train.spike_window, self.state.recent)
         self.clock = Clock()
         # Loss sums of the steps since the last line of metrics.
         self.pending: list[LossTerms] = []
@@ -102,6 +105,13 @@ class Trainer:
             with suppress(UserError):
                 self.saver.finish()
             raise
+        except Exception as error:
+            # Of this rank alone: no collective from here on.
+            self.watchdog.died(error)
+            if not is_out_of_memory(error):
+                raise
+            place = {"rank": self.here.rank, "world_size": self.here.world_size, "step": self.state.step + 1}
+            raise out_of_memory(error, self.config, self.folder.memory, **place) from error
 
     def _run(self) -> int:
         steps = self.config.train.steps
@@ -111,20 +121,22 @@ class Trainer:
         self._announce()
         with ExitStack() as stack:
             stack.enter_context(self.loader)
-            stop = stack.enter_context(StopRequest())
+            signals = stack.enter_context(Signals())
             stack.enter_context(self.watchdog)
-            record = together(lambda: stack.enter_context(Record(self)) if self.here.is_main else None)
+            record = together(lambda: stack.enter_context(self._record()) if self.here.is_main else None)
             if self.state.step == 0:
                 self._draw_grid(record)
             while self.state.step < steps:
-                result = self.train_step()
-                decision = self._agree(stop)
+                result = self._profiled_step()
+                decision = self._agree(max(signals.take(), self._time_is_up()))
+                if self.state.bad_steps and self._must_roll_back():
+                    self._roll_back()
                 at_end = self.state.step == steps
                 saves = (
-                    at_end
-                    or decision == Decision.SAVE_AND_STOP
-                    or self.state.step % self.config.checkpoint.every == 0
+                    at_end or decision >= Decision.SAVE or self.state.step % self.config.checkpoint.every == 0
                 )
+                if saves:
+                    self.limit.save_begins()
                 if saves or self.state.step % self.config.log.every == 0:
                     self._log(record, result, held_out=saves)
                 if saves:
@@ -139,32 +151,119 @@ class Trainer:
         log.info("done: step %d of %d", self.state.step, steps)
         return 0
 
+    def _profiled_step(self) -> StepResult:
+        """`train_step`, timed, and in the steps of log.profile_steps traced."""
+        step = self.state.step + 1
+        trace = self.folder.trace(step, self.here.rank) if step in self.config.log.profile_steps else None
+        self.limit.step_begins()
+        with profiled(trace) as write:
+            result = self.train_step()
+        self.limit.step_ends()
+        if trace is not None:
+            together(write)
+            log.info("trace of step %d: %s", step, trace)
+        return result
+
     def train_step(self) -> StepResult:
         """One optimiser step over this rank's micro-batches of the next global batch."""
-        self.watchdog.note(LOADER, self.state.step)
+        # The first step compiles, and may take one rank longer than another.
+        alike = self.clock.steps > 0
+        self.watchdog.note(LOADER, self.state.step, alike=alike)
         with self.clock.span("data"):
             # Together: the loader processes of a single rank may have died.
             batches = [batch.to(self.engine.device) for batch in together(self.loader.next_step)]
-        self.watchdog.note("forward and backward", self.state.step)
+        self.watchdog.note("forward and backward", self.state.step, alike=alike)
         counts = global_counts(batches, self.config.codec)
-        self.pending += [self.engine.forward_backward(batch, counts) for batch in batches]
-        self.watchdog.note("optimiser step", self.state.step)
-        result = self.engine.step(
-            learning_rate(self.state.step, self.config.optimizer, self.config.train.steps)
-        )
+        terms = [self.engine.forward_backward(batch, counts) for batch in batches]
+        self.pending += terms
+        self.watchdog.note("optimiser step", self.state.step, alike=alike)
+        result = self._update(terms)
         tokens = self.config.data.rows * self.config.data.row_length
         self.clock.step_done(tokens)
         self.state.step += 1
         self.state.skipped_steps += int(result.skipped)
+        self.state.bad_steps = self.state.bad_steps + 1 if result.skipped else 0
         self.state.tokens += tokens
         self.state.data = self.loader.state()
         return result
+
+    def _update(self, terms: list[LossTerms]) -> StepResult:
+        """Step the optimiser, unless the loss or the gradient norm stands out and such steps are to be skipped."""
+        rate = learning_rate(self.state.step, self.config.optimizer, self.config.train.steps)
+        logged = (self.state.step + 1) % self.config.log.every == 0
+        norms = logged and self.config.log.gradient_norms
+        if not self.spikes.on:
+            return self.engine.step(rate, module_norms=norms)
+        # The same on all ranks, so all judge alike.
+        loss, limits = MeanLosses.over_ranks(terms, self.config).total, self.spikes.limits()
+        largest = -math.inf if loss > limits.loss else limits.norm
+        result = self.engine.step(rate, largest_norm=largest, module_norms=norms)
+        if result.skipped:
+            log.warning(
+                "step %d skipped: loss %.4f (limit %.4f), gradient norm %.4f (limit %.4f)",
+                self.state.step + 1, loss, limits.loss, result.gradient_norm, limits.norm,
+            )  # fmt: skip
+        else:
+            self.spikes.note(loss, result.gradient_norm)
+        return result
+
+    def _must_roll_back(self) -> bool:
+        """Whether so many steps in a row were skipped that the weights themselves are no longer trusted.
+
+        Raises UserError where a checkpoint was brought back already, and not one step has been good since.
+        """
+        after, bad = self.config.train.roll_back_after, self.state.bad_steps
+        if after and bad >= 2 * after:
+            raise UserError(
+                f"steps {self.state.step - bad + 1} to {self.state.step} were all skipped, half of them after the"
+                " last good checkpoint had been brought back; lower optimizer.learning_rate, look at the data of"
+                " these steps, or delete the newest checkpoints to go on from an older one"
+            )
+        return after > 0 and bad == after
+
+    def _roll_back(self) -> None:
+        """Bring back weights and optimiser of the newest checkpoint whose steps went well.
+
+        Step, schedule and data go on: what led here is left behind, and is not read again.
+        """
+        self.watchdog.note("bringing back a checkpoint", self.state.step)
+        self.saver.finish()
+        with self.clock.pause():
+            folder = from_main(lambda: newest_good(self.folder.path))
+            former = load(folder, self.engine)
+        self.state.roll_backs += 1
+        log.warning(
+            "%d steps in a row were skipped: weights and optimiser are those of step %d again; the data go on",
+            self.state.bad_steps,
+            former.step,
+        )
+
+    def _begin(self) -> TrainState:
+        """The state of a new run; its weights are drawn, or those of a Llama."""
+        if self.config.train.init_from:
+            start_from_llama(Path(self.config.train.init_from), self.engine, self.tokenizer)
+        return TrainState()
+
+    def _record(self) -> Record:
+        return Record(self.config, self.folder, self.state.step)
+
+    def _time_is_up(self) -> Decision:
+        return Decision.SAVE_AND_STOP if self.limit.reached else Decision.CONTINUE
+
+    def _patience(self) -> float:
+        """Seconds after which a rank that waits for another ends; a rank may itself wait for its downloads."""
+        seconds, cache = self.config.train.stall_exit_seconds, self.config.data.cache
+        if not seconds or self.loader.fetching is None:
+            return seconds
+        return seconds + cache.attempts * cache.timeout + cache.pause * (2 ** (cache.attempts - 1) - 1)
 
     def _check(self) -> None:
         """What can be refused at once, before anything large is built. Raises UserError."""
         if self.here.is_main:
             self.folder.refuse_other_tokenizer(self.tokenizer.path)
             refuse_missing_sink(self.config)
+        if self.config.log.memory_history:
+            remember_allocations(self.here.device)
 
     def _open_loader(self) -> Loader:
         state = self.state.data or None
@@ -185,20 +284,19 @@ class Trainer:
             self.folder.keep_codec(self.config.codec)
             start_logging(self.folder)
 
-    def _agree(self, stop: StopRequest) -> Decision:
+    def _agree(self, mine: Decision) -> Decision:
         """What all ranks do next, how many samples of the step could not be read, and whether all have written the
         save under way, in one collective.
 
         Raises UserError, on all ranks together, once the run had more bad samples than data.max_faults.
         """
-        self.watchdog.note("agreement of all ranks", self.state.step)
-        decision, (faults, samples, written) = agree(
-            stop.decision, *self.loader.reading, int(self.saver.written)
-        )
+        self.watchdog.note("agreement of all ranks", self.state.step, alike=self.clock.steps > 1)
+        decision, (faults, samples, written) = agree(mine, *self.loader.reading, int(self.saver.written))
         self.state.faults += faults
         self.state.samples += samples
         if written == self.here.world_size:
             self.saver.finish()
+            self.limit.save_ends()
         if too_many_faults(self.state.faults, self.state.samples, self.config.data.max_faults):
             self._write_quarantine()
             complaint = self.loader.complaint()
@@ -229,8 +327,10 @@ class Trainer:
             image_loss=losses.image,
             image_loss_by_timestep=losses.image_by_timestep,
             gradient_norm=result.gradient_norm,
+            gradient_norms=result.module_norms,
             learning_rate=learning_rate(self.state.step - 1, self.config.optimizer, self.config.train.steps),
             skipped=self.state.skipped_steps,
+            roll_backs=self.state.roll_backs,
             faults=self.state.faults,
             tokens=self.state.tokens,
             images=self.state.images,
@@ -259,6 +359,7 @@ class Trainer:
             self.saver.begin(self.state, copy=self.config.checkpoint.asynchronous)
             if not self.config.checkpoint.asynchronous:
                 self.saver.finish()
+                self.limit.save_ends()
 
     def _draw_grid(self, record: Record | None) -> None:
         """The fixed-seed pictures, each rank drawing its share with the same number of forwards."""
@@ -270,7 +371,11 @@ class Trainer:
             mine = pipeline.sample_grid(self.config.sample, rank=self.here.rank, ranks=self.here.world_size)
             pictures = [picture for part in gather(mine) for picture in part]
         pictures.sort(key=lambda picture: picture.seed)
-        together(lambda: record.grid(self.state.step, pictures) if record else None)
+
+        def write(path: Path) -> None:
+            write_grid(pictures, path, self.config.sample)
+
+        together(lambda: record.grid(self.state.step, write) if record else None)
 
     def _announce(self) -> None:
         log.info(
@@ -296,74 +401,7 @@ class Trainer:
         together(lambda: self.folder.add_to_quarantine(faults) if self.here.is_main else None)
 
 
-class Record:
-    """What the main process writes down of a run: metrics.jsonl, the progress line, wandb, sample grids."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._config, self._folder = trainer.config, trainer.folder
-        self._first_step = trainer.state.step
-
-    def __enter__(self) -> Record:
-        with ExitStack() as stack:
-            self._metrics = stack.enter_context(MetricsLog(self._folder.metrics))
-            self._sink = open_sink(self._config, self._folder.path, attempt=self._metrics.attempt)
-            stack.callback(self._sink.close)
-            progress = Progress(self._config.train.steps, first_step=self._first_step)
-            self._progress = stack.enter_context(progress)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def write(self, metrics: StepMetrics, *, seconds_left: float | None) -> None:
-        """One line of metrics, everywhere."""
-        line = self._metrics.append(metrics)
-        self._sink.write(line)
-        self._progress.update(line, seconds_left=seconds_left)
-
-    def grid(self, step: int, pictures: Sequence[SampledImage]) -> None:
-        """The sample grid of a step."""
-        path = self._folder.grid(step)
-        write_grid(pictures, path, self._config.sample)
-        self._sink.picture(step, path)
-
-
-@dataclass(frozen=True, slots=True)
-class MeanLosses:
-    """Means over all ranks and steps of an interval; None where there was nothing to learn."""
-
-    text: float | None
-    image: float | None
-    total: float | None
-    image_by_timestep: list[float | None]
-    images: int
-
-    @classmethod
-    def over_ranks(cls, parts: Sequence[LossTerms], config: Config) -> MeanLosses:
-        """Add up the parts of all ranks, in one collective; all ranks get the same answer."""
-        summed = functools.reduce(LossTerms.plus, (part.double() for part in parts))
-        flat = torch.cat([term.reshape(-1) for term in summed])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            flat = flat.to(group_device())
-            dist.all_reduce(flat)
-        text_sum, text_count, image_sum, image_count, *buckets = flat.tolist()
-        half = len(buckets) // 2
-        text, image = _ratio(text_sum, text_count), _ratio(image_sum, image_count)
-        return cls(
-            text=text,
-            image=image,
-            total=(text or 0.0) + config.diffusion.image_loss_weight * (image or 0.0),
-            image_by_timestep=[_ratio(a, b) for a, b in zip(buckets[:half], buckets[half:], strict=True)],
-            images=round(image_count / (config.codec.depth * config.codec.latent_size**2)),
-        )
-
-
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     """The configuration with the embedding as large as the tokenizer, unless it asks for more rows."""
     size = max(config.model.vocabulary, tokenizer.vocabulary)
     return config.model_copy(update={"model": config.model.model_copy(update={"vocabulary": size})})
-
-
-def _ratio(total: float, count: float) -> float | None:
-    return total / count if count else None

@@ -33,11 +33,13 @@ from handmade import (
     train_step,
     with_broken_image,
 )
+from safetensors.torch import save_file
 from transfusion_kernels import IntervalMask
 
-from transfusion.checkpoint import layout
+from transfusion.checkpoint import layout, llama
 from transfusion.checkpoint import save as saving
 from transfusion.checkpoint.layout import step_folder
+from transfusion.checkpoint.llama import Llama, start_from_llama
 from transfusion.checkpoint.resume import SliceReader, load, resume
 from transfusion.checkpoint.save import save
 from transfusion.config import Config, SampleConfig
@@ -55,6 +57,10 @@ from transfusion.schema import Batch, BatchCounts, Decision, LossTerms, Modality
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 # Nothing stays gathered: the setting that shows every missing gather and every leak.
 NOTHING_KEPT = {"persistence_threshold": 0, "max_live_parameters": 0, "max_reuse_distance": 0}
+UNET = {
+    "model__patcher": "unet",
+    "model__unet": {"widths": [8, 16], "layers": 1, "head_dim": 8},
+}
 # What rank 0 and rank 1 see in each step.
 STREAM: list[tuple[Content, Content]] = [
     ("mixed", "mixed"),
@@ -71,9 +77,12 @@ STREAM: list[tuple[Content, Content]] = [
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "nothing kept": {"train__zero": NOTHING_KEPT},
-    "recomputed": {"train__activation_checkpointing": True, "train__zero": NOTHING_KEPT},
+    "recomputed": {"train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT},
+    "attention recomputed": {"train__activation_checkpointing": "attention", "train__zero": NOTHING_KEPT},
     "qk norm, 2d, gqa": {"model__qk_norm": True, "model__key_heads": 1, "train__zero": NOTHING_KEPT},
     "uneven": {"model__patch_size": 1, "codec__image_size": 2, "train__zero": NOTHING_KEPT},
+    "unet": {**UNET, "train__zero": NOTHING_KEPT},
+    "unet, recomputed": {**UNET, "train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT},
     "stage 1": {"train__zero": {"stage": 1}},
     "stage 2": {"train__zero": {"stage": 2}},
 }
@@ -153,6 +162,7 @@ def equals_local(
         "norm": max(norm_errors),
         "weight": max(weight_errors.values()),
         "parameters": got.keys() == wanted_state.keys(),
+        "dtypes": sorted({str(parameter.dtype) for parameter in zero.engine.module.parameters()}),
     }
 
 
@@ -256,9 +266,11 @@ def evaluation(config: Config, here: Environment) -> dict[str, Any]:
             )
             noisy = [torch.zeros(batch.images[0].values.shape)]
             for _ in range(3):
-                hidden = model.embed(batch, noisy)
+                encoding = model.encode_patches(noisy, batch.images[0].timestep_I)
+                hidden = model.embed(batch, encoding.patch_ND)
                 hidden = model.norm(model.run_blocks(hidden, batch.position_BSA, batch.mask))
-                model.decode_patches(hidden.flatten(0, 1)[batch.images[0].patch_slot_IP], noisy[0].shape)
+                slots = batch.images[0].patch_slot_IP.flatten()
+                model.decode_patches(hidden.flatten(0, 1)[slots], encoding)
                 model.text_head(hidden.flatten(0, 1))
         found[f"{weights} state untouched"] = same_state(before, state_of(engine))
     found["trains on the same"] = train(engine, here.rank, range(3, 6)) == train(
@@ -373,6 +385,106 @@ def low_precision(here: Environment, stage: int) -> dict[str, Any]:
     return {"unrounded start": start, "curve": curve, "error": max(errors), "dtypes": sorted(dtypes)}
 
 
+def told_norms(config: Config, here: Environment) -> dict[str, Any]:
+    """Norms by module beside the plain engine's, with a gradient that is clipped; then a step that is refused."""
+    zero, plain = ZeroEngine(config, here), LocalEngine(config, ALONE)
+    errors = []
+    for step in range(3):
+        batches = stream_batches(step, config)
+        counts = counts_of(batches)
+        zero.forward_backward(batches[here.rank], counts)
+        for batch in batches:
+            plain.forward_backward(batch, counts)
+        got, wanted = (each.step(1e-3, module_norms=True) for each in (zero, plain))
+        assert got.module_norms is not None and wanted.module_norms is not None
+        assert got.module_norms.keys() == wanted.module_norms.keys() and got.gradient_norm > 0.1
+        # Relative to the whole: at the start some parts have no gradient at all.
+        errors += [
+            abs(norm - wanted.module_norms[name]) / wanted.gradient_norm
+            for name, norm in got.module_norms.items()
+        ]
+    before = state_of(zero)
+    batches = stream_batches(3, config)
+    zero.forward_backward(batches[here.rank], counts_of(batches))
+    refused = zero.step(1e-3, largest_norm=wanted.gradient_norm / 100, module_norms=True)
+    untouched = same_state(before, state_of(zero))
+    _, after = train_step(zero, [batches[here.rank]])
+    return {
+        "error": max(errors),
+        "refused": refused.skipped and refused.module_norms is None,
+        "norm of the refused": abs(refused.gradient_norm / after.gradient_norm - 1),
+        "state untouched": untouched,
+        "taken after": not after.skipped,
+        "updates": zero.updates,
+    }
+
+
+class Pieces:
+    """Stands for a tokenizer of which a Llama without one needs nothing."""
+
+    def piece_bytes(self) -> list[bytes]:
+        return []
+
+
+def from_llama(changes: dict[str, Any], here: Environment, folder: Path) -> dict[str, Any]:
+    """A Llama of two shards into ZeRO and into the plain engine; how much a rank read at once."""
+    config = small_config(optimizer__ema_decay=0.5, model__key_heads=1, **changes)
+    source = LocalEngine(config.model_copy(update={"run": config.run.model_copy(update={"seed": 3})}), ALONE)
+    if here.rank == 0:
+        write_llama(folder, source)
+    dist.barrier()
+    read, rows = [], Llama.rows
+
+    def watched(self: Llama, name: str, start: int, end: int) -> torch.Tensor:
+        values = rows(self, name, start, end)
+        read.append(values.numel())
+        return values
+
+    Llama.rows = watched  # type: ignore[method-assign]
+    zero, plain = ZeroEngine(config, here), LocalEngine(config, ALONE)
+    start_from_llama(folder, zero, Pieces())  # type: ignore[arg-type]
+    mine = sum(read)
+    start_from_llama(folder, plain, Pieces())  # type: ignore[arg-type]
+    Llama.rows = rows  # type: ignore[method-assign]
+    got = whole_weights(zero)
+    batches = stream_batches(0, config)
+    terms, _ = train_step(zero, [batches[here.rank]])
+    wanted, _ = train_step(plain, batches, counts=counts_of(batches))
+    taken = plain.masters["text_head.weight"].numel()
+    return {
+        "same": all(
+            torch.equal(got[f"{kind}/{name}"], value.flatten())
+            for kind in ("weight", "ema")
+            for name, value in source.masters.items()
+            if not name.startswith("patch_")
+        ),
+        "read at once": max(read) <= taken,
+        "share read": mine / (sum(read) - mine),
+        "next loss": difference(terms, wanted),
+    }
+
+
+def write_llama(folder: Path, source: LocalEngine) -> None:
+    """The text tower of an engine, as transformers writes a Llama."""
+    model = source.config.model
+    folder.mkdir(parents=True)
+    names = {name: llama._their_name(name, False) for name in source.masters}
+    tensors = {its: source.masters[name].detach().contiguous() for name, its in names.items() if its}
+    halves = (dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2]))
+    weight_map = {}
+    for number, half in enumerate(halves):
+        file = f"model-{number}.safetensors"
+        save_file(half, str(folder / file))
+        weight_map |= dict.fromkeys(half, file)
+    (folder / llama.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    settings = {
+        "model_type": "llama", "num_hidden_layers": model.layers, "hidden_size": model.width,
+        "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
+        "intermediate_size": model.ffn_width, "rms_norm_eps": model.norm_epsilon,
+    }  # fmt: skip
+    (folder / llama.CONFIG).write_text(json.dumps(settings))
+
+
 def agreement(here: Environment) -> dict[str, Any]:
     decision = Decision.SAVE_AND_STOP if here.rank == 1 else Decision.CONTINUE
     result = agree(decision, 3 + here.rank, 10**12)
@@ -402,6 +514,7 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     low = small_config(optimizer__ema_decay=0.5, train__precision="bf16")
     second = small_config(optimizer__ema_decay=0.5, train__zero={"stage": 2})
     uneven = small_config(optimizer__ema_decay=0.5, **VARIANTS["uneven"])
+    unet = small_config(optimizer__ema_decay=0.5, **VARIANTS["unet"])
     scenarios: dict[str, Callable[[], Any]] = {"agreement": lambda: agreement(here)}
     for name, changes in VARIANTS.items():
         scenarios[f"equals local: {name}"] = lambda changes=changes: equals_local(
@@ -415,6 +528,15 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
         "from one rank": lambda: from_one_rank(averaged, here, folder),
         "failures": lambda: failures(averaged, here, folder / "failures"),
     }
+    for name, changes in {"nothing kept": {"train__zero": NOTHING_KEPT}, "stage 2": {"train__zero": {"stage": 2}}}.items():
+        scenarios[f"from a Llama: {name}"] = lambda name=name, changes=changes: from_llama(
+            changes, here, folder / f"llama {name}"
+        )
+    low_first = {"train__zero": {"stage": 1}, "train__precision": "bf16"}
+    for name, changes in {**VARIANTS, "stage 1, bf16": low_first}.items():
+        if name in ("nothing kept", "uneven", "stage 2", "stage 1, bf16"):
+            clipped = small_config(optimizer__gradient_clip=0.05, **changes)
+            scenarios[f"told norms: {name}"] = lambda clipped=clipped: told_norms(clipped, here)
     kinds = {"defaults": averaged, "nothing kept": tight, "bf16": low, "stage 2": second, "uneven": uneven}
     for name, config in kinds.items():
         scenarios[f"checkpoints: {name}"] = lambda config=config, name=name: checkpoints(
@@ -424,6 +546,7 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
             scenarios[f"broken step: {name}"] = lambda config=config: broken_step(config, here)
         if name not in ("bf16", "uneven"):
             scenarios[f"evaluation: {name}"] = lambda config=config: evaluation(config, here)
+    scenarios["evaluation: unet"] = lambda: evaluation(unet, here)
     return scenarios
 
 
@@ -446,7 +569,7 @@ def single(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
 def compiled(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     """Compiled blocks, alone and recomputed, beside eager ones."""
 
-    def run(recomputed: bool) -> dict[str, Any]:
+    def run(recomputed: str) -> dict[str, Any]:
         config = small_config(
             train__compile=True, train__activation_checkpointing=recomputed, train__zero=NOTHING_KEPT
         )
@@ -458,14 +581,18 @@ def compiled(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
         found["breaks"] = sum(counters["graph_break"].values())
         return found
 
-    return {"compiled": lambda: run(False), "compiled, recomputed": lambda: run(True)}
+    return {
+        "compiled": lambda: run("none"),
+        "compiled, recomputed": lambda: run("block"),
+        "compiled, attention recomputed": lambda: run("attention"),
+    }
 
 
 def interpreted(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     """The Triton kernels, run by Triton's interpreter, beside the plain engine on the CPU's attention."""
     from transfusion_kernels.attention import forward
 
-    changes = {"model__width": 64, "train__activation_checkpointing": True, "train__zero": NOTHING_KEPT}
+    changes = {"model__width": 64, "train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT}
     launches = []
     launch = forward.attention_forward
 
@@ -576,6 +703,7 @@ def pair_in_training(here: Environment) -> dict[str, Callable[[], Any]]:
         "chunks": lambda: chunk_counts(chunked.train.head_chunk),
         "judged: defaults": lambda: judged_in_training(here, {}),
         "judged: nothing kept": lambda: judged_in_training(here, {"train__zero": NOTHING_KEPT}),
+        "judged: unet": lambda: judged_in_training(here, VARIANTS["unet"]),
         "built files": built_files,
     }
 

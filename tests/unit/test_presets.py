@@ -156,3 +156,28 @@ def test_shares_are_numbers_or_schedules() -> None:
 def test_shares_that_cannot_be(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         presets.load(None, [SOURCES, override])
+
+
+@pytest.mark.parametrize(
+    ("value", "choice"), [(True, "block"), (False, "none"), ("attention", "attention"), ("none", "none")]
+)
+def test_what_is_recomputed_was_once_a_switch(value: object, choice: str) -> None:
+    config = Config.model_validate({"train": {"activation_checkpointing": value}})
+    assert config.train.activation_checkpointing == choice
+
+
+def test_all_that_sequence_parallelism_cannot_divide_is_told_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        presets.load(None, ["train.sequence_parallel=8", "model.key_heads=4", "data.row_length=4092"])
+    told = "train.sequence_parallel 8 must divide model.heads 12, model.key_heads 4, data.row_length 4092"
+    assert told in str(caught.value)
+    presets.load(None, ["train.sequence_parallel=4"])
+
+
+def test_what_a_stage_cannot_offload_is_told_at_once() -> None:
+    places = ["offload_parameters=cpu", "offload_optimizer=nvme", "hpz_partition_size=2", "stage=2"]
+    with pytest.raises(UserError) as caught:
+        presets.load(None, [f"train.zero.{place}" for place in places])
+    for name in ("offload_parameters", "hpz_partition_size", "offload_optimizer=nvme"):
+        assert f"train.zero.{name} needs train.zero.stage=3, got 2" in str(caught.value)
+    assert "train.zero.nvme_path must name a folder" in str(caught.value)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from transfusion.data.prepare import prepare
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.mixed_loss import MixedLoss
+from transfusion.observe.clock import TimeLimit
 from transfusion.observe.metrics import read_metrics
 from transfusion.observe.runfolder import start_logging
 from transfusion.parallel.environment import Environment
@@ -43,7 +47,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build_config(digits: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Config]]:
     """build_config(run, steps=..., log=..., checkpoint=...) -> Config of a tiny run in a folder of its own."""
 
-    def build(run: str, *, steps: int, log: int = 1, checkpoint: int = 100, **train: Any) -> Config:
+    def build(
+        run: str,
+        *,
+        steps: int,
+        log: int = 1,
+        checkpoint: int = 100,
+        telemetry: dict[str, Any] | None = None,
+        **train: Any,
+    ) -> Config:
         return Config.model_validate(
             {
                 "run": {"dir": str(tmp_path / run)},
@@ -58,8 +70,9 @@ def build_config(digits: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterator
                 },
                 "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2, "ema_decay": 0.5},
                 "train": {"steps": steps, "precision": "fp32", "engine": "local", "threads": 1, **train},
-                "checkpoint": {"every": checkpoint},
-                "log": {"every": log},
+                # Waited for, so that a kill in a later step always finds it.
+                "checkpoint": {"every": checkpoint, "asynchronous": False},
+                "log": {"every": log, **(telemetry or {})},
             }
         )
 
@@ -111,8 +124,8 @@ def test_a_broken_step_is_skipped_counted_and_left_behind(
     weights: list[torch.Tensor] = []
     step = trainer.engine.step
 
-    def watched(learning_rate: float) -> Any:
-        result = step(learning_rate)
+    def watched(learning_rate: float, **asked: Any) -> Any:
+        result = step(learning_rate, **asked)
         weights.append(torch.cat([shard.values["weight"].clone() for shard in trainer.engine.shards()]))
         return result
 
@@ -215,3 +228,179 @@ def test_a_run_killed_between_lines_writes_the_same_lines(
         for config in (killed, straight)
     )
     assert first.read_bytes() == second.read_bytes()
+
+
+def spoilt(first: int, last: int, factor: float) -> Callable[[int, LossTerms], LossTerms]:
+    """Losses of steps `first` to `last` times `factor`; there are two micro-batches a step."""
+
+    def change(number: int, terms: LossTerms) -> LossTerms:
+        if not 2 * first - 1 <= number <= 2 * last:
+            return terms
+        return terms._replace(text_sum=terms.text_sum * factor, image_sum=terms.image_sum * factor)
+
+    return change
+
+
+def first_weight(run: Path, step: int) -> bytes:
+    return (run / "checkpoints" / f"step_{step:08d}" / "rank_00000.safetensors").read_bytes()
+
+
+def test_spikes_are_skipped_and_a_kill_changes_nothing(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 8 has ten times the loss of those before: left out and counted, and by a resumed run just so."""
+    settings = {"steps": 10, "checkpoint": 5, "spike_factor": 4.0, "spike_window": 4}
+    straight, killed, blind = (build_config(name, **settings) for name in ("straight", "killed", "blind"))
+    blind = blind.model_copy(update={"train": blind.train.model_copy(update={"spike_factor": 0.0})})
+    found = {}
+    for config in (straight, blind):
+        undo = interfere(monkeypatch, spoilt(8, 8, 10.0))
+        assert run(config) == 0
+        undo()
+        found[config.run.dir] = lines(config)
+    skipped = [line["skipped"] for line in found[straight.run.dir]]
+    assert skipped == [0] * 7 + [1] * 3
+    assert found[straight.run.dir][7]["gradient_norm"] > 4 * found[straight.run.dir][6]["gradient_norm"]
+    assert [line["skipped"] for line in found[blind.run.dir]] == [0] * 10
+    assert first_weight(Path(straight.run.dir), 10) != first_weight(Path(blind.run.dir), 10)
+
+    def die(number: int, terms: LossTerms) -> LossTerms:
+        if number == 2 * 8 - 1:
+            raise Killed
+        return terms
+
+    undo = interfere(monkeypatch, die)
+    with pytest.raises(Killed):
+        run(killed)
+    undo()
+    # Micro-batches are counted from the checkpoint of step 5 on.
+    interfere(monkeypatch, spoilt(3, 3, 10.0))
+    assert run(killed) == 0
+    assert lines(killed) == found[straight.run.dir]
+
+
+def test_bad_steps_in_a_row_bring_back_a_checkpoint_and_the_data_go_on(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 6 to 8 are not finite. The weights of step 5, changed meanwhile to show it, come back after the third.
+
+    Every step is saved, two are kept: what is saved amid skipped steps is passed over, and pushes nothing out.
+    """
+    config = build_config("back", steps=10, checkpoint=1, roll_back_after=3)
+    interfere(monkeypatch, spoilt(6, 8, float("nan")))
+    trainer = Trainer(config, ALONE)
+    weights, step = {}, trainer.engine.step
+
+    def watched(learning_rate: float, **asked: Any) -> Any:
+        result = step(learning_rate, **asked)
+        if trainer.state.step + 1 == 7:
+            for shard in trainer.engine.shards():
+                shard.values["weight"].mul_(2.0)
+        return result
+
+    saved = trainer._log
+
+    def noted(*arguments: Any, **named: Any) -> None:
+        weights[trainer.state.step] = torch.cat([s.values["weight"].clone() for s in trainer.engine.shards()])
+        saved(*arguments, **named)
+
+    monkeypatch.setattr(trainer.engine, "step", watched)
+    monkeypatch.setattr(trainer, "_log", noted)
+    try:
+        assert trainer.run() == 0
+    finally:
+        trainer.lock.close()
+    found = lines(config)
+    assert [line["step"] for line in found] == list(range(1, 11))
+    assert [line["skipped"] for line in found] == [0] * 5 + [1, 2, 3, 3, 3]
+    assert [line["roll_backs"] for line in found] == [0] * 7 + [1, 1, 1]
+    assert torch.equal(weights[8], weights[5]) and not torch.equal(weights[7], weights[5])
+    assert found[-1]["tokens"] == 256 * 10 and found[-1]["loss"] is not None
+    kept = sorted(path.name for path in (Path(config.run.folder) / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000009", "step_00000010"]
+
+
+def test_a_run_that_no_checkpoint_helps_ends_with_the_remedy(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build_config("helpless", steps=20, checkpoint=5, roll_back_after=2)
+    undo = interfere(monkeypatch, spoilt(7, 99, float("inf")))
+    with pytest.raises(UserError, match=r"steps 7 to 10 were all skipped.*optimizer\.learning_rate"):
+        run(config)
+    undo()
+    assert [line["roll_backs"] for line in lines(config)][-3:] == [0, 1, 1]
+    early = build_config("early", steps=20, checkpoint=50, roll_back_after=2)
+    interfere(monkeypatch, spoilt(1, 99, float("inf")))
+    with pytest.raises(UserError, match="no checkpoint from before them is left"):
+        run(early)
+
+
+def test_the_time_limit_saves_and_stops(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour a step, ten hours: the eighth hour leaves no room for another step and a save."""
+    config = build_config("limited", steps=20, time_limit_minutes=600.0)
+    trainer = Trainer(config, ALONE)
+    hours = itertools.count()
+    trainer.limit = TimeLimit(600.0, now=lambda: 3600.0 * next(hours) / 2)
+    try:
+        assert trainer.run() == 75
+    finally:
+        trainer.lock.close()
+    stopped = lines(config)[-1]["step"]
+    assert 1 < stopped < 10 and first_weight(Path(config.run.folder), stopped)
+    unlimited = build_config("limited", steps=stopped + 2)
+    assert run(unlimited) == 0 and lines(unlimited)[-1]["step"] == stopped + 2
+
+
+def test_a_signal_saves_and_goes_on(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build_config("asked", steps=6)
+
+    def ask(number: int, terms: LossTerms) -> LossTerms:
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return terms
+
+    interfere(monkeypatch, ask)
+    assert run(config) == 0
+    steps = sorted(path.name for path in (Path(config.run.folder) / "checkpoints").glob("step_*"))
+    assert steps == ["step_00000003", "step_00000006"]
+
+
+def test_telemetry_of_chosen_steps(build_config: Callable[..., Config]) -> None:
+    """Gradient norms of the parts in logged steps, which together are the whole one, and a trace of step 2."""
+    config = build_config("told", steps=4, log=2, telemetry={"gradient_norms": True, "profile_steps": [2]})
+    assert run(config) == 0
+    for line in lines(config):
+        norms = line["gradient_norms"]
+        assert list(norms) == ["embedding", "patch_encoder", "blocks.0", "norm", "text_head", "patch_decoder"]
+        assert sum(norm**2 for norm in norms.values()) == pytest.approx(line["gradient_norm"] ** 2, rel=1e-5)
+    (trace,) = (Path(config.run.folder) / "profiles").iterdir()
+    assert trace.name == "step_0000002_rank_00000.json.gz"
+    assert "aten::mm" in gzip.decompress(trace.read_bytes()).decode()
+
+
+def test_out_of_memory_is_told_with_what_needs_less(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build_config("large", steps=6)
+
+    def grow(number: int, terms: LossTerms) -> LossTerms:
+        if number == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
+        return terms
+
+    interfere(monkeypatch, grow)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": []})
+    monkeypatch.setattr(torch.cuda, "memory_summary", lambda: "all of it")
+    with pytest.raises(UserError) as refused:
+        run(config)
+    told = str(refused.value)
+    assert told.startswith("rank 0 ran out of memory in step 2 (CUDA out of memory)")
+    assert "data.micro_rows=1" in told and "train.precision=bf16" in told
+    folder = Path(config.run.folder)
+    assert (folder / "memory" / "rank_00000.pickle").exists()
+    assert (folder / "memory" / "rank_00000.txt").read_text() == "all of it"
+    assert "ended in step 1: forward and backward" in (folder / "stalls" / "rank_00000.txt").read_text()

@@ -71,6 +71,17 @@ def resume(run_folder: str | Path, engine: Engine) -> TrainState | None:
     return None if folder is None else load(folder, engine)
 
 
+def newest_good(run_folder: str | Path) -> Path:
+    """The newest complete checkpoint that was not saved amid skipped steps. Raises UserError where there is none."""
+    for folder in reversed(layout.complete_checkpoints(run_folder)):
+        if not layout.read_manifest(folder).state.get("bad_steps", 0):
+            return folder
+    raise UserError(
+        "too many steps in a row were skipped (train.roll_back_after), and no checkpoint from before them is left;"
+        " lower optimizer.learning_rate, look at the newest data, or save more often (checkpoint.every)"
+    )
+
+
 def load(folder: str | Path, engine: Engine) -> TrainState:
     """Load one checkpoint folder into an engine; called by all ranks together.
 
@@ -120,7 +131,7 @@ def _check_model(folder: Path, manifest: Manifest, engine: Engine) -> None:
                 f"{folder} is of another model: {shard.name} has shape {tuple(record.shape)} there and "
                 f"{shard.shape} here; {remedy}"
             )
-    if layout.model_fingerprint(engine.config) == manifest.fingerprint:
+    if saved == wanted:
         return
     for section, values in wanted.items():
         for key, value in values.items():

@@ -142,6 +142,9 @@ class Saver:
         layout.replace_folder(pending.unfinished, folder)
         layout.write_whole(folder.parent / layout.LATEST, folder.name + "\n")
         layout.sync_folder(folder.parent)
+        if pending.state["bad_steps"]:
+            # Saved amid skipped steps: those from before may be wanted back.
+            return
         for old in layout.complete_checkpoints(self._run_folder)[: -self._keep]:
             if old != folder and not self._stays(old):
                 layout.remove_folder(old)

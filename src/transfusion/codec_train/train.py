@@ -32,7 +32,8 @@ from transfusion.errors import UserError
 from transfusion.observe.runfolder import RunFolder, describe_environment, start_logging
 from transfusion.optim.ema import MovingAverage
 from transfusion.parallel import environment
-from transfusion.parallel.agree import StopRequest
+from transfusion.parallel.agree import Signals
+from transfusion.schema import Decision
 
 log = logging.getLogger(__name__)
 
@@ -102,15 +103,15 @@ class CodecTrainer:
             self.step,
             self.config.steps,
         )
-        with StopRequest() as stop, open(self.folder.metrics, "a", encoding="utf-8") as metrics:
+        with Signals() as signals, open(self.folder.metrics, "a", encoding="utf-8") as metrics:
             while self.step < self.config.steps:
                 parts = self.train_step()
                 if self.step % self.config.log_every == 0 or self.step == self.config.steps:
                     self._log(metrics, parts)
-                asked = bool(stop.decision)
+                asked = signals.take()
                 if asked or self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                     self._save()
-                if asked and self.step < self.config.steps:
+                if asked == Decision.SAVE_AND_STOP and self.step < self.config.steps:
                     log.warning("stopped at step %d after saving; the same command continues", self.step)
                     return EXIT_STOPPED_EARLY
         self.write_codec()

@@ -75,10 +75,33 @@ class Tokenizer:
         text: str = self._processor.decode(kept)
         return text
 
+    def piece_bytes(self) -> list[bytes]:
+        """The bytes that each piece stands for; of a control token its name, as `<BOS>`."""
+        return bytes_of_pieces(self._processor.id_to_piece(list(range(self.vocabulary))))
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The piece of each id as text, for eyes: parts of a letter are shown as <0xNN>."""
         pieces: list[str] = self._processor.id_to_piece([int(token) for token in ids])
         return [piece.replace(_SPACE_MARK, " ") for piece in pieces]
+
+
+def read_pieces(path: Path) -> list[str]:
+    """The pieces of any sentencepiece model, as it writes them. Raises UserError where it is none."""
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (OSError, RuntimeError):
+        raise UserError(f"{path} is not a sentencepiece model") from None
+    pieces: list[str] = processor.id_to_piece(list(range(processor.get_piece_size())))
+    return pieces
+
+
+def bytes_of_pieces(pieces: Sequence[str]) -> list[bytes]:
+    """What sentencepiece's pieces stand for: <0xNN> a byte, its mark a space, all else its letters."""
+    spelt = []
+    for piece in pieces:
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+        spelt.append(bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE_MARK, " ").encode())
+    return spelt
 
 
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocabulary: int) -> Tokenizer:

@@ -21,6 +21,7 @@ from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.reader import Reader
+from transfusion.model.patches import unpatchify
 
 SamplerName = Literal["ddpm", "ddim"]
 SAMPLERS: dict[str, type[DDPM] | type[DDIM]] = {"ddpm": DDPM, "ddim": DDIM}
@@ -78,12 +79,13 @@ def draw(
     latent_ICHW = start_noise(key_I, reader.latent_shape)
     for index, timestep in enumerate(sampler.timesteps):
         timestep_I = torch.full((images,), timestep, device=reader.device)
-        patches_RPD = reader.model.encode_patches(latent_ICHW, timestep_I)
+        encoding = reader.model.encode_patches([latent_ICHW], timestep_I)
         if guided:
-            patches_RPD = torch.cat((patches_RPD, patches_RPD))
+            encoding = encoding.twice()
+        patches_RPD = encoding.patch_ND.unflatten(0, (-1, reader.patches))
         hidden_RPD = reader.model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
-        shape = (len(hidden_RPD), *reader.latent_shape)
-        noise_RCHW = reader.model.decode_patches(reader.model.norm(hidden_RPD), shape).float()
+        predicted_NE = reader.model.decode_patches(reader.model.norm(hidden_RPD).flatten(0, 1), encoding)
+        noise_RCHW = unpatchify(predicted_NE, *reader.latent_shape, reader.model.config.patch_size).float()
         if guided:
             conditional, unconditional = noise_RCHW.chunk(2)
             noise_RCHW = guide(conditional, unconditional, sampling.guidance)

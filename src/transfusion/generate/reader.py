@@ -128,8 +128,8 @@ class Reader:
         if block.pixels_ICHW is not None and block.patch_slot_N is not None:
             latents = self.codec.encode(block.pixels_ICHW)
             timestep_I = torch.full((len(latents),), CLEAN_TIMESTEP, device=self.device)
-            patches_IPD = self.model.encode_patches(latents, timestep_I).to(hidden_RSD.dtype)
-            flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, patches_IPD.flatten(0, 1))
+            patch_ND = self.model.encode_patches([latents], timestep_I).patch_ND.to(hidden_RSD.dtype)
+            flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, patch_ND)
             hidden_RSD = flat.view_as(hidden_RSD)
         mask = rows.mask(block.end_RS)
         hidden_RSD = self.model.run_blocks(hidden_RSD, block.position_RSA, mask, rows.layers)

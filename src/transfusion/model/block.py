@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transfusion_kernels import IntervalMask
 
 from transfusion.config import ModelConfig
@@ -25,8 +27,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """The unit that ZeRO-3 gathers, that is compiled, and that is recomputed under checkpointing."""
 
-    def __init__(self, config: ModelConfig, backend: str) -> None:
+    def __init__(self, config: ModelConfig, backend: str, *, recomputes_attention: bool = False) -> None:
+        """recomputes_attention: its activations are not kept for the backward pass but computed again."""
         super().__init__()
+        self.recomputes_attention = recomputes_attention
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.attention = Attention(config, backend)
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
@@ -40,5 +44,12 @@ class Block(nn.Module):
         mask: IntervalMask,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cosine_BSF, sine_BSF, mask, cache)
+        def attend(x_BSD: Tensor) -> Tensor:
+            return self.attention(self.attention_norm(x_BSD), cosine_BSF, sine_BSF, mask, cache)
+
+        if self.recomputes_attention and torch.is_grad_enabled():
+            attended_BSD = checkpoint(attend, x_BSD, use_reentrant=False, preserve_rng_state=False)
+        else:
+            attended_BSD = attend(x_BSD)
+        x_BSD = x_BSD + attended_BSD
         return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))

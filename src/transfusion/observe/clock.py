@@ -1,4 +1,4 @@
-"""Where the time goes: named spans, pauses that count for nothing, tokens a second, and the time left."""
+"""Where the time goes: named spans, pauses that count for nothing, tokens a second, the time left, and a limit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 # Steps whose time tells how long the coming ones take.
 ETA_WINDOW = 50
+# Of a time limit: kept for the first save of a start, which nobody has timed yet.
+SHARE_OF_FIRST_SAVE = 0.05
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Clock:
         self._lap_tokens = 0
         self._lap_spans: defaultdict[str, float] = defaultdict(float)
         self._step_times: deque[float] = deque([0.0], maxlen=ETA_WINDOW + 1)
+
+    @property
+    def steps(self) -> int:
+        """Steps of this start, counted up to fifty."""
+        return len(self._step_times) - 1
 
     @property
     def active_seconds(self) -> float:
@@ -91,10 +98,46 @@ class Clock:
 
         Pauses are expected to go on taking the part of the time that they took so far.
         """
-        steps = len(self._step_times) - 1
-        if steps < 1:
+        if self.steps < 1:
             return None
-        seconds_per_step = (self._step_times[-1] - self._step_times[0]) / steps
+        seconds_per_step = (self._step_times[-1] - self._step_times[0]) / self.steps
         active = self.active_seconds
         with_pauses = 1.0 + self._paused / active if active > 0 else 1.0
         return max(0, steps_left) * seconds_per_step * with_pauses
+
+
+class TimeLimit:
+    """Tells when a run must save and stop, so that it has ended before `minutes` are over; 0: never.
+
+    Kept free for the end: twice the longest of the newest steps and the longest save so far.
+    """
+
+    def __init__(self, minutes: float, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._limit = 60.0 * minutes
+        self._start = self._step_start = now()
+        self._save_start = 0.0
+        # Longest so far; None before the first.
+        self._save: float | None = None
+        self._steps: deque[float] = deque([0.0], maxlen=ETA_WINDOW)
+
+    def step_begins(self) -> None:
+        self._step_start = self._now()
+
+    def step_ends(self) -> None:
+        self._steps.append(self._now() - self._step_start)
+
+    def save_begins(self) -> None:
+        """With the held-out losses and pictures that go with it."""
+        self._save_start = self._now()
+
+    def save_ends(self) -> None:
+        """Published, whatever was trained meanwhile."""
+        self._save = max(self._save or 0.0, self._now() - self._save_start)
+
+    @property
+    def reached(self) -> bool:
+        """Whether another step might be one too many."""
+        save = SHARE_OF_FIRST_SAVE * self._limit if self._save is None else self._save
+        reserve = 2.0 * (max(self._steps) + save)
+        return self._limit > 0 and self._now() - self._start + reserve >= self._limit

@@ -21,7 +21,9 @@ class StepMetrics:
 
     image_loss_by_timestep: one value a bucket of timesteps. tokens, images: seen since the run's first step.
     data_wait: share of the time since the last line that was spent waiting for data. memory_gib: peak.
-    skipped: steps so far whose update was left out. faults: samples so far that could not be read.
+    skipped: steps so far whose update was left out. roll_backs: times so far that a former checkpoint was
+    brought back. gradient_norms: of this step, by module, where log.gradient_norms asks for them.
+    faults: samples so far that could not be read.
     held_out_*: known at checkpoints only.
     """
 
@@ -39,6 +41,8 @@ class StepMetrics:
     tokens_per_second: float | None
     data_wait: float | None
     memory_gib: float | None
+    roll_backs: int = 0
+    gradient_norms: dict[str, float] | None = None
     held_out_text_loss: float | None = None
     held_out_image_loss: float | None = None
 

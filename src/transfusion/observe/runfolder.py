@@ -76,6 +76,14 @@ class RunFolder:
         return self.path / "stalls"
 
     @property
+    def memory(self) -> Path:
+        return self.path / "memory"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.path / "wandb_id"
+
+    @property
     def export(self) -> Path:
         return self.path / "export"
 
@@ -86,6 +94,10 @@ class RunFolder:
     def grid(self, step: int) -> Path:
         """Where the sample grid of a step stands."""
         return self.samples / f"step_{step:07d}.png"
+
+    def trace(self, step: int, rank: int) -> Path:
+        """Where the profiler's trace of a step stands."""
+        return self.path / "profiles" / f"step_{step:07d}_rank_{rank:05d}.json.gz"
 
     def lock_existing(self) -> TextIO | None:
         """`lock` where a former start has made the folder; None, and nothing made, where there is none yet."""

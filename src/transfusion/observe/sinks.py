@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from transfusion.checkpoint import layout
 from transfusion.config import Config
 from transfusion.errors import UserError
+from transfusion.observe.runfolder import RunFolder
 from transfusion.schema import TIMESTEP_BUCKETS
 
 logger = logging.getLogger(__name__)
@@ -21,6 +24,7 @@ PANELS = {
     "gradient_norm": "optimizer/gradient_norm",
     "learning_rate": "optimizer/learning_rate",
     "skipped": "optimizer/skipped",
+    "roll_backs": "optimizer/roll_backs",
     "tokens_per_second": "speed/tokens_per_second",
     "data_wait": "speed/data_wait",
     "memory_gib": "speed/memory_gib",
@@ -51,10 +55,10 @@ class NoSink:
 
 
 class WandbSink:
-    """A wandb run for one attempt.
+    """One wandb run for all starts of a run.
 
-    wandb's own step only grows, so a resumed run would lose what it repeats; hence a step metric of our own,
-    and a new wandb run for each attempt, all in one group.
+    wandb's own step only grows and belongs to its process, so a resumed run would lose what it repeats; hence a
+    step axis of our own.
     """
 
     def __init__(self, run: Any, image: Any) -> None:
@@ -75,19 +79,21 @@ class WandbSink:
         self._run.finish()
 
 
-def open_sink(config: Config, folder: Path, *, attempt: int) -> Sink:
+def open_sink(config: Config, folder: RunFolder, *, attempt: int) -> Sink:
     """The sink that `config.log` asks for. Raises UserError if wandb is asked for and not installed.
 
-    wandb writes below `folder`, offline unless the user's environment or wandb settings name a mode.
+    wandb writes below `folder`, offline unless the user's environment or wandb settings name a mode. A resumed run
+    goes on under the id of its first start, which stands in the folder.
     """
     if not config.log.wandb:
         return NoSink()
     wandb = _import_wandb()
     run = wandb.init(
         project=config.log.project,
-        group=config.run.name,
-        name=f"{config.run.name}-{attempt}",
-        dir=str(folder),
+        name=config.run.name,
+        id=_id_of(folder),
+        resume="allow",
+        dir=str(folder.path),
         config={**config.as_dict(), "attempt": attempt},
         mode=None if _mode_is_chosen(wandb) else "offline",
         reinit="finish_previous",
@@ -95,6 +101,13 @@ def open_sink(config: Config, folder: Path, *, attempt: int) -> Sink:
     )
     logger.info("wandb run %s, %s", run.id, "offline" if run.offline else run.url)
     return WandbSink(run, wandb.Image)
+
+
+def _id_of(folder: RunFolder) -> str:
+    """The run's id at wandb, drawn at its first start with wandb."""
+    if not folder.wandb_id.exists():
+        layout.write_whole(folder.wandb_id, secrets.token_hex(4) + "\n")
+    return folder.wandb_id.read_text(encoding="utf-8").strip()
 
 
 def refuse_missing_sink(config: Config) -> None:
@@ -111,6 +124,8 @@ def panel_values(line: Mapping[str, Any]) -> dict[str, Any]:
             for bucket, loss in enumerate(value):
                 percent = 100 // TIMESTEP_BUCKETS
                 values[f"image_loss_by_timestep/{bucket * percent:02d}-{(bucket + 1) * percent:02d}%"] = loss
+        elif name == "gradient_norms":
+            values |= {f"gradient_norm/{module}": norm for module, norm in (value or {}).items()}
         else:
             values[PANELS.get(name, name)] = value
     return {name: value for name, value in values.items() if value is not None}

@@ -14,7 +14,11 @@ from transfusion.errors import UserError
 from transfusion.schema import Decision
 
 T = TypeVar("T")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+DECISION_OF_SIGNAL = {
+    signal.SIGTERM: Decision.SAVE_AND_STOP,
+    signal.SIGUSR1: Decision.SAVE_AND_STOP,
+    signal.SIGUSR2: Decision.SAVE,
+}
 
 
 class Agreement(NamedTuple):
@@ -93,23 +97,26 @@ def _is_shared() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-class StopRequest:
-    """Turns SIGTERM and SIGUSR1 into `Decision.SAVE_AND_STOP`, to be asked at a step boundary.
+class Signals:
+    """Turns signals into decisions, to be asked at a step boundary: SIGTERM and SIGUSR1 into
+    `Decision.SAVE_AND_STOP`, SIGUSR2 into `Decision.SAVE`.
 
     A context manager of the main thread: the former handlers come back at its end.
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self._decision = Decision.CONTINUE
         self._former: dict[signal.Signals, Any] = {}
 
-    @property
-    def decision(self) -> Decision:
-        """SAVE_AND_STOP once a signal has come, CONTINUE before."""
-        return Decision.CONTINUE if self.received is None else Decision.SAVE_AND_STOP
+    def take(self) -> Decision:
+        """The most urgent decision asked for. SAVE is told once, SAVE_AND_STOP from then on."""
+        decision = self._decision
+        if decision == Decision.SAVE:
+            self._decision = Decision.CONTINUE
+        return decision
 
-    def __enter__(self) -> StopRequest:
-        for number in STOP_SIGNALS:
+    def __enter__(self) -> Signals:
+        for number in DECISION_OF_SIGNAL:
             self._former[number] = signal.signal(number, self._note)
         return self
 
@@ -121,4 +128,4 @@ class StopRequest:
         self._former.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        self._decision = max(self._decision, DECISION_OF_SIGNAL[signal.Signals(number)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Protocol
@@ -52,8 +53,13 @@ class Engine(Protocol):
     def forward_backward(self, batch: Batch, counts: GlobalCounts) -> LossTerms:
         """Add the gradient of one micro-batch. Returns this rank's own sums, detached, on its device."""
 
-    def step(self, learning_rate: float) -> StepResult:
-        """Clip by the global norm and update, or skip on all ranks if the gradient of any is not finite."""
+    def step(
+        self, learning_rate: float, *, largest_norm: float = math.inf, module_norms: bool = False
+    ) -> StepResult:
+        """Clip by the global norm and update, or skip on all ranks if the gradient of any is not finite.
+
+        largest_norm: skip too where the global norm is greater. module_norms: tell the norm of each module.
+        """
 
     def evaluation(self, weights: Weights) -> AbstractContextManager[Transfusion]:
         """The network for forward passes without gradients, in eval mode, with raw or averaged weights.

@@ -30,3 +30,14 @@ def waiting_in(record: dict[str, Any]) -> list[str]:
         for entry in record.get("entries", [])
         if not entry.get("retired", True)
     ]
+
+
+def stuck_seconds(record: dict[str, Any]) -> float:
+    """How long ago the newest collective was begun, if it has not ended; 0 where it has, or there is none.
+
+    Of a process that goes on, however slowly, the newest collective is never old.
+    """
+    entries = record.get("entries", [])
+    if not entries or entries[-1].get("retired", True):
+        return 0.0
+    return max(0.0, (time.time_ns() - int(entries[-1]["time_created_ns"])) / 1e9)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transfusion.codec import Codec
 from transfusion.config import Config
@@ -25,7 +25,7 @@ from transfusion.parallel.engine import (
     training_loss,
 )
 from transfusion.parallel.environment import Environment
-from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
+from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard, module_of
 from transfusion.schema import Batch, LossTerms, StepResult
 
 
@@ -71,12 +71,15 @@ class LocalEngine:
                 parameter.grad = None
         return terms.detached()
 
-    def step(self, learning_rate: float) -> StepResult:
+    def step(
+        self, learning_rate: float, *, largest_norm: float = math.inf, module_norms: bool = False
+    ) -> StepResult:
         """See `Engine.step`."""
         masters = list(self.masters.values())
         norm = torch.nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
         gradient_norm = float(norm)
-        skipped = not math.isfinite(gradient_norm)
+        norms = self._module_norms() if module_norms else None
+        skipped = not math.isfinite(gradient_norm) or gradient_norm > largest_norm
         if not skipped:
             torch.nn.utils.clip_grads_with_norm_(masters, self.config.optimizer.gradient_clip, norm)
             groups.set_learning_rate(self.optimizer, learning_rate)
@@ -86,7 +89,8 @@ class LocalEngine:
                 self.average.update()
             self._refresh()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(gradient_norm=math.inf if skipped else gradient_norm, skipped=skipped)
+        finite = gradient_norm if math.isfinite(gradient_norm) else math.inf
+        return StepResult(gradient_norm=finite, skipped=skipped, module_norms=None if skipped else norms)
 
     @contextmanager
     def evaluation(self, weights: Weights) -> Iterator[Transfusion]:
@@ -123,6 +127,12 @@ class LocalEngine:
         self.updates = updates
         groups.set_updates(self.optimizer, updates)
         self._refresh()
+
+    def _module_norms(self) -> dict[str, float]:
+        gradients: dict[str, list[Tensor]] = {}
+        for name, master in self.masters.items():
+            gradients.setdefault(module_of(name), []).extend([] if master.grad is None else [master.grad])
+        return {name: float(torch.nn.utils.get_total_norm(parts)) for name, parts in gradients.items()}
 
     def _exchange(self, weights: Weights) -> None:
         if weights == "ema":

@@ -25,3 +25,9 @@ class Shard:
     start: int
     length: int
     values: dict[str, Tensor]
+
+
+def module_of(name: str) -> str:
+    """The part of the network that a parameter belongs to: `blocks.3` for each block, else its first name."""
+    first, _, rest = name.partition(".")
+    return f"{first}.{rest.partition('.')[0]}" if first == "blocks" else first

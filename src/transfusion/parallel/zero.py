@@ -6,10 +6,11 @@ import contextlib
 import io
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +31,10 @@ from transfusion.parallel.engine import (
     training_loss,
 )
 from transfusion.parallel.environment import Environment, join_group
+from transfusion.parallel.norms import ModuleNorms, Piece
 from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
 from transfusion.parallel.zero_config import deepspeed_config
 from transfusion.schema import Batch, LossTerms, StepResult
-
-
-class _Piece(NamedTuple):
-    """Where this rank's slice of a parameter lies: elements of flat tensor `flat` from `offset` on."""
-
-    flat: int
-    offset: int
-    start: int
-    length: int
 
 
 class ZeroEngine:
@@ -69,6 +62,7 @@ class ZeroEngine:
             for name, parameter in model.named_parameters()
             if (piece := _locate(self.zero, self.stage, parameter, described[name].numel(), self.rank))
         }
+        self.norms = ModuleNorms(self.adamw, self.flats, self.pieces, list(self.shapes))
         self._initialise()
         self.averages = config.optimizer.ema_decay > 0
         self.average = MovingAverage(self.flats if self.averages else [], config.optimizer.ema_decay)
@@ -82,17 +76,22 @@ class ZeroEngine:
         self.engine.backward(loss)
         return terms.detached()
 
-    def step(self, learning_rate: float) -> StepResult:
+    def step(
+        self, learning_rate: float, *, largest_norm: float = math.inf, module_norms: bool = False
+    ) -> StepResult:
         """See `Engine.step`; DeepSpeed skips the update on all ranks when the reduced norm is not finite."""
         groups.set_learning_rate(self.adamw, learning_rate)
-        self.engine.step()
+        self.norms.begin(wanted=module_norms)
+        with _largest_norm(self.zero, largest_norm) as refused:
+            self.engine.step()
         skipped = not self.engine.was_step_applied()
-        if not skipped:
-            self.updates += 1
-            if self.averages:
-                self.average.update()
-        norm = math.inf if skipped else float(self.engine.get_global_grad_norm())
-        return StepResult(gradient_norm=norm, skipped=skipped)
+        if skipped:
+            return StepResult(gradient_norm=refused[0] if refused else math.inf, skipped=True)
+        self.updates += 1
+        if self.averages:
+            self.average.update()
+        norm = float(self.engine.get_global_grad_norm())
+        return StepResult(gradient_norm=norm, skipped=False, module_norms=self.norms.take(norm))
 
     @contextmanager
     def evaluation(self, weights: Weights) -> Iterator[Transfusion]:
@@ -136,9 +135,9 @@ class ZeroEngine:
         settings = deepspeed_config(self.config, world_size=self.world_size, cuda=cuda)
         # Takes over the process group that is there; without it DeepSpeed counts one rank.
         deepspeed.init_distributed()
-        # Stage 3 shards every module as soon as it is made, so that no rank ever holds the whole model.
-        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
-        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype, enabled=self.stage == 3):
+        # Stage 3 shards every module as soon as it is made, so that no rank ever holds the whole model. The dtype
+        # is read from the settings: given as an argument, it is ignored on CPUs without fp16, which get bf16.
+        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=self.stage == 3):
             model = build_model(self.config)
         parameters = dict(model.named_parameters())
         decayed = groups.parameter_groups(described, parameters, self.config.optimizer.weight_decay)
@@ -183,6 +182,34 @@ class ZeroEngine:
 
 
 @contextmanager
+def _largest_norm(zero: Any, largest: float) -> Iterator[list[float]]:
+    """Make DeepSpeed refuse a gradient norm above `largest` as it refuses one that is not finite.
+
+    It has no setting for that. Yields a list, which holds the norm that was refused, if one was.
+    """
+    refused: list[float] = []
+    if math.isinf(largest) and largest > 0:
+        yield refused
+        return
+    # Stages and dtypes have optimisers of their own; each asks this function of its module.
+    home = sys.modules[type(zero).__module__]
+    judge = home.is_invalid_grad_norm
+
+    def is_invalid(norm: Any) -> bool:
+        if judge(norm):
+            return True
+        if float(norm) > largest:
+            refused.append(float(norm))
+        return bool(refused)
+
+    home.is_invalid_grad_norm = is_invalid  # type: ignore[attr-defined]
+    try:
+        yield refused
+    finally:
+        home.is_invalid_grad_norm = judge  # type: ignore[attr-defined]
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Keep DeepSpeed's reports of its own start off the terminal; errors are raised all the same."""
     with contextlib.redirect_stdout(io.StringIO()):
@@ -221,16 +248,16 @@ def _flat_weights(zero: Any, stage: int) -> list[Tensor]:
     return list(getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition)
 
 
-def _locate(zero: Any, stage: int, parameter: nn.Parameter, elements: int, rank: int) -> _Piece | None:
+def _locate(zero: Any, stage: int, parameter: nn.Parameter, elements: int, rank: int) -> Piece | None:
     """This rank's slice of a parameter, None where it has none."""
     if stage == 3:
         flat, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = rank * size
         # The last slices are padded to equal sizes; padding is nobody's.
         length = min(size, elements - start)
-        return _Piece(flat, offset, start, length) if length > 0 else None
+        return Piece(flat, offset, start, length) if length > 0 else None
     fragment = parameter._hp_mapping  # type: ignore[attr-defined]
     if fragment is None:
         return None
     part, place = fragment.lp_fragment_address, fragment.hp_fragment_address
-    return _Piece(fragment.param_group_index, place.start, part.start, part.numel)
+    return Piece(fragment.param_group_index, place.start, part.start, part.numel)

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from transfusion.config import Config
+from transfusion.config import Config, ZeroConfig
 
-# The unit that ZeRO-3 gathers at once and whose missing gradients it fills with zeros.
-LEAF_MODULE = "transfusion.model.block.Block"
+# The units that ZeRO-3 gathers at once and whose missing gradients it fills with zeros. Inside of them ranks may do
+# different things: a U-Net calls its layers once for each group of images that the batch holds.
+LEAF_MODULES = [
+    "transfusion.model.block.Block",
+    "transfusion.model.unet.UNetEncoder",
+    "transfusion.model.unet.UNetDecoder",
+]
 
 
 def deepspeed_config(config: Config, *, world_size: int, cuda: bool) -> dict[str, Any]:
     """The ds_config of a run on `world_size` ranks."""
     zero, bf16 = config.train.zero, config.train.precision == "bf16"
     # DeepSpeed only prints these sizes: our trainer feeds it, and its losses are divided by our own counts.
-    micro_rows = config.data.micro_rows or max(1, config.data.rows // world_size)
+    micro_rows = config.data.micro_rows or max(
+        1, config.data.rows * config.train.sequence_parallel // world_size
+    )
     return {
         "train_batch_size": micro_rows * world_size,
         "train_micro_batch_size_per_gpu": micro_rows,
@@ -61,16 +68,42 @@ def deepspeed_config(config: Config, *, world_size: int, cuda: bool) -> dict[str
             "stage3_module_granularity_threshold": 0,
             "stage3_use_all_reduce_for_fetch_params": False,
             "stage3_gather_16bit_weights_on_model_save": False,
-            "zero_hpz_partition_size": 1,
+            "zero_hpz_partition_size": zero.hpz_partition_size,
             "zero_quantized_weights": False,
             "zero_quantized_nontrainable_weights": False,
             "zero_quantized_gradients": False,
             "memory_efficient_linear": False,
             "log_trace_cache_warnings": False,
-            "leaf_module": {"classes": [LEAF_MODULE]},
+            "leaf_module": {"classes": LEAF_MODULES},
+            **_offload(zero, cuda=cuda),
         },
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
         "dump_state": False,
     }
+
+
+def _offload(zero: ZeroConfig, *, cuda: bool) -> dict[str, Any]:
+    """Where DeepSpeed puts what is not to lie on the device; an absent key leaves it there."""
+    shared = {"nvme_path": zero.nvme_path or None, "pin_memory": cuda}
+    made: dict[str, Any] = {}
+    if zero.offload_optimizer != "none":
+        made["offload_optimizer"] = {
+            "device": zero.offload_optimizer,
+            **shared,
+            "buffer_count": 4,
+            "pipeline_read": False,
+            "pipeline_write": False,
+            "fast_init": False,
+            "ratio": 1.0,
+        }
+    if zero.offload_parameters != "none":
+        made["offload_param"] = {
+            "device": zero.offload_parameters,
+            **shared,
+            "buffer_count": 5,
+            "buffer_size": 100_000_000,
+            "max_in_cpu": 1_000_000_000,
+        }
+    return made

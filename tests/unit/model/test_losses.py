@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,19 +124,30 @@ def test_a_weightless_image_changes_nothing(
     assert torch.equal(before, model(batch, [torch.randn(1, 1, 8, 8)]).text_sum)
 
 
-def test_recomputed_blocks_give_the_same_gradients(
+def test_what_is_recomputed_and_that_gradients_stay_the_same(
     build_model: Build, mixed: Callable[[Config], Batch]
 ) -> None:
-    config, model = build_model()
-    gradients = []
-    for checkpointing in (False, True):
-        model.activation_checkpointing = checkpointing
-        model.zero_grad()
+    """The attention runs twice where it is recomputed, the feed-forward only where whole blocks are."""
+    config, built = build_model()
+    found = {}
+    for choice in ("none", "block", "attention"):
+        model = Transfusion(config.model, config.codec, activation_checkpointing=choice)
+        model.load_state_dict(built.state_dict())
+        runs: Counter[str] = Counter()
+        for block in model.blocks:
+            for name in ("attention", "feed_forward"):
+                block.get_submodule(name).register_forward_pre_hook(
+                    lambda *_, name=name, runs=runs: runs.update([name])
+                )
         losses(model, mixed(config), config)[1].backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert len(gradients[0]) == len(gradients[1])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-7)
+        found[choice] = (runs, [p.grad for p in model.parameters() if p.grad is not None])
+    layers = config.model.layers
+    assert found["none"][0] == {"attention": layers, "feed_forward": layers}
+    assert found["block"][0] == {"attention": 2 * layers, "feed_forward": 2 * layers}
+    assert found["attention"][0] == {"attention": 2 * layers, "feed_forward": layers}
+    for choice in ("block", "attention"):
+        for plain, recomputed in zip(found["none"][1], found[choice][1], strict=True):
+            torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-7)
 
 
 def test_bf16_loses_as_much_as_fp32(build_model: Build, mixed: Callable[[Config], Batch]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from transfusion.observe import Clock
-from transfusion.observe.clock import ETA_WINDOW
+from transfusion.observe.clock import ETA_WINDOW, Clock, TimeLimit
 
 
 class Hand:
@@ -106,3 +105,30 @@ def test_time_left_expects_pauses_to_go_on() -> None:
     with clock.pause():
         hand.move(5.0)
     assert clock.seconds_left(10) == pytest.approx(15.0)
+
+
+def test_a_time_limit_keeps_room_for_a_step_and_a_save() -> None:
+    """100 minutes; steps of two, then a save of six: room for twice both must be left."""
+    now = 0.0
+    limit = TimeLimit(100.0, now=lambda: now)
+
+    def step(minutes: float) -> None:
+        nonlocal now
+        limit.step_begins()
+        now += 60 * minutes
+        limit.step_ends()
+
+    # Before the first save a twentieth of the limit is kept for it.
+    while not limit.reached:
+        step(2.0)
+    assert now == 60 * 86
+    limit.save_begins()
+    now -= 60 * 30
+    limit.save_begins()
+    now += 60 * 6
+    limit.save_ends()
+    assert not limit.reached
+    while not limit.reached:
+        step(2.0)
+    assert now == 60 * 84
+    assert not TimeLimit(0.0, now=lambda: 1e9).reached

@@ -12,6 +12,7 @@ import pytest
 from transfusion import presets
 from transfusion.errors import UserError
 from transfusion.observe import open_sink
+from transfusion.observe.runfolder import RunFolder
 from transfusion.observe.sinks import NoSink, panel_values, refuse_missing_sink
 
 ON = presets.load(None, ["log.wandb=true", "run.name=first", "log.project=ours", "codec.image_size=8"])
@@ -57,7 +58,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_off_by_default_and_then_a_no_op(tmp_path: Path) -> None:
-    sink = open_sink(presets.load(None, ["codec.image_size=8"]), tmp_path, attempt=1)
+    sink = open_sink(presets.load(None, ["codec.image_size=8"]), RunFolder(tmp_path), attempt=1)
     assert isinstance(sink, NoSink)
     sink.write(LINE)
     sink.picture(0, tmp_path / "none.png")
@@ -68,29 +69,33 @@ def test_off_by_default_and_then_a_no_op(tmp_path: Path) -> None:
 def test_a_missing_wandb_is_told_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        open_sink(ON, tmp_path, attempt=1)
+        open_sink(ON, RunFolder(tmp_path), attempt=1)
     with pytest.raises(UserError, match="pip install wandb"):
         refuse_missing_sink(ON)
     refuse_missing_sink(presets.load(None, ["codec.image_size=8"]))
 
 
-def test_each_attempt_is_a_run_of_one_group(tmp_path: Path, fake: SimpleNamespace) -> None:
-    open_sink(ON, tmp_path, attempt=2)
-    (options,) = fake.calls
-    assert (options["project"], options["group"], options["name"]) == ("ours", "first", "first-2")
-    assert options["mode"] == "offline"
-    assert options["settings"]["save_code"] is False
-    assert "id" not in options and "resume" not in options
+def test_every_start_goes_on_with_one_wandb_run(tmp_path: Path, fake: SimpleNamespace) -> None:
+    for attempt in (1, 2):
+        open_sink(ON, RunFolder(tmp_path), attempt=attempt)
+    first, second = fake.calls
+    assert (first["project"], first["name"]) == ("ours", "first")
+    assert first["id"] == second["id"] and second["resume"] == "allow"
+    (tmp_path / "other").mkdir()
+    open_sink(ON, RunFolder(tmp_path / "other"), attempt=1)
+    assert fake.calls[2]["id"] != first["id"]
+    assert first["mode"] == "offline"
+    assert first["settings"]["save_code"] is False
 
 
 def test_the_users_mode_wins(tmp_path: Path, fake: SimpleNamespace) -> None:
     fake.setup = lambda: SimpleNamespace(settings=SimpleNamespace(model_fields_set={"mode"}))
-    open_sink(ON, tmp_path, attempt=1)
+    open_sink(ON, RunFolder(tmp_path), attempt=1)
     assert fake.calls[0]["mode"] is None
 
 
 def test_the_step_axis_is_ours(tmp_path: Path, fake: SimpleNamespace) -> None:
-    sink = open_sink(ON, tmp_path, attempt=1)
+    sink = open_sink(ON, RunFolder(tmp_path), attempt=1)
     sink.write(LINE)
     sink.picture(3, tmp_path / "grid.png")
     sink.close()
@@ -105,6 +110,9 @@ def test_the_step_axis_is_ours(tmp_path: Path, fake: SimpleNamespace) -> None:
 
 
 def test_panel_values_name_every_bucket_in_order() -> None:
+    norms = panel_values({"step": 0, "gradient_norms": {"blocks.0": 1.0}})
+    assert norms == {"step": 0, "gradient_norm/blocks.0": 1.0}
+    assert panel_values({"step": 0, "gradient_norms": None}) == {"step": 0}
     names = list(panel_values({"step": 0, "image_loss_by_timestep": [1.0] * 10}))
     assert names[1:] == sorted(names[1:]) and names[-1] == "image_loss_by_timestep/90-100%"
 
@@ -114,7 +122,7 @@ def test_the_real_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.Monke
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    sink = open_sink(ON, tmp_path, attempt=1)
+    sink = open_sink(ON, RunFolder(tmp_path), attempt=1)
     for step in (1, 2, 1):
         sink.write({**LINE, "step": step})
     sink.close()

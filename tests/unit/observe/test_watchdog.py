@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from transfusion.observe import watchdog as watchdog_module
-from transfusion.observe.watchdog import LOADER, Watchdog
+from transfusion.observe.watchdog import EXIT_STALLED, LOADER, Watchdog
 
 
 def wait_for(path: Path) -> str:
@@ -60,3 +61,53 @@ def test_a_folder_that_cannot_be_written_ends_nothing(
         while not said and time.monotonic() < deadline:
             time.sleep(0.01)
     assert said[0].startswith("rank 0 stands still, and cannot write why: ")
+
+
+def open_collective(age: float, *, retired: bool = False) -> dict[str, Any]:
+    """A flight record whose newest collective was begun `age` seconds ago."""
+    entry = {
+        "profiling_name": "gloo:all_gather", "input_sizes": [[3]], "collective_seq_id": 7, "retired": retired,
+        "time_created_ns": time.time_ns() - int(age * 1e9),
+    }  # fmt: skip
+    return {"entries": [entry]}
+
+
+@pytest.mark.parametrize(
+    ("alike", "age", "retired", "ends"),
+    [
+        (True, 60.0, False, True),
+        # The other rank may be drawing or writing for long; this one goes on slowly; it waits for nobody.
+        (False, 60.0, False, False),
+        (True, 0.0, False, False),
+        (True, 60.0, True, False),
+    ],
+)
+def test_only_a_lost_rank_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alike: bool, age: float, retired: bool, ends: bool
+) -> None:
+    record = open_collective(age, retired=retired)
+    monkeypatch.setattr(watchdog_module, "flight_record", lambda: record)
+    codes: list[int] = []
+    watchdog = Watchdog(
+        tmp_path, 0, seconds=30.0, exit_seconds=0.4, samples=lambda: ["row 0"], end=codes.append
+    )
+    with watchdog:
+        watchdog.note("forward and backward", 4, alike=alike)
+        deadline = time.monotonic() + (30 if ends else 0.8)
+        while not codes and time.monotonic() < deadline:
+            if not age:
+                record["entries"][-1]["time_created_ns"] = time.time_ns()
+            time.sleep(0.01)
+    assert codes == ([EXIT_STALLED] if ends else [])
+    if ends:
+        told = (tmp_path / "rank_00000.txt").read_text(encoding="utf-8")
+        assert "another rank is late or gone" in told and "all_gather of 3 elements" in told
+
+
+def test_a_process_that_dies_leaves_the_same_files(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, 2, seconds=0.0, samples=lambda: ["row 0: digits 17"])
+    watchdog.note("forward and backward", 5)
+    watchdog.died(RuntimeError("Connection closed\nby peer"))
+    told = (tmp_path / "rank_00002.txt").read_text(encoding="utf-8")
+    head = "rank 2 ended in step 5: forward and backward; RuntimeError: Connection closed by peer"
+    assert told.splitlines()[0] == head and "digits 17" in told and (tmp_path / "rank_00002.json").exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from transfusion.errors import UserError
-from transfusion.parallel.agree import StopRequest, agree, from_main, gather, together
+from transfusion.parallel.agree import Signals, agree, from_main, gather, together
 from transfusion.schema import Decision
 
 # Three ranks; "work" fails on the ranks that the test names. Each writes down what it saw.
@@ -85,9 +85,16 @@ def test_the_first_error_of_any_rank_is_raised_on_all(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_asks_for_a_stop_and_handlers_come_back(number: signal.Signals) -> None:
     former = signal.getsignal(number)
-    with StopRequest() as request:
-        assert request.decision is Decision.CONTINUE
+    with Signals() as signals:
+        assert signals.take() is Decision.CONTINUE
+        os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), number)
-        assert request.decision is Decision.SAVE_AND_STOP
-        assert request.received == number
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert [signals.take(), signals.take()] == [Decision.SAVE_AND_STOP] * 2
     assert signal.getsignal(number) == former
+
+
+def test_a_save_is_asked_for_once() -> None:
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert [signals.take(), signals.take()] == [Decision.SAVE, Decision.CONTINUE]

@@ -8,8 +8,8 @@ from handmade import make_batch, small_config
 
 from transfusion.evaluate.held_out import held_out_losses
 from transfusion.mixed_loss import MixedLoss
+from transfusion.observe.losses import MeanLosses
 from transfusion.schema import TIMESTEP_BUCKETS, LossTerms
-from transfusion.trainer import MeanLosses
 
 # The first whole number after which float32 knows no odd one.
 LARGE = 2.0**24

@@ -6,7 +6,8 @@ import pytest
 from handmade import small_config
 
 from transfusion.model.block import Block
-from transfusion.parallel.zero_config import LEAF_MODULE, deepspeed_config
+from transfusion.model.unet import UNetDecoder, UNetEncoder
+from transfusion.parallel.zero_config import LEAF_MODULES, deepspeed_config
 
 GOLDEN = {
     "train_batch_size": 4,
@@ -55,7 +56,13 @@ GOLDEN = {
         "zero_quantized_gradients": False,
         "memory_efficient_linear": False,
         "log_trace_cache_warnings": False,
-        "leaf_module": {"classes": ["transfusion.model.block.Block"]},
+        "leaf_module": {
+            "classes": [
+                "transfusion.model.block.Block",
+                "transfusion.model.unet.UNetEncoder",
+                "transfusion.model.unet.UNetDecoder",
+            ]
+        },
     },
     "steps_per_print": None,
     "wall_clock_breakdown": False,
@@ -99,8 +106,34 @@ def test_settings_reach_deepspeed() -> None:
     assert zero["reduce_bucket_size"] == 5
 
 
-def test_the_leaf_module_exists() -> None:
-    assert f"{Block.__module__}.{Block.__qualname__}" == LEAF_MODULE
+def test_offload_and_secondary_copies_reach_deepspeed() -> None:
+    places = {"offload_optimizer": "cpu", "offload_parameters": "nvme", "nvme_path": "/fast"}
+    config = small_config(train__zero={"hpz_partition_size": 2, **places})
+    zero = deepspeed_config(config, world_size=4, cuda=True)["zero_optimization"]
+    assert zero["zero_hpz_partition_size"] == 2
+    assert zero["offload_optimizer"] == {
+        "device": "cpu",
+        "nvme_path": "/fast",
+        "pin_memory": True,
+        "buffer_count": 4,
+        "pipeline_read": False,
+        "pipeline_write": False,
+        "fast_init": False,
+        "ratio": 1.0,
+    }
+    assert zero["offload_param"] == {
+        "device": "nvme",
+        "nvme_path": "/fast",
+        "pin_memory": True,
+        "buffer_count": 5,
+        "buffer_size": 100_000_000,
+        "max_in_cpu": 1_000_000_000,
+    }
+
+
+def test_the_leaf_modules_exist() -> None:
+    modules = (Block, UNetEncoder, UNetDecoder)
+    assert [f"{module.__module__}.{module.__qualname__}" for module in modules] == LEAF_MODULES
 
 
 def test_deepspeed_knows_every_key() -> None:

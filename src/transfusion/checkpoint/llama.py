@@ -1,0 +1,262 @@
+"""Starts the text tower from a Hugging Face Llama: config.json, safetensors, and where it is there its tokenizer.
+
+Each rank reads the slices that it trains and nothing else, straight from the files into its fp32 shards. Parts that
+a Llama does not have (patch encoder and decoder) keep their drawn weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from transfusion.config import Config, ModelConfig
+from transfusion.data.pieces import pieces_of_folder
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.errors import UserError
+from transfusion.parallel.agree import together
+from transfusion.parallel.engine import Engine
+from transfusion.parallel.shards import AVERAGE, WEIGHT, Shard
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+VOCABULARY = ("embedding.weight", "text_head.weight")
+# Ours -> theirs; rotary pairs are the same, (i, i + E/2).
+OUTSIDE = {"embedding.weight": EMBEDDING, "text_head.weight": HEAD, "norm.weight": "model.norm.weight"}
+IN_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+
+
+def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None:
+    """Fill the weights of `engine`, and its moving average, from the Llama in `folder`.
+
+    Rows of embedding and head: with the Llama's tokenizer.json or tokenizer.model in the folder each of our pieces
+    takes the row of the piece of the same bytes, else each number the row of the same number. Rows without a
+    counterpart keep their drawn weights, and rows of theirs without one are left out. A tied head starts as the
+    embedding, and is trained apart from it. Called by all ranks together. Raises UserError, on every rank: files that
+    are missing or damaged, and a `model` section that means another network, with the values to set.
+    """
+    llama = together(lambda: Llama(folder, engine.config))
+    row_V = together(lambda: _rows(folder, llama, engine.config.model.vocabulary, tokenizer))
+    together(lambda: _fill(engine.shards(), llama, row_V))
+    engine.shards_written(0)
+    found = int((row_V >= 0).sum())
+    log.info("weights of %s; %d of %d rows of the vocabulary are its own", folder, found, len(row_V))
+
+
+class Llama:
+    """The tensors of a Llama's folder, read slice by slice."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        """Raises UserError where the folder is no Llama that `config.model` can start from."""
+        self.folder = folder
+        self.settings = _read_json(folder / CONFIG)
+        _refuse_other_network(folder, self.settings, config.model)
+        index = folder / INDEX
+        if index.exists():
+            self.files: dict[str, str] = _read_json(index).get("weight_map", {})
+        else:
+            with _opened(folder / SINGLE) as single:
+                self.files = dict.fromkeys(single.keys(), SINGLE)
+        self.tied = HEAD not in self.files
+        self._open: dict[str, Any] = {}
+        names = (_their_name(name, self.tied) for name in _our_names(config.model))
+        if missing := sorted({name for name in names if name} - self.files.keys()):
+            raise UserError(
+                f"{folder} is no Llama: {missing[0]} is in no file of it ({len(missing)} missing)"
+            )
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of one of their tensors."""
+        return list(self._slice(name).get_shape())
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows [start, end) of one of their tensors, or elements of a vector; fp32 on the CPU."""
+        rows: Tensor = self._slice(name)[start:end]
+        return rows.float()
+
+    def _slice(self, name: str) -> Any:
+        file = self.files[name]
+        try:
+            if file not in self._open:
+                self._open[file] = _opened(self.folder / file)
+            return self._open[file].get_slice(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.folder / file} cannot be read: {error}") from None
+
+
+class _Setting(NamedTuple):
+    """One value of config.json, and the key of `model` that it must agree with."""
+
+    key: str
+    here: float
+    there: float
+
+
+def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelConfig) -> None:
+    """Raise UserError, with all differences at once, where the blocks would not compute what the Llama's do."""
+    problems = []
+    if settings.get("model_type") != "llama":
+        problems.append(f"it is a {settings.get('model_type')!r}, and only a 'llama' is read")
+    # Up to transformers 4 under names of its own, from 5 on together.
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        problems.append(f"its rotary embedding is scaled ({rope}), which this network's is not")
+    for key in ("attention_bias", "mlp_bias"):
+        if settings.get(key):
+            problems.append(f"it has {key}, and this network has no biases there")
+    if settings.get("hidden_act", "silu") != "silu":
+        problems.append(f"its hidden_act is {settings['hidden_act']!r}, and this network's is 'silu'")
+    if model.qk_norm:
+        problems.append("a Llama has no norm on queries and keys: set model.qk_norm=false")
+    try:
+        compared = list(_compared(settings, rope, model))
+    except KeyError as error:
+        raise UserError(f"{folder / CONFIG} is no Llama's: {error} is missing") from None
+    if wrong := [setting.key for setting in compared if not isinstance(setting.there, int | float)]:
+        raise UserError(f"{folder / CONFIG} is no Llama's: what it has for {wrong[0]} is no number")
+    heads, width = settings["num_attention_heads"], settings["hidden_size"]
+    head_dim = settings.get("head_dim") or width // heads
+    if head_dim * heads != width:
+        problems.append(f"its heads have {head_dim} dimensions, which are not its width over their number")
+    different = [f"{setting.key}={setting.there}" for setting in compared if setting.here != setting.there]
+    if different:
+        problems.append("its network has other dimensions: set " + " ".join(different))
+    if problems:
+        raise UserError(f"cannot start from the Llama in {folder}: " + "; ".join(problems))
+
+
+def _compared(settings: dict[str, Any], rope: dict[str, Any], model: ModelConfig) -> Iterator[_Setting]:
+    heads = settings["num_attention_heads"]
+    theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
+    yield _Setting("model.layers", model.layers, settings["num_hidden_layers"])
+    yield _Setting("model.width", model.width, settings["hidden_size"])
+    yield _Setting("model.heads", model.heads, heads)
+    yield _Setting("model.key_heads", model.kv_heads, settings.get("num_key_value_heads") or heads)
+    yield _Setting("model.feed_forward", model.ffn_width, settings["intermediate_size"])
+    yield _Setting("model.norm_epsilon", model.norm_epsilon, settings.get("rms_norm_eps", 1e-6))
+    yield _Setting("model.rope_theta", model.rope_theta, theta)
+
+
+def _our_names(model: ModelConfig) -> Iterator[str]:
+    """Our parameters that a Llama has too."""
+    yield from OUTSIDE
+    for layer in range(model.layers):
+        for part in IN_BLOCK:
+            yield f"blocks.{layer}.{part}.weight"
+
+
+def _their_name(name: str, tied: bool) -> str | None:
+    """A Llama's name for one of our parameters; None where it has none."""
+    if name in OUTSIDE:
+        return EMBEDDING if tied and name == "text_head.weight" else OUTSIDE[name]
+    first, _, rest = name.partition(".")
+    if first != "blocks":
+        return None
+    layer, _, part = rest.removesuffix(".weight").partition(".")
+    return f"model.layers.{layer}.{IN_BLOCK[part]}.weight"
+
+
+def _rows(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> Tensor:
+    """For each row of our vocabulary the Llama's row that it starts from, int64 [V]; -1: none."""
+    theirs = llama.shape(EMBEDDING)[0]
+    pieces = pieces_of_folder(folder)
+    row_V = torch.full((vocabulary,), -1, dtype=torch.int64)
+    if pieces is None:
+        same = min(vocabulary, theirs)
+        row_V[:same] = torch.arange(same)
+        return row_V
+    for number, piece in enumerate(tokenizer.piece_bytes()):
+        row = pieces.get(piece, -1)
+        if row < theirs:
+            row_V[number] = row
+    return row_V
+
+
+@torch.no_grad()
+def _fill(shards: list[Shard], llama: Llama, row_V: Tensor) -> None:
+    for shard in shards:
+        name = _their_name(shard.name, llama.tied)
+        if name is None or not shard.length:
+            continue
+        weight = shard.values[WEIGHT]
+        if shard.name in VOCABULARY:
+            _fill_vocabulary(shard, weight, llama, name, row_V)
+        else:
+            if llama.shape(name) != list(shard.shape):
+                raise UserError(
+                    f"{llama.folder}: {name} has shape {llama.shape(name)}, and {CONFIG} makes it {shard.shape}"
+                )
+            width = math.prod(shard.shape[1:])
+            first, last = shard.start // width, -(-(shard.start + shard.length) // width)
+            rows = llama.rows(name, first, last).flatten()
+            weight.copy_(rows.narrow(0, shard.start - first * width, shard.length))
+        if AVERAGE in shard.values:
+            shard.values[AVERAGE].copy_(weight)
+
+
+def _fill_vocabulary(shard: Shard, weight: Tensor, llama: Llama, name: str, row_V: Tensor) -> None:
+    """Rows in runs of consecutive ones: a whole table of the same numbers is read at once."""
+    width = shard.shape[1]
+    end = shard.start + shard.length
+    for first, last in _runs(row_V, shard.start // width, -(-end // width)):
+        values = llama.rows(name, int(row_V[first]), int(row_V[first]) + last - first).flatten()
+        # A shard may begin and end within a row.
+        low, high = max(first * width, shard.start), min(last * width, end)
+        part = values.narrow(0, low - first * width, high - low)
+        weight.narrow(0, low - shard.start, high - low).copy_(part)
+
+
+def _runs(row_V: Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Runs [first, last) of our rows in [start, end) whose counterparts follow each other."""
+    rows = row_V[start:end].tolist()
+    first = 0
+    for place in range(1, len(rows) + 1):
+        if place == len(rows) or rows[place] != rows[place - 1] + 1 or rows[first] < 0:
+            if rows[first] >= 0:
+                yield start + first, start + place
+            first = place
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"train.init_from: cannot read {path}: {error.strerror}; name a folder as transformers saves a Llama,"
+            " with config.json and safetensors"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"train.init_from: {path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"train.init_from: {path} holds no settings")
+    return values
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"train.init_from: {path} cannot be read ({error}); copy it again, or convert the weights to safetensors"
+        ) from None

@@ -1,0 +1,48 @@
+"""Losses as they are reported: means over the targets of all ranks and of all steps of an interval."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from transfusion.config import Config
+from transfusion.parallel.agree import group_device
+from transfusion.schema import LossTerms
+
+
+@dataclass(frozen=True, slots=True)
+class MeanLosses:
+    """Means over all ranks and steps of an interval; None where there was nothing to learn."""
+
+    text: float | None
+    image: float | None
+    total: float
+    image_by_timestep: list[float | None]
+    images: int
+
+    @classmethod
+    def over_ranks(cls, parts: Sequence[LossTerms], config: Config) -> MeanLosses:
+        """Add up the parts of all ranks, in one collective; all ranks get the same answer."""
+        summed = functools.reduce(LossTerms.plus, (part.double() for part in parts))
+        flat = torch.cat([term.reshape(-1) for term in summed])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            flat = flat.to(group_device())
+            dist.all_reduce(flat)
+        text_sum, text_count, image_sum, image_count, *buckets = flat.tolist()
+        half = len(buckets) // 2
+        text, image = _ratio(text_sum, text_count), _ratio(image_sum, image_count)
+        return cls(
+            text=text,
+            image=image,
+            total=(text or 0.0) + config.diffusion.image_loss_weight * (image or 0.0),
+            image_by_timestep=[_ratio(a, b) for a, b in zip(buckets[:half], buckets[half:], strict=True)],
+            images=round(image_count / (config.codec.depth * config.codec.latent_size**2)),
+        )
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None

@@ -1,0 +1,168 @@
+"""A run that starts from a Llama computes what transformers computes with it, to rounding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transfusion_kernels import IntervalMask
+
+from transfusion.checkpoint.llama import start_from_llama
+from transfusion.config import Config
+from transfusion.errors import UserError
+from transfusion.parallel.environment import Environment
+from transfusion.parallel.local import LocalEngine
+from transfusion.tokens import SpecialToken
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: oracles)")
+
+ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
+VOCABULARY = 64
+SHAPE = {"layers": 2, "width": 32, "heads": 4, "key_heads": 2, "feed_forward": 48, "rope_theta": 5e5}
+
+
+def save_llama(folder: Path, **changes: Any) -> Any:
+    """A Llama with grouped queries, saved in several shards as bfloat16 is on the hub."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "attn_implementation": "eager",
+    }  # fmt: skip
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | changes)).eval()
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+        llama.to(torch.bfloat16).save_pretrained(folder, max_shard_size="12kB")
+    # Read again, since the angles of the one that was cast are rounded too.
+    return transformers.LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def config_of(vocabulary: int = VOCABULARY, **changes: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {**SHAPE, "vocabulary": vocabulary, **changes},
+            "codec": {"channels": 1, "image_size": 8},
+            "optimizer": {"ema_decay": 0.5},
+            "train": {"precision": "fp32"},
+        }
+    )
+
+
+def tokenizer_of(pieces: list[bytes]) -> Any:
+    return SimpleNamespace(piece_bytes=lambda: pieces)
+
+
+def started(folder: Path, config: Config, pieces: list[bytes] | None = None) -> LocalEngine:
+    engine = LocalEngine(config, ALONE)
+    start_from_llama(folder, engine, tokenizer_of(pieces or []))
+    return engine
+
+
+@torch.no_grad()
+def logits(engine: LocalEngine, ids_BS: Tensor) -> Tensor:
+    model, (rows, length) = engine.model, ids_BS.shape
+    end = torch.arange(1, length + 1, dtype=torch.int32).expand(rows, -1)
+    position = torch.arange(length).expand(rows, -1)[..., None]
+    hidden = model.run_blocks(model.embedding(ids_BS), position, IntervalMask(torch.zeros_like(end), end))
+    return model.text_head(model.norm(hidden))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_the_llamas(tmp_path: Path, tied: bool) -> None:
+    theirs = save_llama(tmp_path, tie_word_embeddings=tied)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    engine = started(tmp_path, config_of())
+    ids = torch.randint(0, VOCABULARY, (2, 24))
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids).logits
+    assert (logits(engine, ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    averages = dict(zip(engine.masters, engine.average.averages, strict=True))
+    assert all(torch.equal(averages[name], master) for name, master in engine.masters.items())
+    drawn = LocalEngine(config_of(), ALONE).masters
+    assert torch.equal(
+        engine.masters["patch_encoder.projection.weight"], drawn["patch_encoder.projection.weight"]
+    )
+
+
+@pytest.mark.parametrize("vocabulary", [50, 80])
+def test_without_a_tokenizer_rows_go_by_their_number(tmp_path: Path, vocabulary: int) -> None:
+    """A smaller vocabulary leaves theirs out; of a larger one the rest is as drawn."""
+    theirs = save_llama(tmp_path)
+    config = config_of(vocabulary)
+    engine, drawn = started(tmp_path, config), LocalEngine(config, ALONE)
+    same = min(vocabulary, VOCABULARY)
+    for ours, its in (("embedding", theirs.model.embed_tokens), ("text_head", theirs.lm_head)):
+        weight = engine.masters[f"{ours}.weight"]
+        assert torch.equal(weight[:same], its.weight[:same])
+        assert torch.equal(weight[same:], drawn.masters[f"{ours}.weight"][same:])
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+def test_with_a_tokenizer_rows_go_by_the_bytes_of_pieces(tmp_path: Path, byte_level: bool) -> None:
+    """Ours: control tokens, then pieces in another order than theirs, one of them unknown to them."""
+    theirs = save_llama(tmp_path)
+    if byte_level:
+        vocabulary = {"Ġthe": 10, "Ã": 11, "a": 12, "<|begin_of_text|>": 1}
+        kind: dict[str, Any] = {"type": "ByteLevel"}
+    else:
+        vocabulary = {"▁the": 10, "<0xC3>": 11, "a": 12, "<s>": 1}
+        kind = {"type": "Metaspace"}
+    described = {"model": {"vocab": vocabulary}, "pre_tokenizer": kind, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    pieces = [b"<PAD>", b"<BOS>", b"<EOS>", b"\xc3", b" the", b"zebra", b"a"]
+    config = config_of(8)
+    engine, drawn = started(tmp_path, config, pieces), LocalEngine(config, ALONE)
+    weight, its = engine.masters["text_head.weight"], theirs.lm_head.weight
+    rows = {int(SpecialToken.BEGIN_DOCUMENT): 1, 3: 11, 4: 10, 6: 12}
+    for row in range(8):
+        wanted = its[rows[row]] if row in rows else drawn.masters["text_head.weight"][row]
+        assert torch.equal(weight[row], wanted), row
+
+
+def test_another_network_is_refused_with_every_value_to_set(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    with pytest.raises(UserError) as refused:
+        started(tmp_path, config_of(layers=3, key_heads=4, norm_epsilon=1e-6, qk_norm=True))
+    told = str(refused.value)
+    assert "set model.layers=2 model.key_heads=2 model.norm_epsilon=1e-05" in told
+    assert "set model.qk_norm=false" in told
+    for key, value, complaint in (
+        ("model_type", "mistral", "only a 'llama' is read"),
+        (
+            "rope_parameters",
+            {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0},
+            "rotary embedding is scaled",
+        ),
+        ("attention_bias", True, "attention_bias"),
+        ("head_dim", 16, "its heads have 16 dimensions"),
+        ("hidden_size", None, "config.json is no Llama's"),
+    ):
+        settings = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "changed").mkdir(exist_ok=True)
+        (tmp_path / "changed" / "config.json").write_text(json.dumps({**settings, key: value}))
+        with pytest.raises(UserError, match=complaint):
+            started(tmp_path / "changed", config_of())
+
+
+def test_files_that_are_missing_or_torn_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.init_from: cannot read .*config\.json"):
+        started(tmp_path, config_of())
+    save_llama(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    name = index["weight_map"]["model.norm.weight"]
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[:-8])
+    with pytest.raises(UserError, match=name):
+        started(tmp_path, config_of())
+    del index["weight_map"]["model.norm.weight"]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model\.norm\.weight is in no file"):
+        started(tmp_path, config_of())
