@@ -143,7 +143,7 @@ def loader(codec: CodecConfig, folder: Path, tokenizer: Tokenizer) -> Loader:
             "codec": codec.as_dict(),
             "data": {
                 "sources": [{"name": "pictures", "shards": f"{folder}/0000[01].tar"}],
-                "row_length": 320 if codec.kind == "pixels" else 64,
+                "row_length": 320 if codec.kind == "pixels" else 96,
                 "rows": 2,
                 "max_faults": 0.5,
             },
