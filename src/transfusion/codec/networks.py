@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transfusion_kernels
 from torch import nn
 
 from transfusion.codec_folder import read_facts
@@ -19,21 +21,17 @@ Network = Any
 CLASSES = {"kl": "AutoencoderKL", "vq": "VQModel"}
 
 
-def import_diffusers() -> Any:
-    """The package. Raises UserError where it is missing or cannot be imported."""
+def _network_class(kind: Literal["kl", "vq"]) -> Any:
+    """Raises UserError where diffusers is missing or cannot be imported."""
     try:
-        import diffusers
-    except ImportError as error:
+        with _without_our_kernels():
+            import diffusers
+
+            return getattr(diffusers, CLASSES[kind])
+    except ModuleNotFoundError as error:
         raise UserError(
             f"codec.kind=kl and vq need diffusers ({error}); pip install 'transfusion[codec]'"
         ) from None
-    return diffusers
-
-
-def _network_class(kind: Literal["kl", "vq"]) -> Any:
-    diffusers = import_diffusers()
-    try:
-        return getattr(diffusers, CLASSES[kind])
     except (ImportError, RuntimeError) as error:
         # diffusers imports lazily, and wraps what goes wrong, such as a torchvision of another torch, in prose.
         reason = " ".join(str(error).split())[:300]
@@ -130,6 +128,21 @@ def fetch_network(name: str, kind: Literal["kl", "vq"], folder: Path, *, subfold
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{name} cannot be fetched: {reason}") from None
     save_network(network, folder)
+
+
+@contextlib.contextmanager
+def _without_our_kernels() -> Iterator[None]:
+    """Without the root of a checkout in the search path, where `python -m` puts it.
+
+    transformers, which diffusers imports, asks for an optional package named `kernels`; our folder of that name would
+    answer, and refuse.
+    """
+    kernels, kept = Path(transfusion_kernels.__file__).parent, list(sys.path)
+    sys.path[:] = [entry for entry in kept if (Path(entry) / "kernels").resolve() != kernels.resolve()]
+    try:
+        yield
+    finally:
+        sys.path[:] = kept
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from transfusion.data.decode import DecodeFault, Picture, decode
-from transfusion.data.sample import RawSample
+from transfusion.data.sample import Fault, RawSample
 from transfusion.data.scan import scan
 from transfusion.data.shards import expand
 from transfusion.errors import UserError
@@ -42,26 +42,34 @@ class PictureSet:
         """Reads the heads of all members once. Raises UserError where there are no shards or no pictures."""
         self._paths = expand(shards)
         self._channels, self._image_size = channels, image_size
-        self._places = [
-            _Place(number, picture.offset, picture.size)
-            for number, path in enumerate(self._paths)
-            if path.suffix == ".tar"
-            for found in scan(path)
-            if isinstance(found, RawSample)
-            for picture in found.pictures
-            if not picture.latent_channels
-        ]
+        self._places: list[_Place] = []
+        self._damaged = 0
+        for number, path in enumerate(self._paths):
+            if path.suffix == ".tar":
+                self._look_through(number, path)
         if not self._places:
             raise UserError(f"{_shown(self._paths)} holds no picture; name .tar shards with pictures")
         self._kept: dict[int, Picture] = {}
         self._kept_bytes = 0
-        # Numbers of pictures that could not be decoded.
-        self.bad: set[int] = set()
+        self._undecodable: set[int] = set()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._descriptors: dict[int, int] = {}
 
+    def _look_through(self, number: int, path: Path) -> None:
+        for found in scan(path):
+            if isinstance(found, RawSample):
+                pictures = (picture for picture in found.pictures if not picture.latent_channels)
+                self._places += [_Place(number, picture.offset, picture.size) for picture in pictures]
+            elif isinstance(found, Fault) and found.reason.startswith("image_"):
+                self._damaged += 1
+
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def left_out(self) -> int:
+        """Pictures that are damaged, by their structure or, as far as they were asked for, in the decoder's eyes."""
+        return self._damaged + len(self._undecodable)
 
     def batch(self, step: int, size: int, *, seed: int, flip: bool) -> Tensor:
         """The pictures of a step, uint8 [I, C, H, W]: each epoch has every picture once, in an order of its own."""
@@ -107,7 +115,7 @@ class PictureSet:
             data = os.pread(self._descriptor(place.shard), place.size, place.start)
             picture = decode(data, channels=self._channels, image_size=self._image_size)
         except DecodeFault:
-            self.bad.add(number)
+            self._undecodable.add(number)
             return None
         if self._kept_bytes + picture.nbytes <= _KEPT_BYTES:
             self._kept[number] = picture

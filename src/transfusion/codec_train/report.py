@@ -84,7 +84,7 @@ def write_report(
     record = {
         **found._asdict(),
         "use": found.use._asdict() if found.use else None,
-        "left_out": len(pictures.bad),
+        "left_out": pictures.left_out,
         "codec": codec.as_dict(),
         "shards": list(shards),
         "environment": describe_environment(),

@@ -323,7 +323,7 @@ class CodecTrainer:
             "parameters": parameter_count(self.network),
             "losses": self.loss.describe(),
             "statistics": measured.as_dict(),
-            "pictures_left_out": len(self.pictures.bad),
+            "pictures_left_out": self.pictures.left_out,
             "config": self.config.as_dict(),
             "environment": describe_environment(sys.argv),
         }

@@ -15,6 +15,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from transfusion.config import CodecConfig
+from transfusion.errors import UserError
+
 # A header longer than this is none of ours; only so much is parsed.
 HEADER_BYTES = 4096
 _TYPES = ("float16", "float32")
@@ -51,6 +54,28 @@ def read_record(shard: Path) -> LatentRecord | None:
 
 class LatentFault(Exception):  # noqa: N818  (no mistake of the program: one bad sample)
     """Latents that cannot be used; the message is the reason."""
+
+
+def refuse_other_latents(shard: Path, codec: CodecConfig, source: str) -> None:
+    """Raise UserError where the latents of a shard are of another codec or picture size than the configuration's.
+
+    Under codec.kind=pixels latents of unknown origin are taken as they are; with an autoencoder they are refused.
+    """
+    record = read_record(shard)
+    if record is None and codec.kind == "pixels":
+        return
+    if record is None:
+        problem = f"are of an unknown codec ({record_path(shard).name} is missing)"
+    elif record.codec != codec.fingerprint:
+        problem = f"were made by codec {record.codec}, not by {codec.fingerprint or 'codec.kind=pixels'}"
+    elif record.image_size != codec.image_size:
+        problem = f"are of pictures of {record.image_size} pixels, and codec.image_size is {codec.image_size}"
+    else:
+        return
+    raise UserError(
+        f"source {source}: the latents in {shard} {problem}; name the shards of the pictures, or encode them again"
+        " with `transfusion codec encode`"
+    )
 
 
 def latent_shape(head: bytes, size: int) -> tuple[int, int, int]:

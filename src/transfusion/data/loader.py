@@ -9,13 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from transfusion.config import CodecConfig, Config, SourceConfig
+from transfusion.config import Config, SourceConfig
 from transfusion.data.cache import RemoteShard
 from transfusion.data.deck import Schedule, SourceLengths, VariantRule
 from transfusion.data.fetching import PlanFetcher
 from transfusion.data.index import SourceIndex, build_index, refuse_too_many
 from transfusion.data.indexing import IndexPlace, cache_of
-from transfusion.data.latents import read_record, record_path
 from transfusion.data.packing import collate
 from transfusion.data.planner import Piece, Planner, PlanSettings, RowPlan, State
 from transfusion.data.rows import Row, RowBuilder, RowSettings
@@ -180,7 +179,7 @@ def micro_rows(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
 def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> list[SourceIndex]:
     """The index of each source, for rows and pictures of this configuration; missing files of it are made."""
     folder = Path(config.data.index) if config.data.index else None
-    indexes = [
+    return [
         build_index(
             source,
             tokenizer,
@@ -189,41 +188,10 @@ def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: To
             place=IndexPlace(folder=folder, fallback=Path(config.run.folder) / "index"),
             latent_channels=source.latent_channels or config.codec.depth,
             cache=cache_of(config),
+            codec=config.codec,
         )
         for source in sources
     ]
-    for index in indexes:
-        refuse_other_latents(index, config.codec)
-    return indexes
-
-
-def refuse_other_latents(index: SourceIndex, codec: CodecConfig) -> None:
-    """Raise UserError for precomputed latents of another codec or picture size than the configuration's.
-
-    Under codec.kind=pixels latents of unknown origin are taken as they are; with an autoencoder they are refused,
-    unless their shard is remote, where what stands beside it is not seen.
-    """
-    for number, shard in enumerate(index.shards):
-        if isinstance(shard, RemoteShard) or not index.part(number)["latent_channels_I"].any():
-            continue
-        record = read_record(shard)
-        if record is None and codec.kind == "pixels":
-            continue
-        if record is None:
-            problem = f"are of an unknown codec ({record_path(shard).name} is missing)"
-        elif record.codec != codec.fingerprint:
-            wanted = codec.fingerprint or "codec.kind=pixels"
-            problem = f"were made by codec {record.codec}, not by {wanted}"
-        elif record.image_size != codec.image_size:
-            problem = (
-                f"are of pictures of {record.image_size} pixels, and codec.image_size is {codec.image_size}"
-            )
-        else:
-            continue
-        raise UserError(
-            f"source {index.name}: the latents in {shard} {problem}; name the shards of the pictures, or encode"
-            " them again with `transfusion codec encode`"
-        )
 
 
 def source_lengths(index: SourceIndex, schedule: Schedule, config: Config) -> SourceLengths:
