@@ -23,6 +23,8 @@ EXTRAS = {
     "evaluate": ["scikit-learn>=1.5"],
     # Decodes plain PNGs faster than Pillow, to the same values.
     "opencv": ["opencv-python-headless>=4.10"],
+    # The networks of KL and VQ autoencoders. With a torchvision of another torch beside it, it cannot be imported.
+    "codec": ["diffusers>=0.36"],
     "report": ["matplotlib>=3.9", "jinja2>=3.1"],
     "wandb": ["wandb>=0.20"],
     # OpenCV, since only then is it seen to give the same values.
@@ -37,7 +39,7 @@ EXTRAS = {
     "oracles": ["diffusers>=0.36", "transformers>=5"],
 }
 EXTRAS["all"] = [
-    requirement for name in ("train", "evaluate", "report", "wandb") for requirement in EXTRAS[name]
+    requirement for name in ("train", "evaluate", "codec", "report", "wandb") for requirement in EXTRAS[name]
 ]
 
 setup(

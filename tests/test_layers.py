@@ -23,6 +23,7 @@ LAYERS: dict[str, int] = {
     "schema": 1,
     "tokens": 1,
     "config": 1,
+    "codec_folder": 1,
     "presets": 1,
     "model": 2,
     "diffusion": 2,
@@ -44,6 +45,7 @@ LAYERS: dict[str, int] = {
     "doctor_cluster": 5,
     "cli": 5,
     "data_commands": 5,
+    "codec_commands": 5,
     "__main__": 5,
 }
 # Layer 2 never imports itself sideways; layer 4 only what stands before it here.

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from transfusion import __version__
+from transfusion.codec_commands import codec_app
 from transfusion.data_commands import data_app
 from transfusion.errors import UserError
 from transfusion.parallel import environment
@@ -24,6 +25,7 @@ app = typer.Typer(
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Tokenizers.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+app.add_typer(codec_app, name="codec")
 
 # Typer keeps click's classes where no one else should look for them; this one's parent is what is needed.
 UsageError: Any = typer.BadParameter.__bases__[0]

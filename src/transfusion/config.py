@@ -40,6 +40,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they are written to config.yaml and config.json: no credentials."""
+        return self.model_dump(mode="json")
+
 
 class RunConfig(Section):
     name: str = Field("run", description="name of the run, shown in reports")
@@ -51,8 +55,19 @@ class RunConfig(Section):
         return self.dir or f"runs/{self.name}"
 
 
+class UNetConfig(Section):
+    """The U-Net around the transformer: one block at the latents' resolution, one below, each way (paper, section 3.2).
+
+    The defaults have 0.27 B parameters, at whatever width of the transformer and size of the patches.
+    """
+
+    widths: tuple[PositiveInt, PositiveInt] = Field((832, 1344), description="channels of the two blocks")
+    layers: PositiveInt = Field(2, description="residual and self-attention layers of a block")
+    head_dim: PositiveInt = Field(64, description="dimensions of a head of the self-attention")
+
+
 class ModelConfig(Section):
-    """A Llama block stack with a linear patch encoder and decoder (paper, section 3)."""
+    """A Llama block stack between a patch encoder and a patch decoder (paper, section 3)."""
 
     vocabulary: NonNegativeInt = Field(
         0, description="rows of the embedding; 0: as many as the tokenizer has"
@@ -75,6 +90,10 @@ class ModelConfig(Section):
         description="where the timestep is added: to the projected patch, or to the raw patch vector",
     )
     patch_size: PositiveInt = Field(2, description="side of a patch, in latent pixels")
+    patcher: Literal["linear", "unet"] = Field(
+        "linear", description="what makes patches of latents and latents of patches"
+    )
+    unet: UNetConfig = UNetConfig()
 
     @property
     def kv_heads(self) -> int:
@@ -97,17 +116,104 @@ class ModelConfig(Section):
             problems.append(f"model.heads {self.heads} must be a multiple of model.key_heads {self.kv_heads}")
         if self.position == "2d" and self.head_dim < 8:
             problems.append(f"model.position=2d needs heads of at least 8 dimensions, got {self.head_dim}")
+        if self.patcher == "unet":
+            problems += self._problems_of_the_unet()
         if problems:
             raise ValueError(PROBLEM_SEPARATOR.join(problems))
         return self
 
+    def _problems_of_the_unet(self) -> list[str]:
+        problems = []
+        if self.patch_size & (self.patch_size - 1):
+            problems.append(
+                f"model.patch_size {self.patch_size} must be a power of two for model.patcher=unet, which halves"
+            )
+        if any(width % self.unet.head_dim for width in self.unet.widths):
+            problems.append(
+                f"model.unet.widths {list(self.unet.widths)} must be multiples of model.unet.head_dim"
+                f" {self.unet.head_dim}"
+            )
+        if self.timestep_embedding != "projected":
+            problems.append(
+                f"model.timestep_embedding={self.timestep_embedding} is for model.patcher=linear; the U-Net takes"
+                " the timestep in each of its layers"
+            )
+        return problems
+
 
 class CodecConfig(Section):
-    """How pictures become latents and back."""
+    """How pictures become latents and back.
 
-    kind: Literal["pixels"] = Field("pixels", description="pixels: the scaled pixels are the latents")
+    What an autoencoder's folder tells is read from it when a configuration is loaded, and stored with the run.
+    """
+
+    kind: Literal["pixels", "kl", "vq"] = Field(
+        "pixels",
+        description="pixels: the scaled pixels are the latents; kl, vq: an autoencoder of latents, of tokens",
+    )
     channels: Literal[1, 3] = Field(3, description="1: grey pictures, 3: colour")
     image_size: PositiveInt = Field(32, description="side of the square picture, in pixels")
+    folder: str = Field("", description="folder of the autoencoder, in diffusers' layout; not for pixels")
+    latent_channels: NonNegativeInt = Field(
+        0, description="channels of the latents; 0: from the folder, for pixels those of the picture"
+    )
+    downscale: NonNegativeInt = Field(
+        0, description="pixels a side of one latent; 0: from the folder, 1 for pixels"
+    )
+    scale: tuple[PositiveFloat, ...] = Field(
+        (),
+        description="latents are (encoded - shift) x scale: one number, or one a channel; empty: the folder's",
+    )
+    shift: tuple[float, ...] = Field((), description="see scale")
+    codes: NonNegativeInt = Field(0, description="entries of the codebook of vq; 0: from the folder")
+    fingerprint: str = Field("", description="of the weights, scale and shift; empty: from the folder")
+
+    @field_validator("scale", "shift", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | float) else value
+
+    @property
+    def depth(self) -> int:
+        """Channels of the latents."""
+        return self.latent_channels or self.channels
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latents of a picture of `image_size`."""
+        return self.image_size // (self.downscale or 1)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """[C, h, w] of the latents of a picture of height x width pixels."""
+        step = self.downscale or 1
+        return self.depth, height // step, width // step
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> CodecConfig:
+        problems = []
+        of_a_folder = ("folder", "latent_channels", "downscale", "scale", "shift", "codes", "fingerprint")
+        if self.kind == "pixels":
+            problems += [
+                f"codec.{name} belongs to an autoencoder; set codec.kind=kl or vq, or leave it away"
+                for name in of_a_folder
+                if getattr(self, name)
+            ]
+        elif not self.folder:
+            problems.append(f"codec.kind={self.kind} needs codec.folder, the folder of an autoencoder")
+        elif not (self.latent_channels and self.downscale):
+            problems.append("codec.latent_channels and codec.downscale must be those of codec.folder")
+        elif self.image_size % self.downscale:
+            problems.append(
+                f"codec.image_size {self.image_size} must be a multiple of codec.downscale {self.downscale}"
+            )
+        problems += [
+            f"codec.{name} must be one number or {self.depth}, one a channel, got {len(getattr(self, name))}"
+            for name in ("scale", "shift")
+            if len(getattr(self, name)) not in (0, 1, self.depth)
+        ]
+        if problems:
+            raise ValueError(PROBLEM_SEPARATOR.join(problems))
+        return self
 
 
 class DiffusionConfig(Section):
@@ -146,7 +252,7 @@ class SourceConfig(Section):
         8, description="of a source with URLs: shards whose samples are shuffled together; others ignore it"
     )
     latent_channels: NonNegativeInt = Field(
-        0, description="channels of precomputed latents (KEY.latent.npy, KEY.npy); 0: codec.channels"
+        0, description="channels of precomputed latents (KEY.latent.npy, KEY.npy); 0: those of the codec"
     )
     share: ShareOrSchedule = Field(
         1.0,
@@ -382,7 +488,7 @@ class Config(Section):
     @property
     def patches_per_image(self) -> int:
         """Patches of one picture, from the codec's latent size and the patch size."""
-        return (self.codec.image_size // self.model.patch_size) ** 2
+        return (self.codec.latent_size // self.model.patch_size) ** 2
 
     def _division_problems(self) -> list[str]:
         """What keeps rows and heads from being shared by train.sequence_parallel ranks, in one sentence."""
@@ -398,9 +504,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         problems = []
-        if self.codec.image_size % self.model.patch_size:
+        if self.codec.latent_size % self.model.patch_size:
+            downscale = f" / codec.downscale {self.codec.downscale}" if self.codec.downscale else ""
             problems.append(
-                f"codec.image_size {self.codec.image_size} must be a multiple of model.patch_size"
+                f"codec.image_size {self.codec.image_size}{downscale} must be a multiple of model.patch_size"
                 f" {self.model.patch_size}"
             )
         elif self.patches_per_image + 4 > self.data.row_length:
@@ -432,7 +539,3 @@ class Config(Section):
         if problems:
             raise ValueError(PROBLEM_SEPARATOR.join(problems))
         return self
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, as they are written to a run's config.yaml and a model's config.json: no credentials."""
-        return self.model_dump(mode="json")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from transfusion.codec import pixels
+from transfusion.codec import Codec
+from transfusion.codec.pixels import PixelCodec
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion.objective import NoiseObjective
 from transfusion.model.patches import pictures
@@ -15,14 +16,16 @@ from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
 class MixedLoss:
     """Next-token loss and diffusion loss of one batch (paper, eq. 4), as sums and counts."""
 
-    def __init__(self, config: DiffusionConfig) -> None:
+    def __init__(self, config: DiffusionConfig, codec: Codec | None = None) -> None:
+        """codec: of the pictures in the batches; None: their pixels. It stays outside of what is trained."""
+        self.codec = PixelCodec() if codec is None else codec
         self.objective = NoiseObjective(config)
         self.image_weight = config.image_loss_weight
 
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
         """Run the model on a batch. `model` maps (batch, noisy latents) to `ModelOutput`."""
         noised = [
-            self.objective.corrupt(pixels.encode(group.values), group.timestep_I, group.noise_key_I)
+            self.objective.corrupt(self.codec.encode(group.values), group.timestep_I, group.noise_key_I)
             for group in batch.images
         ]
         output = model(batch, [images.noisy for images in noised])

@@ -9,14 +9,17 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from transfusion import codec_folder
 from transfusion.addresses import redacted_text
-from transfusion.config import PROBLEM_SEPARATOR, SHARE_FORMS, Config
+from transfusion.config import PROBLEM_SEPARATOR, SHARE_FORMS, Config, Section
 from transfusion.errors import UserError
+
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -25,33 +28,38 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     A YAML file may name another under `base:`, relative to itself; its own values win.
     Raises UserError with one line for each mistake.
     """
-    values = _read(Path(path)) if path is not None else {}
-    problems = []
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            problems.append(f"{override!r} is not an override; write section.key=value")
-            continue
-        try:
-            _put(values, key.lstrip("-").split("."), yaml.safe_load(text) if text else "")
-        except (yaml.YAMLError, TypeError) as error:
-            problems.append(f"{override!r} cannot be read: {str(error).splitlines()[0]}")
-    return check(values, problems=problems, where=str(path) if path is not None else "the overrides")
+    values, problems, where = _plain(path, overrides)
+    if isinstance(values.get("codec"), dict):
+        values["codec"] = codec_folder.completed(values["codec"], problems)
+    return check(values, problems=problems, where=where)
+
+
+def load_as(kind: type[Checked], path: str | Path, overrides: Sequence[str] = ()) -> Checked:
+    """As `load`, for another kind of configuration."""
+    values, problems, where = _plain(path, overrides)
+    return check_as(kind, values, problems=problems, where=where)
 
 
 def check(
     values: dict[str, Any], *, problems: Sequence[str] = (), where: str = "the configuration"
 ) -> Config:
     """Validate plain values into a `Config`; raises UserError that lists every problem."""
+    return check_as(Config, values, problems=problems, where=where)
+
+
+def check_as(
+    kind: type[Checked], values: dict[str, Any], *, problems: Sequence[str] = (), where: str
+) -> Checked:
+    """As `check`, for another kind of configuration."""
     found = list(problems)
     values = copy.deepcopy(values)
     while True:
         try:
-            config = Config.model_validate(values)
+            config = kind.model_validate(values)
             break
         except ValidationError as error:
             mistakes = [mistake | {"loc": _place(mistake["loc"])} for mistake in error.errors()]
-        found += [problem for mistake in mistakes for problem in _explain(mistake)]
+        found += [problem for mistake in mistakes for problem in _explain(mistake, kind)]
         # Parts are compared only once each of them is well: take out what is wrong, to hear of the rest.
         if not all(_take_out(values, mistake) for mistake in mistakes):
             break
@@ -65,18 +73,34 @@ def check(
     return config
 
 
+def _plain(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str], str]:
+    """(values, problems of the overrides, what to call them)"""
+    values = _read(Path(path)) if path is not None else {}
+    problems = []
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            problems.append(f"{override!r} is not an override; write section.key=value")
+            continue
+        try:
+            _put(values, key.lstrip("-").split("."), yaml.safe_load(text) if text else "")
+        except (yaml.YAMLError, TypeError) as error:
+            problems.append(f"{override!r} cannot be read: {str(error).splitlines()[0]}")
+    return values, problems, str(path) if path is not None else "the overrides"
+
+
 def fingerprint(values: Any) -> str:
     """Twelve hex digits that change whenever one of the plain values does."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def dump(config: Config, path: Path) -> None:
+def dump(config: Section, path: Path) -> None:
     """Write the resolved configuration as YAML."""
     path.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def explain(config: Config) -> str:
+def explain(config: BaseModel) -> str:
     """The whole configuration as YAML, every key with its meaning as a comment."""
     return "\n".join(_commented(config, 0))
 
@@ -157,11 +181,11 @@ def _take_out(values: dict[str, Any], mistake: Any) -> bool:
     return True
 
 
-def _explain(error: Any) -> list[str]:
+def _explain(error: Any, kind: type[BaseModel]) -> list[str]:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         general = ".".join("0" if isinstance(part, int) else str(part) for part in error["loc"])
-        near = difflib.get_close_matches(general, list(_known_keys(Config)), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(general, list(_known_keys(kind)), n=1, cutoff=0.5)
         remedy = f"; did you mean {near[0]}?" if near else "; `transfusion config` lists every key"
         return [f"{path} is not a known key{remedy}"]
     message = error["msg"].removeprefix("Value error, ")

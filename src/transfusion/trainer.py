@@ -11,6 +11,7 @@ from pathlib import Path
 from transfusion.checkpoint.llama import start_from_llama
 from transfusion.checkpoint.resume import load, newest_good, resume
 from transfusion.checkpoint.save import Saver
+from transfusion.codec import open_codec
 from transfusion.config import Config
 from transfusion.data.evaluation import EvaluationLoader
 from transfusion.data.index import too_many_faults
@@ -70,7 +71,9 @@ class Trainer:
         self.tokenizer = together(lambda: Tokenizer(config.data.tokenizer))
         self.config = with_vocabulary(config, self.tokenizer)
         together(self._check)
-        self.engine: Engine = build_engine(self.config, here)
+        # Frozen and whole on every rank, outside of what the engine shards and trains.
+        self.codec = together(lambda: open_codec(config.codec, here.device))
+        self.engine: Engine = build_engine(self.config, here, self.codec)
         self.state = resume(self.folder.path, self.engine) or self._begin()
         self.loader = together(self._open_loader)
         self.held_out = together(self._open_held_out) if config.data.held_out else None
@@ -170,7 +173,7 @@ class Trainer:
             # Together: the loader processes of a single rank may have died.
             batches = [batch.to(self.engine.device) for batch in together(self.loader.next_step)]
         self.watchdog.note("forward and backward", self.state.step, alike=alike)
-        counts = global_counts(batches)
+        counts = global_counts(batches, self.config.codec)
         terms = [self.engine.forward_backward(batch, counts) for batch in batches]
         self.pending += terms
         self.watchdog.note("optimiser step", self.state.step, alike=alike)
@@ -278,6 +281,7 @@ class Trainer:
             self.lock = self.lock or self.folder.lock()
             self.folder.create(self.config, arguments=sys.argv)
             self.folder.keep_tokenizer(self.tokenizer.path)
+            self.folder.keep_codec(self.config.codec)
             start_logging(self.folder)
 
     def _agree(self, mine: Decision) -> Decision:
@@ -341,7 +345,7 @@ class Trainer:
         if self.held_out is None:
             return None
         with self.clock.pause(), self.engine.evaluation(self._best_weights()) as module:
-            terms = held_out_losses(module, self.held_out, self.config, self.engine.device)
+            terms = held_out_losses(module, self.held_out, self.config, self.engine.device, self.codec)
             return MeanLosses.over_ranks([terms], self.config)
 
     def _best_weights(self) -> Weights:
@@ -363,7 +367,7 @@ class Trainer:
             return
         self.watchdog.note("drawing the sample grid", self.state.step)
         with self.clock.pause(), self.engine.evaluation(self._best_weights()) as module:
-            pipeline = Pipeline(module, self.tokenizer, self.config, self.engine.device)
+            pipeline = Pipeline(module, self.tokenizer, self.config, self.engine.device, self.codec)
             mine = pipeline.sample_grid(self.config.sample, rank=self.here.rank, ranks=self.here.world_size)
             pictures = [picture for part in gather(mine) for picture in part]
         pictures.sort(key=lambda picture: picture.seed)

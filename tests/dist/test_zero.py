@@ -13,7 +13,10 @@ Findings = Callable[[str], list[Any]]
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-VARIANTS = ["defaults", "nothing kept", "recomputed", "attention recomputed", "qk norm, 2d, gqa", "uneven", "stage 1", "stage 2"]
+VARIANTS = [
+    "defaults", "nothing kept", "recomputed", "attention recomputed", "qk norm, 2d, gqa", "uneven", "unet",
+    "unet, recomputed", "stage 1", "stage 2",
+]  # fmt: skip
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]
 
 
@@ -23,8 +26,9 @@ def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
     for found in pair(f"equals local: {variant}"):
         assert found["loss"] < 1e-6
         assert found["norm"] < 1e-6
-        # Adam divides by the gradient's own size, so rounding shows more in the weights.
-        assert found["weight"] < 2e-5
+        # Adam divides by the gradient's own size, so rounding shows more in the weights, most in those that a U-Net
+        # starts at zero.
+        assert found["weight"] < (5e-4 if "unet" in variant else 2e-5)
         assert found["parameters"]
         assert found["dtypes"] == ["torch.float32"]
 
@@ -94,7 +98,7 @@ def test_ranks_start_from_a_llama_each_with_its_own_slices(pair: Findings, kind:
         assert found["next loss"] < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["defaults", "nothing kept", "stage 2"])
+@pytest.mark.parametrize("kind", ["defaults", "nothing kept", "unet", "stage 2"])
 def test_evaluation_uses_the_average_and_leaves_no_trace(pair: Findings, kind: str) -> None:
     for found in pair(f"evaluation: {kind}"):
         for weights in ("ema", "raw"):
@@ -105,7 +109,7 @@ def test_evaluation_uses_the_average_and_leaves_no_trace(pair: Findings, kind: s
         assert found["trains on the same"]
 
 
-@pytest.mark.parametrize("kind", ["defaults", "nothing kept"])
+@pytest.mark.parametrize("kind", ["defaults", "nothing kept", "unet"])
 def test_ranks_with_unequal_shares_judge_as_one_process(pair: Findings, kind: str) -> None:
     """Three pictures on two ranks, then one, and held-out data that leave one rank nothing but padding."""
     assert [found["of one"] for found in pair(f"judged: {kind}")] == [1, 0]

@@ -57,6 +57,10 @@ from transfusion.schema import Batch, BatchCounts, Decision, LossTerms, Modality
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 # Nothing stays gathered: the setting that shows every missing gather and every leak.
 NOTHING_KEPT = {"persistence_threshold": 0, "max_live_parameters": 0, "max_reuse_distance": 0}
+UNET = {
+    "model__patcher": "unet",
+    "model__unet": {"widths": [8, 16], "layers": 1, "head_dim": 8},
+}
 # What rank 0 and rank 1 see in each step.
 STREAM: list[tuple[Content, Content]] = [
     ("mixed", "mixed"),
@@ -77,6 +81,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention recomputed": {"train__activation_checkpointing": "attention", "train__zero": NOTHING_KEPT},
     "qk norm, 2d, gqa": {"model__qk_norm": True, "model__key_heads": 1, "train__zero": NOTHING_KEPT},
     "uneven": {"model__patch_size": 1, "codec__image_size": 2, "train__zero": NOTHING_KEPT},
+    "unet": {**UNET, "train__zero": NOTHING_KEPT},
+    "unet, recomputed": {**UNET, "train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT},
     "stage 1": {"train__zero": {"stage": 1}},
     "stage 2": {"train__zero": {"stage": 2}},
 }
@@ -260,9 +266,11 @@ def evaluation(config: Config, here: Environment) -> dict[str, Any]:
             )
             noisy = [torch.zeros(batch.images[0].values.shape)]
             for _ in range(3):
-                hidden = model.embed(batch, noisy)
+                encoding = model.encode_patches(noisy, batch.images[0].timestep_I)
+                hidden = model.embed(batch, encoding.patch_ND)
                 hidden = model.norm(model.run_blocks(hidden, batch.position_BSA, batch.mask))
-                model.decode_patches(hidden.flatten(0, 1)[batch.images[0].patch_slot_IP], noisy[0].shape)
+                slots = batch.images[0].patch_slot_IP.flatten()
+                model.decode_patches(hidden.flatten(0, 1)[slots], encoding)
                 model.text_head(hidden.flatten(0, 1))
         found[f"{weights} state untouched"] = same_state(before, state_of(engine))
     found["trains on the same"] = train(engine, here.rank, range(3, 6)) == train(
@@ -506,6 +514,7 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     low = small_config(optimizer__ema_decay=0.5, train__precision="bf16")
     second = small_config(optimizer__ema_decay=0.5, train__zero={"stage": 2})
     uneven = small_config(optimizer__ema_decay=0.5, **VARIANTS["uneven"])
+    unet = small_config(optimizer__ema_decay=0.5, **VARIANTS["unet"])
     scenarios: dict[str, Callable[[], Any]] = {"agreement": lambda: agreement(here)}
     for name, changes in VARIANTS.items():
         scenarios[f"equals local: {name}"] = lambda changes=changes: equals_local(
@@ -537,6 +546,7 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
             scenarios[f"broken step: {name}"] = lambda config=config: broken_step(config, here)
         if name not in ("bf16", "uneven"):
             scenarios[f"evaluation: {name}"] = lambda config=config: evaluation(config, here)
+    scenarios["evaluation: unet"] = lambda: evaluation(unet, here)
     return scenarios
 
 
@@ -693,6 +703,7 @@ def pair_in_training(here: Environment) -> dict[str, Callable[[], Any]]:
         "chunks": lambda: chunk_counts(chunked.train.head_chunk),
         "judged: defaults": lambda: judged_in_training(here, {}),
         "judged: nothing kept": lambda: judged_in_training(here, {"train__zero": NOTHING_KEPT}),
+        "judged: unet": lambda: judged_in_training(here, VARIANTS["unet"]),
         "built files": built_files,
     }
 

@@ -70,7 +70,8 @@ def build_config(digits: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterator
                 },
                 "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2, "ema_decay": 0.5},
                 "train": {"steps": steps, "precision": "fp32", "engine": "local", "threads": 1, **train},
-                "checkpoint": {"every": checkpoint},
+                # Waited for, so that a kill in a later step always finds it.
+                "checkpoint": {"every": checkpoint, "asynchronous": False},
                 "log": {"every": log, **(telemetry or {})},
             }
         )

@@ -4,6 +4,7 @@ config.json               this format's version, the step, the weight files, the
 model.safetensors         the weights, fp32
 model.ema.safetensors     their moving average, where the run kept one
 tokenizer.model
+codec/                    the autoencoder, where the run has one: a folder of diffusers
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transfusion.checkpoint import layout
 from transfusion.checkpoint.layout import Manifest
 from transfusion.checkpoint.resume import SliceReader
 from transfusion.checkpoint.stream import write_tensors
+from transfusion.codec_folder import folder_files
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.parallel.agree import describe
@@ -30,6 +32,7 @@ FORMAT = "transfusion model"
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
+CODEC = "codec"
 WEIGHT_FILES = {WEIGHT: "model.safetensors", AVERAGE: "model.ema.safetensors"}
 
 
@@ -60,13 +63,14 @@ def export(source: str | Path, out: str | Path) -> Path:
     for name, record in manifest.files.items():
         layout.check_file(folder, name, record)
     tokenizer = _tokenizer(folder, manifest)
+    codec = _codec(folder, manifest)
     _refuse_foreign(out)
     # A name that nobody else gives: whatever stands there is what a killed export left.
     unfinished = out.with_name(f"{out.name}.export{layout.UNFINISHED}")
     try:
         layout.clear(unfinished)
         unfinished.mkdir(parents=True)
-        _write(unfinished, SliceReader(folder, manifest), tokenizer)
+        _write(unfinished, SliceReader(folder, manifest), tokenizer, codec)
         layout.replace_folder(unfinished, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {describe(error)}; name another folder") from error
@@ -98,6 +102,9 @@ def read_export(folder: str | Path) -> ModelFolder:
                 pass
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: {name} cannot be read ({error}); {remedy}") from None
+    if config.codec.kind != "pixels":
+        beside = config.codec.model_copy(update={"folder": str(folder / CODEC)})
+        config = config.model_copy(update={"codec": beside})
     average = folder / names[AVERAGE] if AVERAGE in names else None
     return ModelFolder(config, step, folder / names[WEIGHT], average, folder / TOKENIZER)
 
@@ -126,6 +133,17 @@ def _tokenizer(folder: Path, manifest: Manifest) -> Path:
     return path
 
 
+def _codec(folder: Path, manifest: Manifest) -> Path | None:
+    """The run's own copy of the autoencoder; of a checkpoint outside of a run the folder that it names."""
+    settings = manifest.config["codec"]
+    if settings["kind"] == "pixels":
+        return None
+    run = folder.parent.parent
+    path = run / CODEC if folder.parent == layout.checkpoints_folder(run) else Path(settings["folder"])
+    folder_files(path)
+    return path
+
+
 def _refuse_foreign(out: Path) -> None:
     if not out.exists():
         return
@@ -139,7 +157,7 @@ def _refuse_foreign(out: Path) -> None:
     raise UserError(f"{out} exists and is not an exported model; name another folder, or remove it")
 
 
-def _write(folder: Path, reader: SliceReader, tokenizer: Path) -> None:
+def _write(folder: Path, reader: SliceReader, tokenizer: Path, codec: Path | None) -> None:
     manifest = reader.manifest
     files = {kind: name for kind, name in WEIGHT_FILES.items() if kind in manifest.kinds}
     description = {
@@ -159,4 +177,10 @@ def _write(folder: Path, reader: SliceReader, tokenizer: Path) -> None:
         write_tensors(folder / file, shapes, read, metadata={"format": "pt"})
     with layout.whole_file(folder / TOKENIZER) as partial:
         shutil.copyfile(tokenizer, partial)
+    if codec is not None:
+        (folder / CODEC).mkdir()
+        for source in folder_files(codec):
+            with layout.whole_file(folder / CODEC / source.name) as partial:
+                shutil.copyfile(source, partial)
+        layout.sync_folder(folder / CODEC)
     layout.sync_folder(folder)

@@ -149,8 +149,17 @@ def model_fingerprint(config: Config) -> str:
 
 
 def model_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that must agree between a checkpoint and the run that loads it."""
-    return {"model": config["model"], "codec": config["codec"]}
+    """The part of a configuration that must agree between a checkpoint and the run that loads it.
+
+    A key that is younger than the checkpoint has its default, which is what was done before.
+    """
+    defaults = Config().as_dict()
+    model, codec = (defaults[section] | config[section] for section in ("model", "codec"))
+    # Not where the autoencoder lies: its fingerprint tells which it is. What is empty says nothing.
+    return {
+        "model": model,
+        "codec": {name: value for name, value in codec.items() if value and name != "folder"},
+    }
 
 
 def damaged(folder: Path, problem: str) -> UserError:

@@ -131,7 +131,7 @@ def _check_model(folder: Path, manifest: Manifest, engine: Engine) -> None:
                 f"{folder} is of another model: {shard.name} has shape {tuple(record.shape)} there and "
                 f"{shard.shape} here; {remedy}"
             )
-    if layout.model_fingerprint(engine.config) == manifest.fingerprint:
+    if saved == wanted:
         return
     for section, values in wanted.items():
         for key, value in values.items():

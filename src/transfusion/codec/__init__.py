@@ -1,1 +1,50 @@
-"""Pictures to latents and back."""
+"""Pictures to latents or tokens and back. Reading order: interface, pixels, networks, autoencoder, quantised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from transfusion.codec.autoencoder import KLCodec
+from transfusion.codec.interface import Codec, TokenCodec
+from transfusion.codec.networks import Network, load_network
+from transfusion.codec.pixels import PixelCodec
+from transfusion.codec.quantised import VQCodec
+from transfusion.codec_folder import codec_fingerprint, read_facts
+from transfusion.config import CodecConfig
+from transfusion.errors import UserError
+
+__all__ = ["Codec", "TokenCodec", "open_codec", "open_token_codec"]
+
+
+def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec:
+    """The codec of latents that the configuration names.
+
+    Raises UserError for one of tokens, and for a folder that is not as it was when the configuration was made, or
+    that lacks weights.
+    """
+    if config.kind == "pixels":
+        return PixelCodec()
+    if config.kind == "vq":
+        raise UserError(
+            "codec.kind=vq makes tokens, and the diffusion objective learns latents: set codec.kind to kl or pixels"
+        )
+    return KLCodec(_network(config), config.scale or (1.0,), config.shift or (0.0,), device)
+
+
+def open_token_codec(config: CodecConfig, device: torch.device | str = "cpu") -> TokenCodec:
+    """The codec of tokens that the configuration names. Raises UserError as `open_codec` does."""
+    if config.kind != "vq":
+        raise UserError(f"codec.kind={config.kind} makes latents, and tokens are needed: set codec.kind=vq")
+    return VQCodec(_network(config), device)
+
+
+def _network(config: CodecConfig) -> Network:
+    facts = read_facts(Path(config.folder))
+    if config.fingerprint != codec_fingerprint(facts, config.scale, config.shift):
+        raise UserError(
+            f"codec.folder {config.folder} is not the autoencoder of codec.fingerprint {config.fingerprint}:"
+            " it was changed; name the one that was used"
+        )
+    return load_network(config.folder)

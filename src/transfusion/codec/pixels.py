@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Latents of this codec lie in [-LATENT_BOUND, LATENT_BOUND]; samplers may clip to it.
-LATENT_BOUND = 1.0
-
 
 def encode(pixels_ICHW: Tensor) -> Tensor:
     """uint8 pixels to fp32 latents in [-1, 1]; floats are latents already."""
@@ -22,3 +19,12 @@ def encode(pixels_ICHW: Tensor) -> Tensor:
 def decode(latent_ICHW: Tensor) -> Tensor:
     """Latents to uint8 pixels; values outside the range are clipped."""
     return ((latent_ICHW.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class PixelCodec:
+    """See `interface.Codec`. Drawn latents are read again as the picture that they became."""
+
+    bound: float | None = 1.0
+    encode = staticmethod(encode)
+    decode = staticmethod(decode)
+    settled = staticmethod(decode)

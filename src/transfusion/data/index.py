@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transfusion.config import CacheConfig, SourceConfig
+from transfusion.config import CacheConfig, CodecConfig, SourceConfig
 from transfusion.data.cache import CacheSettings, RemoteShard
 from transfusion.data.deck import Windows
 from transfusion.data.indexing import HARMLESS, IndexPlace, find_shards, open_indexes, too_many_faults
+from transfusion.data.latents import refuse_other_latents
 from transfusion.data.sample import Fault
 from transfusion.data.scan import is_shard
 from transfusion.data.sequence import IMAGE_CONTROL_TOKENS, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS
@@ -183,15 +184,21 @@ def build_index(
     place: IndexPlace | None = None,
     latent_channels: int = 0,
     cache: CacheSettings | None = None,
+    codec: CodecConfig | None = None,
 ) -> SourceIndex:
     """The index of a source; index files that are missing are made first.
 
-    cache: for remote shards; None: the default one below this folder. Raises UserError when a shard is missing, an
-    index is stale, or no good sample is left.
+    cache: for remote shards; None: the default one below this folder. codec: the one whose latents are taken; None:
+    any. Raises UserError when a shard is missing, an index is stale, latents are of another codec, or no good sample
+    is left.
     """
     cache = cache or CacheSettings.of(CacheConfig(), Path("cache"))
     shards = [shard for shard in find_shards(source.shards, cache) if is_shard(shard)]
     parts = open_indexes(shards, tokenizer, place or IndexPlace())
+    for part in parts:
+        # What stands beside a remote shard is not seen.
+        if codec and isinstance(part.shard, Path) and part["latent_channels_I"].any():
+            refuse_other_latents(part.shard, codec, source.name)
     index = SourceIndex(
         source.name,
         parts,

@@ -1,22 +1,81 @@
-"""Precomputed latents: NumPy files of float16 or float32 [C, h, w], never a pickle. C channels, h/w height, width."""
+"""Precomputed latents: NumPy files of float16 or float32 [C, h, w], never a pickle, and whose they are.
+
+NNNNN_latents.json beside NNNNN.tar tells which codec made the latents in it. C channels, h/w height, width.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from transfusion.config import CodecConfig
+from transfusion.errors import UserError
+
 # A header longer than this is none of ours; only so much is parsed.
 HEADER_BYTES = 4096
 _TYPES = ("float16", "float32")
+# Extensions of what a codec writes beside a picture.
+LATENTS, TOKENS = "latent.npy", "tokens.npy"
+
+
+class LatentRecord(NamedTuple):
+    """Of one shard: the codec's fingerprint, the size of the pictures, how many have latents, which do not and why.
+
+    source, source_bytes: the shard that the pictures came from.
+    """
+
+    codec: str
+    kind: str
+    image_size: int
+    encoded: int
+    left_out: dict[str, int]
+    source: str
+    source_bytes: int
+
+
+def record_path(shard: Path) -> Path:
+    return shard.with_name(f"{shard.stem}_latents.json")
+
+
+def read_record(shard: Path) -> LatentRecord | None:
+    """What is told of a shard's latents; None: nothing, or nothing that can be read."""
+    try:
+        return LatentRecord(**json.loads(record_path(shard).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 class LatentFault(Exception):  # noqa: N818  (no mistake of the program: one bad sample)
     """Latents that cannot be used; the message is the reason."""
+
+
+def refuse_other_latents(shard: Path, codec: CodecConfig, source: str) -> None:
+    """Raise UserError where the latents of a shard are of another codec or picture size than the configuration's.
+
+    Under codec.kind=pixels latents of unknown origin are taken as they are; with an autoencoder they are refused.
+    """
+    record = read_record(shard)
+    if record is None and codec.kind == "pixels":
+        return
+    if record is None:
+        problem = f"are of an unknown codec ({record_path(shard).name} is missing)"
+    elif record.codec != codec.fingerprint:
+        problem = f"were made by codec {record.codec}, not by {codec.fingerprint or 'codec.kind=pixels'}"
+    elif record.image_size != codec.image_size:
+        problem = f"are of pictures of {record.image_size} pixels, and codec.image_size is {codec.image_size}"
+    else:
+        return
+    raise UserError(
+        f"source {source}: the latents in {shard} {problem}; name the shards of the pictures, or encode them again"
+        " with `transfusion codec encode`"
+    )
 
 
 def latent_shape(head: bytes, size: int) -> tuple[int, int, int]:

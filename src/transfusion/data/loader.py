@@ -186,8 +186,9 @@ def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: To
             patches=config.patches_per_image,
             row_length=config.data.row_length,
             place=IndexPlace(folder=folder, fallback=Path(config.run.folder) / "index"),
-            latent_channels=source.latent_channels or config.codec.channels,
+            latent_channels=source.latent_channels or config.codec.depth,
             cache=cache_of(config),
+            codec=config.codec,
         )
         for source in sources
     ]

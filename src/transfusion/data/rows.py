@@ -44,6 +44,7 @@ class RowSettings:
     patches: int
     channels: int
     image_size: int
+    latent_shape: tuple[int, int, int]
     timesteps: int
     image_first_timesteps: int
 
@@ -57,6 +58,7 @@ class RowSettings:
             patches=config.patches_per_image,
             channels=config.codec.channels,
             image_size=config.codec.image_size,
+            latent_shape=config.codec.latent_shape(config.codec.image_size, config.codec.image_size),
             timesteps=steps,
             image_first_timesteps=config.diffusion.understanding_timestep_limit or steps,
         )
@@ -202,7 +204,7 @@ def read_values(index: SourceIndex, sample: int, picture: int, settings: RowSett
         latent = read_latent(data)
     except LatentFault as error:
         raise DecodeFault(str(error)) from None
-    if latent.shape != (settings.channels, settings.image_size, settings.image_size):
+    if latent.shape != settings.latent_shape:
         raise DecodeFault("latent_shape")
     return latent
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.data.evaluation import EvaluationLoader
 from transfusion.mixed_loss import MixedLoss
@@ -13,13 +14,18 @@ from transfusion.schema import LossTerms
 
 @torch.no_grad()
 def held_out_losses(
-    model: nn.Module, loader: EvaluationLoader, config: Config, device: torch.device
+    model: nn.Module,
+    loader: EvaluationLoader,
+    config: Config,
+    device: torch.device,
+    codec: Codec | None = None,
 ) -> LossTerms:
     """This rank's loss sums over its share of the held-out data; every rank runs the same number of forwards.
 
+    codec: of the pictures; None: their pixels.
     Noise and timesteps of the pictures are keyed by sample, so two checkpoints are judged on the same noise.
     """
-    loss = MixedLoss(config.diffusion)
+    loss = MixedLoss(config.diffusion, codec)
     total: LossTerms | None = None
     for batch in loader:
         terms = loss.terms(model, batch.to(device)).double()

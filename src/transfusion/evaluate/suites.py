@@ -75,7 +75,9 @@ def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     for source in pipeline.config.data.held_out:
         loader = EvaluationLoader(pipeline.config, [source], pipeline.tokenizer, rows=8)
-        terms = held_out_losses(pipeline.reader.model, loader, pipeline.config, pipeline.reader.device)
+        terms = held_out_losses(
+            pipeline.reader.model, loader, pipeline.config, pipeline.reader.device, pipeline.reader.codec
+        )
         if float(terms.image_count):
             metrics[f"{source.name}_image_loss"] = Metric(
                 value=float(terms.image_sum / terms.image_count),

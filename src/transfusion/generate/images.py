@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from transfusion.codec.pixels import LATENT_BOUND
 from transfusion.config import Config
 from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.sampler import DDIM, DDPM, Sampler, start_noise
@@ -22,6 +21,7 @@ from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.reader import Reader
+from transfusion.model.patches import unpatchify
 
 SamplerName = Literal["ddpm", "ddim"]
 SAMPLERS: dict[str, type[DDPM] | type[DDIM]] = {"ddpm": DDPM, "ddim": DDIM}
@@ -74,17 +74,18 @@ def draw(
     position_RPA = reader.image_positions(view.lengths)[:, : reader.patches]
     mask = view.mask(torch.full(position_RPA.shape[:2], reader.patches, device=reader.device))
 
-    sampler: Sampler = SAMPLERS[sampling.sampler](schedule, sampling.steps, clip=LATENT_BOUND)
+    sampler: Sampler = SAMPLERS[sampling.sampler](schedule, sampling.steps, clip=reader.codec.bound)
     key_I = torch.tensor(keys, device=reader.device)
-    latent_ICHW = start_noise(key_I, reader.image_shape)
+    latent_ICHW = start_noise(key_I, reader.latent_shape)
     for index, timestep in enumerate(sampler.timesteps):
         timestep_I = torch.full((images,), timestep, device=reader.device)
-        patches_RPD = reader.model.encode_patches(latent_ICHW, timestep_I)
+        encoding = reader.model.encode_patches([latent_ICHW], timestep_I)
         if guided:
-            patches_RPD = torch.cat((patches_RPD, patches_RPD))
+            encoding = encoding.twice()
+        patches_RPD = encoding.patch_ND.unflatten(0, (-1, reader.patches))
         hidden_RPD = reader.model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
-        shape = (len(hidden_RPD), *reader.image_shape)
-        noise_RCHW = reader.model.decode_patches(reader.model.norm(hidden_RPD), shape).float()
+        predicted_NE = reader.model.decode_patches(reader.model.norm(hidden_RPD).flatten(0, 1), encoding)
+        noise_RCHW = unpatchify(predicted_NE, *reader.latent_shape, reader.model.config.patch_size).float()
         if guided:
             conditional, unconditional = noise_RCHW.chunk(2)
             noise_RCHW = guide(conditional, unconditional, sampling.guidance)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from transfusion.codec import pixels as codec
 from transfusion.data.sequence import lay_out
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.diffusion.schedule import CosineSchedule
@@ -160,7 +159,7 @@ class Conversation:
             for row in (rows[place] for place in waiting)
         ]
         latent_ICHW = draw(self.reader, cache, waiting, keys, self.image, self.schedule)
-        pixels_ICHW = codec.decode(latent_ICHW)
+        pixels_ICHW = self.reader.codec.decode(latent_ICHW)
         for place, picture in zip(waiting, pixels_ICHW.cpu(), strict=True):
             row = rows[place]
             row.parts.append(picture)
@@ -168,7 +167,8 @@ class Conversation:
             room = cache.lengths[place] + self.reader.patches + 1 < self.limits.length
             row.phase = _Phase.SPEAKING if room else _Phase.DONE
         view = cache.view(waiting)
-        state_BD[waiting] = self.reader.read(view, self.reader.image_block(pixels_ICHW, view.lengths))
+        settled_ICHW = self.reader.codec.settled(latent_ICHW)
+        state_BD[waiting] = self.reader.read(view, self.reader.image_block(settled_ICHW, view.lengths))
 
     def _answer(self, row: _Row) -> list[Part]:
         return [part if isinstance(part, Tensor) else self.tokenizer.decode(part) for part in row.parts]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transfusion.checkpoint.export import read_export
-from transfusion.codec import pixels as codec
+from transfusion.codec import Codec, open_codec
 from transfusion.config import Config, SampleConfig
 from transfusion.data.sequence import Layout, lay_out
 from transfusion.data.tokenizer import Tokenizer
@@ -48,11 +48,18 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: Transfusion, tokenizer: Tokenizer, config: Config, device: torch.device | str
+        self,
+        model: Transfusion,
+        tokenizer: Tokenizer,
+        config: Config,
+        device: torch.device | str,
+        codec: Codec | None = None,
     ) -> None:
+        """codec: that of `config.codec`, where it is open already."""
         self.tokenizer, self.config = tokenizer, config
         self.schedule = CosineSchedule(config.diffusion.steps)
-        self.reader = Reader(model, config, torch.device(device))
+        codec = open_codec(config.codec, device) if codec is None else codec
+        self.reader = Reader(model, config, torch.device(device), codec)
 
     @classmethod
     def from_export(
@@ -188,7 +195,7 @@ class Pipeline:
             self.reader.read(cache.view(), self.reader.prefix_block(layouts, counts))
             rows = [distinct.index(prompt) for prompt in part]
             latent_ICHW = images.draw(self.reader, cache, rows, keys, sampling, self.schedule)
-            pictures = codec.decode(latent_ICHW).cpu()
+            pictures = self.reader.codec.decode(latent_ICHW).cpu()
             drawn += [SampledImage(*item) for item in zip(pictures, part, keys, strict=True)]
         return drawn
 
@@ -213,7 +220,7 @@ class Pipeline:
                 )
 
     def _check_parts(self, prompt: Sequence[Part]) -> None:
-        shape = self.reader.image_shape
+        shape = self.reader.picture_shape
         for part in prompt:
             if isinstance(part, str):
                 _check_text(part)

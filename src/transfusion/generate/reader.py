@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion.codec import pixels as codec
+from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.data.sequence import Layout, lay_out, position_axes
 from transfusion.generate.cache import CacheRows, KeyValueCache
@@ -32,7 +32,7 @@ class Block:
 
     token_ids_RS and position_RSA: int64. end_RS: int64, up to where each position sees, counted from the
     row's length before. counts: real positions of each row. pixels_ICHW: uint8, the pictures in the block,
-    row after row; patch_slot_N: int64, flat positions (row * S + position) of their patches.
+    row after row, or their latents (float); patch_slot_N: int64, flat positions (row * S + position) of their patches.
     """
 
     token_ids_RS: Tensor
@@ -46,11 +46,13 @@ class Block:
 class Reader:
     """Reads blocks into caches and answers with states and logits; holds no state of its own."""
 
-    def __init__(self, model: Transfusion, config: Config, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: Transfusion, config: Config, device: torch.device, codec: Codec) -> None:
+        self.model, self.device, self.codec = model, device, codec
         self.patches = config.patches_per_image
         self.axes = position_axes(config.model.position)
-        self.image_shape = (config.codec.channels, config.codec.image_size, config.codec.image_size)
+        size = config.codec.image_size
+        self.picture_shape = (config.codec.channels, size, size)
+        self.latent_shape = config.codec.latent_shape(size, size)
         # An image at the earliest place it can stand, after <BOS> <BOI>, and the <EOI> behind it.
         self._image_layout = lay_out([ImageSegment(None, self.patches)], axes=self.axes, finished=False)
 
@@ -124,10 +126,10 @@ class Reader:
         """Read the block into the cache; returns the final state [R, D] of each row's last real position."""
         hidden_RSD = self.model.embedding(block.token_ids_RS)
         if block.pixels_ICHW is not None and block.patch_slot_N is not None:
-            latents = codec.encode(block.pixels_ICHW)
+            latents = self.codec.encode(block.pixels_ICHW)
             timestep_I = torch.full((len(latents),), CLEAN_TIMESTEP, device=self.device)
-            patches_IPD = self.model.encode_patches(latents, timestep_I).to(hidden_RSD.dtype)
-            flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, patches_IPD.flatten(0, 1))
+            patch_ND = self.model.encode_patches([latents], timestep_I).patch_ND.to(hidden_RSD.dtype)
+            flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, patch_ND)
             hidden_RSD = flat.view_as(hidden_RSD)
         mask = rows.mask(block.end_RS)
         hidden_RSD = self.model.run_blocks(hidden_RSD, block.position_RSA, mask, rows.layers)

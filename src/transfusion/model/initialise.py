@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 STANDARD_DEVIATION = 0.02
+# What writes to the residual stream of a U-Net.
+ADDED_BY_A_UNET = (".second.weight", ".merge.weight")
 
 
 def initialise(module: nn.Module, *, seed: int, layers: int) -> None:
-    """Fill every parameter in place: norms with one, biases with zero, the noise decoder with zero, matrices
-    with a truncated normal of deviation 0.02, those that write to the residual stream divided by
-    sqrt(2 * layers)."""
+    """Fill every parameter in place: norms with one, biases with zero, the last layer of the patch decoder with zero,
+    matrices with a truncated normal of deviation 0.02, those that write to the residual stream divided by
+    sqrt(2 * layers). Inside a U-Net layers keep their input's variance, and what they add at first is zero."""
     for name, parameter in module.named_parameters():
         with torch.no_grad():
             parameter.copy_(initial_value(name, parameter, seed=seed, layers=layers))
@@ -22,14 +24,19 @@ def initialise(module: nn.Module, *, seed: int, layers: int) -> None:
 
 def initial_value(name: str, parameter: Tensor, *, seed: int, layers: int) -> Tensor:
     """The initial value of one parameter, fp32 on the CPU."""
+    in_unet = ".unet." in name
+    if name.endswith("bias") or name.startswith("patch_decoder.projection"):
+        return torch.zeros(parameter.shape)
     if "norm" in name:
         return torch.ones(parameter.shape)
-    if name.endswith("bias") or name.startswith("patch_decoder"):
+    if in_unet and name.endswith(ADDED_BY_A_UNET):
         return torch.zeros(parameter.shape)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     deviation = STANDARD_DEVIATION
-    if name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+    if in_unet:
+        deviation = parameter[0].numel() ** -0.5
+    elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
         deviation /= math.sqrt(2 * layers)
     if name.startswith("patch_encoder.projection"):
         # Few inputs of unit variance: keeps patches as large as token embeddings.

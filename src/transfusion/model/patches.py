@@ -3,18 +3,57 @@
 I images, C channels, H/W latent height and width, P patches, E values a patch (C * size * size), D width,
 N patches of all images. Encoder and decoder take the patches of all groups of images as one tensor, and give one:
 under ZeRO-3 every rank must call the same modules, with as many tensors in and out, however many groups its batch has.
+An encoder also gives what its decoder needs again beside the patches, its skips: none here, see `unet`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from transfusion.config import ModelConfig
 from transfusion.model.embedding import TimestepEmbedding
+
+
+class Grid(NamedTuple):
+    """A group of images of one shape, in patches."""
+
+    images: int
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, latent_ICHW: Tensor, size: int) -> Grid:
+        images, _, height, width = latent_ICHW.shape
+        return cls(images, height // size, width // size)
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image."""
+        return self.rows * self.columns
+
+
+class Encoding(NamedTuple):
+    """Encoded patches [N, D] of all groups of images, and what the decoder is told of them beside their states."""
+
+    patch_ND: Tensor
+    timestep_I: Tensor
+    grids: tuple[Grid, ...]
+    skips: tuple[Tensor, ...]
+
+    def twice(self) -> Encoding:
+        """The same images of one group once more behind themselves, as both branches of guidance need them."""
+        ((images, rows, columns),) = self.grids
+        return Encoding(
+            torch.cat((self.patch_ND, self.patch_ND)),
+            torch.cat((self.timestep_I, self.timestep_I)),
+            (Grid(2 * images, rows, columns),),
+            tuple(torch.cat((skip, skip)) for skip in self.skips),
+        )
 
 
 def patchify(latent_ICHW: Tensor, size: int) -> Tensor:
@@ -54,26 +93,28 @@ class PatchEncoder(nn.Module):
         self.projection = nn.Linear(patch_values, config.width)
         self.timestep = TimestepEmbedding(config.width if self.after_projection else patch_values)
 
-    def forward(self, patch_NE: Tensor, timestep_I: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """Patches [N, E] to [N, D], group after group; timestep_I: of all images; shapes: (I, P) of each group."""
+    def forward(self, patch_NE: Tensor, timestep_I: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, ...]:
+        """Patches [N, E] to [N, D], group after group, and no skips; timestep_I: of all images."""
         embedding_ID = self.timestep(timestep_I)
-        groups = zip(embedding_ID.split([images for images, _ in shapes]), shapes, strict=True)
+        groups = zip(embedding_ID.split([grid.images for grid in grids]), grids, strict=True)
         embedding_ND = torch.cat(
-            [part[:, None].expand(-1, patches, -1).flatten(0, 1) for part, (_, patches) in groups]
+            [part[:, None].expand(-1, grid.patches, -1).flatten(0, 1) for part, grid in groups]
         )
         patch_NE = patch_NE.to(self.projection.weight.dtype)
         if self.after_projection:
-            return self.projection(patch_NE) + embedding_ND
-        return self.projection(patch_NE + embedding_ND)
+            return (self.projection(patch_NE) + embedding_ND,)
+        return (self.projection(patch_NE + embedding_ND),)
 
 
 class PatchDecoder(nn.Module):
-    """The transformer's width back to patch values: the predicted noise."""
+    """The transformer's width back to patch values: the prediction."""
 
     def __init__(self, config: ModelConfig, patch_values: int) -> None:
         super().__init__()
         self.projection = nn.Linear(config.width, patch_values)
 
-    def forward(self, state_ND: Tensor) -> Tensor:
-        """States [N, D] to patch values [N, E]."""
+    def forward(
+        self, state_ND: Tensor, timestep_I: Tensor, grids: Sequence[Grid], skips: Sequence[Tensor]
+    ) -> Tensor:
+        """States [N, D] to patch values [N, E]; all else is for other decoders."""
         return self.projection(state_ND)

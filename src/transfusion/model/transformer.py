@@ -7,7 +7,7 @@ N text targets, C channels, H/W latent height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,19 @@ from transfusion.model.attention import LayerCache
 from transfusion.model.block import Block
 from transfusion.model.embedding import rotary_angles
 from transfusion.model.heads import TextHead
-from transfusion.model.patches import PatchDecoder, PatchEncoder, patchify, unpatchify
+from transfusion.model.patches import Encoding, Grid, PatchDecoder, PatchEncoder, patchify
+from transfusion.model.unet import UNetDecoder, UNetEncoder
 from transfusion.schema import Batch, Modality
+
+PATCHERS: dict[str, tuple[type[PatchEncoder | UNetEncoder], type[PatchDecoder | UNetDecoder]]] = {
+    "linear": (PatchEncoder, PatchDecoder),
+    "unet": (UNetEncoder, UNetDecoder),
+}
 
 
 class ModelOutput(NamedTuple):
-    """text_sum: fp32 nats summed over the text targets. noise_NE: the predicted noise of all patches, group after
-    group; `patches.pictures` makes images of it. Two tensors, whatever the batch holds: see `patches`.
+    """text_sum: fp32 nats summed over the text targets. noise_NE: the prediction of all patches, group after group;
+    `patches.pictures` makes images of it. Two tensors, whatever the batch holds: see `patches`.
     """
 
     text_sum: Tensor
@@ -51,16 +57,17 @@ class Transfusion(nn.Module):
         super().__init__()
         self.config = config
         self.recomputes_blocks = activation_checkpointing == "block"
-        patch_values = codec.channels * config.patch_size**2
+        patch_values = codec.depth * config.patch_size**2
+        encoder, decoder = PATCHERS[config.patcher]
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.patch_encoder = PatchEncoder(config, patch_values)
+        self.patch_encoder = encoder(config, patch_values)
         recomputes_attention = activation_checkpointing == "attention"
         self.blocks = nn.ModuleList(
             Block(config, attention, recomputes_attention=recomputes_attention) for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.text_head = TextHead(config.width, config.vocabulary, head_chunk)
-        self.patch_decoder = PatchDecoder(config, patch_values)
+        self.patch_decoder = decoder(config, patch_values)
 
     def forward(self, batch: Batch, noisy: Sequence[Tensor]) -> ModelOutput:
         """Text loss and predicted noise of a batch.
@@ -68,28 +75,22 @@ class Transfusion(nn.Module):
         noisy: for each image group its noised latents [I, C, H, W]. Every branch runs on every rank, with
         weight 0 where a rank has nothing for it, so that all ranks gather the same parameters.
         """
-        hidden_BSD = self.embed(batch, noisy)
-        hidden_BSD = self.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
+        encoding = self.encode_patches(noisy, torch.cat([group.timestep_I for group in batch.images]))
+        hidden_BSD = self.run_blocks(self.embed(batch, encoding.patch_ND), batch.position_BSA, batch.mask)
         flat = self.norm(hidden_BSD).flatten(0, 1)
         # The count is known on the host, so nothing waits for the device to tell it.
         weight = batch.text_weight_BS.flatten()
         learned_N = torch.nonzero_static(weight, size=batch.counts.text_targets).squeeze(1)
         text_sum = self.text_head(flat[learned_N], batch.target_ids_BS.flatten()[learned_N])
         slot_N = torch.cat([group.patch_slot_IP.flatten() for group in batch.images])
-        return ModelOutput(text_sum, self.patch_decoder(flat[slot_N]))
+        return ModelOutput(text_sum, self.decode_patches(flat[slot_N], encoding))
 
-    def embed(self, batch: Batch, noisy: Sequence[Tensor]) -> Tensor:
-        """Token embeddings [B, S, D] with encoded patches in the slots of the images."""
+    def embed(self, batch: Batch, patch_ND: Tensor) -> Tensor:
+        """Token embeddings [B, S, D] with the encoded patches of all groups in the slots of the images."""
         is_text_BS1 = (batch.modality_BS != Modality.IMAGE).unsqueeze(-1)
         tokens_BSD = self.embedding(batch.token_ids_BS)
         hidden_BSD = tokens_BSD * is_text_BS1.to(tokens_BSD.dtype)
         flat = hidden_BSD.flatten(0, 1)
-        shapes = [tuple(group.patch_slot_IP.shape) for group in batch.images]
-        patch_ND = self.patch_encoder(
-            torch.cat([patchify(latents, self.config.patch_size).flatten(0, 1) for latents in noisy]),
-            torch.cat([group.timestep_I for group in batch.images]),
-            shapes,
-        )
         slot_N = torch.cat([group.patch_slot_IP.flatten() for group in batch.images])
         weight_N1 = torch.cat(
             [
@@ -100,18 +101,30 @@ class Transfusion(nn.Module):
         # Adding, where slots hold zero, leaves the slots of an image of weight 0 as they are.
         return flat.index_add(0, slot_N, patch_ND * weight_N1.to(patch_ND.dtype)).view_as(hidden_BSD)
 
-    def encode_patches(self, noisy_ICHW: Tensor, timestep_I: Tensor) -> Tensor:
-        """Noised latents to encoded patches [I, P, D]."""
-        patch_IPE = patchify(noisy_ICHW, self.config.patch_size)
-        images, patches, _ = patch_IPE.shape
-        encoded_ND = self.patch_encoder(patch_IPE.flatten(0, 1), timestep_I, [(images, patches)])
-        return encoded_ND.unflatten(0, (images, patches))
+    def encode_patches(self, noisy: Sequence[Tensor], timestep_I: Tensor) -> Encoding:
+        """Noised latents, a tensor [I, C, H, W] for each group, to encoded patches; timestep_I: of all images."""
+        size = self.config.patch_size
+        grids = tuple(Grid.of(latent_ICHW, size) for latent_ICHW in noisy)
+        patch_NE = torch.cat([patchify(latent_ICHW, size).flatten(0, 1) for latent_ICHW in noisy])
+        patch_ND, *skips = self._recomputed(self.patch_encoder, patch_NE, timestep_I, grids)
+        return Encoding(patch_ND, timestep_I, grids, tuple(skips))
 
-    def decode_patches(self, normed_IPD: Tensor, shape: Sequence[int]) -> Tensor:
-        """Final states of the patches to predicted noise of `shape` [I, C, H, W]."""
-        _, channels, height, width = shape
-        patch_NE = self.patch_decoder(normed_IPD.flatten(0, 1))
-        return unpatchify(patch_NE, channels, height, width, self.config.patch_size)
+    def decode_patches(self, state_ND: Tensor, encoding: Encoding) -> Tensor:
+        """Final states of the patches to their predicted values [N, E]; `patches.pictures` makes images of them."""
+        predicted_NE: Tensor = self._recomputed(
+            self.patch_decoder, state_ND, encoding.timestep_I, encoding.grids, encoding.skips
+        )
+        return predicted_NE
+
+    def _recomputed(self, patcher: nn.Module, values: Tensor, *others: Any) -> Any:
+        """Call the encoder or decoder; a U-Net is recomputed in the backward pass where the blocks are."""
+        if self.config.patcher == "linear" or not torch.is_grad_enabled():
+            return patcher(values, *others)
+        # A module whose inputs have no gradient ends its backward pass, for ZeRO, before it has begun.
+        values = values if values.requires_grad else values.requires_grad_()
+        if self.recomputes_blocks:
+            return checkpoint(patcher, values, *others, use_reentrant=False)
+        return patcher(values, *others)
 
     def run_blocks(
         self,

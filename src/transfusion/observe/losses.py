@@ -40,7 +40,7 @@ class MeanLosses:
             image=image,
             total=(text or 0.0) + config.diffusion.image_loss_weight * (image or 0.0),
             image_by_timestep=[_ratio(a, b) for a, b in zip(buckets[:half], buckets[half:], strict=True)],
-            images=round(image_count / (config.codec.channels * config.codec.image_size**2)),
+            images=round(image_count / (config.codec.depth * config.codec.latent_size**2)),
         )
 
 

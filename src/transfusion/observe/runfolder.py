@@ -20,7 +20,8 @@ from typing import Any, TextIO
 from transfusion import __version__, presets
 from transfusion.addresses import redacted_text
 from transfusion.checkpoint import layout
-from transfusion.config import Config
+from transfusion.codec_folder import folder_files
+from transfusion.config import CodecConfig, Config
 from transfusion.data.scan import Fault
 from transfusion.errors import UserError
 
@@ -57,6 +58,10 @@ class RunFolder:
     @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer.model"
+
+    @property
+    def codec(self) -> Path:
+        return self.path / "codec"
 
     @property
     def samples(self) -> Path:
@@ -150,6 +155,20 @@ class RunFolder:
             if not self.tokenizer.is_file() or not _same_bytes(self.tokenizer, path):
                 with layout.whole_file(self.tokenizer) as partial:
                     shutil.copyfile(path, partial)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def keep_codec(self, codec: CodecConfig) -> None:
+        """Copy the autoencoder, so that the run stays usable whatever becomes of its folder."""
+        if codec.kind == "pixels" or Path(codec.folder).resolve() == self.codec.resolve():
+            return
+        try:
+            self.codec.mkdir(exist_ok=True)
+            for file in folder_files(codec.folder):
+                kept = self.codec / file.name
+                if not kept.is_file() or layout.file_digest(kept) != layout.file_digest(file):
+                    with layout.whole_file(kept) as partial:
+                        shutil.copyfile(file, partial)
         except OSError as error:
             raise self._unwritable(error) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +91,7 @@ def open_sink(config: Config, folder: RunFolder, *, attempt: int) -> Sink:
     run = wandb.init(
         project=config.log.project,
         name=config.run.name,
-        id=_id_of(folder, wandb),
+        id=_id_of(folder),
         resume="allow",
         dir=str(folder.path),
         config={**config.as_dict(), "attempt": attempt},
@@ -102,10 +103,10 @@ def open_sink(config: Config, folder: RunFolder, *, attempt: int) -> Sink:
     return WandbSink(run, wandb.Image)
 
 
-def _id_of(folder: RunFolder, wandb: Any) -> str:
+def _id_of(folder: RunFolder) -> str:
     """The run's id at wandb, drawn at its first start with wandb."""
     if not folder.wandb_id.exists():
-        layout.write_whole(folder.wandb_id, wandb.util.generate_id() + "\n")
+        layout.write_whole(folder.wandb_id, secrets.token_hex(4) + "\n")
     return folder.wandb_id.read_text(encoding="utf-8").strip()
 
 

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transfusion_kernels import dispatch
 
-from transfusion.config import Config
+from transfusion.codec import Codec
+from transfusion.config import CodecConfig, Config
 from transfusion.errors import UserError
 from transfusion.model import Transfusion
 from transfusion.parallel.agree import group_device, together
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.shards import Shard
-from transfusion.schema import Batch, LossTerms, StepResult
+from transfusion.schema import Batch, ImageGroup, LossTerms, StepResult
 
 Weights = Literal["raw", "ema"]
 
@@ -74,10 +75,11 @@ class Engine(Protocol):
         """Take over what was written into the shards; `updates`: the optimiser steps behind them."""
 
 
-def build_engine(config: Config, environment: Environment) -> Engine:
+def build_engine(config: Config, environment: Environment, codec: Codec | None = None) -> Engine:
     """The engine that `train.engine` names, with freshly initialised weights.
 
     auto: ZeRO with more than one process or on a GPU, else local. `config.model.vocabulary` must be set.
+    codec: of the pictures; None: their pixels.
     Called by all ranks together. Raises UserError on every rank, before anything is built: for the local
     engine in several processes, ZeRO without DeepSpeed, and an attention that cannot run here.
     """
@@ -93,12 +95,12 @@ def build_engine(config: Config, environment: Environment) -> Engine:
             )
         from transfusion.parallel.local import LocalEngine
 
-        return LocalEngine(config, environment)
+        return LocalEngine(config, environment, codec)
     from transfusion.parallel.zero import ZeroEngine, import_deepspeed
 
     # Building it takes collectives, which a rank without DeepSpeed would never join.
     together(import_deepspeed)
-    return ZeroEngine(config, environment)
+    return ZeroEngine(config, environment, codec)
 
 
 def _refuse_attention(config: Config, device: torch.device) -> None:
@@ -152,13 +154,16 @@ def _compiled_when_training(block: nn.Module) -> Callable[..., Tensor]:
     return forward
 
 
-def global_counts(batches: Sequence[Batch]) -> GlobalCounts:
-    """Count what this rank's micro-batches of one step hold and sum it over all ranks, in one collective."""
+def global_counts(batches: Sequence[Batch], codec: CodecConfig | None = None) -> GlobalCounts:
+    """Count what this rank's micro-batches of one step hold and sum it over all ranks, in one collective.
+
+    codec: of the pictures; None: their pixels.
+    """
     # float64: a global batch of pictures has more elements than float32 counts exactly.
     text = torch.stack([batch.text_weight_BS.sum(dtype=torch.float64) for batch in batches]).sum()
     image = torch.stack(
         [
-            group.image_weight_I.sum(dtype=torch.float64) * group.values[0].numel()
+            group.image_weight_I.sum(dtype=torch.float64) * _latent_elements(group, codec)
             for batch in batches
             for group in batch.images
         ]
@@ -168,6 +173,14 @@ def global_counts(batches: Sequence[Batch]) -> GlobalCounts:
         counts = counts.to(group_device())
         dist.all_reduce(counts)
     return GlobalCounts(*counts.float())
+
+
+def _latent_elements(group: ImageGroup, codec: CodecConfig | None) -> int:
+    """Of each image of the group, known before it is encoded."""
+    _, channels, height, width = group.values.shape
+    if codec is not None and not group.values.is_floating_point():
+        channels, height, width = codec.latent_shape(height, width)
+    return channels * height * width
 
 
 def training_loss(loss: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.mixed_loss import MixedLoss
@@ -31,11 +32,11 @@ from transfusion.schema import Batch, LossTerms, StepResult
 class LocalEngine:
     """AdamW on fp32 weights; with bf16, the network runs on a low-precision copy of them."""
 
-    def __init__(self, config: Config, environment: Environment) -> None:
+    def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
         self.config = config
         self.device, self.rank, self.world_size = environment.device, 0, 1
         self.updates = 0
-        self.loss = MixedLoss(config.diffusion)
+        self.loss = MixedLoss(config.diffusion, codec)
         model = build_model(config)
         initialise(model, seed=config.run.seed, layers=config.model.layers)
         self.model = model.to(self.device)

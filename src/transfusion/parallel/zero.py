@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.mixed_loss import MixedLoss
@@ -39,14 +40,14 @@ from transfusion.schema import Batch, LossTerms, StepResult
 class ZeroEngine:
     """ZeRO stage 1, 2 or 3. All state that trains lies in a few flat fp32 tensors a rank, `self.flats`."""
 
-    def __init__(self, config: Config, environment: Environment) -> None:
+    def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
         deepspeed = import_deepspeed()
         join_group(environment)
         self.config = config
         self.device, self.rank, self.world_size = environment.device, environment.rank, environment.world_size
         self.updates = 0
         self.stage = config.train.zero.stage
-        self.loss = MixedLoss(config.diffusion)
+        self.loss = MixedLoss(config.diffusion, codec)
         with torch.device("meta"):
             described = dict(build_model(config).named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in described.items()}

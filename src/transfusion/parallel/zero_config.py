@@ -9,8 +9,13 @@ from typing import Any
 
 from transfusion.config import Config, ZeroConfig
 
-# The unit that ZeRO-3 gathers at once and whose missing gradients it fills with zeros.
-LEAF_MODULE = "transfusion.model.block.Block"
+# The units that ZeRO-3 gathers at once and whose missing gradients it fills with zeros. Inside of them ranks may do
+# different things: a U-Net calls its layers once for each group of images that the batch holds.
+LEAF_MODULES = [
+    "transfusion.model.block.Block",
+    "transfusion.model.unet.UNetEncoder",
+    "transfusion.model.unet.UNetDecoder",
+]
 
 
 def deepspeed_config(config: Config, *, world_size: int, cuda: bool) -> dict[str, Any]:
@@ -69,7 +74,7 @@ def deepspeed_config(config: Config, *, world_size: int, cuda: bool) -> dict[str
             "zero_quantized_gradients": False,
             "memory_efficient_linear": False,
             "log_trace_cache_warnings": False,
-            "leaf_module": {"classes": [LEAF_MODULE]},
+            "leaf_module": {"classes": LEAF_MODULES},
             **_offload(zero, cuda=cuda),
         },
         "steps_per_print": None,

@@ -18,6 +18,7 @@ from transfusion.diffusion.sampler import DDIM, DDPM
 from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.generate import Pipeline
 from transfusion.model import Transfusion
+from transfusion.model.patches import Encoding, pictures
 from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken, TextSegment
 
 # Letters with a piece of their own, so that a text and its ids tell the same.
@@ -65,19 +66,37 @@ class Truth:
         self, segments: Sequence[Segment], latents: Sequence[Tensor], timesteps: Sequence[int]
     ) -> Tensor:
         """Final states [S, D] of one document, images given as latents [C, H, W] at their timesteps."""
+        return self._states(segments, latents, timesteps)[0]
+
+    @torch.no_grad()
+    def _states(
+        self, segments: Sequence[Segment], latents: Sequence[Tensor], timesteps: Sequence[int]
+    ) -> tuple[Tensor, Encoding]:
         nothing = np.zeros((1, 8, 8), np.uint8)
         plain = [ImageSegment(nothing, s.patches) if isinstance(s, ImageSegment) else s for s in segments]
         batch = self._pack(self.config, [[plain]], timesteps=timesteps or None)
         given = [torch.stack(list(latents))] if latents else [torch.zeros(1, 1, 8, 8)]
-        hidden_BSD = self.model.run_blocks(self.model.embed(batch, given), batch.position_BSA, batch.mask)
-        return self.model.norm(hidden_BSD[0])
+        encoding = self.model.encode_patches(given, batch.images[0].timestep_I)
+        hidden_BSD = self.model.embed(batch, encoding.patch_ND)
+        hidden_BSD = self.model.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
+        return self.model.norm(hidden_BSD[0]), encoding
 
     def noise(
         self, segments: Sequence[Segment], latents: Sequence[Tensor], timesteps: Sequence[int], first: int
     ) -> Tensor:
         """Predicted noise [1, C, H, W] of the image whose first patch stands at `first`."""
-        state_SD = self.states(segments, latents, timesteps)
-        return self.model.decode_patches(state_SD[None, first : first + 16], (1, *latents[-1].shape))
+        state_SD, encoding = self._states(segments, latents, timesteps)
+        # The decoder, too, sees all images of the document; the one asked for is the last.
+        firsts = [first - back for back in self._distances(segments)]
+        states = torch.cat([state_SD[start : start + 16] for start in firsts])
+        predicted_NE = self.model.decode_patches(states, encoding)
+        return pictures(predicted_NE, [torch.stack(list(latents))])[0][-1:]
+
+    @staticmethod
+    def _distances(segments: Sequence[Segment]) -> list[int]:
+        """How far before the last segment, an image, each image begins."""
+        lengths = [len(s.token_ids) if isinstance(s, TextSegment) else 18 for s in segments]
+        return [sum(lengths[number:-1]) for number, s in enumerate(segments) if isinstance(s, ImageSegment)]
 
     @torch.no_grad()
     def draw(

@@ -63,14 +63,24 @@ def test_interleaved(
     assert answer[1] is images[0] and answer[3] is images[1]
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+UNET = {"patcher": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "fields"), [("ddpm", {}), ("ddim", {}), ("ddim", UNET)], ids=["ddpm", "ddim", "unet"]
+)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @torch.no_grad()
 def test_latents_behind_a_mixed_prompt(
-    build_pipeline: Callable[..., Pipeline], truth: Any, picture: Any, sampler: Any, guidance: float
+    build_pipeline: Callable[..., Pipeline],
+    truth: Any,
+    picture: Any,
+    sampler: Any,
+    fields: dict[str, Any],
+    guidance: float,
 ) -> None:
     """A3: latents to 1e-4."""
-    pipeline = build_pipeline()
+    pipeline = build_pipeline(**fields)
     reader = pipeline.reader
     given = torch.from_numpy(picture(6))
     segments = [TextSegment((9, 10)), ImageSegment(None, 16), TextSegment((11, 12, 13))]

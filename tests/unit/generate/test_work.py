@@ -17,6 +17,7 @@ from transfusion.diffusion.guidance import guide
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline, images
 from transfusion.generate.cache import CacheRows
+from transfusion.model.patches import Encoding
 
 
 class Calls:
@@ -152,8 +153,8 @@ def test_bf16_generates(
     guided: list[Tensor] = []
     decode = pipeline.reader.model.decode_patches
 
-    def decoding(normed_IPD: Tensor, shape: Sequence[int]) -> Tensor:
-        predicted.append(decode(normed_IPD, shape))
+    def decoding(state_ND: Tensor, encoding: Encoding) -> Tensor:
+        predicted.append(decode(state_ND, encoding))
         return predicted[-1]
 
     def guiding(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

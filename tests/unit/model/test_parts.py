@@ -113,7 +113,7 @@ def test_initial_weights_have_the_sizes_they_should() -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert (parameter == 1).all(), name
-        elif name.endswith("bias") or name.startswith("patch_decoder"):
+        elif name.endswith("bias") or name.startswith("patch_decoder.projection"):
             assert (parameter == 0).all(), name
         else:
             expected = 0.02

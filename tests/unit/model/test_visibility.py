@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transfusion_kernels.testing import relative_error
 
 from transfusion.codec import pixels as codec
 from transfusion.config import Config
@@ -26,7 +27,9 @@ KINDS = [{}, {"position": "2d"}, {"timestep_embedding": "patch", "qk_norm": True
 def states(model: Transfusion, batch: Batch) -> Tensor:
     """Final states [B, S, D] of a batch whose pictures are read as they are."""
     latents = [codec.encode(group.values) for group in batch.images]
-    hidden_BSD = model.run_blocks(model.embed(batch, latents), batch.position_BSA, batch.mask)
+    timestep_I = torch.cat([group.timestep_I for group in batch.images])
+    hidden_BSD = model.embed(batch, model.encode_patches(latents, timestep_I).patch_ND)
+    hidden_BSD = model.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
     return model.norm(hidden_BSD)
 
 
@@ -110,9 +113,9 @@ def test_packed_documents_are_read_as_each_alone(
             batch = pack(config, [[document]], timesteps=next(given) if has_images else None)
             alone = states(model, batch)[0, : batch.counts.tokens]
             here = packed_states[row, start : start + batch.counts.tokens]
-            torch.testing.assert_close(here, alone, rtol=2e-6, atol=2e-6)
-            logits = model.text_head(here)
-            torch.testing.assert_close(logits, model.text_head(alone), rtol=2e-6, atol=2e-5)
+            # As a whole: single elements differ by the rounding of products of other shapes, by processor.
+            assert relative_error(here, alone) < 1e-6
+            assert relative_error(model.text_head(here), model.text_head(alone)) < 1e-6
             start += batch.counts.tokens
     assert packed_states[:, -1].isfinite().all()
 

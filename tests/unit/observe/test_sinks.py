@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,13 +45,11 @@ class FakeRun:
 def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     run = FakeRun()
     calls: list[dict[str, Any]] = []
-    drawn = itertools.count(1)
     module = SimpleNamespace(
         init=lambda **options: calls.append(options) or run,
         Settings=lambda **options: options,
         Image=lambda path, caption: (path, caption),
         setup=lambda: SimpleNamespace(settings=SimpleNamespace(model_fields_set=set())),
-        util=SimpleNamespace(generate_id=lambda: f"id-{next(drawn)}"),
         run=run,
         calls=calls,
     )
@@ -83,7 +80,10 @@ def test_every_start_goes_on_with_one_wandb_run(tmp_path: Path, fake: SimpleName
         open_sink(ON, RunFolder(tmp_path), attempt=attempt)
     first, second = fake.calls
     assert (first["project"], first["name"]) == ("ours", "first")
-    assert first["id"] == second["id"] == "id-1" and second["resume"] == "allow"
+    assert first["id"] == second["id"] and second["resume"] == "allow"
+    (tmp_path / "other").mkdir()
+    open_sink(ON, RunFolder(tmp_path / "other"), attempt=1)
+    assert fake.calls[2]["id"] != first["id"]
     assert first["mode"] == "offline"
     assert first["settings"]["save_code"] is False
 

@@ -6,7 +6,8 @@ import pytest
 from handmade import small_config
 
 from transfusion.model.block import Block
-from transfusion.parallel.zero_config import LEAF_MODULE, deepspeed_config
+from transfusion.model.unet import UNetDecoder, UNetEncoder
+from transfusion.parallel.zero_config import LEAF_MODULES, deepspeed_config
 
 GOLDEN = {
     "train_batch_size": 4,
@@ -55,7 +56,13 @@ GOLDEN = {
         "zero_quantized_gradients": False,
         "memory_efficient_linear": False,
         "log_trace_cache_warnings": False,
-        "leaf_module": {"classes": ["transfusion.model.block.Block"]},
+        "leaf_module": {
+            "classes": [
+                "transfusion.model.block.Block",
+                "transfusion.model.unet.UNetEncoder",
+                "transfusion.model.unet.UNetDecoder",
+            ]
+        },
     },
     "steps_per_print": None,
     "wall_clock_breakdown": False,
@@ -124,8 +131,9 @@ def test_offload_and_secondary_copies_reach_deepspeed() -> None:
     }
 
 
-def test_the_leaf_module_exists() -> None:
-    assert f"{Block.__module__}.{Block.__qualname__}" == LEAF_MODULE
+def test_the_leaf_modules_exist() -> None:
+    modules = (Block, UNetEncoder, UNetDecoder)
+    assert [f"{module.__module__}.{module.__qualname__}" for module in modules] == LEAF_MODULES
 
 
 def test_deepspeed_knows_every_key() -> None:

@@ -1,0 +1,47 @@
+"""The KL autoencoder: latents are the means of the posterior, shifted and scaled to about unit variance.
+
+I images, C channels of the latents, H/W height and width of pictures, h/w of latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transfusion.codec import pixels
+from transfusion.codec.networks import Network
+
+
+class KLCodec:
+    """See `interface.Codec`. scale, shift: one number, or one a channel."""
+
+    bound: float | None = None
+
+    def __init__(
+        self,
+        network: Network,
+        scale: tuple[float, ...],
+        shift: tuple[float, ...],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.network = network.to(device)
+        self._scale_C11 = torch.tensor(scale, device=device).view(-1, 1, 1)
+        self._shift_C11 = torch.tensor(shift, device=device).view(-1, 1, 1)
+
+    @torch.no_grad()
+    def encode(self, values_ICHW: Tensor) -> Tensor:
+        """See `Codec.encode`. The posterior's mean, so that the same picture always has the same latents."""
+        if values_ICHW.is_floating_point():
+            return values_ICHW.float()
+        mean_IChw: Tensor = self.network.encode(pixels.encode(values_ICHW)).latent_dist.mode()
+        return (mean_IChw - self._shift_C11) * self._scale_C11
+
+    @torch.no_grad()
+    def decode(self, latent_IChw: Tensor) -> Tensor:
+        """See `Codec.decode`."""
+        mean_IChw = latent_IChw.float() / self._scale_C11 + self._shift_C11
+        return pixels.decode(self.network.decode(mean_IChw).sample)
+
+    def settled(self, latent_IChw: Tensor) -> Tensor:
+        """The latents themselves: a detour over the picture would only lose some of them."""
+        return latent_IChw

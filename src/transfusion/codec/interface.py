@@ -1,0 +1,40 @@
+"""What training and sampling see of an autoencoder: pictures to latents, or to tokens, and back.
+
+I images, C channels of the latents, H/W height and width of pictures, h/w of latents.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """Pictures to latents and back. Frozen: it has no gradient and is no part of the network that is trained.
+
+    bound: latents lie in [-bound, bound]; None: anywhere.
+    """
+
+    bound: float | None
+
+    def encode(self, values_ICHW: Tensor) -> Tensor:
+        """uint8 pictures to fp32 latents [I, C, h, w] of about unit variance; floats are latents already."""
+
+    def decode(self, latent_IChw: Tensor) -> Tensor:
+        """Latents to uint8 pictures [I, *, H, W]."""
+
+    def settled(self, latent_IChw: Tensor) -> Tensor:
+        """Drawn latents as they are read again: what `encode` takes, uint8 or float."""
+
+
+class TokenCodec(Protocol):
+    """Pictures to tokens of a codebook with `codes` entries, and back."""
+
+    codes: int
+
+    def tokens(self, values_ICHW: Tensor) -> Tensor:
+        """uint8 pictures to int64 tokens [I, h, w] in [0, codes); integers of three axes are tokens already."""
+
+    def pictures(self, token_Ihw: Tensor) -> Tensor:
+        """Tokens to uint8 pictures [I, *, H, W]."""

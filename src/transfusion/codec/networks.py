@@ -1,0 +1,162 @@
+"""The networks of diffusers: loaded whole or not at all, and made anew. The only importer of diffusers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transfusion_kernels
+from torch import nn
+
+from transfusion.codec_folder import read_facts
+from transfusion.errors import UserError
+
+# Classes of diffusers, whose types are not read here.
+Network = Any
+CLASSES = {"kl": "AutoencoderKL", "vq": "VQModel"}
+
+
+def _network_class(kind: Literal["kl", "vq"]) -> Any:
+    """Raises UserError where diffusers is missing or cannot be imported."""
+    try:
+        with _without_our_kernels():
+            import diffusers
+
+            return getattr(diffusers, CLASSES[kind])
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"codec.kind=kl and vq need diffusers ({error}); pip install 'transfusion[codec]'"
+        ) from None
+    except (ImportError, RuntimeError) as error:
+        # diffusers imports lazily, and wraps what goes wrong, such as a torchvision of another torch, in prose.
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"diffusers cannot be imported: {reason}; a broken torchvision is worse than none: uninstall it"
+        ) from None
+
+
+def load_network(folder: str | Path) -> Network:
+    """The network of an autoencoder's folder, fp32, frozen, on the CPU.
+
+    Raises UserError where a weight is missing, has another shape or belongs to nothing: diffusers alone would fill
+    it in at random.
+    """
+    facts = read_facts(folder)
+    kind = _network_class(facts.kind)
+    try:
+        with _quiet():
+            network, told = kind.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        # Whatever a torn file or a strange config makes diffusers, safetensors and torch raise.
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"codec.folder {folder} cannot be loaded: {reason}; copy it again") from None
+    for what in ("missing", "unexpected", "mismatched"):
+        if names := [name if isinstance(name, str) else name[0] for name in told[f"{what}_keys"]]:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"codec.folder {folder} has {what} weights: {', '.join(sorted(names)[:3])}{more}; copy it again"
+            )
+    frozen: Network = network.eval().requires_grad_(False)
+    return frozen
+
+
+def new_network(
+    kind: Literal["kl", "vq"],
+    *,
+    channels: int,
+    latent_channels: int,
+    widths: Sequence[int],
+    layers: int,
+    groups: int,
+    attention: bool,
+    image_size: int,
+    codes: int = 0,
+    code_width: int = 0,
+) -> Network:
+    """A network with weights as diffusers initialises them from torch's generator.
+
+    Each width but the last halves the picture. codes, code_width: entries of the codebook of a VQModel and their
+    dimensions.
+    """
+    settings: dict[str, Any] = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        "block_out_channels": tuple(widths),
+        "layers_per_block": layers,
+        "latent_channels": latent_channels,
+        "norm_num_groups": groups,
+        "sample_size": image_size,
+        "mid_block_add_attention": attention,
+    }
+    if kind == "vq":
+        settings |= {"num_vq_embeddings": codes, "vq_embed_dim": code_width}
+    return _network_class(kind)(**settings)
+
+
+def save_network(network: Network, folder: Path, **statistics: Any) -> None:
+    """Write the folder that diffusers and `load_network` read. statistics: of the latents, into its config."""
+    network.register_to_config(**statistics)
+    with _quiet():
+        network.save_pretrained(str(folder), safe_serialization=True)
+
+
+def fetch_network(name: str, kind: Literal["kl", "vq"], folder: Path, *, subfolder: str = "") -> None:
+    """Download a published network from the hub, or take a local folder, and write it as a folder of our own.
+
+    Raises UserError.
+    """
+    try:
+        network = _network_class(kind).from_pretrained(
+            name, subfolder=subfolder or None, use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except Exception as error:
+        # The hub's client, diffusers and safetensors have errors of their own.
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{name} cannot be fetched: {reason}") from None
+    save_network(network, folder)
+
+
+@contextlib.contextmanager
+def _without_our_kernels() -> Iterator[None]:
+    """Without the root of a checkout in the search path, where `python -m` puts it.
+
+    transformers, which diffusers imports, asks for an optional package named `kernels`; our folder of that name would
+    answer, and refuse.
+    """
+    kernels, kept = Path(transfusion_kernels.__file__).parent, list(sys.path)
+    sys.path[:] = [entry for entry in kept if (Path(entry) / "kernels").resolve() != kernels.resolve()]
+    try:
+        yield
+    finally:
+        sys.path[:] = kept
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of diffusers, which here are errors of our own or about nothing."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Elements of all parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -1,0 +1,111 @@
+"""`transfusion codec ...`: train an autoencoder, judge it, fetch one, and write its latents into shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from transfusion.config import CodecConfig
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
+Folder = Annotated[str, typer.Argument(help="folder of an autoencoder, such as RUN/codec")]
+Shards = Annotated[list[str], typer.Argument(help="globs or brace ranges of .tar shards with pictures")]
+ImageSize = Annotated[
+    int, typer.Option(min=0, help="side of the square pictures; 0: what the folder was trained for")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+
+codec_app = typer.Typer(no_args_is_help=True, help="Image codecs: pictures to latents or tokens and back.")
+
+
+@codec_app.callback()
+def _root() -> None:
+    pass
+
+
+@codec_app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="a file of configs/codec")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a KL or VQ autoencoder, or go on with it; writes RUN/codec, a folder of diffusers."""
+    from transfusion import presets
+    from transfusion.codec_train.settings import CodecTrainConfig
+
+    resolved = presets.load_as(CodecTrainConfig, config, overrides or [])
+    from transfusion.codec_train.train import train_codec
+
+    raise typer.Exit(train_codec(resolved))
+
+
+@codec_app.command()
+def encode(
+    codec: Folder,
+    shards: Shards,
+    out: Annotated[Path, typer.Option(help="folder for the shards with latents")],
+    image_size: ImageSize = 0,
+    workers: Annotated[int, typer.Option(min=1, help="processes, a shard each")] = 1,
+    device: Device = "cpu",
+) -> None:
+    """Write latents (kl) or tokens (vq) of every picture beside it. Killed and run again it goes on."""
+    from transfusion.codec_train.encode import encode_shards
+    from transfusion.data.latents import LatentRecord
+
+    def progress(name: str, record: LatentRecord, reused: bool) -> None:
+        left_out = "".join(f", left out: {count} x {reason}" for reason, count in record.left_out.items())
+        typer.echo(f"{name}: {record.encoded} pictures{' (there already)' if reused else ''}{left_out}")
+
+    settings = _settings(codec, image_size)
+    records = encode_shards(settings, shards, out, workers=workers, device=device, progress=progress)
+    total = sum(record.encoded for record in records)
+    typer.echo(f"{out}: {total} pictures in {len(records)} shards, by codec {settings.fingerprint}")
+
+
+@codec_app.command()
+def report(
+    codec: Folder,
+    shards: Shards,
+    out: Annotated[Path, typer.Option(help="NAME of NAME.html, NAME.png and NAME.json")],
+    image_size: ImageSize = 0,
+    limit: Annotated[int, typer.Option(min=0, help="first pictures only; 0: all")] = 0,
+    rfid_weights: Annotated[
+        Path | None, typer.Option(help="TorchScript of FID's Inception network, for rFID")
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Measure what the codec gives back of pictures: PSNR, SSIM, rFID, and show some."""
+    from transfusion.codec_train.report import write_report
+
+    settings = _settings(codec, image_size)
+    found = write_report(settings, shards, out, rfid_weights=rfid_weights, limit=limit, device=device)
+    for line in found.describe():
+        typer.echo(line)
+    typer.echo(out.with_suffix(".html"))
+
+
+@codec_app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="name on the hub, such as OWNER/MODEL, or a folder")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    kind: Annotated[Literal["kl", "vq"], typer.Option(help="kl: AutoencoderKL, vq: VQModel")] = "kl",
+    subfolder: Annotated[str, typer.Option(help="where in it the autoencoder stands, often vae")] = "",
+) -> None:
+    """Download a published autoencoder. The only command that does; all others read folders."""
+    from transfusion.codec.networks import fetch_network
+
+    fetch_network(name, kind, out, subfolder=subfolder)
+    typer.echo(out)
+
+
+def _settings(folder: str, image_size: int) -> CodecConfig:
+    """The section `codec` of a configuration that names the folder. Raises UserError."""
+    from transfusion import presets
+    from transfusion.codec_folder import completed, read_facts, trained_size
+    from transfusion.config import CodecConfig
+
+    kind, problems = read_facts(folder).kind, list[str]()
+    values = {"kind": kind, "folder": folder, "image_size": image_size or trained_size(folder)}
+    return presets.check_as(CodecConfig, completed(values, problems), problems=problems, where=folder)

@@ -1,0 +1,175 @@
+"""What an autoencoder's folder says of itself, from its config.json and the bytes of its weights: nothing is built.
+
+The layout is diffusers': config.json, and diffusion_pytorch_model.safetensors whole or in parts.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from transfusion.errors import UserError
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+KINDS: dict[str, Literal["kl", "vq"]] = {"AutoencoderKL": "kl", "VQModel": "vq"}
+
+_READ_AT_ONCE = 1 << 24
+# Of published networks that were never measured.
+_DEFAULT_SCALE = 0.18215
+
+
+class CodecFacts(NamedTuple):
+    """A folder's own words, under the names of the section `codec`.
+
+    channels: of pictures. downscale: pixels a side of one latent. A latent is (encoded - shift) * scale, with one
+    number for all channels or one for each. codes: entries of the codebook; 0: none. weights: digest of the files.
+    """
+
+    kind: Literal["kl", "vq"]
+    channels: int
+    latent_channels: int
+    downscale: int
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+    codes: int
+    weights: str
+
+
+def read_facts(folder: str | Path) -> CodecFacts:
+    """Raises UserError for a folder that holds no autoencoder that is known here, or no safe weights."""
+    folder = Path(folder)
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = KINDS[values["_class_name"]]
+        latent_channels = int(values.get("latent_channels", 4 if kind == "kl" else 3))
+        scale, shift = _statistics(values) if kind == "kl" else ((1.0,), (0.0,))
+        facts = CodecFacts(
+            kind=kind,
+            channels=int(values.get("in_channels", 3)),
+            latent_channels=latent_channels,
+            downscale=2 ** (len(values["block_out_channels"]) - 1),
+            scale=scale,
+            shift=shift,
+            codes=int(values.get("num_vq_embeddings", 256)) if kind == "vq" else 0,
+            weights="",
+        )
+    except OSError as error:
+        raise UserError(
+            f"codec.folder {folder} is no autoencoder: {CONFIG}: {error.strerror}; name a folder written by"
+            " `transfusion codec train`, `transfusion codec fetch` or diffusers"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"codec.folder {folder}: {CONFIG} is not that of an {' or a '.join(KINDS)} of diffusers"
+        ) from None
+    return facts._replace(weights=_digest(tuple(weight_files(folder))))
+
+
+def trained_size(folder: str | Path) -> int:
+    """Side of the pictures that the network was made for, as its folder tells. Raises UserError where it does not."""
+    try:
+        return int(json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["sample_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"codec.folder {folder} tells no size of pictures; name one with --image-size"
+        ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the network. Raises UserError for one that is missing."""
+    names = [WEIGHTS]
+    if (folder / INDEX).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError):
+            raise UserError(f"codec.folder {folder}: {INDEX} cannot be read; copy the folder again") from None
+    for name in names:
+        if not (folder / name).is_file():
+            pickled = ", and pickles are not loaded" if any(folder.glob("*.bin")) else ""
+            raise UserError(
+                f"codec.folder {folder}: {name} is missing{pickled}; copy the folder again, or write it with"
+                " `transfusion codec fetch`"
+            )
+    return [folder / name for name in names]
+
+
+def folder_files(folder: str | Path) -> list[Path]:
+    """What `open_codec` and diffusers need of a folder, to be copied. Raises UserError for weights that are missing."""
+    index = Path(folder) / INDEX
+    return [Path(folder) / CONFIG, *([index] if index.is_file() else []), *weight_files(Path(folder))]
+
+
+def codec_fingerprint(facts: CodecFacts, scale: tuple[float, ...], shift: tuple[float, ...]) -> str:
+    """Twelve hex digits that change with whatever makes other latents of the same picture."""
+    text = json.dumps([facts.kind, facts.weights, scale, shift])
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def completed(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The section `codec`, plain values, with what its folder tells filled in.
+
+    What contradicts the folder is added to `problems`. scale and shift may be set otherwise than there.
+    """
+    folder, kind = values.get("folder"), values.get("kind", "pixels")
+    if kind == "pixels" or not isinstance(folder, str) or not folder:
+        return values
+    try:
+        facts = read_facts(folder)
+    except UserError as error:
+        problems.append(str(error))
+        # As if it fitted: what else is wrong is told in the same breath.
+        return {"latent_channels": 1, "downscale": 1, **values}
+    found = {name: value for name, value in facts._asdict().items() if name != "weights"}
+    for name in ("kind", "channels", "latent_channels", "downscale", "codes"):
+        if values.get(name) and values[name] != found[name]:
+            problems.append(f"codec.{name} is {values[name]}, but {folder} has {found[name]}")
+    merged = {**found, **{name: value for name, value in values.items() if value or name not in found}}
+    scale, shift = _numbers(merged["scale"]), _numbers(merged["shift"])
+    if scale is None or shift is None:
+        return merged
+    merged |= {"scale": list(scale), "shift": list(shift)}
+    mark = codec_fingerprint(facts, scale, shift)
+    if values.get("fingerprint", "") not in ("", mark):
+        problems.append(
+            f"codec.fingerprint is {values['fingerprint']}, but {folder} with codec.scale and codec.shift is now"
+            f" {mark}: the autoencoder was changed; name the one that was used"
+        )
+    return merged | {"fingerprint": mark}
+
+
+def _statistics(values: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(scale, shift) as diffusers' pipelines apply them: by channel where means and deviations are given."""
+    factor = float(values.get("scaling_factor") or _DEFAULT_SCALE)
+    mean, deviation = values.get("latents_mean"), values.get("latents_std")
+    if mean and deviation:
+        return tuple(factor / float(each) for each in deviation), tuple(float(each) for each in mean)
+    return (factor,), (float(values.get("shift_factor") or 0.0),)
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    """One number, or one for each channel; None for what the validation of the section will refuse."""
+    try:
+        return tuple(float(each) for each in (value if isinstance(value, list | tuple) else [value]))
+    except (TypeError, ValueError):
+        return None
+
+
+@functools.cache
+def _digest_of(path: Path, size: int, modified: int) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(_READ_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(paths: tuple[Path, ...]) -> str:
+    """Of the files' bytes; a file that has not changed is read once a process."""
+    states = [(path, path.stat()) for path in paths]
+    return "-".join(_digest_of(path.resolve(), state.st_size, state.st_mtime_ns) for path, state in states)

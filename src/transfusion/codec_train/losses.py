@@ -1,0 +1,103 @@
+"""The losses of a codec (paper, section 4.1; Esser et al. 2021), all over pictures in [-1, 1].
+
+I images, C channels, H/W height and width, h/w of latents.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transfusion.codec.networks import Network
+from transfusion.codec_train.codebook import quantise
+from transfusion.codec_train.discriminator import adaptive_weight
+from transfusion.codec_train.features import FeatureDistance, feature_distance
+from transfusion.codec_train.settings import CodecTrainConfig, LossConfig
+
+log = logging.getLogger(__name__)
+
+
+class Reconstructed(NamedTuple):
+    """made_ICHW: pictures in about [-1, 1]. bottleneck: the KL term or the codebook's, weighted.
+
+    encoded_NC and token_N: of a VQ autoencoder each patch before quantisation, and the entry chosen for it.
+    """
+
+    made_ICHW: Tensor
+    bottleneck: Tensor
+    parts: dict[str, Tensor]
+    encoded_NC: Tensor | None = None
+    token_N: Tensor | None = None
+
+
+def reconstruct(
+    network: Network, real_ICHW: Tensor, config: CodecTrainConfig, generator: torch.Generator
+) -> Reconstructed:
+    """Encode and decode as in training: latents are drawn from the posterior, tokens pass gradients through."""
+    if config.kind == "vq":
+        encoded_IChw = network.encode(real_ICHW).latents
+        found = quantise(encoded_IChw, network.quantize.embedding.weight)
+        made_ICHW = network.decode(found.code_IChw, force_not_quantize=True).sample.float()
+        bottleneck = found.codebook_loss + config.loss.commitment * found.commitment_loss
+        parts = {"codebook": found.codebook_loss, "commitment": found.commitment_loss}
+        encoded_NC = encoded_IChw.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
+        return Reconstructed(made_ICHW, bottleneck, parts, encoded_NC, found.token_N)
+    posterior = network.encode(real_ICHW).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+    made_ICHW = network.decode(posterior.mean + posterior.std * noise).sample.float()
+    divergence = posterior.kl().float().mean()
+    return Reconstructed(made_ICHW, config.loss.kl * divergence, {"kl": divergence})
+
+
+class CodecLoss(nn.Module):
+    """What the codec learns: pixels, features, identity, the discriminator's judgement."""
+
+    def __init__(self, config: LossConfig) -> None:
+        """Raises UserError for weights that cannot be read or do not fit."""
+        super().__init__()
+        self._config = config
+        self.perceptual = _distance("perceptual", config)
+        self.identity = _distance("identity", config)
+
+    def forward(self, made_ICHW: Tensor, real_ICHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum without the discriminator's part, and each part by name, unweighted."""
+        error_ICHW = made_ICHW - real_ICHW
+        pixels = error_ICHW.abs() if self._config.reconstruction == "l1" else error_ICHW.square()
+        parts: dict[str, Tensor] = {self._config.reconstruction: pixels.mean()}
+        total = pixels.mean()
+        for name in ("perceptual", "identity"):
+            distance = getattr(self, name)
+            if distance is not None:
+                parts[name] = distance(made_ICHW, real_ICHW).mean()
+                total = total + getattr(self._config, name) * parts[name]
+        return total, parts
+
+    def adversarial(self, judged: Tensor, total: Tensor, last_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(weighted loss of judgements of made pictures, its adaptive weight)"""
+        loss = -judged.mean()
+        adaptive = loss.new_ones(())
+        if self._config.adaptive:
+            adaptive = adaptive_weight(total, loss, last_weight)
+        return self._config.adversarial * adaptive * loss, adaptive
+
+    def describe(self) -> dict[str, str]:
+        """What each feature loss stands on, for the record."""
+        return {name: _describe(name, self._config) for name in ("perceptual", "identity")}
+
+
+def _distance(name: str, config: LossConfig) -> FeatureDistance | None:
+    if not getattr(config, name):
+        return None
+    return feature_distance(getattr(config, f"{name}_features"), getattr(config, f"{name}_weights"))
+
+
+def _describe(name: str, config: LossConfig) -> str:
+    kind, weight = getattr(config, f"{name}_features"), getattr(config, name)
+    if kind == "none" or not weight:
+        return "none: this loss of the paper is left away"
+    if kind == "random":
+        return f"{weight:g} x random features: fixed random convolutions, not the paper's learnt ones"
+    return f"{weight:g} x {kind} from {getattr(config, f'{name}_weights')}"

@@ -1,0 +1,107 @@
+"""What is measured of a codec's latents and of its reconstructions.
+
+I images, C channels, H/W height and width, h/w of latents, K entries of a codebook.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from transfusion.codec import pixels as codec_pixels
+from transfusion.codec.networks import Network
+from transfusion.codec_train import codebook
+from transfusion.codec_train.pictures import PictureSet
+
+_AT_ONCE = 32
+
+
+class Statistics(NamedTuple):
+    """Of the posterior's means, or of the patches before quantisation; over all channels and by channel.
+
+    use: of the codebook over these pictures; None: there is none.
+    """
+
+    pictures: int
+    mean: float
+    deviation: float
+    channel_means: list[float]
+    channel_deviations: list[float]
+    use: codebook.CodebookUse | None
+
+    def diffusers_config(self) -> dict[str, float]:
+        """Under the names by which pipelines apply them: latents are (z - shift_factor) * scaling_factor."""
+        if self.use is not None:
+            return {}
+        return {"shift_factor": self.mean, "scaling_factor": 1 / self.deviation}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        values = self._asdict()
+        return values | {"use": None if self.use is None else self.use._asdict()}
+
+    def describe(self) -> str:
+        """One line."""
+        text = f"latents of {self.pictures} pictures have mean {self.mean:.4f} and deviation {self.deviation:.4f}"
+        if self.use is not None:
+            text += (
+                f"; {100 * self.use.used:.1f} % of the codebook used, perplexity {self.use.perplexity:.0f}"
+            )
+        return text
+
+
+@torch.no_grad()
+def latent_statistics(
+    network: Network, pictures: PictureSet, device: torch.device, kind: str, limit: int
+) -> Statistics:
+    """Over the first `limit` pictures."""
+    parts, chosen_K = [], torch.zeros(0)
+    if kind == "vq":
+        chosen_K = torch.zeros(network.config.num_vq_embeddings)
+    for values_ICHW in pictures.in_order(_AT_ONCE, limit):
+        real_ICHW = codec_pixels.encode(values_ICHW.to(device))
+        if kind == "vq":
+            latent_IChw = network.encode(real_ICHW).latents
+            token_N = network.quantize(latent_IChw)[2][2]
+            chosen_K += torch.bincount(token_N.cpu(), minlength=len(chosen_K))
+        else:
+            latent_IChw = network.encode(real_ICHW).latent_dist.mode()
+        parts.append(latent_IChw.double().cpu())
+    latent_IChw = torch.cat(parts)
+    by_channel = latent_IChw.transpose(0, 1).flatten(1)
+    return Statistics(
+        len(latent_IChw),
+        latent_IChw.mean().item(),
+        latent_IChw.std().item(),
+        by_channel.mean(1).tolist(),
+        by_channel.std(1).tolist(),
+        codebook.use(chosen_K) if kind == "vq" else None,
+    )
+
+
+def psnr(made_ICHW: Tensor, real_ICHW: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each uint8 picture, in dB [I]; of one that is exact, that of an error of 1e-3."""
+    error_I = (made_ICHW.double() - real_ICHW.double()).square().mean((1, 2, 3))
+    return 10 * torch.log10(255**2 / error_I.clamp(min=1e-6))
+
+
+def reconstructed(network: Network, values_ICHW: Tensor, device: torch.device | str) -> Tensor:
+    """uint8 pictures there and back, through the posterior's mean or the nearest codes."""
+    real_ICHW = codec_pixels.encode(values_ICHW.to(device))
+    encoded = network.encode(real_ICHW)
+    latent_IChw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return codec_pixels.decode(network.decode(latent_IChw).sample)
+
+
+@torch.no_grad()
+def reconstruction_psnr(
+    network: Network, pictures: PictureSet, device: torch.device, limit: int = 0
+) -> float:
+    """Mean of the pictures' PSNR, in dB."""
+    found = [
+        psnr(reconstructed(network, values_ICHW, device).cpu(), values_ICHW)
+        for values_ICHW in pictures.in_order(_AT_ONCE, limit)
+    ]
+    return torch.cat(found).mean().item()

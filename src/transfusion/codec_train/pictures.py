@@ -1,0 +1,139 @@
+"""The pictures of shards at one size, in an order that depends on seed and step alone.
+
+I images, C channels, H/W height and width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfusion.data.decode import DecodeFault, Picture, decode
+from transfusion.data.sample import Fault, RawSample
+from transfusion.data.scan import scan
+from transfusion.data.shards import expand
+from transfusion.errors import UserError
+
+# Decoded pictures are kept up to this size.
+_KEPT_BYTES = 1 << 30
+# A picture that cannot be decoded is replaced by the next that can; so many in a row are no accident.
+_GREATEST_RUN = 100
+
+
+class _Place(NamedTuple):
+    shard: int
+    start: int
+    size: int
+
+
+class PictureSet:
+    """Pictures of webdataset shards by number, decoded when asked for."""
+
+    def __init__(
+        self, shards: str | Sequence[str], *, channels: int, image_size: int, workers: int = 1
+    ) -> None:
+        """Reads the heads of all members once. Raises UserError where there are no shards or no pictures."""
+        self._paths = expand(shards)
+        self._channels, self._image_size = channels, image_size
+        self._places: list[_Place] = []
+        self._damaged = 0
+        for number, path in enumerate(self._paths):
+            if path.suffix == ".tar":
+                self._look_through(number, path)
+        if not self._places:
+            raise UserError(f"{_shown(self._paths)} holds no picture; name .tar shards with pictures")
+        self._kept: dict[int, Picture] = {}
+        self._kept_bytes = 0
+        self._undecodable: set[int] = set()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._descriptors: dict[int, int] = {}
+
+    def _look_through(self, number: int, path: Path) -> None:
+        for found in scan(path):
+            if isinstance(found, RawSample):
+                pictures = (picture for picture in found.pictures if not picture.latent_channels)
+                self._places += [_Place(number, picture.offset, picture.size) for picture in pictures]
+            elif isinstance(found, Fault) and found.reason.startswith("image_"):
+                self._damaged += 1
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def left_out(self) -> int:
+        """Pictures that are damaged, by their structure or, as far as they were asked for, in the decoder's eyes."""
+        return self._damaged + len(self._undecodable)
+
+    def batch(self, step: int, size: int, *, seed: int, flip: bool) -> Tensor:
+        """The pictures of a step, uint8 [I, C, H, W]: each epoch has every picture once, in an order of its own."""
+        numbers = [self._number(step * size + place, seed) for place in range(size)]
+        values_ICHW = torch.from_numpy(np.stack(list(self._pool.map(self._good, numbers))))
+        if flip:
+            turned_I = torch.from_numpy(np.random.default_rng([seed, 1, step]).random(size) < 0.5)
+            values_ICHW[turned_I] = values_ICHW[turned_I].flip(-1)
+        return values_ICHW
+
+    def in_order(self, size: int, limit: int = 0) -> Iterator[Tensor]:
+        """All pictures that can be decoded (at most `limit`, 0: all), `size` at a time."""
+        end = min(limit or len(self), len(self))
+        for first in range(0, end, size):
+            found = self._pool.map(self._picture, range(first, min(first + size, end)))
+            good = [picture for picture in found if picture is not None]
+            if good:
+                yield torch.from_numpy(np.stack(good))
+
+    def _number(self, place: int, seed: int) -> int:
+        epoch, within = divmod(place, len(self))
+        if self._order_of != (seed, epoch):
+            self._order_of = (seed, epoch)
+            self._order_N = np.random.default_rng([seed, 0, epoch]).permutation(len(self))
+        return int(self._order_N[within])
+
+    _order_of: tuple[int, int] = (-1, -1)
+    _order_N: np.ndarray = np.empty(0, np.int64)
+
+    def _good(self, number: int) -> Picture:
+        for following in range(_GREATEST_RUN):
+            picture = self._picture((number + following) % len(self))
+            if picture is not None:
+                return picture
+        raise UserError(f"{_GREATEST_RUN} pictures of {_shown(self._paths)} in a row cannot be decoded")
+
+    def _picture(self, number: int) -> Picture | None:
+        kept = self._kept.get(number)
+        if kept is not None:
+            return kept
+        place = self._places[number]
+        try:
+            data = os.pread(self._descriptor(place.shard), place.size, place.start)
+            picture = decode(data, channels=self._channels, image_size=self._image_size)
+        except DecodeFault:
+            self._undecodable.add(number)
+            return None
+        if self._kept_bytes + picture.nbytes <= _KEPT_BYTES:
+            self._kept[number] = picture
+            self._kept_bytes += picture.nbytes
+        return picture
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._descriptors:
+            self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[shard]
+
+    def close(self) -> None:
+        """End the threads and close the shards."""
+        self._pool.shutdown()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def _shown(paths: Sequence[Path]) -> str:
+    return str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

@@ -1,0 +1,146 @@
+"""The configuration of a codec's training. Defaults are the paper's where it tells them (section 4.1)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from transfusion.config import (
+    PROBLEM_SEPARATOR,
+    Decay,
+    NonNegativeInt,
+    PositiveFloat,
+    RunConfig,
+    Section,
+)
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class NetworkConfig(Section):
+    """AutoencoderKL or VQModel of diffusers; the defaults are those of the usual 84 M parameters at 8 channels."""
+
+    widths: list[PositiveInt] = Field(
+        [128, 256, 512, 512], description="each but the last halves the picture"
+    )
+    layers: PositiveInt = Field(2, description="residual blocks a width")
+    latent_channels: PositiveInt = Field(8, description="channels of the latents, of vq before the codebook")
+    groups: PositiveInt = Field(32, description="groups of each GroupNorm; every width is a multiple")
+    attention: bool = Field(True, description="self-attention in the middle")
+    codes: PositiveInt = Field(16_384, description="entries of the codebook (vq)")
+    code_width: PositiveInt = Field(8, description="dimensions of an entry (vq)")
+
+    @property
+    def downscale(self) -> int:
+        return 2 ** (len(self.widths) - 1)
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> NetworkConfig:
+        if not self.widths or any(width % self.groups for width in self.widths):
+            raise ValueError(
+                f"network.widths {self.widths} must be multiples of network.groups {self.groups}, at least one"
+            )
+        return self
+
+
+class PicturesConfig(Section):
+    shards: str | list[str] = Field("", description="globs or brace ranges of .tar shards with pictures")
+    held_out: str | list[str] = Field(
+        "", description="shards to judge on; empty: the first 64 pictures of shards"
+    )
+    channels: Literal[1, 3] = Field(3, description="1: grey pictures, 3: colour")
+    image_size: PositiveInt = Field(256, description="side of the square picture, in pixels")
+    flip: bool = Field(True, description="mirror half of the pictures")
+    workers: PositiveInt = Field(2, description="threads that decode pictures")
+
+
+class LossConfig(Section):
+    """Weights of the paper's losses; 0 leaves one away."""
+
+    reconstruction: Literal["l1", "l2"] = Field("l1", description="the pixels' loss, of weight 1")
+    perceptual: Weight = Field(1.0, description="weight of the distance of features")
+    perceptual_features: Literal["vgg16", "random", "none"] = Field(
+        "random",
+        description="vgg16: from perceptual_weights; random: a fixed random network; none: no such loss",
+    )
+    perceptual_weights: str = Field(
+        "", description="state of torchvision's VGG16; with LPIPS' lin layers, LPIPS"
+    )
+    identity: Weight = Field(0.2, description="weight of the distance of features that tell identity")
+    identity_features: Literal["resnet50", "random", "none"] = Field(
+        "none", description="resnet50: from identity_weights, in the paper Moco-v2's"
+    )
+    identity_weights: str = Field("", description="state of a ResNet-50, torchvision's or Moco's")
+    adversarial: Weight = Field(0.5, description="weight of the patch discriminator")
+    adversarial_from: NonNegativeInt = Field(50_000, description="first step with a discriminator")
+    adaptive: bool = Field(
+        True,
+        description="weigh the discriminator also by the ratio of both gradients at the last layer (Esser)",
+    )
+    kl: Weight = Field(1e-6, description="weight of the KL term, summed over a picture's latents (kl)")
+    commitment: Weight = Field(0.25, description="weight of the commitment to the codebook (vq)")
+    revive_every: NonNegativeInt = Field(
+        250,
+        description="steps after which entries that nothing chose are set to encoded patches; 0: never (vq)",
+    )
+
+    @model_validator(mode="after")
+    def _weights_are_named(self) -> LossConfig:
+        problems = []
+        for name, of_weights in (("perceptual", "vgg16"), ("identity", "resnet50")):
+            features, weights = getattr(self, f"{name}_features"), getattr(self, f"{name}_weights")
+            if features == of_weights and not weights:
+                problems.append(
+                    f"loss.{name}_features={of_weights} needs loss.{name}_weights, a file of them"
+                )
+            if features != of_weights and weights:
+                problems.append(
+                    f"loss.{name}_weights is set; set loss.{name}_features={of_weights} to use it"
+                )
+        if problems:
+            raise ValueError(PROBLEM_SEPARATOR.join(problems))
+        return self
+
+
+class OptimizerConfig(Section):
+    learning_rate: PositiveFloat = Field(1e-4, description="of the codec, and of the discriminator")
+    warmup_steps: NonNegativeInt = Field(1000, description="linear warm-up")
+    decay_steps: NonNegativeInt = Field(0, description="last steps, over which the rate falls to a hundredth")
+    betas: tuple[Decay, Decay] = Field((0.5, 0.9), description="of Adam")
+    gradient_clip: PositiveFloat = Field(1.0, description="greatest norm of the codec's gradient")
+    ema_decay: Decay = Field(0.999, description="of the averaged weights that are saved; 0: the raw ones are")
+
+
+class CodecTrainConfig(Section):
+    """A codec's whole training."""
+
+    run: RunConfig = RunConfig(name="codec")
+    kind: Literal["kl", "vq"] = Field("kl", description="kl: latents, vq: tokens")
+    start: str = Field(
+        "", description="folder of an autoencoder whose weights of the same name and shape to begin with"
+    )
+    network: NetworkConfig = NetworkConfig()
+    pictures: PicturesConfig = PicturesConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: PositiveInt = Field(1_000_000, description="optimiser steps")
+    batch: PositiveInt = Field(32, description="pictures a step")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of activations; weights are fp32")
+    threads: NonNegativeInt = Field(0, description="CPU threads; 0: all cores")
+    checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")
+    log_every: PositiveInt = Field(50, description="steps between lines of metrics.jsonl")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> CodecTrainConfig:
+        problems = []
+        if not self.pictures.shards:
+            problems.append("pictures.shards is empty; name shards with pictures, such as data/train/*.tar")
+        if self.pictures.image_size % self.network.downscale:
+            problems.append(
+                f"pictures.image_size {self.pictures.image_size} must be a multiple of {self.network.downscale},"
+                " what network.widths scale down by"
+            )
+        if problems:
+            raise ValueError(PROBLEM_SEPARATOR.join(problems))
+        return self

@@ -1,0 +1,366 @@
+"""The training loop of a codec: one process, one device, a run folder like that of the transformer's training.
+
+I images, C channels, H/W height and width, h/w of latents, N encoded patches, K entries of a codebook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transfusion import presets
+from transfusion.checkpoint import layout
+from transfusion.codec import pixels as codec_pixels
+from transfusion.codec.networks import Network, load_network, new_network, parameter_count, save_network
+from transfusion.codec_train import codebook, state
+from transfusion.codec_train.discriminator import PatchDiscriminator, discriminator_loss
+from transfusion.codec_train.losses import CodecLoss, reconstruct
+from transfusion.codec_train.measure import latent_statistics, reconstruction_psnr
+from transfusion.codec_train.pictures import PictureSet
+from transfusion.codec_train.settings import CodecTrainConfig
+from transfusion.errors import UserError
+from transfusion.observe.runfolder import RunFolder, describe_environment, start_logging
+from transfusion.optim.ema import MovingAverage
+from transfusion.parallel import environment
+from transfusion.parallel.agree import Signals
+from transfusion.schema import Decision
+
+log = logging.getLogger(__name__)
+
+EXIT_STOPPED_EARLY = 75
+# Pictures on which a checkpoint is judged, and by which latents are measured.
+_JUDGED, _MEASURED = 64, 1024
+CODEC, RECORD = "codec", "codec.json"
+
+
+def train_codec(config: CodecTrainConfig) -> int:
+    """Train to the last step, going on from the newest checkpoint, and write RUN/codec for diffusers and for us.
+
+    Returns the exit code: 0 when done, 75 when a signal stopped it after saving. Raises UserError.
+    """
+    here = environment.start(config.threads)
+    try:
+        if here.world_size > 1:
+            raise UserError("a codec is trained by one process; start it without torchrun")
+        with contextlib.closing(CodecTrainer(config, here.device)) as trainer:
+            return trainer.run()
+    finally:
+        environment.stop()
+
+
+class CodecTrainer:
+    """Network, discriminator, their optimisers, and where they stand."""
+
+    def __init__(self, config: CodecTrainConfig, device: torch.device) -> None:
+        """Raises UserError for pictures, weights or a run folder that cannot be used; then nothing is written."""
+        self.config, self.device = config, device
+        self.folder = RunFolder(Path(config.run.folder))
+        start_logging(None)
+        pictures = config.pictures
+        size = {"channels": pictures.channels, "image_size": pictures.image_size}
+        self.pictures = PictureSet(pictures.shards, **size, workers=pictures.workers)
+        self.held_out = (
+            PictureSet(pictures.held_out, **size, workers=pictures.workers)
+            if pictures.held_out
+            else self.pictures
+        )
+        self.loss = CodecLoss(config.loss).to(device)
+        torch.manual_seed(config.run.seed)
+        self.network = build(config).to(device, memory_format=torch.channels_last)
+        self.discriminator = PatchDiscriminator(pictures.channels, pictures.image_size).to(device)
+        self.average = MovingAverage(
+            list(self.network.parameters()) if config.optimizer.ema_decay else [], config.optimizer.ema_decay
+        )
+        self.optimizer, self.judge_optimizer = self._adam(self.network), self._adam(self.discriminator)
+        self.step = 0
+        # CPU seconds of the steps so far: what a busy machine does not change.
+        self.seconds = 0.0
+        self.chosen_K = torch.zeros(config.network.codes if config.kind == "vq" else 0, device=device)
+        self._resume()
+        self.lock = self.folder.lock()
+        self._create_folder()
+
+    def run(self) -> int:
+        """Steps until the last one or until asked to stop. Returns the exit code."""
+        for name, words in self.loss.describe().items():
+            log.info("%s loss: %s", name, words)
+        log.info(
+            "%s: %s with %.2f M parameters, %d pictures, step %d to %d",
+            self.config.run.name,
+            self.config.kind,
+            parameter_count(self.network) / 1e6,
+            len(self.pictures),
+            self.step,
+            self.config.steps,
+        )
+        with Signals() as signals, open(self.folder.metrics, "a", encoding="utf-8") as metrics:
+            while self.step < self.config.steps:
+                parts = self.train_step()
+                if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                    self._log(metrics, parts)
+                asked = signals.take()
+                if asked or self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+                    self._save()
+                if asked == Decision.SAVE_AND_STOP and self.step < self.config.steps:
+                    log.warning("stopped at step %d after saving; the same command continues", self.step)
+                    return EXIT_STOPPED_EARLY
+        self.write_codec()
+        return 0
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One step of the codec, and of the discriminator once it takes part. Returns the parts of the loss."""
+        started = time.process_time()
+        config = self.config
+        self._set_learning_rate()
+        values_ICHW = self.pictures.batch(
+            self.step, config.batch, seed=config.run.seed, flip=config.pictures.flip
+        )
+        real_ICHW = codec_pixels.encode(values_ICHW.to(self.device)).contiguous(
+            memory_format=torch.channels_last
+        )
+        generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.step)
+        judges = config.loss.adversarial > 0 and self.step >= config.loss.adversarial_from
+        self.network.train()
+        with self._precision():
+            found = reconstruct(self.network, real_ICHW, config, generator)
+        total, parts = self.loss(found.made_ICHW, real_ICHW)
+        parts |= found.parts
+        objective = total + found.bottleneck
+        if judges:
+            self.discriminator.requires_grad_(False)
+            weighted, parts["adaptive"] = self.loss.adversarial(
+                self.discriminator(found.made_ICHW), total, self.network.decoder.conv_out.weight
+            )
+            objective = objective + weighted
+        self.optimizer.zero_grad(set_to_none=True)
+        objective.backward()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.optimizer.gradient_clip)
+        if norm.isfinite():
+            self.optimizer.step()
+            self.average.update()
+        parts["gradient_norm"] = norm
+        if judges:
+            parts["discriminator"] = self._judge_step(real_ICHW, found.made_ICHW.detach())
+        if found.token_N is not None and found.encoded_NC is not None:
+            self._count(found.token_N, found.encoded_NC, generator)
+        self.step += 1
+        self.seconds += time.process_time() - started
+        return {name: part.detach() for name, part in parts.items()}
+
+    def _judge_step(self, real_ICHW: Tensor, made_ICHW: Tensor) -> Tensor:
+        self.discriminator.requires_grad_(True)
+        loss = discriminator_loss(self.discriminator(real_ICHW), self.discriminator(made_ICHW))
+        self.judge_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.judge_optimizer.step()
+        return loss
+
+    def _count(self, token_N: Tensor, encoded_NC: Tensor, generator: torch.Generator) -> None:
+        """Note which entries were chosen; now and then revive those that were not."""
+        self.chosen_K += torch.bincount(token_N, minlength=len(self.chosen_K))
+        every = self.config.loss.revive_every
+        # In the first step too: the entries begin near zero, far from all that is encoded.
+        if not every or (self.step and (self.step + 1) % every):
+            return
+        found = codebook.use(self.chosen_K)
+        entry_KC = self.network.quantize.embedding.weight
+        dead = codebook.revive(entry_KC.data, self.chosen_K, encoded_NC, generator)
+        moments = self.optimizer.state[entry_KC]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in moments:
+                moments[moment][dead] = 0
+        if self.config.optimizer.ema_decay:
+            self.average.averages[self._codebook_number()][dead] = entry_KC.data[dead]
+        log.info(
+            "step %d: %.1f %% of the codebook used, perplexity %.0f, %d dead entries revived",
+            self.step + 1,
+            100 * found.used,
+            found.perplexity,
+            found.dead,
+        )
+        self.chosen_K.zero_()
+
+    def _codebook_number(self) -> int:
+        names = [name for name, _ in self.network.named_parameters()]
+        return names.index("quantize.embedding.weight")
+
+    def _adam(self, module: nn.Module) -> torch.optim.Adam:
+        optimizer = self.config.optimizer
+        return torch.optim.Adam(module.parameters(), lr=optimizer.learning_rate, betas=optimizer.betas)
+
+    def _set_learning_rate(self) -> None:
+        optimizer = self.config.optimizer
+        rate = optimizer.learning_rate * min(1.0, (self.step + 1) / max(1, optimizer.warmup_steps))
+        left = self.config.steps - self.step
+        if left <= optimizer.decay_steps:
+            rate *= 0.01 + 0.99 * left / optimizer.decay_steps
+        for adam in (self.optimizer, self.judge_optimizer):
+            for group in adam.param_groups:
+                group["lr"] = rate
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[Network]:
+        """The network with the weights that are saved, without gradients."""
+        self.average.exchange()
+        self.network.eval()
+        try:
+            with torch.no_grad():
+                yield self.network
+        finally:
+            self.network.train()
+            self.average.exchange()
+
+    def _precision(self) -> torch.autocast:
+        half = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+
+    def _log(self, metrics: Any, parts: dict[str, Tensor]) -> None:
+        line: dict[str, Any] = {"step": self.step, "cpu_seconds": round(self.seconds, 1)}
+        line |= {name: float(part) for name, part in parts.items()}
+        line["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        if len(self.chosen_K):
+            found = codebook.use(self.chosen_K)
+            line |= {"codebook_used": found.used, "codebook_perplexity": found.perplexity}
+        if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+            with self.averaged() as network:
+                line["held_out_psnr"] = reconstruction_psnr(network, self.held_out, self.device, _JUDGED)
+            log.info("step %d: held-out PSNR %.2f dB", self.step, line["held_out_psnr"])
+        metrics.write(json.dumps(line) + "\n")
+        metrics.flush()
+
+    def _save(self) -> None:
+        tensors: dict[str, Tensor] = {}
+        for prefix, module, adam in (
+            ("network", self.network, self.optimizer),
+            ("discriminator", self.discriminator, self.judge_optimizer),
+        ):
+            tensors |= {f"{prefix}/weight/{name}": value for name, value in module.state_dict().items()}
+            tensors |= state.optimiser_tensors(prefix, module, adam)
+        names = [name for name, _ in self.network.named_parameters()]
+        tensors |= {
+            f"network/average/{name}": value
+            for name, value in zip(names, self.average.averages, strict=False)
+        }
+        tensors["chosen"] = self.chosen_K
+        facts = {"seconds": self.seconds, "model": self._identity(), "updates": self._updates()}
+        state.save(self.folder.checkpoints, self.step, tensors, facts)
+
+    def _resume(self) -> None:
+        found = state.load_newest(self.folder.checkpoints)
+        if found is None:
+            return
+        tensors, facts = found
+        if facts["model"] != self._identity():
+            raise UserError(
+                f"{self.folder.path} holds the training of another codec (kind, network or picture size differ);"
+                " choose another run.dir"
+            )
+        self.step, self.seconds = facts["step"], facts["seconds"]
+        for number, (prefix, module, adam) in enumerate(
+            (
+                ("network", self.network, self.optimizer),
+                ("discriminator", self.discriminator, self.judge_optimizer),
+            )
+        ):
+            start = f"{prefix}/weight/"
+            module.load_state_dict(
+                {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            )
+            state.load_optimiser(prefix, module, adam, tensors, facts["updates"][number])
+        for (name, parameter), average in zip(
+            self.network.named_parameters(), self.average.averages, strict=False
+        ):
+            # A run may have turned its moving average on since.
+            average.copy_(tensors.get(f"network/average/{name}", parameter.detach()))
+        self.chosen_K.copy_(tensors["chosen"])
+
+    def _updates(self) -> list[int]:
+        return [
+            max((int(each["step"]) for each in adam.state.values() if "step" in each), default=0)
+            for adam in (self.optimizer, self.judge_optimizer)
+        ]
+
+    def _identity(self) -> str:
+        config = self.config
+        return presets.fingerprint(
+            [
+                config.kind,
+                config.network.as_dict(),
+                config.pictures.channels,
+                config.pictures.image_size,
+            ]
+        )
+
+    def _create_folder(self) -> None:
+        self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        with layout.whole_file(self.folder.config) as partial:
+            presets.dump(self.config, partial)
+        text = json.dumps(describe_environment(sys.argv), indent=2, ensure_ascii=False)
+        layout.write_whole(self.folder.environment, text + "\n")
+        start_logging(self.folder)
+
+    def write_codec(self) -> Path:
+        """RUN/codec: the averaged network, its latents measured; RUN/codec.json: how it came about."""
+        out = self.folder.path / CODEC
+        unfinished = out.with_name(f"{CODEC}.{os.getpid()}{layout.UNFINISHED}")
+        with self.averaged() as network:
+            measured = latent_statistics(network, self.pictures, self.device, self.config.kind, _MEASURED)
+            layout.clear(unfinished)
+            save_network(network, unfinished, **measured.diffusers_config())
+        record = {
+            "step": self.step,
+            "cpu_seconds": round(self.seconds, 1),
+            "parameters": parameter_count(self.network),
+            "losses": self.loss.describe(),
+            "statistics": measured.as_dict(),
+            "pictures_left_out": self.pictures.left_out,
+            "config": self.config.as_dict(),
+            "environment": describe_environment(sys.argv),
+        }
+        layout.write_whole(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
+        layout.replace_folder(unfinished, out)
+        log.info("%s: %s", out, measured.describe())
+        return out
+
+    def close(self) -> None:
+        """End the threads that decode."""
+        self.pictures.close()
+        self.held_out.close()
+        self.lock.close()
+
+
+def build(config: CodecTrainConfig) -> Network:
+    """The network with fresh weights, or with those of `start` where names and shapes agree. Raises UserError."""
+    sizes = config.network
+    network = new_network(
+        config.kind,
+        channels=config.pictures.channels,
+        latent_channels=sizes.latent_channels,
+        widths=sizes.widths,
+        layers=sizes.layers,
+        groups=sizes.groups,
+        attention=sizes.attention,
+        image_size=config.pictures.image_size,
+        codes=sizes.codes,
+        code_width=sizes.code_width,
+    )
+    if config.start:
+        given, mine = load_network(config.start).state_dict(), network.state_dict()
+        taken = {
+            name: value for name, value in given.items() if name in mine and value.shape == mine[name].shape
+        }
+        if not taken:
+            raise UserError(f"start {config.start} has no weight of the same name and shape as this network")
+        network.load_state_dict(taken, strict=False)
+        log.info("%d of %d weights begin as in %s", len(taken), len(mine), config.start)
+    return network

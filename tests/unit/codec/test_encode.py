@@ -1,0 +1,174 @@
+"""Latents beside pictures: complete, resumable, the same by many processes, and refused when another codec's."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from transfusion.codec import open_codec, open_token_codec
+from transfusion.codec_train import encode as encoding
+from transfusion.codec_train.encode import encode_shards
+from transfusion.config import CodecConfig, Config
+from transfusion.data.decode import decode
+from transfusion.data.latents import read_record, record_path
+from transfusion.data.loader import Loader
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.errors import UserError
+
+Settings = Callable[..., CodecConfig]
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            found |= {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    return found
+
+
+def test_latents_stand_beside_their_pictures(
+    shards: Path, kl_folder: Path, settings: Settings, tmp_path: Path
+) -> None:
+    config = settings(kl_folder)
+    records = encode_shards(config, [f"{shards}/*.tar"], tmp_path / "out")
+    assert [(record.encoded, record.left_out) for record in records] == [
+        (6, {}), (5, {"image_corrupt": 1}), (0, {}),
+    ]  # fmt: skip
+    before, after = members(shards), members(tmp_path / "out")
+    added = {name for name in after if name.endswith(".latent.npy")}
+    assert {name: data for name, data in after.items() if name not in added} == before and len(added) == 11
+    codec = open_codec(config)
+    for name in added:
+        picture = decode(before[name.replace("latent.npy", "png")], channels=3, image_size=16)
+        stored = np.load(io.BytesIO(after[name]))
+        wanted = codec.encode(torch.from_numpy(picture)[None])[0].numpy()
+        assert stored.dtype == np.float16
+        np.testing.assert_allclose(stored, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_tokens_stand_beside_their_pictures(
+    shards: Path, vq_folder: Path, settings: Settings, tmp_path: Path
+) -> None:
+    encode_shards(settings(vq_folder), [f"{shards}/00000.tar"], tmp_path / "out")
+    after, codec = members(tmp_path / "out"), open_token_codec(settings(vq_folder))
+    picture = decode(after["000000003.png"], channels=3, image_size=16)
+    stored = np.load(io.BytesIO(after["000000003.tokens.npy"]))
+    assert stored.dtype == np.uint16 and stored.shape == (4, 4)
+    assert np.array_equal(stored, codec.tokens(torch.from_numpy(picture)[None])[0].numpy())
+
+
+def test_a_killed_encoding_goes_on(
+    shards: Path,
+    kl_folder: Path,
+    settings: Settings,
+    write_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, told = settings(kl_folder), []
+
+    def killed(*job: Any) -> Any:
+        if job[2].name == "00001.tar":
+            raise KeyboardInterrupt
+        return honest(*job)
+
+    honest = encoding.encode_shard
+    monkeypatch.setattr(encoding, "encode_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        encode_shards(config, [f"{shards}/*.tar"], tmp_path / "out")
+    monkeypatch.undo()
+    encode_shards(
+        config,
+        [f"{shards}/*.tar"],
+        tmp_path / "out",
+        progress=lambda name, record, reused: told.append((name, reused)),
+    )
+    assert told == [("00000.tar", True), ("00001.tar", False), ("00002.tar", False)]
+    encode_shards(config, [f"{shards}/*.tar"], tmp_path / "whole")
+    for shard in (tmp_path / "whole").iterdir():
+        assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
+    # Latents of former shards are replaced, not kept beside the new ones.
+    other = settings(write_folder("kl", tmp_path / "other", seed=1))
+    encode_shards(other, [f"{tmp_path}/out/*.tar"], tmp_path / "again")
+    assert members(tmp_path / "again").keys() == members(tmp_path / "out").keys()
+    with pytest.raises(UserError, match=f"holds latents of codec {config.fingerprint} at 16 pixels"):
+        encode_shards(other, [f"{shards}/*.tar"], tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_processes_write_the_same_shards(
+    shards: Path, kl_folder: Path, settings: Settings, tmp_path: Path
+) -> None:
+    for workers in (1, 2):
+        encode_shards(settings(kl_folder), [f"{shards}/*.tar"], tmp_path / str(workers), workers=workers)
+    one, two = members(tmp_path / "1"), members(tmp_path / "2")
+    assert one.keys() == two.keys()
+    for name in one:
+        if name.endswith("npy"):
+            # Another number of threads may sum in another order.
+            np.testing.assert_allclose(
+                np.load(io.BytesIO(one[name])), np.load(io.BytesIO(two[name])), rtol=2e-3, atol=2e-3
+            )
+
+
+def test_what_cannot_be_encoded_is_refused(
+    shards: Path, kl_folder: Path, settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "00000.tar").write_bytes(b"no tar")
+    cases = [
+        ([f"{shards}/00000.tar", f"{tmp_path}/00000.tar"], "2 shards are called 00000.tar"),
+        ([f"{tmp_path}/00000.tar"], "cannot be read"),
+    ]
+    for specs, told in cases:
+        with pytest.raises(UserError, match=told):
+            encode_shards(settings(kl_folder), specs, tmp_path / "out")
+    with pytest.raises(UserError, match=r"is where 00000\.tar lies"):
+        encode_shards(settings(kl_folder), [f"{shards}/*.tar"], shards)
+    with pytest.raises(UserError, match="has no latents to write"):
+        encode_shards(CodecConfig(), [f"{shards}/*.tar"], tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def loader(codec: CodecConfig, folder: Path, tokenizer: Tokenizer) -> Loader:
+    config = Config.model_validate(
+        {
+            "model": {"patch_size": 1},
+            "codec": codec.as_dict(),
+            "data": {
+                "sources": [{"name": "pictures", "shards": f"{folder}/0000[01].tar"}],
+                "row_length": 320 if codec.kind == "pixels" else 96,
+                "rows": 2,
+                "max_faults": 0.5,
+            },
+        }
+    )
+    return Loader(config, config.data.sources, tokenizer, rank=0, world_size=1)
+
+
+def test_latents_of_another_codec_are_refused(
+    shards: Path, kl_folder: Path, settings: Settings, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    config, out = settings(kl_folder), tmp_path / "out"
+    encode_shards(config, [f"{shards}/0000[01].tar"], out)
+    with loader(config, out, tokenizer) as mine:
+        groups = {group.values.dtype: group for batch in mine.next_step() for group in batch.images}
+    assert groups[torch.float32].values.shape[1:] == (4, 4, 4)
+    rescaled = settings(kl_folder, scale=[2.0])
+    for other, told in (
+        (rescaled, f"made by codec {config.fingerprint}, not by {rescaled.fingerprint}"),
+        (CodecConfig(image_size=16), f"{config.fingerprint}, not by codec.kind=pixels"),
+        (settings(kl_folder, image_size=32), "pictures of 16 pixels, and codec.image_size is 32"),
+    ):
+        with pytest.raises(UserError, match=told):
+            loader(other, out, tokenizer)
+    assert read_record(out / "00000.tar") is not None
+    record_path(out / "00000.tar").unlink()
+    with pytest.raises(UserError, match=r"unknown codec \(00000_latents.json is missing\)"):
+        loader(config, out, tokenizer)
