@@ -38,6 +38,8 @@ SETTINGS = (
     f"train.steps={STEPS}", "train.precision=fp32", "train.threads=1", "train.zero.persistence_threshold=0",
     "checkpoint.every=3", "log.every=1",
 )  # fmt: skip
+# Of the random points, so that most of them fall between the start and the end.
+LONGER = ("train.steps=120", "checkpoint.every=7")
 COMPARED = ("loss", "text_loss", "image_loss", "image_loss_by_timestep", "gradient_norm", "tokens", "images")
 # A lost rank must have ended the others by then.
 MOST_SECONDS = 120.0
@@ -61,7 +63,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._straight: dict[int, list[tuple[Any, ...]]] = {}
+        self._straight: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
 
     def prepare(self) -> None:
         """The digits and a tokenizer."""
@@ -106,12 +108,14 @@ class Place:
         lines = read_metrics(self.folder / "runs" / run / "metrics.jsonl")
         return [tuple(line[name] for name in COMPARED) for line in lines]
 
-    def straight(self, ranks: int) -> list[tuple[Any, ...]]:
+    def straight(self, ranks: int, *more: str) -> list[tuple[Any, ...]]:
         """The figures of the undisturbed run."""
-        if ranks not in self._straight:
-            require(self.run(f"straight-{ranks}", ranks).code == 0, "the undisturbed run ends with 0")
-            self._straight[ranks] = self.figures(f"straight-{ranks}")
-        return self._straight[ranks]
+        key = (ranks, *more)
+        if key not in self._straight:
+            run = f"straight-{len(self._straight)}"
+            require(self.run(run, ranks, "none", *more).code == 0, "the undisturbed run ends with 0")
+            self._straight[key] = self.figures(run)
+        return self._straight[key]
 
     def check_published(self, run: str) -> list[str]:
         """Read every checkpoint that counts as saved; the names of their folders."""
@@ -130,11 +134,13 @@ class Place:
         return [path.name for path in complete]
 
     def goes_on(self, run: str, ranks: int, *more: str) -> dict[str, Any]:
-        """Nothing is torn; the same command ends well, with the figures of the undisturbed run."""
+        """Nothing is torn; the same command, with `more`, ends well, with the figures of the undisturbed run."""
         found = self.check_published(run)
         ended = self.run(run, ranks, "none", *more)
         require(ended.code == 0, f"the same command ends with 0: {ended.printed[-2000:]}")
-        require(self.figures(run) == self.straight(ranks), "the figures are those of the undisturbed run")
+        require(
+            self.figures(run) == self.straight(ranks, *more), "the figures are those of the undisturbed run"
+        )
         self.check_published(run)
         return {"published_at_the_blow": found}
 
@@ -255,20 +261,20 @@ def other_worlds(place: Place) -> dict[str, Any]:
 
 
 def random_points(place: Place, points: int) -> dict[str, Any]:
-    """kill -9 at moments drawn over the whole of a run, its start included; one process."""
+    """kill -9 at moments drawn over the whole of a longer run, its start included; one process."""
     begin = time.monotonic()
-    place.straight(1)
+    place.straight(1, *LONGER)
     whole = time.monotonic() - begin
     draw = random.Random(0)
     reached = []
     for number in range(points):
         run = f"random-{number}"
-        process = place.start(run, 1)
+        process = place.start(run, 1, "none", *LONGER)
         time.sleep(draw.uniform(0.0, whole))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         reached.append(len(place.figures(run)))
-        place.goes_on(run, 1)
+        place.goes_on(run, 1, *LONGER)
     return {"points": points, "steps_reached": reached}
 
 
