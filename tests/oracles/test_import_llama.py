@@ -84,7 +84,7 @@ def test_logits_are_the_llamas(tmp_path: Path, tied: bool) -> None:
     ids = torch.randint(0, VOCABULARY, (2, 24))
     with torch.no_grad():
         wanted = theirs(input_ids=ids).logits
-    assert relative_error(logits(engine, ids), wanted) <= 1e-9
+    assert relative_error(logits(engine, ids), wanted) <= 2e-6
     averages = dict(zip(engine.masters, engine.average.averages, strict=True))
     assert all(torch.equal(averages[name], master) for name, master in engine.masters.items())
     drawn = LocalEngine(config_of(), ALONE).masters
