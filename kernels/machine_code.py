@@ -25,12 +25,23 @@ from triton.runtime.jit import JITFunction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 # Bytes that one program can have.
-_SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+_SHARED_LIMIT = {
+    "sm_80": 163 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _NVIDIA = {
     "HGMMA": r"\bHGMMA\b",
@@ -42,7 +53,12 @@ _NVIDIA = {
     "UTMAREDG": r"\bUTMAREDG\b",
 }
 _AMD = {"MFMA": r"\bv_mfma"}
-_TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "gfx942": "MFMA"}
+_TENSOR_CORES = {
+    **dict.fromkeys(("sm_80", "sm_89", "sm_120"), "HMMA"),
+    "sm_90": "HGMMA",
+    "sm_100": "UTCMMA",
+    **dict.fromkeys(("gfx942", "gfx950"), "MFMA"),
+}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Compiles every form of the kernels for sm_80, sm_90 (the Hopper kernels too), sm_100 and gfx942, and reads the code.
 
-    .venv/bin/python benchmarks/campaigns/compile_kernels.py [--targets sm_90,...] [--out FILE]
+    .venv/bin/python benchmarks/campaigns/compile_kernels.py [--targets sm_90,...] [--kinds cache,...] [--out FILE]
 
-Needs no GPU; takes minutes. Prints a table and writes benchmarks/results/compiled-kernels-triton-VERSION.json. Exits
-with 1 when a form that is shipped for NVIDIA or AMD spills, waits for each matrix product, or misses the tensor cores.
+Needs no GPU; takes an hour. Prints a table and writes benchmarks/results/compiled-kernels-triton-VERSION.json, where
+what was not asked for this time stays as it stands, each kernel with the date at which it was compiled. Exits with 1
+when a form that is shipped for NVIDIA or AMD spills, waits for each matrix product, or misses the tensor cores.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transfusion_kernels.attention.shipped import (
     compile_cache_form,
     compile_case,
     compile_form,
+    compile_helpers,
     shipped_cache_forms,
     shipped_forms,
     triton_version,
@@ -33,15 +35,45 @@ from transfusion_kernels.machine_code import Report
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def compile_all(targets: list[str]) -> Iterator[list[tuple[Report, list[str]]]]:
-    """The reports on every form, each with what is wrong with it."""
+KINDS = {
+    "16-bit": "attention in 16 bits",
+    "float32": "the same in float32",
+    "cache": "attention to a cache",
+    "helpers": "kernels that multiply no matrices",
+    "hopper": "the kernels for sm_90 alone",
+}
+
+
+def compile_all(targets: list[str], kinds: list[str]) -> Iterator[list[tuple[Report, list[str]]]]:
+    """The reports on every form of these kinds, each with what is wrong with it."""
     for target in targets:
         for form in shipped_forms(target):
-            yield compile_form(form)
-        for cache_form in shipped_cache_forms(target):
+            if ("float32" if form.exact else "16-bit") in kinds:
+                yield compile_form(form)
+        for cache_form in shipped_cache_forms(target) if "cache" in kinds else ():
             yield compile_cache_form(cache_form)
-        if target == "sm_90":
+        if "helpers" in kinds:
+            yield compile_helpers(target)
+        if "hopper" in kinds and target == "sm_90":
             yield [compile_case(case) for case in compile_cases()]
+
+
+def chosen(text: str, of: Iterable[str], option: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The names of a list with commas; those of `of` are known."""
+    names = text.split(",")
+    if unknown := set(names) - set(of):
+        parser.error(f"{option}: got {sorted(unknown)}, takes {', '.join(of)}")
+    return names
+
+
+def earlier(out: Path, versions: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The kernels of an earlier record by name, each with its date; none if other versions made it."""
+    if not out.exists():
+        return {}
+    record = json.loads(out.read_text(encoding="utf-8"))
+    if record["versions"] != versions:
+        return {}
+    return {kernel["name"]: {"compiled": record["date"]} | kernel for kernel in record["kernels"]}
 
 
 def main() -> int:
@@ -49,35 +81,41 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated; all, unless given")
+    kinds_help = "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items())
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help=f"comma-separated; all, unless given. {kinds_help}"
+    )
     name = f"compiled-kernels-triton-{triton_version()}.json"
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / name)
     arguments = parser.parse_args()
-    targets = arguments.targets.split(",")
-    if unknown := set(targets) - set(TARGETS):
-        parser.error(f"--targets: got {sorted(unknown)}, takes {', '.join(TARGETS)}")
-    kernels: list[dict[str, Any]] = []
+    targets = chosen(arguments.targets, TARGETS, "--targets", parser)
+    kinds = chosen(arguments.kinds, KINDS, "--kinds", parser)
+    today = datetime.now(UTC).date().isoformat()
+    versions = {
+        "triton": triton_version(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+    kernels: dict[str, dict[str, Any]] = {}
     print(f"{'kernel':84} {'registers':>9} {'spills':>7} {'shared':>7}  instructions")
-    for compiled in compile_all(targets):
+    for compiled in compile_all(targets, kinds):
         for report, wrong in compiled:
-            kernels.append({**report.as_dict(), "problems": wrong})
+            kernels[report.name] = {"compiled": today, **report.as_dict(), "problems": wrong}
             counts = " ".join(f"{kind}:{count}" for kind, count in report.instructions.items() if count)
             spills = f"{report.spill_stores}/{report.spill_loads}"
             print(f"{report.name:84} {report.registers:9} {spills:>7} {report.shared_bytes:7}  {counts}")
             for problem in wrong:
                 print(f"    {problem}")
             sys.stdout.flush()
-    failed = [kernel["name"] for kernel in kernels if kernel["problems"]]
+    kernels = earlier(arguments.out, versions) | kernels
+    failed = [kernel["name"] for kernel in kernels.values() if kernel["problems"]]
     record = {
         "command": "python benchmarks/campaigns/compile_kernels.py",
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {
-            "triton": triton_version(),
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
-        "targets": targets,
+        "date": today,
+        "versions": versions,
+        "targets": [target for target in TARGETS if any(k["target"] == target for k in kernels.values())],
         "violations": failed,
-        "kernels": kernels,
+        "kernels": list(kernels.values()),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

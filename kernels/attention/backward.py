@@ -130,7 +130,7 @@ def attention_backward(
     return dq.to(q.dtype), dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "heads"])
 def _statistics_kernel(
     out,
     grad_out,

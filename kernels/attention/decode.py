@@ -306,7 +306,7 @@ def _attend(
     return b_out, b_sum, b_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "result_rows"])
 def _merge_kernel(
     part_out,
     part_lse,

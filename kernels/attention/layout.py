@@ -6,6 +6,7 @@ N key positions, T tiles of `TILE_ROWS` positions.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -103,13 +104,12 @@ class IntervalMask:
             )
         if length is not None and length.shape != document_start.shape[:1]:
             raise ValueError(f"length: got shape {tuple(length.shape)}, takes [{document_start.shape[0]}]")
-        position_S = torch.arange(document_start.shape[1], device=document_start.device, dtype=torch.int32)
-        first_BS = document_start.to(torch.int32)
-        end_BS = torch.maximum(position_S + 1, image_end.to(torch.int32))
-        if length is not None:
-            length_B1 = length.to(torch.int32)[:, None]
-            first_BS = torch.where(position_S < length_B1, first_BS, length_B1)
-            end_BS = torch.where(position_S < length_B1, end_BS, length_B1)
+        if _launches_kernels(document_start):
+            from transfusion_kernels.attention.derived import bounds_from_spans
+
+            first_BS, end_BS = bounds_from_spans(document_start, image_end, length)
+        else:
+            first_BS, end_BS = _bounds_from_spans(document_start, image_end, length)
         return IntervalMask(first_BS, end_BS, narrow=narrow)
 
     @property
@@ -133,12 +133,12 @@ class IntervalMask:
     @property
     def query_order(self) -> Tensor:
         """int32 [B * T]: the tiles of queries, those with most keys first, so that no long one starts last."""
-        return self._cached("query_order", lambda: (_longest_first(self.first_key, self.end_key),))[0]
+        return self._cached("query_order", lambda: (longest_first(self.first_key, self.end_key),))[0]
 
     @property
     def key_order(self) -> Tensor:
         """int32 [B * T]: the tiles of keys, those with most queries first."""
-        return self._cached("key_order", lambda: (_longest_first(self.first_query, self.end_query),))[0]
+        return self._cached("key_order", lambda: (longest_first(self.first_query, self.end_query),))[0]
 
     def dense(self) -> Tensor:
         """bool [B, S, N]: true where a query sees a key."""
@@ -195,18 +195,29 @@ class IntervalMask:
         )
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> IntervalMask:
-        """This mask on another device."""
-        leaves_host = self.device.type == "cpu" and torch.device(device).type != "cpu"
-        return IntervalMask(
-            self.first_key.to(device, non_blocking=non_blocking),
-            self.end_key.to(device, non_blocking=non_blocking),
-            num_keys=self.num_keys,
-            narrow=self.visible_pairs() < NARROW_WIDTH * self.first_key.numel()
-            if leaves_host
-            else self.narrow,
-        )
+        """This mask on another device; itself if it is there.
+
+        On a GPU all that the kernels derive from it is made at once, so that layers find it, compiled ones too. Those
+        do not notice a bound that is changed in place afterwards: for them, make another mask.
+        """
+        first_key = self.first_key.to(device, non_blocking=non_blocking)
+        end_key = self.end_key.to(device, non_blocking=non_blocking)
+        if first_key is self.first_key and end_key is self.end_key:
+            return self
+        leaves_host = self.device.type == "cpu" and first_key.device.type != "cpu"
+        narrow = self.narrow
+        if leaves_host:
+            narrow = self.visible_pairs() < NARROW_WIDTH * self.first_key.numel()
+        moved = IntervalMask(first_key, end_key, num_keys=self.num_keys, narrow=narrow)
+        if moved.device.type == "cuda":
+            _ = moved.query_order, moved.key_order
+        return moved
 
     def _columns(self) -> tuple[Tensor, Tensor]:
+        if _launches_kernels(self.first_key):
+            from transfusion_kernels.attention.derived import columns
+
+            return columns(self.first_key, self.end_key, self.num_keys)
         # Both bounds are non-decreasing, so the queries that see key n are those from the first whose end passes n
         # up to the first whose start passes n.
         key_BN = torch.arange(self.num_keys, device=self.device, dtype=torch.int32)
@@ -217,11 +228,18 @@ class IntervalMask:
         return first_query, torch.maximum(first_query, end_query)
 
     def _cached(self, name: str, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Derived tensors, kept for the other layers until a bound is changed in place."""
-        if torch.compiler.is_compiling() or self.first_key.is_inference() or self.end_key.is_inference():
-            return compute()  # a compiler merges equal computations; inference tensors carry no version
-        derived: dict[str, tuple[tuple[int, int], tuple[Tensor, ...]]] = self._derived  # type: ignore[attr-defined]
-        version = (self.first_key._version, self.end_key._version)
+        """Derived tensors, kept for the other layers until a bound is changed in place.
+
+        A compiled function takes those that are kept, and makes the others itself; it knows nothing of changes in
+        place, see `to`. A CUDA graph does not take those from before its capture: it must make them anew from the
+        bounds of each replay.
+        """
+        derived: dict[str, tuple[tuple[int, int, bool], tuple[Tensor, ...]]] = self._derived  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling():
+            return derived[name][1] if name in derived else compute()
+        if self.first_key.is_inference() or self.end_key.is_inference():
+            return compute()  # inference tensors carry no version
+        version = (self.first_key._version, self.end_key._version, _is_captured(self.device))
         kept = derived.get(name)
         if kept is None or kept[0] != version:
             with torch.inference_mode(False):  # what is kept may later be saved for a backward pass
@@ -270,13 +288,44 @@ def validate_bounds(first_key: Tensor, end_key: Tensor, num_keys: int) -> None:
         )
 
 
-def _longest_first(first: Tensor, end: Tensor) -> Tensor:
+def _bounds_from_spans(
+    document_start: Tensor, image_end: Tensor, length: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    position_S = torch.arange(document_start.shape[1], device=document_start.device, dtype=torch.int32)
+    first_BS = document_start.to(torch.int32)
+    end_BS = torch.maximum(position_S + 1, image_end.to(torch.int32))
+    if length is not None:
+        length_B1 = length.to(torch.int32)[:, None]
+        first_BS = torch.where(position_S < length_B1, first_BS, length_B1)
+        end_BS = torch.where(position_S < length_B1, end_BS, length_B1)
+    return first_BS, end_BS
+
+
+def longest_first(first: Tensor, end: Tensor) -> Tensor:
     """int32 [B * T]: `row * T + tile` for the tiles of intervals [B, S], widest union first."""
+    if _launches_kernels(first):
+        from transfusion_kernels.attention import derived
+
+        return derived.longest_first(first, end, TILE_ROWS)
     size = first.shape[1]
     start_T = torch.arange(0, size, TILE_ROWS, device=first.device)
     last_T = (start_T + TILE_ROWS).clamp(max=size) - 1
     width_BT = end.index_select(1, last_T) - first.index_select(1, start_T)
     return torch.argsort(width_BT.flatten(), descending=True, stable=True).to(torch.int32)
+
+
+def _launches_kernels(tensor: Tensor) -> bool:
+    """Whether kernels of our own make what is derived: on a GPU with Triton, unless a compiler or a fake looks on."""
+    return (
+        tensor.device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _flatten(mask: IntervalMask) -> tuple[list[Any], tuple[int, bool]]:

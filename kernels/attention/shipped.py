@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from transfusion_kernels.attention.backward import attention_backward
 from transfusion_kernels.attention.decode import decode_forward
+from transfusion_kernels.attention.derived import bounds_from_spans, columns, longest_first
 from transfusion_kernels.attention.forward import attention_forward
 from transfusion_kernels.attention.hopper import CompileCase
 from transfusion_kernels.attention.layout import TILE_ROWS
@@ -109,6 +111,36 @@ def _launch_with_cache(form: CacheForm) -> None:
     decode_forward(q, cache, cache, bound, bound, table, _LENGTH, form.head_dim**-0.5, num_splits=4)
 
 
+def compile_helpers(target: str) -> list[tuple[Report, list[str]]]:
+    """The reports on the kernels that multiply no matrices: of masks, of statistics, and that merge parts."""
+    launched = {f"{target} {name.strip('_')}": kernel for name, kernel in _launched_for_masks(target).items()}
+    for head_dim in TRITON_HEAD_DIMS:
+        form, cache_form = (
+            Form(target, head_dim, "backward", False, 4),
+            CacheForm(target, head_dim, 4, 1, False),
+        )
+        for launch, name in (
+            (lambda: _launch(form), "_statistics_kernel"),  # noqa: B023  (called in this turn)
+            (lambda: _launch_with_cache(cache_form), "_merge_kernel"),  # noqa: B023
+        ):
+            launched[f"{target} {head_dim} {name.strip('_')}"] = compile_launches(target, launch)[name]
+    reports = [inspect(name, kernel, target) for name, kernel in launched.items()]
+    return [(report, problems(report, exact=True)) for report in reports]
+
+
+def _launched_for_masks(target: str) -> dict[str, Any]:
+    spans, length = (
+        torch.empty(2, 2, _LENGTH, dtype=torch.int64, device="meta"),
+        torch.empty(2, device="meta"),
+    )
+
+    def launch() -> None:
+        bounds = bounds_from_spans(*spans, length.long())
+        longest_first(*columns(*bounds, _LENGTH), TILE_ROWS)
+
+    return compile_launches(target, launch)
+
+
 def compile_case(case: CompileCase) -> tuple[Report, list[str]]:
     """The report on one of the Hopper kernels, and what is wrong with it."""
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -151,6 +183,7 @@ __all__ = [
     "compile_cache_form",
     "compile_case",
     "compile_form",
+    "compile_helpers",
     "shipped_cache_forms",
     "shipped_forms",
     "triton_version",

@@ -61,6 +61,7 @@ _COMMON_96 = Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), T
 _COMMON_128 = Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
 _COMMON = {32: _COMMON_64, 64: _COMMON_64, 96: _COMMON_96, 128: _COMMON_128, 256: _BROAD}
 
+_SMALL_MEMORY_64 = replace(_COMMON_64, forward=Tile(64, 64, 4, 3), queries=Tile(64, 32, 8, 2))
 _AMPERE_64 = Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(64, 64, 4, 2))
 _AMPERE_128 = Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
 _HOPPER_64 = Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
@@ -76,10 +77,18 @@ _CDNA_64 = Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Til
 _CDNA_128 = Tiles(Tile(64, 64, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 1))
 _CDNA_256 = Tiles(Tile(64, 32, 8, 1), None, Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))
 
+# Architectures that take the tiles of another: those with 99 KiB for a program, Blackwell's and CDNA's.
+_AS = {
+    **dict.fromkeys(("sm_86", "sm_120", "sm_121"), "sm_89"),
+    **dict.fromkeys(("sm_101", "sm_103", "sm_110"), "sm_100"),
+    **dict.fromkeys(("gfx940", "gfx941", "gfx950"), "gfx942"),
+}
 # By architecture and head width: the tiles for wide intervals, then those for narrow ones.
 _TABLE = {
     ("sm_80", 64): (_AMPERE_64, replace(_COMMON_64, forward=Tile(64, 64, 4, 3))),
     ("sm_80", 128): (_AMPERE_128, _COMMON_128),
+    ("sm_89", 32): (_SMALL_MEMORY_64, _SMALL_MEMORY_64),
+    ("sm_89", 64): (_SMALL_MEMORY_64, _SMALL_MEMORY_64),
     ("sm_90", 32): (_HOPPER_64, _HOPPER_64_NARROW),
     ("sm_90", 64): (_HOPPER_64, _HOPPER_64_NARROW),
     ("sm_90", 96): (_HOPPER_128, _HOPPER_128_NARROW),
@@ -98,7 +107,7 @@ _TABLE = {
 }
 
 # Where the compiler of Triton 3.6 cannot keep a fused backward to registers, so that the split one stands in.
-_SPLIT_ON_TRITON_3_6 = {("sm_80", 64), ("sm_80", 128)}
+_SPLIT_ON_TRITON_3_6 = {("sm_80", 64), ("sm_80", 128), ("sm_120", 128), ("sm_121", 128)}
 
 
 def tiles_for(width: int, dtype: torch.dtype, narrow: bool) -> Tiles:
@@ -113,10 +122,9 @@ def tiles_for(width: int, dtype: torch.dtype, narrow: bool) -> Tiles:
         return _BROAD if width == 256 else _SMALL
     if dtype == torch.float32:
         return _EXACT[width]
-    key = (architecture, width)
     common = _COMMON[width]
-    tiles = _TABLE.get(key, (common, common))[narrow]
-    splits = key in _SPLIT_ON_TRITON_3_6 and triton.__version__.startswith("3.6.")
+    tiles = _TABLE.get((_AS.get(architecture, architecture), width), (common, common))[narrow]
+    splits = (architecture, width) in _SPLIT_ON_TRITON_3_6 and triton.__version__.startswith("3.6.")
     return replace(tiles, fused=None) if splits else tiles
 
 
@@ -124,12 +132,13 @@ def has_tma(dtype: torch.dtype) -> bool:
     """Whether kernels for `dtype` take rows by descriptors on the current device. The interpreter plays the engine.
 
     In float32 they do not: operands are multiplied from registers, and out of the order in which the copy engine
-    leaves a tile each comes by an address of its own, which spills hundreds of registers.
+    leaves a tile each comes by an address of its own, which spills hundreds of registers. Nor do those for consumer
+    Blackwell (sm_120), whose tensor cores take operands from registers: the same.
     """
     if interprets():
         return True
-    is_hopper_or_later = targets_nvidia() and int(_architecture().removeprefix("sm_")) >= 90
-    return is_hopper_or_later and dtype != torch.float32
+    multiplies_from_memory = targets_nvidia() and 90 <= int(_architecture().removeprefix("sm_")) < 120
+    return multiplies_from_memory and dtype != torch.float32
 
 
 def needs_descriptors(dtype: torch.dtype) -> bool:

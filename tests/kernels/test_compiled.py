@@ -15,7 +15,14 @@ if triton.knobs.runtime.interpret:
 
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
-from transfusion_kernels.attention.shipped import PASSES, CacheForm, Form, compile_cache_form, compile_form  # noqa: E402
+from transfusion_kernels.attention.shipped import (  # noqa: E402
+    PASSES,
+    CacheForm,
+    Form,
+    compile_cache_form,
+    compile_form,
+    compile_helpers,
+)
 from transfusion_kernels.machine_code import compile_launches, inspect, problems  # noqa: E402
 
 
@@ -59,6 +66,14 @@ def test_the_kernel_for_a_cache_keeps_to_registers(
     ((report, wrong),) = compile_cache_form(CacheForm("sm_90", head_dim, group, queries, paged))
     assert not wrong, report
     assert report.instructions["HGMMA" if group * queries >= 64 else "HMMA"] > 0
+
+
+def test_the_kernels_that_multiply_nothing_keep_to_registers() -> None:
+    """Among them those that make masks."""
+    reports = compile_helpers("sm_90")
+    assert len(reports) == 3 + 2 * 5
+    for report, wrong in reports:
+        assert not wrong, report
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from transfusion_kernels.testing import (
     mask_of,
     paged,
     poisoned_memory,
+    random_layout,
     relative_error,
     without_the_unseen,
 )
@@ -148,6 +149,42 @@ def test_building_a_mask_waits_for_nothing() -> None:
         _ = mask.first_query, mask.end_query, mask.query_order, mask.key_order
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_derived_from_a_mask_is_what_the_cpu_derives(name: str) -> None:
+    mask, moved = FAMILIES[name], FAMILIES[name].to("cuda")
+    for derived in ("first_query", "end_query", "query_order", "key_order"):
+        assert torch.equal(getattr(moved, derived).cpu(), getattr(mask, derived))
+
+
+def test_a_mask_of_spans_is_what_the_cpu_makes_of_them() -> None:
+    starts, ends, _, _ = random_layout(3, 700, seed=0)
+    length = torch.tensor([700, 300, 0])
+    mask = IntervalMask.from_spans(starts, ends, length=length)
+    there = IntervalMask.from_spans(starts.cuda(), ends.cuda(), length=length.cuda())
+    assert torch.equal(there.first_key.cpu(), mask.first_key)
+    assert torch.equal(there.end_key.cpu(), mask.end_key)
+
+
+def test_a_graph_replays_on_a_mask_that_changes() -> None:
+    """What is derived from the mask is made anew by each replay, though it was there before the capture."""
+    size = 300
+    masks = [mask_of(size, spans).to("cuda") for spans in ([(0, size)], [(0, 90), (90, size)])]
+    static = IntervalMask(masks[0].first_key.clone(), masks[0].end_key.clone())
+    inputs = inputs_for(static, 2, 64, torch.float16)
+    attend_with_gradients(inputs, static, deterministic=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend_with_gradients(inputs, static, deterministic=True)
+    for mask in reversed(masks):
+        static.first_key.copy_(mask.first_key)
+        static.end_key.copy_(mask.end_key)
+        graph.replay()
+        for ours, right in zip(
+            captured, attend_with_gradients(inputs, mask, deterministic=True), strict=True
+        ):
+            assert torch.equal(ours, right)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

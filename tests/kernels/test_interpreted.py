@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transfusion_kernels import IntervalMask, interval_attention
 from transfusion_kernels.testing import (
     exact_attention,
@@ -160,6 +161,29 @@ def test_compiles_whole() -> None:
         lambda *x: interval_attention(*x, mask, backend="triton"), fullgraph=True, backend="aot_eager"
     )
     torch.testing.assert_close(compiled(q, k, v), interval_attention(q, k, v, mask))
+
+
+def test_a_mask_with_what_is_derived_from_it_compiles_nothing_anew() -> None:
+    """As layers get masks on a GPU, where all is derived before the first of them."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> Tensor:
+        out = interval_attention(q, k, v, mask, backend="triton")
+        assert isinstance(out, Tensor)
+        return out
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    inputs = [torch.randn(2, 2, 80, 32, requires_grad=True) for _ in range(3)]
+    for name in ("uneven_documents", "padded_tail"):
+        mask = mask_families(80)[name]
+        _ = mask.query_order, mask.key_order
+        grad_out = torch.randn(2, 2, 80, 32)
+        _, _, exact = exact_attention(*inputs, mask, grad_out)
+        for ours, right in zip(
+            torch.autograd.grad(compiled(*inputs, mask), inputs, grad_out), exact, strict=True
+        ):
+            assert relative_error(ours, right) < 5e-6
+    assert counter.frame_count == 1
 
 
 def test_operator_passes_opcheck() -> None:

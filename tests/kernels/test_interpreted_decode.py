@@ -93,6 +93,20 @@ def test_a_wide_window_that_slides(parts: int, slots: int) -> None:
     compare(mask, 2, 32, parts, slots, torch.float32, bar=5e-6)
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_tables_of_one_column_pick_rows_of_a_static_cache(parts: int) -> None:
+    end_key = torch.tensor([[74], [40], [74]], dtype=torch.int32)
+    mask = IntervalMask(torch.zeros_like(end_key), end_key, num_keys=75)
+    q, (k, v) = torch.randn(3, 4, 1, 32), torch.randn(2, 2, 2, 75, 32).unbind()
+    rows = [1, 0, 0]
+    exact, _, _ = exact_attention(q, k[rows], v[rows], mask, torch.zeros_like(q))
+    table = torch.tensor(rows, dtype=torch.int32)[:, None]
+    out = interval_attention_with_kvcache(
+        q, k, v, mask, block_table=table, num_splits=parts, backend="triton"
+    )
+    assert relative_error(out, exact) < 5e-6
+
+
 def test_nothing_to_do() -> None:
     for batch, queries, keys in ((0, 1, 8), (2, 0, 8), (2, 3, 0)):
         mask = IntervalMask(*torch.zeros(2, batch, queries, dtype=torch.int32), num_keys=keys)

@@ -11,7 +11,9 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_interpreted.py", "test_interpreted_decode.py"])
+@pytest.mark.parametrize(
+    "name", ["test_interpreted.py", "test_interpreted_decode.py", "test_interpreted_derived.py"]
+)
 def test_triton_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -140,6 +140,23 @@ def test_compiles_with_a_mask_from_outside(backend: str) -> None:
         torch.testing.assert_close(ours, eager)
 
 
+def test_a_mask_from_outside_compiles_nothing_anew() -> None:
+    """As the blocks of a network get it."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> Tensor:
+        out = interval_attention(q, k, v, mask)
+        assert isinstance(out, Tensor)
+        return out
+
+    inputs = qkv()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for name in ("uneven_documents", "tiny_documents", "padded_tail", "causal"):
+        mask = mask_families(SIZE)[name]
+        torch.testing.assert_close(compiled(*inputs, mask), attend(*inputs, mask))
+    assert counter.frame_count == 1
+
+
 def test_checkpointing_gives_the_same_gradients() -> None:
     projection = nn.Linear(32, 32)
 
