@@ -90,12 +90,28 @@ class BatchCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PatchRoutes:
+    """Where ranks share rows: from the images that this rank has to the positions that the ranks have, and back.
+
+    order_N: int64, the patches of this rank's images in the order of the ranks that they are sent to; sent: how many
+    each gets. slot_M: int64, flat positions (row * slice + position) of the patches that come, rank after rank;
+    received: how many from each.
+    """
+
+    order_N: Tensor
+    sent: tuple[int, ...]
+    slot_M: Tensor
+    received: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Packed rows of text and images, on one device.
 
     token_ids_BS: int64. modality_BS: uint8 (`Modality`). position_BSA: int64, A = 1 (running position in
     its document) or 3 (running position, patch row, patch column). target_ids_BS: int64, the next token.
     text_weight_BS: float32, 1 where the next token is learned, else 0. mask: who sees whom.
+    routes: only where ranks share rows; then S is a slice of the mask's positions (`parallel.sequence`).
     """
 
     token_ids_BS: Tensor
@@ -106,6 +122,7 @@ class Batch:
     mask: IntervalMask
     images: tuple[ImageGroup, ...]
     counts: BatchCounts
+    routes: PatchRoutes | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -120,7 +137,7 @@ def _move(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, tuple):
         return tuple(_move(item, device) for item in value)
-    if isinstance(value, Batch | ImageGroup):
+    if isinstance(value, Batch | ImageGroup | PatchRoutes):
         return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
     return value
 

@@ -171,7 +171,10 @@ class Trainer:
         self.watchdog.note(LOADER, self.state.step, alike=alike)
         with self.clock.span("data"):
             # Together: the loader processes of a single rank may have died.
-            batches = [batch.to(self.engine.device) for batch in together(self.loader.next_step)]
+            batches = [
+                self.engine.sequence.share(batch).to(self.engine.device)
+                for batch in together(self.loader.next_step)
+            ]
         self.watchdog.note("forward and backward", self.state.step, alike=alike)
         counts = global_counts(batches, self.config.codec)
         terms = [self.engine.forward_backward(batch, counts) for batch in batches]
@@ -267,13 +270,13 @@ class Trainer:
 
     def _open_loader(self) -> Loader:
         state = self.state.data or None
-        return Loader(self.config, self.config.data.sources, self.tokenizer, state=state, **self._ranks())
+        sequence = self.engine.sequence
+        ranks = {"rank": sequence.data_rank, "world_size": sequence.data_world_size}
+        return Loader(self.config, self.config.data.sources, self.tokenizer, state=state, **ranks)
 
     def _open_held_out(self) -> EvaluationLoader:
-        return EvaluationLoader(self.config, self.config.data.held_out, self.tokenizer, **self._ranks())
-
-    def _ranks(self) -> dict[str, int]:
-        return {"rank": self.here.rank, "world_size": self.here.world_size}
+        ranks = {"rank": self.here.rank, "world_size": self.here.world_size}
+        return EvaluationLoader(self.config, self.config.data.held_out, self.tokenizer, **ranks)
 
     def _create_folder(self) -> None:
         """The first thing that a start writes, once nothing is left that could refuse it."""
@@ -291,7 +294,9 @@ class Trainer:
         Raises UserError, on all ranks together, once the run had more bad samples than data.max_faults.
         """
         self.watchdog.note("agreement of all ranks", self.state.step, alike=self.clock.steps > 1)
-        decision, (faults, samples, written) = agree(mine, *self.loader.reading, int(self.saver.written))
+        # What several ranks read together counts once.
+        reading = self.loader.reading if self.engine.sequence.rank == 0 else (0, 0)
+        decision, (faults, samples, written) = agree(mine, *reading, int(self.saver.written))
         self.state.faults += faults
         self.state.samples += samples
         if written == self.here.world_size:
@@ -395,7 +400,7 @@ class Trainer:
         """One line for each sample left out so far, by the index or by any rank at run time."""
         # What the index left out is the same on every rank.
         indexed = sum(len(index.faults) for index in self.loader.indexes)
-        mine = self.loader.faults()
+        mine = self.loader.faults() if self.engine.sequence.rank == 0 else []
         parts = gather(mine if self.here.is_main else mine[indexed:])
         faults = [fault for part in parts for fault in part]
         together(lambda: self.folder.add_to_quarantine(faults) if self.here.is_main else None)

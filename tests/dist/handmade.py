@@ -18,7 +18,10 @@ LENGTH = 32
 PATCHES = 4
 SIDE = 4
 
-Content = Literal["mixed", "text", "image", "little text", "two kinds"]
+Content = Literal["mixed", "text", "image", "little text", "two kinds", "packed"]
+# Words of each document of a packed row, and whether a picture follows them. The second picture of an even row stands
+# on both sides of the row's middle.
+PACKED = [[(3, True), (2, True), (4, False)], [(5, False), (6, True), (3, True)]]
 
 
 def small_config(**changes: Any) -> Config:
@@ -41,7 +44,7 @@ def small_config(**changes: Any) -> Config:
 
 
 def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> Batch:
-    """Rows of one document each and some padding; a batch without pictures carries one of weight 0.
+    """Rows of one document each (packed: of three) and some padding; without pictures there is one of weight 0.
 
     side: of the pictures, which always have four patches. two kinds: as mixed, the first picture as latents.
     """
@@ -52,24 +55,28 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
     image_end = torch.zeros(rows, LENGTH, dtype=torch.int64)
     length = torch.empty(rows, dtype=torch.int64)
     slots: list[torch.Tensor] = []
+    start_of = torch.zeros(rows, LENGTH, dtype=torch.int64)
     for row in range(rows):
         words = {"image": 0, "little text": 3}.get(content, 18 + row)
-        text = torch.randint(8, VOCABULARY, (words,), generator=random)
-        has_image = content in ("image", "mixed", "two kinds")
-        document = [int(SpecialToken.BEGIN_DOCUMENT), *text.tolist()]
-        end = len(document)
-        weight[row, : end - 1] = 1.0
-        if has_image:
-            first = end + 1
-            slots.append(row * LENGTH + torch.arange(first, first + PATCHES))
-            image_end[row, first : first + PATCHES] = first + PATCHES
-            document += [SpecialToken.BEGIN_IMAGE, *[SpecialToken.PATCH] * PATCHES, SpecialToken.END_IMAGE]
-        document.append(SpecialToken.END_DOCUMENT)
-        if content != "image":
-            weight[row, len(document) - 2] = 1.0
-        length[row] = len(document)
-        token[row, : len(document)] = torch.tensor([int(item) for item in document])
-        modality[row, : len(document)] = Modality.TEXT
+        documents = [(words, content in ("image", "mixed", "two kinds"))]
+        end = 0
+        for words, has_image in PACKED[row % 2] if content == "packed" else documents:
+            text = torch.randint(8, VOCABULARY, (words,), generator=random)
+            document = [int(SpecialToken.BEGIN_DOCUMENT), *text.tolist()]
+            start, first = end, end + len(document) + 1
+            weight[row, start : first - 2] = 1.0
+            if has_image:
+                slots.append(row * LENGTH + torch.arange(first, first + PATCHES))
+                image_end[row, first : first + PATCHES] = first + PATCHES
+                document += [SpecialToken.BEGIN_IMAGE, *[SpecialToken.PATCH] * PATCHES, SpecialToken.END_IMAGE]
+            document.append(SpecialToken.END_DOCUMENT)
+            end = start + len(document)
+            if content != "image":
+                weight[row, end - 2] = 1.0
+            start_of[row, start:end] = start
+            token[row, start:end] = torch.tensor([int(item) for item in document])
+        length[row] = end
+        modality[row, :end] = Modality.TEXT
     images = len(slots)
     slot = torch.stack(slots) if images else torch.arange(PATCHES)[None]
     if images:
@@ -89,7 +96,7 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
         position_BSA=torch.arange(LENGTH).repeat(rows, 1)[..., None],
         target_ids_BS=token.roll(-1, dims=1),
         text_weight_BS=weight,
-        mask=IntervalMask.from_spans(torch.zeros(rows, LENGTH, dtype=torch.int64), image_end, length=length),
+        mask=IntervalMask.from_spans(start_of, image_end, length=length),
         images=_two_kinds(group) if content == "two kinds" else (group,),
         counts=BatchCounts(
             tokens=int(length.sum()),

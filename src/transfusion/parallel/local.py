@@ -25,6 +25,7 @@ from transfusion.parallel.engine import (
     training_loss,
 )
 from transfusion.parallel.environment import Environment
+from transfusion.parallel.sequence import SequenceGroup
 from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard, module_of
 from transfusion.schema import Batch, LossTerms, StepResult
 
@@ -35,7 +36,7 @@ class LocalEngine:
     def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
         self.config = config
         self.device, self.rank, self.world_size = environment.device, 0, 1
-        self.updates = 0
+        self.updates, self.sequence = 0, SequenceGroup()
         self.loss = MixedLoss(config.diffusion, codec)
         model = build_model(config)
         initialise(model, seed=config.run.seed, layers=config.model.layers)

@@ -32,6 +32,7 @@ from transfusion.parallel.engine import (
 )
 from transfusion.parallel.environment import Environment, join_group
 from transfusion.parallel.norms import ModuleNorms, Piece
+from transfusion.parallel.sequence import SequenceGroup
 from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
 from transfusion.parallel.zero_config import deepspeed_config
 from transfusion.schema import Batch, LossTerms, StepResult
@@ -46,6 +47,9 @@ class ZeroEngine:
         self.config = config
         self.device, self.rank, self.world_size = environment.device, environment.rank, environment.world_size
         self.updates = 0
+        self.sequence = SequenceGroup(
+            config.train.sequence_parallel, rank=self.rank, world_size=self.world_size
+        )
         self.stage = config.train.zero.stage
         self.loss = MixedLoss(config.diffusion, codec)
         with torch.device("meta"):
@@ -138,7 +142,7 @@ class ZeroEngine:
         # Stage 3 shards every module as soon as it is made, so that no rank ever holds the whole model. The dtype
         # is read from the settings: given as an argument, it is ignored on CPUs without fp16, which get bf16.
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=self.stage == 3):
-            model = build_model(self.config)
+            model = build_model(self.config, self.sequence)
         parameters = dict(model.named_parameters())
         decayed = groups.parameter_groups(described, parameters, self.config.optimizer.weight_decay)
         self.adamw = groups.adamw(decayed, self.config.optimizer, fused=cuda)
