@@ -132,6 +132,9 @@ class Batch:
 
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
+        if device.type == "cuda" and value.device.type == "cpu":
+            # From other memory the copy would wait for all that the device still has to do.
+            value = value.pin_memory()
         return value.to(device, non_blocking=True)
     if isinstance(value, IntervalMask):
         return value.to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections import deque
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from transfusion.parallel import environment
 from transfusion.parallel.agree import Signals, agree, from_main, gather, together
 from transfusion.parallel.engine import Engine, Weights, build_engine, global_counts
 from transfusion.parallel.environment import Environment
+from transfusion.parallel.results import PendingResult
 from transfusion.schema import Decision, LossTerms, StepResult, TrainState
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,9 @@ class Trainer:
         self.clock = Clock()
         # Loss sums of the steps since the last line of metrics.
         self.pending: list[LossTerms] = []
+        # What steps came to is read so many steps late: a GPU has work to do while the host reads.
+        self.steps_late = 1 if here.device.type == "cuda" else 0
+        self.unread: deque[PendingResult] = deque()
 
     def run(self) -> int:
         """Steps until the last one or until asked to stop; saves on the way. Returns the exit code."""
@@ -127,17 +132,17 @@ class Trainer:
             if self.state.step == 0:
                 self._draw_grid(record)
             while self.state.step < steps:
-                result = self._profiled_step()
+                self._profiled_step()
                 decision = self._agree(max(signals.take(), self._time_is_up()))
-                if self.state.bad_steps and self._must_roll_back():
-                    self._roll_back()
                 at_end = self.state.step == steps
                 saves = (
                     at_end or decision >= Decision.SAVE or self.state.step % self.config.checkpoint.every == 0
                 )
+                logs = saves or self.state.step % self.config.log.every == 0
+                result = self._settle(0 if logs else self.steps_late)
                 if saves:
                     self.limit.save_begins()
-                if saves or self.state.step % self.config.log.every == 0:
+                if logs and result is not None:
                     self._log(record, result, held_out=saves)
                 if saves:
                     self._save(record)
@@ -151,20 +156,19 @@ class Trainer:
         log.info("done: step %d of %d", self.state.step, steps)
         return 0
 
-    def _profiled_step(self) -> StepResult:
+    def _profiled_step(self) -> None:
         """`train_step`, timed, and in the steps of log.profile_steps traced."""
         step = self.state.step + 1
         trace = self.folder.trace(step, self.here.rank) if step in self.config.log.profile_steps else None
         self.limit.step_begins()
         with profiled(trace) as write:
-            result = self.train_step()
+            self.unread.append(self.train_step())
         self.limit.step_ends()
         if trace is not None:
             together(write)
             log.info("trace of step %d: %s", step, trace)
-        return result
 
-    def train_step(self) -> StepResult:
+    def train_step(self) -> PendingResult:
         """One optimiser step over this rank's micro-batches of the next global batch."""
         # The first step compiles, and may take one rank longer than another.
         alike = self.clock.steps > 0
@@ -184,14 +188,29 @@ class Trainer:
         tokens = self.config.data.rows * self.config.data.row_length
         self.clock.step_done(tokens)
         self.state.step += 1
-        self.state.skipped_steps += int(result.skipped)
-        self.state.bad_steps = self.state.bad_steps + 1 if result.skipped else 0
         self.state.tokens += tokens
         self.state.data = self.loader.state()
         return result
 
-    def _update(self, terms: list[LossTerms]) -> StepResult:
-        """Step the optimiser, unless the loss or the gradient norm stands out and such steps are to be skipped."""
+    def _settle(self, left: int) -> StepResult | None:
+        """Read what steps came to, all but the newest `left`, and bring a checkpoint back where they went wrong.
+
+        Returns the newest that was read.
+        """
+        result = None
+        while len(self.unread) > left:
+            result = self.unread.popleft().read()
+            self.state.skipped_steps += int(result.skipped)
+            self.state.bad_steps = self.state.bad_steps + 1 if result.skipped else 0
+            if self.state.bad_steps and self._must_roll_back():
+                self._roll_back()
+        return result
+
+    def _update(self, terms: list[LossTerms]) -> PendingResult:
+        """Step the optimiser, unless the loss or the gradient norm stands out and such steps are to be skipped.
+
+        Looking for what stands out reads loss and norm at once: a GPU then waits for the host in every step.
+        """
         rate = learning_rate(self.state.step, self.config.optimizer, self.config.train.steps)
         logged = (self.state.step + 1) % self.config.log.every == 0
         norms = logged and self.config.log.gradient_norms
@@ -200,7 +219,8 @@ class Trainer:
         # The same on all ranks, so all judge alike.
         loss, limits = MeanLosses.over_ranks(terms, self.config).total, self.spikes.limits()
         largest = -math.inf if loss > limits.loss else limits.norm
-        result = self.engine.step(rate, largest_norm=largest, module_norms=norms)
+        pending = self.engine.step(rate, largest_norm=largest, module_norms=norms)
+        result = pending.read()
         if result.skipped:
             log.warning(
                 "step %d skipped: loss %.4f (limit %.4f), gradient norm %.4f (limit %.4f)",
@@ -208,7 +228,7 @@ class Trainer:
             )  # fmt: skip
         else:
             self.spikes.note(loss, result.gradient_norm)
-        return result
+        return pending
 
     def _must_roll_back(self) -> bool:
         """Whether so many steps in a row were skipped that the weights themselves are no longer trusted.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transfusion_kernels import IntervalMask
 
 from transfusion.codec import pixels
@@ -161,7 +163,45 @@ def train_step(
         terms = engine.forward_backward(batch, counts)
         total = terms if total is None else total.plus(terms)
     assert total is not None
-    return total, engine.step(learning_rate)
+    return total, engine.step(learning_rate).read()
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values of tensors that Python asks for.
+
+    Operators of the kernels count as one, whatever the CPU's implementation looks at inside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self._note()
+        return func(*args, **kwargs or {})
+
+    def __enter__(self) -> HostReads:
+        self._former = {name: getattr(torch.Tensor, name) for name in ("tolist", "cpu", "numpy")}
+        for name, method in self._former.items():
+            setattr(torch.Tensor, name, self._counted(method))
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for name, method in self._former.items():
+            setattr(torch.Tensor, name, method)
+
+    def _note(self) -> None:
+        frames = traceback.extract_stack()[:-2]
+        self.places.append(" < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames[-6:])))
+
+    def _counted(self, method: Any) -> Any:
+        def counted(tensor: torch.Tensor, *arguments: Any) -> Any:
+            self._note()
+            return method(tensor, *arguments)
+
+        return counted
 
 
 def counts_of(batches: list[Batch]) -> GlobalCounts:

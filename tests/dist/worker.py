@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from handmade import (
     Content,
+    HostReads,
     counts_of,
     join_rows,
     make_batch,
@@ -46,6 +47,7 @@ from transfusion.config import Config, SampleConfig
 from transfusion.errors import UserError
 from transfusion.evaluate.held_out import held_out_losses
 from transfusion.generate.pipeline import Pipeline
+from transfusion.optim import groups
 from transfusion.parallel import environment
 from transfusion.parallel.agree import agree
 from transfusion.parallel.engine import build_engine, global_counts
@@ -166,6 +168,49 @@ def equals_local(
         "weight": max(weight_errors.values()),
         "parameters": got.keys() == wanted_state.keys(),
         "dtypes": sorted({str(parameter.dtype) for parameter in zero.engine.module.parameters()}),
+    }
+
+
+def nothing_is_read(here: Environment) -> dict[str, Any]:
+    """A step with the fused AdamW, which a GPU has: what the host reads, and that it learns the same and skips."""
+    config = small_config(optimizer__ema_decay=0.5, train__zero=NOTHING_KEPT)
+    groups.runs_fused = lambda device: True
+    try:
+        fused = ZeroEngine(config, here)
+    finally:
+        groups.runs_fused = lambda device: False
+    asking = ZeroEngine(config, here)
+    batches = [stream_batches(step, config)[here.rank] for step in (0, 1)]
+    errors: list[float] = []
+    places: list[str] = []
+    for step in range(4):
+        with HostReads() as reads:
+            counts = global_counts(batches)
+            for batch in batches:
+                fused.forward_backward(batch, counts)
+            pending = fused.step(1e-3)
+        places += reads.places if step else []  # modules are met for the first time in the first step
+        result, (_, wanted) = pending.read(), train_step(asking, batches)
+        errors.append(abs(result.gradient_norm / wanted.gradient_norm - 1))
+    with HostReads() as reads:
+        train_step(asking, batches)
+    before = state_of(fused)
+    bad = [with_broken_image(batch) if here.rank == 1 else batch for batch in batches]
+    _, skipped = train_step(fused, bad)
+    refused = fused
+    counts = global_counts(batches)
+    for batch in batches:
+        refused.forward_backward(batch, counts)
+    too_large = refused.step(1e-3, largest_norm=result.gradient_norm / 100).read()
+    after = state_of(fused)
+    _, good = train_step(fused, batches)
+    return {
+        "read": sorted(set(places)),
+        "read by the asking": len(reads.places),
+        "norm": max(errors),
+        "skipped": [skipped.skipped, skipped.gradient_norm, too_large.skipped, good.skipped],
+        "state untouched": same_state(before, after),
+        "updates": fused.updates,
     }
 
 
@@ -398,7 +443,7 @@ def told_norms(config: Config, here: Environment) -> dict[str, Any]:
         zero.forward_backward(batches[here.rank], counts)
         for batch in batches:
             plain.forward_backward(batch, counts)
-        got, wanted = (each.step(1e-3, module_norms=True) for each in (zero, plain))
+        got, wanted = (each.step(1e-3, module_norms=True).read() for each in (zero, plain))
         assert got.module_norms is not None and wanted.module_norms is not None
         assert got.module_norms.keys() == wanted.module_norms.keys() and got.gradient_norm > 0.1
         # Relative to the whole: at the start some parts have no gradient at all.
@@ -409,7 +454,7 @@ def told_norms(config: Config, here: Environment) -> dict[str, Any]:
     before = state_of(zero)
     batches = stream_batches(3, config)
     zero.forward_backward(batches[here.rank], counts_of(batches))
-    refused = zero.step(1e-3, largest_norm=wanted.gradient_norm / 100, module_norms=True)
+    refused = zero.step(1e-3, largest_norm=wanted.gradient_norm / 100, module_norms=True).read()
     untouched = same_state(before, state_of(zero))
     _, after = train_step(zero, [batches[here.rank]])
     return {
@@ -525,6 +570,7 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
         )
     scenarios |= {
         "accumulation": lambda: accumulation(here),
+        "nothing is read": lambda: nothing_is_read(here),
         "release": lambda: release(here),
         "low precision: 3": lambda: low_precision(here, 3),
         "low precision: 1": lambda: low_precision(here, 1),

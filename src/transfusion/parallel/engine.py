@@ -18,9 +18,10 @@ from transfusion.errors import UserError
 from transfusion.model import Transfusion
 from transfusion.parallel.agree import group_device, together
 from transfusion.parallel.environment import Environment
+from transfusion.parallel.results import PendingResult
 from transfusion.parallel.sequence import SequenceGroup, refuse_unshared
 from transfusion.parallel.shards import Shard
-from transfusion.schema import Batch, ImageGroup, LossTerms, StepResult
+from transfusion.schema import Batch, ImageGroup, LossTerms
 
 Weights = Literal["raw", "ema"]
 
@@ -48,17 +49,19 @@ class Engine(Protocol):
     world_size: int
     # Whether a moving average is kept.
     averages: bool
-    # Optimiser updates made, skipped steps left out.
-    updates: int
     # The ranks that this one shares rows with: which rows to read, and this rank's part of them.
     sequence: SequenceGroup
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates made, skipped steps left out."""
 
     def forward_backward(self, batch: Batch, counts: GlobalCounts) -> LossTerms:
         """Add the gradient of one micro-batch. Returns this rank's own sums, detached, on its device."""
 
     def step(
         self, learning_rate: float, *, largest_norm: float = math.inf, module_norms: bool = False
-    ) -> StepResult:
+    ) -> PendingResult:
         """Clip by the global norm and update, or skip on all ranks if the gradient of any is not finite.
 
         largest_norm: skip too where the global norm is greater. module_norms: tell the norm of each module.
