@@ -70,7 +70,11 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
             if has_image:
                 slots.append(row * LENGTH + torch.arange(first, first + PATCHES))
                 image_end[row, first : first + PATCHES] = first + PATCHES
-                document += [SpecialToken.BEGIN_IMAGE, *[SpecialToken.PATCH] * PATCHES, SpecialToken.END_IMAGE]
+                document += [
+                    SpecialToken.BEGIN_IMAGE,
+                    *[SpecialToken.PATCH] * PATCHES,
+                    SpecialToken.END_IMAGE,
+                ]
             document.append(SpecialToken.END_DOCUMENT)
             end = start + len(document)
             if content != "image":

@@ -43,6 +43,7 @@ from transfusion.checkpoint.layout import step_folder
 from transfusion.checkpoint.llama import Llama, start_from_llama
 from transfusion.checkpoint.resume import SliceReader, load, resume
 from transfusion.checkpoint.save import save
+from transfusion.codec import Codec
 from transfusion.config import Config, SampleConfig
 from transfusion.errors import UserError
 from transfusion.evaluate.held_out import held_out_losses
@@ -53,6 +54,7 @@ from transfusion.parallel.agree import agree
 from transfusion.parallel.engine import build_engine, global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
+from transfusion.parallel.sequence import SequenceGroup
 from transfusion.parallel.zero import ZeroEngine
 from transfusion.schema import Batch, BatchCounts, Decision, LossTerms, Modality, TrainState
 
@@ -87,8 +89,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unet, recomputed": {**UNET, "train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT},
     "stage 1": {"train__zero": {"stage": 1}},
     "stage 2": {"train__zero": {"stage": 2}},
+    "shared rows": {"train__sequence_parallel": 2, "train__zero": NOTHING_KEPT},
+    "shared rows, unet": {**UNET, "train__sequence_parallel": 2, "train__zero": NOTHING_KEPT},
+    "shared rows, 2d, gqa": {
+        "model__position": "2d",
+        "model__qk_norm": True,
+        "model__heads": 4,
+        "model__key_heads": 2,
+        "train__sequence_parallel": 2,
+        "train__activation_checkpointing": "attention",
+    },
 }
+# Pictures of 8 x 8 pixels, latents of 4 x 4 in two channels.
+LATENTS = {
+    "kind": "kl", "folder": "none", "channels": 1, "image_size": 8, "latent_channels": 2, "downscale": 2,
+}  # fmt: skip
 IMAGE_WEIGHT = 5.0
+
+
+class Halves:
+    """Stands for an autoencoder: means of squares of four pixels, and their negatives."""
+
+    bound: float | None = 1.0
+
+    def encode(self, values_ICHW: torch.Tensor) -> torch.Tensor:
+        mean_I1hw = torch.nn.functional.avg_pool2d(values_ICHW.float() / 127.5 - 1.0, 2)
+        return torch.cat((mean_I1hw, -mean_I1hw), dim=1)
+
+    def decode(self, latent_IChw: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    settled = decode
 
 
 def stream_batches(step: int, config: Config, ranks: int = 2) -> list[Batch]:
@@ -142,18 +173,24 @@ def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def equals_local(
-    config: Config, here: Environment, reference: Config | None = None, steps: int = len(STREAM)
+    config: Config,
+    here: Environment,
+    reference: Config | None = None,
+    steps: int = len(STREAM),
+    codec: Codec | None = None,
 ) -> dict[str, Any]:
     """Losses, gradient norms and final weights of ZeRO beside those of the plain engine on the same rows."""
-    zero, plain = ZeroEngine(config, here), LocalEngine(reference or config, ALONE)
+    zero, plain = ZeroEngine(config, here, codec), LocalEngine(reference or config, ALONE, codec)
     loss_errors, norm_errors = [], []
     for step in range(steps):
         # Ranks that share rows are one reader; a single reader takes both batches, one after the other.
         readers = zero.sequence.data_world_size
         batches = stream_batches(step, config, max(2, readers))
         mine = [batches[zero.sequence.data_rank]] if readers > 1 else batches
-        terms, result = train_step(zero, [zero.sequence.share(batch) for batch in mine])
-        wanted_terms, wanted = train_step(plain, batches, counts=counts_of(batches))
+        shared = [zero.sequence.share(batch) for batch in mine]
+        counts = global_counts(shared, config.codec)
+        terms, result = train_step(zero, shared, counts=counts)
+        wanted_terms, wanted = train_step(plain, batches, counts=counts if codec else counts_of(batches))
         loss_errors.append(difference(terms, wanted_terms))
         norm_errors.append(abs(result.gradient_norm / wanted.gradient_norm - 1))
     got, wanted_state = whole_weights(zero), state_of(plain)
@@ -171,16 +208,17 @@ def equals_local(
     }
 
 
-def nothing_is_read(here: Environment) -> dict[str, Any]:
+def nothing_is_read(config: Config, here: Environment) -> dict[str, Any]:
     """A step with the fused AdamW, which a GPU has: what the host reads, and that it learns the same and skips."""
-    config = small_config(optimizer__ema_decay=0.5, train__zero=NOTHING_KEPT)
+    asking, runs_fused = ZeroEngine(config, here), groups.runs_fused
     groups.runs_fused = lambda device: True
     try:
         fused = ZeroEngine(config, here)
     finally:
-        groups.runs_fused = lambda device: False
-    asking = ZeroEngine(config, here)
-    batches = [stream_batches(step, config)[here.rank] for step in (0, 1)]
+        groups.runs_fused = runs_fused
+    batches = [
+        fused.sequence.share(stream_batches(step, config)[fused.sequence.data_rank]) for step in (0, 1)
+    ]
     errors: list[float] = []
     places: list[str] = []
     for step in range(4):
@@ -195,21 +233,20 @@ def nothing_is_read(here: Environment) -> dict[str, Any]:
     with HostReads() as reads:
         train_step(asking, batches)
     before = state_of(fused)
-    bad = [with_broken_image(batch) if here.rank == 1 else batch for batch in batches]
-    _, skipped = train_step(fused, bad)
-    refused = fused
-    counts = global_counts(batches)
+    broken = [with_broken_image(batch) if here.rank == 1 else batch for batch in batches]
+    _, skipped = train_step(fused, broken)
     for batch in batches:
-        refused.forward_backward(batch, counts)
-    too_large = refused.step(1e-3, largest_norm=result.gradient_norm / 100).read()
-    after = state_of(fused)
+        fused.forward_backward(batch, counts)
+    too_large = fused.step(1e-3, largest_norm=result.gradient_norm / 100).read()
+    untouched = same_state(before, state_of(fused))
     _, good = train_step(fused, batches)
     return {
         "read": sorted(set(places)),
         "read by the asking": len(reads.places),
         "norm": max(errors),
-        "skipped": [skipped.skipped, skipped.gradient_norm, too_large.skipped, good.skipped],
-        "state untouched": same_state(before, after),
+        "skipped": [step.skipped for step in (skipped, too_large, good)],
+        "infinite": skipped.gradient_norm == float("inf"),
+        "state untouched": untouched,
         "updates": fused.updates,
     }
 
@@ -533,6 +570,25 @@ def write_llama(folder: Path, source: LocalEngine) -> None:
     (folder / llama.CONFIG).write_text(json.dumps(settings))
 
 
+def refused_sharing(here: Environment) -> list[str]:
+    """What is said where the ranks cannot share rows, and where they have read different ones."""
+    told = []
+    for config in (
+        small_config(train__sequence_parallel=4, model__heads=4),
+        small_config(train__sequence_parallel=2, data__rows=3),
+    ):
+        try:
+            build_engine(config, replace(here, world_size=4) if config.data.rows == 3 else here)
+        except UserError as error:
+            told.append(str(error))
+    group = SequenceGroup(2, rank=here.rank, world_size=2)
+    try:
+        group.share(make_batch("mixed", here.rank))
+    except RuntimeError as error:
+        told.append(str(error))
+    return told
+
+
 def agreement(here: Environment) -> dict[str, Any]:
     decision = Decision.SAVE_AND_STOP if here.rank == 1 else Decision.CONTINUE
     result = agree(decision, 3 + here.rank, 10**12)
@@ -563,6 +619,8 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     second = small_config(optimizer__ema_decay=0.5, train__zero={"stage": 2})
     uneven = small_config(optimizer__ema_decay=0.5, **VARIANTS["uneven"])
     unet = small_config(optimizer__ema_decay=0.5, **VARIANTS["unet"])
+    shared_low = small_config(optimizer__ema_decay=0.5, train__precision="bf16", train__sequence_parallel=2)
+    latents = small_config(codec=LATENTS, **VARIANTS["shared rows"])
     scenarios: dict[str, Callable[[], Any]] = {"agreement": lambda: agreement(here)}
     for name, changes in VARIANTS.items():
         scenarios[f"equals local: {name}"] = lambda changes=changes: equals_local(
@@ -570,14 +628,20 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
         )
     scenarios |= {
         "accumulation": lambda: accumulation(here),
-        "nothing is read": lambda: nothing_is_read(here),
+        "nothing is read: nothing kept": lambda: nothing_is_read(tight, here),
+        "nothing is read: bf16, shared rows": lambda: nothing_is_read(shared_low, here),
+        "equals local: shared rows, latents": lambda: equals_local(latents, here, steps=3, codec=Halves()),
+        "refused sharing": lambda: refused_sharing(here),
         "release": lambda: release(here),
         "low precision: 3": lambda: low_precision(here, 3),
         "low precision: 1": lambda: low_precision(here, 1),
         "from one rank": lambda: from_one_rank(averaged, here, folder),
         "failures": lambda: failures(averaged, here, folder / "failures"),
     }
-    for name, changes in {"nothing kept": {"train__zero": NOTHING_KEPT}, "stage 2": {"train__zero": {"stage": 2}}}.items():
+    for name, changes in {
+        "nothing kept": {"train__zero": NOTHING_KEPT},
+        "stage 2": {"train__zero": {"stage": 2}},
+    }.items():
         scenarios[f"from a Llama: {name}"] = lambda name=name, changes=changes: from_llama(
             changes, here, folder / f"llama {name}"
         )
@@ -763,7 +827,7 @@ def whole_pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
 
 def quad(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     """Four ranks over twenty steps, so that the stream comes round more than twice."""
-    variants = ("defaults", "nothing kept", "recomputed")
+    variants = ("defaults", "nothing kept", "recomputed", "shared rows")
     return {
         name: lambda name=name: equals_local(small_config(**VARIANTS[name]), here, steps=20)  # type: ignore[misc]
         for name in variants
