@@ -187,7 +187,15 @@ def test_nothing_is_compiled_at_start(pair: Findings) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["compiled", "compiled, recomputed", "compiled, attention recomputed"])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "compiled",
+        "compiled, recomputed",
+        "compiled, attention recomputed",
+        "compiled, recomputed, shared rows",
+    ],
+)
 def test_compiled_blocks_are_one_graph(compiled: Findings, scenario: str) -> None:
     for found in compiled(scenario):
         assert found["loss"] < 1e-6

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -122,10 +122,30 @@ class Halves:
     settled = decode
 
 
-def stream_batches(step: int, config: Config, ranks: int = 2) -> list[Batch]:
+Stream = Sequence[tuple[Content, Content]]
+
+
+def stream_batches(step: int, config: Config, ranks: int = 2, stream: Stream = STREAM) -> list[Batch]:
     """All ranks' batches of a step; more than two ranks see what the first two see, with other values."""
-    contents, side = STREAM[step % len(STREAM)] * (ranks // 2), config.codec.image_size
+    contents, side = stream[step % len(stream)] * (ranks // 2), config.codec.image_size
     return [make_batch(content, 10 * step + rank, side=side) for rank, content in enumerate(contents)]
+
+
+def shares(
+    step: int, config: Config, sequence: SequenceGroup, stream: Stream = STREAM, accumulation: int = 1
+) -> tuple[list[Batch], list[Batch]]:
+    """The micro-batches of a step that this rank reads, and those that all read.
+
+    Ranks that share rows are one reader; a single reader takes both batches, one after the other.
+    """
+    readers = sequence.data_world_size
+    micro = [
+        stream_batches(accumulation * step + number, config, max(2, readers), stream)
+        for number in range(accumulation)
+    ]
+    everything = [batch for batches in micro for batch in batches]
+    mine = [batches[sequence.data_rank] for batches in micro] if readers > 1 else everything
+    return [sequence.share(batch) for batch in mine], everything
 
 
 def losses(terms: LossTerms) -> list[float]:
@@ -178,19 +198,19 @@ def equals_local(
     reference: Config | None = None,
     steps: int = len(STREAM),
     codec: Codec | None = None,
+    stream: Stream = STREAM,
+    accumulation: int = 1,
 ) -> dict[str, Any]:
     """Losses, gradient norms and final weights of ZeRO beside those of the plain engine on the same rows."""
     zero, plain = ZeroEngine(config, here, codec), LocalEngine(reference or config, ALONE, codec)
     loss_errors, norm_errors = [], []
     for step in range(steps):
-        # Ranks that share rows are one reader; a single reader takes both batches, one after the other.
-        readers = zero.sequence.data_world_size
-        batches = stream_batches(step, config, max(2, readers))
-        mine = [batches[zero.sequence.data_rank]] if readers > 1 else batches
-        shared = [zero.sequence.share(batch) for batch in mine]
-        counts = global_counts(shared, config.codec)
-        terms, result = train_step(zero, shared, counts=counts)
-        wanted_terms, wanted = train_step(plain, batches, counts=counts if codec else counts_of(batches))
+        mine, everything = shares(step, config, zero.sequence, stream, accumulation)
+        counts = global_counts(mine, config.codec)
+        terms, result = train_step(zero, mine, counts=counts)
+        wanted_terms, wanted = train_step(
+            plain, everything, counts=counts if codec else counts_of(everything)
+        )
         loss_errors.append(difference(terms, wanted_terms))
         norm_errors.append(abs(result.gradient_norm / wanted.gradient_norm - 1))
     got, wanted_state = whole_weights(zero), state_of(plain)
@@ -682,9 +702,12 @@ def single(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
 def compiled(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     """Compiled blocks, alone and recomputed, beside eager ones."""
 
-    def run(recomputed: str) -> dict[str, Any]:
+    def run(recomputed: str, ranks_a_row: int = 1) -> dict[str, Any]:
         config = small_config(
-            train__compile=True, train__activation_checkpointing=recomputed, train__zero=NOTHING_KEPT
+            train__compile=True,
+            train__activation_checkpointing=recomputed,
+            train__sequence_parallel=ranks_a_row,
+            train__zero=NOTHING_KEPT,
         )
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -698,6 +721,7 @@ def compiled(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
         "compiled": lambda: run("none"),
         "compiled, recomputed": lambda: run("block"),
         "compiled, attention recomputed": lambda: run("attention"),
+        "compiled, recomputed, shared rows": lambda: run("block", 2),
     }
 
 
