@@ -132,17 +132,21 @@ class Batch:
 
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        if device.type == "cuda" and value.device.type == "cpu":
-            # From other memory the copy would wait for all that the device still has to do.
-            value = value.pin_memory()
-        return value.to(device, non_blocking=True)
+        return _pinned(value, device).to(device, non_blocking=True)
     if isinstance(value, IntervalMask):
-        return value.to(device)
+        bounds = (_pinned(bound, device) for bound in (value.first_key, value.end_key))
+        pinned = IntervalMask(*bounds, num_keys=value.num_keys, narrow=value.narrow)
+        return pinned.to(device, non_blocking=True)
     if isinstance(value, tuple):
         return tuple(_move(item, device) for item in value)
     if isinstance(value, Batch | ImageGroup | PatchRoutes):
         return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
     return value
+
+
+def _pinned(value: Tensor, device: torch.device) -> Tensor:
+    """In memory from where a copy to a GPU does not wait for all that the GPU still has to do."""
+    return value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
 
 
 class LossTerms(NamedTuple):

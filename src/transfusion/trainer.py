@@ -237,8 +237,9 @@ class Trainer:
         """
         after, bad = self.config.train.roll_back_after, self.state.bad_steps
         if after and bad >= 2 * after:
+            last = self.state.step - len(self.unread)
             raise UserError(
-                f"steps {self.state.step - bad + 1} to {self.state.step} were all skipped, half of them after the"
+                f"steps {last - bad + 1} to {last} were all skipped, half of them after the"
                 " last good checkpoint had been brought back; lower optimizer.learning_rate, look at the data of"
                 " these steps, or delete the newest checkpoints to go on from an older one"
             )

@@ -170,6 +170,14 @@ def train_step(
     return total, engine.step(learning_rate).read()
 
 
+aten = torch.ops.aten
+# On a GPU the host waits for what these give, or for how much.
+READING = {
+    aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
+    aten._unique2.default, aten.repeat_interleave.Tensor,
+}  # fmt: skip
+
+
 class HostReads(TorchDispatchMode):
     """Counts what makes the host wait for a device: values of tensors that Python asks for.
 
@@ -181,7 +189,8 @@ class HostReads(TorchDispatchMode):
         self.places: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+        chosen = func == aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if chosen or func in READING:
             self._note()
         return func(*args, **kwargs or {})
 

@@ -89,6 +89,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unet, recomputed": {**UNET, "train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT},
     "stage 1": {"train__zero": {"stage": 1}},
     "stage 2": {"train__zero": {"stage": 2}},
+    "second copies": {"train__zero": NOTHING_KEPT | {"hpz_partition_size": 2}},
+    "optimiser offloaded": {"train__zero": NOTHING_KEPT | {"offload_optimizer": "cpu"}},
+    "all offloaded": {
+        "train__zero": NOTHING_KEPT | {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
+    },
+    "stage 2, optimiser offloaded": {"train__zero": {"stage": 2, "offload_optimizer": "cpu"}},
     "shared rows": {"train__sequence_parallel": 2, "train__zero": NOTHING_KEPT},
     "shared rows, unet": {**UNET, "train__sequence_parallel": 2, "train__zero": NOTHING_KEPT},
     "shared rows, 2d, gqa": {
