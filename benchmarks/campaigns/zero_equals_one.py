@@ -4,11 +4,10 @@
 
 Batches of text and images, the same for all processes together as for the one: mixed, unequal across ranks (text alone
 beside images alone, and so on), packed; in four micro-batches; with rows shared by two ranks; blocks compiled and
-recomputed, and all of that at once; with the U-Net; in stages 1 and 2; with second copies (hpZ). The other cases
-run in stage 3 with nothing kept gathered. Compared are the text loss, the image loss and the whole loss of each
-step, gradient norms, and the weights at the end. What was run replaces its part of the record. Exits with 3 where a
-loss or a norm differs by 1e-6 or more, relative, or compiled blocks are more than one graph. `tests/dist` holds a
-sample.
+recomputed, and all of that at once; with the U-Net; in stages 1 and 2; with second copies (hpZ); offloaded. The other
+cases run in stage 3 with nothing kept gathered. Compared are text loss, image loss and the whole loss of each step,
+gradient norms, and the weights at the end. What was run replaces its part of the record. Exits with 3 where a loss or a
+norm differs by 1e-6 or more, relative, or compiled blocks are more than one graph. `tests/dist` holds a sample.
 """
 
 from __future__ import annotations
@@ -75,7 +74,11 @@ CASES = {
     "stage 1, shared rows": Case(SHARED | {"train__zero": {"stage": 1}}),
     "stage 2": Case({"train__zero": {"stage": 2}}),
     "stage 2, accumulation 4": Case({"train__zero": {"stage": 2}}, accumulation=4),
-    "hpZ": Case({"train__zero": NOTHING_KEPT | {"hpz_partition_size": 2}}),
+    "second copies": Case({"train__zero": NOTHING_KEPT | {"hpz_partition_size": 2}}),
+    "optimiser offloaded": Case({"train__zero": NOTHING_KEPT | {"offload_optimizer": "cpu"}}),
+    "all offloaded": Case(
+        {"train__zero": NOTHING_KEPT | {"offload_optimizer": "cpu", "offload_parameters": "cpu"}}
+    ),
 }
 
 

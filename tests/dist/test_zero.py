@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 VARIANTS = [
     "defaults", "nothing kept", "recomputed", "attention recomputed", "qk norm, 2d, gqa", "uneven", "unet",
     "unet, recomputed", "stage 1", "stage 2", "shared rows", "shared rows, unet", "shared rows, 2d, gqa",
-    "shared rows, latents",
+    "shared rows, latents", "second copies", "all offloaded", "stage 2, optimiser offloaded",
 ]  # fmt: skip
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]
 

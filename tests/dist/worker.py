@@ -90,7 +90,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stage 1": {"train__zero": {"stage": 1}},
     "stage 2": {"train__zero": {"stage": 2}},
     "second copies": {"train__zero": NOTHING_KEPT | {"hpz_partition_size": 2}},
-    "optimiser offloaded": {"train__zero": NOTHING_KEPT | {"offload_optimizer": "cpu"}},
     "all offloaded": {
         "train__zero": NOTHING_KEPT | {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
     },
