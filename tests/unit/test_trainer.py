@@ -175,8 +175,7 @@ def test_a_step_between_logs_reads_nothing_and_is_settled_late(
 
     found = []
     for late in (0, 1):
-        # The attention of CPUs looks at its mask, as no GPU kernel does.
-        config = build_config(f"late {late}", steps=7, log=3, attention="reference")
+        config = build_config(f"late {late}", steps=7, log=3)
         undo = interfere(monkeypatch, spoilt_at(3, 6))
         trainer = Trainer(config, ALONE)
         trainer.steps_late = late
