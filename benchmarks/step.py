@@ -271,7 +271,7 @@ def train_step(engine: Engine, micro_batches: Sequence[Batch], config: Config) -
     batches = [batch.to(engine.device) for batch in micro_batches]
     counts = global_counts(batches)
     parts: list[LossTerms] = [engine.forward_backward(batch, counts) for batch in batches]
-    result = engine.step(config.optimizer.learning_rate)
+    result = engine.step(config.optimizer.learning_rate).read()
     terms = parts[0]
     for part in parts[1:]:
         terms = terms.plus(part)

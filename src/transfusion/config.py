@@ -334,9 +334,6 @@ class OptimizerConfig(Section):
     ema_decay: Decay = Field(0.0, description="0: no moving average of the weights")
 
 
-Offload = Literal["none", "cpu", "nvme"]
-
-
 class ZeroConfig(Section):
     """What DeepSpeed is told; every value is written out, since its defaults move between releases."""
 
@@ -355,8 +352,12 @@ class ZeroConfig(Section):
         1,
         description="ranks, best of one machine, that keep a second copy of the weights between them (hpZ); 1: none",
     )
-    offload_optimizer: Offload = Field("none", description="where weights and moments of AdamW lie")
-    offload_parameters: Offload = Field("none", description="where weights lie between uses; stage 3")
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none", description="where weights and moments of AdamW lie"
+    )
+    offload_parameters: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="where weights lie between uses; stage 3"
+    )
     nvme_path: str = Field("", description="folder on a local disk for what is offloaded to nvme")
 
     @model_validator(mode="after")
@@ -365,10 +366,7 @@ class ZeroConfig(Section):
         for name in ("offload_parameters", "hpz_partition_size"):
             if self.stage < 3 and getattr(self, name) != type(self).model_fields[name].default:
                 problems.append(f"train.zero.{name} needs train.zero.stage=3, got {self.stage}")
-        places = {self.offload_optimizer, self.offload_parameters}
-        if self.offload_optimizer == "nvme" and self.stage < 3:
-            problems.append(f"train.zero.offload_optimizer=nvme needs train.zero.stage=3, got {self.stage}")
-        if "nvme" in places and not self.nvme_path:
+        if self.offload_parameters == "nvme" and not self.nvme_path:
             problems.append("train.zero.nvme_path must name a folder for what is offloaded to nvme")
         if problems:
             raise ValueError(PROBLEM_SEPARATOR.join(problems))

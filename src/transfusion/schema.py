@@ -90,12 +90,28 @@ class BatchCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PatchRoutes:
+    """Where ranks share rows: from the images that this rank has to the positions that the ranks have, and back.
+
+    order_N: int64, the patches of this rank's images in the order of the ranks that they are sent to; sent: how many
+    each gets. slot_M: int64, flat positions (row * slice + position) of the patches that come, rank after rank;
+    received: how many from each.
+    """
+
+    order_N: Tensor
+    sent: tuple[int, ...]
+    slot_M: Tensor
+    received: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Packed rows of text and images, on one device.
 
     token_ids_BS: int64. modality_BS: uint8 (`Modality`). position_BSA: int64, A = 1 (running position in
     its document) or 3 (running position, patch row, patch column). target_ids_BS: int64, the next token.
     text_weight_BS: float32, 1 where the next token is learned, else 0. mask: who sees whom.
+    routes: only where ranks share rows; then S is a slice of the mask's positions (`parallel.sequence`).
     """
 
     token_ids_BS: Tensor
@@ -106,6 +122,7 @@ class Batch:
     mask: IntervalMask
     images: tuple[ImageGroup, ...]
     counts: BatchCounts
+    routes: PatchRoutes | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -115,14 +132,21 @@ class Batch:
 
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return _pinned(value, device).to(device, non_blocking=True)
     if isinstance(value, IntervalMask):
-        return value.to(device)
+        bounds = (_pinned(bound, device) for bound in (value.first_key, value.end_key))
+        pinned = IntervalMask(*bounds, num_keys=value.num_keys, narrow=value.narrow)
+        return pinned.to(device, non_blocking=True)
     if isinstance(value, tuple):
         return tuple(_move(item, device) for item in value)
-    if isinstance(value, Batch | ImageGroup):
+    if isinstance(value, Batch | ImageGroup | PatchRoutes):
         return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
     return value
+
+
+def _pinned(value: Tensor, device: torch.device) -> Tensor:
+    """In memory from where a copy to a GPU does not wait for all that the GPU still has to do."""
+    return value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
 
 
 class LossTerms(NamedTuple):

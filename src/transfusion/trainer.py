@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections import deque
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from transfusion.parallel import environment
 from transfusion.parallel.agree import Signals, agree, from_main, gather, together
 from transfusion.parallel.engine import Engine, Weights, build_engine, global_counts
 from transfusion.parallel.environment import Environment
+from transfusion.parallel.results import PendingResult
 from transfusion.schema import Decision, LossTerms, StepResult, TrainState
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,9 @@ class Trainer:
         self.clock = Clock()
         # Loss sums of the steps since the last line of metrics.
         self.pending: list[LossTerms] = []
+        # What steps came to is read so many steps late: a GPU has work to do while the host reads.
+        self.steps_late = 1 if here.device.type == "cuda" else 0
+        self.unread: deque[PendingResult] = deque()
 
     def run(self) -> int:
         """Steps until the last one or until asked to stop; saves on the way. Returns the exit code."""
@@ -127,17 +132,17 @@ class Trainer:
             if self.state.step == 0:
                 self._draw_grid(record)
             while self.state.step < steps:
-                result = self._profiled_step()
+                self._profiled_step()
                 decision = self._agree(max(signals.take(), self._time_is_up()))
-                if self.state.bad_steps and self._must_roll_back():
-                    self._roll_back()
                 at_end = self.state.step == steps
                 saves = (
                     at_end or decision >= Decision.SAVE or self.state.step % self.config.checkpoint.every == 0
                 )
+                logs = saves or self.state.step % self.config.log.every == 0
+                result = self._settle(0 if logs else self.steps_late)
                 if saves:
                     self.limit.save_begins()
-                if saves or self.state.step % self.config.log.every == 0:
+                if logs and result is not None:
                     self._log(record, result, held_out=saves)
                 if saves:
                     self._save(record)
@@ -151,27 +156,29 @@ class Trainer:
         log.info("done: step %d of %d", self.state.step, steps)
         return 0
 
-    def _profiled_step(self) -> StepResult:
+    def _profiled_step(self) -> None:
         """`train_step`, timed, and in the steps of log.profile_steps traced."""
         step = self.state.step + 1
         trace = self.folder.trace(step, self.here.rank) if step in self.config.log.profile_steps else None
         self.limit.step_begins()
         with profiled(trace) as write:
-            result = self.train_step()
+            self.unread.append(self.train_step())
         self.limit.step_ends()
         if trace is not None:
             together(write)
             log.info("trace of step %d: %s", step, trace)
-        return result
 
-    def train_step(self) -> StepResult:
+    def train_step(self) -> PendingResult:
         """One optimiser step over this rank's micro-batches of the next global batch."""
         # The first step compiles, and may take one rank longer than another.
         alike = self.clock.steps > 0
         self.watchdog.note(LOADER, self.state.step, alike=alike)
         with self.clock.span("data"):
             # Together: the loader processes of a single rank may have died.
-            batches = [batch.to(self.engine.device) for batch in together(self.loader.next_step)]
+            batches = [
+                self.engine.sequence.share(batch).to(self.engine.device)
+                for batch in together(self.loader.next_step)
+            ]
         self.watchdog.note("forward and backward", self.state.step, alike=alike)
         counts = global_counts(batches, self.config.codec)
         terms = [self.engine.forward_backward(batch, counts) for batch in batches]
@@ -181,14 +188,29 @@ class Trainer:
         tokens = self.config.data.rows * self.config.data.row_length
         self.clock.step_done(tokens)
         self.state.step += 1
-        self.state.skipped_steps += int(result.skipped)
-        self.state.bad_steps = self.state.bad_steps + 1 if result.skipped else 0
         self.state.tokens += tokens
         self.state.data = self.loader.state()
         return result
 
-    def _update(self, terms: list[LossTerms]) -> StepResult:
-        """Step the optimiser, unless the loss or the gradient norm stands out and such steps are to be skipped."""
+    def _settle(self, left: int) -> StepResult | None:
+        """Read what steps came to, all but the newest `left`, and bring a checkpoint back where they went wrong.
+
+        Returns the newest that was read.
+        """
+        result = None
+        while len(self.unread) > left:
+            result = self.unread.popleft().read()
+            self.state.skipped_steps += int(result.skipped)
+            self.state.bad_steps = self.state.bad_steps + 1 if result.skipped else 0
+            if self.state.bad_steps and self._must_roll_back():
+                self._roll_back()
+        return result
+
+    def _update(self, terms: list[LossTerms]) -> PendingResult:
+        """Step the optimiser, unless the loss or the gradient norm stands out and such steps are to be skipped.
+
+        Looking for what stands out reads loss and norm at once: a GPU then waits for the host in every step.
+        """
         rate = learning_rate(self.state.step, self.config.optimizer, self.config.train.steps)
         logged = (self.state.step + 1) % self.config.log.every == 0
         norms = logged and self.config.log.gradient_norms
@@ -197,7 +219,8 @@ class Trainer:
         # The same on all ranks, so all judge alike.
         loss, limits = MeanLosses.over_ranks(terms, self.config).total, self.spikes.limits()
         largest = -math.inf if loss > limits.loss else limits.norm
-        result = self.engine.step(rate, largest_norm=largest, module_norms=norms)
+        pending = self.engine.step(rate, largest_norm=largest, module_norms=norms)
+        result = pending.read()
         if result.skipped:
             log.warning(
                 "step %d skipped: loss %.4f (limit %.4f), gradient norm %.4f (limit %.4f)",
@@ -205,7 +228,7 @@ class Trainer:
             )  # fmt: skip
         else:
             self.spikes.note(loss, result.gradient_norm)
-        return result
+        return pending
 
     def _must_roll_back(self) -> bool:
         """Whether so many steps in a row were skipped that the weights themselves are no longer trusted.
@@ -214,8 +237,9 @@ class Trainer:
         """
         after, bad = self.config.train.roll_back_after, self.state.bad_steps
         if after and bad >= 2 * after:
+            last = self.state.step - len(self.unread)
             raise UserError(
-                f"steps {self.state.step - bad + 1} to {self.state.step} were all skipped, half of them after the"
+                f"steps {last - bad + 1} to {last} were all skipped, half of them after the"
                 " last good checkpoint had been brought back; lower optimizer.learning_rate, look at the data of"
                 " these steps, or delete the newest checkpoints to go on from an older one"
             )
@@ -267,13 +291,13 @@ class Trainer:
 
     def _open_loader(self) -> Loader:
         state = self.state.data or None
-        return Loader(self.config, self.config.data.sources, self.tokenizer, state=state, **self._ranks())
+        sequence = self.engine.sequence
+        ranks = {"rank": sequence.data_rank, "world_size": sequence.data_world_size}
+        return Loader(self.config, self.config.data.sources, self.tokenizer, state=state, **ranks)
 
     def _open_held_out(self) -> EvaluationLoader:
-        return EvaluationLoader(self.config, self.config.data.held_out, self.tokenizer, **self._ranks())
-
-    def _ranks(self) -> dict[str, int]:
-        return {"rank": self.here.rank, "world_size": self.here.world_size}
+        ranks = {"rank": self.here.rank, "world_size": self.here.world_size}
+        return EvaluationLoader(self.config, self.config.data.held_out, self.tokenizer, **ranks)
 
     def _create_folder(self) -> None:
         """The first thing that a start writes, once nothing is left that could refuse it."""
@@ -291,7 +315,9 @@ class Trainer:
         Raises UserError, on all ranks together, once the run had more bad samples than data.max_faults.
         """
         self.watchdog.note("agreement of all ranks", self.state.step, alike=self.clock.steps > 1)
-        decision, (faults, samples, written) = agree(mine, *self.loader.reading, int(self.saver.written))
+        # What several ranks read together counts once.
+        reading = self.loader.reading if self.engine.sequence.rank == 0 else (0, 0)
+        decision, (faults, samples, written) = agree(mine, *reading, int(self.saver.written))
         self.state.faults += faults
         self.state.samples += samples
         if written == self.here.world_size:
@@ -395,7 +421,7 @@ class Trainer:
         """One line for each sample left out so far, by the index or by any rank at run time."""
         # What the index left out is the same on every rank.
         indexed = sum(len(index.faults) for index in self.loader.indexes)
-        mine = self.loader.faults()
+        mine = self.loader.faults() if self.engine.sequence.rank == 0 else []
         parts = gather(mine if self.here.is_main else mine[indexed:])
         faults = [fault for part in parts for fault in part]
         together(lambda: self.folder.add_to_quarantine(faults) if self.here.is_main else None)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transfusion_kernels
+from torch.utils._python_dispatch import TorchDispatchMode
 from transfusion_kernels import IntervalMask
 
 from transfusion.codec import pixels
@@ -18,7 +22,10 @@ LENGTH = 32
 PATCHES = 4
 SIDE = 4
 
-Content = Literal["mixed", "text", "image", "little text", "two kinds"]
+Content = Literal["mixed", "text", "image", "little text", "two kinds", "packed"]
+# Words of each document of a packed row, and whether a picture follows them. The second picture of an even row stands
+# on both sides of the row's middle.
+PACKED = [[(3, True), (2, True), (4, False)], [(5, False), (6, True), (3, True)]]
 
 
 def small_config(**changes: Any) -> Config:
@@ -41,7 +48,7 @@ def small_config(**changes: Any) -> Config:
 
 
 def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> Batch:
-    """Rows of one document each and some padding; a batch without pictures carries one of weight 0.
+    """Rows of one document each (packed: of three) and some padding; without pictures there is one of weight 0.
 
     side: of the pictures, which always have four patches. two kinds: as mixed, the first picture as latents.
     """
@@ -52,24 +59,32 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
     image_end = torch.zeros(rows, LENGTH, dtype=torch.int64)
     length = torch.empty(rows, dtype=torch.int64)
     slots: list[torch.Tensor] = []
+    start_of = torch.zeros(rows, LENGTH, dtype=torch.int64)
     for row in range(rows):
         words = {"image": 0, "little text": 3}.get(content, 18 + row)
-        text = torch.randint(8, VOCABULARY, (words,), generator=random)
-        has_image = content in ("image", "mixed", "two kinds")
-        document = [int(SpecialToken.BEGIN_DOCUMENT), *text.tolist()]
-        end = len(document)
-        weight[row, : end - 1] = 1.0
-        if has_image:
-            first = end + 1
-            slots.append(row * LENGTH + torch.arange(first, first + PATCHES))
-            image_end[row, first : first + PATCHES] = first + PATCHES
-            document += [SpecialToken.BEGIN_IMAGE, *[SpecialToken.PATCH] * PATCHES, SpecialToken.END_IMAGE]
-        document.append(SpecialToken.END_DOCUMENT)
-        if content != "image":
-            weight[row, len(document) - 2] = 1.0
-        length[row] = len(document)
-        token[row, : len(document)] = torch.tensor([int(item) for item in document])
-        modality[row, : len(document)] = Modality.TEXT
+        documents = [(words, content in ("image", "mixed", "two kinds"))]
+        end = 0
+        for words, has_image in PACKED[row % 2] if content == "packed" else documents:
+            text = torch.randint(8, VOCABULARY, (words,), generator=random)
+            document = [int(SpecialToken.BEGIN_DOCUMENT), *text.tolist()]
+            start, first = end, end + len(document) + 1
+            weight[row, start : first - 2] = 1.0
+            if has_image:
+                slots.append(row * LENGTH + torch.arange(first, first + PATCHES))
+                image_end[row, first : first + PATCHES] = first + PATCHES
+                document += [
+                    SpecialToken.BEGIN_IMAGE,
+                    *[SpecialToken.PATCH] * PATCHES,
+                    SpecialToken.END_IMAGE,
+                ]
+            document.append(SpecialToken.END_DOCUMENT)
+            end = start + len(document)
+            if content != "image":
+                weight[row, end - 2] = 1.0
+            start_of[row, start:end] = start
+            token[row, start:end] = torch.tensor([int(item) for item in document])
+        length[row] = end
+        modality[row, :end] = Modality.TEXT
     images = len(slots)
     slot = torch.stack(slots) if images else torch.arange(PATCHES)[None]
     if images:
@@ -89,7 +104,7 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
         position_BSA=torch.arange(LENGTH).repeat(rows, 1)[..., None],
         target_ids_BS=token.roll(-1, dims=1),
         text_weight_BS=weight,
-        mask=IntervalMask.from_spans(torch.zeros(rows, LENGTH, dtype=torch.int64), image_end, length=length),
+        mask=IntervalMask.from_spans(start_of, image_end, length=length),
         images=_two_kinds(group) if content == "two kinds" else (group,),
         counts=BatchCounts(
             tokens=int(length.sum()),
@@ -154,7 +169,57 @@ def train_step(
         terms = engine.forward_backward(batch, counts)
         total = terms if total is None else total.plus(terms)
     assert total is not None
-    return total, engine.step(learning_rate)
+    return total, engine.step(learning_rate).read()
+
+
+KERNELS = str(Path(transfusion_kernels.__file__).parent)
+aten = torch.ops.aten
+# On a GPU the host waits for what these give, or for how much.
+READING = {
+    aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
+    aten._unique2.default, aten.repeat_interleave.Tensor,
+}  # fmt: skip
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values of tensors that Python asks for.
+
+    What the kernels look at is left out: on CPU tensors they check the mask, and plan by it, as they do on no GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        chosen = func == aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if chosen or func in READING:
+            self._note()
+        return func(*args, **kwargs or {})
+
+    def __enter__(self) -> HostReads:
+        self._former = {name: getattr(torch.Tensor, name) for name in ("tolist", "cpu", "numpy")}
+        for name, method in self._former.items():
+            setattr(torch.Tensor, name, self._counted(method))
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for name, method in self._former.items():
+            setattr(torch.Tensor, name, method)
+
+    def _note(self) -> None:
+        frames = traceback.extract_stack()[:-2]
+        if any(frame.filename.startswith(KERNELS) for frame in frames):
+            return
+        self.places.append(" < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames[-6:])))
+
+    def _counted(self, method: Any) -> Any:
+        def counted(tensor: torch.Tensor, *arguments: Any) -> Any:
+            self._note()
+            return method(tensor, *arguments)
+
+        return counted
 
 
 def counts_of(batches: list[Batch]) -> GlobalCounts:

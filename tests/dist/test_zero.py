@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 VARIANTS = [
     "defaults", "nothing kept", "recomputed", "attention recomputed", "qk norm, 2d, gqa", "uneven", "unet",
-    "unet, recomputed", "stage 1", "stage 2",
+    "unet, recomputed", "stage 1", "stage 2", "shared rows", "shared rows, unet", "shared rows, 2d, gqa",
+    "shared rows, latents", "all offloaded", "stage 2, optimiser offloaded",
 ]  # fmt: skip
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]
 
@@ -33,7 +34,7 @@ def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
         assert found["dtypes"] == ["torch.float32"]
 
 
-@pytest.mark.parametrize("variant", ["defaults", "nothing kept", "recomputed"])
+@pytest.mark.parametrize("variant", ["defaults", "nothing kept", "recomputed", "shared rows", "second copies"])
 def test_four_ranks_equal_one_process(quad: Findings, variant: str) -> None:
     """Twenty steps: losses within 1e-6 relative in fp32."""
     for found in quad(variant):
@@ -56,6 +57,29 @@ def test_micro_batches_and_ranks_do_not_change_the_loss(pair: Findings) -> None:
     for found in pair("accumulation"):
         assert found["loss"] < 1e-6
         assert found["norm"] < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["nothing kept", "bf16, shared rows"])
+def test_a_step_of_the_fused_optimiser_leaves_the_host_alone(pair: Findings, kind: str) -> None:
+    """Nothing is read between logs; it clips, skips and averages as the one that asks, and tells so when read."""
+    for found in pair(f"nothing is read: {kind}"):
+        assert found["read"] == []
+        assert found["read by the asking"] > 2  # what is counted can be counted
+        assert found["norm"] < 1e-6
+        assert found["skipped"] == [True, True, False]
+        assert found["infinite"] and found["state untouched"]
+        assert found["updates"] == 5
+
+
+def test_rows_that_cannot_be_shared_are_refused(pair: Findings) -> None:
+    for told in pair("refused sharing"):
+        assert told == [
+            "train.sequence_parallel 4: the number of processes, 2, must be a multiple of it; start another number,"
+            " or set it to 1",
+            "train.sequence_parallel 2: data.rows 3 must be a multiple of the 2 groups of ranks; start another"
+            " number, or set it to 1",
+            "ranks that share rows have read different ones: a shard was readable for some of them only",
+        ]
 
 
 def test_parameters_are_released(pair: Findings) -> None:
@@ -163,7 +187,15 @@ def test_nothing_is_compiled_at_start(pair: Findings) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["compiled", "compiled, recomputed", "compiled, attention recomputed"])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "compiled",
+        "compiled, recomputed",
+        "compiled, attention recomputed",
+        "compiled, recomputed, shared rows",
+    ],
+)
 def test_compiled_blocks_are_one_graph(compiled: Findings, scenario: str) -> None:
     for found in compiled(scenario):
         assert found["loss"] < 1e-6

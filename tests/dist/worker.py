@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from handmade import (
     Content,
+    HostReads,
     counts_of,
     join_rows,
     make_batch,
@@ -42,15 +43,18 @@ from transfusion.checkpoint.layout import step_folder
 from transfusion.checkpoint.llama import Llama, start_from_llama
 from transfusion.checkpoint.resume import SliceReader, load, resume
 from transfusion.checkpoint.save import save
+from transfusion.codec import Codec
 from transfusion.config import Config, SampleConfig
 from transfusion.errors import UserError
 from transfusion.evaluate.held_out import held_out_losses
 from transfusion.generate.pipeline import Pipeline
+from transfusion.optim import groups
 from transfusion.parallel import environment
 from transfusion.parallel.agree import agree
 from transfusion.parallel.engine import build_engine, global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
+from transfusion.parallel.sequence import SequenceGroup
 from transfusion.parallel.zero import ZeroEngine
 from transfusion.schema import Batch, BatchCounts, Decision, LossTerms, Modality, TrainState
 
@@ -71,7 +75,7 @@ STREAM: list[tuple[Content, Content]] = [
     ("little text", "text"),
     ("image", "mixed"),
     ("image", "text"),
-    ("mixed", "mixed"),
+    ("packed", "mixed"),
 ]
 # Uneven: a bias of one element, of which the second rank has nothing but padding.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -85,14 +89,67 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unet, recomputed": {**UNET, "train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT},
     "stage 1": {"train__zero": {"stage": 1}},
     "stage 2": {"train__zero": {"stage": 2}},
+    "all offloaded": {
+        "train__zero": NOTHING_KEPT | {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
+    },
+    "stage 2, optimiser offloaded": {"train__zero": {"stage": 2, "offload_optimizer": "cpu"}},
+    "shared rows": {"train__sequence_parallel": 2, "train__zero": NOTHING_KEPT},
+    "shared rows, unet": {**UNET, "train__sequence_parallel": 2, "train__zero": NOTHING_KEPT},
+    "shared rows, 2d, gqa": {
+        "model__position": "2d",
+        "model__qk_norm": True,
+        "model__heads": 4,
+        "model__key_heads": 2,
+        "train__sequence_parallel": 2,
+        "train__activation_checkpointing": "attention",
+    },
 }
+# Pictures of 8 x 8 pixels, latents of 4 x 4 in two channels.
+LATENTS = {
+    "kind": "kl", "folder": "none", "channels": 1, "image_size": 8, "latent_channels": 2, "downscale": 2,
+}  # fmt: skip
 IMAGE_WEIGHT = 5.0
 
 
-def stream_batches(step: int, config: Config, ranks: int = 2) -> list[Batch]:
+class Halves:
+    """Stands for an autoencoder: means of squares of four pixels, and their negatives."""
+
+    bound: float | None = 1.0
+
+    def encode(self, values_ICHW: torch.Tensor) -> torch.Tensor:
+        mean_I1hw = torch.nn.functional.avg_pool2d(values_ICHW.float() / 127.5 - 1.0, 2)
+        return torch.cat((mean_I1hw, -mean_I1hw), dim=1)
+
+    def decode(self, latent_IChw: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    settled = decode
+
+
+Stream = Sequence[tuple[Content, Content]]
+
+
+def stream_batches(step: int, config: Config, ranks: int = 2, stream: Stream = STREAM) -> list[Batch]:
     """All ranks' batches of a step; more than two ranks see what the first two see, with other values."""
-    contents, side = STREAM[step % len(STREAM)] * (ranks // 2), config.codec.image_size
+    contents, side = stream[step % len(stream)] * (ranks // 2), config.codec.image_size
     return [make_batch(content, 10 * step + rank, side=side) for rank, content in enumerate(contents)]
+
+
+def shares(
+    step: int, config: Config, sequence: SequenceGroup, stream: Stream = STREAM, accumulation: int = 1
+) -> tuple[list[Batch], list[Batch]]:
+    """The micro-batches of a step that this rank reads, and those that all read.
+
+    Ranks that share rows are one reader; a single reader takes both batches, one after the other.
+    """
+    readers = sequence.data_world_size
+    micro = [
+        stream_batches(accumulation * step + number, config, max(2, readers), stream)
+        for number in range(accumulation)
+    ]
+    everything = [batch for batches in micro for batch in batches]
+    mine = [batches[sequence.data_rank] for batches in micro] if readers > 1 else everything
+    return [sequence.share(batch) for batch in mine], everything
 
 
 def losses(terms: LossTerms) -> list[float]:
@@ -140,15 +197,24 @@ def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def equals_local(
-    config: Config, here: Environment, reference: Config | None = None, steps: int = len(STREAM)
+    config: Config,
+    here: Environment,
+    reference: Config | None = None,
+    steps: int = len(STREAM),
+    codec: Codec | None = None,
+    stream: Stream = STREAM,
+    accumulation: int = 1,
 ) -> dict[str, Any]:
     """Losses, gradient norms and final weights of ZeRO beside those of the plain engine on the same rows."""
-    zero, plain = ZeroEngine(config, here), LocalEngine(reference or config, ALONE)
+    zero, plain = ZeroEngine(config, here, codec), LocalEngine(reference or config, ALONE, codec)
     loss_errors, norm_errors = [], []
     for step in range(steps):
-        batches = stream_batches(step, config, max(2, here.world_size))
-        terms, result = train_step(zero, [batches[here.rank]])
-        wanted_terms, wanted = train_step(plain, batches, counts=counts_of(batches))
+        mine, everything = shares(step, config, zero.sequence, stream, accumulation)
+        counts = global_counts(mine, config.codec)
+        terms, result = train_step(zero, mine, counts=counts)
+        wanted_terms, wanted = train_step(
+            plain, everything, counts=counts if codec else counts_of(everything)
+        )
         loss_errors.append(difference(terms, wanted_terms))
         norm_errors.append(abs(result.gradient_norm / wanted.gradient_norm - 1))
     got, wanted_state = whole_weights(zero), state_of(plain)
@@ -163,6 +229,49 @@ def equals_local(
         "weight": max(weight_errors.values()),
         "parameters": got.keys() == wanted_state.keys(),
         "dtypes": sorted({str(parameter.dtype) for parameter in zero.engine.module.parameters()}),
+    }
+
+
+def nothing_is_read(config: Config, here: Environment) -> dict[str, Any]:
+    """A step with the fused AdamW, which a GPU has: what the host reads, and that it learns the same and skips."""
+    asking, runs_fused = ZeroEngine(config, here), groups.runs_fused
+    groups.runs_fused = lambda device: True
+    try:
+        fused = ZeroEngine(config, here)
+    finally:
+        groups.runs_fused = runs_fused
+    batches = [
+        fused.sequence.share(stream_batches(step, config)[fused.sequence.data_rank]) for step in (0, 1)
+    ]
+    errors: list[float] = []
+    places: list[str] = []
+    for step in range(4):
+        with HostReads() as reads:
+            counts = global_counts(batches)
+            for batch in batches:
+                fused.forward_backward(batch, counts)
+            pending = fused.step(1e-3)
+        places += reads.places if step else []  # modules are met for the first time in the first step
+        result, (_, wanted) = pending.read(), train_step(asking, batches)
+        errors.append(abs(result.gradient_norm / wanted.gradient_norm - 1))
+    with HostReads() as reads:
+        train_step(asking, batches)
+    before = state_of(fused)
+    broken = [with_broken_image(batch) if here.rank == 1 else batch for batch in batches]
+    _, skipped = train_step(fused, broken)
+    for batch in batches:
+        fused.forward_backward(batch, counts)
+    too_large = fused.step(1e-3, largest_norm=result.gradient_norm / 100).read()
+    untouched = same_state(before, state_of(fused))
+    _, good = train_step(fused, batches)
+    return {
+        "read": sorted(set(places)),
+        "read by the asking": len(reads.places),
+        "norm": max(errors),
+        "skipped": [step.skipped for step in (skipped, too_large, good)],
+        "infinite": skipped.gradient_norm == float("inf"),
+        "state untouched": untouched,
+        "updates": fused.updates,
     }
 
 
@@ -395,7 +504,7 @@ def told_norms(config: Config, here: Environment) -> dict[str, Any]:
         zero.forward_backward(batches[here.rank], counts)
         for batch in batches:
             plain.forward_backward(batch, counts)
-        got, wanted = (each.step(1e-3, module_norms=True) for each in (zero, plain))
+        got, wanted = (each.step(1e-3, module_norms=True).read() for each in (zero, plain))
         assert got.module_norms is not None and wanted.module_norms is not None
         assert got.module_norms.keys() == wanted.module_norms.keys() and got.gradient_norm > 0.1
         # Relative to the whole: at the start some parts have no gradient at all.
@@ -406,7 +515,7 @@ def told_norms(config: Config, here: Environment) -> dict[str, Any]:
     before = state_of(zero)
     batches = stream_batches(3, config)
     zero.forward_backward(batches[here.rank], counts_of(batches))
-    refused = zero.step(1e-3, largest_norm=wanted.gradient_norm / 100, module_norms=True)
+    refused = zero.step(1e-3, largest_norm=wanted.gradient_norm / 100, module_norms=True).read()
     untouched = same_state(before, state_of(zero))
     _, after = train_step(zero, [batches[here.rank]])
     return {
@@ -485,6 +594,25 @@ def write_llama(folder: Path, source: LocalEngine) -> None:
     (folder / llama.CONFIG).write_text(json.dumps(settings))
 
 
+def refused_sharing(here: Environment) -> list[str]:
+    """What is said where the ranks cannot share rows, and where they have read different ones."""
+    told = []
+    for config in (
+        small_config(train__sequence_parallel=4, model__heads=4),
+        small_config(train__sequence_parallel=2, data__rows=3),
+    ):
+        try:
+            build_engine(config, replace(here, world_size=4) if config.data.rows == 3 else here)
+        except UserError as error:
+            told.append(str(error))
+    group = SequenceGroup(2, rank=here.rank, world_size=2)
+    try:
+        group.share(make_batch("mixed", here.rank))
+    except RuntimeError as error:
+        told.append(str(error))
+    return told
+
+
 def agreement(here: Environment) -> dict[str, Any]:
     decision = Decision.SAVE_AND_STOP if here.rank == 1 else Decision.CONTINUE
     result = agree(decision, 3 + here.rank, 10**12)
@@ -515,6 +643,8 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     second = small_config(optimizer__ema_decay=0.5, train__zero={"stage": 2})
     uneven = small_config(optimizer__ema_decay=0.5, **VARIANTS["uneven"])
     unet = small_config(optimizer__ema_decay=0.5, **VARIANTS["unet"])
+    shared_low = small_config(optimizer__ema_decay=0.5, train__precision="bf16", train__sequence_parallel=2)
+    latents = small_config(codec=LATENTS, **VARIANTS["shared rows"])
     scenarios: dict[str, Callable[[], Any]] = {"agreement": lambda: agreement(here)}
     for name, changes in VARIANTS.items():
         scenarios[f"equals local: {name}"] = lambda changes=changes: equals_local(
@@ -522,13 +652,20 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
         )
     scenarios |= {
         "accumulation": lambda: accumulation(here),
+        "nothing is read: nothing kept": lambda: nothing_is_read(tight, here),
+        "nothing is read: bf16, shared rows": lambda: nothing_is_read(shared_low, here),
+        "equals local: shared rows, latents": lambda: equals_local(latents, here, steps=3, codec=Halves()),
+        "refused sharing": lambda: refused_sharing(here),
         "release": lambda: release(here),
         "low precision: 3": lambda: low_precision(here, 3),
         "low precision: 1": lambda: low_precision(here, 1),
         "from one rank": lambda: from_one_rank(averaged, here, folder),
         "failures": lambda: failures(averaged, here, folder / "failures"),
     }
-    for name, changes in {"nothing kept": {"train__zero": NOTHING_KEPT}, "stage 2": {"train__zero": {"stage": 2}}}.items():
+    for name, changes in {
+        "nothing kept": {"train__zero": NOTHING_KEPT},
+        "stage 2": {"train__zero": {"stage": 2}},
+    }.items():
         scenarios[f"from a Llama: {name}"] = lambda name=name, changes=changes: from_llama(
             changes, here, folder / f"llama {name}"
         )
@@ -569,9 +706,12 @@ def single(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
 def compiled(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     """Compiled blocks, alone and recomputed, beside eager ones."""
 
-    def run(recomputed: str) -> dict[str, Any]:
+    def run(recomputed: str, ranks_a_row: int = 1) -> dict[str, Any]:
         config = small_config(
-            train__compile=True, train__activation_checkpointing=recomputed, train__zero=NOTHING_KEPT
+            train__compile=True,
+            train__activation_checkpointing=recomputed,
+            train__sequence_parallel=ranks_a_row,
+            train__zero=NOTHING_KEPT,
         )
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -585,6 +725,7 @@ def compiled(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
         "compiled": lambda: run("none"),
         "compiled, recomputed": lambda: run("block"),
         "compiled, attention recomputed": lambda: run("attention"),
+        "compiled, recomputed, shared rows": lambda: run("block", 2),
     }
 
 
@@ -714,10 +855,13 @@ def whole_pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
 
 def quad(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     """Four ranks over twenty steps, so that the stream comes round more than twice."""
-    variants = ("defaults", "nothing kept", "recomputed")
+    names = ("defaults", "nothing kept", "recomputed", "shared rows")
+    variants = {name: VARIANTS[name] for name in names}
+    # The last one: DeepSpeed makes the groups for it once a process.
+    variants["second copies"] = {"train__zero": NOTHING_KEPT | {"hpz_partition_size": 2}}
     return {
-        name: lambda name=name: equals_local(small_config(**VARIANTS[name]), here, steps=20)  # type: ignore[misc]
-        for name in variants
+        name: lambda changes=changes: equals_local(small_config(**changes), here, steps=20)  # type: ignore[misc]
+        for name, changes in variants.items()
     }
 
 

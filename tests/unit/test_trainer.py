@@ -7,12 +7,16 @@ import itertools
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "dist"))
+from handmade import HostReads
 
 from transfusion.config import Config
 from transfusion.data.index import SourceIndex
@@ -23,6 +27,7 @@ from transfusion.mixed_loss import MixedLoss
 from transfusion.observe.clock import TimeLimit
 from transfusion.observe.metrics import read_metrics
 from transfusion.observe.runfolder import start_logging
+from transfusion.optim import groups
 from transfusion.parallel.environment import Environment
 from transfusion.schema import Batch, LossTerms
 from transfusion.trainer import Trainer
@@ -94,6 +99,13 @@ def lines(config: Config) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in TIMED} for line in found]
 
 
+def spoilt_at(*steps: int) -> Callable[[int, LossTerms], LossTerms]:
+    """The losses of these steps, two micro-batches each, are not finite."""
+    return lambda number, terms: (
+        terms._replace(text_sum=terms.text_sum * float("nan")) if (number + 1) // 2 in steps else terms
+    )
+
+
 def interfere(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[int, LossTerms], LossTerms]
 ) -> Callable[[], None]:
@@ -143,6 +155,41 @@ def test_a_broken_step_is_skipped_counted_and_left_behind(
     unchanged = [torch.equal(before, after) for before, after in itertools.pairwise(weights)]
     assert unchanged == [False, True, False, False, False]
     assert found[-1]["loss"] < found[0]["loss"] and weights[-1].isfinite().all()
+
+
+def test_a_step_between_logs_reads_nothing_and_is_settled_late(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: steps 3 and 6 of 7 are not finite, which is counted when it is read, at the latest at a log."""
+    monkeypatch.setattr(groups, "runs_fused", lambda device: True)
+    places: list[str] = []
+    honest = Trainer.train_step
+
+    def watched(self: Trainer) -> Any:
+        batches = self.loader.next_step()
+        with monkeypatch.context() as patch, HostReads() as reads:
+            patch.setattr(self.loader, "next_step", lambda: batches)
+            result = honest(self)
+        places.extend(reads.places)
+        return result
+
+    found = []
+    for late in (0, 1):
+        config = build_config(f"late {late}", steps=7, log=3)
+        undo = interfere(monkeypatch, spoilt_at(3, 6))
+        trainer = Trainer(config, ALONE)
+        trainer.steps_late = late
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", watched)
+            try:
+                assert trainer.run() == 0
+            finally:
+                trainer.lock.close()
+        undo()
+        found.append(lines(config))
+    assert places == []
+    assert found[0] == found[1]
+    assert [(line["step"], line["skipped"]) for line in found[0]] == [(3, 1), (6, 2), (7, 2)]
 
 
 def test_a_skipped_step_stays_counted_after_a_resume(

@@ -5,6 +5,7 @@ B rows, S queries, L cached keys, H query heads, K key heads, E head dimension, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -21,9 +22,20 @@ class LayerCache(Protocol):
         """Write the new positions and return all keys and values [B, K, L, E]."""
 
 
+class Sharing(Protocol):
+    """Ranks that share rows, each with a slice of the positions (`parallel.sequence`)."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask, backend: str) -> Tensor:
+        """Attention of this rank's queries [B, H, S, E] to the keys of all ranks; the mask is of whole rows."""
+
+    def exchange(self, x_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send as many rows of x_ND to each rank as `sent` says; returns those that came, rank after rank."""
+
+
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, backend: str) -> None:
+    def __init__(self, config: ModelConfig, backend: str, sharing: Sharing | None = None) -> None:
         super().__init__()
+        self.sharing = sharing
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.backend = backend
         self.query = nn.Linear(config.width, self.heads * self.head_dim, bias=False)
@@ -53,6 +65,11 @@ class Attention(nn.Module):
         key = rotate(self.key_norm(key), cosine_BSF, sine_BSF)
         if cache is not None:
             key, value = cache.extend(key, value)
-        attended = interval_attention(query, key, value, mask, backend=self.backend)
-        assert isinstance(attended, Tensor)  # not a pair: the log-sum-exp is not asked for
+        # In evaluation a rank has whole rows, and with them as many queries as the mask.
+        if self.sharing is not None and mask.num_queries > S:
+            attended = self.sharing.attend(query, key, value, mask, self.backend)
+        else:
+            whole = interval_attention(query, key, value, mask, backend=self.backend)
+            assert isinstance(whole, Tensor)  # not a pair: the log-sum-exp is not asked for
+            attended = whole
         return self.out(attended.transpose(1, 2).reshape(B, S, self.heads * self.head_dim))

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transfusion_kernels import IntervalMask
 
 from transfusion.config import ModelConfig
-from transfusion.model.attention import Attention, LayerCache
+from transfusion.model.attention import Attention, LayerCache, Sharing
 
 
 class FeedForward(nn.Module):
@@ -27,12 +27,19 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """The unit that ZeRO-3 gathers, that is compiled, and that is recomputed under checkpointing."""
 
-    def __init__(self, config: ModelConfig, backend: str, *, recomputes_attention: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: str,
+        *,
+        recomputes_attention: bool = False,
+        sharing: Sharing | None = None,
+    ) -> None:
         """recomputes_attention: its activations are not kept for the backward pass but computed again."""
         super().__init__()
         self.recomputes_attention = recomputes_attention
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
-        self.attention = Attention(config, backend)
+        self.attention = Attention(config, backend, sharing)
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.feed_forward = FeedForward(config)
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transfusion_kernels import IntervalMask
 
 from transfusion.config import CodecConfig, ModelConfig
-from transfusion.model.attention import LayerCache
+from transfusion.model.attention import LayerCache, Sharing
 from transfusion.model.block import Block
 from transfusion.model.embedding import rotary_angles
 from transfusion.model.heads import TextHead
@@ -49,13 +49,15 @@ class Transfusion(nn.Module):
         attention: str = "auto",
         head_chunk: int = 4096,
         activation_checkpointing: str = "none",
+        sharing: Sharing | None = None,
     ) -> None:
         """`config.vocabulary` must be set. Weights are left uninitialised: see `initialise`.
 
         activation_checkpointing: what the backward pass computes again, "none", each "block", or its "attention".
+        sharing: the ranks that batches with `routes` are shared with.
         """
         super().__init__()
-        self.config = config
+        self.config, self.sharing = config, sharing
         self.recomputes_blocks = activation_checkpointing == "block"
         patch_values = codec.depth * config.patch_size**2
         encoder, decoder = PATCHERS[config.patcher]
@@ -63,7 +65,8 @@ class Transfusion(nn.Module):
         self.patch_encoder = encoder(config, patch_values)
         recomputes_attention = activation_checkpointing == "attention"
         self.blocks = nn.ModuleList(
-            Block(config, attention, recomputes_attention=recomputes_attention) for _ in range(config.layers)
+            Block(config, attention, recomputes_attention=recomputes_attention, sharing=sharing)
+            for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.text_head = TextHead(config.width, config.vocabulary, head_chunk)
@@ -82,8 +85,7 @@ class Transfusion(nn.Module):
         weight = batch.text_weight_BS.flatten()
         learned_N = torch.nonzero_static(weight, size=batch.counts.text_targets).squeeze(1)
         text_sum = self.text_head(flat[learned_N], batch.target_ids_BS.flatten()[learned_N])
-        slot_N = torch.cat([group.patch_slot_IP.flatten() for group in batch.images])
-        return ModelOutput(text_sum, self.decode_patches(flat[slot_N], encoding))
+        return ModelOutput(text_sum, self.decode_patches(self._states_of_patches(flat, batch), encoding))
 
     def embed(self, batch: Batch, patch_ND: Tensor) -> Tensor:
         """Token embeddings [B, S, D] with the encoded patches of all groups in the slots of the images."""
@@ -91,7 +93,6 @@ class Transfusion(nn.Module):
         tokens_BSD = self.embedding(batch.token_ids_BS)
         hidden_BSD = tokens_BSD * is_text_BS1.to(tokens_BSD.dtype)
         flat = hidden_BSD.flatten(0, 1)
-        slot_N = torch.cat([group.patch_slot_IP.flatten() for group in batch.images])
         weight_N1 = torch.cat(
             [
                 group.image_weight_I[:, None].expand_as(group.patch_slot_IP).reshape(-1, 1)
@@ -99,7 +100,20 @@ class Transfusion(nn.Module):
             ]
         )
         # Adding, where slots hold zero, leaves the slots of an image of weight 0 as they are.
-        return flat.index_add(0, slot_N, patch_ND * weight_N1.to(patch_ND.dtype)).view_as(hidden_BSD)
+        patch_ND = patch_ND * weight_N1.to(patch_ND.dtype)
+        if batch.routes is not None and self.sharing is not None:
+            routes = batch.routes
+            patch_MD = self.sharing.exchange(patch_ND[routes.order_N], routes.sent, routes.received)
+            return flat.index_add(0, routes.slot_M, patch_MD).view_as(hidden_BSD)
+        return flat.index_add(0, _slots(batch), patch_ND).view_as(hidden_BSD)
+
+    def _states_of_patches(self, flat: Tensor, batch: Batch) -> Tensor:
+        """States [N, D] of the patches of the batch's images, from those of all positions [B * S, D]."""
+        if batch.routes is None or self.sharing is None:
+            return flat[_slots(batch)]
+        routes = batch.routes
+        back_ND = self.sharing.exchange(flat[routes.slot_M], routes.received, routes.sent)
+        return back_ND[routes.order_N.argsort()]
 
     def encode_patches(self, noisy: Sequence[Tensor], timestep_I: Tensor) -> Encoding:
         """Noised latents, a tensor [I, C, H, W] for each group, to encoded patches; timestep_I: of all images."""
@@ -144,3 +158,8 @@ class Transfusion(nn.Module):
                 cache = None if caches is None else caches[layer]
                 hidden_BSD = block(hidden_BSD, cosine_BSF, sine_BSF, mask, cache)
         return hidden_BSD
+
+
+def _slots(batch: Batch) -> Tensor:
+    """Where the patches of all images stand: flat positions [N], group after group."""
+    return torch.cat([group.patch_slot_IP.flatten() for group in batch.images])

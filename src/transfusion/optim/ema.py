@@ -17,9 +17,18 @@ class MovingAverage:
         self.averages = [tensor.clone() for tensor in self.tensors]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move every average towards its tensor by 1 - decay."""
-        torch._foreach_lerp_(self.averages, self.tensors, 1.0 - self.decay)
+    def update(self, unless: Tensor | None = None) -> None:
+        """Move every average towards its tensor by 1 - decay.
+
+        unless: 0-dim bool on the device, which leaves the averages as they are where it is true.
+        """
+        if not self.averages:
+            return
+        if unless is None:
+            torch._foreach_lerp_(self.averages, self.tensors, 1.0 - self.decay)
+            return
+        weight = (1.0 - self.decay) * (~unless).float()
+        torch._foreach_lerp_(self.averages, self.tensors, [weight] * len(self.averages))
 
     @torch.no_grad()
     def exchange(self) -> None:

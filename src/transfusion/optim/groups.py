@@ -43,9 +43,32 @@ def adamw(groups: list[dict[str, Any]], config: OptimizerConfig, *, fused: bool)
     )
 
 
+def runs_fused(device: torch.device) -> bool:
+    """Whether AdamW is one kernel there, which clips and skips without asking the host."""
+    return device.type == "cuda"
+
+
+def is_fused(optimizer: torch.optim.AdamW) -> bool:
+    """Whether `judge_on_device` works for it."""
+    return bool(optimizer.defaults["fused"])
+
+
+def judge_on_device(optimizer: torch.optim.AdamW, norm: Tensor, largest_norm: float, clip: float) -> Tensor:
+    """Let the fused AdamW's next steps clip to the global norm `clip`, or do nothing where they are to be skipped.
+
+    norm: 0-dim, of the whole gradient. Returns whether they will be skipped, 0-dim bool: the norm is not finite, or
+    greater than `largest_norm`. Nothing is read by the host.
+    """
+    skipped = ~norm.isfinite() | (norm > largest_norm)
+    # The names by which AdamW takes what torch.amp's scaler leaves it; gradients are divided by the scale.
+    optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+    optimizer.grad_scale = ((norm.float() + 1e-6) / clip).clamp(min=1.0)  # type: ignore[attr-defined]
+    return skipped
+
+
 def create_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
     """Give AdamW its zero moments now instead of at the first step, so that they can be saved and loaded."""
-    fused = bool(optimizer.defaults["fused"])
+    fused = is_fused(optimizer)
     for parameter in parameters:
         state = optimizer.state[parameter]
         if not state:

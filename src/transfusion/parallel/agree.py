@@ -31,14 +31,15 @@ class Agreement(NamedTuple):
 def agree(decision: Decision, *counts: int) -> Agreement:
     """Take the most urgent decision of all ranks and the sums of their counts, the same on every rank.
 
-    Every rank must call it with as many counts. One collective; without a process group it answers at once.
+    Every rank must call it with as many counts. One collective between hosts, which waits for no GPU; without a
+    process group it answers at once.
     """
     if not _is_shared():
         return Agreement(decision, counts)
-    mine = torch.tensor([int(decision), *counts], dtype=torch.int64, device=group_device())
+    mine = torch.tensor([int(decision), *counts], dtype=torch.int64)
     all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(all_ranks, mine)
-    table = torch.stack(all_ranks).cpu()
+    table = torch.stack(all_ranks)
     return Agreement(Decision(int(table[:, 0].max())), tuple(table[:, 1:].sum(0).tolist()))
 
 
@@ -66,7 +67,7 @@ def from_main(work: Callable[[], T]) -> T:
     if not _is_shared():
         return together(work)
     answer = [together(lambda: work() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(answer, src=0, device=group_device())
+    dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
     found: T = answer[0]  # type: ignore[assignment]
     return found
 
@@ -87,8 +88,8 @@ def describe(error: OSError) -> str:
 
 
 def group_device() -> torch.device:
-    """The device whose tensors the process group can exchange."""
-    if dist.get_backend() == "nccl":
+    """The device of this process, whose tensors the process group exchanges fastest."""
+    if "nccl" in dist.get_backend():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 

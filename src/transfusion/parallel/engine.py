@@ -18,8 +18,10 @@ from transfusion.errors import UserError
 from transfusion.model import Transfusion
 from transfusion.parallel.agree import group_device, together
 from transfusion.parallel.environment import Environment
+from transfusion.parallel.results import PendingResult
+from transfusion.parallel.sequence import SequenceGroup, refuse_unshared
 from transfusion.parallel.shards import Shard
-from transfusion.schema import Batch, ImageGroup, LossTerms, StepResult
+from transfusion.schema import Batch, ImageGroup, LossTerms
 
 Weights = Literal["raw", "ema"]
 
@@ -47,15 +49,19 @@ class Engine(Protocol):
     world_size: int
     # Whether a moving average is kept.
     averages: bool
-    # Optimiser updates made, skipped steps left out.
-    updates: int
+    # The ranks that this one shares rows with: which rows to read, and this rank's part of them.
+    sequence: SequenceGroup
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates made, skipped steps left out."""
 
     def forward_backward(self, batch: Batch, counts: GlobalCounts) -> LossTerms:
         """Add the gradient of one micro-batch. Returns this rank's own sums, detached, on its device."""
 
     def step(
         self, learning_rate: float, *, largest_norm: float = math.inf, module_norms: bool = False
-    ) -> StepResult:
+    ) -> PendingResult:
         """Clip by the global norm and update, or skip on all ranks if the gradient of any is not finite.
 
         largest_norm: skip too where the global norm is greater. module_norms: tell the norm of each module.
@@ -81,11 +87,13 @@ def build_engine(config: Config, environment: Environment, codec: Codec | None =
     auto: ZeRO with more than one process or on a GPU, else local. `config.model.vocabulary` must be set.
     codec: of the pictures; None: their pixels.
     Called by all ranks together. Raises UserError on every rank, before anything is built: for the local
-    engine in several processes, ZeRO without DeepSpeed, and an attention that cannot run here.
+    engine in several processes, ZeRO without DeepSpeed, rows that the processes cannot share, and an attention that
+    cannot run here.
     """
     kind = config.train.engine
     if kind == "auto":
         kind = "zero" if environment.world_size > 1 or environment.device.type == "cuda" else "local"
+    together(lambda: refuse_unshared(config, environment.world_size))
     together(lambda: _refuse_attention(config, environment.device))
     if kind == "local":
         if environment.world_size > 1:
@@ -122,8 +130,11 @@ def _refuse_attention(config: Config, device: torch.device) -> None:
         )
 
 
-def build_model(config: Config) -> Transfusion:
-    """The network with uninitialised weights in fp32, on torch's default device."""
+def build_model(config: Config, sequence: SequenceGroup | None = None) -> Transfusion:
+    """The network with uninitialised weights in fp32, on torch's default device.
+
+    sequence: the ranks that share rows, if any do.
+    """
     if config.model.vocabulary == 0:
         raise ValueError("model.vocabulary must hold the tokenizer's size before an engine is built")
     return Transfusion(
@@ -132,6 +143,7 @@ def build_model(config: Config) -> Transfusion:
         attention=config.train.attention,
         head_chunk=config.train.head_chunk,
         activation_checkpointing=config.train.activation_checkpointing,
+        sharing=sequence if sequence is not None and sequence.degree > 1 else None,
     )
 
 

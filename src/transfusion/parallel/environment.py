@@ -64,8 +64,8 @@ class Environment:
 def start(threads: int = 0, *, timeout: timedelta = TIMEOUT) -> Environment:
     """Find this process's place, pick its device, set its threads, and join the other processes.
 
-    threads: CPU threads, 0 for the cores divided by the processes of this machine. The group is NCCL on CUDA
-    and gloo on CPU; a single process has none. Raises UserError when the launcher's variables contradict each
+    threads: CPU threads, 0 for the cores divided by the processes of this machine. The group is gloo, and NCCL
+    too for tensors on CUDA; a single process has none. Raises UserError when the launcher's variables contradict each
     other or the other processes do not answer.
     """
     import torch
@@ -108,7 +108,8 @@ def join_group(environment: Environment, *, timeout: timedelta = TIMEOUT) -> Non
     if environment.world_size == 1:
         options.update(store=dist.HashStore(), rank=0, world_size=1)
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", **options)
+        # Beside NCCL a group of the hosts, for what is no work of the GPUs and must not wait for it.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **options)
         _groups_joined.append(environment)
     except (RuntimeError, ValueError, torch.distributed.DistError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -25,8 +25,10 @@ from transfusion.parallel.engine import (
     training_loss,
 )
 from transfusion.parallel.environment import Environment
+from transfusion.parallel.results import PendingResult, UpdateCount
+from transfusion.parallel.sequence import SequenceGroup
 from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard, module_of
-from transfusion.schema import Batch, LossTerms, StepResult
+from transfusion.schema import Batch, LossTerms
 
 
 class LocalEngine:
@@ -35,7 +37,7 @@ class LocalEngine:
     def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
         self.config = config
         self.device, self.rank, self.world_size = environment.device, 0, 1
-        self.updates = 0
+        self.sequence, self._count = SequenceGroup(), UpdateCount()
         self.loss = MixedLoss(config.diffusion, codec)
         model = build_model(config)
         initialise(model, seed=config.run.seed, layers=config.model.layers)
@@ -51,11 +53,16 @@ class LocalEngine:
         if config.train.compile:
             compile_blocks(self.model)
         parameters = groups.parameter_groups(self.masters, self.masters, config.optimizer.weight_decay)
-        self.optimizer = groups.adamw(parameters, config.optimizer, fused=self.device.type == "cuda")
+        self.optimizer = groups.adamw(parameters, config.optimizer, fused=groups.runs_fused(self.device))
         groups.create_moments(self.optimizer, self.masters.values())
         self.averages = config.optimizer.ema_decay > 0
         averaged = list(self.masters.values()) if self.averages else []
         self.average = MovingAverage(averaged, config.optimizer.ema_decay)
+
+    @property
+    def updates(self) -> int:
+        """See `Engine.updates`."""
+        return self._count.read()
 
     def forward_backward(self, batch: Batch, counts: GlobalCounts) -> LossTerms:
         """See `Engine.forward_backward`; gradients add up in fp32."""
@@ -73,24 +80,27 @@ class LocalEngine:
 
     def step(
         self, learning_rate: float, *, largest_norm: float = math.inf, module_norms: bool = False
-    ) -> StepResult:
+    ) -> PendingResult:
         """See `Engine.step`."""
-        masters = list(self.masters.values())
+        masters, clip = list(self.masters.values()), self.config.optimizer.gradient_clip
         norm = torch.nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
-        gradient_norm = float(norm)
         norms = self._module_norms() if module_norms else None
-        skipped = not math.isfinite(gradient_norm) or gradient_norm > largest_norm
-        if not skipped:
-            torch.nn.utils.clip_grads_with_norm_(masters, self.config.optimizer.gradient_clip, norm)
-            groups.set_learning_rate(self.optimizer, learning_rate)
+        groups.set_learning_rate(self.optimizer, learning_rate)
+        if groups.is_fused(self.optimizer):
+            skipped = groups.judge_on_device(self.optimizer, norm, largest_norm, clip)
             self.optimizer.step()
-            self.updates += 1
-            if self.averages:
-                self.average.update()
+            self.average.update(unless=skipped)
             self._refresh()
+        else:
+            skipped = ~norm.isfinite() | (norm > largest_norm)
+            if not skipped:
+                torch.nn.utils.clip_grads_with_norm_(masters, clip, norm)
+                self.optimizer.step()
+                self.average.update()
+                self._refresh()
+        self._count.add(skipped)
         self.optimizer.zero_grad(set_to_none=True)
-        finite = gradient_norm if math.isfinite(gradient_norm) else math.inf
-        return StepResult(gradient_norm=finite, skipped=skipped, module_norms=None if skipped else norms)
+        return PendingResult(norm, skipped, norms)
 
     @contextmanager
     def evaluation(self, weights: Weights) -> Iterator[Transfusion]:
@@ -124,7 +134,7 @@ class LocalEngine:
 
     def shards_written(self, updates: int) -> None:
         """See `Engine.shards_written`."""
-        self.updates = updates
+        self._count = UpdateCount(updates)
         groups.set_updates(self.optimizer, updates)
         self._refresh()
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from transfusion.codec import Codec
@@ -32,9 +33,11 @@ from transfusion.parallel.engine import (
 )
 from transfusion.parallel.environment import Environment, join_group
 from transfusion.parallel.norms import ModuleNorms, Piece
+from transfusion.parallel.results import PendingResult, UpdateCount
+from transfusion.parallel.sequence import SequenceGroup
 from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
 from transfusion.parallel.zero_config import deepspeed_config
-from transfusion.schema import Batch, LossTerms, StepResult
+from transfusion.schema import Batch, LossTerms
 
 
 class ZeroEngine:
@@ -45,7 +48,10 @@ class ZeroEngine:
         join_group(environment)
         self.config = config
         self.device, self.rank, self.world_size = environment.device, environment.rank, environment.world_size
-        self.updates = 0
+        self._count = UpdateCount()
+        self.sequence = SequenceGroup(
+            config.train.sequence_parallel, rank=self.rank, world_size=self.world_size
+        )
         self.stage = config.train.zero.stage
         self.loss = MixedLoss(config.diffusion, codec)
         with torch.device("meta"):
@@ -67,6 +73,11 @@ class ZeroEngine:
         self.averages = config.optimizer.ema_decay > 0
         self.average = MovingAverage(self.flats if self.averages else [], config.optimizer.ema_decay)
 
+    @property
+    def updates(self) -> int:
+        """See `Engine.updates`."""
+        return self._count.read()
+
     def forward_backward(self, batch: Batch, counts: GlobalCounts) -> LossTerms:
         """See `Engine.forward_backward`; DeepSpeed is told that `step` ends the accumulation."""
         terms = self.loss.terms(self.engine, batch.to(self.device))
@@ -78,20 +89,31 @@ class ZeroEngine:
 
     def step(
         self, learning_rate: float, *, largest_norm: float = math.inf, module_norms: bool = False
-    ) -> StepResult:
-        """See `Engine.step`; DeepSpeed skips the update on all ranks when the reduced norm is not finite."""
+    ) -> PendingResult:
+        """See `Engine.step`.
+
+        With a fused AdamW in stage 3 nothing waits for the device, unless `module_norms` are asked for. Otherwise
+        DeepSpeed reads the norm, and skips the update on all ranks where it is not finite.
+        """
         groups.set_learning_rate(self.adamw, learning_rate)
         self.norms.begin(wanted=module_norms)
-        with _largest_norm(self.zero, largest_norm) as refused:
-            self.engine.step()
-        skipped = not self.engine.was_step_applied()
-        if skipped:
-            return StepResult(gradient_norm=refused[0] if refused else math.inf, skipped=True)
-        self.updates += 1
-        if self.averages:
-            self.average.update()
-        norm = float(self.engine.get_global_grad_norm())
-        return StepResult(gradient_norm=norm, skipped=False, module_norms=self.norms.take(norm))
+        on_device = groups.is_fused(self.adamw) and self.stage == 3 and not self.zero.offload_optimizer
+        if on_device:
+            with _judged_on_device(self.zero, self.adamw, largest_norm) as judged:
+                self.engine.step()
+            norm, skipped = judged
+            self.average.update(unless=skipped)
+        else:
+            with _largest_norm(self.zero, largest_norm) as refused:
+                self.engine.step()
+            applied = self.engine.was_step_applied()
+            if applied:
+                self.average.update()
+            kept = self.engine.get_global_grad_norm() if applied else refused[0] if refused else math.inf
+            norm, skipped = torch.as_tensor(kept), torch.tensor(not applied)
+        self._count.add(skipped)
+        norms = self.norms.take(float(norm)) if module_norms and not skipped else None
+        return PendingResult(norm, skipped, norms)
 
     @contextmanager
     def evaluation(self, weights: Weights) -> Iterator[Transfusion]:
@@ -125,7 +147,7 @@ class ZeroEngine:
 
     def shards_written(self, updates: int) -> None:
         """See `Engine.shards_written`."""
-        self.updates = updates
+        self._count = UpdateCount(updates)
         groups.set_updates(self.adamw, updates)
         self._refresh()
 
@@ -138,10 +160,10 @@ class ZeroEngine:
         # Stage 3 shards every module as soon as it is made, so that no rank ever holds the whole model. The dtype
         # is read from the settings: given as an argument, it is ignored on CPUs without fp16, which get bf16.
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=self.stage == 3):
-            model = build_model(self.config)
+            model = build_model(self.config, self.sequence)
         parameters = dict(model.named_parameters())
         decayed = groups.parameter_groups(described, parameters, self.config.optimizer.weight_decay)
-        self.adamw = groups.adamw(decayed, self.config.optimizer, fused=cuda)
+        self.adamw = groups.adamw(decayed, self.config.optimizer, fused=groups.runs_fused(self.device))
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=model, optimizer=self.adamw, config=settings
         )
@@ -174,11 +196,44 @@ class ZeroEngine:
             self.zero.update_lp_params()
             return
         self.zero._partition_all_parameters()
+        # Second copies (hpZ) are of the former weights.
+        self.zero.invalidate_secondary_tensor()
         for group in range(len(self.flats)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         kept = self.zero.persistent_parameters
         if kept:
             kept[0].all_gather(kept)
+
+
+@contextmanager
+def _judged_on_device(zero: Any, adamw: torch.optim.AdamW, largest: float) -> Iterator[list[Tensor]]:
+    """Have DeepSpeed's step of stage 3 clip and skip inside of AdamW, without reading the norm.
+
+    Yields a list that holds the norm and whether the step was skipped, once it was made.
+    """
+    home = sys.modules[type(zero).__module__]
+    judge, judged = home.is_invalid_grad_norm, []
+
+    def norms() -> list[Tensor]:
+        # As DeepSpeed's own, but that one copies a constant to the device for each group, which waits for it.
+        squares = [
+            torch.stack([norm.double() for norm in torch._foreach_norm(gradients)]).square().sum()
+            for gradients in zero.averaged_gradients.values()
+        ]
+        total = torch.stack(squares)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        norm = total.sum().sqrt()
+        judged.extend([norm, groups.judge_on_device(adamw, norm, largest, zero.clip_grad)])
+        return [norm]
+
+    home.is_invalid_grad_norm = lambda norm: False  # type: ignore[attr-defined]
+    zero._get_norm_groups, zero.unscale_and_clip_grads = norms, lambda group, norm: None
+    try:
+        yield judged
+    finally:
+        home.is_invalid_grad_norm = judge  # type: ignore[attr-defined]
+        del zero._get_norm_groups, zero.unscale_and_clip_grads
 
 
 @contextmanager

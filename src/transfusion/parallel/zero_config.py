@@ -77,6 +77,8 @@ def deepspeed_config(config: Config, *, world_size: int, cuda: bool) -> dict[str
             "leaf_module": {"classes": LEAF_MODULES},
             **_offload(zero, cuda=cuda),
         },
+        # It would wait for the device twice a step.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "memory_breakdown": False,

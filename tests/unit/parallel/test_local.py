@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from handmade import (
+    HostReads,
     counts_of,
     join_rows,
     make_batch,
@@ -23,6 +24,7 @@ from transfusion_kernels import dispatch
 from transfusion.errors import UserError
 from transfusion.mixed_loss import MixedLoss
 from transfusion.model.initialise import initialise
+from transfusion.optim import groups
 from transfusion.parallel.engine import build_engine, build_model, global_counts, training_loss
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
@@ -91,6 +93,39 @@ def test_a_broken_picture_skips_the_step(precision: str) -> None:
     assert engine.updates == 1
     _, result = train_step(engine, [make_batch("mixed", 3)])
     assert not result.skipped
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_fused_optimiser_asks_the_host_nothing(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has it, which clips, skips and averages by itself: it learns what the other learns, to rounding."""
+    config = small_config(train__precision=precision, optimizer__ema_decay=0.5, optimizer__gradient_clip=0.5)
+    asking = LocalEngine(config, ALONE)
+    monkeypatch.setattr(groups, "runs_fused", lambda device: True)
+    fused = LocalEngine(config, ALONE)
+    places: list[str] = []
+    for step in range(4):
+        batch = make_batch("mixed", step)
+        with HostReads() as reads:
+            fused.forward_backward(batch, global_counts([batch]))
+            pending = fused.step(1e-3)
+        places += reads.places
+        _, wanted = train_step(asking, [batch])
+        assert pending.read().gradient_norm == pytest.approx(wanted.gradient_norm, rel=2e-3)
+        assert pending.read().gradient_norm > 0.5
+    assert places == []
+    before, expected = state_of(fused), state_of(asking)
+    largest = 1e-6 if precision == "fp32" else 2e-3
+    assert max(float((before[key] - expected[key]).abs().max()) for key in before) < largest
+    with HostReads() as reads:
+        train_step(asking, [batch])
+    assert reads.places != []
+    _, broken = train_step(fused, [with_broken_image(make_batch("mixed", 2))])
+    fused.forward_backward(batch, global_counts([batch]))
+    too_large = fused.step(1e-3, largest_norm=0.5).read()
+    assert broken.skipped and broken.gradient_norm == float("inf")
+    assert too_large.skipped and too_large.gradient_norm > 0.5
+    assert same_state(before, state_of(fused))
+    assert fused.updates == 4
 
 
 def test_a_loss_that_overflows_makes_its_gradient_nan() -> None:
