@@ -135,7 +135,7 @@ def _launched_for_masks(target: str) -> dict[str, Any]:
     )
 
     def launch() -> None:
-        bounds = bounds_from_spans(*spans, length.long())
+        bounds = bounds_from_spans(spans[0], spans[1], length.long())
         longest_first(*columns(*bounds, _LENGTH), TILE_ROWS)
 
     return compile_launches(target, launch)
