@@ -115,11 +115,13 @@ def test_norms_by_module_and_a_greatest_norm(pair: Findings, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["nothing kept", "stage 2"])
 def test_ranks_start_from_a_llama_each_with_its_own_slices(pair: Findings, kind: str) -> None:
-    """Bit for bit the weights in the files; no more is read at once than one tensor."""
-    for found in pair(f"from a Llama: {kind}"):
-        assert found["same"] and found["read at once"]
-        assert found["share read"] < 0.6
-        assert found["next loss"] < 1e-6
+    """Bit for bit the weights in the files; no more is read at once than one tensor, and little by both ranks."""
+    ranks = pair(f"from a Llama: {kind}")
+    for found in ranks:
+        assert found["same"] and found["read at once"] and found["next loss"] < 1e-6
+    # Stages 1 and 2 cut the whole in two, and so the Llama's part of it unevenly.
+    assert sum(found["share read"] for found in ranks) < 1.2
+    assert max(found["share read"] for found in ranks) < (0.6 if kind == "nothing kept" else 0.8)
 
 
 @pytest.mark.parametrize("kind", ["defaults", "nothing kept", "unet", "stage 2"])
