@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,12 @@ from transfusion.data.rows import RowBuilder, RowSettings
 from transfusion.data.sequence import PAIR_CONTROL_TOKENS
 from transfusion.data.shardindex import ShardIndex, index_shard
 from transfusion.data.shards import write_shards
+from transfusion.model.count import count_parameters
+from transfusion.observe.flops import FlopModel, Work
 from transfusion.observe.memory import peak_gib
+from transfusion.observe.utilisation import published_tflops
 from transfusion.parallel import environment
-from transfusion.parallel.engine import Engine, build_engine, build_model, global_counts
+from transfusion.parallel.engine import Engine, build_engine, global_counts
 from transfusion.schema import Batch, BatchCounts, LossTerms, SpecialToken
 
 RESULT = Path(__file__).resolve().parent / "results" / "step.json"
@@ -64,12 +66,11 @@ TINY = (
 )
 VOCABULARY = 32_000
 DOCUMENTS, PICTURES, DIFFERENT_STEPS = 512, 16, 4
-# Published dense bf16 peaks in TFLOP/s, by a part of the device's name; the first that fits.
-PUBLISHED_PEAKS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "B200": 2250.0}
+CONVENTIONS = ("exact", "hardware", "palm")
 FORMULAS = {
-    "exact": "6 * N * tokens + 12 * width * layers * visible pairs; N: matrices, without the embedding table",
-    "done": "the same, but each matrix only for the positions that pass through it (text head: text targets)",
-    "palm": "(6 * N + 12 * width * layers * row length) * positions, padding and hidden pairs included",
+    "exact": "6 * elements of each matrix * the real positions that pass it + 12 * width * layers * visible pairs",
+    "hardware": "with padding, 14 * width a pair, and what is recomputed: its mfu is called HFU",
+    "palm": "(6 * N + 12 * width * layers * row length) * positions; N: parameters without the embedding table",
     "mfu": "FLOPs a second over the published dense bf16 peak of the device; null where that is not known",
     "share": "FLOPs a second over the matrix products measured in the same run",
 }
@@ -86,7 +87,7 @@ def synthetic_sources(config: Config, folder: Path) -> list[SourceIndex]:
     captions = random.integers(8, 65, DOCUMENTS).clip(max=max(1, longest_caption))
     return [
         _source("texts", texts, [], config, folder, random),
-        _source("pictures", captions, [_png(config, random) for _ in range(PICTURES)], config, folder, random),
+        _source("pictures", captions, [png_of(config, random) for _ in range(PICTURES)], config, folder, random),
     ]  # fmt: skip
 
 
@@ -121,7 +122,8 @@ class RandomEncoder:
         return self._random.integers(len(SpecialToken), self.vocabulary, int(text)).tolist()
 
 
-def _png(config: Config, random: np.random.Generator) -> bytes:
+def png_of(config: Config, random: np.random.Generator) -> bytes:
+    """A picture of random values, as large as the codec's."""
     side = config.codec.image_size
     values = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
     stream = io.BytesIO()
@@ -155,74 +157,20 @@ def synthetic_steps(config: Config, steps: int, rank: int = 0, world_size: int =
 # What a step computes
 
 
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations of one step under each convention of `FORMULAS`."""
-
-    exact: float
-    done: float
-    palm: float
-
-    @classmethod
-    def of(cls, config: Config, batches: Sequence[Batch]) -> Work:
-        """Of these micro-batches, forward and backward; recomputation does not count."""
-        counts = total_counts(batches)
-        matrices = matrix_elements(config)
-        elements = sum(matrices.values())
-        positions = sum(batch.token_ids_BS.numel() for batch in batches)
-        patches = counts.images * config.patches_per_image
-        per_pair = 12 * config.model.width * config.model.layers
-        attention = per_pair * sum(batch.mask.visible_pairs() for batch in batches)
-        passed = {
-            "blocks": counts.tokens,
-            "text_head": counts.text_targets,
-            "patches": patches,
-            "timestep": counts.images,
+def rates(work: Work, seconds: float, device: torch.device, measured_tflops: float) -> dict[str, Any]:
+    """Each convention of `observe.flops` as TFLOP/s, share of the published peak and of the measured products."""
+    published = published_tflops(device)
+    told = {}
+    for name in CONVENTIONS:
+        operations = getattr(work, name).total
+        speed = operations / seconds / 1e12
+        told[name] = {
+            "tflop": operations / 1e12,
+            "tflops": speed,
+            "mfu": speed / published if published else None,
+            "share": speed / measured_tflops,
         }
-        return cls(
-            exact=6 * elements * counts.tokens + attention,
-            done=6 * sum(matrices[part] * passed[part] for part in matrices) + attention,
-            palm=(6 * elements + per_pair * config.data.row_length) * positions,
-        )
-
-    def rates(self, seconds: float, device: torch.device, measured_tflops: float) -> dict[str, Any]:
-        """Each convention as TFLOP/s, MFU and share of the measured products."""
-        published = published_tflops(device)
-        rates = {}
-        for name, operations in vars(self).items():
-            speed = operations / seconds / 1e12
-            rates[name] = {
-                "tflop": operations / 1e12,
-                "tflops": speed,
-                "mfu": speed / published if published else None,
-                "share": speed / measured_tflops,
-            }
-        return rates
-
-
-def matrix_elements(config: Config) -> dict[str, int]:
-    """Elements of the matrices that multiply, by where their inputs come from."""
-    with torch.device("meta"):
-        model = build_model(config)
-    timestep = _matrices(model.patch_encoder.timestep)
-    return {
-        "blocks": _matrices(model.blocks),
-        "text_head": _matrices(model.text_head),
-        "patches": _matrices(model.patch_encoder) + _matrices(model.patch_decoder) - timestep,
-        "timestep": timestep,
-    }
-
-
-def _matrices(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
-
-
-def published_tflops(device: torch.device) -> float | None:
-    """The maker's dense bf16 figure, None where it is not known here."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PUBLISHED_PEAKS.items() if part in name), None)
+    return told
 
 
 def total_counts(batches: Sequence[Batch]) -> BatchCounts:
@@ -305,12 +253,12 @@ def _result(
     tokens = statistics.mean(count.tokens for count in counts)
     padding = statistics.mean(count.padding for count in counts)
     images = statistics.mean(count.images for count in counts)
-    works = [Work.of(config, step) for step in data]
-    work = Work(*(statistics.mean(values) for values in zip(*(vars(w).values() for w in works), strict=True)))
+    flops = FlopModel(config)
+    work = sum((flops.of(step) for step in data), Work()).scaled(1 / len(data))
     return {
         "engine": type(engine).__name__,
         "processes": engine.world_size,
-        "parameters": matrix_elements(config),
+        "parameters": count_parameters(config.model, config.codec),
         "micro_batches": len(data[0]),
         "tokens": tokens,
         "images": images,
@@ -324,7 +272,7 @@ def _result(
         "peak_gib": peak_gib(engine.device),
         "loss_first_and_last": [losses[0], losses[-1]],
         "published_tflops": published_tflops(engine.device),
-        "rates": work.rates(seconds, engine.device, limits.gemm_tflops[config.train.precision]),
+        "rates": rates(work, seconds, engine.device, limits.gemm_tflops[config.train.precision]),
         "limits": limits.as_dict(),
     }
 
@@ -338,8 +286,9 @@ def summary(step: dict[str, Any]) -> str:
     ]
     for name, rate in step["rates"].items():
         mfu = "unknown" if rate["mfu"] is None else f"{rate['mfu']:.1%}"
+        kind = "HFU" if name == "hardware" else "MFU"
         lines.append(
-            f"{name:<6}{rate['tflops']:>9.3g} TFLOP/s  MFU {mfu:>7}  of the products {rate['share']:.1%}"
+            f"{name:<9}{rate['tflops']:>9.3g} TFLOP/s  {kind} {mfu:>7}  of the products {rate['share']:.1%}"
         )
     return "\n".join(lines)
 

@@ -142,6 +142,31 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="a file of configs/train")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, in machines of eight")] = 1,
+    gpu: Annotated[Literal["h200", "h100", "a100"], typer.Option(help="which GPU")] = "h200",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    pair_share: Annotated[
+        float, typer.Option(min=0, max=1, help="of the tokens, in pairs with a picture")
+    ] = 0.5,
+    text_tokens: Annotated[int, typer.Option(min=3, help="tokens of a text")] = 1024,
+    caption_tokens: Annotated[int, typer.Option(min=1, help="tokens of a caption")] = 32,
+) -> None:
+    """Predict memory, speed and cost of a run, and say what would not fit and which setting mends it."""
+    from transfusion import presets
+
+    # The autoencoder need not be there yet.
+    resolved = presets.load(config, overrides or [], reads_codec=False)
+    from transfusion.plan import Mixture, make_plan, report, warnings
+
+    mixture = Mixture(pair_share=pair_share, text_tokens=text_tokens, caption_tokens=caption_tokens)
+    made = make_plan(resolved, gpus, gpu, mixture)
+    print(json.dumps({**made.as_dict(), "warnings": warnings(made)}, indent=2) if as_json else report(made))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder, or one of its checkpoints")],
     out: Annotated[Path, typer.Option(help="folder for config.json, weights and tokenizer")],

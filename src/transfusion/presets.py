@@ -22,14 +22,15 @@ from transfusion.errors import UserError
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path | None, overrides: Sequence[str] = (), *, reads_codec: bool = True) -> Config:
     """Read `path` (None: the defaults), apply `section.key=value` overrides, check everything.
 
     A YAML file may name another under `base:`, relative to itself; its own values win.
+    reads_codec: take from codec.folder what it tells; without it the folder need not be there.
     Raises UserError with one line for each mistake.
     """
     values, problems, where = _plain(path, overrides)
-    if isinstance(values.get("codec"), dict):
+    if reads_codec and isinstance(values.get("codec"), dict):
         values["codec"] = codec_folder.completed(values["codec"], problems)
     return check(values, problems=problems, where=where)
 

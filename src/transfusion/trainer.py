@@ -7,6 +7,7 @@ import math
 import sys
 from collections import deque
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from transfusion.checkpoint.llama import start_from_llama
@@ -32,6 +33,7 @@ from transfusion.observe.record import Record
 from transfusion.observe.runfolder import RunFolder, start_logging
 from transfusion.observe.sinks import refuse_missing_sink
 from transfusion.observe.spikes import SpikeDetector
+from transfusion.observe.utilisation import Utilisation
 from transfusion.observe.watchdog import LOADER, Watchdog
 from transfusion.optim.schedule import learning_rate
 from transfusion.parallel import environment
@@ -39,7 +41,7 @@ from transfusion.parallel.agree import Signals, agree, from_main, gather, togeth
 from transfusion.parallel.engine import Engine, Weights, build_engine, global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.results import PendingResult
-from transfusion.schema import Decision, LossTerms, StepResult, TrainState
+from transfusion.schema import Batch, Decision, LossTerms, StepResult, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,7 @@ class Trainer:
             samples=self.loader.samples,
         )
         self.spikes = SpikeDetector(config.train.spike_factor, config.train.spike_window, self.state.recent)
+        self.utilisation = Utilisation(self.config, here.device)
         self.clock = Clock()
         # Loss sums of the steps since the last line of metrics.
         self.pending: list[LossTerms] = []
@@ -177,7 +180,7 @@ class Trainer:
             # Together: the loader processes of a single rank may have died.
             batches = [
                 self.engine.sequence.share(batch).to(self.engine.device)
-                for batch in together(self.loader.next_step)
+                for batch in together(self._next_step)
             ]
         self.watchdog.note("forward and backward", self.state.step, alike=alike)
         counts = global_counts(batches, self.config.codec)
@@ -191,6 +194,12 @@ class Trainer:
         self.state.tokens += tokens
         self.state.data = self.loader.state()
         return result
+
+    def _next_step(self) -> list[Batch]:
+        """This rank's micro-batches, on the host, where they are counted."""
+        batches = self.loader.next_step()
+        self.utilisation.note(batches)
+        return batches
 
     def _settle(self, left: int) -> StepResult | None:
         """Read what steps came to, all but the newest `left`, and bring a checkpoint back where they went wrong.
@@ -336,7 +345,7 @@ class Trainer:
     def _log(self, record: Record | None, result: StepResult, *, held_out: bool) -> None:
         """Sum the losses over steps and ranks (all ranks together) and write a line (the main process)."""
         self.watchdog.note("held-out losses and metrics", self.state.step)
-        losses = MeanLosses.over_ranks(self.pending, self.config)
+        losses = MeanLosses.over_ranks(self.pending, self.config, self.utilisation.take())
         self.pending = []
         self.state.images += losses.images
         judged = self._held_out_losses() if held_out else None
@@ -346,6 +355,7 @@ class Trainer:
 
     def _metrics(self, result: StepResult, losses: MeanLosses, judged: MeanLosses | None) -> StepMetrics:
         lap = self.clock.lap()
+        shares = self.utilisation.shares(losses.also, lap.seconds, self.here.world_size)
         return StepMetrics(
             step=self.state.step,
             loss=losses.total,
@@ -362,6 +372,7 @@ class Trainer:
             images=self.state.images,
             tokens_per_second=lap.tokens_per_second,
             data_wait=lap.shares.get("data", 0.0),
+            **asdict(shares),
             memory_gib=peak_gib(self.engine.device),
             held_out_text_loss=judged.text if judged else None,
             held_out_image_loss=judged.image if judged else None,

@@ -34,7 +34,7 @@ from transfusion.trainer import Trainer
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 # Of a line of metrics, all but time and speed.
-TIMED = {"time", "attempt", "tokens_per_second", "data_wait", "memory_gib"}
+TIMED = {"time", "attempt", "tokens_per_second", "data_wait", "memory_gib", "gemm_share"}
 
 
 class Killed(BaseException):
@@ -166,9 +166,10 @@ def test_a_step_between_logs_reads_nothing_and_is_settled_late(
     honest = Trainer.train_step
 
     def watched(self: Trainer) -> Any:
-        batches = self.loader.next_step()
+        # Read, and counted, while still on the host.
+        batches = self._next_step()
         with monkeypatch.context() as patch, HostReads() as reads:
-            patch.setattr(self.loader, "next_step", lambda: batches)
+            patch.setattr(self, "_next_step", lambda: batches)
             result = honest(self)
         places.extend(reads.places)
         return result

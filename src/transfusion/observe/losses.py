@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,16 +23,22 @@ class MeanLosses:
     total: float
     image_by_timestep: list[float | None]
     images: int
+    also: list[float] = field(default_factory=list)
 
     @classmethod
-    def over_ranks(cls, parts: Sequence[LossTerms], config: Config) -> MeanLosses:
-        """Add up the parts of all ranks, in one collective; all ranks get the same answer."""
+    def over_ranks(cls, parts: Sequence[LossTerms], config: Config, also: Sequence[float] = ()) -> MeanLosses:
+        """Add up the parts of all ranks, in one collective; all ranks get the same answer.
+
+        also: other figures to be added up over the ranks on the way, as many on each.
+        """
         summed = functools.reduce(LossTerms.plus, (part.double() for part in parts))
-        flat = torch.cat([term.reshape(-1) for term in summed])
+        figures = torch.tensor(also, dtype=torch.float64, device=summed.text_sum.device)
+        flat = torch.cat([*(term.reshape(-1) for term in summed), figures])
         if dist.is_initialized() and dist.get_world_size() > 1:
             flat = flat.to(group_device())
             dist.all_reduce(flat)
-        text_sum, text_count, image_sum, image_count, *buckets = flat.tolist()
+        text_sum, text_count, image_sum, image_count, *rest = flat.tolist()
+        buckets, sums = rest[: len(rest) - len(also)], rest[len(rest) - len(also) :]
         half = len(buckets) // 2
         text, image = _ratio(text_sum, text_count), _ratio(image_sum, image_count)
         return cls(
@@ -41,6 +47,7 @@ class MeanLosses:
             total=(text or 0.0) + config.diffusion.image_loss_weight * (image or 0.0),
             image_by_timestep=[_ratio(a, b) for a, b in zip(buckets[:half], buckets[half:], strict=True)],
             images=round(image_count / (config.codec.depth * config.codec.latent_size**2)),
+            also=sums,
         )
 
 

@@ -78,6 +78,8 @@ def describe(line: Mapping[str, Any], *, seconds_left: float | None = None) -> s
         _figure("image", line.get("image_loss"), ".4f"),
         _figure("gradient", line.get("gradient_norm"), ".3f"),
         _figure("", line.get("tokens_per_second"), ",.0f", " tok/s"),
+        _figure("MFU", line.get("mfu"), ".1%"),
+        _figure("of GEMM", line.get("gemm_share") if line.get("mfu") is None else None, ".0%"),
         _figure("data wait", line.get("data_wait"), ".1%"),
         _figure("", line.get("memory_gib"), ".2f", " GiB"),
         f"{line['skipped']} skipped" if line.get("skipped") else "",

@@ -27,6 +27,10 @@ PANELS = {
     "roll_backs": "optimizer/roll_backs",
     "tokens_per_second": "speed/tokens_per_second",
     "data_wait": "speed/data_wait",
+    "mfu": "speed/mfu",
+    "hfu": "speed/hfu",
+    "mfu_palm": "speed/mfu_palm",
+    "gemm_share": "speed/gemm_share",
     "memory_gib": "speed/memory_gib",
 }
 

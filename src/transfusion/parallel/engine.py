@@ -175,7 +175,7 @@ def global_counts(batches: Sequence[Batch], codec: CodecConfig | None = None) ->
     text = torch.stack([batch.text_weight_BS.sum(dtype=torch.float64) for batch in batches]).sum()
     image = torch.stack(
         [
-            group.image_weight_I.sum(dtype=torch.float64) * _latent_elements(group, codec)
+            group.image_weight_I.sum(dtype=torch.float64) * math.prod(latent_shape(group, codec))
             for batch in batches
             for group in batch.images
         ]
@@ -187,12 +187,12 @@ def global_counts(batches: Sequence[Batch], codec: CodecConfig | None = None) ->
     return GlobalCounts(*counts.float())
 
 
-def _latent_elements(group: ImageGroup, codec: CodecConfig | None) -> int:
-    """Of each image of the group, known before it is encoded."""
+def latent_shape(group: ImageGroup, codec: CodecConfig | None) -> tuple[int, int, int]:
+    """[C, H, W] of the latents of each image of the group, known before it is encoded; codec None: pixels."""
     _, channels, height, width = group.values.shape
     if codec is not None and not group.values.is_floating_point():
-        channels, height, width = codec.latent_shape(height, width)
-    return channels * height * width
+        return codec.latent_shape(height, width)
+    return channels, height, width
 
 
 def training_loss(loss: Tensor) -> Tensor:

@@ -1,0 +1,173 @@
+"""Floating-point operations of training, by three conventions.
+
+exact: what must be computed. Each matrix multiplies the real positions that pass through it (the text head: those
+with a target), attention is counted by the visible pairs of the mask, 4 * width forward and 8 * width backward a
+pair and layer; the first matrices have no gradient of their input. Padding and recomputation do not count.
+hardware: what is computed. Padding and images of weight 0 count, the attention's backward pass makes its scores
+again (10 * width a pair), and what activation checkpointing recomputes counts once more.
+palm: (6 * N + 12 * width * layers * row length) * positions, as PaLM counts (Chowdhery et al., 2022, appendix B); N:
+parameters without the embedding table. Hidden pairs and padding are included: only to compare like with like.
+
+B rows, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from transfusion.config import CodecConfig, Config
+from transfusion.model import Transfusion
+from transfusion.parallel.engine import latent_shape
+from transfusion.schema import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Floating-point operations outside of attention, and of it."""
+
+    products: float = 0.0
+    attention: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(self.products + other.products, self.attention + other.attention)
+
+    def scaled(self, factor: float) -> Operations:
+        return Operations(factor * self.products, factor * self.attention)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Operations of some training, forward and backward, under each convention."""
+
+    exact: Operations = Operations()
+    hardware: Operations = Operations()
+    palm: Operations = Operations()
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.exact + other.exact, self.hardware + other.hardware, self.palm + other.palm)
+
+    def scaled(self, factor: float) -> Work:
+        return Work(self.exact.scaled(factor), self.hardware.scaled(factor), self.palm.scaled(factor))
+
+
+class ImageLoad(NamedTuple):
+    """Images of one shape, latents [C, H, W]. carried: with those of weight 0, which only keep ranks alike."""
+
+    shape: tuple[int, int, int]
+    real: int
+    carried: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a micro-batch holds, as far as operations depend on it.
+
+    positions: rows times row length. tokens: those that are no padding. pairs: visible (query, key) pairs.
+    """
+
+    positions: int
+    tokens: int
+    text_targets: int
+    pairs: int
+    images: tuple[ImageLoad, ...]
+
+    @classmethod
+    def of(cls, batch: Batch, codec: CodecConfig) -> Workload:
+        """Of a batch that is still on the host: on a GPU its mask would have to be waited for."""
+        return cls(
+            positions=batch.token_ids_BS.numel(),
+            tokens=batch.counts.tokens,
+            text_targets=batch.counts.text_targets,
+            pairs=batch.mask.visible_pairs(),
+            images=tuple(
+                ImageLoad(
+                    latent_shape(group, codec), int(group.image_weight_I.sum()), len(group.image_weight_I)
+                )
+                for group in batch.images
+            ),
+        )
+
+
+class FlopModel:
+    """Operations of a configuration's network for any workload. `config.model.vocabulary` must be set."""
+
+    def __init__(self, config: Config) -> None:
+        with torch.device("meta"):
+            self._model = Transfusion(config.model, config.codec)
+        model = config.model
+        self.pair = model.heads * model.head_dim * model.layers
+        self.blocks = _matrices(self._model.blocks)
+        self.text_head = _matrices(self._model.text_head)
+        self.recomputes = config.train.activation_checkpointing
+        self.recomputed = _recomputed(self._model, self.recomputes)
+        self.counted = (
+            sum(p.numel() for p in self._model.parameters()) - config.model.vocabulary * model.width
+        )
+        self.row_length = config.data.row_length
+        self.codec = config.codec
+        self._images: dict[tuple[tuple[int, ...], bool], int] = {}
+
+    def work(self, load: Workload) -> Work:
+        """Of one forward and backward pass over a micro-batch."""
+        real = sum(self.image_operations(each.shape) * each.real for each in load.images)
+        again = self.recomputes == "block"
+        carried = sum(self.image_operations(each.shape, again) * each.carried for each in load.images)
+        head = 6 * self.text_head * load.text_targets
+        scores = 14 if self.recomputes == "none" else 18
+        return Work(
+            exact=Operations(6 * self.blocks * load.tokens + head + real, 12 * self.pair * load.pairs),
+            hardware=Operations(
+                (6 * self.blocks + 2 * self.recomputed) * load.positions + head + carried,
+                scores * self.pair * load.pairs,
+            ),
+            palm=Operations(
+                6 * self.counted * load.positions, 12 * self.pair * self.row_length * load.positions
+            ),
+        )
+
+    def of(self, batches: Sequence[Batch]) -> Work:
+        """Of some micro-batches that are still on the host."""
+        return sum((self.work(Workload.of(batch, self.codec)) for batch in batches), Work())
+
+    def image_operations(self, shape: tuple[int, int, int], recomputes: bool = False) -> int:
+        """Forward and backward through patch encoder and decoder, for one image [C, H, W]: counted, not derived.
+
+        What a U-Net attends to inside of an image is counted with the products.
+        """
+        key = (shape, recomputes)
+        if key not in self._images:
+            self._model.recomputes_blocks = recomputes
+            with FlopCounterMode(display=False) as counter:
+                noisy = torch.zeros(1, *shape, device="meta")
+                encoding = self._model.encode_patches([noisy], torch.zeros(1, device="meta").long())
+                self._model.decode_patches(encoding.patch_ND, encoding).sum().backward()
+            self._images[key] = counter.get_total_flops()
+        return self._images[key]
+
+
+def _recomputed(model: Transfusion, what: str) -> int:
+    """Elements of the blocks' matrices that multiply once more in the backward pass.
+
+    Recomputation ends once all saved tensors are there again: the last product of what is recomputed is not made.
+    """
+    last = {"none": None, "block": "feed_forward.down", "attention": "attention.out"}[what]
+    if last is None:
+        return 0
+    parts = [block if what == "block" else block.get_submodule("attention") for block in model.blocks]
+    return sum(_matrices(part) for part in parts) - sum(
+        _matrices(block.get_submodule(last)) for block in model.blocks
+    )
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)

@@ -1,0 +1,66 @@
+"""The network of a configuration in numbers, from its real modules on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from transfusion.config import Config
+from transfusion.parallel.engine import build_model
+
+VOCABULARY_OF_THE_PAPER = 32_000
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Parameters, in elements. parts: by child of the network. sizes: of each parameter, in the network's order.
+
+    block: of the largest block. outside: of each parameter that is in none.
+    """
+
+    parts: Mapping[str, int]
+    sizes: tuple[int, ...]
+    block: int
+    outside: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return sum(self.sizes)
+
+    def larger_than(self, threshold: int) -> int:
+        """Elements in parameters of at least `threshold`: those that stage 3 shards."""
+        return sum(size for size in self.sizes if size >= threshold)
+
+    @property
+    def largest(self) -> int:
+        """Of one parameter."""
+        return max(self.sizes)
+
+    @property
+    def largest_gather(self) -> int:
+        """The most that ZeRO-3 gathers at once: a block, or what is outside of them and largest."""
+        return max(self.block, *self.outside)
+
+    @classmethod
+    def of(cls, config: Config) -> Network:
+        """`config.model.vocabulary` must be set."""
+        with torch.device("meta"):
+            model = build_model(config)
+        parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+        parameters = dict(model.named_parameters())
+        return cls(
+            parts=parts,
+            sizes=tuple(parameter.numel() for parameter in parameters.values()),
+            block=max(sum(p.numel() for p in block.parameters()) for block in model.blocks),
+            outside=tuple(p.numel() for name, p in parameters.items() if not name.startswith("blocks.")),
+        )
+
+
+def with_vocabulary(config: Config) -> Config:
+    """A vocabulary that the tokenizer would give is taken to be the paper's."""
+    if config.model.vocabulary:
+        return config
+    model = config.model.model_copy(update={"vocabulary": VOCABULARY_OF_THE_PAPER})
+    return config.model_copy(update={"model": model})

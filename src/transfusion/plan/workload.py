@@ -1,0 +1,95 @@
+"""How a step is shared among GPUs, and what it is expected to hold before any data are read.
+
+Documents of two kinds: texts of one length, and pairs of one image with a caption of one length, until rows are full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transfusion.config import Config
+from transfusion.data.sequence import PAIR_CONTROL_TOKENS
+from transfusion.errors import UserError
+from transfusion.observe.flops import ImageLoad, Workload
+
+# Targets of a pair beside the tokens of its caption: <BOI> and <EOS>; see `data.sequence`.
+CONTROL_TARGETS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Division:
+    """How the rows of a step are shared. groups: ranks that have other rows than each other.
+
+    micro_rows: rows of a micro-batch, of which every rank of a group has a part of the positions.
+    """
+
+    gpus: int
+    sequence_ranks: int
+    micro_rows: int
+    micro_batches: int
+
+    @property
+    def groups(self) -> int:
+        return self.gpus // self.sequence_ranks
+
+    @classmethod
+    def of(cls, config: Config, gpus: int) -> Division:
+        """Raises UserError, with what would do, where the rows cannot be shared among so many."""
+        sequence_ranks = config.train.sequence_parallel
+        groups, rest = divmod(gpus, sequence_ranks)
+        if rest or config.data.rows % max(1, groups):
+            raise UserError(_uneven(config, gpus, sequence_ranks))
+        rows = config.data.rows // groups
+        micro_rows = min(config.data.micro_rows or rows, rows)
+        return cls(
+            gpus=gpus,
+            sequence_ranks=sequence_ranks,
+            micro_rows=micro_rows,
+            micro_batches=-(-rows // micro_rows),
+        )
+
+
+def _uneven(config: Config, gpus: int, sequence_ranks: int) -> str:
+    rows = config.data.rows
+    remedies = [f"data.rows={-(-rows // gpus) * gpus}"]
+    if fewer := [
+        count
+        for count in range(1, gpus)
+        if count % sequence_ranks == 0 and rows % (count // sequence_ranks) == 0
+    ]:
+        remedies.append(f"--gpus {fewer[-1]}")
+    return (
+        f"{rows} rows a step (data.rows) cannot be shared by {gpus} GPUs"
+        + (f" in groups of {sequence_ranks}" if sequence_ranks > 1 else "")
+        + f": {' or '.join(remedies)}"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """The documents assumed. pair_share: of the tokens, in pairs with a picture (the paper: half).
+
+    text_tokens, caption_tokens: of a text with its two control tokens, and of a caption without them.
+    """
+
+    pair_share: float = 0.5
+    text_tokens: int = 1024
+    caption_tokens: int = 32
+
+    def workload(self, config: Config, rows: int) -> Workload:
+        """Of `rows` rows without padding; at least one image, as in every batch."""
+        positions = rows * config.data.row_length
+        patches = config.patches_per_image
+        pair = patches + PAIR_CONTROL_TOKENS + self.caption_tokens
+        images = round(positions * self.pair_share / pair)
+        text = min(self.text_tokens, config.data.row_length)
+        texts = max(0.0, (positions - images * pair) / text)
+        pairs_of_pair = pair * (pair + 1) // 2 + patches * (patches - 1) // 2
+        side = config.codec.latent_size
+        return Workload(
+            positions=positions,
+            tokens=positions,
+            text_targets=round(texts * (text - 1) + images * (self.caption_tokens + CONTROL_TARGETS)),
+            pairs=round(texts * text * (text + 1) / 2 + images * pairs_of_pair),
+            images=(ImageLoad((config.codec.depth, side, side), images, max(1, images)),),
+        )
