@@ -69,10 +69,14 @@ def equal_to_diffusers(codec: CodecConfig, pictures: PictureSet) -> dict[str, bo
     found = {"encoded": True, "pictures": True}
     if codec.kind == "vq":
         tokens = open_token_codec(codec)
-        theirs = diffusers.VQModel.from_pretrained(codec.folder).requires_grad_(False)
+        theirs = diffusers.VQModel.from_pretrained(codec.folder, low_cpu_mem_usage=False).requires_grad_(
+            False
+        )
     else:
         latents = open_codec(codec)
-        theirs = diffusers.AutoencoderKL.from_pretrained(codec.folder).requires_grad_(False)
+        theirs = diffusers.AutoencoderKL.from_pretrained(
+            codec.folder, low_cpu_mem_usage=False
+        ).requires_grad_(False)
     for values_ICHW in pictures.in_order(AT_ONCE):
         real_ICHW = values_ICHW.float() / 127.5 - 1
         if codec.kind == "vq":
@@ -84,7 +88,7 @@ def equal_to_diffusers(codec: CodecConfig, pictures: PictureSet) -> dict[str, bo
             made, sample = tokens.pictures(mine), theirs.decode(code, force_not_quantize=True).sample
         else:
             mine = latents.encode(values_ICHW)
-            factor, shift = theirs.config.scaling_factor, theirs.config.shift_factor
+            factor, shift = theirs.config.scaling_factor, theirs.config.shift_factor or 0.0
             wanted = (theirs.encode(real_ICHW).latent_dist.mode() - shift) * factor
             made, sample = latents.decode(mine), theirs.decode(wanted / factor + shift).sample
         found["encoded"] &= torch.equal(mine, wanted)

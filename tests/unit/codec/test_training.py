@@ -191,9 +191,10 @@ def test_a_training_may_begin_with_weights_and_judge_on_others(
     one, other = (next(each.in_order(1)) for each in (trainer.pictures, trainer.held_out))
     assert not torch.equal(one, other)
     trainer.close()
+    strange = {"widths": [4, 20], "groups": 2, "latent_channels": 5, "layers": 1}
+    grey = {"shards": f"{shards}/*.tar", "image_size": 16, "channels": 1}
     with pytest.raises(UserError, match="has no weight of the same name and shape"):
-        CodecTrainer(make("third", start=start, network={"widths": [4, 20], "groups": 2,
-                                                         "latent_channels": 5, "layers": 1}), CPU)  # fmt: skip
+        CodecTrainer(make("third", start=start, network=strange, pictures=grey), CPU)
 
 
 def test_a_step_that_revives_tells_what_it_counted(make: Callable[..., CodecTrainConfig]) -> None:
