@@ -5,7 +5,6 @@ I images, C channels, H/W height and width, h/w of latents.
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from transfusion.codec_train.discriminator import adaptive_weight
 from transfusion.codec_train.features import FeatureDistance, feature_distance
 from transfusion.codec_train.settings import CodecTrainConfig, LossConfig
 
-log = logging.getLogger(__name__)
+_LEFT_AWAY = "none: this loss of the paper is left away"
 
 
 class Reconstructed(NamedTuple):
@@ -83,9 +82,10 @@ class CodecLoss(nn.Module):
             adaptive = adaptive_weight(total, loss, last_weight)
         return self._config.adversarial * adaptive * loss, adaptive
 
-    def describe(self) -> dict[str, str]:
-        """What each feature loss stands on, for the record."""
-        return {name: _describe(name, self._config) for name in ("perceptual", "identity")}
+    def describe(self, steps: int) -> dict[str, str]:
+        """What each loss of the paper beside that of pixels stands on in a training of `steps`, for the record."""
+        features = {name: _describe(name, self._config) for name in ("perceptual", "identity")}
+        return features | {"adversarial": _describe_adversarial(self._config, steps)}
 
 
 def _distance(name: str, config: LossConfig) -> FeatureDistance | None:
@@ -97,7 +97,16 @@ def _distance(name: str, config: LossConfig) -> FeatureDistance | None:
 def _describe(name: str, config: LossConfig) -> str:
     kind, weight = getattr(config, f"{name}_features"), getattr(config, name)
     if kind == "none" or not weight:
-        return "none: this loss of the paper is left away"
+        return _LEFT_AWAY
     if kind == "random":
         return f"{weight:g} x random features: fixed random convolutions, not the paper's learnt ones"
     return f"{weight:g} x {kind} from {getattr(config, f'{name}_weights')}"
+
+
+def _describe_adversarial(config: LossConfig, steps: int) -> str:
+    if not config.adversarial:
+        return _LEFT_AWAY
+    if config.adversarial_from >= steps:
+        return f"{_LEFT_AWAY}, for adversarial_from {config.adversarial_from} is beyond the last step"
+    adaptive = ", weighed by the gradients' ratio" if config.adaptive else ""
+    return f"{config.adversarial:g} x patch discriminator from step {config.adversarial_from}{adaptive}"

@@ -86,13 +86,14 @@ class CodecTrainer:
         # CPU seconds of the steps so far: what a busy machine does not change.
         self.seconds = 0.0
         self.chosen_K = torch.zeros(config.network.codes if config.kind == "vq" else 0, device=device)
+        self.codebook_use: codebook.CodebookUse | None = None
         self._resume()
         self.lock = self.folder.lock()
         self._create_folder()
 
     def run(self) -> int:
         """Steps until the last one or until asked to stop. Returns the exit code."""
-        for name, words in self.loss.describe().items():
+        for name, words in self.loss.describe(self.config.steps).items():
             log.info("%s loss: %s", name, words)
         log.info(
             "%s: %s with %.2f M parameters, %d pictures, step %d to %d",
@@ -147,7 +148,8 @@ class CodecTrainer:
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.optimizer.gradient_clip)
         if norm.isfinite():
             self.optimizer.step()
-            self.average.update()
+            if self.average.averages:
+                self.average.update()
         parts["gradient_norm"] = norm
         if judges:
             parts["discriminator"] = self._judge_step(real_ICHW, found.made_ICHW.detach())
@@ -170,9 +172,10 @@ class CodecTrainer:
         self.chosen_K += torch.bincount(token_N, minlength=len(self.chosen_K))
         every = self.config.loss.revive_every
         # In the first step too: the entries begin near zero, far from all that is encoded.
+        self.codebook_use = None
         if not every or (self.step and (self.step + 1) % every):
             return
-        found = codebook.use(self.chosen_K)
+        self.codebook_use = found = codebook.use(self.chosen_K)
         entry_KC = self.network.quantize.embedding.weight
         dead = codebook.revive(entry_KC.data, self.chosen_K, encoded_NC, generator)
         moments = self.optimizer.state[entry_KC]
@@ -229,7 +232,8 @@ class CodecTrainer:
         line |= {name: float(part) for name, part in parts.items()}
         line["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if len(self.chosen_K):
-            found = codebook.use(self.chosen_K)
+            # In a step that revived entries the count has just begun anew.
+            found = self.codebook_use or codebook.use(self.chosen_K)
             line |= {"codebook_used": found.used, "codebook_perplexity": found.perplexity}
         if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
             with self.averaged() as network:
@@ -321,7 +325,7 @@ class CodecTrainer:
             "step": self.step,
             "cpu_seconds": round(self.seconds, 1),
             "parameters": parameter_count(self.network),
-            "losses": self.loss.describe(),
+            "losses": self.loss.describe(self.config.steps),
             "statistics": measured.as_dict(),
             "pictures_left_out": self.pictures.left_out,
             "config": self.config.as_dict(),

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from transfusion import presets
 from transfusion.codec import open_codec
+from transfusion.codec_folder import WEIGHTS
 from transfusion.codec_train import codebook, features
 from transfusion.codec_train.discriminator import adaptive_weight, discriminator_loss
 from transfusion.codec_train.settings import CodecTrainConfig
@@ -103,6 +104,104 @@ def test_every_loss_pulls(make: Callable[..., CodecTrainConfig], kind: str, chan
     assert not all(map(torch.equal, before, after))
     for each in (trainer, other):
         each.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("kl", {"run": {"seed": 1}}),
+        ("kl", {"network": {"widths": [8, 8, 16]}}),
+        ("kl", {"network": {"layers": 2}}),
+        ("kl", {"network": {"latent_channels": 8}}),
+        ("kl", {"network": {"groups": 2}}),
+        ("kl", {"network": {"attention": True}}),
+        ("vq", {"network": {"codes": 8}}),
+        ("vq", {"network": {"code_width": 2}}),
+        ("kl", {"pictures": {"channels": 1}}),
+        ("kl", {"pictures": {"image_size": 32}}),
+        ("kl", {"pictures": {"flip": False}}),
+        ("kl", {"optimizer": {"learning_rate": 1e-3}}),
+        ("kl", {"optimizer": {"warmup_steps": 9}}),
+        ("kl", {"optimizer": {"decay_steps": 4}}),
+        ("kl", {"optimizer": {"betas": [0.9, 0.9]}}),
+        ("kl", {"optimizer": {"gradient_clip": 1e-9}}),
+        ("kl", {"optimizer": {"ema_decay": 0.0}}),
+        ("kl", {"batch": 3}),
+        ("kl", {"precision": "bf16"}),
+        ("kl", {"loss": {"adversarial": 0.5, "adversarial_from": 1}}),
+        ("kl", {"loss": {"identity_features": "random", "identity": 1.0}}),
+    ],
+)
+def test_every_setting_counts(
+    make: Callable[..., CodecTrainConfig], kind: str, changes: dict[str, Any]
+) -> None:
+    """Two steps with the setting leave another codec than two steps without."""
+
+    def saved(run: str, changes: dict[str, Any]) -> dict[str, Tensor]:
+        plain = make(run, kind=kind, steps=2).as_dict()
+        for name, value in changes.items():
+            plain[name] = plain[name] | value if isinstance(value, dict) else value
+        config = presets.check_as(CodecTrainConfig, plain, where="test")
+        assert train_codec(config) == 0
+        return load_file(Path(config.run.folder) / "codec" / WEIGHTS)
+
+    one, other = saved("one", {}), saved("other", changes)
+    same = one.keys() == other.keys() and all(
+        value.shape == other[name].shape and torch.equal(value, other[name]) for name, value in one.items()
+    )
+    assert not same
+
+
+def test_what_is_trained_on_and_left_away_is_told(
+    make: Callable[..., CodecTrainConfig],
+) -> None:
+    loss = {"perceptual_features": "random", "identity": 0.0, "adversarial": 0.5, "adversarial_from": 1}
+    for run, changes, told in (
+        (
+            "late",
+            {"adversarial_from": 3, "adaptive": False},
+            "none: this loss of the paper is left away, for advers",
+        ),
+        ("judged", {}, "0.5 x patch discriminator from step 1, weighed by the gradients' ratio"),
+    ):
+        config = make(run, loss | changes, steps=3)
+        assert train_codec(config) == 0
+        log = (Path(config.run.folder) / "log.txt").read_text()
+        record = json.loads((Path(config.run.folder) / "codec" / "codec.json").read_text())
+        losses = record["losses"]
+        assert losses["perceptual"].startswith("1 x random features") and losses["identity"].startswith(
+            "none"
+        )
+        assert losses["adversarial"].startswith(told) and f"adversarial loss: {told}" in log
+        lines = (Path(config.run.folder) / "metrics.jsonl").read_text().splitlines()
+        judged = ["discriminator" in json.loads(line) for line in lines]
+        assert judged == ([False] * 3 if run == "late" else [False, True, True])
+
+
+def test_a_training_may_begin_with_weights_and_judge_on_others(
+    make: Callable[..., CodecTrainConfig], shards: Path
+) -> None:
+    assert train_codec(make("first")) == 0
+    start = str(make("first").run.folder) + "/codec"
+    own = {"shards": f"{shards}/00000.tar", "held_out": f"{shards}/00001.tar", "image_size": 16}
+    trainer = CodecTrainer(make("second", start=start, pictures=own), CPU)
+    begun, given = trainer.network.state_dict(), load_file(Path(start) / WEIGHTS)
+    assert all(torch.equal(begun[name], value) for name, value in given.items())
+    assert len(trainer.pictures) == 6 and len(trainer.held_out) == 5
+    one, other = (next(each.in_order(1)) for each in (trainer.pictures, trainer.held_out))
+    assert not torch.equal(one, other)
+    trainer.close()
+    strange = {"widths": [4, 20], "groups": 2, "latent_channels": 5, "layers": 1}
+    grey = {"shards": f"{shards}/*.tar", "image_size": 16, "channels": 1}
+    with pytest.raises(UserError, match="has no weight of the same name and shape"):
+        CodecTrainer(make("third", start=start, network=strange, pictures=grey), CPU)
+
+
+def test_a_step_that_revives_tells_what_it_counted(make: Callable[..., CodecTrainConfig]) -> None:
+    config = make(kind="vq", loss={"revive_every": 2})
+    assert train_codec(config) == 0
+    lines = (Path(config.run.folder) / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["codebook_used"] > 0 for line in lines)
 
 
 def test_the_folder_is_measured_and_loads(

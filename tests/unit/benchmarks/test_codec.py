@@ -1,0 +1,72 @@
+"""The benchmark of codecs, small: the PCA is one, and a difference to diffusers is seen."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import codec as benchmark
+from transfusion.codec.networks import new_network, save_network
+from transfusion.codec_train.pictures import PictureSet
+from transfusion.data.shards import write_shards
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> PictureSet:
+    """Mixtures of three patterns, so that three components say all but what rounding adds."""
+    random = np.random.default_rng(0)
+    patterns = random.random((3, 8, 8, 3)) / 3
+    samples = []
+    for weights in random.random((20, 3)):
+        stream = io.BytesIO()
+        values = (255 * np.tensordot(weights, patterns, 1)).round().astype(np.uint8)
+        Image.fromarray(values).save(stream, "PNG")
+        samples.append({"png": stream.getvalue(), "txt": b"a mixture"})
+    write_shards(samples, tmp_path / "shards", per_shard=20)
+    return PictureSet(f"{tmp_path}/shards/*.tar", channels=3, image_size=8)
+
+
+def test_components_that_say_all_give_all_back(pictures: PictureSet) -> None:
+    one, three = (benchmark.pca_psnr(pictures, pictures, components) for components in (1, 3))
+    assert three > 50 > one
+
+
+def test_a_difference_to_diffusers_is_seen(pictures: PictureSet, tmp_path: Path) -> None:
+    sizes = {
+        "channels": 3,
+        "latent_channels": 4,
+        "widths": (8, 8),
+        "layers": 1,
+        "groups": 4,
+        "attention": True,
+    }
+    for kind, codebook in (("kl", {}), ("vq", {"codes": 16, "code_width": 3})):
+        torch.manual_seed(0)
+        network = new_network(kind, image_size=8, **sizes, **codebook)  # type: ignore[arg-type]
+        save_network(network, tmp_path / kind, **({"scaling_factor": 0.5} if kind == "kl" else {}))
+        codec = benchmark.settings(tmp_path / kind)
+        assert benchmark.equal_to_diffusers(codec, pictures) == {"encoded": True, "pictures": True}
+    values = {"kind": "kl", "folder": str(tmp_path / "kl"), "image_size": 8, "scale": 0.25}
+    other = benchmark.CodecConfig.model_validate(benchmark.completed(values, []))
+    assert not benchmark.equal_to_diffusers(other, pictures)["encoded"]
+
+
+def test_each_bar_can_be_missed() -> None:
+    kl = {
+        "psnr": 26.5,
+        "equal_to_diffusers": {"encoded": True, "pictures": True},
+        "trained": {"cpu_seconds": 2000.0},
+    }
+    assert all(benchmark.verdict({"emoji-kl": kl}).values())
+    changes = (
+        {"psnr": 25.9},
+        {"equal_to_diffusers": {"encoded": False}},
+        {"trained": {"cpu_seconds": 4900.0}},
+    )
+    for change in changes:
+        assert list(benchmark.verdict({"emoji-kl": kl | change}).values()).count(False) == 1
