@@ -11,7 +11,7 @@ import torch
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.noise import counter_normal
-from transfusion.diffusion.objective import NoiseObjective
+from transfusion.diffusion.objective import ImageObjective
 from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.schema import TIMESTEP_BUCKETS
 
@@ -42,7 +42,7 @@ def test_noised_images_keep_their_variance() -> None:
 
 def test_a_batch_is_noised_as_its_images_are_alone() -> None:
     """A8: noising a batch is noising each image, with timesteps and keys that differ."""
-    objective = NoiseObjective(DiffusionConfig())
+    objective = ImageObjective(DiffusionConfig())
     clean = torch.rand(5, 3, 4, 4) * 2 - 1
     timestep, key = torch.tensor([0, 17, 500, 998, 999]), torch.tensor([3, 1, 2, 1, 9])
     together = objective.corrupt(clean, timestep, key)
@@ -56,7 +56,7 @@ def test_a_batch_is_noised_as_its_images_are_alone() -> None:
 
 def test_a_perfect_prediction_has_no_loss() -> None:
     """N1: the objective alone; the whole network is in model/test_losses.py."""
-    objective = NoiseObjective(DiffusionConfig())
+    objective = ImageObjective(DiffusionConfig())
     timestep = torch.tensor([5, 995])
     noised = objective.corrupt(torch.rand(2, 1, 8, 8), timestep, torch.tensor([1, 2]))
     loss = objective.loss(noised.target.clone(), noised.target, torch.ones(2), timestep)
@@ -64,7 +64,7 @@ def test_a_perfect_prediction_has_no_loss() -> None:
 
 
 def test_buckets_and_weights_split_the_loss() -> None:
-    objective = NoiseObjective(DiffusionConfig(steps=1000))
+    objective = ImageObjective(DiffusionConfig(steps=1000))
     timestep = torch.tensor([0, 99, 100, 999, 450])
     weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
     prediction, target = torch.randn(5, 1, 2, 2), torch.randn(5, 1, 2, 2)

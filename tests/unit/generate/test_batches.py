@@ -135,7 +135,9 @@ def test_latents_of_a_batch_are_those_of_each_alone(build_pipeline: Callable[...
         cache = reader.cache(len(chosen), max(counts[i] for i in chosen))
         block = reader.prefix_block([layouts[i] for i in chosen], [counts[i] for i in chosen])
         reader.read(cache.view(), block)
-        return draw(reader, cache, range(len(chosen)), [70 + i for i in chosen], sampling, pipeline.schedule)
+        return draw(
+            reader, cache, range(len(chosen)), [70 + i for i in chosen], sampling, pipeline.config.diffusion
+        )
 
     together = latents([0, 1, 2])
     for i in range(3):
