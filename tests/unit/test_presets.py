@@ -94,14 +94,14 @@ def test_parts_that_do_not_fit_each_other() -> None:
         (["objective=flow", "loss_weight=min-snr"], ["loss_weight=min-snr is for"]),
         (["min_snr_gamma=3"], ["min_snr_gamma=3 does nothing"]),
         (["steps=100", "timestep_law=logit-normal"], ["must not exceed diffusion.steps", "logit-normal"]),
-        (["timestep_shift=0"], ["diffusion.timestep_shift", "greater than 0"]),
+        (["timestep_shift=0"], ["diffusion.timestep_shift"]),
     ],
 )
 def test_laws_and_weights_that_cannot_serve_an_objective(overrides: list[str], messages: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         presets.load(None, [f"diffusion.{override}" for override in overrides])
     assert all(message in str(caught.value) for message in messages)
-    assert len(str(caught.value).splitlines()) == (1 if len(messages) == 1 or "=0" in overrides[0] else 3)
+    assert len(str(caught.value).splitlines()) == (1 if len(messages) == 1 else 1 + len(messages))
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,9 @@ def test_the_answer_is_the_slope_of_the_path(name: Any) -> None:
     objective = ImageObjective(DiffusionConfig(objective=name))
     clean, timestep, key = torch.rand(1, 1, 4, 4).double(), torch.tensor([400]), torch.tensor([6])
     noised = objective.corrupt(clean, timestep, key)
-    noise = counter_normal(key, (1, 4, 4))
+    noise = counter_normal(key, (1, 4, 4)).double()
     signal, sigma = (factor.item() for factor in objective.schedule.signal_and_noise(timestep))
-    torch.testing.assert_close(noised.noisy, signal * clean.float() + sigma * noise)
+    torch.testing.assert_close(noised.noisy, (signal * clean + sigma * noise).float())
     if name == "flow":
         assert (signal, sigma) == (pytest.approx(0.599), pytest.approx(0.401))
         torch.testing.assert_close(noised.noisy, clean.float() + sigma * noised.target)
