@@ -25,6 +25,7 @@ LAYERS: dict[str, int] = {
     "config": 1,
     "codec_folder": 1,
     "presets": 1,
+    "timesteps": 1,
     "model": 2,
     "diffusion": 2,
     "data": 2,

@@ -185,7 +185,12 @@ def sample(
     n: Annotated[int, typer.Option("-n", min=1, help="pictures a caption")] = 1,
     cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")] = 3.0,
     steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1)] = 100,
-    sampler: Annotated[Literal["ddpm", "ddim"], typer.Option(help="how noise is removed")] = "ddpm",
+    sampler: Annotated[
+        Literal["auto", "ddpm", "ddim", "euler", "heun"],
+        typer.Option(
+            help="how noise is removed; auto: ddpm, for a model of flow euler, which heun is for too"
+        ),
+    ] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=GREATEST_SEED, help="picture k has seed + k")] = 0,
     weights: Weights = "auto",
     device: Device = "auto",

@@ -34,6 +34,23 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 # Between the problems of one ValueError; the loader tells them one a line.
 PROBLEM_SEPARATOR = "; "
 
+ObjectiveName = Literal["noise", "velocity", "flow"]
+# What a network of each objective answers, in words.
+PREDICTED: dict[ObjectiveName, str] = {
+    "noise": "noise",
+    "velocity": "velocity",
+    "flow": "flow velocity",
+}
+SamplerName = Literal["auto", "ddpm", "ddim", "euler", "heun"]
+# What can draw images with a network of each objective. "auto" is the first, in the training grid the first that
+# adds no noise on its way.
+SAMPLERS: dict[ObjectiveName, tuple[SamplerName, ...]] = {
+    "noise": ("ddpm", "ddim"),
+    "velocity": ("ddpm", "ddim"),
+    "flow": ("euler", "heun"),
+}
+GRID_SAMPLER: dict[ObjectiveName, SamplerName] = {"noise": "ddim", "velocity": "ddim", "flow": "euler"}
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values cannot change after loading."""
@@ -217,13 +234,58 @@ class CodecConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """Noise prediction under the cosine schedule (paper, section 3.1)."""
+    """How images are noised and what the network answers; the defaults are the paper's (section 3.1)."""
 
+    objective: ObjectiveName = Field(
+        "noise",
+        description="what the network predicts: noise or velocity (cosine schedule), or that of a rectified flow",
+    )
     steps: PositiveInt = Field(1000, description="training timesteps T")
+    timestep_law: Literal["uniform", "logit-normal"] = Field(
+        "uniform", description="how timesteps are drawn; logit-normal: mostly the middle, not for noise"
+    )
+    timestep_shift: PositiveFloat = Field(
+        1.0, description="of flow, in training and sampling: above 1 towards more noise, 1: none"
+    )
     image_loss_weight: PositiveFloat = Field(5.0, description="lambda, the weight of the image loss")
+    loss_weight: Literal["none", "min-snr"] = Field(
+        "none", description="weight of each image by its timestep; min-snr: not for flow"
+    )
+    min_snr_gamma: PositiveFloat = Field(
+        5.0, description="of loss_weight=min-snr: signal-to-noise ratio above which images count less"
+    )
     understanding_timestep_limit: NonNegativeInt = Field(
         500, description="images that come before their caption get timesteps below this; 0: no limit"
     )
+
+    def problems(self) -> list[str]:
+        """What does not belong together, one line each."""
+        found = []
+        if self.understanding_timestep_limit > self.steps:
+            found.append("diffusion.understanding_timestep_limit must not exceed diffusion.steps")
+        if self.timestep_law == "logit-normal" and self.objective == "noise":
+            found.append(
+                "diffusion.timestep_law=logit-normal hardly ever draws the greatest timesteps, where a noise prediction"
+                " says least about the image and sampling begins; use it with diffusion.objective=velocity or flow"
+            )
+        if self.timestep_shift != 1 and self.objective != "flow":
+            found.append(
+                f"diffusion.timestep_shift={self.timestep_shift:g} is for diffusion.objective=flow;"
+                f" {self.objective} takes 1"
+            )
+        if self.loss_weight == "min-snr" and self.objective == "flow":
+            found.append(
+                "diffusion.loss_weight=min-snr is for diffusion.objective=noise or velocity;"
+                " flow weighs by diffusion.timestep_law and diffusion.timestep_shift"
+            )
+        if (
+            self.loss_weight == "none"
+            and self.min_snr_gamma != type(self).model_fields["min_snr_gamma"].default
+        ):
+            found.append(
+                f"diffusion.min_snr_gamma={self.min_snr_gamma:g} does nothing without diffusion.loss_weight=min-snr"
+            )
+        return found
 
 
 class ShareFrom(Section):
@@ -464,7 +526,10 @@ class SampleConfig(Section):
     )
     per_prompt: PositiveInt = Field(1, description="pictures a caption")
     steps: PositiveInt = Field(50, description="sampler steps of the grid")
-    sampler: Literal["ddpm", "ddim"] = Field("ddim", description="sampler of the grid")
+    sampler: SamplerName = Field(
+        "auto",
+        description="sampler of the grid: ddpm or ddim, for flow euler or heun; auto: ddim, for flow euler",
+    )
     guidance: Annotated[float, Field(ge=0)] = Field(3.0, description="guidance scale; 1: none")
     seed: Seed = Field(0, description="seed of the first picture; picture k has seed + k")
 
@@ -513,8 +578,13 @@ class Config(Section):
                 f"data.row_length {self.data.row_length} is too short for a picture of"
                 f" {self.patches_per_image} patches and its four control tokens"
             )
-        if self.diffusion.understanding_timestep_limit > self.diffusion.steps:
-            problems.append("diffusion.understanding_timestep_limit must not exceed diffusion.steps")
+        problems += self.diffusion.problems()
+        fitting = SAMPLERS[self.diffusion.objective]
+        if self.sample.sampler not in ("auto", *fitting):
+            problems.append(
+                f"sample.sampler={self.sample.sampler} cannot draw with diffusion.objective={self.diffusion.objective};"
+                f" choose {' or '.join(fitting)}"
+            )
         if self.sample.prompts and self.sample.steps > self.diffusion.steps:
             problems.append(
                 f"sample.steps {self.sample.steps} must not exceed diffusion.steps {self.diffusion.steps}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transfusion.codec import Codec
 from transfusion.codec.pixels import PixelCodec
 from transfusion.config import DiffusionConfig
-from transfusion.diffusion.objective import NoiseObjective
+from transfusion.diffusion.objective import ImageObjective
 from transfusion.model.patches import pictures
 from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
 
@@ -19,7 +19,7 @@ class MixedLoss:
     def __init__(self, config: DiffusionConfig, codec: Codec | None = None) -> None:
         """codec: of the pictures in the batches; None: their pixels. It stays outside of what is trained."""
         self.codec = PixelCodec() if codec is None else codec
-        self.objective = NoiseObjective(config)
+        self.objective = ImageObjective(config)
         self.image_weight = config.image_loss_weight
 
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:

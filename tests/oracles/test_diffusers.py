@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from transfusion.config import DiffusionConfig
+from transfusion.diffusion.flow import Euler, Heun
 from transfusion.diffusion.noise import counter_normal
+from transfusion.diffusion.objective import ImageObjective
 from transfusion.diffusion.sampler import DDIM, DDPM, spaced_timesteps, start_noise
 from transfusion.diffusion.schedule import CosineSchedule
 
@@ -63,13 +66,20 @@ class FreshNoise:
         )
 
 
+# Our objective, diffusers' name for it.
+PREDICTIONS = [("noise", "epsilon"), ("velocity", "v_prediction")]
+
+
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_ddpm_trajectory_of_250_steps(monkeypatch: pytest.MonkeyPatch, clip: float | None) -> None:
+@pytest.mark.parametrize(("predicts", "kind"), PREDICTIONS)
+def test_a_ddpm_trajectory_of_250_steps(
+    monkeypatch: pytest.MonkeyPatch, clip: float | None, predicts: Any, kind: str
+) -> None:
     fresh = FreshNoise(monkeypatch)
     clipping = {} if clip is None else {"clip_sample": True, "clip_sample_range": clip}
     theirs, ours = (
-        scheduler("DDPMScheduler", variance_type="fixed_small", **clipping),
-        DDPM(SCHEDULE, 250, clip=clip),
+        scheduler("DDPMScheduler", variance_type="fixed_small", prediction_type=kind, **clipping),
+        DDPM(SCHEDULE, 250, predicts=predicts, clip=clip),
     )
     theirs.set_timesteps(250)
     assert ours.timesteps == theirs.timesteps.tolist()
@@ -82,8 +92,10 @@ def test_a_ddpm_trajectory_of_250_steps(monkeypatch: pytest.MonkeyPatch, clip: f
     assert mine.isfinite().all()
 
 
-def test_a_ddim_trajectory_of_50_steps() -> None:
-    theirs, ours = scheduler("DDIMScheduler", set_alpha_to_one=True), DDIM(SCHEDULE, 50)
+@pytest.mark.parametrize(("predicts", "kind"), PREDICTIONS)
+def test_a_ddim_trajectory_of_50_steps(predicts: Any, kind: str) -> None:
+    theirs = scheduler("DDIMScheduler", set_alpha_to_one=True, prediction_type=kind)
+    ours = DDIM(SCHEDULE, 50, predicts=predicts)
     theirs.set_timesteps(50)
     assert ours.timesteps == theirs.timesteps.tolist()
     mine = its = start_noise(KEYS, SHAPE)
@@ -93,8 +105,10 @@ def test_a_ddim_trajectory_of_50_steps() -> None:
         assert (mine - its).abs().max() <= 1e-6 * its.abs().max(), f"step {index}"
 
 
-def test_a_clipped_ddim_trajectory_of_50_steps() -> None:
-    theirs, ours = scheduler("DDIMScheduler", clip_sample=True), DDIM(SCHEDULE, 50, clip=1.0)
+@pytest.mark.parametrize(("predicts", "kind"), PREDICTIONS)
+def test_a_clipped_ddim_trajectory_of_50_steps(predicts: Any, kind: str) -> None:
+    theirs = scheduler("DDIMScheduler", clip_sample=True, prediction_type=kind)
+    ours = DDIM(SCHEDULE, 50, predicts=predicts, clip=1.0)
     theirs.set_timesteps(50)
     mine = its = start_noise(KEYS, SHAPE)
     for index, timestep in enumerate(ours.timesteps):
@@ -102,3 +116,48 @@ def test_a_clipped_ddim_trajectory_of_50_steps() -> None:
         its = step.prev_sample
         mine = ours.step(index, mine, predicted(mine), KEYS)
         assert (mine - its).abs().max() <= 1e-6 * its.abs().max(), f"step {index}"
+
+
+def test_velocity_and_flow_of_noised_images() -> None:
+    clean = torch.rand(3, 8, 8, 8) * 2 - 1
+    timestep, key = torch.tensor([0, 500, 999]), torch.tensor([1, 2, 3])
+    noise = counter_normal(key, (8, 8, 8))
+    velocity = ImageObjective(DiffusionConfig(objective="velocity")).corrupt(clean, timestep, key)
+    theirs = scheduler("DDPMScheduler")
+    assert torch.equal(velocity.noisy, theirs.add_noise(clean, noise, timestep))
+    assert torch.equal(velocity.target, theirs.get_velocity(clean, noise, timestep))
+    flow = ImageObjective(DiffusionConfig(objective="flow")).corrupt(clean, timestep, key)
+    path = diffusers.FlowMatchEulerDiscreteScheduler(1000)
+    # Theirs names timesteps by the noise level times 1000: 1 to 1000.
+    torch.testing.assert_close(flow.noisy, path.scale_noise(clean, (timestep + 1).float(), noise))
+    assert torch.equal(flow.target, noise - clean)
+
+
+def evenly(steps: int) -> list[float]:
+    """Noise levels as the pipelines of diffusers ask for them, before the shift."""
+    return [1 - index / steps for index in range(steps)]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_trajectory_of_50_steps(shift: float) -> None:
+    theirs, ours = diffusers.FlowMatchEulerDiscreteScheduler(1000, shift=shift), Euler(1000, 50, shift=shift)
+    theirs.set_timesteps(sigmas=evenly(50))
+    torch.testing.assert_close(torch.tensor(ours.sigmas), theirs.sigmas, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(ours.timesteps), theirs.timesteps - 1, rtol=0, atol=1e-3)
+    mine = its = start_noise(KEYS, SHAPE)
+    for index, timestep in enumerate(theirs.timesteps):
+        its = theirs.step(predicted(its), timestep, its).prev_sample
+        mine = ours.step(index, mine, lambda latent, _: predicted(latent))
+        assert (mine - its).abs().max() <= 1e-5 * its.abs().max(), f"step {index}"
+
+
+def test_a_flow_trajectory_of_the_second_order() -> None:
+    """Theirs spaces its levels otherwise; both walk along theirs."""
+    theirs, ours = diffusers.FlowMatchHeunDiscreteScheduler(1000), Heun(1000, 20)
+    theirs.set_timesteps(20)
+    ours.sigmas = [*theirs.timesteps[[0, *range(1, 39, 2)]].div(1000).tolist(), 0.0]
+    mine = its = start_noise(KEYS, SHAPE)
+    for timestep in theirs.timesteps:
+        its = theirs.step(predicted(its), timestep, its).prev_sample
+    mine = ours.sample(mine, lambda latent, _: predicted(latent), KEYS)
+    assert (mine - its).abs().max() <= 1e-5 * its.abs().max()

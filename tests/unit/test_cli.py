@@ -117,7 +117,7 @@ def test_only_the_first_rank_speaks_of_a_mistake() -> None:
     "arguments",
     [
         ["sample", "model", "--prompt", "a", "--out", "x", "-n", "0"],
-        ["sample", "model", "--prompt", "a", "--out", "x", "--sampler", "euler"],
+        ["sample", "model", "--prompt", "a", "--out", "x", "--sampler", "dpm"],
         ["sample", "model", "--out", "x"],
         ["prepare", "digits", "--out", "x", "--seed", "-1"],
         ["tokenizer", "train", "a.tar", "--out", "x", "--vocabulary", "0"],

@@ -87,6 +87,53 @@ def test_parts_that_do_not_fit_each_other() -> None:
         presets.load(None, ["model.key_heads=5"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["objective=noise", "timestep_law=logit-normal"], ["hardly ever draws the greatest timesteps"]),
+        (["objective=velocity", "timestep_shift=3"], ["timestep_shift=3 is for diffusion.objective=flow"]),
+        (["objective=flow", "loss_weight=min-snr"], ["loss_weight=min-snr is for"]),
+        (["min_snr_gamma=3"], ["min_snr_gamma=3 does nothing"]),
+        (["steps=100", "timestep_law=logit-normal"], ["must not exceed diffusion.steps", "logit-normal"]),
+        (["timestep_shift=0"], ["diffusion.timestep_shift"]),
+    ],
+)
+def test_laws_and_weights_that_cannot_serve_an_objective(overrides: list[str], messages: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        presets.load(None, [f"diffusion.{override}" for override in overrides])
+    assert all(message in str(caught.value) for message in messages)
+    assert len(str(caught.value).splitlines()) == (1 if len(messages) == 1 else 1 + len(messages))
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "choice"),
+    [
+        ("noise", "euler", "ddpm or ddim"),
+        ("velocity", "heun", "ddpm or ddim"),
+        ("flow", "ddim", "euler or heun"),
+    ],
+)
+def test_a_sampler_that_does_not_fit_the_objective(objective: str, sampler: str, choice: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"sample\.sampler={sampler} cannot draw with .*{objective}; choose {choice}"
+    ):
+        presets.load(None, [f"diffusion.objective={objective}", f"sample.sampler={sampler}"])
+    for fitting in ("auto", *choice.split(" or ")):
+        presets.load(None, [f"diffusion.objective={objective}", f"sample.sampler={fitting}"])
+
+
+def test_all_that_does_not_fit_an_objective_is_told_at_once() -> None:
+    wrong = [
+        "diffusion.objective=velocity",
+        "diffusion.timestep_shift=2",
+        "sample.sampler=heun",
+        "train.steps=-1",
+    ]
+    with pytest.raises(UserError) as caught:
+        presets.load(None, wrong)
+    assert str(caught.value).startswith("3 problems")
+
+
 def test_parts_are_compared_even_where_values_are_wrong() -> None:
     with pytest.raises(UserError) as caught:
         presets.load(None, ["codec.image_size=7", "train.steps=-1", "model.heads=5", "model.key_heads=3"])

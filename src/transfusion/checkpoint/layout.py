@@ -159,6 +159,8 @@ def model_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": model,
         "codec": {name: value for name, value in codec.items() if value and name != "folder"},
+        # The same weights that answer with the noise are wrong about a velocity.
+        "diffusion": {"objective": (defaults["diffusion"] | config["diffusion"])["objective"]},
     }
 
 

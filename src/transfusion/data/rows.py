@@ -24,6 +24,7 @@ from transfusion.data.planner import Piece, RowPlan
 from transfusion.data.scan import Fault
 from transfusion.data.sequence import Draft, draft, draft_text, lay_out_all, position_axes
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
+from transfusion.timesteps import TimestepLaw
 
 _TIMESTEP, _NOISE = keyed.word("timestep"), keyed.word("noise")
 # Decoded pictures are kept up to this size: a small data set is then decoded once, not once an epoch.
@@ -45,12 +46,11 @@ class RowSettings:
     channels: int
     image_size: int
     latent_shape: tuple[int, int, int]
-    timesteps: int
+    timesteps: TimestepLaw
     image_first_timesteps: int
 
     @classmethod
     def of(cls, config: Config) -> RowSettings:
-        steps = config.diffusion.steps
         return cls(
             seed=config.run.seed,
             row_length=config.data.row_length,
@@ -59,8 +59,8 @@ class RowSettings:
             channels=config.codec.channels,
             image_size=config.codec.image_size,
             latent_shape=config.codec.latent_shape(config.codec.image_size, config.codec.image_size),
-            timesteps=steps,
-            image_first_timesteps=config.diffusion.understanding_timestep_limit or steps,
+            timesteps=TimestepLaw.of(config.diffusion),
+            image_first_timesteps=config.diffusion.understanding_timestep_limit or config.diffusion.steps,
         )
 
 
@@ -180,19 +180,18 @@ class RowBuilder:
     ) -> tuple[list[int], list[int]]:
         """Timestep and noise key of each image, by hashes of (seed, source, epoch, sample, image)."""
         # An image with something after it is there to be understood, so it is not noised beyond recognition.
-        limits = [
-            self._settings.image_first_timesteps if goes_on else self._settings.timesteps
-            for goes_on in understood
-        ]
+        law = self._settings.timesteps
+        limits = [self._settings.image_first_timesteps if goes_on else law.steps for goes_on in understood]
         words = (
             [self._source_keys[piece.source] for piece in pieces],
             [piece.epoch for piece in pieces],
             [piece.sample for piece in pieces],
             [image for _, image in places],
         )
-        levels = keyed.uniform(self._settings.seed, _TIMESTEP, *words)
+        uniforms = keyed.uniform(self._settings.seed, _TIMESTEP, *words).tolist()
         noise_keys = keyed.bits(self._settings.seed, _NOISE, *words) >> np.uint64(1)
-        return (levels * np.array(limits)).astype(np.int64).tolist(), noise_keys.tolist()
+        timesteps = [law.draw(uniform, limit) for uniform, limit in zip(uniforms, limits, strict=True)]
+        return timesteps, noise_keys.tolist()
 
 
 def read_values(index: SourceIndex, sample: int, picture: int, settings: RowSettings) -> Values:

@@ -1,4 +1,4 @@
-"""Noise prediction: what the network sees, what it must answer, and how wrong it was.
+"""What the network sees of an image, what it must answer, and how wrong it was.
 
 I images, C channels, H/W latent height and width, K timestep buckets.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion.noise import counter_normal
-from transfusion.diffusion.schedule import CosineSchedule
+from transfusion.diffusion.schedule import CosineSchedule, Schedule, StraightPath
 from transfusion.schema import TIMESTEP_BUCKETS
 
 
 class NoisedImages(NamedTuple):
-    """noisy and target, fp32 [I, C, H, W]: the corrupted latents and the noise in them."""
+    """noisy and target, fp32 [I, C, H, W]: the corrupted latents and the right answer."""
 
     noisy: Tensor
     target: Tensor
@@ -34,23 +34,55 @@ class ImageLoss:
     bucket_count_K: Tensor
 
 
-class NoiseObjective:
-    """Epsilon prediction under a schedule (paper, eq. 3); one timestep an image."""
+class ImageObjective:
+    """Prediction of noise (paper, eq. 3), velocity or flow; one timestep an image.
+
+    noise: eps. velocity: signal eps - noise x_0 (Salimans and Ho, 2022). flow: eps - x_0 (Liu et al., 2023).
+    """
 
     def __init__(self, config: DiffusionConfig) -> None:
-        self.schedule = CosineSchedule(config.steps)
+        self.predicts = config.objective
+        self.schedule: Schedule = (
+            StraightPath(config.steps) if config.objective == "flow" else CosineSchedule(config.steps)
+        )
+        self.min_snr_gamma = config.min_snr_gamma if config.loss_weight == "min-snr" else None
 
     def corrupt(self, clean_ICHW: Tensor, timestep_I: Tensor, noise_key_I: Tensor) -> NoisedImages:
         """Noise whole images, before they are cut into patches."""
         clean = clean_ICHW.float()
         noise = counter_normal(noise_key_I, clean.shape[1:])
-        return NoisedImages(self.schedule.add_noise(clean, noise, timestep_I), noise)
+        noisy = self.schedule.add_noise(clean, noise, timestep_I)
+        return NoisedImages(noisy, self._target(clean, noise, timestep_I))
+
+    def _target(self, clean_ICHW: Tensor, noise_ICHW: Tensor, timestep_I: Tensor) -> Tensor:
+        if self.predicts == "noise":
+            return noise_ICHW
+        if self.predicts == "flow":
+            return noise_ICHW - clean_ICHW
+        signal, noise = self.schedule.factors(timestep_I)
+        return signal * noise_ICHW - noise * clean_ICHW
+
+    def timestep_weight(self, timestep_I: Tensor) -> Tensor | None:
+        """Min-SNR weights, fp32 [I] (Hang et al., 2023, section 3.4); None: all images count alike.
+
+        min(SNR, gamma) is the weight of an error in x_0. An error in the noise is one in x_0 times SNR, squared, an
+        error in the velocity one times SNR + 1.
+        """
+        if self.min_snr_gamma is None:
+            return None
+        signal_I, noise_I = self.schedule.signal_and_noise(timestep_I)
+        ratio_I = (signal_I / noise_I).square()
+        own_I = ratio_I if self.predicts == "noise" else ratio_I + 1.0
+        return ratio_I.clamp(max=self.min_snr_gamma) / own_I
 
     def loss(
         self, prediction: Tensor, target: Tensor, image_weight_I: Tensor, timestep_I: Tensor
     ) -> ImageLoss:
-        """Weighted squared error. A perfect prediction gives exactly zero."""
+        """Weighted squared error over unweighted elements. A perfect prediction gives exactly zero."""
         error_I = (prediction.float() - target).square().flatten(1).sum(1) * image_weight_I
+        timestep_weight_I = self.timestep_weight(timestep_I)
+        if timestep_weight_I is not None:
+            error_I = error_I * timestep_weight_I
         elements_I = image_weight_I * target[0].numel()
         bucket_I = timestep_I * TIMESTEP_BUCKETS // self.schedule.steps
         zeros_K = torch.zeros(TIMESTEP_BUCKETS, device=target.device)

@@ -1,11 +1,12 @@
-"""Samplers: from predicted noise at one timestep to the latents of the next.
+"""Samplers under the cosine schedule: from the network's answer at one timestep to the latents of the next.
 
 I images, C channels, H/W latent height and width.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,17 +14,18 @@ from torch import Tensor
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.schedule import CosineSchedule
 
+# The network under guidance: its answer to latents [I, C, H, W] at one timestep, which may lie between two of training.
+Predict = Callable[[Tensor, float], Tensor]
+
 # Streams of the counter-based noise: 0 is the start, 1 + i the noise added by step i.
 START_STREAM = 0
 
 
 class Sampler(Protocol):
-    """A fixed list of timesteps and the update between two of them."""
+    """A way from pure noise to an image."""
 
-    timesteps: list[int]
-
-    def step(self, index: int, latent_ICHW: Tensor, noise_ICHW: Tensor, key_I: Tensor) -> Tensor:
-        """Latents after step `index`, from those before it and the predicted noise."""
+    def sample(self, latent_ICHW: Tensor, predict: Predict, key_I: Tensor) -> Tensor:
+        """Clean latents from start noise; noise on the way is drawn from the keys."""
 
 
 def spaced_timesteps(train_steps: int, steps: int) -> list[int]:
@@ -32,11 +34,31 @@ def spaced_timesteps(train_steps: int, steps: int) -> list[int]:
 
 
 class _Spaced:
-    def __init__(self, schedule: CosineSchedule, steps: int) -> None:
+    """What the samplers share: timesteps, and the image and noise that an answer means."""
+
+    def __init__(
+        self,
+        schedule: CosineSchedule,
+        steps: int,
+        *,
+        predicts: Literal["noise", "velocity"] = "noise",
+        clip: float | None = None,
+    ) -> None:
+        """clip: bound of the clean latents at each step, for latents with a known range such as pixels."""
         if not 1 <= steps <= schedule.steps:
             raise ValueError(f"steps must lie in [1, {schedule.steps}], got {steps}")
         self.timesteps = spaced_timesteps(schedule.steps, steps)
+        self.predicts, self.clip = predicts, clip
         self._alpha_bar_T = schedule.alpha_bar_T
+
+    def sample(self, latent_ICHW: Tensor, predict: Predict, key_I: Tensor) -> Tensor:
+        for index, timestep in enumerate(self.timesteps):
+            latent_ICHW = self.step(index, latent_ICHW, predict(latent_ICHW, timestep), key_I)
+        return latent_ICHW
+
+    def step(self, index: int, latent_ICHW: Tensor, answer_ICHW: Tensor, key_I: Tensor) -> Tensor:
+        """Latents after step `index`, from those before it and the network's answer to them."""
+        raise NotImplementedError
 
     def _alpha_bars(self, index: int) -> tuple[Tensor, Tensor]:
         """alpha_bar of this step's timestep and of the next one's; 1 after the last."""
@@ -44,25 +66,29 @@ class _Spaced:
         last = index + 1 == len(self.timesteps)
         return here, torch.ones(()) if last else self._alpha_bar_T[self.timesteps[index + 1]]
 
-    @staticmethod
-    def _clean(latent: Tensor, noise: Tensor, alpha_bar: Tensor, clip: float | None) -> Tensor:
-        clean = (latent - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
-        return clean if clip is None else clean.clamp(-clip, clip)
+    def _clean(self, latent: Tensor, answer: Tensor, alpha_bar: Tensor) -> Tensor:
+        if self.predicts == "velocity":
+            clean = alpha_bar.sqrt() * latent - (1 - alpha_bar).sqrt() * answer
+        else:
+            clean = (latent - (1 - alpha_bar).sqrt() * answer) / alpha_bar.sqrt()
+        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
+
+    def _noise(self, latent: Tensor, answer: Tensor, clean: Tensor, alpha_bar: Tensor) -> Tensor:
+        if self.clip is not None:
+            return (latent - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
+        if self.predicts == "velocity":
+            return alpha_bar.sqrt() * answer + (1 - alpha_bar).sqrt() * latent
+        return answer
 
 
 class DDPM(_Spaced):
     """Ancestral sampling with the posterior variance (Ho et al., 2020, eq. 6 and 7)."""
 
-    def __init__(self, schedule: CosineSchedule, steps: int, *, clip: float | None = None) -> None:
-        """clip: bound of the clean latents at each step, for latents with a known range such as pixels."""
-        super().__init__(schedule, steps)
-        self.clip = clip
-
-    def step(self, index: int, latent_ICHW: Tensor, noise_ICHW: Tensor, key_I: Tensor) -> Tensor:
+    def step(self, index: int, latent_ICHW: Tensor, answer_ICHW: Tensor, key_I: Tensor) -> Tensor:
         here, following = self._alpha_bars(index)
         alpha = here / following
         beta = 1 - alpha
-        clean = self._clean(latent_ICHW, noise_ICHW, here, self.clip)
+        clean = self._clean(latent_ICHW, answer_ICHW, here)
         of_clean, of_latent = following.sqrt() * beta, alpha.sqrt() * (1 - following)
         mean = of_clean / (1 - here) * clean + of_latent / (1 - here) * latent_ICHW
         if index + 1 == len(self.timesteps):
@@ -75,16 +101,11 @@ class DDPM(_Spaced):
 class DDIM(_Spaced):
     """Deterministic sampling (Song et al., 2021, eq. 12 with sigma = 0)."""
 
-    def __init__(self, schedule: CosineSchedule, steps: int, *, clip: float | None = None) -> None:
-        super().__init__(schedule, steps)
-        self.clip = clip
-
-    def step(self, index: int, latent_ICHW: Tensor, noise_ICHW: Tensor, key_I: Tensor) -> Tensor:
+    def step(self, index: int, latent_ICHW: Tensor, answer_ICHW: Tensor, key_I: Tensor) -> Tensor:
         here, following = self._alpha_bars(index)
-        clean = self._clean(latent_ICHW, noise_ICHW, here, self.clip)
-        if self.clip is not None:
-            noise_ICHW = (latent_ICHW - here.sqrt() * clean) / (1 - here).sqrt()
-        return following.sqrt() * clean + (1 - following).sqrt() * noise_ICHW
+        clean = self._clean(latent_ICHW, answer_ICHW, here)
+        noise = self._noise(latent_ICHW, answer_ICHW, clean, here)
+        return following.sqrt() * clean + (1 - following).sqrt() * noise
 
 
 def start_noise(key_I: Tensor, shape: tuple[int, ...]) -> Tensor:

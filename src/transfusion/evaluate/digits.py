@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transfusion.config import SourceConfig
+from transfusion.config import SAMPLERS, SourceConfig
 from transfusion.data.captions import DIGIT_WORDS, digit_in_caption
 from transfusion.data.evaluation import documents
 from transfusion.errors import UserError
@@ -56,14 +56,14 @@ def _generation(
         per_prompt=SAMPLES,
         guidance=GUIDANCE,
         steps=SAMPLER_STEPS,
-        sampler="ddpm",
         seed=0,
         batch=SAMPLES * 10,
     )
     save_samples(samples, folder)
     drawn = _scaled(torch.stack([sample.pixels for sample in samples]))
     wanted = np.repeat(np.arange(len(prompts)), SAMPLES)
-    settings = f"DDPM {SAMPLER_STEPS} steps, guidance {GUIDANCE:g}, seeds from 0"
+    sampler = SAMPLERS[pipeline.config.diffusion.objective][0].upper()
+    settings = f"{sampler} {SAMPLER_STEPS} steps, guidance {GUIDANCE:g}, seeds from 0"
     ratios = [
         _spread(drawn[wanted == digit]) / _spread(train[train_labels == digit])
         for digit in range(len(prompts))

@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 from PIL import Image, UnidentifiedImageError
 
+from transfusion.config import PREDICTED
 from transfusion.errors import UserError
 from transfusion.observe.metrics import read_metrics
 from transfusion.observe.progress import duration
@@ -124,7 +125,7 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "name": (config.get("run") or {}).get("name") or folder.path.name,
         "facts": _facts(lines, config, environment),
         "metrics": _metrics(_json(folder.path / "metrics.json")),
-        "curves": [_draw(curve) for curve in _loss_curves(lines)],
+        "curves": [_draw(curve) for curve in _loss_curves(lines, config.get("diffusion") or {})],
         "held_out": any(line.get("held_out_text_loss") or line.get("held_out_image_loss") for line in lines),
         "bucket_curve": _draw_buckets(lines),
         "machine_curves": [_draw(curve) for curve in _machine_curves(lines)],
@@ -320,7 +321,9 @@ def data_uri(file: Path, *, smallest: int = PICTURE_SIDE, largest: int = LARGEST
 # ---- curves --------------------------------------------------------------------------------------------
 
 
-def _loss_curves(lines: list[dict[str, Any]]) -> list[Curve]:
+def _loss_curves(lines: list[dict[str, Any]], diffusion: dict[str, Any]) -> list[Curve]:
+    predicted = PREDICTED.get(diffusion.get("objective", "noise"), "")
+    weighted = ", by min-SNR" if diffusion.get("loss_weight") == "min-snr" else ""
     return _present(
         Curve(
             "Text loss, nats a token",
@@ -328,7 +331,7 @@ def _loss_curves(lines: list[dict[str, Any]]) -> list[Curve]:
             marked=_series(lines, "held_out_text_loss"),
         ),
         Curve(
-            "Image loss, squared error of the noise",
+            f"Image loss, squared error of the {predicted}{weighted}",
             [("", IMAGE, _series(lines, "image_loss"))],
             marked=_series(lines, "held_out_image_loss"),
         ),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transfusion.config import SourceConfig
+from transfusion.config import PREDICTED, DiffusionConfig, SourceConfig
 from transfusion.data.evaluation import EvaluationLoader, documents
 from transfusion.errors import UserError
 from transfusion.evaluate.bigram import Bigram
@@ -72,16 +72,22 @@ def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
         raise UserError(
             "the model's configuration names no data.held_out; train with one, or choose another --suite"
         )
+    diffusion = pipeline.config.diffusion
+    # The plain error, so that models trained with other weights can be compared.
+    plain = pipeline.config.model_copy(
+        update={"diffusion": diffusion.model_copy(update={"loss_weight": "none"})}
+    )
     metrics: dict[str, Metric] = {}
     for source in pipeline.config.data.held_out:
         loader = EvaluationLoader(pipeline.config, [source], pipeline.tokenizer, rows=8)
         terms = held_out_losses(
-            pipeline.reader.model, loader, pipeline.config, pipeline.reader.device, pipeline.reader.codec
+            pipeline.reader.model, loader, plain, pipeline.reader.device, pipeline.reader.codec
         )
         if float(terms.image_count):
             metrics[f"{source.name}_image_loss"] = Metric(
                 value=float(terms.image_sum / terms.image_count),
-                how=f"mean squared error of the predicted noise, held-out {source.name}, fixed noise and timesteps",
+                how=f"mean squared error of the predicted {PREDICTED[diffusion.objective]}, held-out {source.name},"
+                f" fixed noise and timesteps{_law(diffusion)}",
             )
             continue
         measured = _text_metrics(pipeline, source, terms)
@@ -89,6 +95,13 @@ def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
         taken = not measured.keys().isdisjoint(metrics)
         metrics |= {f"{source.name}_{name}" if taken else name: metric for name, metric in measured.items()}
     return metrics
+
+
+def _law(diffusion: DiffusionConfig) -> str:
+    """How the timesteps were drawn, where it is not evenly."""
+    shift = "" if diffusion.timestep_shift == 1 else f"shift {diffusion.timestep_shift:g}"
+    law = "" if diffusion.timestep_law == "uniform" else diffusion.timestep_law
+    return f" ({', '.join(filter(None, (law, shift)))})" if law or shift else ""
 
 
 def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> dict[str, Metric]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from transfusion.config import Config
+from transfusion.config import PREDICTED, SAMPLERS, Config, DiffusionConfig, SamplerName
+from transfusion.diffusion.flow import Euler, Heun
 from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.sampler import DDIM, DDPM, Sampler, start_noise
 from transfusion.diffusion.schedule import CosineSchedule
@@ -23,24 +23,28 @@ from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.reader import Reader
 from transfusion.model.patches import unpatchify
 
-SamplerName = Literal["ddpm", "ddim"]
-SAMPLERS: dict[str, type[DDPM] | type[DDIM]] = {"ddpm": DDPM, "ddim": DDIM}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSampling:
-    """How images are drawn. guidance 1 is the model itself; steps are calls of the model for each image."""
+    """How images are drawn. guidance 1 is the model itself; steps are calls of the model for each image.
+
+    sampler "auto": the first of `SAMPLERS` for the model's objective. heun calls twice a step, but once in the last.
+    """
 
     guidance: float = 3.0
     steps: int = 100
-    sampler: SamplerName = "ddpm"
+    sampler: SamplerName = "auto"
     seed: int = 0
 
 
 def check(sampling: ImageSampling, config: Config) -> None:
     """Raise UserError for settings that cannot be carried out as asked."""
-    if sampling.sampler not in SAMPLERS:
-        raise UserError(f"sampler {sampling.sampler!r} does not exist; choose one of {', '.join(SAMPLERS)}")
+    fitting = SAMPLERS[config.diffusion.objective]
+    if sampling.sampler not in ("auto", *fitting):
+        raise UserError(
+            f"sampler {sampling.sampler!r} cannot draw with this model, which predicts"
+            f" {PREDICTED[config.diffusion.objective]}; choose {' or '.join(fitting)}"
+        )
     if not 1 <= sampling.steps <= config.diffusion.steps:
         raise UserError(f"steps {sampling.steps} must lie in [1, {config.diffusion.steps}]")
     if not math.isfinite(sampling.guidance) or sampling.guidance < 0:
@@ -52,18 +56,28 @@ def check(sampling: ImageSampling, config: Config) -> None:
         )
 
 
+def build_sampler(sampling: ImageSampling, config: DiffusionConfig, *, clip: float | None) -> Sampler:
+    """The sampler of checked settings, for a model of this objective. clip: bound of the clean latents."""
+    name = SAMPLERS[config.objective][0] if sampling.sampler == "auto" else sampling.sampler
+    if config.objective == "flow":
+        along = Heun if name == "heun" else Euler
+        return along(config.steps, sampling.steps, shift=config.timestep_shift, clip=clip)
+    under = DDIM if name == "ddim" else DDPM
+    return under(CosineSchedule(config.steps), sampling.steps, predicts=config.objective, clip=clip)
+
+
 def draw(
     reader: Reader,
     prefixes: KeyValueCache,
     rows: Sequence[int],
     keys: Sequence[int],
     sampling: ImageSampling,
-    schedule: CosineSchedule,
+    config: DiffusionConfig,
 ) -> Tensor:
     """Latents fp32 [I, C, H, W]: image i continues row rows[i] of `prefixes`, from the noise of keys[i].
 
-    The model is called `sampling.steps` times on the image blocks alone, both branches of the guidance in one
-    batch, and once on the unconditional prefix. `prefixes` stays as it is.
+    The model is called on the image blocks alone, both branches of the guidance in one batch, and once on the
+    unconditional prefix. `prefixes` stays as it is.
     """
     images, guided = len(rows), sampling.guidance != 1
     parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
@@ -74,10 +88,7 @@ def draw(
     position_RPA = reader.image_positions(view.lengths)[:, : reader.patches]
     mask = view.mask(torch.full(position_RPA.shape[:2], reader.patches, device=reader.device))
 
-    sampler: Sampler = SAMPLERS[sampling.sampler](schedule, sampling.steps, clip=reader.codec.bound)
-    key_I = torch.tensor(keys, device=reader.device)
-    latent_ICHW = start_noise(key_I, reader.latent_shape)
-    for index, timestep in enumerate(sampler.timesteps):
+    def predict(latent_ICHW: Tensor, timestep: float) -> Tensor:
         timestep_I = torch.full((images,), timestep, device=reader.device)
         encoding = reader.model.encode_patches([latent_ICHW], timestep_I)
         if guided:
@@ -85,9 +96,9 @@ def draw(
         patches_RPD = encoding.patch_ND.unflatten(0, (-1, reader.patches))
         hidden_RPD = reader.model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
         predicted_NE = reader.model.decode_patches(reader.model.norm(hidden_RPD).flatten(0, 1), encoding)
-        noise_RCHW = unpatchify(predicted_NE, *reader.latent_shape, reader.model.config.patch_size).float()
-        if guided:
-            conditional, unconditional = noise_RCHW.chunk(2)
-            noise_RCHW = guide(conditional, unconditional, sampling.guidance)
-        latent_ICHW = sampler.step(index, latent_ICHW, noise_RCHW, key_I)
-    return latent_ICHW
+        answer_RCHW = unpatchify(predicted_NE, *reader.latent_shape, reader.model.config.patch_size).float()
+        return guide(*answer_RCHW.chunk(2), sampling.guidance) if guided else answer_RCHW
+
+    key_I = torch.tensor(keys, device=reader.device)
+    sampler = build_sampler(sampling, config, clip=reader.codec.bound)
+    return sampler.sample(start_noise(key_I, reader.latent_shape), predict, key_I)

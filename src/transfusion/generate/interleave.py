@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from transfusion.config import DiffusionConfig
 from transfusion.data.sequence import lay_out
 from transfusion.data.tokenizer import Tokenizer
-from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.images import ImageSampling, draw
@@ -70,13 +70,13 @@ class Conversation:
         self,
         reader: Reader,
         tokenizer: Tokenizer,
-        schedule: CosineSchedule,
+        diffusion: DiffusionConfig,
         *,
         text: TextSampling,
         image: ImageSampling,
         limits: Limits,
     ) -> None:
-        self.reader, self.tokenizer, self.schedule = reader, tokenizer, schedule
+        self.reader, self.tokenizer, self.diffusion = reader, tokenizer, diffusion
         self.text, self.image, self.limits = text, image, limits
 
     def run(self, prompts: Sequence[Sequence[Part]], first_row: int) -> list[list[Part]]:
@@ -158,7 +158,7 @@ class Conversation:
             self.image.seed + row.number + row.images * _IMAGE_KEY_STRIDE
             for row in (rows[place] for place in waiting)
         ]
-        latent_ICHW = draw(self.reader, cache, waiting, keys, self.image, self.schedule)
+        latent_ICHW = draw(self.reader, cache, waiting, keys, self.image, self.diffusion)
         pixels_ICHW = self.reader.codec.decode(latent_ICHW)
         for place, picture in zip(waiting, pixels_ICHW.cpu(), strict=True):
             row = rows[place]

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from transfusion.checkpoint.export import read_export
 from transfusion.codec import Codec, open_codec
-from transfusion.config import Config, SampleConfig
+from transfusion.config import GRID_SAMPLER, Config, SampleConfig, SamplerName
 from transfusion.data.sequence import Layout, lay_out
 from transfusion.data.tokenizer import Tokenizer
-from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.errors import UserError
 from transfusion.generate import images, language
-from transfusion.generate.images import ImageSampling, SamplerName
+from transfusion.generate.images import ImageSampling
 from transfusion.generate.interleave import Conversation, Limits, Part
 from transfusion.generate.language import TextSampling
 from transfusion.generate.load import Weights, find_device, load_model
@@ -57,7 +56,6 @@ class Pipeline:
     ) -> None:
         """codec: that of `config.codec`, where it is open already."""
         self.tokenizer, self.config = tokenizer, config
-        self.schedule = CosineSchedule(config.diffusion.steps)
         codec = open_codec(config.codec, device) if codec is None else codec
         self.reader = Reader(model, config, torch.device(device), codec)
 
@@ -84,7 +82,7 @@ class Pipeline:
         per_prompt: int = 1,
         guidance: float = 3.0,
         steps: int = 100,
-        sampler: SamplerName = "ddpm",
+        sampler: SamplerName = "auto",
         seed: int = 0,
         batch: int = 64,
     ) -> list[SampledImage]:
@@ -104,9 +102,9 @@ class Pipeline:
 
         Every rank runs the same number of forwards: one with a shorter share draws the last again.
         """
-        sampling = ImageSampling(
-            guidance=grid.guidance, steps=grid.steps, sampler=grid.sampler, seed=grid.seed
-        )
+        automatic = GRID_SAMPLER[self.config.diffusion.objective]
+        sampler = automatic if grid.sampler == "auto" else grid.sampler
+        sampling = ImageSampling(guidance=grid.guidance, steps=grid.steps, sampler=sampler, seed=grid.seed)
         wanted = [prompt for prompt in grid.prompts for _ in range(grid.per_prompt)]
         if not wanted:
             return []
@@ -152,7 +150,7 @@ class Pipeline:
         top_p: float = 1.0,
         guidance: float = 3.0,
         steps: int = 100,
-        sampler: SamplerName = "ddpm",
+        sampler: SamplerName = "auto",
         seed: int = 0,
         batch: int = 64,
     ) -> list[list[Part]]:
@@ -173,7 +171,7 @@ class Pipeline:
             self._check_parts(prompt)
         limits = Limits(tokens=max_tokens, images=max_images, length=self.config.data.row_length)
         conversation = Conversation(
-            self.reader, self.tokenizer, self.schedule, text=text, image=image, limits=limits
+            self.reader, self.tokenizer, self.config.diffusion, text=text, image=image, limits=limits
         )
         answers: list[list[Part]] = []
         for start in range(0, len(prompts), batch):
@@ -194,7 +192,7 @@ class Pipeline:
             cache = self.reader.cache(len(distinct), max(counts))
             self.reader.read(cache.view(), self.reader.prefix_block(layouts, counts))
             rows = [distinct.index(prompt) for prompt in part]
-            latent_ICHW = images.draw(self.reader, cache, rows, keys, sampling, self.schedule)
+            latent_ICHW = images.draw(self.reader, cache, rows, keys, sampling, self.config.diffusion)
             pictures = self.reader.codec.decode(latent_ICHW).cpu()
             drawn += [SampledImage(*item) for item in zip(pictures, part, keys, strict=True)]
         return drawn

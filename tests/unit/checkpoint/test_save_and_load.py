@@ -334,6 +334,7 @@ def test_damage_is_told(tmp_path: Path, damage: Callable[[Path], None], message:
         ({"model__layers": 3}, r"it has no blocks\.2\.attention\.key\.weight"),
         ({"model__layers": 1}, r"model\.layers was 2 and is now 1"),
         ({"model__rope_theta": 5000.0}, r"model\.rope_theta was 10000\.0 and is now 5000\.0"),
+        ({"diffusion__objective": "flow"}, r"diffusion\.objective was 'noise' and is now 'flow'"),
         ({"model__vocabulary": 65}, r"embedding\.weight has shape \(64, 32\) there and \(65, 32\) here"),
     ],
 )

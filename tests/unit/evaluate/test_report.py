@@ -210,6 +210,24 @@ def test_a_run_that_only_began_has_a_report(run: RunFolder) -> None:
     assert "No step has been logged yet" in text and "transfusion eval" in text
 
 
+@pytest.mark.parametrize(
+    ("diffusion", "title"),
+    [
+        ({}, "squared error of the noise<"),
+        ({"objective": "flow"}, "squared error of the flow velocity<"),
+        ({"objective": "velocity", "loss_weight": "min-snr"}, "squared error of the velocity, by min-SNR<"),
+    ],
+)
+def test_the_image_loss_is_named_by_the_objective(
+    run: RunFolder, diffusion: dict[str, str], title: str
+) -> None:
+    log_steps(run, range(1, 3))
+    presets.dump(
+        presets.load(None, [f"diffusion.{key}={value}" for key, value in diffusion.items()]), run.config
+    )
+    assert title in write_report(run.path).read_text(encoding="utf-8")
+
+
 def test_one_step_and_no_config_are_enough(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     log_steps(folder, range(1, 2))

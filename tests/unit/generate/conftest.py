@@ -14,9 +14,8 @@ from transfusion.codec import pixels as codec
 from transfusion.config import Config
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.diffusion.noise import counter_normal
-from transfusion.diffusion.sampler import DDIM, DDPM
-from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.generate import Pipeline
+from transfusion.generate.images import ImageSampling, build_sampler
 from transfusion.model import Transfusion
 from transfusion.model.patches import Encoding, pictures
 from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken, TextSegment
@@ -41,10 +40,13 @@ class Leaning(nn.Module):
 def build_pipeline(
     build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
 ) -> Callable[..., Pipeline]:
-    """build_pipeline(image=bias of <BOI>, end=bias of <EOS>, **build_model's) -> Pipeline that says letters."""
+    """build_pipeline(image=bias of <BOI>, end=bias of <EOS>, diffusion=..., **build_model's) -> says letters."""
 
-    def build(*, image: float = -100.0, end: float = -100.0, **fields: Any) -> Pipeline:
+    def build(
+        *, image: float = -100.0, end: float = -100.0, diffusion: Any = None, **fields: Any
+    ) -> Pipeline:
         config, model = build_model(**fields)
+        config = Config.model_validate(config.as_dict() | {"diffusion": diffusion or {}})
         bias_V = torch.full((config.model.vocabulary,), -50.0)
         bias_V[[tokenizer.encode(letter)[0] for letter in LETTERS]] = 0.0
         bias_V[SpecialToken.BEGIN_IMAGE], bias_V[SpecialToken.END_DOCUMENT] = image, end
@@ -112,16 +114,20 @@ class Truth:
         """Latent [C, H, W] of an image behind the segments."""
         image = ImageSegment(None, 16)
         first = 2 + sum(len(s.token_ids) if isinstance(s, TextSegment) else 18 for s in segments)
-        plan = {"ddpm": DDPM, "ddim": DDIM}[sampler](CosineSchedule(1000), steps, clip=1.0)
+        sampling = ImageSampling(steps=steps, sampler=sampler)  # type: ignore[arg-type]
         key_I = torch.tensor([key])
-        latent = counter_normal(key_I, (1, 8, 8))
-        for index, timestep in enumerate(plan.timesteps):
-            known = [0] * len(clean)
-            noise = self.noise([*segments, image], [*clean, latent[0]], [*known, timestep], first)
+
+        def predict(latent: Tensor, timestep: float) -> Tensor:
+            at, known = int(timestep), [0] * len(clean)
+            assert at == timestep, "documents here have whole timesteps"
+            noise = self.noise([*segments, image], [*clean, latent[0]], [*known, at], first)
             if guidance != 1:
-                unconditional = self.noise([image], [latent[0]], [timestep], 2)
+                unconditional = self.noise([image], [latent[0]], [at], 2)
                 noise = unconditional + guidance * (noise - unconditional)
-            latent = plan.step(index, latent, noise, key_I)
+            return noise
+
+        plan = build_sampler(sampling, self.config.diffusion, clip=1.0)
+        latent = plan.sample(counter_normal(key_I, (1, 8, 8)), predict, key_I)
         return latent[0]
 
     @torch.no_grad()

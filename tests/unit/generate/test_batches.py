@@ -135,7 +135,9 @@ def test_latents_of_a_batch_are_those_of_each_alone(build_pipeline: Callable[...
         cache = reader.cache(len(chosen), max(counts[i] for i in chosen))
         block = reader.prefix_block([layouts[i] for i in chosen], [counts[i] for i in chosen])
         reader.read(cache.view(), block)
-        return draw(reader, cache, range(len(chosen)), [70 + i for i in chosen], sampling, pipeline.schedule)
+        return draw(
+            reader, cache, range(len(chosen)), [70 + i for i in chosen], sampling, pipeline.config.diffusion
+        )
 
     together = latents([0, 1, 2])
     for i in range(3):
@@ -165,6 +167,28 @@ def test_ranks_share_the_grid_with_equal_forwards(
     joined = sorted((image for share in shares for image in share), key=lambda image: image.seed)
     assert [(image.prompt, image.seed) for image in joined] == [(image.prompt, image.seed) for image in whole]
     assert_same_answers([image.pixels for image in joined], [image.pixels for image in whole])
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "named", "meant"),
+    [
+        ({"objective": "velocity"}, "auto", "ddim"),
+        ({"objective": "flow"}, "auto", "euler"),
+        ({"objective": "flow"}, "heun", "heun"),
+        ({"objective": "flow", "timestep_shift": 4.0}, "auto", "euler"),
+    ],
+)
+def test_the_grid_is_drawn_for_the_objective(
+    build_pipeline: Callable[..., Pipeline], diffusion: Any, named: Any, meant: Any
+) -> None:
+    pipeline = build_pipeline(diffusion=diffusion)
+    (drawn,) = pipeline.sample_grid(SampleConfig(prompts=["one"], steps=3, seed=4, sampler=named))
+    (expected,) = pipeline.sample(["one"], steps=3, seed=4, sampler=meant)
+    assert torch.equal(drawn.pixels, expected.pixels)
+    plain = build_pipeline(diffusion={"objective": diffusion["objective"]})
+    (unlike,) = plain.sample(["one"], steps=3, seed=4, sampler="ddpm" if meant == "ddim" else "euler")
+    same_settings = diffusion == {"objective": "flow"} and meant == "euler"
+    assert torch.equal(drawn.pixels, unlike.pixels) == same_settings
 
 
 def test_a_drawn_picture_is_read_as_the_picture_that_is_returned(

@@ -62,6 +62,24 @@ def test_an_export_samples_as_its_live_model(
     assert not any(parameter.requires_grad for parameter in loaded.reader.model.parameters())
 
 
+@pytest.mark.parametrize("objective", ["velocity", "flow"])
+def test_an_export_knows_what_its_model_predicts(folder: Path, objective: str) -> None:
+    drawn = {"noise": pictures(Pipeline.from_export(folder, device="cpu"))}
+    description = json.loads((folder / export.CONFIG).read_text())
+    description["config"]["diffusion"]["objective"] = objective
+    (folder / export.CONFIG).write_text(json.dumps(description))
+    pipeline = Pipeline.from_export(folder, device="cpu")
+    own, other = {"velocity": ("ddpm", "euler"), "flow": ("euler", "ddpm")}[objective]
+    drawn[objective] = pictures(pipeline)
+    assert not torch.equal(drawn["noise"], drawn[objective])
+    named = pipeline.sample(["a handwritten three"], steps=3, sampler=own)
+    assert torch.equal(named[0].pixels, drawn[objective])
+    with pytest.raises(
+        UserError, match=f"'{other}' cannot draw with this model, .*velocity; choose {own} or"
+    ):
+        pipeline.sample(["a handwritten three"], steps=3, sampler=other)
+
+
 def test_raw_weights_serve_where_there_is_no_average(folder: Path) -> None:
     description = json.loads((folder / export.CONFIG).read_text())
     removed = description["weights"].popitem()[1]

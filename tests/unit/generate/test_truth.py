@@ -66,8 +66,13 @@ def test_interleaved(
 UNET = {"patcher": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
 
 
+VELOCITY, FLOW = ({"diffusion": {"objective": objective}} for objective in ("velocity", "flow"))
+
+
 @pytest.mark.parametrize(
-    ("sampler", "fields"), [("ddpm", {}), ("ddim", {}), ("ddim", UNET)], ids=["ddpm", "ddim", "unet"]
+    ("sampler", "fields"),
+    [("ddpm", {}), ("ddim", {}), ("ddim", UNET), ("ddpm", VELOCITY), ("euler", FLOW), ("heun", FLOW)],
+    ids=["ddpm", "ddim", "unet", "velocity", "euler", "heun"],
 )
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @torch.no_grad()
@@ -88,9 +93,9 @@ def test_latents_behind_a_mixed_prompt(
     count = layout.images[1][0]
     cache = reader.cache(1, count)
     reader.read(cache.view(), reader.prefix_block([layout], [count], [given]))
-    sampling = ImageSampling(guidance=guidance, steps=6, sampler=sampler)
-    latent = draw(reader, cache, [0], [21], sampling, pipeline.schedule)[0]
-    settings = {"guidance": guidance, "steps": 6, "sampler": sampler}
+    sampling = ImageSampling(guidance=guidance, steps=4, sampler=sampler)
+    latent = draw(reader, cache, [0], [21], sampling, pipeline.config.diffusion)[0]
+    settings = {"guidance": guidance, "steps": 4, "sampler": sampler}
     expected = truth(pipeline).draw(segments, [codec.encode(given)], 21, **settings)
     torch.testing.assert_close(latent, expected, rtol=0, atol=1e-4)
 
@@ -108,7 +113,7 @@ def test_a_finished_image_is_read_clean(
     first = layout.images[0][0]
     cache = reader.cache(1, len(layout))
     reader.read(cache.view(), reader.prefix_block([layout], [first]))
-    draw(reader, cache, [0], [21], ImageSampling(steps=3), pipeline.schedule)
+    draw(reader, cache, [0], [21], ImageSampling(steps=3), pipeline.config.diffusion)
     state_RD = reader.read(cache.view(), reader.image_block(finished[None], cache.lengths))
     clean = truth(pipeline).states(segments, [codec.encode(finished)], [0])[len(layout) - 1]
     noisy = truth(pipeline).states(segments, [codec.encode(finished)], [300])[len(layout) - 1]

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from transfusion.codec.pixels import PixelCodec
 from transfusion.config import Config
 from transfusion.diffusion.noise import counter_normal
+from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.mixed_loss import MixedLoss
 from transfusion.model import ModelOutput, Transfusion
 from transfusion.model.initialise import initialise
@@ -45,17 +47,29 @@ def losses(model: nn.Module, batch: Batch, config: Config) -> tuple[LossTerms, T
 
 
 class Perfect(nn.Module):
-    """Answers with the noise itself."""
+    """Answers with the noise itself, or what the objective asks for in its place."""
+
+    def __init__(self, objective: str) -> None:
+        super().__init__()
+        self.objective = objective
 
     def forward(self, batch: Batch, noisy: Sequence[Tensor]) -> ModelOutput:
-        noise = (counter_normal(group.noise_key_I, group.values.shape[1:]) for group in batch.images)
-        return ModelOutput(torch.zeros(()), torch.cat([patchify(each, 2).flatten(0, 1) for each in noise]))
+        (group,) = batch.images
+        noise = counter_normal(group.noise_key_I, group.values.shape[1:])
+        signal, sigma = CosineSchedule(1000).factors(group.timestep_I)
+        clean = PixelCodec().encode(group.values)
+        answers = {"noise": noise, "velocity": signal * noise - sigma * clean, "flow": noise - clean}
+        return ModelOutput(torch.zeros(()), patchify(answers[self.objective], 2).flatten(0, 1))
 
 
-def test_a_perfect_prediction_has_no_image_loss(build_model: Build, mixed: Callable[[Config], Batch]) -> None:
+@pytest.mark.parametrize("objective", ["noise", "velocity", "flow"])
+def test_a_perfect_prediction_has_no_image_loss(
+    build_model: Build, mixed: Callable[[Config], Batch], objective: str
+) -> None:
     """N1: a model that answers with the noise itself has a diffusion loss of exactly 0."""
     config, _ = build_model()
-    terms, loss = losses(Perfect(), mixed(config), config)
+    config = Config.model_validate(config.as_dict() | {"diffusion": {"objective": objective}})
+    terms, loss = losses(Perfect(objective), mixed(config), config)
     assert terms.image_sum == 0 and terms.image_count == 4 * 64 and loss == 0
     assert terms.bucket_sum_K.abs().max() == 0 and terms.bucket_count_K.sum() == 4 * 64
     assert terms.bucket_count_K.nonzero().flatten().tolist() == [0, 3, 7, 9] and TIMESTEP_BUCKETS == 10
