@@ -4,9 +4,9 @@
 
 The paper's 0.16b with pixels for latents, one row of 4,096 tokens, fp32, the local engine, one process, one thread.
 Real shards are read and decoded in the process, every step is logged. A bare loop is the network, both losses,
-backward, clipping and torch's AdamW, written out below. Each batch of the loader is first taken by the bare loop, then by the
-trainer, on the same weights, so that a noisy machine hits both. Processor time, all threads added up. The first pair
-warms up. Each pair is written at once: stopped and run again, it goes on. Writes JSON, by default
+backward, clipping and torch's AdamW, written out below. Each batch of the loader is first taken by the bare loop, then
+by the trainer, on the same weights, so that a noisy machine hits both. Processor time, all threads added up. The first
+pair warms up. Each pair is written at once: stopped and run again, it goes on. Writes JSON, by default
 benchmarks/results/overhead.json. Exits with 3 when the median of the ratios is above the bar.
 """
 

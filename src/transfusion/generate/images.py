@@ -97,7 +97,10 @@ def draw(
         hidden_RPD = reader.model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
         predicted_NE = reader.model.decode_patches(reader.model.norm(hidden_RPD).flatten(0, 1), encoding)
         answer_RCHW = unpatchify(predicted_NE, *reader.latent_shape, reader.model.config.patch_size).float()
-        return guide(*answer_RCHW.chunk(2), sampling.guidance) if guided else answer_RCHW
+        if not guided:
+            return answer_RCHW
+        conditional, unconditional = answer_RCHW.chunk(2)
+        return guide(conditional, unconditional, sampling.guidance)
 
     key_I = torch.tensor(keys, device=reader.device)
     sampler = build_sampler(sampling, config, clip=reader.codec.bound)
