@@ -74,7 +74,7 @@ def _by_pillow(data: bytes) -> Image.Image:
 
 
 def _by_opencv(data: bytes) -> Image.Image | None:
-    """A plain PNG of eight bits, in fewer steps than Pillow takes; None where that is not certain to be the same.
+    """A plain PNG of eight bits on white, faster than by Pillow; None where that is not certain to be the same.
 
     Of a PNG the width stands at 16, the height at 20, the bits of a value at 24, the kind of pixel at 25.
     """
@@ -88,8 +88,17 @@ def _by_opencv(data: bytes) -> Image.Image | None:
     if values is None or values.dtype != np.uint8 or values.ndim != 3:
         return None
     height, width, depth = values.shape
-    mode, code = ("RGBA", opencv.COLOR_BGRA2RGBA) if depth == 4 else ("RGB", opencv.COLOR_BGR2RGB)
-    return Image.frombuffer(mode, (width, height), opencv.cvtColor(values, code), "raw", mode, 0, 1)
+    flat, order = (_alpha_on_white(values), "BGRX") if depth == 4 else (values, "BGR")
+    return Image.frombuffer("RGB", (width, height), flat, "raw", order, 0, 1)
+
+
+def _alpha_on_white(values_HWC: Picture) -> Picture:
+    """255 - (255 - colour) alpha / 255, rounded to the nearest, which is what Pillow's `paste` gives."""
+    alpha = opencv.cvtColor(opencv.extractChannel(values_HWC, 3), opencv.COLOR_GRAY2BGRA)
+    flat: Picture = opencv.bitwise_not(values_HWC)
+    opencv.multiply(flat, alpha, flat, 1 / 255)
+    opencv.bitwise_not(flat, flat)
+    return flat
 
 
 def _is_plain(data: bytes) -> bool:
@@ -125,8 +134,13 @@ def _to_values(picture: Image.Image, channels: int, image_size: int) -> Picture:
         flat = flat.convert(mode)
     if flat.size != (image_size, image_size):
         flat = _centre_square(flat).resize((image_size, image_size), Image.Resampling.BICUBIC)
-    values = np.asarray(flat)
-    return values[None].copy() if channels == 1 else np.ascontiguousarray(values.transpose(2, 0, 1))
+    if channels == 1:
+        return np.array(flat)[None]
+    # Pillow takes the colours of each line apart; so only whole lines are left to be moved.
+    lines_HCW = np.frombuffer(flat.tobytes("raw", "RGB;L"), np.uint8).reshape(
+        image_size, channels, image_size
+    )
+    return np.ascontiguousarray(lines_HCW.swapaxes(0, 1))
 
 
 def _centre_square(picture: Image.Image) -> Image.Image:
