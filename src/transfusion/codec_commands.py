@@ -16,7 +16,7 @@ Shards = Annotated[list[str], typer.Argument(help="globs or brace ranges of .tar
 ImageSize = Annotated[
     int, typer.Option(min=0, help="side of the square pictures; 0: what the folder was trained for")
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")]
 
 codec_app = typer.Typer(no_args_is_help=True, help="Image codecs: pictures to latents or tokens and back.")
 

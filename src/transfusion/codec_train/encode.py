@@ -30,6 +30,7 @@ from transfusion.data.judge import GREATEST_MEMBER, PICTURE_EXTENSIONS
 from transfusion.data.latents import LATENTS, TOKENS, LatentRecord, read_record, record_path
 from transfusion.data.shards import expand
 from transfusion.errors import UserError
+from transfusion.generate.load import find_device
 
 _AT_ONCE = 32
 
@@ -68,6 +69,7 @@ def encode_shards(
     Raises UserError where shards share a name or cannot be read, where `out` is where they lie, and where it holds
     latents of another codec or picture size.
     """
+    device = str(find_device(device))
     open_token_codec(codec) if codec.kind == "vq" else open_codec(codec)
     sources = [path for path in expand(shards) if path.suffix == ".tar"]
     _refuse(codec, sources, out)

@@ -26,6 +26,7 @@ from transfusion.codec_train.measure import psnr
 from transfusion.codec_train.pictures import PictureSet
 from transfusion.config import CodecConfig
 from transfusion.errors import UserError
+from transfusion.generate.load import find_device
 from transfusion.observe.runfolder import describe_environment
 
 _AT_ONCE = 32
@@ -75,6 +76,7 @@ def write_report(
     rfid_weights: TorchScript of the Inception network of FID, called as (uint8 [I, 3, H, W], return_features=True).
     Raises UserError.
     """
+    device = str(find_device(device))
     pictures = PictureSet(shards, channels=codec.channels, image_size=codec.image_size, workers=2)
     try:
         features = _feature_network(rfid_weights, device) if rfid_weights else None
@@ -190,7 +192,13 @@ def _feature_network(weights: Path, device: str) -> Callable[[Tensor], Tensor]:
 
     @torch.no_grad()
     def features(value_ICHW: Tensor) -> Tensor:
-        found_IF: Tensor = network(value_ICHW.expand(-1, 3, -1, -1).to(device), return_features=True).cpu()
+        try:
+            found_IF: Tensor = network(
+                value_ICHW.expand(-1, 3, -1, -1).to(device), return_features=True
+            ).cpu()
+        except (RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--rfid-weights {weights} is not FID's Inception network: {reason}") from None
         return found_IF
 
     return features

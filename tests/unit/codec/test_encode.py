@@ -129,6 +129,8 @@ def test_what_cannot_be_encoded_is_refused(
     for specs, told in cases:
         with pytest.raises(UserError, match=told):
             encode_shards(settings(kl_folder), specs, tmp_path / "out")
+    with pytest.raises(UserError, match="device 'gpu' does not exist"):
+        encode_shards(settings(kl_folder), [f"{shards}/*.tar"], tmp_path / "out", device="gpu")
     with pytest.raises(UserError, match=r"is where 00000\.tar lies"):
         encode_shards(settings(kl_folder), [f"{shards}/*.tar"], shards)
     with pytest.raises(UserError, match="has no latents to write"):

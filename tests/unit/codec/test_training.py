@@ -197,6 +197,24 @@ def test_a_training_may_begin_with_weights_and_judge_on_others(
         CodecTrainer(make("third", start=start, network=strange, pictures=grey), CPU)
 
 
+def test_steps_between_lines_and_checkpoints(make: Callable[..., CodecTrainConfig]) -> None:
+    config = make(log_every=3, checkpoint_every=1, steps=5)
+    threads = torch.get_num_threads()
+    try:
+        assert train_codec(config.model_copy(update={"threads": threads + 1})) == 0
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    folder = Path(config.run.folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 5] and all("held_out_psnr" in line for line in lines)
+    # The two newest are kept.
+    assert [path.stem for path in sorted((folder / "checkpoints").iterdir())] == [
+        "step_00000004",
+        "step_00000005",
+    ]
+
+
 def test_a_step_that_revives_tells_what_it_counted(make: Callable[..., CodecTrainConfig]) -> None:
     config = make(kind="vq", loss={"revive_every": 2})
     assert train_codec(config) == 0
