@@ -31,8 +31,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
-# Between the problems of one ValueError; the loader tells them one a line.
-PROBLEM_SEPARATOR = "; "
+# Between the problems of one ValueError; the loader tells them one a line. A problem may hold a semicolon.
+PROBLEM_SEPARATOR = "\n"
 
 ObjectiveName = Literal["noise", "velocity", "flow"]
 # What a network of each objective answers, in words.
