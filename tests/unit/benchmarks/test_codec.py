@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 import codec as benchmark
+from transfusion import presets
 from transfusion.codec.networks import new_network, save_network
 from transfusion.codec_train.pictures import PictureSet
+from transfusion.codec_train.settings import CodecTrainConfig
 from transfusion.data.shards import write_shards
 
 
@@ -54,6 +56,22 @@ def test_a_difference_to_diffusers_is_seen(pictures: PictureSet, tmp_path: Path)
     values = {"kind": "kl", "folder": str(tmp_path / "kl"), "image_size": 8, "scale": 0.25}
     other = benchmark.CodecConfig.model_validate(benchmark.completed(values, []))
     assert not benchmark.equal_to_diffusers(other, pictures)["encoded"]
+
+
+@pytest.mark.parametrize("name", benchmark.CONFIGS)
+def test_a_codec_that_is_missing_is_trained(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, check: asked.append(command))
+    folder = benchmark.trained(name, Path("data"), tmp_path)
+    [[_, _, _, codec, train, config, *overrides]] = asked
+    resolved = presets.load_as(CodecTrainConfig, config, overrides)
+    assert (codec, train) == ("codec", "train") and folder == Path(resolved.run.folder) / "codec"
+    assert resolved.pictures.shards == "data/train/*.tar" and resolved.pictures.held_out == "data/val/*.tar"
+    assert resolved.kind == name.removeprefix("emoji-") and resolved.pictures.image_size == 64
+    folder.mkdir(parents=True)
+    assert benchmark.trained(name, Path("data"), tmp_path) == folder and len(asked) == 1
 
 
 def test_each_bar_can_be_missed() -> None:
