@@ -1,0 +1,50 @@
+"""The held-out suite: what the image loss is the error of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from transfusion.config import Config, SourceConfig
+from transfusion.evaluate import suites
+from transfusion.schema import LossTerms
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "said"),
+    [
+        ({}, "of the predicted noise, held-out p, fixed noise and timesteps"),
+        (
+            {"objective": "velocity", "loss_weight": "min-snr"},
+            "of the predicted velocity, held-out p, fixed noise and timesteps",
+        ),
+        (
+            {"objective": "flow", "timestep_law": "logit-normal", "timestep_shift": 3.0},
+            "of the predicted flow velocity, held-out p, fixed noise and timesteps (logit-normal, shift 3)",
+        ),
+    ],
+)
+def test_the_image_loss_is_the_plain_error_and_says_of_what(
+    diffusion: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of training are left out, and nothing else is."""
+    source = SourceConfig(name="p", shards="p.tar")
+    config = Config.model_validate({"diffusion": diffusion, "data": {"held_out": [source]}})
+    used: list[Config] = []
+
+    def losses(model: Any, loader: Any, config: Config, *rest: Any) -> LossTerms:
+        used.append(config)
+        zero = torch.zeros(())
+        return LossTerms(zero, zero, torch.tensor(3.0), torch.tensor(4.0), torch.zeros(10), torch.zeros(10))
+
+    monkeypatch.setattr(suites, "held_out_losses", losses)
+    monkeypatch.setattr(suites, "EvaluationLoader", lambda *_, **__: None)
+    reader = SimpleNamespace(model=None, device=None, codec=None)
+    pipeline: Any = SimpleNamespace(config=config, reader=reader, tokenizer=None)
+    metric = suites.held_out(pipeline, Path())["p_image_loss"]
+    assert metric.value == 0.75 and metric.how == f"mean squared error {said}"
+    assert used[0].diffusion.as_dict() == {**config.diffusion.as_dict(), "loss_weight": "none"}
