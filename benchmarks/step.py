@@ -19,12 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from limits import Limits, find_device, measure_limits, record_head, write_json
 from transfusion import presets
@@ -44,6 +46,7 @@ from transfusion.observe.memory import peak_gib
 from transfusion.observe.utilisation import published_tflops
 from transfusion.parallel import environment
 from transfusion.parallel.engine import Engine, build_engine, global_counts
+from transfusion.parallel.results import PendingResult
 from transfusion.schema import Batch, BatchCounts, LossTerms, SpecialToken
 
 RESULT = Path(__file__).resolve().parent / "results" / "step.json"
@@ -203,41 +206,62 @@ def measure_step(
         losses = [train_step(engine, data[step % len(data)], config) for step in range(warm_up)]
         if here.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(here.device)
-        times: list[float] = []
-        deadline = time.monotonic() + seconds
-        while len(times) < steps and (len(times) < 3 or time.monotonic() < deadline):
-            begin = _now(here.device)
-            losses.append(train_step(engine, data[len(times) % len(data)], config))
-            times.append(_now(here.device) - begin)
+        times, begun = _timed_steps(engine, data, config, steps, seconds)
+        losses += [finish_step(*step) for step in begun]
         return _result(config, engine, data, times, losses, limits)
     finally:
         environment.stop()
 
 
+def _timed_steps(
+    engine: Engine, data: Sequence[Sequence[Batch]], config: Config, steps: int, seconds: float
+) -> tuple[list[float], list[tuple[PendingResult, Tensor]]]:
+    """Seconds of each step that was timed, and all that were made.
+
+    As in training a step is read when the next one has been given to the GPU, which so is never without work: from one
+    reading to the next is a step's time.
+    """
+    deadline = time.monotonic() + seconds
+    begun, readings = [begin_step(engine, data[0], config)], list[float]()
+    while len(readings) <= steps and (len(readings) <= 3 or time.monotonic() < deadline):
+        begun.append(begin_step(engine, data[len(begun) % len(data)], config))
+        begun[-2][0].read()
+        readings.append(_now(engine.device))
+    return [end - begin for begin, end in pairwise(readings)], begun
+
+
 def train_step(engine: Engine, micro_batches: Sequence[Batch], config: Config) -> float:
-    """One step as `Trainer.train_step` makes it; returns the loss. Raises BadStep."""
+    """One step as `Trainer.train_step` makes it, waited for; returns the loss. Raises BadStep."""
+    return finish_step(*begin_step(engine, micro_batches, config))
+
+
+def begin_step(
+    engine: Engine, micro_batches: Sequence[Batch], config: Config
+) -> tuple[PendingResult, Tensor]:
+    """Give a step to the device; returns what it comes to, and its loss."""
     batches = [batch.to(engine.device) for batch in micro_batches]
     counts = global_counts(batches)
     parts: list[LossTerms] = [engine.forward_backward(batch, counts) for batch in batches]
-    result = engine.step(config.optimizer.learning_rate).read()
+    pending = engine.step(config.optimizer.learning_rate)
     terms = parts[0]
     for part in parts[1:]:
         terms = terms.plus(part)
-    weight = config.diffusion.image_loss_weight
-    loss = float(
-        terms.text_sum / terms.text_count.clamp(min=1) + weight * terms.image_sum / terms.image_count.clamp(min=1)
-    )  # fmt: skip
-    if result.skipped or not math.isfinite(loss):
-        raise BadStep(f"loss {loss}, gradient norm {result.gradient_norm}: the step was not made")
-    return loss
+    text = terms.text_sum / terms.text_count.clamp(min=1)
+    image = terms.image_sum / terms.image_count.clamp(min=1)
+    return pending, text + config.diffusion.image_loss_weight * image
+
+
+def finish_step(pending: PendingResult, loss: Tensor) -> float:
+    """Wait for a step; returns its loss. Raises BadStep."""
+    result, number = pending.read(), float(loss)
+    if result.skipped or not math.isfinite(number):
+        raise BadStep(f"loss {number}, gradient norm {result.gradient_norm}: the step was not made")
+    return number
 
 
 def _now(device: torch.device) -> float:
-    """Seconds: of the wall once the GPU is done, on the CPU of the processor."""
-    if device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
+    """Seconds: of the wall beside a GPU, on the CPU of the processor."""
+    return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
 def _result(
