@@ -95,11 +95,12 @@ class SourceIndex:
     def text_ids(self, sample: int, caption: int = 0) -> TokenIds:
         """Ids of the sample's text, or of the caption with this number among its own."""
         part, place = self._place(sample)
-        first, end = part.caption_start_N[place : place + 2].tolist()
+        first, end = part.caption_start_N.item(place), part.caption_start_N.item(place + 1)
         if end - first > 1:
             lengths = part["tokens_C"][first:end]
             first += int(np.flatnonzero(lengths <= self._longest_caption)[caption])
-        ids: TokenIds = part["token_ids_T"][slice(*part.token_start_C[first : first + 2].tolist())]
+        start_C = part.token_start_C
+        ids: TokenIds = part["token_ids_T"][start_C.item(first) : start_C.item(first + 1)]
         return ids
 
     def segments(self, sample: int) -> tuple[list[Segment], list[int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +65,7 @@ class RowSettings:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RowImage:
+class RowImage(NamedTuple):
     """An image of the row: pixels or latents, the position of its first patch, its noise level and noise."""
 
     values_CHW: Values

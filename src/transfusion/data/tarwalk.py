@@ -92,16 +92,17 @@ class TarWalk:
         self._descriptor = descriptor
         self._length = os.fstat(descriptor).st_size
         self._window = Window(descriptor)
-        # Of the window that begins at `_known_from`, by where they stand.
-        self._known: dict[int, Member] = {}
+        # Of the window that begins at `_known_from`, by where they stand, with where the next stand.
+        self._known: dict[int, tuple[Member, int]] = {}
         self._known_from = -1
 
     def __iter__(self) -> Iterator[Member]:
         position, found, before = 0, False, ""
         while True:
-            if plain := self._plain(position):
-                yield plain._replace(before=before) if before else plain
-                position, found, before = self._end(plain.start, plain.size), True, ""
+            if known := self._known.get(position) or self._look_around(position):
+                member, position = known
+                yield member._replace(before=before) if before else member
+                found, before = True, ""
                 continue
             place = self._next_header(position, found)
             if place is None:
@@ -128,14 +129,13 @@ class TarWalk:
             readable = self._length and not self.problems.keys() & {BAD_HEADER, TRUNCATED}
             self.problems = {EMPTY if readable else UNREADABLE: 0}
 
-    def _plain(self, position: int) -> Member | None:
-        """The member whose header stands here, where nothing about it is in question."""
-        member = self._known.get(position)
-        if member is None and len(self._block(position)) == BLOCK and self._known_from != self._window.start:
-            self._known_from = self._window.start
-            self._known = _plain_members(self._window.data, self._window.start, self._length)
-            member = self._known.get(position)
-        return member
+    def _look_around(self, position: int) -> tuple[Member, int] | None:
+        """The member whose header stands here, where nothing about it is in question, and where the next stands."""
+        if len(self._block(position)) < BLOCK or self._known_from == self._window.start:
+            return None
+        self._known_from = self._window.start
+        self._known = _plain_members(self._window.data, self._window.start, self._length)
+        return self._known.get(position)
 
     def _next_header(self, position: int, found: bool) -> int | None:
         """Where the next header stands: here, or behind an end marker; None at the end."""
@@ -208,11 +208,7 @@ class TarWalk:
         member = Member(name, place, data, size, regular, "", before)
         if size > self._length - data:
             return member, None
-        return member, self._end(data, size)
-
-    def _end(self, start: int, size: int) -> int:
-        """Where what stands behind the data begins."""
-        return min(start + _padded(size), self._length)
+        return member, min(data + _padded(size), self._length)
 
     def _block(self, position: int) -> bytes:
         return self._window.read(position, BLOCK)
@@ -222,11 +218,11 @@ class TarWalk:
         self.latest = (reason, offset)
 
 
-def _plain_members(data: bytes, offset: int, length: int) -> dict[int, Member]:
+def _plain_members(data: bytes, offset: int, length: int) -> dict[int, tuple[Member, int]]:
     """Regular members with one header, written as tools write it, by where they stand: all headers of `data` at once.
 
-    For these `TarWalk._member` would give the same. offset: of `data` in the shard. length: of the shard. Shape
-    suffixes: H headers, B bytes.
+    With where the next stand. `TarWalk._member` would give the same. offset: of `data` in the shard. length: of the
+    shard. Shape suffixes: H headers, B bytes.
     """
     blocks_HB = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
     magic_HB = blocks_HB[:, _MAGIC_OFFSET : _MAGIC_OFFSET + len(_MAGIC)]
@@ -237,15 +233,17 @@ def _plain_members(data: bytes, offset: int, length: int) -> dict[int, Member]:
     claimed_H, whole_H = _octal(headers_HB, _CHECKSUM, _AFTER_CHECKSUM)
     field_HB = headers_HB[:, _CHECKSUM.start : _AFTER_CHECKSUM.stop]
     # The field itself counts as spaces.
-    total_H = headers_HB.sum(axis=1, dtype=np.int64) - field_HB.sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+    total_H = headers_HB.sum(axis=1, dtype=np.uint32) - field_HB.sum(axis=1, dtype=np.uint32) + 8 * ord(" ")
     kinds_H = headers_HB[:, _KIND]
     plain_H &= whole_H & (claimed_H == total_H) & ((kinds_H == ord("0")) | (kinds_H == 0))
     plain_H &= (headers_HB[:, _PREFIX] == 0) & (sizes_H <= length - starts_H)
     names_H = np.ascontiguousarray(headers_HB[plain_H, :100]).view("S100").ravel().tolist()
-    columns = zip(names_H, starts_H[plain_H].tolist(), sizes_H[plain_H].tolist(), strict=True)
+    starts_H, sizes_H = starts_H[plain_H], sizes_H[plain_H]
+    ends_H = np.minimum(starts_H - (-sizes_H // BLOCK) * BLOCK, length)
+    columns = zip(names_H, starts_H.tolist(), sizes_H.tolist(), ends_H.tolist(), strict=True)
     return {
-        start - BLOCK: Member(name, start - BLOCK, start, size, True, "", "")
-        for name, start, size in columns
+        start - BLOCK: (Member(name, start - BLOCK, start, size, True, "", ""), end)
+        for name, start, size, end in columns
         # A directory of old writers, and what stands behind the end of a name.
         if name and not name.endswith(b"/") and b"\0" not in name
     }
