@@ -215,7 +215,7 @@ def test_too_many_bad_samples_end_the_run(
     monkeypatch.setattr(
         SourceIndex,
         "read_picture",
-        lambda self, sample, picture: b"torn" if sample % 5 == 0 else read(self, sample),
+        lambda self, sample, *rest: b"torn" if sample % 5 == 0 else read(self, sample),
     )
     config = build_config("bad", steps=1000)
     with pytest.raises(

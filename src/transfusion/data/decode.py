@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
-from transfusion.data.probe import GREATEST_PIXELS
+from transfusion.data.probe import CHECKSUM, CHUNK, GREATEST_PIXELS
 
 try:
     opencv: Any = importlib.import_module("cv2")
@@ -107,21 +107,27 @@ def _is_plain(data: bytes) -> bool:
     It passes over what turns a picture or lets it move, and takes a damaged or misplaced transparency as it is.
     """
     tables: list[tuple[bytes, int]] = []
-    position, pixels = len(_PNG), False
-    while (kind := data[position + 4 : position + 8]) != b"IEND":
-        length = int.from_bytes(data[position : position + 4])
+    position, pixels, last = len(_PNG), False, len(data) - CHUNK.size
+    while position <= last:
+        length, kind = CHUNK.unpack_from(data, position)
         end = position + 12 + length
-        if len(kind) < 4 or kind in _TURNING_CHUNKS or data.startswith(_TURNING_TEXTS, position + 8):
+        if kind == b"IEND":
+            break
+        if end > len(data) or kind in _TURNING_CHUNKS or data.startswith(_TURNING_TEXTS, position + 8):
             return False
         if kind == b"IDAT":
             pixels = True
-        elif not pixels and zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+        elif (
+            not pixels and zlib.crc32(data[position + 4 : end - 4]) != CHECKSUM.unpack_from(data, end - 4)[0]
+        ):
             return False
         elif kind in (b"PLTE", b"tRNS"):
             if pixels:
                 return False
             tables.append((kind, length // (3 if kind == b"PLTE" else 1)))
         position = end
+    else:
+        return False
     if data[25] != _PALETTE:
         return pixels and not tables
     return pixels and [kind for kind, _ in tables] in _TABLES and tables[-1][1] <= tables[0][1]

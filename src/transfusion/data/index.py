@@ -23,7 +23,7 @@ from transfusion.data.latents import refuse_other_latents
 from transfusion.data.sample import Fault
 from transfusion.data.scan import is_shard
 from transfusion.data.sequence import IMAGE_CONTROL_TOKENS, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS
-from transfusion.data.shardindex import Integers, ShardIndex
+from transfusion.data.shardindex import Integers, OpenShards, ShardIndex
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, Segment, TextSegment
@@ -95,11 +95,12 @@ class SourceIndex:
     def text_ids(self, sample: int, caption: int = 0) -> TokenIds:
         """Ids of the sample's text, or of the caption with this number among its own."""
         part, place = self._place(sample)
-        first, end = part.caption_start_N[place : place + 2].tolist()
+        first, end = part.caption_start_N.item(place), part.caption_start_N.item(place + 1)
         if end - first > 1:
             lengths = part["tokens_C"][first:end]
             first += int(np.flatnonzero(lengths <= self._longest_caption)[caption])
-        ids: TokenIds = part["token_ids_T"][slice(*part.token_start_C[first : first + 2].tolist())]
+        start_C = part.token_start_C
+        ids: TokenIds = part["token_ids_T"][start_C.item(first) : start_C.item(first + 1)]
         return ids
 
     def segments(self, sample: int) -> tuple[list[Segment], list[int]]:
@@ -115,10 +116,13 @@ class SourceIndex:
                 first += element
         return segments, pictures
 
-    def read_picture(self, sample: int, picture: int = 0) -> bytes:
-        """Bytes of one of the sample's pictures or latents, as they are now in the shard. Raises OSError."""
+    def read_picture(self, sample: int, picture: int = 0, shards: OpenShards | None = None) -> bytes:
+        """Bytes of one of the sample's pictures or latents, as they are now in the shard. Raises OSError.
+
+        shards: open ones, where several are read.
+        """
         part, place = self._place(sample)
-        return part.read_picture(place, picture)
+        return part.read_picture(place, picture, shards)
 
     def is_latent(self, sample: int, picture: int = 0) -> bool:
         """Whether these are latents, not a picture."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from transfusion.data.sample import (
     json_object,
     utf8,
 )
-from transfusion.data.tarwalk import NO_END_MARKER, Member
+from transfusion.data.tarwalk import NO_END_MARKER, Member, Window
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 GREATEST_MEMBER = 1 << 26
@@ -68,7 +67,7 @@ class Judge:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self._window = Window(descriptor)
         self.hashes_tell = self.captions_tell = False
 
     def sample(self, group: Group) -> RawSample:
@@ -201,7 +200,7 @@ class Judge:
         return StoredPicture(member.start, member.size, facts.width, facts.height)
 
     def _latent(self, member: Member) -> StoredPicture:
-        head = os.pread(self._descriptor, min(member.size, HEADER_BYTES), member.start)
+        head = self._window.read(member.start, min(member.size, HEADER_BYTES))
         channels, height, width = latent_shape(head, member.size)
         return StoredPicture(member.start, member.size, width, height, channels)
 
@@ -217,7 +216,7 @@ class Judge:
         return utf8(self._bytes(member))
 
     def _bytes(self, member: Member) -> bytes:
-        return os.pread(self._descriptor, member.size, member.start)
+        return self._window.read(member.start, member.size)
 
 
 def _sha256(data: bytes) -> str:

@@ -6,8 +6,9 @@ decoding and holds nothing but the bytes themselves.
 
 from __future__ import annotations
 
+import struct
 import zlib
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 GREATEST_PIXELS = 50_000_000
 SMALLEST_SIDE = 8
@@ -16,6 +17,8 @@ GREATEST_ASPECT = 20
 GREATEST_METADATA = 1 << 20
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+# Of a PNG: length and kind of a chunk, and its checksum.
+CHUNK, CHECKSUM = struct.Struct(">I4s"), struct.Struct(">I")
 # Start of frame: all of C0 to CF but the tables (C4), a reserved one (C8) and arithmetic conditioning (CC).
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Markers that stand alone: restarts and TEM.
@@ -29,8 +32,7 @@ class PictureFault(Exception):  # noqa: N818  (no mistake of the program: one ba
     """A picture that cannot be used; the message is the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class PictureFacts:
+class PictureFacts(NamedTuple):
     """Size as stored (before any rotation), and whether it holds more than one frame."""
 
     width: int
@@ -68,31 +70,31 @@ def _checked(width: int, height: int, *, animated: bool = False) -> PictureFacts
 
 def _png(data: bytes) -> PictureFacts:
     facts, position, animated, has_pixels = None, len(_PNG), False, False
-    view = memoryview(data)
-    while True:
-        length, kind = int.from_bytes(data[position : position + 4]), data[position + 4 : position + 8]
+    view, size = memoryview(data), len(data)
+    while position + CHUNK.size <= size:
+        length, kind = CHUNK.unpack_from(data, position)
         body, end = position + 8, position + 12 + length
         if facts is None:
             # Judged first: what is too large or too small is so however it goes on.
             if kind != b"IHDR" or length != 13:
-                raise PictureFault("image_truncated" if len(data) < 33 else "image_corrupt")
+                raise PictureFault("image_truncated" if size < 33 else "image_corrupt")
             facts = _checked(_big(data, body), _big(data, body + 4))
-        if len(kind) < 4 or end > len(data):
-            raise PictureFault("image_truncated")
-        if zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+        if end > size:
+            break
+        if zlib.crc32(view[position + 4 : end - 4]) != CHECKSUM.unpack_from(data, end - 4)[0]:
             raise PictureFault("image_corrupt")
         if kind == b"IDAT":
             has_pixels = True
         elif kind == b"IEND":
-            break
+            if not has_pixels:
+                raise PictureFault("image_corrupt")
+            return facts._replace(animated=True) if animated else facts
         elif kind in _COMPRESSED or kind == b"iTXt":
             _refuse_bomb(kind, data[body : end - 4])
         elif kind == b"acTL":
             animated = True
         position = end
-    if not has_pixels:
-        raise PictureFault("image_corrupt")
-    return replace(facts, animated=True) if animated else facts
+    raise PictureFault("image_truncated")
 
 
 def _refuse_bomb(kind: bytes, body: bytes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,8 @@ from transfusion.data.index import SourceIndex
 from transfusion.data.latents import LatentFault, read_latent
 from transfusion.data.planner import Piece, RowPlan
 from transfusion.data.scan import Fault
-from transfusion.data.sequence import Draft, draft, draft_text, lay_out_all, position_axes
+from transfusion.data.sequence import Draft, draft, draft_pair, draft_text, lay_out_all, position_axes
+from transfusion.data.shardindex import OpenShards
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
 from transfusion.timesteps import TimestepLaw
 
@@ -64,8 +65,7 @@ class RowSettings:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RowImage:
+class RowImage(NamedTuple):
     """An image of the row: pixels or latents, the position of its first patch, its noise level and noise."""
 
     values_CHW: Values
@@ -118,22 +118,25 @@ class RowBuilder:
         ids = self._indexes[piece.source].text_ids(piece.sample, piece.caption)
         if piece.variant == Variant.TEXT:
             return draft_text(ids, piece.first, piece.tokens)
-        return draft(pair_segments(ids.tolist(), None, self._settings.patches, piece.variant))
+        caption = None if piece.variant == Variant.CAPTION_DROPPED else ids
+        caption_first = piece.variant == Variant.CAPTION_FIRST
+        return draft_pair(caption, self._settings.patches, caption_first=caption_first)
 
     def _pictures(self, plan: RowPlan) -> tuple[dict[int, list[Values]], tuple[Fault, ...]]:
         """The images of each piece by its number, and the faults of those pieces whose images could not be had."""
         pictures, faults = {}, []
-        for number, piece in enumerate(plan):
-            if not _has_images(piece):
-                continue
-            try:
-                pictures[number] = [self._picture(piece, picture) for picture in self._numbers(piece)]
-            except DecodeFault as error:
-                faults.append(self._indexes[piece.source].fault(piece.sample, str(error)))
-            except OSError as error:
-                faults.append(
-                    self._indexes[piece.source].fault(piece.sample, f"unreadable shard ({error.strerror})")
-                )
+        with OpenShards() as shards:
+            for number, piece in enumerate(plan):
+                if not _has_images(piece):
+                    continue
+                try:
+                    numbers = self._numbers(piece)
+                    pictures[number] = [self._picture(piece, picture, shards) for picture in numbers]
+                except DecodeFault as error:
+                    faults.append(self._indexes[piece.source].fault(piece.sample, str(error)))
+                except OSError as error:
+                    reason = f"unreadable shard ({error.strerror})"
+                    faults.append(self._indexes[piece.source].fault(piece.sample, reason))
         return pictures, tuple(faults)
 
     def _numbers(self, piece: Piece) -> Sequence[int]:
@@ -142,11 +145,11 @@ class RowBuilder:
             return (0,)
         return self._indexes[piece.source].segments(piece.sample)[1]
 
-    def _picture(self, piece: Piece, number: int) -> Values:
+    def _picture(self, piece: Piece, number: int, shards: OpenShards) -> Values:
         place = (piece.source, piece.sample, number)
         values = self._cache.get(place)
         if values is None:
-            values = read_values(self._indexes[piece.source], piece.sample, number, self._settings)
+            values = read_values(self._indexes[piece.source], piece.sample, number, self._settings, shards)
             if self._cached_bytes + values.nbytes <= _CACHE_BYTES:
                 self._cache[place] = values
                 self._cached_bytes += values.nbytes
@@ -194,9 +197,14 @@ class RowBuilder:
         return timesteps, noise_keys.tolist()
 
 
-def read_values(index: SourceIndex, sample: int, picture: int, settings: RowSettings) -> Values:
-    """One of the sample's pictures as pixels, or its latents as they are. Raises DecodeFault and OSError."""
-    data = index.read_picture(sample, picture)
+def read_values(
+    index: SourceIndex, sample: int, picture: int, settings: RowSettings, shards: OpenShards | None = None
+) -> Values:
+    """One of the sample's pictures as pixels, or its latents as they are. Raises DecodeFault and OSError.
+
+    shards: open ones, where several are read.
+    """
+    data = index.read_picture(sample, picture, shards)
     if not index.is_latent(sample, picture):
         return decode(data, channels=settings.channels, image_size=settings.image_size)
     try:

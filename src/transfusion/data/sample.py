@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 CAPTION_BYTES = 65_536
 DOCUMENT_BYTES = 2_000_000
@@ -29,8 +29,7 @@ class Fault:
     offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StoredPicture:
+class StoredPicture(NamedTuple):
     """Where a picture stands in the shard, and its width and height as stored.
 
     latent_channels: of a precomputed latent; 0: a picture.
@@ -43,8 +42,7 @@ class StoredPicture:
     latent_channels: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RawSample:
+class RawSample(NamedTuple):
     """A text, a picture with captions, or an interleaved document.
 
     texts: the text; the captions, of which one is chosen each epoch (listed twice, chosen twice as often); or the

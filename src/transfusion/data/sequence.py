@@ -106,6 +106,16 @@ def draft(segments: Sequence[Segment], *, finished: bool = True) -> Draft:
     return Draft(np.concatenate(parts), _PADDING, tuple(images), learns_text)
 
 
+def draft_pair(caption_ids: NDArray[np.integer] | None, patches: int, *, caption_first: bool) -> Draft:
+    """A picture with its caption, or without one (None): as `draft`, of which most documents are this kind."""
+    image = _image_tokens(patches)
+    if caption_ids is None:
+        return Draft(np.concatenate([_BOS, image, _EOS]), _PADDING, ((2, patches),), False)
+    parts = [_BOS, caption_ids, image, _EOS] if caption_first else [_BOS, image, caption_ids, _EOS]
+    first_patch = 2 + len(caption_ids) if caption_first else 2
+    return Draft(np.concatenate(parts), _PADDING, ((first_patch, patches),), True)
+
+
 def draft_text(token_ids: NDArray[np.integer], first: int, tokens: int) -> Draft:
     """A piece of a text document; see `lay_out_text`."""
     end = first + tokens

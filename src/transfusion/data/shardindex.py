@@ -18,9 +18,10 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
@@ -45,13 +46,15 @@ _COLUMNS = (
     "picture_size_I", "picture_width_I", "picture_height_I", "latent_channels_I", "element_E", "fault_key_bytes_F",
     "fault_offset_F", "fault_reason_F",
 )  # fmt: skip
-# Token ids that wait to be written together.
-_IDS_AT_ONCE = 1 << 16
+# Letters that are tokenised together, and token ids that are written together.
+_LETTERS_AT_ONCE, _IDS_AT_ONCE = 1 << 14, 1 << 16
 _ENDS, _PLACES, _PLACE = 1 << 16, 62, 1 << 12
 # Beside the index of a remote shard, once a download has shown that the shard is another.
 _CHANGED = ".changed"
 # A copy may be removed between its arrival and its opening, by a process that needs room.
 _OPENINGS = 3
+# Shards of one row; a process may open a few hundred files.
+_OPEN_AT_ONCE = 64
 
 
 class Encoder(Protocol):
@@ -60,8 +63,8 @@ class Encoder(Protocol):
     fingerprint: str
     vocabulary: int
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, without control tokens."""
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without control tokens."""
 
 
 class Prints(NamedTuple):
@@ -182,18 +185,20 @@ class ShardIndex:
         elements: list[int] = self["element_E"][slice(*self.element_start_N[sample : sample + 2])].tolist()
         return elements
 
-    def read_picture(self, sample: int, picture: int = 0) -> bytes:
-        """Bytes of a picture or latent, as they are now in the shard; a remote one is fetched. Raises OSError."""
-        place = self.picture_start_N[sample] + picture
-        size, offset = int(self["picture_size_I"][place]), int(self["picture_offset_I"][place])
-        descriptor = self._open()
-        try:
-            return os.pread(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
+    def read_picture(self, sample: int, picture: int = 0, shards: OpenShards | None = None) -> bytes:
+        """Bytes of a picture or latent, as they are now in the shard; a remote one is fetched. Raises OSError.
 
-    def _open(self) -> int:
-        """A descriptor of the shard, or of the copy of a remote one."""
+        shards: open ones, where several are read.
+        """
+        if shards is None:
+            with OpenShards() as alone:
+                return self.read_picture(sample, picture, alone)
+        place = self.picture_start_N[sample] + picture
+        size, offset = self["picture_size_I"].item(place), self["picture_offset_I"].item(place)
+        return os.pread(shards.descriptor(self), size, offset)
+
+    def open(self) -> int:
+        """A descriptor of the shard, or of the copy of a remote one. Raises OSError."""
         flags = os.O_RDONLY | os.O_CLOEXEC
         if not isinstance(self.shard, RemoteShard):
             return os.open(self.shard, flags)
@@ -244,6 +249,34 @@ class ShardIndex:
         return {"path": self.path, "shard": self.shard, "_facts": self._facts, "_arrays": {}}
 
 
+class OpenShards:
+    """Shards opened once for several pictures, and closed together."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[int, int] = {}
+
+    def descriptor(self, index: ShardIndex) -> int:
+        """Of the shard of this index. Raises OSError."""
+        descriptor = self._descriptors.get(id(index))
+        if descriptor is None:
+            if len(self._descriptors) == _OPEN_AT_ONCE:
+                self.close()
+            descriptor = self._descriptors[id(index)] = index.open()
+        return descriptor
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> OpenShards:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 def index_shard(shard: Shard, path: Path, encoder: Encoder | None) -> None:
     """Read the shard once, a remote one through its cache, and write its index file, whole or not at all.
 
@@ -281,11 +314,27 @@ class _Writer:
         self._keys, self._fault_keys = bytearray(), bytearray()
         self._reasons: dict[str, int] = {}
         self._notes: collections.Counter[str] = collections.Counter()
+        self._untokenised: list[RawSample] = []
+        self._letters = 0
         self._waiting: list[int] = []
         self._tokens, self._checksum = 0, 0
 
     def add(self, found: RawSample) -> None:
-        ids = [self._encoder.encode(text) if self._encoder else [] for text in found.texts]
+        self._untokenised.append(found)
+        self._letters += sum(map(len, found.texts))
+        if self._letters >= _LETTERS_AT_ONCE:
+            self._tokenise()
+
+    def _tokenise(self) -> None:
+        """Put the samples that wait for it into the columns."""
+        texts = [text for found in self._untokenised for text in found.texts]
+        ids = iter(self._encoder.encode_all(texts) if self._encoder else [[] for _ in texts])
+        for found in self._untokenised:
+            self._put(found, [next(ids) for _ in found.texts])
+        self._untokenised.clear()
+        self._letters = 0
+
+    def _put(self, found: RawSample, ids: list[list[int]]) -> None:
         put = self._columns
         if found.elements:
             put["element_E"].extend([len(ids[t]) if t >= 0 else t for t in found.elements])
@@ -321,6 +370,7 @@ class _Writer:
         self._columns["fault_reason_F"].append(reason)
 
     def finish(self, facts: dict[str, Any]) -> None:
+        self._tokenise()
         self._write_ids()
         arrays: dict[str, tuple[str, int, int, int]] = {
             "token_ids_T": (self._id_type.str, self._tokens, _HEAD_BYTES, self._checksum)

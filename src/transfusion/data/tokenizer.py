@@ -69,6 +69,15 @@ class Tokenizer:
             joined = joined + self._space_mark_ids + part
         return joined
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, of each; in one call of sentencepiece, which then takes a third of the time."""
+        if any(_SPACE_MARK in text for text in texts):
+            return [self.encode(text) for text in texts]
+        for text in texts:
+            text.encode()
+        ids: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; control tokens and ids outside the vocabulary leave nothing."""
         kept = [int(token) for token in ids if len(SpecialToken) <= token < self.vocabulary]

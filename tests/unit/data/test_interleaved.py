@@ -107,7 +107,7 @@ def test_a_picture_that_cannot_be_had_silences_its_document(
     monkeypatch.setattr(
         SourceIndex,
         "read_picture",
-        lambda self, sample, picture: b"" if picture else read(self, sample, picture),
+        lambda self, sample, picture, *shards: b"" if picture else read(self, sample, picture),
     )
     lengths = [len(lay_out(index.segments(sample)[0])) for sample in range(2)]
     plan = tuple(

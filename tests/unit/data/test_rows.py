@@ -135,7 +135,7 @@ def test_a_sample_that_cannot_be_read_keeps_its_place(
     monkeypatch.setattr(
         SourceIndex,
         "read_picture",
-        lambda self, sample, picture: b"torn" if sample == 1 else read(self, sample),
+        lambda self, sample, *rest: b"torn" if sample == 1 else read(self, sample),
     )
     row = RowBuilder(indexes, settings).build(plan)
     start, end = plan[0].tokens, plan[0].tokens + plan[1].tokens
@@ -194,7 +194,7 @@ def test_colour_and_positions_in_two_dimensions(make_config: MakeConfig, indexes
 def test_a_vanished_shard_is_a_fault(
     config: Config, indexes: list[SourceIndex], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def missing(self: SourceIndex, sample: int, picture: int) -> bytes:
+    def missing(self: SourceIndex, sample: int, *rest: object) -> bytes:
         return (tmp_path / "gone.tar").read_bytes()
 
     monkeypatch.setattr(SourceIndex, "read_picture", missing)
