@@ -149,6 +149,15 @@ def needs_descriptors(dtype: torch.dtype) -> bool:
     return has_tma(dtype) and not interprets()
 
 
+def all_registers(warps: int) -> dict[str, int]:
+    """The option of a launch that lets a thread have all the registers that `warps` leave it.
+
+    Given no limit NVIDIA's assembler sets one itself, so that more programs fit on a processor, and spills a register
+    or two for it, now in one form, now in another. A compiler for AMD does not know the option.
+    """
+    return {"maxnreg": min(65536 // (32 * warps), 255)} if targets_nvidia() else {}
+
+
 def interprets() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return bool(triton.knobs.runtime.interpret)

@@ -15,6 +15,7 @@ if triton.knobs.runtime.interpret:
 
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
+from transfusion_kernels.attention.decode import decode_forward  # noqa: E402
 from transfusion_kernels.attention.shipped import (  # noqa: E402
     PASSES,
     CacheForm,
@@ -66,6 +67,28 @@ def test_the_kernel_for_a_cache_keeps_to_registers(
     ((report, wrong),) = compile_cache_form(CacheForm("sm_90", head_dim, group, queries, paged))
     assert not wrong, report
     assert report.instructions["HGMMA" if group * queries >= 64 else "HMMA"] > 0
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_growing_cache_compiles_nothing_anew(paged: bool) -> None:
+    """One form of the kernel for all lengths of a cache, batches and numbers of parts, and one that merges for each
+    power of two of these."""
+    keys = 1000
+    q, cache = torch.empty(2, 8, 1, 64, dtype=torch.bfloat16, device="meta"), (2, 2, keys, 64)
+    if paged:
+        cache = (64, 2, 16, 64)
+    cache_k = q.new_empty(cache)
+    bound = q.new_empty(2, 1, dtype=torch.int32)
+    forms: dict[str, set[int]] = {}
+
+    def launch(num_keys: int, parts: int) -> None:
+        table = q.new_empty(2, -(-num_keys // 16) + 1, dtype=torch.int32) if paged else None
+        decode_forward(q, cache_k, cache_k, bound, bound, table, num_keys, 0.125, num_splits=parts)
+
+    for num_keys, parts in ((17, 2), (32, 2), (480, 2), (900, 2), (901, 15), (902, 16)):
+        for name, kernel in compile_launches("sm_90", lambda: launch(num_keys, parts)).items():  # noqa: B023
+            forms.setdefault(name, set()).add(id(kernel))
+    assert {name: len(found) for name, found in forms.items()} == {"_decode_kernel": 1, "_merge_kernel": 2}
 
 
 def test_the_kernels_that_multiply_nothing_keep_to_registers() -> None:
