@@ -92,7 +92,7 @@ def decode_forward(
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,
-            **_register_limit(tile),
+            **_register_limit(tile, padded_width),
         )
         if parts > 1:
             _merge_kernel[(lse.numel(),)](
@@ -118,14 +118,16 @@ def decode_tile(packed_rows: int, padded_width: int, dtype: torch.dtype) -> Tile
     return Tile(
         rows,
         step=32 if padded_width > 128 else 64,
-        warps=8 if rows == 64 and padded_width == 128 else 4,
+        warps=8 if rows == 64 and padded_width >= 128 else 4,
         stages=2,
     )
 
 
-def _register_limit(tile: Tile) -> dict[str, int]:
-    """Four warps with all the registers that there are still fit twice, which is what `parts_for` counts on."""
-    return all_registers(tile.warps) if tile.warps == 4 else {}
+def _register_limit(tile: Tile, padded_width: int) -> dict[str, int]:
+    """Four warps with all the registers that there are still fit twice, which is what `parts_for` counts on; eight do
+    not, and those for the widest heads would not with fewer either.
+    """
+    return all_registers(tile.warps) if tile.warps == 4 or padded_width > 128 else {}
 
 
 def parts_for(programs: int, num_keys: int, processors: int) -> int:

@@ -106,6 +106,17 @@ def _too_large(x, y, out, BLOCK: tl.constexpr):
     tl.store(out + o, tl.dot(product.to(tl.bfloat16), tl.load(y + o), product))
 
 
+def test_the_gate_finds_spills_of_amd() -> None:
+    def launch() -> None:
+        x = torch.empty(128, 128, dtype=torch.bfloat16, device="meta")
+        _too_large[(1,)](x, x, x, BLOCK=128, num_warps=1)
+
+    (kernel,) = compile_launches("gfx942", launch).values()
+    report = inspect("too large", kernel, "gfx942")
+    assert report.spill_stores and report.spill_loads
+    assert problems(report) == [f"spills: {report.spill_stores} stores, {report.spill_loads} loads"]
+
+
 def test_the_gate_finds_spills_and_what_else_is_wrong() -> None:
     def launch() -> None:
         x = torch.empty(256, 256, dtype=torch.bfloat16, device="meta")
