@@ -63,8 +63,8 @@ _TENSOR_CORES = {
 
 @dataclass(frozen=True)
 class Report:
-    """A compiled kernel. registers: of one thread; spills: instructions that store and load them in memory, on AMD
-    the registers that are; shared_bytes: of one program; instructions: how many stand in the code, by kind.
+    """A compiled kernel. registers: of one thread, on AMD with those for accumulation; spills: instructions that store
+    and load them in memory; shared_bytes: of one program; instructions: how many stand in the code, by kind.
     """
 
     name: str
@@ -123,10 +123,18 @@ def inspect(name: str, kernel: Any, target: str) -> Report:
     """Read a compiled kernel."""
     if target.startswith("gfx"):
         code = kernel.asm["amdgcn"]
-        registers, spilled = (
-            int(re.findall(rf"\.{field}:\s+(\d+)", code)[0]) for field in ("vgpr_count", "vgpr_spill_count")
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
+        # Not `.vgpr_spill_count`, which counts what moves to accumulation registers and back, too.
+        spills = _count({"stores": r"\bscratch_store", "loads": r"\bscratch_load"}, code)
+        return Report(
+            name,
+            target,
+            registers,
+            spills["stores"],
+            spills["loads"],
+            kernel.metadata.shared,
+            _count(_AMD, code),
         )
-        return Report(name, target, registers, spilled, spilled, kernel.metadata.shared, _count(_AMD, code))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()

@@ -33,7 +33,7 @@ from transfusion_kernels.attention.shipped import (
 from transfusion_kernels.machine_code import Report
 
 ROOT = Path(__file__).resolve().parents[2]
-
+USUAL = "sm_80,sm_90,sm_100,gfx942"
 
 KINDS = {
     "16-bit": "attention in 16 bits",
@@ -80,7 +80,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated; all, unless given")
+    targets_help = f"comma-separated, of {', '.join(TARGETS)}; {USUAL}, unless given"
+    parser.add_argument("--targets", default=USUAL, help=targets_help)
     kinds_help = "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items())
     parser.add_argument(
         "--kinds", default=",".join(KINDS), help=f"comma-separated; all, unless given. {kinds_help}"

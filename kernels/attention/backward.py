@@ -34,7 +34,13 @@ from transfusion_kernels.attention.rows import (
     load_rows,
     store_rows,
 )
-from transfusion_kernels.attention.tiles import Tile, has_tma, needs_descriptors, tiles_for
+from transfusion_kernels.attention.tiles import (
+    Tile,
+    all_registers,
+    has_tma,
+    needs_descriptors,
+    tiles_for,
+)
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -101,6 +107,7 @@ def attention_backward(
                 "num_warps": tile.warps,
                 "num_stages": tile.stages,
                 "enable_fp_fusion": True,
+                **(all_registers(tile.warps) if q.dtype == torch.float32 else {}),
             }
 
         if q.numel():

@@ -2,8 +2,8 @@
 
 A program owns a tile of queries and the query heads that share a key head, packed (query, head) by (query, head) so
 that one text row of a group of heads fills a tile, and one part of the keys that the tile sees. What the parts give
-is merged by log-sum-exp; where there is one part, it writes the result itself. The cache is static, [B, K, N, D], or
-paged: [pages, K, slots, D] and a table of each row's pages.
+is merged by log-sum-exp; where there is one part, it writes the result itself. The cache is static, [B, K, N, D], its
+rows taken in order or by a table of one column, or paged: [pages, K, slots, D] and a table of each row's pages.
 
 Names: p_ pointers, b_ blocks of values, o_ offsets, m_ masks. Shapes: M packed rows of a tile, N keys of a step, D
 head width padded to a power of two, R = B * S * H rows of the result, P parts. Offsets are 64-bit.
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from transfusion_kernels.attention.forward import HIDDEN, LOG2_E, device_of, normalise, weigh
-from transfusion_kernels.attention.tiles import Tile, targets_nvidia
+from transfusion_kernels.attention.tiles import Tile, all_registers
 
 # Below two programs a processor some wait for memory that others could be loading.
 PROGRAMS_PER_PROCESSOR = 2
@@ -83,7 +83,8 @@ def decode_forward(
             lse.numel(),
             scale * LOG2_E,
             GROUP=heads // key_heads,
-            SLOTS=0 if block_table is None else k_cache.shape[2],
+            PICKS=block_table is not None and block_table.shape[1] == 1,
+            SLOTS=k_cache.shape[2] if block_table is not None and block_table.shape[1] > 1 else 0,
             WIDTH=width,
             PADDED_WIDTH=padded_width,
             BLOCK_M=tile.rows,
@@ -91,7 +92,7 @@ def decode_forward(
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,
-            **_register_limit(tile),
+            **_register_limit(tile, padded_width),
         )
         if parts > 1:
             _merge_kernel[(lse.numel(),)](
@@ -117,18 +118,16 @@ def decode_tile(packed_rows: int, padded_width: int, dtype: torch.dtype) -> Tile
     return Tile(
         rows,
         step=32 if padded_width > 128 else 64,
-        warps=8 if rows == 64 and padded_width == 128 else 4,
+        warps=8 if rows == 64 and padded_width >= 128 else 4,
         stages=2,
     )
 
 
-def _register_limit(tile: Tile) -> dict[str, int]:
-    """What keeps NVIDIA's assembler from spilling; a compiler for AMD does not know the option.
-
-    Given no limit it sets one itself, so that more programs fit on a processor, and spills a register or two for it.
-    Four warps with all the registers that there are still fit twice, which is what `parts_for` counts on.
+def _register_limit(tile: Tile, padded_width: int) -> dict[str, int]:
+    """Four warps with all the registers that there are still fit twice, which is what `parts_for` counts on; eight do
+    not, and those for the widest heads would not with fewer either.
     """
-    return {"maxnreg": 255} if tile.warps == 4 and targets_nvidia() else {}
+    return all_registers(tile.warps) if tile.warps == 4 or padded_width > 128 else {}
 
 
 def parts_for(programs: int, num_keys: int, processors: int) -> int:
@@ -144,7 +143,18 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@triton.jit
+# Lengths and counts change from step to step of a generation, and must compile nothing anew.
+@triton.jit(
+    do_not_specialize=[
+        "stride_table",
+        "stride_bounds",
+        "queries",
+        "key_heads",
+        "tiles",
+        "parts",
+        "result_rows",
+    ]
+)
 def _decode_kernel(
     q,
     k,
@@ -172,12 +182,15 @@ def _decode_kernel(
     result_rows,
     scale_log2,
     GROUP: tl.constexpr,
+    PICKS: tl.constexpr,
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """PICKS: whether the table has one column, and says which row of a static cache is read. SLOTS: of a page, 0 where
+    the cache has none."""
     # Tiles vary fastest: those that read the same keys run beside each other.
     program = tl.program_id(0)
     start = (program % tiles) * BLOCK_M
@@ -224,8 +237,11 @@ def _decode_kernel(
     if SLOTS:
         p_table += row * stride_table
     else:
-        p_k += row * stride_kb
-        p_v += row * stride_vb
+        cache_row = row
+        if PICKS:
+            cache_row = tl.load(table + row * stride_table).to(tl.int64)
+        p_k += cache_row * stride_kb
+        p_v += cache_row * stride_vb
     b_out, b_sum, b_max = _attend(
         b_out, b_sum, b_max, b_q, p_k, p_v, p_table, stride_kb, stride_ks, stride_vb, stride_vs, begin, full_begin,
         stop, b_first, b_end, scale_log2, True, SLOTS, WIDTH, PADDED_WIDTH, BLOCK_N,

@@ -56,8 +56,7 @@ def shipped_forms(target: str) -> Iterator[Form]:
             for narrow in (False, True):
                 for group in (1, 4):
                     yield Form(target, head_dim, direction, narrow, group)
-            # In float32 all intervals have the same tiles, found for sm_90.
-            for group in (1, 4) if target == "sm_90" else ():
+            for group in (1, 4):  # in float32 all intervals have the same tiles
                 yield Form(target, head_dim, direction, False, group, exact=True)
 
 

@@ -44,7 +44,7 @@ class Tiles:
     queries: Tile
 
 
-# What the interpreter runs.
+# What the interpreter runs, and CDNA for small heads in float32.
 _SMALL = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
 # What runs 16-bit heads of 256 where nothing else is listed.
 _BROAD = Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
@@ -54,6 +54,10 @@ _EXACT_64 = Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Ti
 _EXACT_128 = replace(_EXACT_64, fused=Tile(16, 16, 16, 1))
 _EXACT_256 = replace(_EXACT_64, forward=Tile(16, 32, 8, 1), fused=Tile(16, 16, 8, 1))
 _EXACT = {32: _EXACT_64, 64: _EXACT_64, 96: _EXACT_128, 128: _EXACT_128, 256: _EXACT_256}
+# The same for CDNA, where a program has 64 KiB.
+_EXACT_CDNA_128 = replace(_SMALL, fused=Tile(32, 16, 4, 1))
+_EXACT_CDNA_256 = Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))
+_EXACT_CDNA = {32: _SMALL, 64: _SMALL, 96: _EXACT_CDNA_128, 128: _EXACT_CDNA_128, 256: _EXACT_CDNA_256}
 
 # By head width, for 16-bit inputs: what runs where nothing else is listed, and for narrow intervals.
 _COMMON_64 = Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(64, 32, 4, 2))
@@ -118,10 +122,8 @@ def tiles_for(width: int, dtype: torch.dtype, narrow: bool) -> Tiles:
     if interprets():
         return _SMALL
     architecture = _architecture()
-    if dtype == torch.float32 and architecture.startswith("gfx"):  # with 64 KiB for a program
-        return _BROAD if width == 256 else _SMALL
     if dtype == torch.float32:
-        return _EXACT[width]
+        return (_EXACT_CDNA if architecture.startswith("gfx") else _EXACT)[width]
     common = _COMMON[width]
     tiles = _TABLE.get((_AS.get(architecture, architecture), width), (common, common))[narrow]
     splits = (architecture, width) in _SPLIT_ON_TRITON_3_6 and triton.__version__.startswith("3.6.")
@@ -147,6 +149,15 @@ def needs_descriptors(dtype: torch.dtype) -> bool:
     The interpreter runs both forms, so that both are tested; it cannot add by descriptors.
     """
     return has_tma(dtype) and not interprets()
+
+
+def all_registers(warps: int) -> dict[str, int]:
+    """The option of a launch that lets a thread have all the registers that `warps` leave it.
+
+    Given no limit NVIDIA's assembler sets one itself, so that more programs fit on a processor, and spills a register
+    or two for it, now in one form, now in another. A compiler for AMD does not know the option.
+    """
+    return {"maxnreg": min(65536 // (32 * warps), 255)} if targets_nvidia() else {}
 
 
 def interprets() -> bool:

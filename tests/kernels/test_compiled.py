@@ -15,6 +15,7 @@ if triton.knobs.runtime.interpret:
 
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
+from transfusion_kernels.attention.decode import decode_forward  # noqa: E402
 from transfusion_kernels.attention.shipped import (  # noqa: E402
     PASSES,
     CacheForm,
@@ -68,6 +69,28 @@ def test_the_kernel_for_a_cache_keeps_to_registers(
     assert report.instructions["HGMMA" if group * queries >= 64 else "HMMA"] > 0
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_growing_cache_compiles_nothing_anew(paged: bool) -> None:
+    """One form of the kernel for all lengths of a cache, batches and numbers of parts, and one that merges for each
+    power of two of these."""
+    keys = 1000
+    q, cache = torch.empty(2, 8, 1, 64, dtype=torch.bfloat16, device="meta"), (2, 2, keys, 64)
+    if paged:
+        cache = (64, 2, 16, 64)
+    cache_k = q.new_empty(cache)
+    bound = q.new_empty(2, 1, dtype=torch.int32)
+    forms: dict[str, set[int]] = {}
+
+    def launch(num_keys: int, parts: int) -> None:
+        table = q.new_empty(2, -(-num_keys // 16) + 1, dtype=torch.int32) if paged else None
+        decode_forward(q, cache_k, cache_k, bound, bound, table, num_keys, 0.125, num_splits=parts)
+
+    for num_keys, parts in ((17, 2), (32, 2), (480, 2), (900, 2), (901, 15), (902, 16)):
+        for name, kernel in compile_launches("sm_90", lambda: launch(num_keys, parts)).items():  # noqa: B023
+            forms.setdefault(name, set()).add(id(kernel))
+    assert {name: len(found) for name, found in forms.items()} == {"_decode_kernel": 1, "_merge_kernel": 2}
+
+
 def test_the_kernels_that_multiply_nothing_keep_to_registers() -> None:
     """Among them those that make masks."""
     reports = compile_helpers("sm_90")
@@ -81,6 +104,17 @@ def _too_large(x, y, out, BLOCK: tl.constexpr):
     o = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     product = tl.dot(tl.load(x + o), tl.load(y + o))
     tl.store(out + o, tl.dot(product.to(tl.bfloat16), tl.load(y + o), product))
+
+
+def test_the_gate_finds_spills_of_amd() -> None:
+    def launch() -> None:
+        x = torch.empty(128, 128, dtype=torch.bfloat16, device="meta")
+        _too_large[(1,)](x, x, x, BLOCK=128, num_warps=1)
+
+    (kernel,) = compile_launches("gfx942", launch).values()
+    report = inspect("too large", kernel, "gfx942")
+    assert report.spill_stores and report.spill_loads
+    assert problems(report) == [f"spills: {report.spill_stores} stores, {report.spill_loads} loads"]
 
 
 def test_the_gate_finds_spills_and_what_else_is_wrong() -> None:
