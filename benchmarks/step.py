@@ -121,8 +121,10 @@ class RandomEncoder:
     def __init__(self, vocabulary: int, random: np.random.Generator) -> None:
         self.vocabulary, self._random = vocabulary, random
 
-    def encode(self, text: str) -> list[int]:
-        return self._random.integers(len(SpecialToken), self.vocabulary, int(text)).tolist()
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [
+            self._random.integers(len(SpecialToken), self.vocabulary, int(text)).tolist() for text in texts
+        ]
 
 
 def png_of(config: Config, random: np.random.Generator) -> bytes:
