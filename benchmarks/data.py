@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import functools
 import gc
 import hashlib
@@ -523,9 +524,11 @@ def prepare_for_energon(shards: list[Path], folder: Path, images: int) -> int:
     """Its index anew, as its command makes it, without the start of a program."""
     from megatron.energon.flavors import BaseWebdatasetFactory
 
-    BaseWebdatasetFactory.prepare_dataset(
-        folder, [shard.name for shard in shards], split_parts_patterns=[("train", ".*")], workers=1
-    )
+    names = [shard.name for shard in shards]
+    with contextlib.redirect_stdout(io.StringIO()):
+        BaseWebdatasetFactory.prepare_dataset(
+            folder, names, split_parts_patterns=[("train", ".*")], workers=1
+        )
     return images
 
 
