@@ -23,6 +23,8 @@ except ImportError:
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 _PNG, _PNG_HEAD, _GREY, _PALETTE = b"\x89PNG\r\n\x1a\n", 33, 0, 3
+# Values of a pixel that has alpha.
+WITH_ALPHA = 4
 # Colours of a palette, and how far each is transparent.
 _TABLES = ([b"PLTE"], [b"PLTE", b"tRNS"])
 # Where Pillow keeps what may tell how a picture is turned.
@@ -44,12 +46,29 @@ def decode(data: bytes, *, channels: int, image_size: int) -> Picture:
     A picture of that size already is not resampled. channels: 1 grey, 3 colour. Raises DecodeFault. The same bits
     with and without OpenCV.
     """
+    return brought_to_size(opened(data), channels=channels, image_size=image_size)
+
+
+def opened(data: bytes) -> Image.Image | Picture:
+    """The picture upright, as large as it is: [H, W, blue green red, alpha if it has one] of a plain PNG by OpenCV.
+
+    Raises DecodeFault.
+    """
     try:
-        picture = _by_opencv(data) or _by_pillow(data)
+        values = _by_opencv(data)
+        return _by_pillow(data) if values is None else values
     except DecodeFault:
         raise
     except Exception:
         raise DecodeFault("image_corrupt") from None
+
+
+def brought_to_size(picture: Image.Image | Picture, *, channels: int, image_size: int) -> Picture:
+    """What `decode` gives for an opened picture. Raises DecodeFault."""
+    if isinstance(picture, np.ndarray):
+        height, width, depth = picture.shape
+        flat, order = (alpha_on_white(picture), "BGRX") if depth == WITH_ALPHA else (picture, "BGR")
+        picture = Image.frombuffer("RGB", (width, height), flat, "raw", order, 0, 1)
     try:
         return _to_values(picture, channels, image_size)
     except (OSError, ValueError):
@@ -73,8 +92,8 @@ def _by_pillow(data: bytes) -> Image.Image:
     return picture
 
 
-def _by_opencv(data: bytes) -> Image.Image | None:
-    """A plain PNG of eight bits on white, faster than by Pillow; None where that is not certain to be the same.
+def _by_opencv(data: bytes) -> Picture | None:
+    """Values of a plain PNG of eight bits, faster than by Pillow; None where that is not certain to be the same.
 
     Of a PNG the width stands at 16, the height at 20, the bits of a value at 24, the kind of pixel at 25.
     """
@@ -83,16 +102,12 @@ def _by_opencv(data: bytes) -> Image.Image | None:
     pixels = int.from_bytes(data[16:20]) * int.from_bytes(data[20:24])
     if pixels > GREATEST_PIXELS or data[25] == _GREY or not _is_plain(data):
         return None
-    values = opencv.imdecode(np.frombuffer(data, np.uint8), opencv.IMREAD_UNCHANGED)
+    values: Picture | None = opencv.imdecode(np.frombuffer(data, np.uint8), opencv.IMREAD_UNCHANGED)
     # What OpenCV refuses Pillow judges.
-    if values is None or values.dtype != np.uint8 or values.ndim != 3:
-        return None
-    height, width, depth = values.shape
-    flat, order = (_alpha_on_white(values), "BGRX") if depth == 4 else (values, "BGR")
-    return Image.frombuffer("RGB", (width, height), flat, "raw", order, 0, 1)
+    return None if values is None or values.dtype != np.uint8 or values.ndim != 3 else values
 
 
-def _alpha_on_white(values_HWC: Picture) -> Picture:
+def alpha_on_white(values_HWC: Picture) -> Picture:
     """255 - (255 - colour) alpha / 255, rounded to the nearest, which is what Pillow's `paste` gives."""
     alpha = opencv.cvtColor(opencv.extractChannel(values_HWC, 3), opencv.COLOR_GRAY2BGRA)
     flat: Picture = opencv.bitwise_not(values_HWC)

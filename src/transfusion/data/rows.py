@@ -24,6 +24,7 @@ from transfusion.data.planner import Piece, RowPlan
 from transfusion.data.scan import Fault
 from transfusion.data.sequence import Draft, draft, draft_pair, draft_text, lay_out_all, position_axes
 from transfusion.data.shardindex import OpenShards
+from transfusion.data.strips import Strips
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
 from transfusion.timesteps import TimestepLaw
 
@@ -34,6 +35,8 @@ _CACHE_BYTES = 64 << 20
 _AFTER_LAST_IMAGE = 2
 # uint8 pixels or float32 latents, [C, H, W].
 Values = NDArray[np.uint8] | NDArray[np.float32]
+# Of a picture or latents: source, sample, number among the sample's.
+Place = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +100,7 @@ class RowBuilder:
     def __init__(self, indexes: Sequence[SourceIndex], settings: RowSettings) -> None:
         self._indexes, self._settings = tuple(indexes), settings
         self._source_keys = [keyed.word(index.name) for index in indexes]
-        self._cache: dict[tuple[int, int, int], Values] = {}
+        self._cache: dict[Place, Values] = {}
         self._cached_bytes = 0
 
     def build(self, plan: RowPlan) -> Row:
@@ -124,19 +127,26 @@ class RowBuilder:
 
     def _pictures(self, plan: RowPlan) -> tuple[dict[int, list[Values]], tuple[Fault, ...]]:
         """The images of each piece by its number, and the faults of those pieces whose images could not be had."""
-        pictures, faults = {}, []
+        places: dict[int, list[Place]] = {}
+        faults = []
+        strips = Strips(channels=self._settings.channels, image_size=self._settings.image_size)
+        begun: dict[Place, Values | None] = {}
         with OpenShards() as shards:
             for number, piece in enumerate(plan):
                 if not _has_images(piece):
                     continue
                 try:
-                    numbers = self._numbers(piece)
-                    pictures[number] = [self._picture(piece, picture, shards) for picture in numbers]
+                    wanted = [(piece.source, piece.sample, picture) for picture in self._numbers(piece)]
+                    for place in wanted:
+                        self._begin(place, begun, strips, shards)
+                    places[number] = wanted
                 except DecodeFault as error:
                     faults.append(self._indexes[piece.source].fault(piece.sample, str(error)))
                 except OSError as error:
                     reason = f"unreadable shard ({error.strerror})"
                     faults.append(self._indexes[piece.source].fault(piece.sample, reason))
+        values = self._finish(begun, strips)
+        pictures = {number: [values[place] for place in wanted] for number, wanted in places.items()}
         return pictures, tuple(faults)
 
     def _numbers(self, piece: Piece) -> Sequence[int]:
@@ -145,15 +155,33 @@ class RowBuilder:
             return (0,)
         return self._indexes[piece.source].segments(piece.sample)[1]
 
-    def _picture(self, piece: Piece, number: int, shards: OpenShards) -> Values:
-        place = (piece.source, piece.sample, number)
-        values = self._cache.get(place)
-        if values is None:
-            values = read_values(self._indexes[piece.source], piece.sample, number, self._settings, shards)
-            if self._cached_bytes + values.nbytes <= _CACHE_BYTES:
-                self._cache[place] = values
-                self._cached_bytes += values.nbytes
-        return values
+    def _begin(
+        self, place: Place, begun: dict[Place, Values | None], strips: Strips, shards: OpenShards
+    ) -> None:
+        """Read a picture or latents, unless they are there; None: they will come from the strips.
+
+        Raises DecodeFault and OSError.
+        """
+        if place in begun:
+            return
+        if (values := self._cache.get(place)) is None:
+            source, sample, number = place
+            index = self._indexes[source]
+            if index.is_latent(sample, number):
+                values = read_values(index, sample, number, self._settings, shards)
+            else:
+                strips.add(place, index.read_picture(sample, number, shards))
+        begun[place] = values
+
+    def _finish(self, begun: dict[Place, Values | None], strips: Strips) -> dict[Place, Values]:
+        """All that was begun, remembered while there is room."""
+        pictures, finished = strips.finish(), dict[Place, Values]()
+        for place, values in begun.items():
+            finished[place] = pictures[place] if values is None else values
+            if place not in self._cache and self._cached_bytes + finished[place].nbytes <= _CACHE_BYTES:
+                self._cache[place] = finished[place]
+                self._cached_bytes += finished[place].nbytes
+        return finished
 
     def _images(
         self, plan: RowPlan, drafts: Sequence[Draft], pictures: dict[int, list[Values]]

@@ -11,6 +11,8 @@ CAPTION_BYTES = 65_536
 DOCUMENT_BYTES = 2_000_000
 
 _BOM = "\ufeff"
+# In bytes of UTF-8.
+_LONGEST_CHARACTER = 4
 # All controls but tab and line feed; line ends are one line feed before this is asked.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -92,6 +94,9 @@ def caption(text: str, notes: list[str]) -> str:
 
 
 def _mended(text: str, greatest: int, notes: list[str]) -> str:
+    if len(text) * _LONGEST_CHARACTER <= greatest and text.isprintable():
+        # So are most captions: no control, no line end, no byte order mark, no lone surrogate.
+        return text
     try:
         size = len(text.encode())
     except UnicodeEncodeError:

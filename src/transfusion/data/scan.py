@@ -7,6 +7,7 @@ lists the reasons.
 from __future__ import annotations
 
 import array
+import functools
 import itertools
 import os
 import re
@@ -43,6 +44,7 @@ _DIFFERING = 8
 _PLAIN_NAME = re.compile(r"([A-Za-z0-9_-]+)\.([a-z0-9.]+)")
 # Members remembered from the first walk, about 300 bytes each; of a larger shard every header is read twice.
 _MEMBERS_KEPT = 1 << 17
+_EXTENSIONS_KEPT = 64
 _NAME_REASONS = ("name_unsafe", "member_ignored")
 
 
@@ -180,8 +182,13 @@ def _kinds(group: Group) -> int:
     """A bit for each kind of member: all pictures are one kind."""
     kinds = 0
     for extension in group.members:
-        kinds |= 1 if extension in PICTURE_EXTENSIONS else 2 << zlib.crc32(extension.encode()) % 61
+        kinds |= _kind(extension)
     return kinds
+
+
+@functools.lru_cache(_EXTENSIONS_KEPT)
+def _kind(extension: str) -> int:
+    return 1 if extension in PICTURE_EXTENSIONS else 2 << zlib.crc32(extension.encode()) % 61
 
 
 def _groups(walk: TarWalk) -> Iterator[Group]:

@@ -1,0 +1,75 @@
+"""Pictures finished together are the pictures that `decode` gives one by one."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transfusion.data import strips as module
+from transfusion.data.decode import DecodeFault, decode
+from transfusion.data.strips import Strips
+
+
+def png(chance: random.Random, mode: str, width: int, height: int, format: str = "PNG") -> bytes:
+    depth = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
+    values = np.frombuffer(chance.randbytes(width * height * depth), np.uint8)
+    shape = (height, width) if depth == 1 else (height, width, depth)
+    stream = io.BytesIO()
+    Image.fromarray(values.reshape(shape)).save(stream, format)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_as_one_by_one(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kinds mixed: larger, smaller, of the right size, wide, tall, alone, with alpha, grey, and no PNG."""
+    chance = random.Random(0)
+    sizes = [(24, 24), (24, 24), (24, 24), (9, 9), (16, 16), (31, 17), (31, 17), (17, 31), (16, 40), (13, 16)]
+    kinds = [("RGBA", "PNG"), ("RGBA", "PNG"), ("RGB", "PNG"), ("L", "PNG"), ("RGB", "JPEG")]
+    monkeypatch.setattr(module, "_STRIP_BYTES", 4 * 24 * 24 * 4)
+    pictures = {}
+    strips = Strips(channels=channels, image_size=16)
+    for number in range(300):
+        (mode, format), size = chance.choice(kinds), chance.choice(sizes)
+        pictures[number] = png(chance, mode, *size, format)
+        strips.add(number, pictures[number])
+    finished = strips.finish()
+    assert finished.keys() == pictures.keys()
+    for number, data in pictures.items():
+        assert np.array_equal(finished[number], decode(data, channels=channels, image_size=16)), number
+    assert strips.finish() == {}
+
+
+def test_most_are_resampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most as many at once as the strip holds, and none that is large."""
+    pytest.importorskip("cv2")
+    counts, together = [], module.resampled
+
+    def counted(pictures: list[module.Picture], height: int, width: int) -> module.Picture:
+        counts.append(len(pictures))
+        return together(pictures, height, width)
+
+    monkeypatch.setattr(module, "resampled", counted)
+    monkeypatch.setattr(module, "_STRIP_BYTES", 3 * 24 * 24 * 4)
+    chance, strips = random.Random(0), Strips(channels=3, image_size=16)
+    for number in range(8):
+        strips.add(number, png(chance, "RGBA", 24, 24))
+    strips.add(8, png(chance, "RGBA", 64, 64))
+    strips.add(9, png(chance, "RGBA", 64, 64))
+    assert len(strips.finish()) == 10
+    assert counts == [3, 3, 2]
+
+
+def test_a_fault_leaves_the_others() -> None:
+    chance, strips = random.Random(0), Strips(channels=3, image_size=16)
+    good = [png(chance, "RGBA", 24, 24) for _ in range(3)]
+    for number, data in enumerate(good):
+        strips.add(number, data)
+        with pytest.raises(DecodeFault):
+            strips.add(-1, data[: len(data) // 2])
+    finished = strips.finish()
+    assert finished.keys() == {0, 1, 2}
+    assert np.array_equal(finished[2], decode(good[2], channels=3, image_size=16))
