@@ -9,6 +9,7 @@ from statistics import fmean
 
 import torch
 
+from transfusion.config import GRID_SAMPLER
 from transfusion.evaluate.classifier import (
     captioned_pictures,
     features_of,
@@ -39,14 +40,19 @@ def pictures(pipeline: Pipeline, out: Path, *, classifier: Path) -> dict[str, Me
     held_out, captions = captioned_pictures(pipeline.config, pipeline.tokenizer, held_out=True)
     prompts = [captions[number % len(captions)] for number in range(SAMPLES)]
     reference = gaussian_of(features_of(judge, real).numpy())
-    guided = pipeline.config.data.caption_drop > 0
+    config = pipeline.config
+    sampler = GRID_SAMPLER[config.diffusion.objective]
+    guided = config.data.caption_drop > 0
     guidance = GUIDANCE if guided else 1.0
     samples = pipeline.sample(
-        prompts, guidance=guidance, steps=SAMPLER_STEPS, sampler="ddim", seed=0, batch=BATCH
+        prompts, guidance=guidance, steps=SAMPLER_STEPS, sampler=sampler, seed=0, batch=BATCH
     )
     save_samples(samples[:SAMPLES_KEPT], out / "evaluation" / "drawn")
     drawn = torch.stack([sample.pixels for sample in samples])
-    settings = f"{SAMPLES} pictures of the held-out captions in turn, guidance {guidance:g}, seeds from 0"
+    settings = (
+        f"{SAMPLES} pictures of the held-out captions in turn ({sampler} {SAMPLER_STEPS} steps, guidance"
+        f" {guidance:g}, seeds from 0)"
+    )
     features = f"the features of {classifier.name} (no FID: its own small network)"
     real_ones = f"the {len(held_out)} real held-out pictures"
     between = f"{features} of {{}} and of the {len(real)} training pictures"

@@ -8,6 +8,7 @@ Killed and started again, it goes on: finished runs are kept, a half-trained one
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import subprocess
@@ -60,7 +61,7 @@ class Job:
         """Changes with whatever would make another result."""
         values = config.as_dict()
         values["run"] = {key: value for key, value in values["run"].items() if key not in _PLACES}
-        return fingerprint([values, self.cell.flops, self.grid.suites])
+        return fingerprint([values, self.cell.flops, self.grid.suites, _digest(self.grid.classifier)])
 
 
 def jobs_of(grid: Grid, out: Path, *, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> list[Job]:
@@ -120,6 +121,12 @@ def write_table(out: Path) -> list[dict[str, Any]]:
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     temporary.replace(out / TABLE)
     return records
+
+
+def _digest(classifier: str) -> str:
+    """Of the bytes of the grid's classifier; empty where there is none (yet)."""
+    path = Path(classifier)
+    return hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest() if path.is_file() else ""
 
 
 def _record(job: Job) -> dict[str, Any] | None:
