@@ -33,6 +33,7 @@ LAYERS: dict[str, int] = {
     "optim": 2,
     "codec": 2,
     "mixed_loss": 3,
+    "token_loss": 3,
     "parallel": 3,
     "checkpoint": 3,
     "observe": 3,

@@ -49,6 +49,7 @@ class RowSettings:
     latent_shape: tuple[int, int, int]
     timesteps: TimestepLaw
     image_first_timesteps: int
+    causal_images: bool = False
 
     @classmethod
     def of(cls, config: Config) -> RowSettings:
@@ -62,6 +63,7 @@ class RowSettings:
             latent_shape=config.codec.latent_shape(config.codec.image_size, config.codec.image_size),
             timesteps=TimestepLaw.of(config.diffusion),
             image_first_timesteps=config.diffusion.understanding_timestep_limit or config.diffusion.steps,
+            causal_images=config.model.image_attention == "causal",
         )
 
 
@@ -246,7 +248,8 @@ def joined(
 
     silenced: numbers of documents that keep their length and what they see, with nothing to read or to learn.
     """
-    starts, layout = borders(drafts), lay_out_all(drafts, axes=settings.axes)
+    starts = borders(drafts)
+    layout = lay_out_all(drafts, axes=settings.axes, causal_images=settings.causal_images)
     used, length = starts[-1], settings.row_length
     row = Row(
         token_ids_S=_padded(layout.token_ids_S, length, SpecialToken.PADDING),

@@ -103,18 +103,29 @@ def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
             pipeline.reader.model, loader, plain, pipeline.reader.device, pipeline.reader.codec
         )
         if float(terms.image_count):
-            metrics[f"{source.name}_image_loss"] = Metric(
-                value=float(terms.image_sum / terms.image_count),
-                higher_is_better=False,
-                how=f"mean squared error of the predicted {PREDICTED[diffusion.objective]}, held-out {source.name},"
-                f" fixed noise and timesteps{_law(diffusion)}",
-            )
+            name, metric = _image_metric(pipeline, source, terms)
+            metrics[name] = metric
             continue
         measured = _text_metrics(pipeline, source, terms)
         # The first text source has the plain names; further ones carry their own.
         taken = not measured.keys().isdisjoint(metrics)
         metrics |= {f"{source.name}_{name}" if taken else name: metric for name, metric in measured.items()}
     return metrics
+
+
+def _image_metric(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> tuple[str, Metric]:
+    """Name and metric of the image loss of either model family, which are no measures of each other."""
+    value = float(terms.image_sum / terms.image_count)
+    if pipeline.config.model.family == "chameleon":
+        how = f"cross entropy over the image tokens of held-out {source.name}, captions first"
+        name, unit = f"{source.name}_image_nats_per_token", "nats/token"
+        return name, Metric(value=value, unit=unit, higher_is_better=False, how=how)
+    diffusion = pipeline.config.diffusion
+    how = (
+        f"mean squared error of the predicted {PREDICTED[diffusion.objective]}, held-out {source.name},"
+        f" fixed noise and timesteps{_law(diffusion)}"
+    )
+    return f"{source.name}_image_loss", Metric(value=value, higher_is_better=False, how=how)
 
 
 def _law(diffusion: DiffusionConfig) -> str:
