@@ -206,6 +206,11 @@ class CodecConfig(Section):
         return self.latent_channels or self.channels
 
     @property
+    def stored_channels(self) -> int:
+        """Channels of what `codec encode` stores: of latents, or 1 for tokens, which are numbers."""
+        return 1 if self.kind == "vq" else self.depth
+
+    @property
     def latent_size(self) -> int:
         """Side of the latents of a picture of `image_size`."""
         return self.image_size // (self.downscale or 1)
@@ -218,7 +223,7 @@ class CodecConfig(Section):
     @property
     def image_elements(self) -> int:
         """What a picture of `image_size` has of the image loss: numbers of its latents, or tokens."""
-        return self.latent_size**2 * (1 if self.kind == "vq" else self.depth)
+        return self.latent_size**2 * self.stored_channels
 
     @model_validator(mode="after")
     def _kind_fits(self) -> CodecConfig:

@@ -1,10 +1,11 @@
 """Experiment files: many runs in one YAML, as a base configuration and what each cell changes in it.
 
-    base: emoji.yaml                      a configuration, relative to this file; or, for several scales,
-    bases:                                  scale -> size -> configuration; an axis value names the size by `base`
+    base: emoji.yaml                      a configuration, relative to this file
+    bases:                                instead of its name, names for several scales: scale -> name -> configuration
       full: {0.76b: ../train/0.76b.yaml}
-      small: {0.76b: small-m.yaml}
-    axes:                                 cells are the product of the axes; a value is a set of dotted overrides
+      small: {0.76b: small/0.76b.yaml}
+    axes:                                 cells are the product of the axes; a value is a set of dotted overrides, and
+                                          by `base` a configuration that goes over those before it
       model: {transfusion: {}, chameleon: {model.family: chameleon}}
       size: {s: {model.layers: 2, flops: 1.0e12}, m: {model.layers: 4, flops: 4.0e12}}
     seeds: [0, 1, 2]                      values of run.seed; default [0]
@@ -35,17 +36,22 @@ _BASE, _FLOPS = "base", "flops"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One configuration of a grid, for any of its seeds. values: axis -> value. flops: its budget, if it has one."""
+    """One configuration of a grid, for any of its seeds.
+
+    values: axis -> value. place: in the grid, which orders its results. bases: configurations, later ones over earlier
+    ones. flops: its budget, if it has one.
+    """
 
     name: str
     values: dict[str, str]
-    base: Path
+    place: int
+    bases: tuple[Path, ...]
     overrides: dict[str, Any]
     flops: float | None
 
     def plain(self) -> dict[str, Any]:
         """The values of its configuration, unchecked."""
-        values = presets.read(self.base)
+        values = presets.read_all(self.bases)
         for key, value in self.overrides.items():
             try:
                 presets.put(values, key, value)
@@ -96,8 +102,8 @@ def read_grid(path: Path, *, classifier: str = "") -> Grid:
         axes = {"scale": {scale: {} for scale in bases}, **axes}
     names = list(axes)
     cells = [
-        _cell(path, values, dict(zip(names, chosen, strict=True)), axes)
-        for chosen in itertools.product(*axes.values())
+        _cell(path, values, dict(zip(names, chosen, strict=True)), axes, place)
+        for place, chosen in enumerate(itertools.product(*axes.values()))
     ]
     return Grid(
         path=path,
@@ -132,24 +138,30 @@ def _refuse_malformed(path: Path, axes: Any) -> None:
                     )
 
 
-def _cell(path: Path, values: dict[str, Any], chosen: dict[str, str], axes: dict[str, Any]) -> Cell:
+def _cell(
+    path: Path, values: dict[str, Any], chosen: dict[str, str], axes: dict[str, Any], place: int
+) -> Cell:
     overrides: dict[str, Any] = {}
+    bases = [values.get("base")]
     for axis, choice in chosen.items():
         overrides |= axes[axis][choice] or {}
+        bases.append(overrides.pop(_BASE, None))
     name = "/".join(map(str, chosen.values()))
-    size, flops = overrides.pop(_BASE, None), overrides.pop(_FLOPS, None)
-    base = values.get("base") if size is None else size
+    flops = overrides.pop(_FLOPS, None)
+    bases = [base for base in bases if base is not None]
+    if not bases:
+        raise UserError(f"{path}: cell {name} has no base; name a configuration file with `base:`")
     if "bases" in values:
         of_scale = values["bases"][chosen["scale"]]
-        if base not in of_scale:
-            raise UserError(f"{path}: cell {name}: base {base!r} is none of {', '.join(of_scale)}")
-        base = of_scale[base]
-    if base is None:
-        raise UserError(f"{path}: cell {name} has no base; name a configuration file with `base:`")
+        for base in bases:
+            if base not in of_scale:
+                raise UserError(f"{path}: cell {name}: base {base!r} is none of {', '.join(of_scale)}")
+        bases = [of_scale[base] for base in bases]
     return Cell(
         name=name,
         values={axis: str(choice) for axis, choice in chosen.items()},
-        base=path.parent / base,
+        place=place,
+        bases=tuple(path.parent / base for base in bases),
         overrides=overrides,
         flops=None if flops is None else float(flops),
     )

@@ -139,10 +139,17 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: base files form a circle")
     values = read_yaml(path)
     bases = values.pop("base", [])
-    merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge(merged, read(path.parent / base, (*seen, path.resolve())))
+    names = [bases] if isinstance(bases, str) else bases
+    merged = read_all([path.parent / base for base in names], (*seen, path.resolve()))
     _merge(merged, values)
+    return merged
+
+
+def read_all(paths: Sequence[Path], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of several files, later ones over earlier ones. Raises UserError as `read`."""
+    merged: dict[str, Any] = {}
+    for path in paths:
+        _merge(merged, read(path, seen))
     return merged
 
 

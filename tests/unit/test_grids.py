@@ -51,6 +51,15 @@ def test_a_cell_stands_wherever_a_configuration_may(tmp_path: Path) -> None:
     assert presets.load(odd).model.layers == 2
 
 
+def test_a_base_of_an_axis_goes_over_those_before_it(tmp_path: Path) -> None:
+    axes = {"size": {"l": {"base": "large.yaml"}}, "model": {"plain": {}, "slow": {"base": "slow.yaml"}}}
+    path = written(tmp_path, {"base": "base.yaml", "axes": axes})
+    (tmp_path / "slow.yaml").write_text(yaml.safe_dump({"model": {"heads": 2}, "train": {"steps": 5}}))
+    plain, slow = (presets.load(f"{path}#l/{name}") for name in ("plain", "slow"))
+    assert (plain.model.layers, plain.model.heads) == (9, 4)
+    assert (slow.model.layers, slow.model.heads, slow.train.steps) == (9, 2, 5)
+
+
 def test_scales_name_a_base_for_each_size(tmp_path: Path) -> None:
     bases = {"full": {"0.76b": "large.yaml"}, "small": {"0.76b": "base.yaml"}}
     axes = {"row": {"causal": {"base": "0.76b", "model.qk_norm": True}}}

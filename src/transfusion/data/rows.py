@@ -19,7 +19,7 @@ from transfusion.data import keyed
 from transfusion.data.deck import Variant
 from transfusion.data.decode import DecodeFault, decode
 from transfusion.data.index import SourceIndex
-from transfusion.data.latents import LatentFault, read_latent
+from transfusion.data.latents import LatentFault, read_latent, read_tokens
 from transfusion.data.planner import Piece, RowPlan
 from transfusion.data.scan import Fault
 from transfusion.data.sequence import Draft, draft, draft_pair, draft_text, lay_out_all, position_axes
@@ -32,8 +32,8 @@ _TIMESTEP, _NOISE = keyed.word("timestep"), keyed.word("noise")
 _CACHE_BYTES = 64 << 20
 # <EOI> and <EOS>.
 _AFTER_LAST_IMAGE = 2
-# uint8 pixels or float32 latents, [C, H, W].
-Values = NDArray[np.uint8] | NDArray[np.float32]
+# uint8 pixels or float32 latents, [C, H, W], or int32 tokens [H, W].
+Values = NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,7 @@ class RowSettings:
     timesteps: TimestepLaw
     image_first_timesteps: int
     causal_images: bool = False
+    codes: int = 0
 
     @classmethod
     def of(cls, config: Config) -> RowSettings:
@@ -64,6 +65,7 @@ class RowSettings:
             timesteps=TimestepLaw.of(config.diffusion),
             image_first_timesteps=config.diffusion.understanding_timestep_limit or config.diffusion.steps,
             causal_images=config.model.image_attention == "causal",
+            codes=config.codec.codes if config.codec.kind == "vq" else 0,
         )
 
 
@@ -202,7 +204,7 @@ class RowBuilder:
 def read_values(
     index: SourceIndex, sample: int, picture: int, settings: RowSettings, shards: OpenShards | None = None
 ) -> Values:
-    """One of the sample's pictures as pixels, or its latents as they are. Raises DecodeFault and OSError.
+    """One of the sample's pictures as pixels, or its latents or tokens. Raises DecodeFault and OSError.
 
     shards: open ones, where several are read.
     """
@@ -210,10 +212,10 @@ def read_values(
     if not index.is_latent(sample, picture):
         return decode(data, channels=settings.channels, image_size=settings.image_size)
     try:
-        latent = read_latent(data)
+        latent: Values = read_tokens(data, settings.codes) if settings.codes else read_latent(data)
     except LatentFault as error:
         raise DecodeFault(str(error)) from None
-    if latent.shape != settings.latent_shape:
+    if latent.shape != (settings.latent_shape[1:] if settings.codes else settings.latent_shape):
         raise DecodeFault("latent_shape")
     return latent
 

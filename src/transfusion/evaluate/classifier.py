@@ -1,8 +1,9 @@
 """A small network that reads words off pictures; its features judge drawn pictures.
 
 It is trained on the training pictures of one data set, to tell which of the commonest words of the captions a picture
-has. The same file judges every model of an experiment. Its distances are its own: they are no FID, and compare with
-no figure from elsewhere.
+has. The same file judges every model of an experiment; it holds what the training pictures' features are together, so
+that nobody reads those pictures again. Its distances are its own: they are no FID, and compare with no figure from
+elsewhere.
 
 I pictures, C channels, H/W height and width, F features, K words.
 """
@@ -24,6 +25,7 @@ from transfusion.config import Config
 from transfusion.data.evaluation import documents
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
+from transfusion.evaluate.frechet import Gaussian, gaussian_of
 from transfusion.schema import ImageSegment, TextSegment
 
 FORMAT = "transfusion classifier"
@@ -37,7 +39,13 @@ _LARGEST_SHIFT = 2
 
 
 class Classifier(nn.Module):
-    """Three strided convolutions, the mean over places, FEATURES numbers, and a logit for each word."""
+    """Three strided convolutions, the mean over places, FEATURES numbers, and a logit for each word.
+
+    pictures, mean_F, covariance_FF: how many it was trained on, and their features as a Gaussian.
+    """
+
+    mean_F: Tensor
+    covariance_FF: Tensor
 
     def __init__(self, words: Sequence[str], channels: int, image_size: int) -> None:
         super().__init__()
@@ -48,6 +56,14 @@ class Classifier(nn.Module):
         self.body = nn.Sequential(*layers)
         self.to_features = nn.Linear(WIDTHS[-1], FEATURES)
         self.to_words = nn.Linear(FEATURES, len(words))
+        self.pictures = 0
+        self.register_buffer("mean_F", torch.zeros(FEATURES, dtype=torch.float64))
+        self.register_buffer("covariance_FF", torch.zeros(FEATURES, FEATURES, dtype=torch.float64))
+
+    @property
+    def reference(self) -> Gaussian:
+        """Of the features of the training pictures."""
+        return Gaussian(self.mean_F.numpy(), self.covariance_FF.numpy())
 
     def features(self, pixels_ICHW: Tensor) -> Tensor:
         """Features [I, F] of uint8 pictures [I, C, H, W]."""
@@ -83,14 +99,19 @@ def common_words(captions: Iterable[str]) -> list[str]:
 def captioned_pictures(config: Config, tokenizer: Tokenizer, *, held_out: bool) -> tuple[Tensor, list[str]]:
     """uint8 [I, C, H, W] and captions of the single pictures of a configuration's sources, in file order.
 
-    Raises UserError where there are none.
+    Raises UserError where there are none, or latents in their place.
     """
+    where = "data.held_out" if held_out else "data.sources"
     sources = config.data.held_out if held_out else config.data.sources
     values, captions = [], []
     for document in documents(config, sources, tokenizer):
         images = [part for part in document.segments if isinstance(part, ImageSegment)]
         if len(images) == 1:
             values.append(torch.as_tensor(images[0].values_CHW))
+            if values[-1].dtype != torch.uint8:
+                raise UserError(
+                    f"{where} has latents at {document.key}, and a picture is needed; name its shards"
+                )
             captions.append(
                 "".join(
                     tokenizer.decode(part.token_ids)
@@ -99,7 +120,7 @@ def captioned_pictures(config: Config, tokenizer: Tokenizer, *, held_out: bool) 
                 )
             )
     if not values:
-        raise UserError(f"{'data.held_out' if held_out else 'data.sources'} names no pictures with captions")
+        raise UserError(f"{where} names no pictures with captions")
     return torch.stack(values), captions
 
 
@@ -137,6 +158,10 @@ def train_classifier(
             schedule.step()
             total += float(loss.detach()) * len(chosen)
         say(f"epoch {epoch + 1} of {epochs}: {total / len(pixels_ICHW):.4f} nats a word and picture")
+    mean, covariance = gaussian_of(features_of(classifier, pixels_ICHW).numpy())
+    classifier.mean_F.copy_(torch.from_numpy(mean))
+    classifier.covariance_FF.copy_(torch.from_numpy(covariance))
+    classifier.pictures = len(pixels_ICHW)
     return classifier.eval()
 
 
@@ -163,7 +188,12 @@ def features_of(classifier: Classifier, pixels_ICHW: Tensor) -> Tensor:
 
 def save_classifier(classifier: Classifier, path: Path) -> None:
     """Write weights, words and size as one safetensors file."""
-    facts = {"words": classifier.words, "channels": classifier.channels, "image_size": classifier.image_size}
+    facts = {
+        "words": classifier.words,
+        "channels": classifier.channels,
+        "image_size": classifier.image_size,
+        "pictures": classifier.pictures,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(
@@ -181,6 +211,7 @@ def load_classifier(path: Path) -> Classifier:
         facts = json.loads(metadata["classifier"])
         classifier = Classifier(facts["words"], facts["channels"], facts["image_size"])
         classifier.load_state_dict(weights)
+        classifier.pictures = facts["pictures"]
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
         raise UserError(
             f"{path} is no classifier; `transfusion classifier CONFIG --out {path}` makes one"

@@ -31,15 +31,13 @@ MOST_CAPTION_TOKENS = 32
 
 
 def pictures(pipeline: Pipeline, out: Path, *, classifier: Path) -> dict[str, Metric]:
-    """Pictures drawn from the held-out captions against the training pictures, in a classifier's eyes.
+    """Pictures drawn from the held-out captions against the classifier's training pictures, in its eyes.
 
     Leaves the first of them under OUT/evaluation/drawn. Raises UserError as the classifier and the data do.
     """
     judge = load_classifier(classifier)
-    real, _ = captioned_pictures(pipeline.config, pipeline.tokenizer, held_out=False)
     held_out, captions = captioned_pictures(pipeline.config, pipeline.tokenizer, held_out=True)
     prompts = [captions[number % len(captions)] for number in range(SAMPLES)]
-    reference = gaussian_of(features_of(judge, real).numpy())
     config = pipeline.config
     sampler = GRID_SAMPLER[config.diffusion.objective]
     guided = config.data.caption_drop > 0
@@ -55,15 +53,15 @@ def pictures(pipeline: Pipeline, out: Path, *, classifier: Path) -> dict[str, Me
     )
     features = f"the features of {classifier.name} (no FID: its own small network)"
     real_ones = f"the {len(held_out)} real held-out pictures"
-    between = f"{features} of {{}} and of the {len(real)} training pictures"
+    between = f"{features} of {{}} and of the {judge.pictures} training pictures"
     return {
         "classifier_frechet": Metric(
-            value=frechet_distance(gaussian_of(features_of(judge, drawn).numpy()), reference),
+            value=frechet_distance(gaussian_of(features_of(judge, drawn).numpy()), judge.reference),
             higher_is_better=False,
             how=f"Fréchet distance between {between.format(settings)}",
         ),
         "classifier_frechet_of_held_out": Metric(
-            value=frechet_distance(gaussian_of(features_of(judge, held_out).numpy()), reference),
+            value=frechet_distance(gaussian_of(features_of(judge, held_out).numpy()), judge.reference),
             higher_is_better=False,
             how=f"the same between {between.format(real_ones)}: what can be reached",
         ),

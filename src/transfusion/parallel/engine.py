@@ -190,6 +190,9 @@ def global_counts(batches: Sequence[Batch], codec: CodecConfig | None = None) ->
 
 def latent_shape(group: ImageGroup, codec: CodecConfig | None) -> tuple[int, int, int]:
     """[C, H, W] of the latents of each image of the group, known before it is encoded; codec None: pixels."""
+    if group.values.dim() == 3:
+        # Tokens. Their codec knows how deep its codes are; nothing here asks.
+        return 1, *group.values.shape[1:]
     _, channels, height, width = group.values.shape
     if codec is not None and not group.values.is_floating_point():
         return codec.latent_shape(height, width)

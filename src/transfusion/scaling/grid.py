@@ -115,8 +115,9 @@ def run_grid(
 
 
 def write_table(out: Path) -> list[dict[str, Any]]:
-    """Gather the records of all finished runs into OUT/cells.jsonl, ordered by name; returns them."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob(f"*/{RECORD}"))]
+    """Gather the records of all finished runs into OUT/cells.jsonl, in the grid's order; returns them."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob(f"*/{RECORD}")]
+    records.sort(key=lambda record: (record["place"], record["seed"]))
     temporary = out / f"{TABLE}.tmp"
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     temporary.replace(out / TABLE)
@@ -174,6 +175,7 @@ def _as_record(job: Job, config: Config, cost: Cost) -> dict[str, Any]:
     return {
         "cell": job.cell.name,
         "axes": job.cell.values,
+        "place": job.cell.place,
         "seed": job.seed,
         "run": job.name,
         "mark": job.mark(config),

@@ -23,6 +23,7 @@ from transfusion.evaluate.classifier import (
     train_classifier,
 )
 from transfusion.evaluate.drawing import token_f1
+from transfusion.evaluate.frechet import frechet_distance, gaussian_of
 from transfusion.generate.pipeline import SampledImage
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (90, 90, 90)}
@@ -57,6 +58,10 @@ def test_the_same_seed_gives_the_same_classifier_and_a_file_gives_it_back(
     save_classifier(judge, tmp_path / "judge.safetensors")
     loaded = load_classifier(tmp_path / "judge.safetensors")
     pixels, _ = coloured(8)
+    assert loaded.pictures == 240
+    assert (
+        frechet_distance(loaded.reference, gaussian_of(features_of(judge, coloured(240)[0]).numpy())) < 1e-6
+    )
     for other in (again, loaded):
         assert torch.equal(features_of(judge, pixels), features_of(other, pixels))
     with pytest.raises(UserError, match="train one of their size"):
@@ -107,7 +112,8 @@ def drawn_by(
         return [SampledImage(choose(prompt), prompt, number) for number, prompt in enumerate(prompts)]
 
     def pictures(config: Any, tokenizer: Any, *, held_out: bool) -> Any:
-        return coloured(40) if held_out else training
+        assert held_out
+        return coloured(40)
 
     monkeypatch.setattr(drawing, "captioned_pictures", pictures)
     save_path = folder / "judge.safetensors"
