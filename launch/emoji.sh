@@ -26,6 +26,7 @@ DATA=data/emoji
 GRIDS=configs/experiments
 # Documents of the held-out text that are judged: all of them would cost more than the training.
 HELD_OUT=200
+METRICS=(--metric text_loss_nats_per_byte --metric classifier_frechet --metric caption_token_f1)
 
 transfusion() {
     "$PYTHON" -m transfusion "$@"
@@ -51,8 +52,8 @@ prepare() {
 scaling() {
     local out=runs/emoji-scaling
     run "$GRIDS/emoji-scaling.yaml" "$out" "$@"
-    transfusion scaling fit "$out" | tee "$out/laws.md"
-    transfusion scaling plot "$out" --out "$out/figure.png"
+    transfusion scaling fit "$out" "${METRICS[@]}" | tee "$out/laws.md"
+    transfusion scaling plot "$out" "${METRICS[@]}" --out "$out/figure.png"
 }
 
 ablation() {
@@ -62,7 +63,7 @@ ablation() {
 # run GRID OUT [section.key=value ...]
 run() {
     transfusion scaling run "$1" --out "$2" --processes "${PROCESSES:-2}" "${@:3}"
-    transfusion scaling table "$2" > "$2/table.md"
+    transfusion scaling table "$2" "${METRICS[@]}" | tee "$2/table.md"
 }
 
 ensure_venv all

@@ -142,13 +142,13 @@ def _cell(
     path: Path, values: dict[str, Any], chosen: dict[str, str], axes: dict[str, Any], place: int
 ) -> Cell:
     overrides: dict[str, Any] = {}
-    bases = [values.get("base")]
+    named = [values.get("base")]
     for axis, choice in chosen.items():
         overrides |= axes[axis][choice] or {}
-        bases.append(overrides.pop(_BASE, None))
+        named.append(overrides.pop(_BASE, None))
     name = "/".join(map(str, chosen.values()))
     flops = overrides.pop(_FLOPS, None)
-    bases = [base for base in bases if base is not None]
+    bases = [str(base) for base in named if base is not None]
     if not bases:
         raise UserError(f"{path}: cell {name} has no base; name a configuration file with `base:`")
     if "bases" in values:

@@ -8,14 +8,16 @@ Killed and started again, it goes on: finished runs are kept, a half-trained one
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +97,7 @@ def run_grid(
     failed = []
     out.mkdir(parents=True, exist_ok=True)
     table = threading.Lock()
-    with ThreadPoolExecutor(processes) as pool:
+    with _ended_by_signals(), ThreadPoolExecutor(processes) as pool:
         running = {pool.submit(_run, job, launcher, say): job for job in jobs if _record(job) is None}
         try:
             for future in as_completed(running):
@@ -112,6 +114,27 @@ def run_grid(
             raise
     write_table(out)
     return failed
+
+
+# Commands that run now. A grid that is told to end tells them, and trainings save before they do.
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end the running commands too, and then the grid. Only in the main thread."""
+
+    def end(number: int, _: object) -> None:
+        for command in list(_running):
+            command.send_signal(signal.SIGTERM)
+        raise SystemExit(128 + number)
+
+    former = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def write_table(out: Path) -> list[dict[str, Any]]:
@@ -193,7 +216,10 @@ def _call(job: Job, command: Sequence[str]) -> None:
     with open(log, "ab") as output:
         output.write(f"$ {shlex.join(command)}\n".encode())
         output.flush()
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+            _running.add(process)
+            code = process.wait()
+            _running.discard(process)
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         raise UserError(f"exit code {code}, see {log}: {lines[-1][:300] if lines else 'no output'}")
