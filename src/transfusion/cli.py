@@ -14,6 +14,7 @@ from transfusion.codec_commands import codec_app
 from transfusion.data_commands import data_app
 from transfusion.errors import UserError
 from transfusion.parallel import environment
+from transfusion.scaling_commands import scaling_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +27,7 @@ tokenizer_app = typer.Typer(no_args_is_help=True, help="Tokenizers.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(codec_app, name="codec")
+app.add_typer(scaling_app, name="scaling")
 
 # Typer keeps click's classes where no one else should look for them; this one's parent is what is needed.
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -228,22 +230,46 @@ def caption(
 @app.command("eval")
 def evaluate(
     model: Model,
-    suite: Annotated[list[str] | None, typer.Option(help="held-out, digits; repeat for several")] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="held-out, digits, pictures, captions; repeat for several")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for metrics.json and the evidence; default: MODEL")
     ] = None,
     weights: Weights = "auto",
     device: Device = "auto",
+    classifier: Annotated[
+        Path | None, typer.Option(help="for the suite pictures: a file of `transfusion classifier`")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="exit with 3 when a figure misses its bar")] = False,
 ) -> None:
     """Measure a model on its held-out data; writes metrics.json."""
     from transfusion.evaluate.suites import run_suites
 
-    metrics = run_suites(model, suite or ["held-out"], out or model, weights=weights, device=device)
+    metrics = run_suites(
+        model, suite or ["held-out"], out or model, weights=weights, device=device, classifier=classifier
+    )
     for name, metric in metrics.items():
         print(f"{name:32} {metric.describe()}")
     if check and any(metric.passed is False for metric in metrics.values()):
         raise typer.Exit(3)
+
+
+@app.command()
+def classifier(
+    config: Annotated[
+        Path, typer.Argument(help="a configuration, for its pictures, captions and their size")
+    ],
+    out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
+    overrides: Overrides = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 8,
+) -> None:
+    """Train the small network that judges drawn pictures in `eval --suite pictures`, on the training pictures."""
+    from transfusion import presets
+    from transfusion.evaluate.classifier import save_classifier, train_from_config
+
+    save_classifier(train_from_config(presets.load(config, overrides or []), epochs=epochs), out)
+    print(out)
 
 
 @app.command()

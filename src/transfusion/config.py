@@ -89,6 +89,10 @@ class ModelConfig(Section):
     vocabulary: NonNegativeInt = Field(
         0, description="rows of the embedding; 0: as many as the tokenizer has"
     )
+    family: Literal["transfusion", "chameleon"] = Field(
+        "transfusion",
+        description="transfusion: images are latents; chameleon: tokens of a codebook, with that model's own defaults",
+    )
     layers: PositiveInt = Field(16, description="transformer blocks")
     width: PositiveInt = Field(768, description="model width")
     heads: PositiveInt = Field(12, description="query heads")
@@ -99,6 +103,12 @@ class ModelConfig(Section):
     norm_epsilon: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
     rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary embedding")
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
+    norm_order: Literal["before", "after"] = Field(
+        "before", description="where a block norms: the input of attention and feed-forward, or their output"
+    )
+    image_attention: Literal["bidirectional", "causal"] = Field(
+        "bidirectional", description="what a patch sees of its own image: all of it, or what comes before"
+    )
     position: Literal["1d", "2d"] = Field(
         "1d", description="rotary positions of patches: running, or row and column"
     )
@@ -196,6 +206,11 @@ class CodecConfig(Section):
         return self.latent_channels or self.channels
 
     @property
+    def stored_channels(self) -> int:
+        """Channels of what `codec encode` stores: of latents, or 1 for tokens, which are numbers."""
+        return 1 if self.kind == "vq" else self.depth
+
+    @property
     def latent_size(self) -> int:
         """Side of the latents of a picture of `image_size`."""
         return self.image_size // (self.downscale or 1)
@@ -204,6 +219,11 @@ class CodecConfig(Section):
         """[C, h, w] of the latents of a picture of height x width pixels."""
         step = self.downscale or 1
         return self.depth, height // step, width // step
+
+    @property
+    def image_elements(self) -> int:
+        """What a picture of `image_size` has of the image loss: numbers of its latents, or tokens."""
+        return self.latent_size**2 * self.stored_channels
 
     @model_validator(mode="after")
     def _kind_fits(self) -> CodecConfig:
@@ -454,6 +474,9 @@ class TrainConfig(Section):
     sequence_parallel: PositiveInt = Field(
         1, description="ranks that share each row, every one with a slice of its positions; 1: none"
     )
+    z_loss: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the squared log normaliser of the text head, in the gradient alone"
+    )
     head_chunk: PositiveInt = Field(4096, description="text targets whose logits exist at once")
     threads: NonNegativeInt = Field(
         0, description="CPU threads a process; 0: cores divided by local processes"
@@ -534,6 +557,14 @@ class SampleConfig(Section):
     seed: Seed = Field(0, description="seed of the first picture; picture k has seed + k")
 
 
+# The recipe of the Chameleon baseline (paper, section 4.2 and appendix; Chameleon, section 2.3).
+CHAMELEON_DEFAULTS: dict[str, dict[str, Any]] = {
+    "model": {"qk_norm": True, "norm_order": "after", "image_attention": "causal", "patch_size": 1},
+    "train": {"z_loss": 1e-5},
+    "optimizer": {"learning_rate": 1e-4},
+}
+
+
 class Config(Section):
     """A whole run."""
 
@@ -564,9 +595,47 @@ class Config(Section):
         uneven = [f"{name} {value}" for name, value in shared.items() if value % ranks]
         return [f"train.sequence_parallel {ranks} must divide {', '.join(uneven)}"] if uneven else []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, values: Any) -> Any:
+        """What a family's recipe has otherwise than the defaults, where the configuration does not say."""
+        model = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(model, dict) or model.get("family") != "chameleon":
+            return values
+        filled = dict(values)
+        for section, defaults in CHAMELEON_DEFAULTS.items():
+            given = filled.get(section, {})
+            if isinstance(given, dict):
+                filled[section] = {**defaults, **given}
+        return filled
+
+    def _family_problems(self) -> list[str]:
+        if self.model.family == "transfusion":
+            if self.codec.kind != "vq":
+                return []
+            return [
+                "codec.kind=vq makes tokens, and model.family=transfusion learns latents: set codec.kind=kl"
+            ]
+        needed = (("patch_size", 1), ("image_attention", "causal"))
+        problems = [
+            f"model.{name} must be {value} for model.family=chameleon, which reads one token a latent pixel in turn"
+            for name, value in needed
+            if getattr(self.model, name) != value
+        ]
+        if self.train.sequence_parallel > 1:
+            problems.append(
+                f"train.sequence_parallel={self.train.sequence_parallel} is for model.family=transfusion; set it to 1"
+            )
+        if self.codec.kind != "vq":
+            problems.append(
+                f"model.family=chameleon needs tokens, and codec.kind={self.codec.kind} makes latents:"
+                " set codec.kind=vq"
+            )
+        return problems
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
-        problems = []
+        problems = self._family_problems()
         if self.codec.latent_size % self.model.patch_size:
             downscale = f" / codec.downscale {self.codec.downscale}" if self.codec.downscale else ""
             problems.append(

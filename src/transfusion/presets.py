@@ -25,11 +25,26 @@ Checked = TypeVar("Checked", bound=BaseModel)
 def load(path: str | Path | None, overrides: Sequence[str] = (), *, reads_codec: bool = True) -> Config:
     """Read `path` (None: the defaults), apply `section.key=value` overrides, check everything.
 
-    A YAML file may name another under `base:`, relative to itself; its own values win.
+    A YAML file may name another under `base:`, relative to itself; its own values win. `FILE#CELL` is a cell of an
+    experiment file (see `grids`).
     reads_codec: take from codec.folder what it tells; without it the folder need not be there.
     Raises UserError with one line for each mistake.
     """
-    values, problems, where = _plain(path, overrides)
+    if path is not None and "#" in str(path) and not Path(path).exists():
+        # Imported here: grids are made of what this module reads.
+        from transfusion import grids
+
+        return grids.read_cell(str(path)).config(overrides, reads_codec=reads_codec)
+    values = read(Path(path)) if path is not None else {}
+    where = str(path) if path is not None else "the overrides"
+    return load_values(values, overrides, where=where, reads_codec=reads_codec)
+
+
+def load_values(
+    values: dict[str, Any], overrides: Sequence[str], *, where: str, reads_codec: bool = True
+) -> Config:
+    """Apply overrides to plain values, which change, and check everything; see `load`."""
+    problems = _override(values, overrides)
     if reads_codec and isinstance(values.get("codec"), dict):
         values["codec"] = codec_folder.completed(values["codec"], problems)
     return check(values, problems=problems, where=where)
@@ -37,8 +52,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), *, reads_codec:
 
 def load_as(kind: type[Checked], path: str | Path, overrides: Sequence[str] = ()) -> Checked:
     """As `load`, for another kind of configuration."""
-    values, problems, where = _plain(path, overrides)
-    return check_as(kind, values, problems=problems, where=where)
+    values = read(Path(path))
+    return check_as(kind, values, problems=_override(values, overrides), where=str(path))
 
 
 def check(
@@ -74,9 +89,8 @@ def check_as(
     return config
 
 
-def _plain(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str], str]:
-    """(values, problems of the overrides, what to call them)"""
-    values = _read(Path(path)) if path is not None else {}
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Apply `section.key=value` overrides in place; returns what is wrong with them."""
     problems = []
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -84,10 +98,10 @@ def _plain(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str,
             problems.append(f"{override!r} is not an override; write section.key=value")
             continue
         try:
-            _put(values, key.lstrip("-").split("."), yaml.safe_load(text) if text else "")
+            put(values, key.lstrip("-"), yaml.safe_load(text) if text else "")
         except (yaml.YAMLError, TypeError) as error:
             problems.append(f"{override!r} cannot be read: {str(error).splitlines()[0]}")
-    return values, problems, str(path) if path is not None else "the overrides"
+    return problems
 
 
 def fingerprint(values: Any) -> str:
@@ -119,9 +133,28 @@ def _commented(section: BaseModel, depth: int) -> Iterator[str]:
         yield f"{indent}{name}: {text}" + (f"  # {field.description}" if field.description else "")
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a YAML file over those of its `base`. Raises UserError for one that cannot be read."""
     if path.resolve() in seen:
         raise UserError(f"{path}: base files form a circle")
+    values = read_yaml(path)
+    bases = values.pop("base", [])
+    names = [bases] if isinstance(bases, str) else bases
+    merged = read_all([path.parent / base for base in names], (*seen, path.resolve()))
+    _merge(merged, values)
+    return merged
+
+
+def read_all(paths: Sequence[Path], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of several files, later ones over earlier ones. Raises UserError as `read`."""
+    merged: dict[str, Any] = {}
+    for path in paths:
+        _merge(merged, read(path, seen))
+    return merged
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The values of one YAML file as they stand there. Raises UserError for one that cannot be read."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -132,12 +165,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path} is not YAML: {redacted_text(' '.join(str(error).split()))}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections such as `model:`, not a {type(values).__name__}")
-    bases = values.pop("base", [])
-    merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge(merged, _read(path.parent / base, (*seen, path.resolve())))
-    _merge(merged, values)
-    return merged
+    return values
 
 
 def _merge(target: dict[str, Any], values: dict[str, Any]) -> None:
@@ -148,12 +176,14 @@ def _merge(target: dict[str, Any], values: dict[str, Any]) -> None:
             target[key] = value
 
 
-def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key, in place. Raises TypeError where the path leads through a plain value."""
+    keys = key.split(".")
     target: Any = values
-    for key, following in itertools.pairwise(keys):
-        target = target[_number(key, target)] if isinstance(target, list) else target.setdefault(key, {})
+    for part, following in itertools.pairwise(keys):
+        target = target[_number(part, target)] if isinstance(target, list) else target.setdefault(part, {})
         if not isinstance(target, dict | list):
-            raise TypeError(f"{key} is a value, not a section with {following}")
+            raise TypeError(f"{part} is a value, not a section with {following}")
     target[_number(keys[-1], target) if isinstance(target, list) else keys[-1]] = value
 
 

@@ -59,7 +59,8 @@ class Document:
 class ImageGroup:
     """All images of a batch that share one shape. Never empty: a rank without images carries one of weight 0.
 
-    values: uint8 pixels [I, C, H, W] (or float latents of that layout); the codec turns them into latents.
+    values: uint8 pixels [I, C, H, W] (or float latents of that layout, or int32 tokens [I, H, W]); the codec
+        turns them into latents or tokens.
     image_weight_I: float32, 1 for a real image, 0 for one that only keeps every rank's work alike.
     patch_slot_IP: int64, flat positions (row * S + position) of its patches, row-major over the picture.
     timestep_I: int64 in [0, diffusion.steps); one noise level an image.

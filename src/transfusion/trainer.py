@@ -13,7 +13,7 @@ from pathlib import Path
 from transfusion.checkpoint.llama import start_from_llama
 from transfusion.checkpoint.resume import load, newest_good, resume
 from transfusion.checkpoint.save import Saver
-from transfusion.codec import open_codec
+from transfusion.codec import open_any_codec
 from transfusion.config import Config
 from transfusion.data.evaluation import EvaluationLoader
 from transfusion.data.index import too_many_faults
@@ -76,7 +76,7 @@ class Trainer:
         self.config = with_vocabulary(config, self.tokenizer)
         together(self._check)
         # Frozen and whole on every rank, outside of what the engine shards and trains.
-        self.codec = together(lambda: open_codec(config.codec, here.device))
+        self.codec = together(lambda: open_any_codec(config.codec, here.device))
         self.engine: Engine = build_engine(self.config, here, self.codec)
         self.state = resume(self.folder.path, self.engine) or self._begin()
         self.loader = together(self._open_loader)

@@ -53,6 +53,15 @@ def test_the_head_is_gathered_once_however_its_targets_are_cut(pair: Findings) -
         assert max(map(max, chunks)) >= 8
 
 
+def test_image_tokens_are_learned_as_in_one_process(pair: Findings) -> None:
+    """The Chameleon baseline, of whose ranks some have no picture; then each draws its share of three."""
+    for found, share in zip(pair("chameleon"), (2, 1), strict=True):
+        assert found["loss"] < 1e-6
+        assert found["norm"] < 1e-6
+        assert found["weight"] < 2e-5
+        assert found["parameters"] and found["drawn"] == share
+
+
 def test_micro_batches_and_ranks_do_not_change_the_loss(pair: Findings) -> None:
     for found in pair("accumulation"):
         assert found["loss"] < 1e-6

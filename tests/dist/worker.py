@@ -43,7 +43,7 @@ from transfusion.checkpoint.layout import step_folder
 from transfusion.checkpoint.llama import Llama, start_from_llama
 from transfusion.checkpoint.resume import SliceReader, load, resume
 from transfusion.checkpoint.save import save
-from transfusion.codec import Codec
+from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config, SampleConfig
 from transfusion.errors import UserError
 from transfusion.evaluate.held_out import held_out_losses
@@ -201,7 +201,7 @@ def equals_local(
     here: Environment,
     reference: Config | None = None,
     steps: int = len(STREAM),
-    codec: Codec | None = None,
+    codec: Codec | TokenCodec | None = None,
     stream: Stream = STREAM,
     accumulation: int = 1,
 ) -> dict[str, Any]:
@@ -837,6 +837,36 @@ def built_files() -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+class Levels:
+    """A codec of tokens: each square of 2 x 2 grey pixels is its mean in 16 levels."""
+
+    codes = 16
+
+    def tokens(self, values_ICHW: torch.Tensor) -> torch.Tensor:
+        return (torch.nn.functional.avg_pool2d(values_ICHW.float(), 2)[:, 0] / 16).long()
+
+    def pictures(self, token_Ihw: torch.Tensor) -> torch.Tensor:
+        wide = token_Ihw.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        return (wide * 16 + 8).to(torch.uint8)[:, None]
+
+
+def chameleon(here: Environment) -> dict[str, Any]:
+    """Image tokens on ranks with many pictures and with none: the same gathers, the loss of one process."""
+    codec = {"kind": "vq", "folder": "-", "latent_channels": 3, "downscale": 2, "codes": 16}
+    changes = {f"codec__{name}": value for name, value in codec.items()}
+    config = small_config(
+        **changes, model__family="chameleon", train__zero=NOTHING_KEPT, train__z_loss=1e-3
+    )
+    # The first three: later ones hold latents, which are no tokens.
+    found = equals_local(config, here, steps=3, codec=Levels())
+    engine = ZeroEngine(config, here, Levels())
+    with engine.evaluation("raw") as module:
+        grid = SampleConfig(prompts=["three", "two", "one"], guidance=2.0)
+        pipeline = Pipeline(module, Letters(), config, engine.device, Levels())
+        mine = pipeline.sample_grid(grid, rank=here.rank, ranks=here.world_size)
+    return found | {"drawn": len(mine)}
+
+
 def pair_in_training(here: Environment) -> dict[str, Callable[[], Any]]:
     chunked = small_config(train__head_chunk=5, train__zero=NOTHING_KEPT)
     return {
@@ -845,6 +875,7 @@ def pair_in_training(here: Environment) -> dict[str, Callable[[], Any]]:
         "judged: defaults": lambda: judged_in_training(here, {}),
         "judged: nothing kept": lambda: judged_in_training(here, {"train__zero": NOTHING_KEPT}),
         "judged: unet": lambda: judged_in_training(here, VARIANTS["unet"]),
+        "chameleon": lambda: chameleon(here),
         "built files": built_files,
     }
 

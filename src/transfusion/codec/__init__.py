@@ -15,7 +15,7 @@ from transfusion.codec_folder import codec_fingerprint, read_facts
 from transfusion.config import CodecConfig
 from transfusion.errors import UserError
 
-__all__ = ["Codec", "TokenCodec", "open_codec", "open_token_codec"]
+__all__ = ["Codec", "TokenCodec", "open_any_codec", "open_codec", "open_token_codec"]
 
 
 def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec:
@@ -38,6 +38,11 @@ def open_token_codec(config: CodecConfig, device: torch.device | str = "cpu") ->
     if config.kind != "vq":
         raise UserError(f"codec.kind={config.kind} makes latents, and tokens are needed: set codec.kind=vq")
     return VQCodec(_network(config), device)
+
+
+def open_any_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec | TokenCodec:
+    """The codec that the configuration names, of tokens for kind vq. Raises UserError as `open_codec` does."""
+    return open_token_codec(config, device) if config.kind == "vq" else open_codec(config, device)
 
 
 def _network(config: CodecConfig) -> Network:

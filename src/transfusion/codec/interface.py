@@ -5,11 +5,12 @@ I images, C channels of the latents, H/W height and width of pictures, h/w of la
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Pictures to latents and back. Frozen: it has no gradient and is no part of the network that is trained.
 
@@ -28,6 +29,7 @@ class Codec(Protocol):
         """Drawn latents as they are read again: what `encode` takes, uint8 or float."""
 
 
+@runtime_checkable
 class TokenCodec(Protocol):
     """Pictures to tokens of a codebook with `codes` entries, and back."""
 

@@ -159,8 +159,10 @@ def _figure(image: RowImage) -> str:
 
 
 def _as_image(image: RowImage) -> Image.Image:
-    """The picture; of values that are no pixels, their first three channels, spread over the whole range."""
+    """The picture; of latents or tokens, their first three channels, spread over the whole range."""
     values = np.asarray(image.values_CHW)
+    if values.ndim == 2:
+        values = values[None]
     if values.dtype != np.uint8:
         shown: NDArray[np.float32] = (values[:3] if len(values) >= 3 else values[:1]).astype(np.float32)
         least, most = float(shown.min()), float(shown.max())

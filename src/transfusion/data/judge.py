@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transfusion.data.latents import HEADER_BYTES, LatentFault, latent_shape
+from transfusion.data.latents import HEADER_BYTES, LATENTS, TOKENS, LatentFault, latent_shape, token_shape
 from transfusion.data.probe import PictureFault, probe
 from transfusion.data.sample import (
     CAPTION_BYTES,
@@ -25,6 +26,9 @@ from transfusion.data.tarwalk import NO_END_MARKER, Member, Window
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 GREATEST_MEMBER = 1 << 26
 GREATEST_ELEMENTS = 256
+
+# Of the head of a file and its size: [C, h, w] of what is stored there.
+ShapeOf = Callable[[bytes, int], tuple[int, int, int]]
 
 _ELEMENT_PICTURE = re.compile(rf"img\d{{1,6}}\.(?:{'|'.join(PICTURE_EXTENSIONS)})")
 
@@ -105,12 +109,14 @@ class Judge:
         pictures = [name for name in PICTURE_EXTENSIONS if name in members]
         if len(pictures) > 1:
             raise SampleError("ambiguous_image")
-        if "latent.npy" in members:
-            return self._pair(group, members["latent.npy"], latent=True)
+        if LATENTS in members:
+            return self._pair(group, members[LATENTS], shape=latent_shape)
+        if TOKENS in members:
+            return self._pair(group, members[TOKENS], shape=token_shape)
         if pictures:
             return self._pair(group, members[pictures[0]])
         if "npy" in members:
-            return self._pair(group, members["npy"], latent=True)
+            return self._pair(group, members["npy"], shape=latent_shape)
         if "json" in members:
             facts = self._facts(group)
             if "elements" not in facts:
@@ -122,7 +128,8 @@ class Judge:
         text = document(self._text(members["txt"], DOCUMENT_BYTES), notes)
         return RawSample(group.key, (text,), offset=group.offset, notes=tuple(notes))
 
-    def _pair(self, group: Group, member: Member, *, latent: bool = False) -> RawSample:
+    def _pair(self, group: Group, member: Member, *, shape: ShapeOf | None = None) -> RawSample:
+        """shape: of latents or tokens; None: the member is a picture."""
         notes: list[str] = []
         facts: dict[str, Any] = {}
         if "json" in group.members:
@@ -134,7 +141,11 @@ class Judge:
                 # With a caption in KEY.txt, what the .json says is not needed.
                 notes.append(str(error))
         captions = self._captions(group, facts, notes)
-        picture = self._latent(member) if latent else self._picture(member, notes, facts.get("sha256"))
+        if shape is not None:
+            return RawSample(
+                group.key, captions, (self._latent(member, shape),), offset=group.offset, notes=tuple(notes)
+            )
+        picture = self._picture(member, notes, facts.get("sha256"))
         return RawSample(group.key, captions, (picture,), offset=group.offset, notes=tuple(notes))
 
     def _captions(self, group: Group, facts: dict[str, Any], notes: list[str]) -> tuple[str, ...]:
@@ -199,9 +210,9 @@ class Judge:
             notes.append("image_animated")
         return StoredPicture(member.start, member.size, facts.width, facts.height)
 
-    def _latent(self, member: Member) -> StoredPicture:
+    def _latent(self, member: Member, shape: ShapeOf) -> StoredPicture:
         head = self._window.read(member.start, min(member.size, HEADER_BYTES))
-        channels, height, width = latent_shape(head, member.size)
+        channels, height, width = shape(head, member.size)
         return StoredPicture(member.start, member.size, width, height, channels)
 
     def _facts(self, group: Group) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Precomputed latents: NumPy files of float16 or float32 [C, h, w], never a pickle, and whose they are.
+"""Precomputed latents and tokens: NumPy files, never a pickle, and whose they are.
 
-NNNNN_latents.json beside NNNNN.tar tells which codec made the latents in it. C channels, h/w height, width.
+Latents are float16 or float32 [C, h, w], tokens uint16 or int32 [h, w]. NNNNN_latents.json beside NNNNN.tar tells which
+codec made those in it. C channels, h/w height, width.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,9 @@ from transfusion.errors import UserError
 
 # A header longer than this is none of ours; only so much is parsed.
 HEADER_BYTES = 4096
-_TYPES = ("float16", "float32")
+_TYPES, _TOKEN_TYPES = ("float16", "float32"), ("uint16", "int32")
+# What the index knows tokens by: channels of a latent that is a number.
+TOKEN_CHANNELS = 1
 # Extensions of what a codec writes beside a picture.
 LATENTS, TOKENS = "latent.npy", "tokens.npy"
 
@@ -85,13 +89,16 @@ def latent_shape(head: bytes, size: int) -> tuple[int, int, int]:
     """
     stream = io.BytesIO(head)
     shape, _, kind = _header(stream)
-    if kind.name not in _TYPES:
-        raise LatentFault("latent_dtype")
-    if len(shape) != 3 or min(shape) < 1:
-        raise LatentFault("latent_shape")
-    if size != stream.tell() + math.prod(shape) * kind.itemsize:
-        raise LatentFault("latent_corrupt")
+    _refuse_malformed(shape, kind, size - stream.tell(), types=_TYPES, dimensions=3)
     return shape[0], shape[1], shape[2]
+
+
+def token_shape(head: bytes, size: int) -> tuple[int, int, int]:
+    """[TOKEN_CHANNELS, h, w] of a file of tokens; otherwise as `latent_shape`."""
+    stream = io.BytesIO(head)
+    shape, _, kind = _header(stream)
+    _refuse_malformed(shape, kind, size - stream.tell(), types=_TOKEN_TYPES, dimensions=2)
+    return TOKEN_CHANNELS, shape[0], shape[1]
 
 
 def read_latent(data: bytes) -> NDArray[np.float32]:
@@ -104,6 +111,30 @@ def read_latent(data: bytes) -> NDArray[np.float32]:
     if not np.isfinite(values).all():
         raise LatentFault("latent_not_finite")
     return values
+
+
+def read_tokens(data: bytes, codes: int) -> NDArray[np.int32]:
+    """The tokens as int32 [h, w]. Raises LatentFault, also where one is no entry of a codebook of so many codes."""
+    _, height, width = token_shape(data[:HEADER_BYTES], len(data))
+    stream = io.BytesIO(data)
+    _, columns_first, kind = _header(stream)
+    values = np.frombuffer(data, kind, offset=stream.tell())
+    tokens = values.reshape((height, width), order="F" if columns_first else "C").astype(np.int32, order="C")
+    if tokens.min() < 0 or tokens.max() >= codes:
+        raise LatentFault("token_range")
+    return tokens
+
+
+def _refuse_malformed(
+    shape: tuple[int, ...], kind: np.dtype[Any], size: int, *, types: Sequence[str], dimensions: int
+) -> None:
+    """Raise LatentFault unless an array of this shape and type fills `size` bytes and is one of those allowed."""
+    if kind.name not in types:
+        raise LatentFault("latent_dtype")
+    if len(shape) != dimensions or min(shape) < 1:
+        raise LatentFault("latent_shape")
+    if size != math.prod(shape) * kind.itemsize:
+        raise LatentFault("latent_corrupt")
 
 
 def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

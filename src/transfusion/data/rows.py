@@ -19,7 +19,7 @@ from transfusion.data import keyed
 from transfusion.data.deck import Variant
 from transfusion.data.decode import DecodeFault, decode
 from transfusion.data.index import SourceIndex
-from transfusion.data.latents import LatentFault, read_latent
+from transfusion.data.latents import LatentFault, read_latent, read_tokens
 from transfusion.data.planner import Piece, RowPlan
 from transfusion.data.scan import Fault
 from transfusion.data.sequence import Draft, draft, draft_pair, draft_text, lay_out_all, position_axes
@@ -33,9 +33,9 @@ _TIMESTEP, _NOISE = keyed.word("timestep"), keyed.word("noise")
 _CACHE_BYTES = 64 << 20
 # <EOI> and <EOS>.
 _AFTER_LAST_IMAGE = 2
-# uint8 pixels or float32 latents, [C, H, W].
-Values = NDArray[np.uint8] | NDArray[np.float32]
-# Of a picture or latents: source, sample, number among the sample's.
+# uint8 pixels or float32 latents, [C, H, W], or int32 tokens [H, W].
+Values = NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int32]
+# Of a picture, latents or tokens: source, sample, number among the sample's.
 Place = tuple[int, int, int]
 
 
@@ -52,6 +52,8 @@ class RowSettings:
     latent_shape: tuple[int, int, int]
     timesteps: TimestepLaw
     image_first_timesteps: int
+    causal_images: bool = False
+    codes: int = 0
 
     @classmethod
     def of(cls, config: Config) -> RowSettings:
@@ -65,6 +67,8 @@ class RowSettings:
             latent_shape=config.codec.latent_shape(config.codec.image_size, config.codec.image_size),
             timesteps=TimestepLaw.of(config.diffusion),
             image_first_timesteps=config.diffusion.understanding_timestep_limit or config.diffusion.steps,
+            causal_images=config.model.image_attention == "causal",
+            codes=config.codec.codes if config.codec.kind == "vq" else 0,
         )
 
 
@@ -228,7 +232,7 @@ class RowBuilder:
 def read_values(
     index: SourceIndex, sample: int, picture: int, settings: RowSettings, shards: OpenShards | None = None
 ) -> Values:
-    """One of the sample's pictures as pixels, or its latents as they are. Raises DecodeFault and OSError.
+    """One of the sample's pictures as pixels, or its latents or tokens. Raises DecodeFault and OSError.
 
     shards: open ones, where several are read.
     """
@@ -236,10 +240,10 @@ def read_values(
     if not index.is_latent(sample, picture):
         return decode(data, channels=settings.channels, image_size=settings.image_size)
     try:
-        latent = read_latent(data)
+        latent: Values = read_tokens(data, settings.codes) if settings.codes else read_latent(data)
     except LatentFault as error:
         raise DecodeFault(str(error)) from None
-    if latent.shape != settings.latent_shape:
+    if latent.shape != (settings.latent_shape[1:] if settings.codes else settings.latent_shape):
         raise DecodeFault("latent_shape")
     return latent
 
@@ -274,7 +278,8 @@ def joined(
 
     silenced: numbers of documents that keep their length and what they see, with nothing to read or to learn.
     """
-    starts, layout = borders(drafts), lay_out_all(drafts, axes=settings.axes)
+    starts = borders(drafts)
+    layout = lay_out_all(drafts, axes=settings.axes, causal_images=settings.causal_images)
     used, length = starts[-1], settings.row_length
     row = Row(
         token_ids_S=_padded(layout.token_ids_S, length, SpecialToken.PADDING),

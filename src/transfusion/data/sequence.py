@@ -125,13 +125,15 @@ def draft_text(token_ids: NDArray[np.integer], first: int, tokens: int) -> Draft
     return Draft(piece[:-1], int(piece[-1]), (), True)
 
 
-def lay_out(segments: Sequence[Segment], *, axes: int = 1, finished: bool = True) -> Layout:
+def lay_out(
+    segments: Sequence[Segment], *, axes: int = 1, finished: bool = True, causal_images: bool = False
+) -> Layout:
     """A document of texts and images between <BOS> and <EOS>.
 
     finished=False leaves <EOS> out: the prefix of a generation, whose last token has no target. A document
     without text (a dropped caption) has no text loss: it only teaches what an image is.
     """
-    return lay_out_all([draft(segments, finished=finished)], axes=axes)
+    return lay_out_all([draft(segments, finished=finished)], axes=axes, causal_images=causal_images)
 
 
 def lay_out_text(token_ids: NDArray[np.integer], first: int, tokens: int, *, axes: int = 1) -> Layout:
@@ -142,8 +144,11 @@ def lay_out_text(token_ids: NDArray[np.integer], first: int, tokens: int, *, axe
     return lay_out_all([draft_text(token_ids, first, tokens)], axes=axes)
 
 
-def lay_out_all(drafts: Sequence[Draft], *, axes: int = 1) -> Layout:
-    """Documents one after another: targets, weights, positions and bounds of all at once."""
+def lay_out_all(drafts: Sequence[Draft], *, axes: int = 1, causal_images: bool = False) -> Layout:
+    """Documents one after another: targets, weights, positions and bounds of all at once.
+
+    causal_images: a patch does not see the later ones of its image.
+    """
     lengths = [len(each.token_ids_S) for each in drafts]
     starts = list(itertools.accumulate(lengths, initial=0))
     token_ids_S = np.concatenate([_BOS[:0], *(each.token_ids_S for each in drafts)])
@@ -157,7 +162,8 @@ def lay_out_all(drafts: Sequence[Draft], *, axes: int = 1) -> Layout:
         if not each.learns_text:
             weight_S[start : start + length] = 0
         for first, patches in each.images:
-            end_key_S[start + first : start + first + patches] = start + first + patches
+            if not causal_images:
+                end_key_S[start + first : start + first + patches] = start + first + patches
             images.append((start + first, patches))
     running_S = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
     return Layout(

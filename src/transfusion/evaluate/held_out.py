@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from transfusion.codec import Codec
+from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
 from transfusion.data.evaluation import EvaluationLoader
-from transfusion.mixed_loss import MixedLoss
 from transfusion.schema import LossTerms
+from transfusion.token_loss import build_loss
 
 
 @torch.no_grad()
@@ -18,14 +18,14 @@ def held_out_losses(
     loader: EvaluationLoader,
     config: Config,
     device: torch.device,
-    codec: Codec | None = None,
+    codec: Codec | TokenCodec | None = None,
 ) -> LossTerms:
     """This rank's loss sums over its share of the held-out data; every rank runs the same number of forwards.
 
     codec: of the pictures; None: their pixels.
     Noise and timesteps of the pictures are keyed by sample, so two checkpoints are judged on the same noise.
     """
-    loss = MixedLoss(config.diffusion, codec)
+    loss = build_loss(config, codec)
     total: LossTerms | None = None
     for batch in loader:
         terms = loss.terms(model, batch.to(device)).double()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from transfusion.config import PREDICTED, DiffusionConfig, SourceConfig
 from transfusion.data.evaluation import EvaluationLoader, documents
@@ -23,19 +26,35 @@ Suite = Callable[[Pipeline, Path], dict[str, Metric]]
 
 
 def run_suites(
-    model: Path, names: Sequence[str], out: Path, *, weights: Weights = "auto", device: str = "auto"
+    model: Path,
+    names: Sequence[str],
+    out: Path,
+    *,
+    weights: Weights = "auto",
+    device: str = "auto",
+    classifier: Path | None = None,
 ) -> dict[str, Metric]:
     """Run suites on an exported model; writes OUT/metrics.json (added to what is there) and OUT/evaluation/.
 
-    Raises UserError for an unknown suite, or when the model's held-out data is not to be found.
+    classifier: for the suite `pictures`. Raises UserError for an unknown suite, or when the model's held-out data is
+    not to be found.
     """
     from transfusion.evaluate.digits import digits
+    from transfusion.evaluate.drawing import captions, pictures
 
-    suites: dict[str, Suite] = {"held-out": held_out, "digits": digits}
+    suites: dict[str, Suite] = {"held-out": held_out, "digits": digits, "captions": captions}
+    if classifier is not None:
+        suites["pictures"] = functools.partial(pictures, classifier=classifier)
+    elif "pictures" in names:
+        raise UserError(
+            "the suite pictures needs --classifier; `transfusion classifier CONFIG --out FILE` makes one"
+        )
     unknown = [name for name in names if name not in suites]
     if unknown:
         raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join(suites)}")
     pipeline = Pipeline.from_export(model, weights=weights, device=device)
+    if pipeline.config.train.threads:
+        torch.set_num_threads(pipeline.config.train.threads)
     out.mkdir(parents=True, exist_ok=True)
     known = _known(out / METRICS)
     metrics: dict[str, Metric] = {}
@@ -84,17 +103,29 @@ def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
             pipeline.reader.model, loader, plain, pipeline.reader.device, pipeline.reader.codec
         )
         if float(terms.image_count):
-            metrics[f"{source.name}_image_loss"] = Metric(
-                value=float(terms.image_sum / terms.image_count),
-                how=f"mean squared error of the predicted {PREDICTED[diffusion.objective]}, held-out {source.name},"
-                f" fixed noise and timesteps{_law(diffusion)}",
-            )
+            name, metric = _image_metric(pipeline, source, terms)
+            metrics[name] = metric
             continue
         measured = _text_metrics(pipeline, source, terms)
         # The first text source has the plain names; further ones carry their own.
         taken = not measured.keys().isdisjoint(metrics)
         metrics |= {f"{source.name}_{name}" if taken else name: metric for name, metric in measured.items()}
     return metrics
+
+
+def _image_metric(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> tuple[str, Metric]:
+    """Name and metric of the image loss of either model family, which are no measures of each other."""
+    value = float(terms.image_sum / terms.image_count)
+    if pipeline.config.model.family == "chameleon":
+        how = f"cross entropy over the image tokens of held-out {source.name}, captions first"
+        name, unit = f"{source.name}_image_nats_per_token", "nats/token"
+        return name, Metric(value=value, unit=unit, higher_is_better=False, how=how)
+    diffusion = pipeline.config.diffusion
+    how = (
+        f"mean squared error of the predicted {PREDICTED[diffusion.objective]}, held-out {source.name},"
+        f" fixed noise and timesteps{_law(diffusion)}"
+    )
+    return f"{source.name}_image_loss", Metric(value=value, higher_is_better=False, how=how)
 
 
 def _law(diffusion: DiffusionConfig) -> str:

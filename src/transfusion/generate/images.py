@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transfusion.codec import Codec
 from transfusion.config import PREDICTED, SAMPLERS, Config, DiffusionConfig, SamplerName
 from transfusion.diffusion.flow import Euler, Heun
 from transfusion.diffusion.guidance import guide
@@ -21,6 +22,7 @@ from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.reader import Reader
+from transfusion.model import Transfusion
 from transfusion.model.patches import unpatchify
 
 
@@ -79,6 +81,8 @@ def draw(
     The model is called on the image blocks alone, both branches of the guidance in one batch, and once on the
     unconditional prefix. `prefixes` stays as it is.
     """
+    model, codec = reader.model, reader.codec
+    assert isinstance(model, Transfusion) and isinstance(codec, Codec)
     images, guided = len(rows), sampling.guidance != 1
     parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
     if guided:
@@ -86,22 +90,22 @@ def draw(
     longest = max(cache.lengths[row] for cache, chosen in parts for row in chosen)
     view = KeyValueCache.gathered(parts, longest + reader.patches).view()
     position_RPA = reader.image_positions(view.lengths)[:, : reader.patches]
-    mask = view.mask(torch.full(position_RPA.shape[:2], reader.patches, device=reader.device))
+    mask = view.mask(reader.image_ends(len(position_RPA)))
 
     def predict(latent_ICHW: Tensor, timestep: float) -> Tensor:
         timestep_I = torch.full((images,), timestep, device=reader.device)
-        encoding = reader.model.encode_patches([latent_ICHW], timestep_I)
+        encoding = model.encode_patches([latent_ICHW], timestep_I)
         if guided:
             encoding = encoding.twice()
         patches_RPD = encoding.patch_ND.unflatten(0, (-1, reader.patches))
-        hidden_RPD = reader.model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
-        predicted_NE = reader.model.decode_patches(reader.model.norm(hidden_RPD).flatten(0, 1), encoding)
-        answer_RCHW = unpatchify(predicted_NE, *reader.latent_shape, reader.model.config.patch_size).float()
+        hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
+        predicted_NE = model.decode_patches(model.norm(hidden_RPD).flatten(0, 1), encoding)
+        answer_RCHW = unpatchify(predicted_NE, *reader.latent_shape, model.config.patch_size).float()
         if not guided:
             return answer_RCHW
         conditional, unconditional = answer_RCHW.chunk(2)
         return guide(conditional, unconditional, sampling.guidance)
 
     key_I = torch.tensor(keys, device=reader.device)
-    sampler = build_sampler(sampling, config, clip=reader.codec.bound)
+    sampler = build_sampler(sampling, config, clip=codec.bound)
     return sampler.sample(start_noise(key_I, reader.latent_shape), predict, key_I)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from transfusion.config import DiffusionConfig
-from transfusion.data.sequence import lay_out
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
-from transfusion.generate.images import ImageSampling, draw
+from transfusion.generate.drawing import draw_pictures
+from transfusion.generate.images import ImageSampling
 from transfusion.generate.language import TextSampling, choose, restrict
 from transfusion.generate.reader import Reader
 from transfusion.schema import ImageSegment, Segment, SpecialToken, TextSegment
@@ -96,7 +96,7 @@ class Conversation:
 
     def _read_prompts(self, prompts: Sequence[Sequence[Part]]) -> tuple[KeyValueCache, Tensor]:
         """The cache that holds the prompts, and the state [B, D] that the first new tokens are read from."""
-        layouts = [lay_out(self._segments(parts), axes=self.reader.axes, finished=False) for parts in prompts]
+        layouts = [self.reader.lay_out(self._segments(parts), finished=False) for parts in prompts]
         counts = [len(layout) for layout in layouts]
         if max(counts) >= self.limits.length:
             raise UserError(
@@ -158,17 +158,15 @@ class Conversation:
             self.image.seed + row.number + row.images * _IMAGE_KEY_STRIDE
             for row in (rows[place] for place in waiting)
         ]
-        latent_ICHW = draw(self.reader, cache, waiting, keys, self.image, self.diffusion)
-        pixels_ICHW = self.reader.codec.decode(latent_ICHW)
-        for place, picture in zip(waiting, pixels_ICHW.cpu(), strict=True):
+        drawn = draw_pictures(self.reader, cache, waiting, keys, self.image, self.diffusion)
+        for place, picture in zip(waiting, drawn.pixels_ICHW.cpu(), strict=True):
             row = rows[place]
             row.parts.append(picture)
             row.images += 1
             room = cache.lengths[place] + self.reader.patches + 1 < self.limits.length
             row.phase = _Phase.SPEAKING if room else _Phase.DONE
         view = cache.view(waiting)
-        settled_ICHW = self.reader.codec.settled(latent_ICHW)
-        state_BD[waiting] = self.reader.read(view, self.reader.image_block(settled_ICHW, view.lengths))
+        state_BD[waiting] = self.reader.read(view, self.reader.image_block(drawn.settled, view.lengths))
 
     def _answer(self, row: _Row) -> list[Part]:
         return [part if isinstance(part, Tensor) else self.tokenizer.decode(part) for part in row.parts]

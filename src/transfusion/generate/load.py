@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transfusion.checkpoint.export import ModelFolder
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
-from transfusion.model import Transfusion
+from transfusion.model import FAMILIES, Network
 
 Weights = Literal["auto", "raw", "ema"]
 
@@ -30,9 +30,7 @@ def find_device(name: torch.device | str) -> torch.device:
     return device
 
 
-def load_model(
-    found: ModelFolder, weights: Weights, tokenizer: Tokenizer, device: torch.device
-) -> Transfusion:
+def load_model(found: ModelFolder, weights: Weights, tokenizer: Tokenizer, device: torch.device) -> Network:
     """The network, for inference only: on CUDA in the precision it was trained in, elsewhere in fp32.
 
     Raises UserError where the folder's files do not belong together.
@@ -45,7 +43,7 @@ def load_model(
         )
     config = found.config.model.model_copy(update={"vocabulary": vocabulary})
     with torch.device("meta"):
-        model = Transfusion(config, found.config.codec)
+        model = FAMILIES[config.family](config, found.config.codec)
     try:
         model.load_state_dict(load_file(path), assign=True)
     except (OSError, RuntimeError, SafetensorError) as error:

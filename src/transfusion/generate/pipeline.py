@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from transfusion.checkpoint.export import read_export
-from transfusion.codec import Codec, open_codec
+from transfusion.codec import Codec, TokenCodec, open_any_codec
 from transfusion.config import GRID_SAMPLER, Config, SampleConfig, SamplerName
-from transfusion.data.sequence import Layout, lay_out
+from transfusion.data.sequence import Layout
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.generate import images, language
+from transfusion.generate.drawing import draw_pictures
 from transfusion.generate.images import ImageSampling
 from transfusion.generate.interleave import Conversation, Limits, Part
 from transfusion.generate.language import TextSampling
 from transfusion.generate.load import Weights, find_device, load_model
 from transfusion.generate.reader import Reader
-from transfusion.model import Transfusion
+from transfusion.model import Network
 from transfusion.schema import ImageSegment, TextSegment
 
 # Leaves room in the 63 bits of a key for the number of a token (`language`) or of an image (`interleave`).
@@ -48,15 +49,15 @@ class Pipeline:
 
     def __init__(
         self,
-        model: Transfusion,
+        model: Network,
         tokenizer: Tokenizer,
         config: Config,
         device: torch.device | str,
-        codec: Codec | None = None,
+        codec: Codec | TokenCodec | None = None,
     ) -> None:
         """codec: that of `config.codec`, where it is open already."""
         self.tokenizer, self.config = tokenizer, config
-        codec = open_codec(config.codec, device) if codec is None else codec
+        codec = open_any_codec(config.codec, device) if codec is None else codec
         self.reader = Reader(model, config, torch.device(device), codec)
 
     @classmethod
@@ -192,14 +193,14 @@ class Pipeline:
             cache = self.reader.cache(len(distinct), max(counts))
             self.reader.read(cache.view(), self.reader.prefix_block(layouts, counts))
             rows = [distinct.index(prompt) for prompt in part]
-            latent_ICHW = images.draw(self.reader, cache, rows, keys, sampling, self.config.diffusion)
-            pictures = self.reader.codec.decode(latent_ICHW).cpu()
+            made = draw_pictures(self.reader, cache, rows, keys, sampling, self.config.diffusion)
+            pictures = made.pixels_ICHW.cpu()
             drawn += [SampledImage(*item) for item in zip(pictures, part, keys, strict=True)]
         return drawn
 
     def _caption_first(self, prompt: str) -> Layout:
         caption = TextSegment(tuple(self.tokenizer.encode(prompt)))
-        return lay_out([caption, ImageSegment(None, self.reader.patches)], axes=self.reader.axes)
+        return self.reader.lay_out([caption, ImageSegment(None, self.reader.patches)])
 
     def _check_sampling(self, sampling: ImageSampling, prompts: Sequence[str]) -> None:
         images.check(sampling, self.config)

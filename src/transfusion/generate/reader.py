@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion.codec import Codec
+from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
 from transfusion.data.sequence import Layout, lay_out, position_axes
 from transfusion.generate.cache import CacheRows, KeyValueCache
-from transfusion.model import Transfusion
-from transfusion.schema import ImageSegment, SpecialToken
+from transfusion.model import Network, Transfusion
+from transfusion.schema import ImageSegment, Segment, SpecialToken
 
 # Finished and prompted pictures are read as what they are: the least noise that training knows.
 CLEAN_TIMESTEP = 0
@@ -46,7 +46,9 @@ class Block:
 class Reader:
     """Reads blocks into caches and answers with states and logits; holds no state of its own."""
 
-    def __init__(self, model: Transfusion, config: Config, device: torch.device, codec: Codec) -> None:
+    def __init__(
+        self, model: Network, config: Config, device: torch.device, codec: Codec | TokenCodec
+    ) -> None:
         self.model, self.device, self.codec = model, device, codec
         self.patches = config.patches_per_image
         self.axes = position_axes(config.model.position)
@@ -54,7 +56,18 @@ class Reader:
         self.picture_shape = (config.codec.channels, size, size)
         self.latent_shape = config.codec.latent_shape(size, size)
         # An image at the earliest place it can stand, after <BOS> <BOI>, and the <EOI> behind it.
-        self._image_layout = lay_out([ImageSegment(None, self.patches)], axes=self.axes, finished=False)
+        self.causal_images = config.model.image_attention == "causal"
+        self._image_layout = self.lay_out([ImageSegment(None, self.patches)], finished=False)
+
+    def lay_out(self, segments: Sequence[Segment], *, finished: bool = True) -> Layout:
+        """A document as this model was trained on it; see `data.sequence.lay_out`."""
+        return lay_out(segments, axes=self.axes, finished=finished, causal_images=self.causal_images)
+
+    def image_ends(self, images: int) -> Tensor:
+        """int64 [I, P]: how many patches of its own image each patch sees."""
+        if self.causal_images:
+            return torch.arange(1, self.patches + 1, device=self.device).expand(images, -1)
+        return torch.full((images, self.patches), self.patches, device=self.device)
 
     def cache(self, rows: int, max_length: int) -> KeyValueCache:
         return KeyValueCache(self.model.config.layers, rows, max_length, self.device)
@@ -126,16 +139,31 @@ class Reader:
         """Read the block into the cache; returns the final state [R, D] of each row's last real position."""
         hidden_RSD = self.model.embedding(block.token_ids_RS)
         if block.pixels_ICHW is not None and block.patch_slot_N is not None:
-            latents = self.codec.encode(block.pixels_ICHW)
-            timestep_I = torch.full((len(latents),), CLEAN_TIMESTEP, device=self.device)
-            patch_ND = self.model.encode_patches([latents], timestep_I).patch_ND.to(hidden_RSD.dtype)
-            flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, patch_ND)
+            image_ND = self._embed_images(block.pixels_ICHW).to(hidden_RSD.dtype)
+            flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, image_ND)
             hidden_RSD = flat.view_as(hidden_RSD)
         mask = rows.mask(block.end_RS)
         hidden_RSD = self.model.run_blocks(hidden_RSD, block.position_RSA, mask, rows.layers)
         rows.advance(block.counts)
         last_R = torch.tensor(block.counts, device=self.device) - 1
         return self.model.norm(hidden_RSD[torch.arange(len(last_R), device=self.device), last_R])
+
+    def _embed_images(self, values_ICHW: Tensor) -> Tensor:
+        """Pictures, or settled images, as the network reads them: [I * P, D]."""
+        if isinstance(self.codec, TokenCodec):
+            return self.model.embedding(self.image_ids(self.codec.tokens(values_ICHW).flatten()))
+        assert isinstance(self.model, Transfusion)
+        latents = self.codec.encode(values_ICHW)
+        timestep_I = torch.full((len(latents),), CLEAN_TIMESTEP, device=self.device)
+        return self.model.encode_patches([latents], timestep_I).patch_ND
+
+    def image_ids(self, tokens: Tensor) -> Tensor:
+        """Ids of image tokens, which stand behind those of the text."""
+        return tokens + self.model.config.vocabulary
+
+    def image_logits(self, state_RD: Tensor) -> Tensor:
+        """fp32 logits [R, K] of the image token after each state."""
+        return self.logits(state_RD)[:, self.model.config.vocabulary :]
 
     def logits(self, state_RD: Tensor) -> Tensor:
         """fp32 logits [R, V] of the token after each state."""

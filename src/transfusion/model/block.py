@@ -1,4 +1,4 @@
-"""One Llama block: attention and SwiGLU, each behind an RMSNorm and a residual."""
+"""One Llama block: attention and SwiGLU, each with an RMSNorm and a residual."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class Block(nn.Module):
         """recomputes_attention: its activations are not kept for the backward pass but computed again."""
         super().__init__()
         self.recomputes_attention = recomputes_attention
+        self.norms_before = config.norm_order == "before"
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.attention = Attention(config, backend, sharing)
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
@@ -52,11 +53,15 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         def attend(x_BSD: Tensor) -> Tensor:
-            return self.attention(self.attention_norm(x_BSD), cosine_BSF, sine_BSF, mask, cache)
+            x_BSD = self.attention_norm(x_BSD) if self.norms_before else x_BSD
+            out_BSD = self.attention(x_BSD, cosine_BSF, sine_BSF, mask, cache)
+            return out_BSD if self.norms_before else self.attention_norm(out_BSD)
 
         if self.recomputes_attention and torch.is_grad_enabled():
             attended_BSD = checkpoint(attend, x_BSD, use_reentrant=False, preserve_rng_state=False)
         else:
             attended_BSD = attend(x_BSD)
         x_BSD = x_BSD + attended_BSD
+        if not self.norms_before:
+            return x_BSD + self.feed_forward_norm(self.feed_forward(x_BSD))
         return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))

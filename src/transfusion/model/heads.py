@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies of hidden_ND @ weight_VD.T, chunk by chunk.
+    """Cross entropies of hidden_ND @ weight_VD.T, their sum and each of them, chunk by chunk.
+
+    The gradient is that of the sum plus z_loss times the sum of the squared logarithms of the normalisers, which keep
+    logits from drifting (Chameleon, section 2.3); the values are cross entropies alone.
 
     Gradients are made in the forward pass, while a chunk's logits are at hand, so the backward pass only
     scales them and the weight is needed once however many chunks there are: under ZeRO-3 all ranks
@@ -20,8 +23,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
+        nats_N = hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
@@ -30,10 +36,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows, target = hidden_ND[part], target_N[part, None]
             logit = (rows @ weight_VD.T).float()
             log_normaliser = logit.logsumexp(-1, keepdim=True)
-            total += (log_normaliser - logit.gather(1, target)).sum()
+            nats = log_normaliser - logit.gather(1, target)
+            total += nats.sum()
+            nats_N[part] = nats.squeeze(1)
             if grad_hidden is None and grad_weight is None:
                 continue
             error = logit.sub_(log_normaliser).exp_()
+            if z_loss:
+                error *= 1.0 + 2.0 * z_loss * log_normaliser
             error.scatter_add_(1, target, error.new_full(target.shape, -1.0))
             error = error.to(rows.dtype)
             if grad_hidden is not None:
@@ -42,14 +52,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(error.T.float(), rows.float())
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
-        return total
+        ctx.mark_non_differentiable(nats_N)
+        return total, nats_N
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad_total: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype),
+            None,
             None,
             None,
         )
@@ -58,13 +72,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 class TextHead(nn.Module):
     """Untied output projection to the vocabulary."""
 
-    def __init__(self, width: int, vocabulary: int, chunk: int) -> None:
+    def __init__(self, width: int, vocabulary: int, chunk: int, z_loss: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width))
-        self.chunk = chunk
+        self.chunk, self.z_loss = chunk, z_loss
 
-    def forward(self, hidden_ND: Tensor, target_N: Tensor | None = None) -> Tensor:
-        """Without targets: logits [N, V]. With targets int64 [N]: the fp32 sum of their cross entropies."""
+    def forward(
+        self, hidden_ND: Tensor, target_N: Tensor | None = None, *, each: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Without targets: logits [N, V]. With targets int64 [N]: the fp32 sum of their cross entropies; with `each`
+        also the cross entropies themselves, fp32 [N], without a gradient. z_loss is in the gradient alone."""
         if target_N is None:
             return hidden_ND @ self.weight.T
-        return _ChunkedCrossEntropy.apply(hidden_ND, self.weight, target_N, self.chunk)
+        total, nats_N = _ChunkedCrossEntropy.apply(hidden_ND, self.weight, target_N, self.chunk, self.z_loss)
+        return (total, nats_N) if each else total

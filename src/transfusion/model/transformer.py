@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transfusion_kernels import IntervalMask
 
 from transfusion.config import CodecConfig, ModelConfig
-from transfusion.model.attention import LayerCache, Sharing
+from transfusion.model.attention import Sharing
 from transfusion.model.block import Block
-from transfusion.model.embedding import rotary_angles
 from transfusion.model.heads import TextHead
 from transfusion.model.patches import Encoding, Grid, PatchDecoder, PatchEncoder, patchify
+from transfusion.model.trunk import Trunk
 from transfusion.model.unet import UNetDecoder, UNetEncoder
 from transfusion.schema import Batch, Modality
 
@@ -38,7 +37,7 @@ class ModelOutput(NamedTuple):
     noise_NE: Tensor
 
 
-class Transfusion(nn.Module):
+class Transfusion(Trunk):
     """Embeds text and patches into one row, runs the blocks, and reads both kinds of output off it."""
 
     def __init__(
@@ -49,6 +48,7 @@ class Transfusion(nn.Module):
         attention: str = "auto",
         head_chunk: int = 4096,
         activation_checkpointing: str = "none",
+        z_loss: float = 0.0,
         sharing: Sharing | None = None,
     ) -> None:
         """`config.vocabulary` must be set. Weights are left uninitialised: see `initialise`.
@@ -69,7 +69,7 @@ class Transfusion(nn.Module):
             for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
-        self.text_head = TextHead(config.width, config.vocabulary, head_chunk)
+        self.text_head = TextHead(config.width, config.vocabulary, head_chunk, z_loss)
         self.patch_decoder = decoder(config, patch_values)
 
     def forward(self, batch: Batch, noisy: Sequence[Tensor]) -> ModelOutput:
@@ -139,25 +139,6 @@ class Transfusion(nn.Module):
         if self.recomputes_blocks:
             return checkpoint(patcher, values, *others, use_reentrant=False)
         return patcher(values, *others)
-
-    def run_blocks(
-        self,
-        hidden_BSD: Tensor,
-        position_BSA: Tensor,
-        mask: IntervalMask,
-        caches: Sequence[LayerCache] | None = None,
-    ) -> Tensor:
-        """All blocks, from `caches` (one a layer) on if given; the final norm is the caller's."""
-        angle_BSF = rotary_angles(position_BSA, self.config.head_dim, self.config.rope_theta)
-        cosine_BSF, sine_BSF = angle_BSF.cos(), angle_BSF.sin()
-        for layer, block in enumerate(self.blocks):
-            if self.recomputes_blocks and torch.is_grad_enabled():
-                inputs = (hidden_BSD, cosine_BSF, sine_BSF, mask)
-                hidden_BSD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                cache = None if caches is None else caches[layer]
-                hidden_BSD = block(hidden_BSD, cosine_BSF, sine_BSF, mask, cache)
-        return hidden_BSD
 
 
 def _slots(batch: Batch) -> Tensor:

@@ -1,8 +1,9 @@
 """Floating-point operations of training, by three conventions.
 
 exact: what must be computed. Each matrix multiplies the real positions that pass through it (the text head: those
-with a target), attention is counted by the visible pairs of the mask, 4 * width forward and 8 * width backward a
-pair and layer; the first matrices have no gradient of their input. Padding and recomputation do not count.
+with a target, of text or of image tokens), attention is counted by the visible pairs of the mask, 4 * width forward
+and 8 * width backward a pair and layer; the first matrices have no gradient of their input. Padding and recomputation
+do not count.
 hardware: what is computed. Padding and images of weight 0 count, the attention's backward pass makes its scores
 again (10 * width a pair), and what activation checkpointing recomputes counts once more.
 palm: (6 * N + 12 * width * layers * row length) * positions, as PaLM counts (Chowdhery et al., 2022, appendix B); N:
@@ -22,7 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.config import CodecConfig, Config
-from transfusion.model import Transfusion
+from transfusion.model import FAMILIES, Network, Transfusion
 from transfusion.parallel.engine import latent_shape
 from transfusion.schema import Batch
 
@@ -103,16 +104,14 @@ class FlopModel:
 
     def __init__(self, config: Config) -> None:
         with torch.device("meta"):
-            self._model = Transfusion(config.model, config.codec)
+            self._model: Network = FAMILIES[config.model.family](config.model, config.codec)
         model = config.model
         self.pair = model.heads * model.head_dim * model.layers
         self.blocks = _matrices(self._model.blocks)
         self.text_head = _matrices(self._model.text_head)
         self.recomputes = config.train.activation_checkpointing
         self.recomputed = _recomputed(self._model, self.recomputes)
-        self.counted = (
-            sum(p.numel() for p in self._model.parameters()) - config.model.vocabulary * model.width
-        )
+        self.counted = sum(p.numel() for p in self._model.parameters()) - self._model.embedding.weight.numel()
         self.row_length = config.data.row_length
         self.codec = config.codec
         self._images: dict[tuple[tuple[int, ...], bool], int] = {}
@@ -122,7 +121,7 @@ class FlopModel:
         real = sum(self.image_operations(each.shape) * each.real for each in load.images)
         again = self.recomputes == "block"
         carried = sum(self.image_operations(each.shape, again) * each.carried for each in load.images)
-        head = 6 * self.text_head * load.text_targets
+        head = 6 * self.text_head * (load.text_targets + self._image_targets(load))
         scores = 14 if self.recomputes == "none" else 18
         return Work(
             exact=Operations(6 * self.blocks * load.tokens + head + real, 12 * self.pair * load.pairs),
@@ -135,6 +134,12 @@ class FlopModel:
             ),
         )
 
+    def _image_targets(self, load: Workload) -> int:
+        """Image tokens that the text head predicts."""
+        if isinstance(self._model, Transfusion):
+            return 0
+        return sum(each.real * each.shape[1] * each.shape[2] for each in load.images)
+
     def of(self, batches: Sequence[Batch]) -> Work:
         """Of some micro-batches that are still on the host."""
         return sum((self.work(Workload.of(batch, self.codec)) for batch in batches), Work())
@@ -142,9 +147,11 @@ class FlopModel:
     def image_operations(self, shape: tuple[int, int, int], recomputes: bool = False) -> int:
         """Forward and backward through patch encoder and decoder, for one image [C, H, W]: counted, not derived.
 
-        What a U-Net attends to inside of an image is counted with the products.
+        What a U-Net attends to inside of an image is counted with the products. Image tokens take none.
         """
         key = (shape, recomputes)
+        if not isinstance(self._model, Transfusion):
+            return 0
         if key not in self._images:
             self._model.recomputes_blocks = recomputes
             with FlopCounterMode(display=False) as counter:
@@ -155,7 +162,7 @@ class FlopModel:
         return self._images[key]
 
 
-def _recomputed(model: Transfusion, what: str) -> int:
+def _recomputed(model: Network, what: str) -> int:
     """Elements of the blocks' matrices that multiply once more in the backward pass.
 
     Recomputation ends once all saved tensors are there again: the last product of what is recomputed is not made.

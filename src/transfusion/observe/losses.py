@@ -41,12 +41,17 @@ class MeanLosses:
         buckets, sums = rest[: len(rest) - len(also)], rest[len(rest) - len(also) :]
         half = len(buckets) // 2
         text, image = _ratio(text_sum, text_count), _ratio(image_sum, image_count)
+        if config.model.family == "chameleon":
+            # All tokens are alike.
+            total = _ratio(text_sum + image_sum, text_count + image_count) or 0.0
+        else:
+            total = (text or 0.0) + config.diffusion.image_loss_weight * (image or 0.0)
         return cls(
             text=text,
             image=image,
-            total=(text or 0.0) + config.diffusion.image_loss_weight * (image or 0.0),
+            total=total,
             image_by_timestep=[_ratio(a, b) for a, b in zip(buckets[:half], buckets[half:], strict=True)],
-            images=round(image_count / (config.codec.depth * config.codec.latent_size**2)),
+            images=round(image_count / config.codec.image_elements),
             also=sums,
         )
 

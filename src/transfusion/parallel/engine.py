@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transfusion_kernels import dispatch
 
-from transfusion.codec import Codec
+from transfusion.codec import Codec, TokenCodec
 from transfusion.config import CodecConfig, Config
 from transfusion.errors import UserError
-from transfusion.model import Transfusion
+from transfusion.model import FAMILIES, Network
 from transfusion.parallel.agree import group_device, together
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.results import PendingResult
@@ -67,7 +67,7 @@ class Engine(Protocol):
         largest_norm: skip too where the global norm is greater. module_norms: tell the norm of each module.
         """
 
-    def evaluation(self, weights: Weights) -> AbstractContextManager[Transfusion]:
+    def evaluation(self, weights: Weights) -> AbstractContextManager[Network]:
         """The network for forward passes without gradients, in eval mode, with raw or averaged weights.
 
         Every rank runs equally many forwards of equal parts, not under `torch.inference_mode`: ZeRO keeps
@@ -81,7 +81,7 @@ class Engine(Protocol):
         """Take over what was written into the shards; `updates`: the optimiser steps behind them."""
 
 
-def build_engine(config: Config, environment: Environment, codec: Codec | None = None) -> Engine:
+def build_engine(config: Config, environment: Environment, codec: Codec | TokenCodec | None = None) -> Engine:
     """The engine that `train.engine` names, with freshly initialised weights.
 
     auto: ZeRO with more than one process or on a GPU, else local. `config.model.vocabulary` must be set.
@@ -130,24 +130,25 @@ def _refuse_attention(config: Config, device: torch.device) -> None:
         )
 
 
-def build_model(config: Config, sequence: SequenceGroup | None = None) -> Transfusion:
+def build_model(config: Config, sequence: SequenceGroup | None = None) -> Network:
     """The network with uninitialised weights in fp32, on torch's default device.
 
     sequence: the ranks that share rows, if any do.
     """
     if config.model.vocabulary == 0:
         raise ValueError("model.vocabulary must hold the tokenizer's size before an engine is built")
-    return Transfusion(
+    return FAMILIES[config.model.family](
         config.model,
         config.codec,
         attention=config.train.attention,
         head_chunk=config.train.head_chunk,
         activation_checkpointing=config.train.activation_checkpointing,
+        z_loss=config.train.z_loss,
         sharing=sequence if sequence is not None and sequence.degree > 1 else None,
     )
 
 
-def compile_blocks(model: Transfusion) -> None:
+def compile_blocks(model: Network) -> None:
     """Compile each block's forward for training; sampling, whose shapes change all the time, stays eager.
 
     The forward and not the module is compiled, so that ZeRO's hooks stay outside of the graph.
@@ -175,7 +176,7 @@ def global_counts(batches: Sequence[Batch], codec: CodecConfig | None = None) ->
     text = torch.stack([batch.text_weight_BS.sum(dtype=torch.float64) for batch in batches]).sum()
     image = torch.stack(
         [
-            group.image_weight_I.sum(dtype=torch.float64) * math.prod(latent_shape(group, codec))
+            group.image_weight_I.sum(dtype=torch.float64) * image_elements(group, codec)
             for batch in batches
             for group in batch.images
         ]
@@ -189,10 +190,19 @@ def global_counts(batches: Sequence[Batch], codec: CodecConfig | None = None) ->
 
 def latent_shape(group: ImageGroup, codec: CodecConfig | None) -> tuple[int, int, int]:
     """[C, H, W] of the latents of each image of the group, known before it is encoded; codec None: pixels."""
+    if group.values.dim() == 3:
+        # Tokens. Their codec knows how deep its codes are; nothing here asks.
+        return 1, *group.values.shape[1:]
     _, channels, height, width = group.values.shape
     if codec is not None and not group.values.is_floating_point():
         return codec.latent_shape(height, width)
     return channels, height, width
+
+
+def image_elements(group: ImageGroup, codec: CodecConfig | None) -> int:
+    """What each image of the group has of the image loss: numbers of its latents, or tokens."""
+    shape = latent_shape(group, codec)
+    return math.prod(shape[1:]) if codec is not None and codec.kind == "vq" else math.prod(shape)
 
 
 def training_loss(loss: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from transfusion.codec import Codec
+from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.mixed_loss import MixedLoss
-from transfusion.model import Transfusion
+from transfusion.model import Network
 from transfusion.model.initialise import initialise
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
@@ -29,16 +28,19 @@ from transfusion.parallel.results import PendingResult, UpdateCount
 from transfusion.parallel.sequence import SequenceGroup
 from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard, module_of
 from transfusion.schema import Batch, LossTerms
+from transfusion.token_loss import build_loss
 
 
 class LocalEngine:
     """AdamW on fp32 weights; with bf16, the network runs on a low-precision copy of them."""
 
-    def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
+    def __init__(
+        self, config: Config, environment: Environment, codec: Codec | TokenCodec | None = None
+    ) -> None:
         self.config = config
         self.device, self.rank, self.world_size = environment.device, 0, 1
         self.sequence, self._count = SequenceGroup(), UpdateCount()
-        self.loss = MixedLoss(config.diffusion, codec)
+        self.loss = build_loss(config, codec)
         model = build_model(config)
         initialise(model, seed=config.run.seed, layers=config.model.layers)
         self.model = model.to(self.device)
@@ -103,7 +105,7 @@ class LocalEngine:
         return PendingResult(norm, skipped, norms)
 
     @contextmanager
-    def evaluation(self, weights: Weights) -> Iterator[Transfusion]:
+    def evaluation(self, weights: Weights) -> Iterator[Network]:
         """See `Engine.evaluation`."""
         if weights == "ema" and not self.averages:
             raise UserError("no moving average is kept: set optimizer.ema_decay, or evaluate the raw weights")

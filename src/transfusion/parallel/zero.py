@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from transfusion.codec import Codec
+from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.mixed_loss import MixedLoss
-from transfusion.model import Transfusion
+from transfusion.model import Network
 from transfusion.model.initialise import initial_value
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
@@ -38,12 +37,15 @@ from transfusion.parallel.sequence import SequenceGroup
 from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
 from transfusion.parallel.zero_config import deepspeed_config
 from transfusion.schema import Batch, LossTerms
+from transfusion.token_loss import build_loss
 
 
 class ZeroEngine:
     """ZeRO stage 1, 2 or 3. All state that trains lies in a few flat fp32 tensors a rank, `self.flats`."""
 
-    def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
+    def __init__(
+        self, config: Config, environment: Environment, codec: Codec | TokenCodec | None = None
+    ) -> None:
         deepspeed = import_deepspeed()
         join_group(environment)
         self.config = config
@@ -53,7 +55,7 @@ class ZeroEngine:
             config.train.sequence_parallel, rank=self.rank, world_size=self.world_size
         )
         self.stage = config.train.zero.stage
-        self.loss = MixedLoss(config.diffusion, codec)
+        self.loss = build_loss(config, codec)
         with torch.device("meta"):
             described = dict(build_model(config).named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in described.items()}
@@ -116,7 +118,7 @@ class ZeroEngine:
         return PendingResult(norm, skipped, norms)
 
     @contextmanager
-    def evaluation(self, weights: Weights) -> Iterator[Transfusion]:
+    def evaluation(self, weights: Weights) -> Iterator[Network]:
         """See `Engine.evaluation`; averages and weights are swapped shard by shard, nothing is gathered."""
         if weights == "ema" and not self.averages:
             raise UserError("no moving average is kept: set optimizer.ema_decay, or evaluate the raw weights")
@@ -151,7 +153,7 @@ class ZeroEngine:
         groups.set_updates(self.adamw, updates)
         self._refresh()
 
-    def _wrap(self, deepspeed: Any, described: dict[str, nn.Parameter]) -> Transfusion:
+    def _wrap(self, deepspeed: Any, described: dict[str, nn.Parameter]) -> Network:
         """Build the network and AdamW and hand both to DeepSpeed; `described` gives every parameter's shape."""
         cuda = self.device.type == "cuda"
         settings = deepspeed_config(self.config, world_size=self.world_size, cuda=cuda)

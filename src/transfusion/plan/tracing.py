@@ -22,10 +22,10 @@ from transfusion_kernels import IntervalMask
 
 from transfusion.config import Config
 from transfusion.data.sequence import position_axes
-from transfusion.mixed_loss import MixedLoss
 from transfusion.observe.flops import ImageLoad, Workload
 from transfusion.parallel.engine import build_model
 from transfusion.schema import Batch, BatchCounts, ImageGroup, Modality
+from transfusion.token_loss import build_loss
 
 PARAMETERS, GRADIENTS, ACTIVATIONS, LOGITS = "parameters", "gradients", "activations", "logits"
 
@@ -152,7 +152,8 @@ def _run(
     with torch.device("meta"):
         model = build_model(config).to(dtype)
     # Made before: its tables are kept for the whole process, and must hold values.
-    loss = MixedLoss(config.diffusion)
+    is_tokens = config.model.family == "chameleon"
+    loss = build_loss(config, _NothingEncoded() if is_tokens else None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
         if on_gpu:
@@ -169,6 +170,18 @@ def _run(
                 terms = loss.terms(model, batch)
                 loss.combine(terms, terms.text_count, terms.image_count).backward()
     return Trace(live.peak, live.working, live.traffic, live.operators, accumulates)
+
+
+class _NothingEncoded:
+    """In the place of a codec of tokens: as many as there are latents, which were made before training."""
+
+    codes = 1
+
+    def tokens(self, values_ICHW: Tensor) -> Tensor:
+        return values_ICHW[:, 0].long()
+
+    def pictures(self, token_Ihw: Tensor) -> Tensor:
+        raise NotImplementedError("nothing is drawn while memory is counted")
 
 
 def fake_batch(config: Config, load: Workload) -> Batch:

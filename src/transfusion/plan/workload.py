@@ -84,7 +84,9 @@ class Mixture:
         images = round(positions * self.pair_share / pair)
         text = min(self.text_tokens, config.data.row_length)
         texts = max(0.0, (positions - images * pair) / text)
-        pairs_of_pair = pair * (pair + 1) // 2 + patches * (patches - 1) // 2
+        pairs_of_pair = pair * (pair + 1) // 2
+        if config.model.image_attention == "bidirectional":
+            pairs_of_pair += patches * (patches - 1) // 2
         side = config.codec.latent_size
         return Workload(
             positions=positions,

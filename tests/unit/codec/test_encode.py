@@ -17,10 +17,11 @@ from transfusion.codec_train import encode as encoding
 from transfusion.codec_train.encode import encode_shards
 from transfusion.config import CodecConfig, Config
 from transfusion.data.decode import decode
-from transfusion.data.latents import read_record, record_path
+from transfusion.data.latents import LatentFault, read_record, read_tokens, record_path
 from transfusion.data.loader import Loader
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
+from transfusion.parallel.engine import global_counts
 
 Settings = Callable[..., CodecConfig]
 
@@ -138,10 +139,10 @@ def test_what_cannot_be_encoded_is_refused(
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def loader(codec: CodecConfig, folder: Path, tokenizer: Tokenizer) -> Loader:
+def loader(codec: CodecConfig, folder: Path, tokenizer: Tokenizer, family: str = "transfusion") -> Loader:
     config = Config.model_validate(
         {
-            "model": {"patch_size": 1},
+            "model": {"patch_size": 1, "family": family},
             "codec": codec.as_dict(),
             "data": {
                 "sources": [{"name": "pictures", "shards": f"{folder}/0000[01].tar"}],
@@ -174,3 +175,50 @@ def test_latents_of_another_codec_are_refused(
     record_path(out / "00000.tar").unlink()
     with pytest.raises(UserError, match=r"unknown codec \(00000_latents.json is missing\)"):
         loader(config, out, tokenizer)
+
+
+def test_tokens_stand_in_the_place_of_their_pictures(
+    shards: Path, vq_folder: Path, settings: Settings, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """A Chameleon's batches from tokens are those from pictures, encoded; another codec's are refused."""
+    config, out = settings(vq_folder), tmp_path / "out"
+    encode_shards(config, [f"{shards}/0000[01].tar"], out)
+    codec = open_token_codec(config)
+    found = []
+    for folder in (shards, out):
+        with loader(config, folder, tokenizer, family="chameleon") as mine:
+            batches = mine.next_step()
+        groups = [group for batch in batches for group in batch.images]
+        found.append(groups)
+        assert global_counts(batches, config).image == 16 * sum(len(group.values) for group in groups)
+    pictures, tokens = found
+    assert {group.values.dtype for group in pictures} == {torch.uint8}
+    assert {group.values.dtype for group in tokens} == {torch.int32}
+    assert tokens[0].values.shape[1:] == (4, 4)
+    for one, other in zip(pictures, tokens, strict=True):
+        assert torch.equal(one.patch_slot_IP, other.patch_slot_IP)
+        assert torch.equal(codec.tokens(one.values), codec.tokens(other.values))
+    fewer = config.model_copy(update={"codes": int(max(group.values.max() for group in tokens))})
+    with loader(fewer, out, tokenizer, family="chameleon") as mine:
+        assert sum(batch.counts.faults for batch in mine.next_step()) > 0
+    with pytest.raises(UserError, match=f"made by codec {config.fingerprint}"):
+        loader(config.model_copy(update={"fingerprint": "0" * 12}), out, tokenizer, family="chameleon")
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros((4, 4), np.float32), "latent_dtype"),
+        (np.zeros((1, 4, 4), np.uint16), "latent_shape"),
+        (np.full((4, 4), 9, np.uint16), "token_range"),
+        (np.full((4, 4), -1, np.int32), "token_range"),
+    ],
+)
+def test_bad_tokens_have_their_reason(array: Any, reason: str) -> None:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    with pytest.raises(LatentFault, match=reason):
+        read_tokens(stream.getvalue(), 9)
+    with pytest.raises(LatentFault, match="latent_corrupt"):
+        np.save(stream := io.BytesIO(), np.zeros((4, 4), np.uint16))
+        read_tokens(stream.getvalue()[:-1], 9)

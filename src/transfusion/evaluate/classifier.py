@@ -1,0 +1,238 @@
+"""A small network that reads words off pictures; its features judge drawn pictures.
+
+It is trained on the training pictures of one data set, to tell which of the commonest words of the captions a picture
+has. The same file judges every model of an experiment; it holds what the training pictures' features are together, so
+that nobody reads those pictures again. Its distances are its own: they are no FID, and compare with no figure from
+elsewhere.
+
+I pictures, C channels, H/W height and width, F features, K words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from transfusion.config import Config
+from transfusion.data.evaluation import documents
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.errors import UserError
+from transfusion.evaluate.frechet import Gaussian, gaussian_of
+from transfusion.schema import ImageSegment, TextSegment
+
+FORMAT = "transfusion classifier"
+FEATURES = 64
+WIDTHS = (32, 64, 128)
+MOST_WORDS = 128
+FEWEST_PICTURES = 20
+BATCH = 64
+LEARNING_RATE = 2e-3
+_LARGEST_SHIFT = 2
+
+
+class Classifier(nn.Module):
+    """Three strided convolutions, the mean over places, FEATURES numbers, and a logit for each word.
+
+    pictures, mean_F, covariance_FF: how many it was trained on, and their features as a Gaussian.
+    """
+
+    mean_F: Tensor
+    covariance_FF: Tensor
+
+    def __init__(self, words: Sequence[str], channels: int, image_size: int) -> None:
+        super().__init__()
+        self.words, self.channels, self.image_size = tuple(words), channels, image_size
+        layers: list[nn.Module] = []
+        for inputs, width in zip((channels, *WIDTHS), WIDTHS, strict=False):
+            layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        self.to_features = nn.Linear(WIDTHS[-1], FEATURES)
+        self.to_words = nn.Linear(FEATURES, len(words))
+        self.pictures = 0
+        self.register_buffer("mean_F", torch.zeros(FEATURES, dtype=torch.float64))
+        self.register_buffer("covariance_FF", torch.zeros(FEATURES, FEATURES, dtype=torch.float64))
+
+    @property
+    def reference(self) -> Gaussian:
+        """Of the features of the training pictures."""
+        return Gaussian(self.mean_F.numpy(), self.covariance_FF.numpy())
+
+    def features(self, pixels_ICHW: Tensor) -> Tensor:
+        """Features [I, F] of uint8 pictures [I, C, H, W]."""
+        places = self.body(pixels_ICHW.float() / 127.5 - 1.0)
+        return self.to_features(places.mean((2, 3)))
+
+    def forward(self, pixels_ICHW: Tensor) -> Tensor:
+        """A logit for each word, [I, K]."""
+        return self.to_words(nn.functional.silu(self.features(pixels_ICHW)))
+
+    def has_words(self, captions: Sequence[str]) -> Tensor:
+        """float32 [I, K]: 1 where the caption has the word."""
+        found = [set(words_of(caption)) for caption in captions]
+        return torch.tensor([[float(word in have) for word in self.words] for have in found])
+
+
+def words_of(caption: str) -> list[str]:
+    """The words of a caption, in lower case and without punctuation."""
+    return re.findall(r"\w+", caption.lower())
+
+
+def common_words(captions: Iterable[str]) -> list[str]:
+    """The commonest words, none of them rare, and none that almost every caption has."""
+    counts: Counter[str] = Counter()
+    total = 0
+    for caption in captions:
+        counts.update(set(words_of(caption)))
+        total += 1
+    told = [word for word, count in counts.most_common() if FEWEST_PICTURES <= count <= 0.9 * total]
+    return told[:MOST_WORDS]
+
+
+def captioned_pictures(config: Config, tokenizer: Tokenizer, *, held_out: bool) -> tuple[Tensor, list[str]]:
+    """uint8 [I, C, H, W] and captions of the single pictures of a configuration's sources, in file order.
+
+    Raises UserError where there are none, or latents in their place.
+    """
+    where = "data.held_out" if held_out else "data.sources"
+    sources = config.data.held_out if held_out else config.data.sources
+    values, captions = [], []
+    for document in documents(config, sources, tokenizer):
+        images = [part for part in document.segments if isinstance(part, ImageSegment)]
+        if len(images) == 1:
+            values.append(torch.as_tensor(images[0].values_CHW))
+            if values[-1].dtype != torch.uint8:
+                raise UserError(
+                    f"{where} has latents at {document.key}, and a picture is needed; name its shards"
+                )
+            captions.append(
+                "".join(
+                    tokenizer.decode(part.token_ids)
+                    for part in document.segments
+                    if isinstance(part, TextSegment)
+                )
+            )
+    if not values:
+        raise UserError(f"{where} names no pictures with captions")
+    return torch.stack(values), captions
+
+
+def train_classifier(
+    pixels_ICHW: Tensor,
+    captions: Sequence[str],
+    *,
+    epochs: int = 8,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> Classifier:
+    """A classifier of these pictures; AdamW, pictures shifted by up to two pixels. Raises UserError without words."""
+    words = common_words(captions)
+    if len(words) < 2:
+        raise UserError(
+            f"the captions have no two words that stand at {FEWEST_PICTURES} pictures or more and not at nearly"
+            " all of them: there is nothing to learn a classifier from"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = Classifier(words, *pixels_ICHW.shape[1:3])
+    wanted_IK = classifier.has_words(captions)
+    steps = epochs * -(-len(pixels_ICHW) // BATCH)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    for epoch in range(epochs):
+        total = 0.0
+        for chosen in torch.randperm(len(pixels_ICHW), generator=generator).split(BATCH):
+            logit_IK = classifier(_shifted(pixels_ICHW[chosen], generator))
+            loss = nn.functional.binary_cross_entropy_with_logits(logit_IK, wanted_IK[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += float(loss.detach()) * len(chosen)
+        say(f"epoch {epoch + 1} of {epochs}: {total / len(pixels_ICHW):.4f} nats a word and picture")
+    mean, covariance = gaussian_of(features_of(classifier, pixels_ICHW).numpy())
+    classifier.mean_F.copy_(torch.from_numpy(mean))
+    classifier.covariance_FF.copy_(torch.from_numpy(covariance))
+    classifier.pictures = len(pixels_ICHW)
+    return classifier.eval()
+
+
+@torch.no_grad()
+def recall(classifier: Classifier, pixels_ICHW: Tensor, captions: Sequence[str]) -> float:
+    """Share of the captions' known words that are among the likeliest ones, as many as the caption has."""
+    wanted_IK = classifier.has_words(captions)
+    logit_IK = torch.cat([classifier(part) for part in pixels_ICHW.split(BATCH)])
+    rank_IK = logit_IK.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    found = ((rank_IK < wanted_IK.sum(-1, keepdim=True)) * wanted_IK).sum()
+    return float(found / wanted_IK.sum().clamp(min=1.0))
+
+
+@torch.no_grad()
+def features_of(classifier: Classifier, pixels_ICHW: Tensor) -> Tensor:
+    """float32 [I, F]. Raises UserError for pictures of another size than the classifier's."""
+    if tuple(pixels_ICHW.shape[1:]) != (classifier.channels, classifier.image_size, classifier.image_size):
+        raise UserError(
+            f"the classifier reads {classifier.channels} x {classifier.image_size} x {classifier.image_size}, the"
+            f" pictures are {' x '.join(map(str, pixels_ICHW.shape[1:]))}; train one of their size"
+        )
+    return torch.cat([classifier.features(part) for part in pixels_ICHW.split(BATCH)])
+
+
+def save_classifier(classifier: Classifier, path: Path) -> None:
+    """Write weights, words and size as one safetensors file."""
+    facts = {
+        "words": classifier.words,
+        "channels": classifier.channels,
+        "image_size": classifier.image_size,
+        "pictures": classifier.pictures,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(
+        classifier.state_dict(), temporary, metadata={"format": FORMAT, "classifier": json.dumps(facts)}
+    )
+    temporary.replace(path)
+
+
+def load_classifier(path: Path) -> Classifier:
+    """A saved classifier. Raises UserError for a missing or foreign file."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        facts = json.loads(metadata["classifier"])
+        classifier = Classifier(facts["words"], facts["channels"], facts["image_size"])
+        classifier.load_state_dict(weights)
+        classifier.pictures = facts["pictures"]
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
+        raise UserError(
+            f"{path} is no classifier; `transfusion classifier CONFIG --out {path}` makes one"
+        ) from None
+    return classifier.eval()
+
+
+def train_from_config(config: Config, *, epochs: int = 8, say: Callable[[str], None] = print) -> Classifier:
+    """A classifier of a configuration's training pictures, seeded by run.seed; says its recall on held-out ones."""
+    tokenizer = Tokenizer(config.data.tokenizer)
+    pixels_ICHW, captions = captioned_pictures(config, tokenizer, held_out=False)
+    classifier = train_classifier(pixels_ICHW, captions, epochs=epochs, seed=config.run.seed, say=say)
+    if config.data.held_out:
+        held_out = captioned_pictures(config, tokenizer, held_out=True)
+        say(f"recall of the words of held-out captions: {recall(classifier, *held_out):.3f}")
+    return classifier
+
+
+def _shifted(pixels_ICHW: Tensor, generator: torch.Generator) -> Tensor:
+    """The pictures moved by up to _LARGEST_SHIFT pixels each way, all alike, their borders repeated."""
+    down, right = torch.randint(0, 2 * _LARGEST_SHIFT + 1, (2,), generator=generator).tolist()
+    wide = nn.functional.pad(pixels_ICHW.float(), (_LARGEST_SHIFT,) * 4, mode="replicate")
+    _, _, height, width = pixels_ICHW.shape
+    return wide[:, :, down : down + height, right : right + width]

@@ -1,0 +1,105 @@
+"""Suites for any captioned pictures: what is drawn from held-out captions, what is said of held-out pictures."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from transfusion.config import GRID_SAMPLER
+from transfusion.evaluate.classifier import (
+    captioned_pictures,
+    features_of,
+    load_classifier,
+    recall,
+    words_of,
+)
+from transfusion.evaluate.frechet import frechet_distance, gaussian_of
+from transfusion.evaluate.metric import Metric
+from transfusion.generate.pictures import save_samples
+from transfusion.generate.pipeline import Pipeline
+
+SAMPLES = 1000
+SAMPLES_KEPT = 64
+GUIDANCE = 3.0
+SAMPLER_STEPS = 25
+BATCH = 128
+MOST_CAPTION_TOKENS = 32
+
+
+def pictures(pipeline: Pipeline, out: Path, *, classifier: Path) -> dict[str, Metric]:
+    """Pictures drawn from the held-out captions against the classifier's training pictures, in its eyes.
+
+    Leaves the first of them under OUT/evaluation/drawn. Raises UserError as the classifier and the data do.
+    """
+    judge = load_classifier(classifier)
+    held_out, captions = captioned_pictures(pipeline.config, pipeline.tokenizer, held_out=True)
+    prompts = [captions[number % len(captions)] for number in range(SAMPLES)]
+    config = pipeline.config
+    sampler = GRID_SAMPLER[config.diffusion.objective]
+    guided = config.data.caption_drop > 0
+    guidance = GUIDANCE if guided else 1.0
+    samples = pipeline.sample(
+        prompts, guidance=guidance, steps=SAMPLER_STEPS, sampler=sampler, seed=0, batch=BATCH
+    )
+    save_samples(samples[:SAMPLES_KEPT], out / "evaluation" / "drawn")
+    drawn = torch.stack([sample.pixels for sample in samples])
+    settings = (
+        f"{SAMPLES} pictures of the held-out captions in turn ({sampler} {SAMPLER_STEPS} steps, guidance"
+        f" {guidance:g}, seeds from 0)"
+    )
+    features = f"the features of {classifier.name} (no FID: its own small network)"
+    real_ones = f"the {len(held_out)} real held-out pictures"
+    between = f"{features} of {{}} and of the {judge.pictures} training pictures"
+    return {
+        "classifier_frechet": Metric(
+            value=frechet_distance(gaussian_of(features_of(judge, drawn).numpy()), judge.reference),
+            higher_is_better=False,
+            how=f"Fréchet distance between {between.format(settings)}",
+        ),
+        "classifier_frechet_of_held_out": Metric(
+            value=frechet_distance(gaussian_of(features_of(judge, held_out).numpy()), judge.reference),
+            higher_is_better=False,
+            how=f"the same between {between.format(real_ones)}: what can be reached",
+        ),
+        "classifier_word_recall": Metric(
+            value=recall(judge, drawn, prompts),
+            how=f"share of the captions' words that {classifier.name} ranks first in {settings}",
+        ),
+        "classifier_word_recall_of_held_out": Metric(
+            value=recall(judge, held_out, captions),
+            how=f"the same on {real_ones}",
+        ),
+    }
+
+
+def captions(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
+    """Greedy captions of the held-out pictures against theirs; leaves OUT/evaluation/said.jsonl."""
+    held_out, expected = captioned_pictures(pipeline.config, pipeline.tokenizer, held_out=True)
+    said = pipeline.caption(held_out, max_tokens=MOST_CAPTION_TOKENS)
+    scores = [token_f1(one, other) for one, other in zip(said, expected, strict=True)]
+    folder = out / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"caption": one, "expected": other, "f1": round(score, 4)}, ensure_ascii=False) + "\n"
+        for one, other, score in zip(said, expected, scores, strict=True)
+    ]
+    (folder / "said.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {
+        "caption_token_f1": Metric(
+            value=fmean(scores),
+            how=f"F1 of the words of greedy captions of the {len(said)} held-out pictures, mean over pictures",
+        )
+    }
+
+
+def token_f1(said: str, expected: str) -> float:
+    """Harmonic mean of precision and recall of words, each as often as it stands there (Rajpurkar et al., 2016)."""
+    one, other = Counter(words_of(said)), Counter(words_of(expected))
+    shared = (one & other).total()
+    if not shared:
+        return float(one == other)
+    return 2 * shared / (one.total() + other.total())

@@ -1,0 +1,43 @@
+"""Draws pictures with whichever model there is: by diffusion of latents, or token by token.
+
+I images, C channels, H/W picture height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from transfusion.codec import TokenCodec
+from transfusion.config import DiffusionConfig
+from transfusion.generate import images
+from transfusion.generate.cache import KeyValueCache
+from transfusion.generate.image_tokens import draw_tokens
+from transfusion.generate.images import ImageSampling
+from transfusion.generate.reader import Reader
+
+
+class Drawn(NamedTuple):
+    """pixels_ICHW: uint8. settled: the same images as the reader takes them again."""
+
+    pixels_ICHW: Tensor
+    settled: Tensor
+
+
+def draw_pictures(
+    reader: Reader,
+    prefixes: KeyValueCache,
+    rows: Sequence[int],
+    keys: Sequence[int],
+    sampling: ImageSampling,
+    config: DiffusionConfig,
+) -> Drawn:
+    """Image i continues row rows[i] of `prefixes`, from the random numbers of keys[i]; `prefixes` stays as it is."""
+    codec = reader.codec
+    if isinstance(codec, TokenCodec):
+        token_Ihw = draw_tokens(reader, prefixes, rows, keys, sampling)
+        return Drawn(codec.pictures(token_Ihw), token_Ihw)
+    latent_ICHW = images.draw(reader, prefixes, rows, keys, sampling, config)
+    return Drawn(codec.decode(latent_ICHW), codec.settled(latent_ICHW))

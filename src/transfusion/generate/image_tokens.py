@@ -1,0 +1,71 @@
+"""Images as tokens (the Chameleon baseline): one after another, behind cached prefixes that end in <BOI>.
+
+I images, R rows of the network (twice the images under guidance), P tokens an image, K codes, h/w tokens a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from transfusion.diffusion.guidance import guide
+from transfusion.diffusion.noise import counter_normal
+from transfusion.generate.cache import KeyValueCache
+from transfusion.generate.images import ImageSampling
+from transfusion.generate.reader import Block, Reader
+from transfusion.schema import SpecialToken
+
+# Keeps these draws apart from those of samplers and of text.
+TOKEN_STREAM = 1 << 21
+
+
+def draw_tokens(
+    reader: Reader,
+    prefixes: KeyValueCache,
+    rows: Sequence[int],
+    keys: Sequence[int],
+    sampling: ImageSampling,
+) -> Tensor:
+    """Tokens int64 [I, h, w]: image i continues row rows[i] of `prefixes`, by the random numbers of keys[i].
+
+    Guidance is applied to the logits of the image tokens; steps and sampler of `sampling` have no meaning here. The
+    model is called once a token, both branches of the guidance in one batch. `prefixes` stays as it is.
+    """
+    images, guided = len(rows), sampling.guidance != 1
+    parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
+    if guided:
+        parts.append((reader.unconditional(), [0] * images))
+    longest = max(cache.lengths[row] for cache, chosen in parts for row in chosen)
+    cache = KeyValueCache.gathered(parts, longest + reader.patches)
+    # <BOI> is read once more, for the state that the first token is drawn from.
+    cache.lengths = [length - 1 for length in cache.lengths]
+    view = cache.view()
+    begin = reader.token_block([SpecialToken.BEGIN_IMAGE] * len(cache.lengths), cache.lengths)
+    state_RD = reader.read(view, begin)
+    position_RPA = reader.image_positions(view.lengths)
+    key_I = torch.tensor(keys, device=reader.device)
+    drawn: list[Tensor] = []
+    for place in range(reader.patches):
+        logit_RK = reader.image_logits(state_RD)
+        if guided:
+            conditional, unconditional = logit_RK.chunk(2)
+            logit_RK = guide(conditional, unconditional, sampling.guidance)
+        token_I = choose_token(logit_RK, key_I, place)
+        drawn.append(token_I)
+        if place + 1 < reader.patches:
+            id_R1 = reader.image_ids(torch.cat((token_I, token_I)) if guided else token_I)[:, None]
+            here_R1A = position_RPA[:, place : place + 1]
+            state_RD = reader.read(view, Block(id_R1, here_R1A, torch.ones_like(id_R1), [1] * len(id_R1)))
+    _, height, width = reader.latent_shape
+    return torch.stack(drawn, 1).unflatten(1, (height, width))
+
+
+def choose_token(logit_IK: Tensor, key_I: Tensor, place: int) -> Tensor:
+    """The token of each image at a place, int64 [I], drawn from the softmax by the image's key and the place alone."""
+    sum_IK = logit_IK.double().softmax(-1).cumsum(-1)
+    normal_I1 = counter_normal(key_I, (1,), stream=TOKEN_STREAM + place)
+    threshold_I1 = torch.special.ndtr(normal_I1.double()) * sum_IK[:, -1:]
+    place_I = torch.searchsorted(sum_IK, threshold_I1, right=True).squeeze(1)
+    return place_I.clamp(max=logit_IK.shape[-1] - 1)

@@ -1,0 +1,90 @@
+"""The Chameleon baseline's network: images are tokens of a codebook, and every token is predicted from those before.
+
+The paper's comparison (section 4.2) after Chameleon (arXiv 2405.09818): one vocabulary of text and image tokens, one
+embedding, one head. Which norms, mask and losses go with it is in the configuration (`config.CHAMELEON_DEFAULTS`).
+
+B rows, S positions, A position axes, D width, I images, P tokens an image, N targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transfusion.config import CodecConfig, ModelConfig
+from transfusion.model.attention import Sharing
+from transfusion.model.block import Block
+from transfusion.model.heads import TextHead
+from transfusion.model.trunk import Trunk
+from transfusion.schema import Batch
+
+
+class TokenOutput(NamedTuple):
+    """total: fp32 nats summed over all targets, with the gradient. text_sum, image_sum: its parts, without one."""
+
+    total: Tensor
+    text_sum: Tensor
+    image_sum: Tensor
+
+
+class Chameleon(Trunk):
+    """Embeds text and image tokens into one row, runs the blocks, and predicts both from one head."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        codec: CodecConfig,
+        *,
+        attention: str = "auto",
+        head_chunk: int = 4096,
+        activation_checkpointing: str = "none",
+        z_loss: float = 0.0,
+        sharing: Sharing | None = None,
+    ) -> None:
+        """`config.vocabulary` must be set. Image token c has id vocabulary + c. Weights are left uninitialised.
+
+        Raises ValueError where ranks would share rows: not for this family.
+        """
+        if sharing is not None:
+            raise ValueError("ranks do not share rows of image tokens")
+        super().__init__()
+        self.config = config
+        self.recomputes_blocks = activation_checkpointing == "block"
+        self.image_vocabulary = codec.codes
+        both = config.vocabulary + codec.codes
+        self.embedding = nn.Embedding(both, config.width)
+        recomputes_attention = activation_checkpointing == "attention"
+        self.blocks = nn.ModuleList(
+            Block(config, attention, recomputes_attention=recomputes_attention) for _ in range(config.layers)
+        )
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.text_head = TextHead(config.width, both, head_chunk, z_loss)
+
+    def forward(self, batch: Batch, tokens: Sequence[Tensor]) -> TokenOutput:
+        """Losses of a batch. tokens: for each image group int64 [I, P], row by row of the picture.
+
+        A token of an image is predicted at the position before it, the first one at <BOI>. An image of weight 0,
+        which stands alone in a batch without pictures, is neither read nor predicted.
+        """
+        slot_N = torch.cat([group.patch_slot_IP.flatten() for group in batch.images])
+        image_id_N = self.image_ids(torch.cat([token_IP.flatten() for token_IP in tokens]))
+        if not batch.counts.images:
+            slot_N, image_id_N = slot_N[:0], image_id_N[:0]
+        id_N = batch.token_ids_BS.flatten().index_copy(0, slot_N, image_id_N)
+        hidden_BSD = self.embedding(id_N.view_as(batch.token_ids_BS))
+        hidden_BSD = self.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
+        flat = self.norm(hidden_BSD).flatten(0, 1)
+        # The count is known on the host, so nothing waits for the device to tell it.
+        texts = batch.counts.text_targets
+        learned_N = torch.nonzero_static(batch.text_weight_BS.flatten(), size=texts).squeeze(1)
+        source_N = torch.cat((learned_N, slot_N - 1))
+        target_N = torch.cat((batch.target_ids_BS.flatten()[learned_N], image_id_N))
+        total, nats_N = self.text_head(flat[source_N], target_N, each=True)
+        return TokenOutput(total, nats_N[:texts].sum(), nats_N[texts:].sum())
+
+    def image_ids(self, tokens: Tensor) -> Tensor:
+        """Ids of image tokens."""
+        return tokens + self.config.vocabulary

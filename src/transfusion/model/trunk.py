@@ -1,0 +1,48 @@
+"""What every model family has between its embeddings and its heads: rotary positions and the blocks.
+
+B rows, S positions, A position axes, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transfusion_kernels import IntervalMask
+
+from transfusion.config import ModelConfig
+from transfusion.model.attention import LayerCache
+from transfusion.model.embedding import rotary_angles
+from transfusion.model.heads import TextHead
+
+
+class Trunk(nn.Module):
+    """Families build these parts themselves, each in its own order."""
+
+    config: ModelConfig
+    recomputes_blocks: bool
+    embedding: nn.Embedding
+    blocks: nn.ModuleList
+    norm: nn.RMSNorm
+    text_head: TextHead
+
+    def run_blocks(
+        self,
+        hidden_BSD: Tensor,
+        position_BSA: Tensor,
+        mask: IntervalMask,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """All blocks, from `caches` (one a layer) on if given; the final norm is the caller's."""
+        angle_BSF = rotary_angles(position_BSA, self.config.head_dim, self.config.rope_theta)
+        cosine_BSF, sine_BSF = angle_BSF.cos(), angle_BSF.sin()
+        for layer, block in enumerate(self.blocks):
+            if self.recomputes_blocks and torch.is_grad_enabled():
+                inputs = (hidden_BSD, cosine_BSF, sine_BSF, mask)
+                hidden_BSD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                cache = None if caches is None else caches[layer]
+                hidden_BSD = block(hidden_BSD, cosine_BSF, sine_BSF, mask, cache)
+        return hidden_BSD

@@ -1,0 +1,51 @@
+"""The Chameleon baseline's loss, and which of the two losses a configuration learns by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from transfusion.codec import Codec, TokenCodec
+from transfusion.config import Config
+from transfusion.mixed_loss import MixedLoss
+from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
+
+
+class TokenLoss:
+    """Next-token loss of one batch over the tokens of texts and of pictures alike, as sums and counts."""
+
+    def __init__(self, codec: TokenCodec) -> None:
+        """codec: of the pictures in the batches. It stays outside of what is trained."""
+        self.codec = codec
+
+    def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
+        """Run the model on a batch. `model` maps (batch, image tokens) to `TokenOutput`.
+
+        The gradient of both sums is that of text_sum; the z-loss is in it and in no sum. No noise, so no buckets.
+        """
+        tokens = [self.codec.tokens(group.values).flatten(1) for group in batch.images]
+        output = model(batch, tokens)
+        image_count = torch.stack(
+            [group.image_weight_I.sum() * group.patch_slot_IP.shape[1] for group in batch.images]
+        ).sum()
+        nothing_K = torch.zeros(TIMESTEP_BUCKETS, device=batch.token_ids_BS.device)
+        # In value the text's part, in gradient the whole.
+        text_sum = output.total - (output.total.detach() - output.text_sum)
+        return LossTerms(
+            text_sum, batch.text_weight_BS.sum(), output.image_sum, image_count, nothing_K, nothing_K
+        )
+
+    def combine(self, terms: LossTerms, text_count: Tensor, image_count: Tensor) -> Tensor:
+        """The loss: the mean over all tokens of the given (global) counts; a count of zero gives zero, not NaN."""
+        return (terms.text_sum + terms.image_sum) / (text_count + image_count).clamp(min=1.0)
+
+
+def build_loss(config: Config, codec: Codec | TokenCodec | None) -> MixedLoss | TokenLoss:
+    """The loss of the configuration's model family. codec: that of the configuration; None: pixels are latents."""
+    if config.model.family == "chameleon":
+        if codec is None or isinstance(codec, Codec):
+            raise ValueError("the token loss needs the configuration's codec of tokens")
+        return TokenLoss(codec)
+    if isinstance(codec, TokenCodec):
+        raise ValueError("the diffusion loss needs a codec of latents")
+    return MixedLoss(config.diffusion, codec)

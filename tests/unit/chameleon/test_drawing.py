@@ -1,0 +1,125 @@
+"""Drawing token by token with caches equals reading the whole document again for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from transfusion.config import Config
+from transfusion.data.sequence import lay_out
+from transfusion.generate import Pipeline
+from transfusion.generate.image_tokens import choose_token
+from transfusion.model import Chameleon
+from transfusion.schema import ImageSegment, Segment, SpecialToken, TextSegment
+
+from .conftest import TOKENS, Squares, flat_picture
+
+Build = Callable[..., tuple[Config, Chameleon]]
+
+
+class Truth:
+    """One row, no cache, no batch: everything read again for each token."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.model, self.config = pipeline.reader.model, pipeline.config
+
+    @torch.no_grad()
+    def states(self, segments: Sequence[Segment], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Final states [S, D]; the images' tokens may be fewer than an image has: the rest is not looked at."""
+        axes = 3 if self.config.model.position == "2d" else 1
+        layout = lay_out(segments, axes=axes, finished=False, causal_images=True)
+        ids = torch.from_numpy(layout.token_ids_S)
+        for (first, _), of_image in zip(layout.images, tokens, strict=True):
+            for place, token in enumerate(of_image):
+                ids[first + place] = self.config.model.vocabulary + token
+        from transfusion_kernels import IntervalMask
+
+        mask = IntervalMask(
+            torch.zeros(1, len(ids), dtype=torch.int32),
+            torch.arange(1, len(ids) + 1, dtype=torch.int32)[None],
+        )
+        position = torch.from_numpy(layout.position_SA)[None]
+        return self.model.norm(self.model.run_blocks(self.model.embedding(ids[None]), position, mask)[0])
+
+    def draw(
+        self, segments: Sequence[Segment], tokens: Sequence[Sequence[int]], key: int, guidance: float
+    ) -> list[int]:
+        """Tokens of an image behind the segments."""
+        drawn: list[int] = []
+        image = ImageSegment(None, TOKENS)
+        prefix = 2 + sum(len(s.token_ids) if isinstance(s, TextSegment) else TOKENS + 2 for s in segments)
+        for place in range(TOKENS):
+            logit = self._logits([*segments, image], [*tokens, drawn], prefix - 1 + place)
+            if guidance != 1:
+                bare = self._logits([image], [drawn], 1 + place)
+                logit = bare + guidance * (logit - bare)
+            drawn.append(int(choose_token(logit[None], torch.tensor([key]), place)))
+        return drawn
+
+    def _logits(self, segments: Sequence[Segment], tokens: Sequence[Sequence[int]], place: int) -> Tensor:
+        state = self.states(segments, tokens)[place : place + 1]
+        return self.model.text_head(state)[0, self.config.model.vocabulary :].detach()
+
+
+def pixels_of(tokens: list[int]) -> Tensor:
+    return Squares().pictures(torch.tensor(tokens).view(1, 4, 4))[0]
+
+
+@pytest.mark.parametrize(("guidance", "position"), [(1.0, "1d"), (3.0, "2d")])
+def test_captioned_images(build: Build, tokenizer: Any, guidance: float, position: str) -> None:
+    config, model = build(model={"position": position})
+    pipeline = Pipeline(model, tokenizer, config, "cpu", Squares())
+    prompts = ["a handwritten three", "seven"]
+    drawn = pipeline.sample(prompts, guidance=guidance, seed=3)
+    for number, sample in enumerate(drawn):
+        segment = TextSegment(tuple(tokenizer.encode(sample.prompt)))
+        expected = Truth(pipeline).draw([segment], [], 3 + number, guidance)
+        assert torch.equal(sample.pixels, pixels_of(expected))
+    assert not torch.equal(drawn[0].pixels, drawn[1].pixels)
+
+
+def test_images_behind_images_and_text_behind_them(build: Build, tokenizer: Any) -> None:
+    """A prompt with a picture, then a drawn one, then greedy text: every token as without a cache."""
+    config, model = build()
+    pipeline = Pipeline(model, tokenizer, config, "cpu", Squares())
+    head = model.text_head
+    original = head.weight.detach().clone()
+    given = flat_picture(7)
+    known = Squares().tokens(given[None]).flatten().tolist()
+    prompt_ids = tuple(tokenizer.encode("one"))
+    answer = None
+    # A head that begins an image after the prompt: <BOI> has the prompt's own state as its row.
+    state = Truth(pipeline).states([TextSegment(prompt_ids), ImageSegment(None, TOKENS)], [known])[-1]
+    with torch.no_grad():
+        head.weight[SpecialToken.BEGIN_IMAGE] = 10 * state / state.norm()
+    answer = pipeline.generate([["one", given]], max_tokens=5, max_images=1, guidance=3.0, seed=11)[0]
+    assert isinstance(answer[2], Tensor)
+    segments: list[Segment] = [TextSegment(prompt_ids), ImageSegment(None, TOKENS)]
+    tokens = Truth(pipeline).draw(segments, [known], 11, 3.0)
+    assert torch.equal(answer[2], pixels_of(tokens))
+    segments.append(ImageSegment(None, TOKENS))
+    ids: list[int] = []
+    for _ in range(5):
+        after = [TextSegment(tuple(ids))] if ids else []
+        logit = head(Truth(pipeline).states([*segments, *after], [known, tokens])[-1:])[0].detach()
+        allowed = [int(SpecialToken.END_DOCUMENT), *range(len(SpecialToken), tokenizer.vocabulary)]
+        ids.append(max(allowed, key=lambda token: float(logit[token])))
+        if ids[-1] == SpecialToken.END_DOCUMENT:
+            ids.pop()
+            break
+    assert "".join(part for part in answer[3:] if isinstance(part, str)) == tokenizer.decode(ids)
+    assert not torch.equal(original, head.weight)
+
+
+def test_draws_follow_the_softmax_and_the_key_alone() -> None:
+    logit = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    key_I = torch.arange(20_000)
+    drawn = choose_token(logit.expand(len(key_I), -1), key_I, 3)
+    shares = torch.bincount(drawn, minlength=4) / len(key_I)
+    torch.testing.assert_close(shares, logit.softmax(-1), rtol=0, atol=0.01)
+    assert torch.equal(drawn[5:9], choose_token(logit.expand(4, -1), key_I[5:9], 3))
+    assert not torch.equal(drawn, choose_token(logit.expand(len(key_I), -1), key_I, 4))

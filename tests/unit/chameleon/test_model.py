@@ -1,0 +1,195 @@
+"""The network and its loss: what is predicted from what, its parts, and that it can learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from transfusion.config import CodecConfig, Config
+from transfusion.errors import UserError
+from transfusion.generate import Pipeline
+from transfusion.model import Chameleon, Transfusion
+from transfusion.parallel.engine import global_counts
+from transfusion.parallel.environment import Environment
+from transfusion.parallel.local import LocalEngine
+from transfusion.presets import check
+from transfusion.schema import Batch, ImageSegment, TextSegment
+from transfusion.token_loss import TokenLoss, build_loss
+
+from .conftest import TOKENS, Squares, flat_picture, values_of
+
+Build = Callable[..., tuple[Config, Chameleon]]
+ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
+
+
+def pairs(pack: Any, config: Config) -> Batch:
+    """Two rows: caption and picture and text; picture and caption, and a picture alone."""
+    first, second, third = (ImageSegment(flat_picture(seed).numpy(), TOKENS) for seed in (1, 2, 3))
+    return pack(
+        config,
+        [
+            [[TextSegment((9, 10, 11)), first, TextSegment((12,))]],
+            [[second, TextSegment((20, 21))], [third]],
+        ],
+    )
+
+
+def ids_of(batch: Batch, config: Config) -> Tensor:
+    """Token ids of the rows with the pictures' own in their places, made one by one."""
+    ids = batch.token_ids_BS.clone()
+    for group in batch.images:
+        for image, slots in zip(Squares().tokens(group.values), group.patch_slot_IP, strict=True):
+            for token, slot in zip(image.flatten().tolist(), slots.tolist(), strict=True):
+                ids.view(-1)[slot] = config.model.vocabulary + token
+    return ids
+
+
+def test_the_loss_is_that_of_every_token_from_those_before(build: Build, pack: Any) -> None:
+    """By all logits at once, and autograd through the plain formula, z-loss included."""
+    config, model = build(train={"z_loss": 0.01})
+    batch = pairs(pack, config)
+    ids = ids_of(batch, config)
+    hidden = model.run_blocks(model.embedding(ids), batch.position_BSA, batch.mask)
+    logit_BSV = model.text_head(model.norm(hidden))
+    log_normaliser = logit_BSV.logsumexp(-1)
+    following = torch.cat((ids[:, 1:], ids[:, :1]), 1)
+    nats = log_normaliser - logit_BSV.gather(-1, following[..., None]).squeeze(-1)
+    is_text = batch.text_weight_BS.bool()
+    is_image = following >= config.model.vocabulary
+    assert int(is_image.sum()) == 3 * TOKENS and not (is_text & is_image).any()
+    plain = (nats + 0.01 * log_normaliser.square())[is_text | is_image].mean()
+    wanted = torch.autograd.grad(plain, list(model.parameters()))
+
+    loss = TokenLoss(Squares())
+    terms = loss.terms(model, batch)
+    counts = global_counts([batch], config.codec)
+    assert (counts.text, counts.image) == (is_text.sum(), 3 * TOKENS)
+    assert (terms.text_count, terms.image_count) == (counts.text, counts.image)
+    torch.testing.assert_close(terms.text_sum, nats[is_text].sum())
+    torch.testing.assert_close(terms.image_sum, nats[is_image].sum())
+    total = loss.combine(terms, *counts)
+    torch.testing.assert_close(total, nats[is_text | is_image].mean())
+    for got, expected in zip(torch.autograd.grad(total, list(model.parameters())), wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_pictures_is_a_batch_of_text(build: Build, pack: Any) -> None:
+    """Its image of weight 0 stands on tokens of text, which it must leave alone."""
+    config, model = build()
+    batch = pack(config, [[[TextSegment((9, 10, 11, 12))]]])
+    terms = TokenLoss(Squares()).terms(model, batch)
+    assert (float(terms.image_sum), float(terms.image_count), float(terms.text_count)) == (0, 0, 5)
+    state = model.norm(model.run_blocks(model.embedding(batch.token_ids_BS), batch.position_BSA, batch.mask))
+    total = model.text_head(state[0, :5], batch.target_ids_BS[0, :5])
+    torch.testing.assert_close(terms.text_sum, total)
+
+
+@torch.no_grad()
+def test_a_token_reaches_no_earlier_position(build: Build, pack: Any) -> None:
+    config, model = build()
+    batch = pairs(pack, config)
+    ids = ids_of(batch, config)
+    changed = ids.clone()
+    place = int(batch.images[0].patch_slot_IP[0, 7])
+    changed[0, place] = config.model.vocabulary + (ids[0, place] - config.model.vocabulary + 1) % 16
+    one, other = (
+        model.run_blocks(model.embedding(each), batch.position_BSA, batch.mask) for each in (ids, changed)
+    )
+    assert torch.equal(one[0, :place], other[0, :place]) and torch.equal(one[1], other[1])
+    assert ((one - other)[0, place : place + 9].abs().amax(-1) > 1e-4).all()
+
+
+@torch.no_grad()
+def test_text_has_the_logits_of_a_transfusion_with_the_same_weights(build: Build, pack: Any) -> None:
+    config, model = build()
+    plain = Transfusion(config.model, CodecConfig(channels=1, image_size=8))
+    weights = model.state_dict()
+    for name in ("embedding.weight", "text_head.weight"):
+        weights[name] = weights[name][: config.model.vocabulary]
+    missing, unexpected = plain.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.startswith("patch_") for name in missing)
+    batch = pack(config, [[[TextSegment((9, 10, 11, 12))]]])
+    one, other = (
+        each.text_head(
+            each.norm(each.run_blocks(each.embedding(batch.token_ids_BS), batch.position_BSA, batch.mask))
+        )
+        for each in (model, plain)
+    )
+    assert torch.equal(one[..., : config.model.vocabulary], other)
+    assert one.shape[-1] == config.model.vocabulary + 16
+
+
+def test_it_learns_pictures_and_captions_by_heart(tokenizer: Any, pack: Any) -> None:
+    """Both ways, through the engine and the pipeline: captions drawn as their pictures, pictures told as captions."""
+    config = Config.model_validate(
+        values_of(optimizer={"learning_rate": 1e-2}, model={"vocabulary": tokenizer.vocabulary})
+    )
+    engine = LocalEngine(config, ALONE, Squares())
+    captions = ["a handwritten three", "the digit seven"]
+    pictures = [flat_picture(1), flat_picture(2)]
+    rows = []
+    for caption, picture in zip(captions, pictures, strict=True):
+        text = TextSegment(tuple(tokenizer.encode(caption)))
+        image = ImageSegment(picture.numpy(), TOKENS)
+        rows += [[[text, image]], [[image, text]], [[image]]]
+    batch = pack(config, rows)
+    counts = global_counts([batch], config.codec)
+    for step in range(110):
+        terms = engine.forward_backward(batch, counts)
+        assert not engine.step(1e-2 if step < 80 else 1e-3).read().skipped
+    # What no model can know: which of two pictures begins, in four rows; which of two captions begins, or whether
+    # a picture does, in two each.
+    image_floor, text_floor = 4 * math.log(2), 2 * math.log(4) + 2 * math.log(2)
+    assert image_floor - 0.01 < float(terms.image_sum) < image_floor + 0.5
+    assert text_floor - 0.01 < float(terms.text_sum) < text_floor + 0.5
+    with engine.evaluation("raw") as module:
+        pipeline = Pipeline(module, tokenizer, config, "cpu", Squares())
+        drawn = pipeline.sample(captions, per_prompt=2, guidance=2.0, seed=5)
+        told = pipeline.caption(torch.stack(pictures))
+    assert told == captions
+    for sample in drawn:
+        assert torch.equal(sample.pixels, pictures[captions.index(sample.prompt)])
+
+
+def test_the_switch_brings_the_recipe_and_keeps_what_is_said() -> None:
+    config = Config.model_validate(values_of())
+    model = config.model
+    assert (model.qk_norm, model.norm_order, model.image_attention, model.patch_size) == (
+        True,
+        "after",
+        "causal",
+        1,
+    )
+    assert (config.train.z_loss, config.optimizer.learning_rate) == (1e-5, 1e-4)
+    said = Config.model_validate(
+        values_of(model={"qk_norm": False}, train={"z_loss": 0.0}, optimizer={"learning_rate": 1e-3})
+    )
+    assert (said.model.qk_norm, said.train.z_loss, said.optimizer.learning_rate) == (False, 0.0, 1e-3)
+    assert Config.model_validate(config.as_dict()) == config
+
+
+def test_what_does_not_fit_the_family_is_refused_at_once() -> None:
+    pixels = {"kind": "pixels", "folder": "", "latent_channels": 0, "downscale": 0, "codes": 0}
+    values = values_of(codec=pixels, model={"patch_size": 2, "image_attention": "bidirectional"})
+    with pytest.raises(UserError, match="3 problems") as caught:
+        check(values)
+    for words in (
+        "patch_size must be 1",
+        "image_attention must be causal",
+        "codec.kind=pixels makes latents",
+    ):
+        assert words in str(caught.value)
+    with pytest.raises(UserError, match="learns latents"):
+        check(values_of(model={"family": "transfusion", "patch_size": 1}))
+
+
+def test_a_loss_without_its_codec_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="codec of tokens"):
+        build_loss(Config.model_validate(values_of()), None)
+    with pytest.raises(ValueError, match="codec of latents"):
+        build_loss(Config(), Squares())

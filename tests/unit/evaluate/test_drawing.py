@@ -1,0 +1,159 @@
+"""The judge learns to read words off pictures, and the suites around it answer what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from transfusion.config import Config
+from transfusion.errors import UserError
+from transfusion.evaluate import drawing
+from transfusion.evaluate.classifier import (
+    Classifier,
+    common_words,
+    features_of,
+    load_classifier,
+    recall,
+    save_classifier,
+    train_classifier,
+)
+from transfusion.evaluate.drawing import token_f1
+from transfusion.evaluate.frechet import frechet_distance, gaussian_of
+from transfusion.generate.pipeline import SampledImage
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (90, 90, 90)}
+
+
+def coloured(count: int) -> tuple[torch.Tensor, list[str]]:
+    """Squares of one of four colours on noise, and captions that name it."""
+    generator = torch.Generator().manual_seed(count)
+    names = [list(COLOURS)[number % 4] for number in range(count)]
+    pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    for number, name in enumerate(names):
+        pixels[number, :, 4:12, 4:12] = torch.tensor(COLOURS[name], dtype=torch.uint8)[:, None, None]
+    return pixels, [f"A {name} square." for name in names]
+
+
+@pytest.fixture(scope="module")
+def judge() -> Classifier:
+    return train_classifier(*coloured(240), epochs=6, say=lambda line: None)
+
+
+def test_the_classifier_reads_words_off_pictures_it_has_not_seen(judge: Classifier) -> None:
+    pixels, captions = coloured(40)
+    assert sorted(judge.words) == sorted(COLOURS)
+    assert recall(judge, pixels, captions) > 0.95
+    assert recall(judge, pixels, captions[1:] + captions[:1]) < 0.2
+
+
+def test_the_same_seed_gives_the_same_classifier_and_a_file_gives_it_back(
+    judge: Classifier, tmp_path: Path
+) -> None:
+    again = train_classifier(*coloured(240), epochs=6, say=lambda line: None)
+    save_classifier(judge, tmp_path / "judge.safetensors")
+    loaded = load_classifier(tmp_path / "judge.safetensors")
+    pixels, _ = coloured(8)
+    assert loaded.pictures == 240
+    assert (
+        frechet_distance(loaded.reference, gaussian_of(features_of(judge, coloured(240)[0]).numpy())) < 1e-6
+    )
+    for other in (again, loaded):
+        assert torch.equal(features_of(judge, pixels), features_of(other, pixels))
+    with pytest.raises(UserError, match="train one of their size"):
+        features_of(judge, pixels[:, :, :8, :8])
+    (tmp_path / "other").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="no classifier"):
+        load_classifier(tmp_path / "other")
+
+
+def test_words_are_common_but_not_everywhere() -> None:
+    captions = ["a cat"] * 50 + ["a Dog!"] * 30 + ["a rare bird"] * 3
+    assert common_words(captions) == ["cat", "dog"]
+    with pytest.raises(UserError, match="nothing to learn"):
+        train_classifier(coloured(4)[0], ["the same"] * 4)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "score"),
+    [
+        ("A red cat", "a red cat.", 1.0),
+        ("red", "a red cat", 0.5),
+        ("red red red", "red cat", 0.4),
+        ("dog", "a red cat", 0.0),
+        ("", "a red cat", 0.0),
+        ("", "", 1.0),
+    ],
+)
+def test_token_f1_by_hand(said: str, expected: str, score: float) -> None:
+    assert token_f1(said, expected) == pytest.approx(score)
+
+
+def drawn_by(
+    what: str, judge: Classifier, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """What the suite says of a pipeline that draws what is asked for, always red, or noise; and how it was called."""
+    held_out, training = coloured(40), coloured(240)
+    called: dict[str, Any] = {}
+
+    def sample(prompts: list[str], **options: Any) -> list[SampledImage]:
+        called.update(options, prompts=prompts)
+        by_caption = dict(zip(training[1], training[0], strict=True))
+        noise = torch.randint(0, 256, training[0][0].shape, dtype=torch.uint8)
+        choose = {
+            "asked": lambda prompt: by_caption[prompt],
+            "red": lambda prompt: by_caption["A red square."],
+            "noise": lambda prompt: noise,
+        }[what]
+        return [SampledImage(choose(prompt), prompt, number) for number, prompt in enumerate(prompts)]
+
+    def pictures(config: Any, tokenizer: Any, *, held_out: bool) -> Any:
+        assert held_out
+        return coloured(40)
+
+    monkeypatch.setattr(drawing, "captioned_pictures", pictures)
+    save_path = folder / "judge.safetensors"
+    save_classifier(judge, save_path)
+    config = Config.model_validate(settings)
+    pipeline: Any = SimpleNamespace(config=config, tokenizer=None, sample=sample)
+    metrics = drawing.pictures(pipeline, folder, classifier=save_path)
+    assert called["prompts"][: len(held_out[1])] == held_out[1]
+    return {name: metric.value for name, metric in metrics.items()}, called
+
+
+def test_pictures_as_asked_for_are_nearer_than_one_kind_of_them_or_noise(
+    judge: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (asked, called), (red, _), (noise, _) = (
+        drawn_by(what, judge, tmp_path, monkeypatch) for what in ("asked", "red", "noise")
+    )
+    assert len(called["prompts"]) == 1000 and called["guidance"] == 3.0 and called["sampler"] == "ddim"
+    distances = [found["classifier_frechet"] for found in (asked, red, noise)]
+    assert distances[0] < 0.1 * min(distances[1:])
+    assert asked["classifier_frechet_of_held_out"] < 0.1 * min(distances[1:])
+    assert asked["classifier_word_recall"] > 0.95 and red["classifier_word_recall"] < 0.3
+    assert len(list((tmp_path / "evaluation" / "drawn").glob("*.png"))) == 64
+
+
+def test_the_sampler_and_the_guidance_are_those_that_the_model_can_have(
+    judge: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"diffusion": {"objective": "flow"}, "data": {"caption_drop": 0.0}}
+    _, called = drawn_by("asked", judge, tmp_path, monkeypatch, **settings)
+    assert (called["sampler"], called["guidance"]) == ("euler", 1.0)
+
+
+def test_captions_are_scored_against_their_own_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "captioned_pictures", lambda *_, **__: coloured(4))
+    said = ["a red square", "square", "", "a grey square"]
+    pipeline: Any = SimpleNamespace(config=None, tokenizer=None, caption=lambda pixels, **_: said)
+    metric = drawing.captions(pipeline, tmp_path)["caption_token_f1"]
+    assert metric.value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    lines = (tmp_path / "evaluation" / "said.jsonl").read_text().splitlines()
+    assert json.loads(lines[1]) == {"caption": "square", "expected": "A green square.", "f1": 0.5}
