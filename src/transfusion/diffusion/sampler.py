@@ -19,6 +19,9 @@ Predict = Callable[[Tensor, float], Tensor]
 
 # Streams of the counter-based noise: 0 is the start, 1 + i the noise added by step i.
 START_STREAM = 0
+# Below this alpha_bar (a hundredth of the image's scale) a predicted noise says nothing of the image: its error would
+# be divided by next to nothing.
+NOTHING_LEFT = 1e-4
 
 
 class Sampler(Protocol):
@@ -66,9 +69,12 @@ class _Spaced:
         last = index + 1 == len(self.timesteps)
         return here, torch.ones(()) if last else self._alpha_bar_T[self.timesteps[index + 1]]
 
-    def _clean(self, latent: Tensor, answer: Tensor, alpha_bar: Tensor) -> Tensor:
+    def _clean(self, latent: Tensor, answer: Tensor, alpha_bar: Tensor, following: Tensor) -> Tensor:
         if self.predicts == "velocity":
             clean = alpha_bar.sqrt() * latent - (1 - alpha_bar).sqrt() * answer
+        elif self.clip is None and alpha_bar < NOTHING_LEFT and following < 1:
+            # The mean of latents of unit variance. With a bound, the bound holds the error.
+            clean = torch.zeros_like(latent)
         else:
             clean = (latent - (1 - alpha_bar).sqrt() * answer) / alpha_bar.sqrt()
         return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
@@ -88,7 +94,7 @@ class DDPM(_Spaced):
         here, following = self._alpha_bars(index)
         alpha = here / following
         beta = 1 - alpha
-        clean = self._clean(latent_ICHW, answer_ICHW, here)
+        clean = self._clean(latent_ICHW, answer_ICHW, here, following)
         of_clean, of_latent = following.sqrt() * beta, alpha.sqrt() * (1 - following)
         mean = of_clean / (1 - here) * clean + of_latent / (1 - here) * latent_ICHW
         if index + 1 == len(self.timesteps):
@@ -103,7 +109,7 @@ class DDIM(_Spaced):
 
     def step(self, index: int, latent_ICHW: Tensor, answer_ICHW: Tensor, key_I: Tensor) -> Tensor:
         here, following = self._alpha_bars(index)
-        clean = self._clean(latent_ICHW, answer_ICHW, here)
+        clean = self._clean(latent_ICHW, answer_ICHW, here, following)
         noise = self._noise(latent_ICHW, answer_ICHW, clean, here)
         return following.sqrt() * clean + (1 - following).sqrt() * noise
 

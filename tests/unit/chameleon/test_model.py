@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.config import CodecConfig, Config
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline
 from transfusion.model import Chameleon, Transfusion
-from transfusion.parallel.engine import global_counts
+from transfusion.model.embedding import rotary_angles
+from transfusion.observe.flops import FlopModel
+from transfusion.parallel.engine import build_model, global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.presets import check
@@ -193,3 +196,44 @@ def test_a_loss_without_its_codec_is_a_mistake() -> None:
         build_loss(Config.model_validate(values_of()), None)
     with pytest.raises(ValueError, match="codec of latents"):
         build_loss(Config(), Squares())
+
+
+def test_operations_are_those_that_torch_counts(build: Build, pack: Any) -> None:
+    """Image tokens pass the blocks and the head as the text's do, and no patch encoder."""
+    config, model = build()
+    batch = pairs(pack, config)
+
+    def addmm_(_: Any, a: Any, b: Any, **__: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    loss = TokenLoss(Squares())
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
+        terms = loss.terms(model, batch)
+        loss.combine(terms, terms.text_count, terms.image_count).backward()
+    assert FlopModel(config).of([batch]).hardware.products == counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_norms_stand_where_they_are_asked_for(build: Build, pack: Any) -> None:
+    for order in ("before", "after"):
+        config, model = build(model={"norm_order": order})
+        block, batch = model.blocks[0], pairs(pack, config)
+        x_BSD = model.embedding(batch.token_ids_BS)
+        angle = rotary_angles(batch.position_BSA, config.model.head_dim, config.model.rope_theta)
+        rest = (angle.cos(), angle.sin(), batch.mask)
+        if order == "before":
+            y_BSD = x_BSD + block.attention(block.attention_norm(x_BSD), *rest)
+            wanted = y_BSD + block.feed_forward(block.feed_forward_norm(y_BSD))
+        else:
+            y_BSD = x_BSD + block.attention_norm(block.attention(x_BSD, *rest))
+            wanted = y_BSD + block.feed_forward_norm(block.feed_forward(y_BSD))
+        torch.testing.assert_close(block(x_BSD, *rest), wanted)
+
+
+@pytest.mark.parametrize("family", ["transfusion", "chameleon"])
+def test_the_z_loss_reaches_the_head_of_either_family(family: str) -> None:
+    values = values_of(train={"z_loss": 0.5}, model={"family": family, "patch_size": 1})
+    if family == "transfusion":
+        values["codec"] = {"channels": 1, "image_size": 8}
+    with torch.device("meta"):
+        assert build_model(Config.model_validate(values)).text_head.z_loss == 0.5

@@ -42,6 +42,11 @@ def test_caption_first() -> None:
     assert layout.position_SA[:, 0].tolist() == list(range(10))
 
 
+def test_causal_images() -> None:
+    layout = lay_out([CAPTION, PICTURE], causal_images=True)
+    assert layout.end_key_S.tolist() == list(range(1, 11)) and layout.images == ((4, 4),)
+
+
 def test_image_first() -> None:
     layout = lay_out([PICTURE, CAPTION])
     assert layout.token_ids_S.tolist() == [BOS, BOI, PATCH, PATCH, PATCH, PATCH, EOI, 50, 51, EOS]

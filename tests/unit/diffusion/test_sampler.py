@@ -128,3 +128,29 @@ def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
         DDIM(SCHEDULE, steps)
     with pytest.raises(ValueError, match="steps must lie in"):
         Euler(1000, steps)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+@pytest.mark.parametrize("steps", [25, 250])
+def test_an_error_at_pure_noise_does_not_reach_unbounded_latents(name: Any, steps: int) -> None:
+    """Latents of an autoencoder have none. At the first timestep a noise that is a little wrong is divided by 5e-5."""
+    sampler = build_sampler(ImageSampling(sampler=name, steps=steps), DiffusionConfig(), clip=None)
+    picture = torch.linspace(-2, 2, 64).view(1, 1, 8, 8).double()
+    wrong = torch.linspace(1, -1, 64).view(1, 1, 8, 8).double()
+
+    def nearly(latent_ICHW: Tensor, timestep: float) -> Tensor:
+        alpha_bar = SCHEDULE.alpha_bar_T[int(timestep)].double()
+        noise = (latent_ICHW - alpha_bar.sqrt() * picture) / (1 - alpha_bar).sqrt()
+        return noise + 0.05 * wrong if timestep == 999 else noise
+
+    # Right afterwards, it ends at the picture; on the way nothing may be far from noise and picture.
+    seen: list[float] = []
+
+    def watched(latent_ICHW: Tensor, timestep: float) -> Tensor:
+        seen.append(float(latent_ICHW.abs().max()))
+        return nearly(latent_ICHW, timestep)
+
+    key = torch.tensor([3])
+    latent = sampler.sample(start_noise(key, (1, 8, 8)).double(), watched, key)
+    torch.testing.assert_close(latent, picture, rtol=0, atol=5e-3)
+    assert max(seen) < 6

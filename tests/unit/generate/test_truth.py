@@ -44,13 +44,22 @@ def test_text_alone(
     assert len(answer[1]) == len(ids) == 16 and len(set(ids)) > 2
 
 
-@pytest.mark.parametrize("position", ["1d", "2d"])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("guidance", "fields"),
+    [
+        *((guidance, {"position": position}) for guidance in (1.0, 3.0) for position in ("1d", "2d")),
+        (3.0, {"image_attention": "causal"}),
+    ],
+)
 def test_interleaved(
-    build_pipeline: Callable[..., Pipeline], truth: Any, picture: Any, position: str, guidance: float
+    build_pipeline: Callable[..., Pipeline],
+    truth: Any,
+    picture: Any,
+    guidance: float,
+    fields: dict[str, Any],
 ) -> None:
     """A3: text, image, text, image, text, then generation of both: ids exact, pictures the same."""
-    pipeline = build_pipeline(image=6.0, position=position)
+    pipeline = build_pipeline(image=6.0, **fields)
     images = [torch.from_numpy(picture(seed)) for seed in (1, 2)]
     prompt = ["one", images[0], "two", images[1], "three"]
     drawing = {**DRAWING, "guidance": guidance}
