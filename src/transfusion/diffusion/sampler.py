@@ -19,8 +19,8 @@ Predict = Callable[[Tensor, float], Tensor]
 
 # Streams of the counter-based noise: 0 is the start, 1 + i the noise added by step i.
 START_STREAM = 0
-# Below this alpha_bar (a hundredth of the image's scale) a predicted noise says nothing of the image: its error would
-# be divided by next to nothing.
+# Below this alpha_bar (a hundredth of the image's scale) a predicted noise says nothing of an image that has no bound:
+# its error would be divided by next to nothing.
 NOTHING_LEFT = 1e-4
 
 
@@ -46,12 +46,17 @@ class _Spaced:
         *,
         predicts: Literal["noise", "velocity"] = "noise",
         clip: float | None = None,
+        least_alpha_bar: float = 0.0,
     ) -> None:
-        """clip: bound of the clean latents at each step, for latents with a known range such as pixels."""
+        """clip: bound of the clean latents at each step, for latents with a known range such as pixels.
+
+        least_alpha_bar: below it a predicted noise is not asked for the image, which is taken for the mean, 0; with 0,
+        the sampler of the papers.
+        """
         if not 1 <= steps <= schedule.steps:
             raise ValueError(f"steps must lie in [1, {schedule.steps}], got {steps}")
         self.timesteps = spaced_timesteps(schedule.steps, steps)
-        self.predicts, self.clip = predicts, clip
+        self.predicts, self.clip, self.least_alpha_bar = predicts, clip, least_alpha_bar
         self._alpha_bar_T = schedule.alpha_bar_T
 
     def sample(self, latent_ICHW: Tensor, predict: Predict, key_I: Tensor) -> Tensor:
@@ -72,8 +77,7 @@ class _Spaced:
     def _clean(self, latent: Tensor, answer: Tensor, alpha_bar: Tensor, following: Tensor) -> Tensor:
         if self.predicts == "velocity":
             clean = alpha_bar.sqrt() * latent - (1 - alpha_bar).sqrt() * answer
-        elif self.clip is None and alpha_bar < NOTHING_LEFT and following < 1:
-            # The mean of latents of unit variance. With a bound, the bound holds the error.
+        elif alpha_bar < self.least_alpha_bar and following < 1:
             clean = torch.zeros_like(latent)
         else:
             clean = (latent - (1 - alpha_bar).sqrt() * answer) / alpha_bar.sqrt()

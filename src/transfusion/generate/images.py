@@ -17,7 +17,7 @@ from transfusion.codec import Codec
 from transfusion.config import PREDICTED, SAMPLERS, Config, DiffusionConfig, SamplerName
 from transfusion.diffusion.flow import Euler, Heun
 from transfusion.diffusion.guidance import guide
-from transfusion.diffusion.sampler import DDIM, DDPM, Sampler, start_noise
+from transfusion.diffusion.sampler import DDIM, DDPM, NOTHING_LEFT, Sampler, start_noise
 from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
@@ -65,7 +65,14 @@ def build_sampler(sampling: ImageSampling, config: DiffusionConfig, *, clip: flo
         along = Heun if name == "heun" else Euler
         return along(config.steps, sampling.steps, shift=config.timestep_shift, clip=clip)
     under = DDIM if name == "ddim" else DDPM
-    return under(CosineSchedule(config.steps), sampling.steps, predicts=config.objective, clip=clip)
+    return under(
+        CosineSchedule(config.steps),
+        sampling.steps,
+        predicts=config.objective,
+        clip=clip,
+        # With a bound, the bound holds the error.
+        least_alpha_bar=NOTHING_LEFT if clip is None else 0.0,
+    )
 
 
 def draw(
