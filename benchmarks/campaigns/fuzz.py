@@ -23,9 +23,11 @@ from transfusion.data.decode import DecodeFault, decode
 from transfusion.data.sample import Fault, RawSample
 from transfusion.data.scan import scan
 from transfusion.data.shards import expand
+from transfusion.observe.runfolder import describe_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BYTES, SLOWEST_SECONDS = 200_000, 5.0
+KEPT = ("time", "python", "platform", "cpu", "cpu_count", "packages", "git", "transfusion")
 DAMAGES = ("flip", "cut", "repeat", "overwrite", "tear", "zero")
 
 
@@ -64,8 +66,10 @@ def main() -> int:
             wrong += [f"number {number} ({', '.join(kinds)}): {problem}" for problem in problems]
     if slowest > SLOWEST_SECONDS:
         wrong.append(f"one shard took {slowest:.1f} s")
+    environment = describe_environment()
     record = {
         "command": "python benchmarks/campaigns/fuzz.py",
+        "environment": {name: environment[name] for name in KEPT},
         "times": arguments.times,
         "seed": arguments.seed,
         "found": dict(counts.most_common()),

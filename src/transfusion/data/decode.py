@@ -23,6 +23,8 @@ except ImportError:
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 _PNG, _PNG_HEAD, _GREY, _PALETTE = b"\x89PNG\r\n\x1a\n", 33, 0, 3
+# Pixels. Compositing would take three times the memory of a larger picture, where Pillow is as fast.
+_GREATEST_FOR_OPENCV = 1 << 22
 # Values of a pixel that has alpha.
 WITH_ALPHA = 4
 # Colours of a palette, and how far each is transparent.
@@ -71,7 +73,8 @@ def brought_to_size(picture: Image.Image | Picture, *, channels: int, image_size
         picture = Image.frombuffer("RGB", (width, height), flat, "raw", order, 0, 1)
     try:
         return _to_values(picture, channels, image_size)
-    except (OSError, ValueError):
+    except Exception:
+        # Of a picture with colours by number and no table of them Pillow finds out only now, by an assertion.
         raise DecodeFault("image_corrupt") from None
 
 
@@ -100,7 +103,7 @@ def _by_opencv(data: bytes) -> Picture | None:
     if opencv is None or len(data) < _PNG_HEAD or not data.startswith(_PNG) or data[24] != 8:
         return None
     pixels = int.from_bytes(data[16:20]) * int.from_bytes(data[20:24])
-    if pixels > GREATEST_PIXELS or data[25] == _GREY or not _is_plain(data):
+    if pixels > _GREATEST_FOR_OPENCV or data[25] == _GREY or not _is_plain(data):
         return None
     values: Picture | None = opencv.imdecode(np.frombuffer(data, np.uint8), opencv.IMREAD_UNCHANGED)
     # What OpenCV refuses Pillow judges.

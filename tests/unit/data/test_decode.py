@@ -122,6 +122,15 @@ def random_png(chance: random.Random) -> bytes:
     return bytes(data[: len(data) if chance.random() < 0.8 else chance.randrange(len(data))])
 
 
+def test_colours_by_number_without_a_table_are_a_fault() -> None:
+    lines = zlib.compress((b"\0" + b"\2" * 16) * 16)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 8, 3, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+    for size in (8, 16):
+        with pytest.raises(DecodeFault, match="image_corrupt"):
+            decode(data, channels=3, image_size=size)
+
+
 def test_opencv_gives_what_pillow_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same values, and the same refusals."""
     pytest.importorskip("cv2")
