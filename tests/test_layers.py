@@ -27,6 +27,7 @@ LAYERS: dict[str, int] = {
     "presets": 1,
     "timesteps": 1,
     "grids": 1,
+    "sizes": 1,
     "model": 2,
     "diffusion": 2,
     "data": 2,

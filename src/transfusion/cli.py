@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -15,6 +15,9 @@ from transfusion.data_commands import data_app
 from transfusion.errors import UserError
 from transfusion.parallel import environment
 from transfusion.scaling_commands import scaling_app
+
+if TYPE_CHECKING:
+    from transfusion.sizes import Size
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -194,6 +197,9 @@ def sample(
         ),
     ] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=GREATEST_SEED, help="picture k has seed + k")] = 0,
+    size: Annotated[
+        str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes; empty: the first of them")
+    ] = "",
     weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:
@@ -201,10 +207,23 @@ def sample(
     from transfusion.generate.pictures import save_samples
     from transfusion.generate.pipeline import Pipeline
 
+    wanted = _size(size)
     pipeline = Pipeline.from_export(model, weights=weights, device=device)
-    samples = pipeline.sample(prompt, per_prompt=n, guidance=cfg, steps=steps, sampler=sampler, seed=seed)
+    samples = pipeline.sample(
+        prompt, per_prompt=n, guidance=cfg, steps=steps, sampler=sampler, seed=seed, size=wanted
+    )
     save_samples(samples, out)
     print(f"{out}: {len(samples)} pictures and index.jsonl")
+
+
+def _size(text: str) -> Size | None:
+    """What --size says. Raises UserError."""
+    from transfusion.sizes import Size
+
+    try:
+        return Size.parse(text) if text else None
+    except ValueError as error:
+        raise UserError(f"--size: {error}") from None
 
 
 @app.command()
@@ -221,7 +240,7 @@ def caption(
     from transfusion.generate.pipeline import Pipeline
 
     pipeline = Pipeline.from_export(model, weights=weights, device=device)
-    captions = pipeline.caption(load_pictures(images, pipeline.config.codec), max_tokens=max_tokens)
+    captions = pipeline.caption(load_pictures(images, pipeline.config), max_tokens=max_tokens)
     for image, text in zip(images, captions, strict=True):
         record = {"image": str(image), "caption": text}
         print(json.dumps(record, ensure_ascii=False) if as_json else f"{image}: {text}")

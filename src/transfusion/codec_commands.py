@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -47,6 +48,9 @@ def encode(
     shards: Shards,
     out: Annotated[Path, typer.Option(help="folder for the shards with latents")],
     image_size: ImageSize = 0,
+    size: Annotated[
+        list[str] | None, typer.Option(help="in place of --image-size: HEIGHTxWIDTH; repeat for several")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes, a shard each")] = 1,
     device: Device = "cpu",
 ) -> None:
@@ -58,7 +62,7 @@ def encode(
         left_out = "".join(f", left out: {count} x {reason}" for reason, count in record.left_out.items())
         typer.echo(f"{name}: {record.encoded} pictures{' (there already)' if reused else ''}{left_out}")
 
-    settings = _settings(codec, image_size)
+    settings = _settings(codec, image_size, size or [])
     records = encode_shards(settings, shards, out, workers=workers, device=device, progress=progress)
     total = sum(record.encoded for record in records)
     typer.echo(f"{out}: {total} pictures in {len(records)} shards, by codec {settings.fingerprint}")
@@ -100,12 +104,14 @@ def fetch(
     typer.echo(out)
 
 
-def _settings(folder: str, image_size: int) -> CodecConfig:
+def _settings(folder: str, image_size: int, sizes: Sequence[str] = ()) -> CodecConfig:
     """The section `codec` of a configuration that names the folder. Raises UserError."""
     from transfusion import presets
     from transfusion.codec_folder import completed, read_facts, trained_size
     from transfusion.config import CodecConfig
 
     kind, problems = read_facts(folder).kind, list[str]()
-    values = {"kind": kind, "folder": folder, "image_size": image_size or trained_size(folder)}
+    values: dict[str, Any] = {"kind": kind, "folder": folder, "image_sizes": sizes}
+    if not sizes:
+        values["image_size"] = image_size or trained_size(folder)
     return presets.check_as(CodecConfig, completed(values, problems), problems=problems, where=folder)

@@ -9,17 +9,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     PositiveInt,
     Tag,
+    ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
 )
 
 from transfusion.addresses import redacted_plain
+from transfusion.sizes import GREATEST_ASPECT, ImageSizes, Size
 
 Share = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -50,6 +53,21 @@ SAMPLERS: dict[ObjectiveName, tuple[SamplerName, ...]] = {
     "flow": ("euler", "heun"),
 }
 GRID_SAMPLER: dict[ObjectiveName, SamplerName] = {"noise": "ddim", "velocity": "ddim", "flow": "euler"}
+
+
+def _as_sizes(value: Any, info: ValidationInfo) -> Any:
+    """Sizes as they are written; one needs no list."""
+    values = [value] if isinstance(value, str) else value
+    key = f"{'sample' if info.field_name == 'sizes' else 'codec'}.{info.field_name}"
+    try:
+        if isinstance(values, list | tuple) and len(set(map(Size.parse, map(str, values)))) < len(values):
+            raise ValueError("a size is named twice")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return values
+
+
+Sizes = Annotated[tuple[str, ...], BeforeValidator(_as_sizes)]
 
 
 class Section(BaseModel):
@@ -87,7 +105,8 @@ class ModelConfig(Section):
     """A Llama block stack between a patch encoder and a patch decoder (paper, section 3)."""
 
     vocabulary: NonNegativeInt = Field(
-        0, description="rows of the embedding; 0: as many as the tokenizer has"
+        0,
+        description="rows of the embedding; 0: as many as the tokenizer has, and one for each further image size",
     )
     family: Literal["transfusion", "chameleon"] = Field(
         "transfusion",
@@ -180,6 +199,10 @@ class CodecConfig(Section):
     )
     channels: Literal[1, 3] = Field(3, description="1: grey pictures, 3: colour")
     image_size: PositiveInt = Field(32, description="side of the square picture, in pixels")
+    image_sizes: Sizes = Field(
+        (),
+        description="in place of image_size: HEIGHTxWIDTH of each; a picture takes the nearest aspect ratio",
+    )
     folder: str = Field("", description="folder of the autoencoder, in diffusers' layout; not for pixels")
     latent_channels: NonNegativeInt = Field(
         0, description="channels of the latents; 0: from the folder, for pixels those of the picture"
@@ -206,24 +229,25 @@ class CodecConfig(Section):
         return self.latent_channels or self.channels
 
     @property
+    def sizes(self) -> tuple[Size, ...]:
+        """All sizes that pictures take; the first is drawn where no other is asked for."""
+        return tuple(map(Size.parse, self.image_sizes)) or (Size(self.image_size, self.image_size),)
+
+    @property
     def stored_channels(self) -> int:
         """Channels of what `codec encode` stores: of latents, or 1 for tokens, which are numbers."""
         return 1 if self.kind == "vq" else self.depth
-
-    @property
-    def latent_size(self) -> int:
-        """Side of the latents of a picture of `image_size`."""
-        return self.image_size // (self.downscale or 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """[C, h, w] of the latents of a picture of height x width pixels."""
         step = self.downscale or 1
         return self.depth, height // step, width // step
 
-    @property
-    def image_elements(self) -> int:
-        """What a picture of `image_size` has of the image loss: numbers of its latents, or tokens."""
-        return self.latent_size**2 * self.stored_channels
+    def named_sizes(self) -> list[tuple[Size, str]]:
+        """Each size with the key and value that say so, for messages."""
+        if not self.image_sizes:
+            return [(self.sizes[0], f"image_size {self.image_size}")]
+        return [(size, f"image_sizes: {size}") for size in self.sizes]
 
     @model_validator(mode="after")
     def _kind_fits(self) -> CodecConfig:
@@ -239,10 +263,12 @@ class CodecConfig(Section):
             problems.append(f"codec.kind={self.kind} needs codec.folder, the folder of an autoencoder")
         elif not (self.latent_channels and self.downscale):
             problems.append("codec.latent_channels and codec.downscale must be those of codec.folder")
-        elif self.image_size % self.downscale:
-            problems.append(
-                f"codec.image_size {self.image_size} must be a multiple of codec.downscale {self.downscale}"
-            )
+        else:
+            problems += [
+                f"codec.{name} must be a multiple of codec.downscale {self.downscale}"
+                for size, name in self.named_sizes()
+                if size.height % self.downscale or size.width % self.downscale
+            ]
         problems += [
             f"codec.{name} must be one number or {self.depth}, one a channel, got {len(getattr(self, name))}"
             for name in ("scale", "shift")
@@ -548,6 +574,9 @@ class SampleConfig(Section):
         default_factory=list, description="captions to draw; empty: no grid"
     )
     per_prompt: PositiveInt = Field(1, description="pictures a caption")
+    sizes: Sizes = Field(
+        (), description="HEIGHTxWIDTH of the pictures, every caption in each; empty: the first of the codec's"
+    )
     steps: PositiveInt = Field(50, description="sampler steps of the grid")
     sampler: SamplerName = Field(
         "auto",
@@ -579,10 +608,23 @@ class Config(Section):
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
 
+    def with_vocabulary(self, pieces: int) -> Config:
+        """The configuration with a row of the embedding for each of the tokenizer's pieces and each size of pictures
+        but the first, unless it asks for more."""
+        size = max(self.model.vocabulary, pieces + len(self.codec.sizes) - 1)
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocabulary": size})})
+
+    @property
+    def image_sizes(self) -> ImageSizes:
+        """The sizes of pictures, how they are cut into patches, and what begins them: once the vocabulary is known."""
+        return ImageSizes(
+            self.codec.sizes, self.codec.downscale or 1, self.model.patch_size, self.model.vocabulary
+        )
+
     @property
     def patches_per_image(self) -> int:
-        """Patches of one picture, from the codec's latent size and the patch size."""
-        return (self.codec.latent_size // self.model.patch_size) ** 2
+        """Patches of a picture of the first size."""
+        return self.image_sizes.patches(self.codec.sizes[0])
 
     def _division_problems(self) -> list[str]:
         """What keeps rows and heads from being shared by train.sequence_parallel ranks, in one sentence."""
@@ -594,6 +636,32 @@ class Config(Section):
         }
         uneven = [f"{name} {value}" for name, value in shared.items() if value % ranks]
         return [f"train.sequence_parallel {ranks} must divide {', '.join(uneven)}"] if uneven else []
+
+    def _size_problems(self) -> list[str]:
+        """What keeps pictures from being cut into patches and put into rows."""
+        step, problems = (self.codec.downscale or 1) * self.model.patch_size, []
+        downscale = f" / codec.downscale {self.codec.downscale}" if self.codec.downscale else ""
+        for size, name in self.codec.named_sizes():
+            if size.height % step or size.width % step:
+                problems.append(
+                    f"codec.{name}{downscale} must be a multiple of model.patch_size {self.model.patch_size}"
+                )
+            elif (patches := self.image_sizes.patches(size)) + 4 > self.data.row_length:
+                problems.append(
+                    f"data.row_length {self.data.row_length} is too short for a picture of"
+                    f" {patches} patches and its four control tokens"
+                )
+            if max(size) > GREATEST_ASPECT * min(size):
+                problems.append(
+                    f"codec.{name} has an aspect ratio above {GREATEST_ASPECT}; data have none such: pictures beyond"
+                    " are left out"
+                )
+        for text in self.sample.sizes:
+            if Size.parse(text) not in self.codec.sizes:
+                problems.append(
+                    f"sample.sizes: {text} is no size of this model's pictures; choose {self.image_sizes.named()}"
+                )
+        return problems
 
     @model_validator(mode="before")
     @classmethod
@@ -635,18 +703,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
-        problems = self._family_problems()
-        if self.codec.latent_size % self.model.patch_size:
-            downscale = f" / codec.downscale {self.codec.downscale}" if self.codec.downscale else ""
-            problems.append(
-                f"codec.image_size {self.codec.image_size}{downscale} must be a multiple of model.patch_size"
-                f" {self.model.patch_size}"
-            )
-        elif self.patches_per_image + 4 > self.data.row_length:
-            problems.append(
-                f"data.row_length {self.data.row_length} is too short for a picture of"
-                f" {self.patches_per_image} patches and its four control tokens"
-            )
+        problems = self._family_problems() + self._size_problems()
         problems += self.diffusion.problems()
         fitting = SAMPLERS[self.diffusion.objective]
         if self.sample.sampler not in ("auto", *fitting):

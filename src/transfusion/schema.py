@@ -37,10 +37,13 @@ class TextSegment:
 
 @dataclass(frozen=True, slots=True)
 class ImageSegment:
-    """One picture: uint8 values [C, H, W] as decoded, and its patch count."""
+    """One picture: uint8 values [C, H, W] as decoded, its patches, how many stand in a row (0: it is square), and the
+    token before them, which tells the size."""
 
     values_CHW: Any
     patches: int
+    columns: int = 0
+    begin: int = int(SpecialToken.BEGIN_IMAGE)
 
 
 Segment = TextSegment | ImageSegment

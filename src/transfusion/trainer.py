@@ -73,7 +73,7 @@ class Trainer:
         # A run that is under way must not be read either: its checkpoints come and go.
         self.lock = together(lambda: self.folder.lock_existing() if here.is_main else None)
         self.tokenizer = together(lambda: Tokenizer(config.data.tokenizer))
-        self.config = with_vocabulary(config, self.tokenizer)
+        self.config = config.with_vocabulary(self.tokenizer.vocabulary)
         together(self._check)
         # Frozen and whole on every rank, outside of what the engine shards and trains.
         self.codec = together(lambda: open_any_codec(config.codec, here.device))
@@ -100,6 +100,8 @@ class Trainer:
         self.clock = Clock()
         # Loss sums of the steps since the last line of metrics.
         self.pending: list[LossTerms] = []
+        # Images of this rank in the steps that are pending.
+        self.images_pending = 0
         # What steps came to is read so many steps late: a GPU has work to do while the host reads.
         self.steps_late = 1 if here.device.type == "cuda" else 0
         self.unread: deque[PendingResult] = deque()
@@ -186,6 +188,7 @@ class Trainer:
         counts = global_counts(batches, self.config.codec)
         terms = [self.engine.forward_backward(batch, counts) for batch in batches]
         self.pending += terms
+        self.images_pending += sum(batch.counts.images for batch in batches)
         self.watchdog.note("optimiser step", self.state.step, alike=alike)
         result = self._update(terms)
         tokens = self.config.data.rows * self.config.data.row_length
@@ -345,8 +348,10 @@ class Trainer:
     def _log(self, record: Record | None, result: StepResult, *, held_out: bool) -> None:
         """Sum the losses over steps and ranks (all ranks together) and write a line (the main process)."""
         self.watchdog.note("held-out losses and metrics", self.state.step)
-        losses = MeanLosses.over_ranks(self.pending, self.config, self.utilisation.take())
-        self.pending = []
+        losses = MeanLosses.over_ranks(
+            self.pending, self.config, self.utilisation.take(), images=self.images_pending
+        )
+        self.pending, self.images_pending = [], 0
         self.state.images += losses.images
         judged = self._held_out_losses() if held_out else None
         line = self._metrics(result, losses, judged)
@@ -436,9 +441,3 @@ class Trainer:
         parts = gather(mine if self.here.is_main else mine[indexed:])
         faults = [fault for part in parts for fault in part]
         together(lambda: self.folder.add_to_quarantine(faults) if self.here.is_main else None)
-
-
-def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """The configuration with the embedding as large as the tokenizer, unless it asks for more rows."""
-    size = max(config.model.vocabulary, tokenizer.vocabulary)
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocabulary": size})})

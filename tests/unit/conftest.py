@@ -44,14 +44,15 @@ def build_model() -> Callable[..., tuple[Config, Transfusion]]:
         seed: int = 0,
         channels: Literal[1, 3] = 1,
         image_size: int = 8,
+        image_sizes: Sequence[str] = (),
         **fields: Any,
     ) -> tuple[Config, Transfusion]:
         shape = {"vocabulary": VOCABULARY, "layers": 2, "width": 32, "heads": 4, "key_heads": 2, **fields}
         config = Config(
             model=ModelConfig(**shape),
-            codec=CodecConfig(channels=channels, image_size=image_size),
+            codec=CodecConfig(channels=channels, image_size=image_size, image_sizes=tuple(image_sizes)),
             data=DataConfig(row_length=row_length),
-        )
+        ).with_vocabulary(VOCABULARY)
         model = Transfusion(config.model, config.codec)
         initialise(model, seed=seed, layers=config.model.layers)
         # As initialised, the decoder answers zero and norms and biases do nothing; tests want all at work.
@@ -98,10 +99,10 @@ def _row(
 ) -> Row:
     """What the loader makes of planned documents, for documents, noise levels and noise keys given by hand."""
     drafts = [draft(document) for document in documents]
-    first_patches = [
-        start + first
+    places = [
+        (start + first, patches)
         for start, each in zip(borders(drafts), drafts, strict=False)
-        for first, _ in each.images
+        for first, patches, _ in each.images
     ]
     pictures = [
         np.asarray(segment.values_CHW)
@@ -110,9 +111,9 @@ def _row(
         if isinstance(segment, ImageSegment)
     ]
     images = []
-    for number, (values, first) in enumerate(zip(pictures, first_patches, strict=True), images_before):
+    for number, (values, place) in enumerate(zip(pictures, places, strict=True), images_before):
         timestep = timesteps[number] if timesteps else 10 * (number + 1)
-        images.append(RowImage(values, first, settings.patches, timestep, keys[number] if keys else number))
+        images.append(RowImage(values, *place, timestep, keys[number] if keys else number))
     return joined(drafts, settings, tuple(images), ())
 
 

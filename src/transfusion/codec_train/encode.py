@@ -25,12 +25,14 @@ from torch import Tensor
 from transfusion.checkpoint import layout
 from transfusion.codec import open_codec, open_token_codec
 from transfusion.config import CodecConfig
-from transfusion.data.decode import DecodeFault, decode
+from transfusion.data.decode import DecodeFault, decode_fitting, decode_to
 from transfusion.data.judge import GREATEST_MEMBER, PICTURE_EXTENSIONS
-from transfusion.data.latents import LATENTS, TOKENS, LatentRecord, read_record, record_path
+from transfusion.data.latents import LATENTS, TOKENS, LatentRecord, read_record, record_path, record_sizes
+from transfusion.data.probe import PictureFault
 from transfusion.data.shards import expand
 from transfusion.errors import UserError
 from transfusion.generate.load import find_device
+from transfusion.sizes import ImageSizes
 
 _AT_ONCE = 32
 
@@ -109,21 +111,21 @@ def encode_shard(encode: Encoder, codec: CodecConfig, source: Path, target: Path
             tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as writer,
         ):
             for chunk in _chunks(_groups(reader)):
-                pictures = [_decoded(group, codec, left_out) for group in chunk]
-                good = [picture for picture in pictures if picture is not None]
-                values = iter(encode(torch.from_numpy(np.stack(good))) if good else ())
-                encoded += len(good)
-                for group, picture in zip(chunk, pictures, strict=True):
+                values = _encoded([_decoded(group, codec, left_out) for group in chunk], encode)
+                encoded += len(values)
+                for number, group in enumerate(chunk):
                     for member, data in group.members:
                         writer.addfile(member, io.BytesIO(data))
-                    if picture is not None:
-                        _add(writer, f"{group.key}.{extension}", next(values))
+                    if number in values:
+                        _add(writer, f"{group.key}.{extension}", values[number])
     except tarfile.TarError as error:
         raise UserError(f"{source} cannot be read: {error}; `transfusion data index` tells more") from None
+    image_size, image_sizes = record_sizes(codec)
     record = LatentRecord(
         codec=codec.fingerprint,
         kind=codec.kind,
-        image_size=codec.image_size,
+        image_size=image_size,
+        image_sizes=image_sizes,
         encoded=encoded,
         left_out=dict(left_out),
         source=source.name,
@@ -131,6 +133,19 @@ def encode_shard(encode: Encoder, codec: CodecConfig, source: Path, target: Path
     )
     layout.write_whole(record_path(target), json.dumps(record._asdict(), indent=1) + "\n")
     return record
+
+
+def _encoded(pictures: Sequence[NDArray[np.uint8] | None], encode: Encoder) -> dict[int, NDArray[Any]]:
+    """What is stored of each picture, by its number; those of one shape are encoded together."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for number, picture in enumerate(pictures):
+        if picture is not None:
+            by_shape.setdefault(picture.shape, []).append(number)
+    values: dict[int, NDArray[Any]] = {}
+    for numbers in by_shape.values():
+        stacked = np.stack([picture for number in numbers if (picture := pictures[number]) is not None])
+        values |= zip(numbers, encode(torch.from_numpy(stacked)), strict=True)
+    return values
 
 
 def _refuse(codec: CodecConfig, sources: Sequence[Path], out: Path) -> None:
@@ -146,10 +161,11 @@ def _refuse(codec: CodecConfig, sources: Sequence[Path], out: Path) -> None:
         if source.resolve() == (out / source.name).resolve():
             raise UserError(f"{out} is where {source.name} lies; name another folder")
         record = read_record(out / source.name)
-        if record and (record.codec, record.image_size) != (codec.fingerprint, codec.image_size):
+        if record and (record.codec, record.sizes) != (codec.fingerprint, set(codec.sizes)):
+            made = ", ".join(sorted(map(str, record.sizes)))
             raise UserError(
-                f"{out / source.name} holds latents of codec {record.codec} at {record.image_size} pixels, not of"
-                f" {codec.fingerprint} at {codec.image_size}; name another folder, or remove it"
+                f"{out / source.name} holds latents of codec {record.codec} at {made} pixels, not of"
+                f" {codec.fingerprint} at {', '.join(map(str, codec.sizes))}; name another folder, or remove it"
             )
 
 
@@ -217,8 +233,11 @@ def _decoded(
         left_out.update(["ambiguous_image"] * (len(pictures) > 1))
         return None
     try:
-        return decode(pictures[0], channels=codec.channels, image_size=codec.image_size)
-    except DecodeFault as error:
+        sizes = ImageSizes(codec.sizes, codec.downscale, 1)
+        if not sizes.several:
+            return decode_to(pictures[0], sizes.first, channels=codec.channels)
+        return decode_fitting(pictures[0], sizes, channels=codec.channels)
+    except (DecodeFault, PictureFault) as error:
         left_out[str(error)] += 1
         return None
 

@@ -133,7 +133,8 @@ class SourceLengths:
 
     caption_start_N: N + 1 borders of each sample's captions in C; a text counts as one.
     text_tokens_C: ids of each. images_N: images of each document. interleaved_N: whether these and its texts have an
-    order of their own, else one image is a pair and none a text.
+    order of their own, else one image is a pair and none a text. patches: of one image; patches_N: where they differ,
+    of all images of each document; image_sizes: the sizes that images take then.
     """
 
     name: str
@@ -144,6 +145,8 @@ class SourceLengths:
     interleaved_N: NDArray[np.bool_]
     patches: int
     windows: Windows | None = None
+    patches_N: Integers | None = None
+    image_sizes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images_N)
@@ -158,8 +161,8 @@ class SourceLengths:
 
     def image_tokens(self, sample_D: Integers) -> Integers:
         images_D = self.images_N[sample_D]
-        each = self.patches + IMAGE_CONTROL_TOKENS
-        return np.where(images_D > 0, images_D * each - IMAGE_CONTROL_TOKENS, 0)
+        patches_D = images_D * self.patches if self.patches_N is None else self.patches_N[sample_D]
+        return np.where(images_D > 0, patches_D + (images_D - 1) * IMAGE_CONTROL_TOKENS, 0)
 
     def interleaved(self, sample_D: Integers) -> NDArray[np.bool_]:
         return self.interleaved_N[sample_D]
@@ -168,6 +171,9 @@ class SourceLengths:
         digest = hashlib.blake2b(f"{self.patches} {len(self)}".encode(), digest_size=8)
         for array in (self.text_tokens_C, self.caption_start_N, self.images_N, self.interleaved_N):
             digest.update(np.ascontiguousarray(array).data)
+        if self.patches_N is not None:
+            digest.update(f"patches of {self.image_sizes}".encode())
+            digest.update(np.ascontiguousarray(self.patches_N).data)
         if self.windows is not None:
             digest.update(f"{self.windows.shards} windows".encode())
             digest.update(np.ascontiguousarray(self.windows.counts_K).data)

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from transfusion.data.probe import CHECKSUM, CHUNK, GREATEST_PIXELS
+from transfusion.data.probe import CHECKSUM, CHUNK, GREATEST_PIXELS, probe
+from transfusion.sizes import ImageSizes, Size
 
 try:
     opencv: Any = importlib.import_module("cv2")
@@ -31,6 +32,8 @@ WITH_ALPHA = 4
 _TABLES = ([b"PLTE"], [b"PLTE", b"tRNS"])
 # Where Pillow keeps what may tell how a picture is turned.
 _ORIENTING = frozenset(("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"))
+# Orientations that exchange height and width.
+_ON_THEIR_SIDE = (5, 6, 7, 8)
 # What of a PNG may tell that it is turned, or moves: chunks, and keywords of texts.
 _TURNING_CHUNKS = (b"eXIf", b"acTL")
 _TURNING_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
@@ -43,43 +46,56 @@ class DecodeFault(Exception):  # noqa: N818  (no mistake of the program: one bad
 
 
 def decode(data: bytes, *, channels: int, image_size: int) -> Picture:
-    """The picture as uint8 [channels, image_size, image_size]: upright, on white, centre square, bicubic.
+    """As `decode_to`, to a square."""
+    return decode_to(data, Size(image_size, image_size), channels=channels)
 
-    A picture of that size already is not resampled. channels: 1 grey, 3 colour. Raises DecodeFault. The same bits
-    with and without OpenCV.
+
+def decode_fitting(data: bytes, sizes: ImageSizes, *, channels: int) -> Picture:
+    """As `decode_to`, to the size that such a picture takes. Raises PictureFault too, as `probe` does."""
+    facts = probe(data)
+    size = sizes.for_picture(facts.height, facts.width)
+    return decode_to(data, size, turned=sizes.when_turned(size), channels=channels)
+
+
+def decode_to(data: bytes, size: Size, *, turned: Size | None = None, channels: int) -> Picture:
+    """The picture as uint8 [channels, height, width]: upright, on white, its middle cut to the shape, bicubic.
+
+    A picture of that size already is not resampled. turned: the size instead of a picture that was stored on its
+    side. channels: 1 grey, 3 colour. Raises DecodeFault. The same bits with and without OpenCV.
     """
-    return brought_to_size(opened(data), channels=channels, image_size=image_size)
+    picture, on_its_side = opened(data)
+    return brought_to_size(picture, turned if turned and on_its_side else size, channels=channels)
 
 
-def opened(data: bytes) -> Image.Image | Picture:
+def opened(data: bytes) -> tuple[Image.Image | Picture, bool]:
     """The picture upright, as large as it is: [H, W, blue green red, alpha if it has one] of a plain PNG by OpenCV.
 
-    Raises DecodeFault.
+    And whether it was stored on its side. Raises DecodeFault.
     """
     try:
         values = _by_opencv(data)
-        return _by_pillow(data) if values is None else values
+        return _by_pillow(data) if values is None else (values, False)
     except DecodeFault:
         raise
     except Exception:
         raise DecodeFault("image_corrupt") from None
 
 
-def brought_to_size(picture: Image.Image | Picture, *, channels: int, image_size: int) -> Picture:
-    """What `decode` gives for an opened picture. Raises DecodeFault."""
+def brought_to_size(picture: Image.Image | Picture, size: Size, *, channels: int) -> Picture:
+    """What `decode_to` gives for an opened picture. Raises DecodeFault."""
     if isinstance(picture, np.ndarray):
         height, width, depth = picture.shape
         flat, order = (alpha_on_white(picture), "BGRX") if depth == WITH_ALPHA else (picture, "BGR")
         picture = Image.frombuffer("RGB", (width, height), flat, "raw", order, 0, 1)
     try:
-        return _to_values(picture, channels, image_size)
+        return _to_values(picture, channels, size)
     except Exception:
         # Of a picture with colours by number and no table of them Pillow finds out only now, by an assertion.
         raise DecodeFault("image_corrupt") from None
 
 
-def _by_pillow(data: bytes) -> Image.Image:
-    """Upright. Raises whatever a broken picture makes Pillow raise."""
+def _by_pillow(data: bytes) -> tuple[Image.Image, bool]:
+    """Upright, and whether it was stored on its side. Raises whatever a broken picture makes Pillow raise."""
     # Another library in the process may have switched this on; half a picture is not a sample.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     with warnings.catch_warnings():
@@ -89,10 +105,12 @@ def _by_pillow(data: bytes) -> Image.Image:
         if picture.width * picture.height > GREATEST_PIXELS:
             raise DecodeFault("image_too_large")
         picture.load()
+        on_its_side = False
         # Only now: text that stands behind the pixels of a PNG has been read.
         if not _ORIENTING.isdisjoint(picture.info):
+            on_its_side = picture.getexif().get(ExifTags.Base.Orientation) in _ON_THEIR_SIDE
             ImageOps.exif_transpose(picture, in_place=True)
-    return picture
+    return picture, on_its_side
 
 
 def _by_opencv(data: bytes) -> Picture | None:
@@ -151,28 +169,38 @@ def _is_plain(data: bytes) -> bool:
     return pixels and [kind for kind, _ in tables] in _TABLES and tables[-1][1] <= tables[0][1]
 
 
-def _to_values(picture: Image.Image, channels: int, image_size: int) -> Picture:
+def _to_values(picture: Image.Image, channels: int, size: Size) -> Picture:
     mode = "L" if channels == 1 else "RGB"
     flat = _on_white(_eight_bit(picture))
     if flat.mode != mode:
         flat = flat.convert(mode)
-    if flat.size != (image_size, image_size):
-        flat = _centre_square(flat).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    if flat.size != (size.width, size.height):
+        flat = _middle(flat, size).resize((size.width, size.height), Image.Resampling.BICUBIC)
     if channels == 1:
         return np.array(flat)[None]
     # Pillow takes the colours of each line apart; so only whole lines are left to be moved.
     lines_HCW = np.frombuffer(flat.tobytes("raw", "RGB;L"), np.uint8).reshape(
-        image_size, channels, image_size
+        size.height, channels, size.width
     )
     return np.ascontiguousarray(lines_HCW.swapaxes(0, 1))
 
 
-def _centre_square(picture: Image.Image) -> Image.Image:
-    side = min(picture.size)
-    if picture.size == (side, side):
+def _middle(picture: Image.Image, size: Size) -> Image.Image:
+    top, left, height, width = middle(picture.height, picture.width, size)
+    if picture.size == (width, height):
         return picture
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side))
+    return picture.crop((left, top, left + width, top + height))
+
+
+def middle(height: int, width: int, size: Size) -> tuple[int, int, int, int]:
+    """Top, left, height and width of as much of a picture as has the shape of the size, to the nearest pixel."""
+    rows = min(height, max(1, _rounded(width * size.height, size.width)))
+    columns = min(width, max(1, _rounded(height * size.width, size.height)))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+def _rounded(dividend: int, divisor: int) -> int:
+    return (dividend + divisor // 2) // divisor
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:

@@ -140,7 +140,7 @@ def _chips(token_ids: NDArray[np.int64], weights: NDArray[np.float32], tokenizer
     """Tokens in boxes; those from which nothing is learned are paler."""
     ids = token_ids.tolist()
     left_out = range(_FIRST_TOKENS, len(ids) - _LAST_TOKENS)
-    pieces = tokenizer.pieces(ids)
+    pieces = tokenizer.pieces([min(token, tokenizer.vocabulary - 1) for token in ids])
     for place, (token, piece) in enumerate(zip(ids, pieces, strict=True)):
         if left_out and place == left_out[0]:
             yield f'<b class="gap">{len(left_out):,} more tokens</b>'
@@ -149,12 +149,16 @@ def _chips(token_ids: NDArray[np.int64], weights: NDArray[np.float32], tokenizer
         silent = "" if weights[place] else " silent"
         if token < len(SpecialToken):
             yield f'<b class="control{silent}">{_NAMES[SpecialToken(token)]}</b>'
+        elif token >= tokenizer.vocabulary:
+            # Begins a picture of another size than the first; the picture shows which.
+            yield f'<b class="control{silent}">{_NAMES[SpecialToken.BEGIN_IMAGE]}</b>'
         else:
             yield f'<span class="token{silent}">{html.escape(piece.replace(_LINE_END, _SHOWN_LINE_END))}</span>'
 
 
 def _figure(image: RowImage) -> str:
-    noise = f"{image.patches} patches, noise level {image.timestep}"
+    height, width = image.values_CHW.shape[1:]
+    noise = f"{height} x {width}, {image.patches} patches, noise level {image.timestep}"
     return f'<img class="picture" src="{_png(_as_image(image))}" title="{noise}" alt="{noise}">'
 
 
@@ -229,7 +233,10 @@ def picture(rows: Sequence[DrawnRow]) -> Image.Image:
         for image in row.images:
             left = margin + image.first_patch * scale
             if left >= free:
-                thumbnail = _as_image(image).convert("RGB").resize((52, 52), Image.Resampling.BICUBIC)
+                thumbnail = _as_image(image).convert("RGB")
+                scale_down = 52 / max(thumbnail.size)
+                shape = [max(1, round(side * scale_down)) for side in thumbnail.size]
+                thumbnail = thumbnail.resize((shape[0], shape[1]), Image.Resampling.BICUBIC)
                 canvas.paste(thumbnail, (min(int(left), int(band_width) + margin - 52), top + 12))
                 free = left + 54
         facts = f"row {number}: {len(spans)} documents or parts, {len(row.images)} images, {used:,} positions"
@@ -261,6 +268,6 @@ article{border-left:3px solid #1d2733;padding:2px 0 2px 12px;margin:0 0 14px}
 .control{font-size:10px;background:#1d2733;color:#fff;border-radius:3px;padding:2px 5px;margin:0 3px;vertical-align:1px}
 .control.silent{background:#8a94a0}
 .gap{font-size:11px;color:#66717d;margin:0 8px;font-weight:400;font-style:italic}
-.picture{width:72px;height:72px;border:2px solid #e08e45;border-radius:4px;vertical-align:middle;margin:2px 3px}
+.picture{height:72px;border:2px solid #e08e45;border-radius:4px;vertical-align:middle;margin:2px 3px}
 .fault{color:#a33;margin:0 0 8px}
 """

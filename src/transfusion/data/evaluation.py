@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from transfusion.config import Config, SourceConfig
 from transfusion.data.deck import Variant, VariantRule
@@ -15,11 +14,11 @@ from transfusion.data.indexing import cache_of
 from transfusion.data.loader import build_indexes, is_remote, source_lengths
 from transfusion.data.packing import collate
 from transfusion.data.planner import PlanSettings, RowPlan, plan_once
-from transfusion.data.rows import RowBuilder, RowSettings, pair_segments, read_values
+from transfusion.data.rows import RowBuilder, RowSettings, pair_segments, read_values, with_values
 from transfusion.data.scan import Fault
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
-from transfusion.schema import Batch, Document, ImageSegment, TextSegment
+from transfusion.schema import Batch, Document, TextSegment
 
 # So many that a text is cut only where it is longer than a row: a cut takes context away.
 _OPEN_ROWS = 256
@@ -104,17 +103,13 @@ def _document(index: SourceIndex, sample: int, config: Config) -> Document:
     settings = RowSettings.of(config)
     if index.interleaved_N[sample]:
         segments, pictures = index.segments(sample)
-        numbers = iter(pictures)
-        segments = [
-            replace(segment, values_CHW=read_values(index, sample, next(numbers), settings))
-            if isinstance(segment, ImageSegment)
-            else segment
-            for segment in segments
-        ]
+        values = [read_values(index, sample, picture, settings) for picture in pictures]
+        segments = with_values(segments, values, settings.sizes)
     elif index.images_N[sample]:
-        values = read_values(index, sample, 0, settings)
+        values = [read_values(index, sample, 0, settings)]
         ids = index.text_ids(sample).tolist()
-        segments = pair_segments(ids, values, config.patches_per_image, Variant.CAPTION_FIRST)
+        segments = pair_segments(ids, index.image(sample), Variant.CAPTION_FIRST)
+        segments = with_values(segments, values, settings.sizes)
     else:
         segments = [TextSegment(tuple(index.text_ids(sample).tolist()))]
     return Document(tuple(segments), index.name, index.key(sample))

@@ -22,11 +22,17 @@ from transfusion.data.indexing import HARMLESS, IndexPlace, find_shards, open_in
 from transfusion.data.latents import refuse_other_latents
 from transfusion.data.sample import Fault
 from transfusion.data.scan import is_shard
-from transfusion.data.sequence import IMAGE_CONTROL_TOKENS, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS
+from transfusion.data.sequence import (
+    IMAGE_CONTROL_TOKENS,
+    PAIR_CONTROL_TOKENS,
+    TEXT_CONTROL_TOKENS,
+    image_segment,
+)
 from transfusion.data.shardindex import Integers, OpenShards, ShardIndex
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, Segment, TextSegment
+from transfusion.sizes import ImageSizes, Size
 
 # Two bytes a token where the vocabulary allows.
 TokenIds = NDArray[np.uint16] | NDArray[np.int32]
@@ -38,6 +44,7 @@ class SourceIndex:
     caption_start_N: N + 1 borders of each sample's captions in C; a text counts as one, and so does an
     interleaved document. text_tokens_C: ids of each. images_N: images in each sample's document.
     interleaved_N: whether the document has an order of its own. windows: the order of the samples, if remote.
+    patches_N: patches of all images of each document; None: each image has as many.
     """
 
     def __init__(
@@ -49,16 +56,22 @@ class SourceIndex:
         row_length: int,
         latent_channels: int = 0,
         window_shards: int = 1,
+        sizes: ImageSizes | None = None,
     ) -> None:
-        """patches: of one image. latent_channels: of precomputed latents; 0: any. window_shards: of a remote source.
+        """patches: of one image, or with `sizes` those of the size that it takes. latent_channels: of precomputed
+        latents; 0: any. window_shards: of a remote source.
 
         What cannot be cut and is longer than a row is a fault; of several captions only those too long are left out.
         """
         self.name = name
         self.shards = tuple(part.shard for part in parts)
-        self._parts, self._patches = tuple(parts), patches
-        self._longest_caption = row_length - patches - PAIR_CONTROL_TOKENS
-        views = [_View(part, patches, row_length, latent_channels) for part in parts]
+        self._parts, self._patches, self._row_length = tuple(parts), patches, row_length
+        self._sizes = sizes if sizes and sizes.several else None
+        self._size_numbers: dict[int, NDArray[np.uint8]] = {}
+        views = [
+            _View(part, self._document_patches(part, number), row_length, latent_channels)
+            for number, part in enumerate(parts)
+        ]
         # Which samples of each shard are kept; None: all.
         self._kept = [view.kept for view in views]
         # A list, which is searched faster for one sample than an array.
@@ -69,6 +82,9 @@ class SourceIndex:
         self.text_tokens_C: Integers = _joined([view.tokens_C for view in views], np.int64)
         self.images_N: Integers = _joined([view.images_N for view in views], np.int64)
         self.interleaved_N: NDArray[np.bool_] = _joined([view.interleaved_N for view in views], np.bool_)
+        self.patches_N: Integers | None = None
+        if self._sizes:
+            self.patches_N = _joined([view.patches_N for view in views], np.int64)
         self.faults = tuple(fault for view in views for fault in view.faults)
         self.windows: Windows | None = None
         if any(isinstance(shard, RemoteShard) for shard in self.shards):
@@ -98,7 +114,8 @@ class SourceIndex:
         first, end = part.caption_start_N.item(place), part.caption_start_N.item(place + 1)
         if end - first > 1:
             lengths = part["tokens_C"][first:end]
-            first += int(np.flatnonzero(lengths <= self._longest_caption)[caption])
+            longest = self._row_length - self.image(sample).patches - PAIR_CONTROL_TOKENS
+            first += int(np.flatnonzero(lengths <= longest)[caption])
         start_C = part.token_start_C
         ids: TokenIds = part["token_ids_T"][start_C.item(first) : start_C.item(first + 1)]
         return ids
@@ -109,12 +126,57 @@ class SourceIndex:
         ids, segments, pictures, first = self.text_ids(sample).tolist(), list[Segment](), list[int](), 0
         for element in part.elements(place):
             if element < 0:
-                segments.append(ImageSegment(None, self._patches))
+                segments.append(self.image(sample, -1 - element))
                 pictures.append(-1 - element)
             else:
                 segments.append(TextSegment(tuple(ids[first : first + element])))
                 first += element
         return segments, pictures
+
+    def image(self, sample: int, picture: int = 0) -> ImageSegment:
+        """One of the sample's pictures as planned, without its pixels."""
+        size = self.size(sample, picture)
+        if self._sizes is None or size is None:
+            return ImageSegment(None, self._patches)
+        return image_segment(self._sizes, size)
+
+    def size(self, sample: int, picture: int = 0) -> Size | None:
+        """The size that one of the sample's pictures takes; None: there is only one."""
+        if self._sizes is None:
+            return None
+        number, part, place = self._located(sample)
+        return self._sizes.sizes[self._numbers(part, number)[part.picture_start_N[place] + picture]]
+
+    def images_by_size(self) -> dict[str, int]:
+        """Stored images, those of documents left out among them, by the size that they take; empty: there is one."""
+        if self._sizes is None:
+            return {}
+        number_I = np.concatenate([self._numbers(part, number) for number, part in enumerate(self._parts)])
+        counts_K = np.bincount(number_I, minlength=len(self._sizes.sizes)).tolist()
+        return {str(size): count for size, count in zip(self._sizes.sizes, counts_K, strict=True)}
+
+    def _numbers(self, part: ShardIndex, number: int) -> NDArray[np.uint8]:
+        """Of each stored picture of a shard the number of its size."""
+        if self._sizes is not None and number not in self._size_numbers:
+            shape = part["picture_height_I"], part["picture_width_I"], part["latent_channels_I"] > 0
+            self._size_numbers[number] = self._sizes.numbers(*shape).astype(np.uint8)
+        return self._size_numbers[number]
+
+    def _document_patches(self, part: ShardIndex, number: int) -> Integers:
+        """Patches [N] of all images of each sample's document, in one shard."""
+        if self._sizes is None:
+            return part.images_N * self._patches
+        patches_I = self._sizes.patches_K[self._numbers(part, number)]
+        stored_N = np.diff(_sums(patches_I)[part.picture_start_N])
+        element_E = part["element_E"].astype(np.int64)
+        if not element_E.size:
+            return stored_N
+        # The same picture may stand in a document several times.
+        picture_E = np.repeat(part.picture_start_N[:-1], part["elements_N"]) - 1 - element_E
+        shown_E = np.zeros_like(element_E)
+        shown_E[element_E < 0] = patches_I[picture_E[element_E < 0]]
+        shown_N = np.diff(_sums(shown_E)[part.element_start_N])
+        return np.where(part["elements_N"] > 0, shown_N, stored_N)
 
     def read_picture(self, sample: int, picture: int = 0, shards: OpenShards | None = None) -> bytes:
         """Bytes of one of the sample's pictures or latents, as they are now in the shard. Raises OSError.
@@ -135,34 +197,43 @@ class SourceIndex:
         return part.fault(place, reason)
 
     def _place(self, sample: int) -> tuple[ShardIndex, int]:
+        return self._located(sample)[1:]
+
+    def _located(self, sample: int) -> tuple[int, ShardIndex, int]:
+        """Number of the shard, its index, and the number of the sample there."""
         number = bisect_right(self._start_of_part, sample) - 1
         place = sample - self._start_of_part[number]
         kept = self._kept[number]
-        return self._parts[number], place if kept is None else int(kept[place])
+        return number, self._parts[number], place if kept is None else int(kept[place])
 
     def __getstate__(self) -> dict[str, Any]:
         # Lengths are for planning, which workers do not; without them a large source starts at once there too.
-        lengths = ("caption_start_N", "text_tokens_C", "images_N", "interleaved_N", "faults", "windows")
-        return {name: value for name, value in self.__dict__.items() if name not in lengths}
+        lengths = (
+            "caption_start_N", "text_tokens_C", "images_N", "interleaved_N", "patches_N", "faults", "windows",
+        )  # fmt: skip
+        kept = {name: value for name, value in self.__dict__.items() if name not in lengths}
+        return kept | {"_size_numbers": {}}
 
 
 class _View:
-    """Of one shard what fits a row of this length. kept: numbers of these samples; None: all of them."""
+    """Of one shard what fits a row of this length. kept: numbers of these samples; None: all of them.
 
-    def __init__(self, part: ShardIndex, patches: int, row_length: int, latent_channels: int) -> None:
+    patches_N: of all images of each sample's document.
+    """
+
+    def __init__(self, part: ShardIndex, patches_N: Integers, row_length: int, latent_channels: int) -> None:
         self.captions_N: NDArray[Any] = part["captions_N"]
         self.tokens_C: NDArray[Any] = part["tokens_C"]
         self.images_N: NDArray[Any] = part.images_N
         self.interleaved_N: NDArray[np.bool_] = (part["elements_N"] > 0) & (self.images_N > 0)
+        self.patches_N = patches_N
         self.kept: Integers | None = None
         self.faults = list(part.faults())
-        is_pair_C = np.repeat((self.images_N > 0) & ~self.interleaved_N, self.captions_N)
-        fits_C = ~is_pair_C | (self.tokens_C <= row_length - patches - PAIR_CONTROL_TOKENS)
-        if self.interleaved_N.any():
-            longest_C = row_length - TEXT_CONTROL_TOKENS - np.repeat(
-                self.images_N * (patches + IMAGE_CONTROL_TOKENS), self.captions_N
-            )  # fmt: skip
-            fits_C &= ~np.repeat(self.interleaved_N, self.captions_N) | (self.tokens_C <= longest_C)
+        longest_N = row_length - TEXT_CONTROL_TOKENS - patches_N - self.images_N * IMAGE_CONTROL_TOKENS
+        is_cut_N = self.images_N == 0
+        fits_C = np.repeat(is_cut_N, self.captions_N) | (
+            self.tokens_C <= np.repeat(longest_N, self.captions_N)
+        )
         channels_I = part["latent_channels_I"]
         strange_I = (channels_I > 0) & (channels_I != latent_channels) & (latent_channels > 0)
         strange = set(np.repeat(np.arange(len(part)), part["pictures_N"])[strange_I].tolist())
@@ -177,6 +248,7 @@ class _View:
             self.faults.append(part.fault(sample, "latent_shape" if sample in strange else "longer_than_row"))
         self.captions_N, self.tokens_C = fitting_N[self.kept], self.tokens_C[fits_C]
         self.images_N, self.interleaved_N = self.images_N[self.kept], self.interleaved_N[self.kept]
+        self.patches_N = self.patches_N[self.kept]
 
 
 def build_index(
@@ -189,12 +261,13 @@ def build_index(
     latent_channels: int = 0,
     cache: CacheSettings | None = None,
     codec: CodecConfig | None = None,
+    sizes: ImageSizes | None = None,
 ) -> SourceIndex:
     """The index of a source; index files that are missing are made first.
 
-    cache: for remote shards; None: the default one below this folder. codec: the one whose latents are taken; None:
-    any. Raises UserError when a shard is missing, an index is stale, latents are of another codec, or no good sample
-    is left.
+    patches, sizes: see `SourceIndex`. cache: for remote shards; None: the default one below this folder. codec: the
+    one whose latents are taken; None: any. Raises UserError when a shard is missing, an index is stale, latents are of
+    another codec, or no good sample is left.
     """
     cache = cache or CacheSettings.of(CacheConfig(), Path("cache"))
     shards = [shard for shard in find_shards(source.shards, cache) if is_shard(shard)]
@@ -210,6 +283,7 @@ def build_index(
         row_length=row_length,
         latent_channels=latent_channels,
         window_shards=source.window_shards,
+        sizes=sizes,
     )
     if not len(index):
         raise UserError(
@@ -227,6 +301,11 @@ def refuse_too_many(indexes: Iterable[SourceIndex], greatest_share: float) -> No
                 f"source {index.name}: {len(harm)} of {len(harm) + len(index)} samples are bad{_why(harm)};"
                 f" mend the shards or raise data.max_faults ({greatest_share})"
             )
+
+
+def _sums(counts: NDArray[Any]) -> Integers:
+    """Of none, of the first, of the first two, and so on."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def _joined(arrays: Sequence[NDArray[Any]], kind: type) -> NDArray[Any]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from transfusion.config import CodecConfig
 from transfusion.errors import UserError
+from transfusion.sizes import Size
 
 # A header longer than this is none of ours; only so much is parsed.
 HEADER_BYTES = 4096
@@ -32,7 +33,8 @@ LATENTS, TOKENS = "latent.npy", "tokens.npy"
 class LatentRecord(NamedTuple):
     """Of one shard: the codec's fingerprint, the size of the pictures, how many have latents, which do not and why.
 
-    source, source_bytes: the shard that the pictures came from.
+    source, source_bytes: the shard that the pictures came from. image_size: side of square pictures; 0: they have
+    other sizes, `image_sizes`.
     """
 
     codec: str
@@ -42,6 +44,20 @@ class LatentRecord(NamedTuple):
     left_out: dict[str, int]
     source: str
     source_bytes: int
+    image_sizes: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> frozenset[Size]:
+        """Sizes of the pictures."""
+        return frozenset(map(Size.parse, self.image_sizes)) or frozenset([Size(*[self.image_size] * 2)])
+
+
+def record_sizes(codec: CodecConfig) -> tuple[int, tuple[str, ...]]:
+    """image_size and image_sizes of the record of latents that this codec has made."""
+    (height, width), *others = codec.sizes
+    if height == width and not others:
+        return height, ()
+    return 0, tuple(map(str, codec.sizes))
 
 
 def record_path(shard: Path) -> Path:
@@ -51,8 +67,9 @@ def record_path(shard: Path) -> Path:
 def read_record(shard: Path) -> LatentRecord | None:
     """What is told of a shard's latents; None: nothing, or nothing that can be read."""
     try:
-        return LatentRecord(**json.loads(record_path(shard).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        values = json.loads(record_path(shard).read_text(encoding="utf-8"))
+        return LatentRecord(**{**values, "image_sizes": tuple(values.get("image_sizes", ()))})
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
@@ -72,8 +89,11 @@ def refuse_other_latents(shard: Path, codec: CodecConfig, source: str) -> None:
         problem = f"are of an unknown codec ({record_path(shard).name} is missing)"
     elif record.codec != codec.fingerprint:
         problem = f"were made by codec {record.codec}, not by {codec.fingerprint or 'codec.kind=pixels'}"
-    elif record.image_size != codec.image_size:
-        problem = f"are of pictures of {record.image_size} pixels, and codec.image_size is {codec.image_size}"
+    elif record.sizes != set(codec.sizes):
+        made = ", ".join(sorted(map(str, record.sizes)))
+        problem = (
+            f"are of pictures of {made} pixels, and the configuration has {', '.join(map(str, codec.sizes))}"
+        )
     else:
         return
     raise UserError(

@@ -189,6 +189,7 @@ def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: To
             latent_channels=source.latent_channels or config.codec.stored_channels,
             cache=cache_of(config),
             codec=config.codec,
+            sizes=config.image_sizes,
         )
         for source in sources
     ]
@@ -205,6 +206,8 @@ def source_lengths(index: SourceIndex, schedule: Schedule, config: Config) -> So
         interleaved_N=index.interleaved_N,
         patches=config.patches_per_image,
         windows=index.windows,
+        patches_N=index.patches_N,
+        image_sizes=config.codec.image_sizes,
     )
 
 

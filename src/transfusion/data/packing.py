@@ -40,8 +40,10 @@ def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[ImageGroup, ...
                 (first_slot, image)
             )
     if not by_shape:
-        shape = (settings.channels, settings.image_size, settings.image_size)
-        nothing = RowImage(np.zeros(shape, np.uint8), 0, settings.patches, 0, 0)
+        size = settings.sizes.first
+        nothing = RowImage(
+            np.zeros((settings.channels, *size), np.uint8), 0, settings.sizes.patches(size), 0, 0
+        )
         return (_group([(0, nothing)], weight=0.0),)
     return tuple(_group(images, weight=1.0) for _, images in sorted(by_shape.items()))
 

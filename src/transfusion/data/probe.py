@@ -10,9 +10,10 @@ import struct
 import zlib
 from typing import NamedTuple
 
+from transfusion.sizes import GREATEST_ASPECT as GREATEST_ASPECT
+
 GREATEST_PIXELS = 50_000_000
 SMALLEST_SIDE = 8
-GREATEST_ASPECT = 20
 # Pillow refuses more in one text or profile, so more is refused here, before it is decoded.
 GREATEST_METADATA = 1 << 20
 

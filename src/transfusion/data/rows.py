@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,15 +17,24 @@ from numpy.typing import NDArray
 from transfusion.config import Config
 from transfusion.data import keyed
 from transfusion.data.deck import Variant
-from transfusion.data.decode import DecodeFault, decode
+from transfusion.data.decode import DecodeFault, decode_to
 from transfusion.data.index import SourceIndex
 from transfusion.data.latents import LatentFault, read_latent, read_tokens
 from transfusion.data.planner import Piece, RowPlan
 from transfusion.data.scan import Fault
-from transfusion.data.sequence import Draft, draft, draft_pair, draft_text, lay_out_all, position_axes
+from transfusion.data.sequence import (
+    Draft,
+    draft,
+    draft_pair,
+    draft_text,
+    image_segment,
+    lay_out_all,
+    position_axes,
+)
 from transfusion.data.shardindex import OpenShards
 from transfusion.data.strips import Strips
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
+from transfusion.sizes import ImageSizes
 from transfusion.timesteps import TimestepLaw
 
 _TIMESTEP, _NOISE = keyed.word("timestep"), keyed.word("noise")
@@ -46,10 +55,9 @@ class RowSettings:
     seed: int
     row_length: int
     axes: int
-    patches: int
     channels: int
-    image_size: int
-    latent_shape: tuple[int, int, int]
+    latent_channels: int
+    sizes: ImageSizes
     timesteps: TimestepLaw
     image_first_timesteps: int
     causal_images: bool = False
@@ -61,10 +69,9 @@ class RowSettings:
             seed=config.run.seed,
             row_length=config.data.row_length,
             axes=position_axes(config.model.position),
-            patches=config.patches_per_image,
             channels=config.codec.channels,
-            image_size=config.codec.image_size,
-            latent_shape=config.codec.latent_shape(config.codec.image_size, config.codec.image_size),
+            latent_channels=config.codec.depth,
+            sizes=config.image_sizes,
             timesteps=TimestepLaw.of(config.diffusion),
             image_first_timesteps=config.diffusion.understanding_timestep_limit or config.diffusion.steps,
             causal_images=config.model.image_attention == "causal",
@@ -110,7 +117,7 @@ class RowBuilder:
     def build(self, plan: RowPlan) -> Row:
         """The planned row. A sample that cannot be read keeps its place, silenced, as a fault of the row."""
         pictures, faults = self._pictures(plan)
-        drafts = [self._draft(piece) for piece in plan]
+        drafts = [self._draft(piece, pictures.get(number, ())) for number, piece in enumerate(plan)]
         bad = [number for number, piece in enumerate(plan) if _has_images(piece) and number not in pictures]
         images = self._images(plan, drafts, pictures)
         return joined(drafts, self._settings, images, faults, silenced=bad)
@@ -119,21 +126,28 @@ class RowBuilder:
         """A row of padding alone."""
         return self.build(())
 
-    def _draft(self, piece: Piece) -> Draft:
-        if piece.variant == Variant.INTERLEAVED:
-            return draft(self._indexes[piece.source].segments(piece.sample)[0])
-        ids = self._indexes[piece.source].text_ids(piece.sample, piece.caption)
+    def _draft(self, piece: Piece, pictures: Sequence[Values]) -> Draft:
+        """pictures: its images; none of a piece whose images could not be had."""
+        index = self._indexes[piece.source]
         if piece.variant == Variant.TEXT:
-            return draft_text(ids, piece.first, piece.tokens)
-        caption = None if piece.variant == Variant.CAPTION_DROPPED else ids
-        caption_first = piece.variant == Variant.CAPTION_FIRST
-        return draft_pair(caption, self._settings.patches, caption_first=caption_first)
+            return draft_text(index.text_ids(piece.sample, piece.caption), piece.first, piece.tokens)
+        if piece.variant == Variant.INTERLEAVED:
+            segments = index.segments(piece.sample)[0]
+            return draft(with_values(segments, pictures, self._settings.sizes) if pictures else segments)
+        caption, image = index.text_ids(piece.sample, piece.caption), index.image(piece.sample)
+        if pictures and self._settings.sizes.several:
+            image = _cut(pictures[0], image, self._settings.sizes)
+        return draft_pair(
+            None if piece.variant == Variant.CAPTION_DROPPED else caption,
+            image,
+            caption_first=piece.variant == Variant.CAPTION_FIRST,
+        )
 
     def _pictures(self, plan: RowPlan) -> tuple[dict[int, list[Values]], tuple[Fault, ...]]:
         """The images of each piece by its number, and the faults of those pieces whose images could not be had."""
         places: dict[int, list[Place]] = {}
         faults = []
-        strips = Strips(channels=self._settings.channels, image_size=self._settings.image_size)
+        strips = Strips(channels=self._settings.channels)
         begun: dict[Place, Values | None] = {}
         with OpenShards() as shards:
             for number, piece in enumerate(plan):
@@ -174,7 +188,9 @@ class RowBuilder:
             if index.is_latent(sample, number):
                 values = read_values(index, sample, number, self._settings, shards)
             else:
-                strips.add(place, index.read_picture(sample, number, shards))
+                sizes = self._settings.sizes
+                size = index.size(sample, number) or sizes.first
+                strips.add(place, index.read_picture(sample, number, shards), size, sizes.when_turned(size))
         begun[place] = values
 
     def _finish(self, begun: dict[Place, Values | None], strips: Strips) -> dict[Place, Values]:
@@ -195,8 +211,7 @@ class RowBuilder:
         starts = borders(drafts)
         places = [(number, image) for number, values in pictures.items() for image in range(len(values))]
         understood = [
-            drafts[number].images[image][0] + self._settings.patches + _AFTER_LAST_IMAGE
-            < len(drafts[number].token_ids_S)
+            sum(drafts[number].images[image][:2]) + _AFTER_LAST_IMAGE < len(drafts[number].token_ids_S)
             for number, image in places
         ]
         timesteps, noise_keys = self._random([plan[number] for number, _ in places], places, understood)
@@ -204,7 +219,7 @@ class RowBuilder:
             RowImage(
                 pictures[number][image],
                 starts[number] + drafts[number].images[image][0],
-                self._settings.patches,
+                drafts[number].images[image][1],
                 *drawn,
             )
             for (number, image), *drawn in zip(places, timesteps, noise_keys, strict=True)
@@ -237,25 +252,40 @@ def read_values(
     shards: open ones, where several are read.
     """
     data = index.read_picture(sample, picture, shards)
+    size = index.size(sample, picture) or settings.sizes.first
     if not index.is_latent(sample, picture):
-        return decode(data, channels=settings.channels, image_size=settings.image_size)
+        turned = settings.sizes.when_turned(size)
+        return decode_to(data, size, turned=turned, channels=settings.channels)
     try:
         latent: Values = read_tokens(data, settings.codes) if settings.codes else read_latent(data)
     except LatentFault as error:
         raise DecodeFault(str(error)) from None
-    if latent.shape != (settings.latent_shape[1:] if settings.codes else settings.latent_shape):
+    latent_shape = settings.sizes.latents(size)
+    if latent.shape != (latent_shape if settings.codes else (settings.latent_channels, *latent_shape)):
         raise DecodeFault("latent_shape")
     return latent
 
 
-def pair_segments(
-    caption_ids: Sequence[int], values: Values | None, patches: int, variant: int
-) -> list[Segment]:
+def pair_segments(caption_ids: Sequence[int], image: ImageSegment, variant: int) -> list[Segment]:
     """Segments of a picture with its caption, in the order of the variant."""
-    caption, image = TextSegment(tuple(caption_ids)), ImageSegment(values, patches)
+    caption = TextSegment(tuple(caption_ids))
     if variant == Variant.CAPTION_DROPPED:
         return [image]
     return [caption, image] if variant == Variant.CAPTION_FIRST else [image, caption]
+
+
+def with_values(segments: Sequence[Segment], pictures: Sequence[Values], sizes: ImageSizes) -> list[Segment]:
+    """The document with its pictures, in order, each cut as its values are: one may have been turned upright."""
+    values = iter(pictures)
+    return [
+        _cut(next(values), segment, sizes) if isinstance(segment, ImageSegment) else segment
+        for segment in segments
+    ]
+
+
+def _cut(values: Values, planned: ImageSegment, sizes: ImageSizes) -> ImageSegment:
+    size = sizes.of(values)
+    return image_segment(sizes, size, values) if size else replace(planned, values_CHW=values)
 
 
 def _has_images(piece: Piece) -> bool:

@@ -5,7 +5,7 @@
     image first     <BOS> <BOI> patches <EOI> caption <EOS>
     caption dropped <BOS> <BOI> patches <EOI> <EOS>
 
-Any order of texts and images works the same way.
+Any order of texts and images works the same way. Where pictures have several sizes, <BOI> is another token for each.
 Shape suffixes: S positions of the document, A position axes.
 """
 
@@ -16,12 +16,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken
+from transfusion.sizes import ImageSizes, Size
 
 # <BOS> and <EOS> of a document; <BOI> and <EOI> of each image in it; all of a document with one image.
 TEXT_CONTROL_TOKENS = 2
@@ -33,7 +34,7 @@ Integers = NDArray[np.int64]
 # The control tokens as plain arrays: looking them up in the enumeration costs more than all else here.
 _PADDING = int(SpecialToken.PADDING)
 _BOS, _EOS = np.array([int(SpecialToken.BEGIN_DOCUMENT)]), np.array([int(SpecialToken.END_DOCUMENT)])
-_BOI, _EOI = np.array([int(SpecialToken.BEGIN_IMAGE)]), np.array([int(SpecialToken.END_IMAGE)])
+_EOI = np.array([int(SpecialToken.END_IMAGE)])
 _PATCH = int(SpecialToken.PATCH)
 _TEXT = len(SpecialToken)
 
@@ -76,15 +77,25 @@ def position_axes(position: str) -> int:
     return {"1d": 1, "2d": 3}[position]
 
 
+def image_segment(sizes: ImageSizes, size: Size, values: Any = None) -> ImageSegment:
+    """A picture of this size."""
+    return ImageSegment(values, sizes.patches(size), sizes.grid(size)[1], sizes.begins_with(size))
+
+
+def _columns(image: ImageSegment) -> int:
+    return image.columns or math.isqrt(image.patches)
+
+
 class Draft(NamedTuple):
     """The tokens of one document, or of a piece of one, before the rules are applied.
 
-    following: the token behind the last. images: as in Layout. learns_text: False where no text is a target.
+    following: the token behind the last. images: (first patch, patches, patches in a row of them).
+    learns_text: False where no text is a target.
     """
 
     token_ids_S: Integers
     following: int
-    images: tuple[tuple[int, int], ...]
+    images: tuple[tuple[int, int, int], ...]
     learns_text: bool
 
 
@@ -94,8 +105,8 @@ def draft(segments: Sequence[Segment], *, finished: bool = True) -> Draft:
     images, length, learns_text = [], 1, False
     for segment in segments:
         if isinstance(segment, ImageSegment):
-            images.append((length + 1, segment.patches))
-            parts.append(_image_tokens(segment.patches))
+            images.append((length + 1, segment.patches, _columns(segment)))
+            parts.append(_image_tokens(segment.begin, segment.patches))
             length += segment.patches + IMAGE_CONTROL_TOKENS
         else:
             parts.append(np.array(segment.token_ids, dtype=np.int64))
@@ -106,14 +117,14 @@ def draft(segments: Sequence[Segment], *, finished: bool = True) -> Draft:
     return Draft(np.concatenate(parts), _PADDING, tuple(images), learns_text)
 
 
-def draft_pair(caption_ids: NDArray[np.integer] | None, patches: int, *, caption_first: bool) -> Draft:
+def draft_pair(caption_ids: NDArray[np.integer] | None, image: ImageSegment, *, caption_first: bool) -> Draft:
     """A picture with its caption, or without one (None): as `draft`, of which most documents are this kind."""
-    image = _image_tokens(patches)
+    tokens, shape = _image_tokens(image.begin, image.patches), (image.patches, _columns(image))
     if caption_ids is None:
-        return Draft(np.concatenate([_BOS, image, _EOS]), _PADDING, ((2, patches),), False)
-    parts = [_BOS, caption_ids, image, _EOS] if caption_first else [_BOS, image, caption_ids, _EOS]
+        return Draft(np.concatenate([_BOS, tokens, _EOS]), _PADDING, ((2, *shape),), False)
+    parts = [_BOS, caption_ids, tokens, _EOS] if caption_first else [_BOS, tokens, caption_ids, _EOS]
     first_patch = 2 + len(caption_ids) if caption_first else 2
-    return Draft(np.concatenate(parts), _PADDING, ((first_patch, patches),), True)
+    return Draft(np.concatenate(parts), _PADDING, ((first_patch, *shape),), True)
 
 
 def draft_text(token_ids: NDArray[np.integer], first: int, tokens: int) -> Draft:
@@ -161,10 +172,10 @@ def lay_out_all(drafts: Sequence[Draft], *, axes: int = 1, causal_images: bool =
     for start, length, each in zip(starts, lengths, drafts, strict=False):
         if not each.learns_text:
             weight_S[start : start + length] = 0
-        for first, patches in each.images:
+        for first, patches, columns in each.images:
             if not causal_images:
                 end_key_S[start + first : start + first + patches] = start + first + patches
-            images.append((start + first, patches))
+            images.append((start + first, patches, columns))
     running_S = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
     return Layout(
         token_ids_S=token_ids_S,
@@ -173,17 +184,17 @@ def lay_out_all(drafts: Sequence[Draft], *, axes: int = 1, causal_images: bool =
         target_ids_S=target_ids_S,
         text_weight_S=weight_S,
         end_key_S=end_key_S,
-        images=tuple(images),
+        images=tuple((first, patches) for first, patches, _ in images),
     )
 
 
 @functools.cache
-def _image_tokens(patches: int) -> Integers:
+def _image_tokens(begin: int, patches: int) -> Integers:
     """<BOI>, patches, <EOI>."""
-    return np.concatenate([_BOI, np.full(patches, _PATCH), _EOI])
+    return np.concatenate([[begin], np.full(patches, _PATCH), _EOI])
 
 
-def _positions(running_S: Integers, images: Sequence[tuple[int, int]], axes: int) -> Integers:
+def _positions(running_S: Integers, images: Sequence[tuple[int, int, int]], axes: int) -> Integers:
     """Running positions; with three axes a patch has (first, first + row, first + column) of its image.
 
     After an image the running position goes on as if its patches stood in one line.
@@ -191,9 +202,8 @@ def _positions(running_S: Integers, images: Sequence[tuple[int, int]], axes: int
     if axes == 1:
         return running_S[:, None]
     position_SA = np.repeat(running_S[:, None], 3, axis=1)
-    for first, patches in images:
-        side = math.isqrt(patches)
-        row, column = np.divmod(np.arange(patches), side)
+    for first, patches, columns in images:
+        row, column = np.divmod(np.arange(patches), columns)
         position_SA[first : first + patches] = running_S[first]
         position_SA[first : first + patches, 1] += row
         position_SA[first : first + patches, 2] += column

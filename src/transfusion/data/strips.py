@@ -14,6 +14,7 @@ from PIL import Image
 
 from transfusion.data import decode as single
 from transfusion.data.decode import Picture
+from transfusion.sizes import Size
 
 # Values held together. More would leave the processor's cache, and be fresh memory at each step.
 _STRIP_BYTES = 1 << 18
@@ -21,56 +22,58 @@ _FEWEST = 2
 
 
 class Strips:
-    """Decodes pictures one by one and finishes those of one size together; each as `decode` would.
+    """Decodes pictures one by one and finishes those of one size together; each as `decode_to` would.
 
-    channels: 1 grey, 3 colour. image_size: of all results.
+    channels: 1 grey, 3 colour.
     """
 
-    def __init__(self, *, channels: int, image_size: int) -> None:
-        self._channels, self._image_size = channels, image_size
-        self._waiting: dict[tuple[int, ...], list[tuple[Hashable, Picture]]] = {}
+    def __init__(self, *, channels: int) -> None:
+        self._channels = channels
+        # By the shape that they have, and the size that they are to have.
+        self._waiting: dict[tuple[tuple[int, ...], Size], list[tuple[Hashable, Picture]]] = {}
         self._done: dict[Hashable, Picture] = {}
 
-    def add(self, place: Hashable, data: bytes) -> None:
-        """Decode a picture, whose values `finish` will give under this place. Raises DecodeFault."""
-        picture = single.opened(data)
-        if isinstance(picture, Image.Image) or not self._is_for_strip(picture):
-            self._done[place] = self._alone(picture)
+    def add(self, place: Hashable, data: bytes, size: Size, turned: Size | None = None) -> None:
+        """Decode a picture, whose values `finish` will give under this place, of the size or, where it was stored on
+        its side, of the other one. Raises DecodeFault."""
+        picture, on_its_side = single.opened(data)
+        size = turned if turned and on_its_side else size
+        if isinstance(picture, Image.Image) or not self._is_for_strip(picture, size):
+            self._done[place] = single.brought_to_size(picture, size, channels=self._channels)
             return
-        strip = self._waiting.setdefault(picture.shape, [])
+        kind = picture.shape, size
+        strip = self._waiting.setdefault(kind, [])
         strip.append((place, picture))
         if (len(strip) + 1) * picture.nbytes > _STRIP_BYTES:
-            self._finish(self._waiting.pop(picture.shape))
+            self._finish(self._waiting.pop(kind), size)
 
     def finish(self) -> dict[Hashable, Picture]:
-        """All pictures since the last call, uint8 [channels, image_size, image_size], by place."""
+        """All pictures since the last call, uint8 [channels, height, width], by place."""
         while self._waiting:
-            self._finish(self._waiting.popitem()[1])
+            (_, size), strip = self._waiting.popitem()
+            self._finish(strip, size)
         done, self._done = self._done, {}
         return done
 
-    def _is_for_strip(self, picture: Picture) -> bool:
+    def _is_for_strip(self, picture: Picture, size: Size) -> bool:
         is_small = _FEWEST * picture.nbytes <= _STRIP_BYTES
-        return is_small and self._channels != 1 and min(picture.shape[:2]) != self._image_size
+        _, _, height, width = single.middle(*picture.shape[:2], size)
+        return is_small and self._channels != 1 and height != size.height and width != size.width
 
-    def _finish(self, strip: Sequence[tuple[Hashable, Picture]]) -> None:
+    def _finish(self, strip: Sequence[tuple[Hashable, Picture]], size: Size) -> None:
         if len(strip) < _FEWEST:
-            self._done.update((place, self._alone(picture)) for place, picture in strip)
+            self._done.update(
+                (place, single.brought_to_size(picture, size, channels=self._channels))
+                for place, picture in strip
+            )
             return
-        values_NCHW = resampled(
-            [_centre_square(picture) for _, picture in strip], self._image_size, self._image_size
-        )
+        values_NCHW = resampled([_middle(picture, size) for _, picture in strip], *size)
         self._done.update((place, values) for (place, _), values in zip(strip, values_NCHW, strict=True))
 
-    def _alone(self, picture: Image.Image | Picture) -> Picture:
-        return single.brought_to_size(picture, channels=self._channels, image_size=self._image_size)
 
-
-def _centre_square(picture: Picture) -> Picture:
-    height, width, _ = picture.shape
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
-    return picture[top : top + side, left : left + side]
+def _middle(picture: Picture, size: Size) -> Picture:
+    top, left, height, width = single.middle(*picture.shape[:2], size)
+    return picture[top : top + height, left : left + width]
 
 
 def resampled(pictures: Sequence[Picture], height: int, width: int) -> Picture:

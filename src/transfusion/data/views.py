@@ -30,7 +30,7 @@ def show_rows(config: Config, out: Path, *, rows: int = 4, step: int = 0) -> Non
     """
     if out.suffix not in _SUFFIXES:
         raise UserError(f"out {out} must end in {' or '.join(_SUFFIXES)}")
-    indexes, tokenizer = _opened(config)
+    indexes, tokenizer, config = _opened(config)
     planner = _planner(config, indexes)
     for _ in range(step):
         # Of a batch that is passed over, no row is wanted.
@@ -53,7 +53,7 @@ def show_rows(config: Config, out: Path, *, rows: int = 4, step: int = 0) -> Non
 
 def stats_config(config: Config, *, steps: int = 64) -> dict[str, Any]:
     """Plain values: of each source its samples, lengths and faults, and what the plan makes of them all."""
-    indexes, _ = _opened(config)
+    indexes, _, config = _opened(config)
     sources = [
         source_lengths(index, source.schedule, config)
         for index, source in zip(indexes, config.data.sources, strict=True)
@@ -64,11 +64,13 @@ def stats_config(config: Config, *, steps: int = 64) -> dict[str, Any]:
     return found
 
 
-def _opened(config: Config) -> tuple[list[SourceIndex], Tokenizer]:
+def _opened(config: Config) -> tuple[list[SourceIndex], Tokenizer, Config]:
+    """The indexes of the training sources, the tokenizer, and the configuration with its vocabulary."""
     if not config.data.sources:
         raise UserError("data.sources is empty; name at least one source with its shards")
     tokenizer = Tokenizer(config.data.tokenizer)
-    return build_indexes(config, config.data.sources, tokenizer), tokenizer
+    config = config.with_vocabulary(tokenizer.vocabulary)
+    return build_indexes(config, config.data.sources, tokenizer), tokenizer, config
 
 
 def _planner(config: Config, indexes: list[SourceIndex]) -> Planner:
@@ -91,6 +93,7 @@ def _source_stats(index: SourceIndex, config: Config) -> dict[str, Any]:
             name: int(np.quantile(tokens_C, place, method="nearest")) for name, place in _QUANTILES.items()
         },
         "longer_than_a_row": int((tokens_C > config.data.row_length).sum()),
+        "image_sizes": index.images_by_size(),
         "faults": dict(collections.Counter(fault.reason for fault in index.faults).most_common()),
     }
 
@@ -114,6 +117,11 @@ def describe_stats(found: dict[str, Any]) -> str:
         f" {found['padding_share']:.3%}, {found['texts_cut']:,} texts cut"
         f" ({found['texts_cut_that_fit_a_row']:,} of them would fit a row), {found['images_cut']} images cut",
         "",
+    ]
+    lines += [
+        f"{name}: {count:,} images of {size}"
+        for name, each in found["sources"].items()
+        for size, count in each["image_sizes"].items()
     ]
     faults = [
         f"{name}: {count:,} x {reason}"

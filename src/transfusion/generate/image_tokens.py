@@ -15,7 +15,6 @@ from transfusion.diffusion.noise import counter_normal
 from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.images import ImageSampling
 from transfusion.generate.reader import Block, Reader
-from transfusion.schema import SpecialToken
 
 # Keeps these draws apart from those of samplers and of text.
 TOKEN_STREAM = 1 << 21
@@ -33,33 +32,33 @@ def draw_tokens(
     Guidance is applied to the logits of the image tokens; steps and sampler of `sampling` have no meaning here. The
     model is called once a token, both branches of the guidance in one batch. `prefixes` stays as it is.
     """
-    images, guided = len(rows), sampling.guidance != 1
+    images, guided, size = len(rows), sampling.guidance != 1, sampling.size or reader.sizes.first
+    patches = reader.sizes.patches(size)
     parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
     if guided:
-        parts.append((reader.unconditional(), [0] * images))
+        parts.append((reader.unconditional(size), [0] * images))
     longest = max(cache.lengths[row] for cache, chosen in parts for row in chosen)
-    cache = KeyValueCache.gathered(parts, longest + reader.patches)
+    cache = KeyValueCache.gathered(parts, longest + patches)
     # <BOI> is read once more, for the state that the first token is drawn from.
     cache.lengths = [length - 1 for length in cache.lengths]
     view = cache.view()
-    begin = reader.token_block([SpecialToken.BEGIN_IMAGE] * len(cache.lengths), cache.lengths)
+    begin = reader.token_block([reader.sizes.begins_with(size)] * len(cache.lengths), cache.lengths)
     state_RD = reader.read(view, begin)
-    position_RPA = reader.image_positions(view.lengths)
+    position_RPA = reader.image_positions(view.lengths, size)
     key_I = torch.tensor(keys, device=reader.device)
     drawn: list[Tensor] = []
-    for place in range(reader.patches):
+    for place in range(patches):
         logit_RK = reader.image_logits(state_RD)
         if guided:
             conditional, unconditional = logit_RK.chunk(2)
             logit_RK = guide(conditional, unconditional, sampling.guidance)
         token_I = choose_token(logit_RK, key_I, place)
         drawn.append(token_I)
-        if place + 1 < reader.patches:
+        if place + 1 < patches:
             id_R1 = reader.image_ids(torch.cat((token_I, token_I)) if guided else token_I)[:, None]
             here_R1A = position_RPA[:, place : place + 1]
             state_RD = reader.read(view, Block(id_R1, here_R1A, torch.ones_like(id_R1), [1] * len(id_R1)))
-    _, height, width = reader.latent_shape
-    return torch.stack(drawn, 1).unflatten(1, (height, width))
+    return torch.stack(drawn, 1).unflatten(1, reader.sizes.latents(size))
 
 
 def choose_token(logit_IK: Tensor, key_I: Tensor, place: int) -> Tensor:

@@ -24,6 +24,7 @@ from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.reader import Reader
 from transfusion.model import Transfusion
 from transfusion.model.patches import unpatchify
+from transfusion.sizes import Size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,16 +32,22 @@ class ImageSampling:
     """How images are drawn. guidance 1 is the model itself; steps are calls of the model for each image.
 
     sampler "auto": the first of `SAMPLERS` for the model's objective. heun calls twice a step, but once in the last.
+    size: one of the model's; None: the first.
     """
 
     guidance: float = 3.0
     steps: int = 100
     sampler: SamplerName = "auto"
     seed: int = 0
+    size: Size | None = None
 
 
 def check(sampling: ImageSampling, config: Config) -> None:
     """Raise UserError for settings that cannot be carried out as asked."""
+    if sampling.size not in (None, *config.codec.sizes):
+        raise UserError(
+            f"size {sampling.size} is none of this model's pictures; choose {config.image_sizes.named()}"
+        )
     fitting = SAMPLERS[config.diffusion.objective]
     if sampling.sampler not in ("auto", *fitting):
         raise UserError(
@@ -90,24 +97,25 @@ def draw(
     """
     model, codec = reader.model, reader.codec
     assert isinstance(model, Transfusion) and isinstance(codec, Codec)
-    images, guided = len(rows), sampling.guidance != 1
+    images, guided, size = len(rows), sampling.guidance != 1, sampling.size or reader.sizes.first
+    patches, latent_shape = reader.sizes.patches(size), reader.latent_shape(size)
     parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
     if guided:
-        parts.append((reader.unconditional(), [0] * images))
+        parts.append((reader.unconditional(size), [0] * images))
     longest = max(cache.lengths[row] for cache, chosen in parts for row in chosen)
-    view = KeyValueCache.gathered(parts, longest + reader.patches).view()
-    position_RPA = reader.image_positions(view.lengths)[:, : reader.patches]
-    mask = view.mask(reader.image_ends(len(position_RPA)))
+    view = KeyValueCache.gathered(parts, longest + patches).view()
+    position_RPA = reader.image_positions(view.lengths, size)[:, :patches]
+    mask = view.mask(reader.image_ends(len(position_RPA), patches))
 
     def predict(latent_ICHW: Tensor, timestep: float) -> Tensor:
         timestep_I = torch.full((images,), timestep, device=reader.device)
         encoding = model.encode_patches([latent_ICHW], timestep_I)
         if guided:
             encoding = encoding.twice()
-        patches_RPD = encoding.patch_ND.unflatten(0, (-1, reader.patches))
+        patches_RPD = encoding.patch_ND.unflatten(0, (-1, patches))
         hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
         predicted_NE = model.decode_patches(model.norm(hidden_RPD).flatten(0, 1), encoding)
-        answer_RCHW = unpatchify(predicted_NE, *reader.latent_shape, model.config.patch_size).float()
+        answer_RCHW = unpatchify(predicted_NE, *latent_shape, model.config.patch_size).float()
         if not guided:
             return answer_RCHW
         conditional, unconditional = answer_RCHW.chunk(2)
@@ -115,4 +123,4 @@ def draw(
 
     key_I = torch.tensor(keys, device=reader.device)
     sampler = build_sampler(sampling, config, clip=codec.bound)
-    return sampler.sample(start_noise(key_I, reader.latent_shape), predict, key_I)
+    return sampler.sample(start_noise(key_I, latent_shape), predict, key_I)

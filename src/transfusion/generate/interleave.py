@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from transfusion.generate.drawing import draw_pictures
 from transfusion.generate.images import ImageSampling
 from transfusion.generate.language import TextSampling, choose, restrict
 from transfusion.generate.reader import Reader
-from transfusion.schema import ImageSegment, Segment, SpecialToken, TextSegment
+from transfusion.schema import Segment, SpecialToken, TextSegment
+from transfusion.sizes import Size
 
 # A picture is uint8 [C, H, W].
 Part = str | Tensor
@@ -53,6 +54,8 @@ class _Row:
     parts: list[list[int] | Tensor] = field(default_factory=list)
     tokens: int = 0
     images: int = 0
+    # Of the image that it waits for.
+    size: Size | None = None
 
     def say(self, token: int) -> None:
         if not self.parts or isinstance(self.parts[-1], Tensor):
@@ -78,6 +81,10 @@ class Conversation:
     ) -> None:
         self.reader, self.tokenizer, self.diffusion = reader, tokenizer, diffusion
         self.text, self.image, self.limits = text, image, limits
+        # Of drawn pictures, by what begins them.
+        self._begun = {
+            token: size for token, size in reader.sizes.begun.items() if image.size in (None, size)
+        }
 
     def run(self, prompts: Sequence[Sequence[Part]], first_row: int) -> list[list[Part]]:
         """What each prompt is continued with. `first_row` is the first prompt's number in the request."""
@@ -103,14 +110,15 @@ class Conversation:
                 f"a prompt of {max(counts)} tokens and patches leaves no room in rows of {self.limits.length}"
                 " (data.row_length)"
             )
-        new = self.limits.tokens + self.limits.images * (self.reader.patches + 2)
+        most = max(map(self.reader.sizes.patches, self._begun.values()))
+        new = self.limits.tokens + self.limits.images * (most + 2)
         cache = self.reader.cache(len(prompts), min(max(counts) + new, self.limits.length))
         pictures = [part for parts in prompts for part in parts if isinstance(part, Tensor)]
         return cache, self.reader.read(cache.view(), self.reader.prefix_block(layouts, counts, pictures))
 
     def _segments(self, parts: Sequence[Part]) -> list[Segment]:
         return [
-            ImageSegment(part, self.reader.patches)
+            self.reader.image(Size(*part.shape[1:]), part)
             if isinstance(part, Tensor)
             else TextSegment(tuple(self.tokenizer.encode(part)))
             for part in parts
@@ -125,8 +133,8 @@ class Conversation:
             row = rows[place]
             if token == SpecialToken.END_DOCUMENT:
                 row.phase = _Phase.DONE
-            elif token == SpecialToken.BEGIN_IMAGE:
-                row.phase = _Phase.WAITS_FOR_IMAGE
+            elif token in self._begun:
+                row.phase, row.size = _Phase.WAITS_FOR_IMAGE, self._begun[token]
             else:
                 row.say(token)
                 if row.tokens == self.limits.tokens or cache.lengths[place] + 1 >= self.limits.length:
@@ -140,30 +148,39 @@ class Conversation:
             state_BD[places] = self.reader.read(view, block)
 
     def _choose(self, rows: list[_Row], lengths: list[int], state_RD: Tensor) -> list[int]:
-        image_allowed_R = torch.tensor(
+        patches_K = [self.reader.sizes.patches(size) for size in self._begun.values()]
+        image_allowed_RK = torch.tensor(
             [
-                row.images < self.limits.images and length + self.reader.patches + 2 <= self.limits.length
+                [
+                    row.images < self.limits.images and length + patches + 2 <= self.limits.length
+                    for patches in patches_K
+                ]
                 for row, length in zip(rows, lengths, strict=True)
             ],
             device=state_RD.device,
         )
-        logit_RV = restrict(self.reader.logits(state_RD), self.tokenizer.vocabulary, image_allowed_R)
+        logit_RV = self.reader.logits(state_RD)
+        logit_RV = restrict(logit_RV, self.tokenizer.vocabulary, list(self._begun), image_allowed_RK)
         numbers, indices = [row.number for row in rows], [row.tokens + row.images for row in rows]
         chosen: list[int] = choose(logit_RV, self.text, numbers, indices).tolist()
         return chosen
 
     def _draw(self, rows: list[_Row], waiting: list[int], cache: KeyValueCache, state_BD: Tensor) -> None:
-        """An image for each waiting row, read again as the picture it became; updates states in place."""
+        """Images of one size for waiting rows, read again as the pictures they became; updates states in place."""
+        size = rows[waiting[0]].size
+        assert size is not None
+        waiting = [place for place in waiting if rows[place].size == size]
+        image = replace(self.image, size=size)
         keys = [
             self.image.seed + row.number + row.images * _IMAGE_KEY_STRIDE
             for row in (rows[place] for place in waiting)
         ]
-        drawn = draw_pictures(self.reader, cache, waiting, keys, self.image, self.diffusion)
+        drawn = draw_pictures(self.reader, cache, waiting, keys, image, self.diffusion)
         for place, picture in zip(waiting, drawn.pixels_ICHW.cpu(), strict=True):
             row = rows[place]
             row.parts.append(picture)
             row.images += 1
-            room = cache.lengths[place] + self.reader.patches + 1 < self.limits.length
+            room = cache.lengths[place] + self.reader.sizes.patches(size) + 1 < self.limits.length
             row.phase = _Phase.SPEAKING if room else _Phase.DONE
         view = cache.view(waiting)
         state_BD[waiting] = self.reader.read(view, self.reader.image_block(drawn.settled, view.lengths))

@@ -40,17 +40,17 @@ def check(sampling: TextSampling) -> None:
         raise UserError(f"top_p {sampling.top_p} must lie in (0, 1]; 1 keeps every token")
 
 
-def restrict(logit_RV: Tensor, vocabulary: int, image_allowed_R: Tensor) -> Tensor:
+def restrict(logit_RV: Tensor, vocabulary: int, begins_K: Sequence[int], image_allowed_RK: Tensor) -> Tensor:
     """Logits with minus infinity for what cannot stand next.
 
-    Of the control tokens only <EOS> may be chosen, and <BOI> where image_allowed_R (bool) says so; ids from
-    `vocabulary` on are rows of the embedding that no text uses.
+    Of the control tokens only <EOS> may be chosen, and those that begin images where image_allowed_RK (bool) says so;
+    other ids from `vocabulary` on are rows of the embedding that no text uses.
     """
     forbidden_RV = torch.zeros(logit_RV.shape, dtype=torch.bool, device=logit_RV.device)
     forbidden_RV[:, : len(SpecialToken)] = True
     forbidden_RV[:, vocabulary:] = True
     forbidden_RV[:, SpecialToken.END_DOCUMENT] = False
-    forbidden_RV[:, SpecialToken.BEGIN_IMAGE] = ~image_allowed_R
+    forbidden_RV[:, list(begins_K)] = ~image_allowed_RK
     return logit_RV.masked_fill(forbidden_RV, -math.inf)
 
 

@@ -36,14 +36,14 @@ def load_model(found: ModelFolder, weights: Weights, tokenizer: Tokenizer, devic
     Raises UserError where the folder's files do not belong together.
     """
     path = _weight_file(found, weights)
-    vocabulary = found.config.model.vocabulary or tokenizer.vocabulary
-    if tokenizer.vocabulary > vocabulary:
+    vocabulary = found.config.model.vocabulary
+    config = found.config.with_vocabulary(tokenizer.vocabulary)
+    if vocabulary and config.model.vocabulary > vocabulary:
         raise UserError(
             f"{found.tokenizer} has {tokenizer.vocabulary} pieces, its model knows {vocabulary}; export again"
         )
-    config = found.config.model.model_copy(update={"vocabulary": vocabulary})
     with torch.device("meta"):
-        model = FAMILIES[config.family](config, found.config.codec)
+        model = FAMILIES[config.model.family](config.model, config.codec)
     try:
         model.load_state_dict(load_file(path), assign=True)
     except (OSError, RuntimeError, SafetensorError) as error:

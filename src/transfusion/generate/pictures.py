@@ -1,6 +1,6 @@
 """Pictures on disk: reading what a user names, writing samples and grids.
 
-C channels, H/W picture height and width, I pictures.
+C channels, H/W picture height and width.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from transfusion.config import CodecConfig, SampleConfig
-from transfusion.data.decode import DecodeFault, decode
+from transfusion.config import Config, SampleConfig
+from transfusion.data.decode import DecodeFault, decode_fitting
+from transfusion.data.probe import GREATEST_PIXELS, SMALLEST_SIDE, PictureFault
 from transfusion.errors import UserError
 from transfusion.generate.pipeline import SampledImage
+from transfusion.sizes import GREATEST_ASPECT
 
 INDEX = "index.jsonl"
 # Pictures of a grid are enlarged to at least this side, pixel by pixel.
@@ -26,17 +27,29 @@ GRID_GAP = 4
 GRID_BACKGROUND = 96
 
 
-def load_pictures(paths: Sequence[Path], codec: CodecConfig) -> Tensor:
-    """Read pictures as uint8 [I, C, H, W] of the codec's size. Raises UserError naming the first bad one."""
+# What a user is told of a picture that is whole, and yet none for a model.
+_UNFIT = {
+    "image_aspect": f"it is more than {GREATEST_ASPECT} times as long as wide; cut it",
+    "image_too_small": f"a side has fewer than {SMALLEST_SIDE} pixels; give a larger one",
+    "image_too_large": f"it has more than {GREATEST_PIXELS // 10**6} million pixels; give a smaller one",
+}
+
+
+def load_pictures(paths: Sequence[Path], config: Config) -> list[Tensor]:
+    """Read pictures as uint8 [C, H, W], each of the size that it takes. Raises UserError naming the first bad one."""
     pictures = []
     for path in paths:
         try:
-            pictures.append(decode(path.read_bytes(), channels=codec.channels, image_size=codec.image_size))
+            data = path.read_bytes()
+            values = decode_fitting(data, config.image_sizes, channels=config.codec.channels)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except DecodeFault as error:
-            raise UserError(f"{path}: {error}; give a JPEG, PNG or WebP picture") from None
-    return torch.from_numpy(np.stack(pictures))
+        except (DecodeFault, PictureFault) as error:
+            reason = str(error)
+            remedy = _UNFIT.get(reason, "give a JPEG, PNG or WebP picture")
+            raise UserError(f"{path}: {reason}; {remedy}") from None
+        pictures.append(torch.from_numpy(values))
+    return pictures
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:
@@ -66,20 +79,23 @@ def save_samples(samples: Sequence[SampledImage], out: Path) -> None:
 
 
 def write_grid(samples: Sequence[SampledImage], path: Path, config: SampleConfig) -> None:
-    """One picture of a column for each prompt and config.per_prompt rows, enlarged so that it can be seen."""
+    """One picture: a column for each prompt, config.per_prompt rows for each size, enlarged so that it can be seen."""
     if not samples:
         return
-    _, height, width = samples[0].pixels.shape
-    scale = max(1, -(-GRID_CELL // min(height, width)))
+    heights, widths = zip(*(sample.pixels.shape[1:] for sample in samples), strict=True)
+    scale = max(1, -(-GRID_CELL // min(*heights, *widths)))
     columns, rows = len(config.prompts), config.per_prompt
-    step_x, step_y = width * scale + GRID_GAP, height * scale + GRID_GAP
+    step_x, step_y = max(widths) * scale + GRID_GAP, max(heights) * scale + GRID_GAP
     mode = "L" if samples[0].pixels.shape[0] == 1 else "RGB"
     background = GRID_BACKGROUND if mode == "L" else (GRID_BACKGROUND,) * 3
-    grid = Image.new(mode, (columns * step_x + GRID_GAP, rows * step_y + GRID_GAP), background)
+    every = rows * len(config.sizes or "1")
+    grid = Image.new(mode, (columns * step_x + GRID_GAP, every * step_y + GRID_GAP), background)
     for number, sample in enumerate(samples):
-        column, row = divmod(number, rows)
+        turn, place = divmod(number, columns * rows)
+        column, row = divmod(place, rows)
+        _, height, width = sample.pixels.shape
         enlarged = to_image(sample.pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        grid.paste(enlarged, (GRID_GAP + column * step_x, GRID_GAP + row * step_y))
+        grid.paste(enlarged, (GRID_GAP + column * step_x, GRID_GAP + (turn * rows + row) * step_y))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     grid.save(temporary, format="PNG")

@@ -26,7 +26,8 @@ from transfusion.generate.language import TextSampling
 from transfusion.generate.load import Weights, find_device, load_model
 from transfusion.generate.reader import Reader
 from transfusion.model import Network
-from transfusion.schema import ImageSegment, TextSegment
+from transfusion.schema import TextSegment
+from transfusion.sizes import Size
 
 # Leaves room in the 63 bits of a key for the number of a token (`language`) or of an image (`interleave`).
 GREATEST_SEED = 1 << 38
@@ -56,6 +57,7 @@ class Pipeline:
         codec: Codec | TokenCodec | None = None,
     ) -> None:
         """codec: that of `config.codec`, where it is open already."""
+        config = config.with_vocabulary(tokenizer.vocabulary)
         self.tokenizer, self.config = tokenizer, config
         codec = open_any_codec(config.codec, device) if codec is None else codec
         self.reader = Reader(model, config, torch.device(device), codec)
@@ -86,12 +88,14 @@ class Pipeline:
         sampler: SamplerName = "auto",
         seed: int = 0,
         batch: int = 64,
+        size: Size | None = None,
     ) -> list[SampledImage]:
         """Pictures of captions, `per_prompt` of each, in order; picture k of the call has seed `seed + k`.
 
-        Raises UserError for settings out of range, and where guidance is asked for and has no meaning.
+        size: one of the model's, None: the first. Raises UserError for settings out of range, and where guidance is
+        asked for and has no meaning.
         """
-        sampling = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed)
+        sampling = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=size)
         wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
         self._check_sampling(sampling, wanted)
         _check_seed(seed)
@@ -99,28 +103,34 @@ class Pipeline:
 
     @torch.no_grad()
     def sample_grid(self, grid: SampleConfig, *, rank: int = 0, ranks: int = 1) -> list[SampledImage]:
-        """This rank's share of the grid: pictures rank, rank + ranks, ... of what `sample` gives.
+        """This rank's share of the grid: pictures rank, rank + ranks, ... of what `sample` gives for each size.
 
         Every rank runs the same number of forwards: one with a shorter share draws the last again.
         """
         automatic = GRID_SAMPLER[self.config.diffusion.objective]
         sampler = automatic if grid.sampler == "auto" else grid.sampler
-        sampling = ImageSampling(guidance=grid.guidance, steps=grid.steps, sampler=sampler, seed=grid.seed)
         wanted = [prompt for prompt in grid.prompts for _ in range(grid.per_prompt)]
         if not wanted:
             return []
-        self._check_sampling(sampling, wanted)
         share = -(-len(wanted) // ranks)
         mine = [rank + turn * ranks for turn in range(share)]
         drawn = [min(number, len(wanted) - 1) for number in mine]
-        seeds = [grid.seed + number for number in drawn]
-        pictures = self._draw([wanted[number] for number in drawn], seeds, sampling, share)
-        return [picture for picture, number in zip(pictures, mine, strict=True) if number < len(wanted)]
+        found: list[SampledImage] = []
+        for turn, size in enumerate(map(Size.parse, grid.sizes) if grid.sizes else (None,)):
+            seed = grid.seed + turn * len(wanted)
+            sampling = ImageSampling(
+                guidance=grid.guidance, steps=grid.steps, sampler=sampler, seed=seed, size=size
+            )
+            self._check_sampling(sampling, wanted)
+            seeds = [seed + number for number in drawn]
+            pictures = self._draw([wanted[number] for number in drawn], seeds, sampling, share)
+            found += [picture for picture, number in zip(pictures, mine, strict=True) if number < len(wanted)]
+        return found
 
     @torch.no_grad()
     def caption(
         self,
-        pictures: Tensor,
+        pictures: Tensor | Sequence[Tensor],
         *,
         max_tokens: int = 64,
         temperature: float = 0.0,
@@ -128,7 +138,10 @@ class Pipeline:
         seed: int = 0,
         batch: int = 256,
     ) -> list[str]:
-        """The text after each picture (uint8 [I, C, H, W]), up to its end. Raises UserError."""
+        """The text after each picture (uint8 [C, H, W] of one of the model's sizes), up to its end.
+
+        Raises UserError.
+        """
         answers = self.generate(
             [[picture] for picture in pictures],
             max_tokens=max_tokens,
@@ -154,14 +167,16 @@ class Pipeline:
         sampler: SamplerName = "auto",
         seed: int = 0,
         batch: int = 64,
+        size: Size | None = None,
     ) -> list[list[Part]]:
         """Each prompt, its parts untouched, followed by what the model goes on with: texts and pictures.
 
         A row ends at <EOS>, after max_tokens new tokens, or at data.row_length. Row r draws its text and its
-        first picture from seed + r. Raises UserError for settings or pictures that do not fit.
+        first picture from seed + r. size: of drawn pictures, as for `sample`. Raises UserError for settings or
+        pictures that do not fit.
         """
         text = TextSampling(temperature=temperature, top_p=top_p, seed=seed)
-        image = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed)
+        image = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=size)
         language.check(text)
         if max_images:
             images.check(image, self.config)
@@ -187,7 +202,7 @@ class Pipeline:
         for start in range(0, len(prompts), batch):
             part, keys = prompts[start : start + batch], seeds[start : start + batch]
             distinct = list(dict.fromkeys(part))
-            layouts = [self._caption_first(prompt) for prompt in distinct]
+            layouts = [self._caption_first(prompt, sampling.size) for prompt in distinct]
             # Up to where the patches begin: <BOS> caption <BOI>.
             counts = [layout.images[0][0] for layout in layouts]
             cache = self.reader.cache(len(distinct), max(counts))
@@ -198,9 +213,9 @@ class Pipeline:
             drawn += [SampledImage(*item) for item in zip(pictures, part, keys, strict=True)]
         return drawn
 
-    def _caption_first(self, prompt: str) -> Layout:
+    def _caption_first(self, prompt: str, size: Size | None) -> Layout:
         caption = TextSegment(tuple(self.tokenizer.encode(prompt)))
-        return self.reader.lay_out([caption, ImageSegment(None, self.reader.patches)])
+        return self.reader.lay_out([caption, self.reader.image(size or self.reader.sizes.first)])
 
     def _check_sampling(self, sampling: ImageSampling, prompts: Sequence[str]) -> None:
         images.check(sampling, self.config)
@@ -211,7 +226,7 @@ class Pipeline:
             )
         for prompt in set(prompts):
             _check_text(prompt)
-            length = len(self._caption_first(prompt))
+            length = len(self._caption_first(prompt, sampling.size))
             if length > self.config.data.row_length:
                 raise UserError(
                     f"a prompt and its picture take {length} positions, more than data.row_length"
@@ -219,13 +234,13 @@ class Pipeline:
                 )
 
     def _check_parts(self, prompt: Sequence[Part]) -> None:
-        shape = self.reader.picture_shape
+        shapes = self.reader.picture_shapes
         for part in prompt:
             if isinstance(part, str):
                 _check_text(part)
-            elif part.dtype != torch.uint8 or part.shape != shape:
+            elif part.dtype != torch.uint8 or part.shape not in shapes:
                 raise UserError(
-                    f"a picture must be uint8 of shape {list(shape)},"
+                    f"a picture must be uint8 of shape {' or '.join(str(list(shape)) for shape in shapes)},"
                     f" got {part.dtype} of shape {list(part.shape)}"
                 )
 

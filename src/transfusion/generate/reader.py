@@ -17,10 +17,11 @@ from torch import Tensor
 
 from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
-from transfusion.data.sequence import Layout, lay_out, position_axes
+from transfusion.data.sequence import Layout, image_segment, lay_out, position_axes
 from transfusion.generate.cache import CacheRows, KeyValueCache
 from transfusion.model import Network, Transfusion
 from transfusion.schema import ImageSegment, Segment, SpecialToken
+from transfusion.sizes import Size
 
 # Finished and prompted pictures are read as what they are: the least noise that training knows.
 CLEAN_TIMESTEP = 0
@@ -31,15 +32,16 @@ class Block:
     """What rows read next, padded to the longest.
 
     token_ids_RS and position_RSA: int64. end_RS: int64, up to where each position sees, counted from the
-    row's length before. counts: real positions of each row. pixels_ICHW: uint8, the pictures in the block,
-    row after row, or their latents (float); patch_slot_N: int64, flat positions (row * S + position) of their patches.
+    row's length before. counts: real positions of each row. pictures: those in the block, a tensor [I, C, H, W] for
+    each shape, uint8 or their latents (float); patch_slot_N: int64, flat positions (row * S + position) of their
+    patches, in the same order.
     """
 
     token_ids_RS: Tensor
     position_RSA: Tensor
     end_RS: Tensor
     counts: list[int]
-    pixels_ICHW: Tensor | None = None
+    pictures: tuple[Tensor, ...] = ()
     patch_slot_N: Tensor | None = None
 
 
@@ -50,42 +52,53 @@ class Reader:
         self, model: Network, config: Config, device: torch.device, codec: Codec | TokenCodec
     ) -> None:
         self.model, self.device, self.codec = model, device, codec
-        self.patches = config.patches_per_image
+        self.sizes = config.image_sizes
         self.axes = position_axes(config.model.position)
-        size = config.codec.image_size
-        self.picture_shape = (config.codec.channels, size, size)
-        self.latent_shape = config.codec.latent_shape(size, size)
+        self.picture_shapes = [(config.codec.channels, *size) for size in self.sizes.sizes]
+        self._latent_channels = config.codec.depth
         # An image at the earliest place it can stand, after <BOS> <BOI>, and the <EOI> behind it.
         self.causal_images = config.model.image_attention == "causal"
-        self._image_layout = self.lay_out([ImageSegment(None, self.patches)], finished=False)
+        self._image_layouts = {
+            size: self.lay_out([self.image(size)], finished=False) for size in self.sizes.sizes
+        }
 
     def lay_out(self, segments: Sequence[Segment], *, finished: bool = True) -> Layout:
         """A document as this model was trained on it; see `data.sequence.lay_out`."""
         return lay_out(segments, axes=self.axes, finished=finished, causal_images=self.causal_images)
 
-    def image_ends(self, images: int) -> Tensor:
+    def image_ends(self, images: int, patches: int) -> Tensor:
         """int64 [I, P]: how many patches of its own image each patch sees."""
         if self.causal_images:
-            return torch.arange(1, self.patches + 1, device=self.device).expand(images, -1)
-        return torch.full((images, self.patches), self.patches, device=self.device)
+            return torch.arange(1, patches + 1, device=self.device).expand(images, -1)
+        return torch.full((images, patches), patches, device=self.device)
 
     def cache(self, rows: int, max_length: int) -> KeyValueCache:
         return KeyValueCache(self.model.config.layers, rows, max_length, self.device)
 
-    def image_positions(self, starts: Sequence[int]) -> Tensor:
-        """Positions [R, P + 1, A] of images whose first patches stand at `starts`, each with its <EOI>.
+    def image(self, size: Size, values: Tensor | None = None) -> ImageSegment:
+        """A picture of this size, as a part of a document."""
+        return image_segment(self.sizes, size, values)
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """[C, H, W] of the latents of a picture of this size."""
+        return self._latent_channels, *self.sizes.latents(size)
+
+    def image_positions(self, starts: Sequence[int], size: Size) -> Tensor:
+        """Positions [R, P + 1, A] of images of this size whose first patches stand at `starts`, each with its <EOI>.
 
         Positions of `lay_out` only ever shift along a document.
         """
-        first = self._image_layout.images[0][0]
-        position_SA = torch.from_numpy(self._image_layout.position_SA[first:] - first).to(self.device)
+        layout = self._image_layouts[size]
+        first = layout.images[0][0]
+        position_SA = torch.from_numpy(layout.position_SA[first:] - first).to(self.device)
         return position_SA + torch.tensor(starts, device=self.device)[:, None, None]
 
-    def unconditional(self) -> KeyValueCache:
-        """One row that holds the prefix of an image whose caption was dropped: <BOS> <BOI>."""
-        first = self._image_layout.images[0][0]
+    def unconditional(self, size: Size) -> KeyValueCache:
+        """One row that holds the prefix of an image of this size whose caption was dropped: <BOS> <BOI>."""
+        layout = self._image_layouts[size]
+        first = layout.images[0][0]
         cache = self.cache(1, first)
-        self.read(cache.view(), self.prefix_block([self._image_layout], [first]))
+        self.read(cache.view(), self.prefix_block([layout], [first]))
         return cache
 
     def prefix_block(
@@ -96,21 +109,27 @@ class Reader:
         ids_RS = np.full((len(layouts), longest), SpecialToken.PADDING, dtype=np.int64)
         position_RSA = np.zeros((len(layouts), longest, self.axes), dtype=np.int64)
         end_RS = np.zeros((len(layouts), longest), dtype=np.int64)
-        slots = []
+        slots: list[Tensor] = []
         for row, (layout, count) in enumerate(zip(layouts, counts, strict=True)):
             ids_RS[row, :count] = layout.token_ids_S[:count]
             position_RSA[row, :count] = layout.position_SA[:count]
             end_RS[row, :count], end_RS[row, count:] = layout.end_key_S[:count], count
             for first, patches in layout.images:
                 if first < count:
-                    slots.append(row * longest + np.arange(first, first + patches))
+                    slots.append(row * longest + torch.arange(first, first + patches))
+        by_shape: dict[torch.Size, list[int]] = {}
+        for number, picture in enumerate(pictures):
+            by_shape.setdefault(picture.shape, []).append(number)
+        groups = list(by_shape.values())
         return Block(
             torch.from_numpy(ids_RS).to(self.device),
             torch.from_numpy(position_RSA).to(self.device),
             torch.from_numpy(end_RS).to(self.device),
             list(counts),
-            torch.stack(list(pictures)).to(self.device) if pictures else None,
-            torch.from_numpy(np.concatenate(slots)).to(self.device) if slots else None,
+            tuple(torch.stack([pictures[number] for number in group]).to(self.device) for group in groups),
+            torch.cat([slots[number] for group in groups for number in group]).to(self.device)
+            if groups
+            else None,
         )
 
     def token_block(self, ids: Sequence[int], starts: Sequence[int]) -> Block:
@@ -121,25 +140,29 @@ class Reader:
 
     def image_block(self, pixels_ICHW: Tensor, starts: Sequence[int]) -> Block:
         """One finished picture a row, its first patch at running position `starts`, and its <EOI>."""
-        rows, first, count = len(starts), self._image_layout.images[0][0], self.patches + 1
-        ids_S = torch.from_numpy(self._image_layout.token_ids_S[first:]).to(self.device)
-        end_S = torch.from_numpy(self._image_layout.end_key_S[first:]).to(self.device) - first
+        size = self.sizes.of(pixels_ICHW[0])
+        assert size is not None
+        layout = self._image_layouts[size]
+        rows, (first, patches) = len(starts), layout.images[0]
+        count = patches + 1
+        ids_S = torch.from_numpy(layout.token_ids_S[first:]).to(self.device)
+        end_S = torch.from_numpy(layout.end_key_S[first:]).to(self.device) - first
         row_start_R1 = torch.arange(rows, device=self.device)[:, None] * count
-        slot_RP = row_start_R1 + torch.arange(self.patches, device=self.device)
+        slot_RP = row_start_R1 + torch.arange(patches, device=self.device)
         return Block(
             ids_S.expand(rows, -1),
-            self.image_positions(starts),
+            self.image_positions(starts, size),
             end_S.expand(rows, -1),
             [count] * rows,
-            pixels_ICHW,
+            (pixels_ICHW,),
             slot_RP.flatten(),
         )
 
     def read(self, rows: CacheRows, block: Block) -> Tensor:
         """Read the block into the cache; returns the final state [R, D] of each row's last real position."""
         hidden_RSD = self.model.embedding(block.token_ids_RS)
-        if block.pixels_ICHW is not None and block.patch_slot_N is not None:
-            image_ND = self._embed_images(block.pixels_ICHW).to(hidden_RSD.dtype)
+        if block.patch_slot_N is not None:
+            image_ND = self._embed_images(block.pictures).to(hidden_RSD.dtype)
             flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, image_ND)
             hidden_RSD = flat.view_as(hidden_RSD)
         mask = rows.mask(block.end_RS)
@@ -148,14 +171,16 @@ class Reader:
         last_R = torch.tensor(block.counts, device=self.device) - 1
         return self.model.norm(hidden_RSD[torch.arange(len(last_R), device=self.device), last_R])
 
-    def _embed_images(self, values_ICHW: Tensor) -> Tensor:
-        """Pictures, or settled images, as the network reads them: [I * P, D]."""
-        if isinstance(self.codec, TokenCodec):
-            return self.model.embedding(self.image_ids(self.codec.tokens(values_ICHW).flatten()))
+    def _embed_images(self, groups: Sequence[Tensor]) -> Tensor:
+        """Pictures, or settled images, a tensor for each shape, as the network reads them: [N, D], in order."""
+        codec = self.codec
+        if isinstance(codec, TokenCodec):
+            token_N = torch.cat([codec.tokens(values_ICHW).flatten() for values_ICHW in groups])
+            return self.model.embedding(self.image_ids(token_N))
         assert isinstance(self.model, Transfusion)
-        latents = self.codec.encode(values_ICHW)
-        timestep_I = torch.full((len(latents),), CLEAN_TIMESTEP, device=self.device)
-        return self.model.encode_patches([latents], timestep_I).patch_ND
+        latents = [codec.encode(values_ICHW) for values_ICHW in groups]
+        timestep_I = torch.full((sum(map(len, latents)),), CLEAN_TIMESTEP, device=self.device)
+        return self.model.encode_patches(latents, timestep_I).patch_ND
 
     def image_ids(self, tokens: Tensor) -> Tensor:
         """Ids of image tokens, which stand behind those of the text."""

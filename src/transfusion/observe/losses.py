@@ -16,7 +16,10 @@ from transfusion.schema import LossTerms
 
 @dataclass(frozen=True, slots=True)
 class MeanLosses:
-    """Means over all ranks and steps of an interval; None where there was nothing to learn."""
+    """Means over all ranks and steps of an interval; None where there was nothing to learn.
+
+    images: how many of all ranks were learned from, where each told its own.
+    """
 
     text: float | None
     image: float | None
@@ -26,19 +29,22 @@ class MeanLosses:
     also: list[float] = field(default_factory=list)
 
     @classmethod
-    def over_ranks(cls, parts: Sequence[LossTerms], config: Config, also: Sequence[float] = ()) -> MeanLosses:
+    def over_ranks(
+        cls, parts: Sequence[LossTerms], config: Config, also: Sequence[float] = (), *, images: int = 0
+    ) -> MeanLosses:
         """Add up the parts of all ranks, in one collective; all ranks get the same answer.
 
-        also: other figures to be added up over the ranks on the way, as many on each.
+        also: other figures to be added up over the ranks on the way, as many on each. images: of this rank.
         """
         summed = functools.reduce(LossTerms.plus, (part.double() for part in parts))
-        figures = torch.tensor(also, dtype=torch.float64, device=summed.text_sum.device)
+        figures = torch.tensor([*also, images], dtype=torch.float64, device=summed.text_sum.device)
         flat = torch.cat([*(term.reshape(-1) for term in summed), figures])
         if dist.is_initialized() and dist.get_world_size() > 1:
             flat = flat.to(group_device())
             dist.all_reduce(flat)
         text_sum, text_count, image_sum, image_count, *rest = flat.tolist()
-        buckets, sums = rest[: len(rest) - len(also)], rest[len(rest) - len(also) :]
+        split = len(rest) - len(figures)
+        buckets, (*sums, all_images) = rest[:split], rest[split:]
         half = len(buckets) // 2
         text, image = _ratio(text_sum, text_count), _ratio(image_sum, image_count)
         if config.model.family == "chameleon":
@@ -51,7 +57,7 @@ class MeanLosses:
             image=image,
             total=total,
             image_by_timestep=[_ratio(a, b) for a, b in zip(buckets[:half], buckets[half:], strict=True)],
-            images=round(image_count / config.codec.image_elements),
+            images=int(all_images),
             also=sums,
         )
 

@@ -62,5 +62,4 @@ def with_vocabulary(config: Config) -> Config:
     """A vocabulary that the tokenizer would give is taken to be the paper's."""
     if config.model.vocabulary:
         return config
-    model = config.model.model_copy(update={"vocabulary": VOCABULARY_OF_THE_PAPER})
-    return config.model_copy(update={"model": model})
+    return config.with_vocabulary(VOCABULARY_OF_THE_PAPER)

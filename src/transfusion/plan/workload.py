@@ -1,6 +1,7 @@
 """How a step is shared among GPUs, and what it is expected to hold before any data are read.
 
 Documents of two kinds: texts of one length, and pairs of one image with a caption of one length, until rows are full.
+Where pictures have several sizes, each has as many.
 """
 
 from __future__ import annotations
@@ -78,20 +79,28 @@ class Mixture:
 
     def workload(self, config: Config, rows: int) -> Workload:
         """Of `rows` rows without padding; at least one image, as in every batch."""
-        positions = rows * config.data.row_length
-        patches = config.patches_per_image
-        pair = patches + PAIR_CONTROL_TOKENS + self.caption_tokens
-        images = round(positions * self.pair_share / pair)
+        positions, sizes = rows * config.data.row_length, config.image_sizes
+        around = PAIR_CONTROL_TOKENS + self.caption_tokens
+        every = sum(sizes.patches(size) + around for size in sizes.sizes)
+        images = round(positions * self.pair_share * len(sizes.sizes) / every)
         text = min(self.text_tokens, config.data.row_length)
-        texts = max(0.0, (positions - images * pair) / text)
-        pairs_of_pair = pair * (pair + 1) // 2
-        if config.model.image_attention == "bidirectional":
-            pairs_of_pair += patches * (patches - 1) // 2
-        side = config.codec.latent_size
+        loads, in_pairs, visible = list[ImageLoad](), 0, 0
+        sees_ahead = config.model.image_attention == "bidirectional"
+        for turn, size in enumerate(sizes.sizes):
+            # As evenly as can be, the first ones once more.
+            count = (images + len(sizes.sizes) - 1 - turn) // len(sizes.sizes)
+            patches = sizes.patches(size)
+            pair = patches + around
+            in_pairs += count * pair
+            visible += count * (pair * (pair + 1) // 2 + sees_ahead * patches * (patches - 1) // 2)
+            if count or not turn:
+                shape = config.codec.latent_shape(*size)
+                loads.append(ImageLoad(shape, count, max(1, count)))
+        texts = max(0.0, (positions - in_pairs) / text)
         return Workload(
             positions=positions,
             tokens=positions,
             text_targets=round(texts * (text - 1) + images * (self.caption_tokens + CONTROL_TARGETS)),
-            pairs=round(texts * text * (text + 1) / 2 + images * pairs_of_pair),
-            images=(ImageLoad((config.codec.depth, side, side), images, max(1, images)),),
+            pairs=round(texts * text * (text + 1) / 2 + visible),
+            images=tuple(loads),
         )

@@ -9,7 +9,6 @@ from transfusion.data.loader import Loader
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.observe.flops import FlopModel
-from transfusion.trainer import with_vocabulary
 
 # Global batches whose masks and targets are counted; their mean stands for all.
 STEPS_COUNTED = 16
@@ -34,7 +33,7 @@ class Cost:
 def cost_of(config: Config) -> Cost:
     """Count the first batches of the configuration's own data. Raises UserError as the loader does."""
     tokenizer = Tokenizer(config.data.tokenizer)
-    config = with_vocabulary(config, tokenizer)
+    config = config.with_vocabulary(tokenizer.vocabulary)
     model = FlopModel(config)
     total = 0.0
     with Loader(config, config.data.sources, tokenizer, rank=0, world_size=1) as loader:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from transfusion.codec import open_codec, open_token_codec
 from transfusion.codec_train import encode as encoding
@@ -19,6 +20,7 @@ from transfusion.config import CodecConfig, Config
 from transfusion.data.decode import decode
 from transfusion.data.latents import LatentFault, read_record, read_tokens, record_path
 from transfusion.data.loader import Loader
+from transfusion.data.shards import write_shards
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.parallel.engine import global_counts
@@ -99,7 +101,7 @@ def test_a_killed_encoding_goes_on(
     other = settings(write_folder("kl", tmp_path / "other", seed=1))
     encode_shards(other, [f"{tmp_path}/out/*.tar"], tmp_path / "again")
     assert members(tmp_path / "again").keys() == members(tmp_path / "out").keys()
-    with pytest.raises(UserError, match=f"holds latents of codec {config.fingerprint} at 16 pixels"):
+    with pytest.raises(UserError, match=f"holds latents of codec {config.fingerprint} at 16x16 pixels"):
         encode_shards(other, [f"{shards}/*.tar"], tmp_path / "out")
 
 
@@ -152,6 +154,7 @@ def loader(codec: CodecConfig, folder: Path, tokenizer: Tokenizer, family: str =
             },
         }
     )
+    config = config.with_vocabulary(tokenizer.vocabulary)
     return Loader(config, config.data.sources, tokenizer, rank=0, world_size=1)
 
 
@@ -167,7 +170,7 @@ def test_latents_of_another_codec_are_refused(
     for other, told in (
         (rescaled, f"made by codec {config.fingerprint}, not by {rescaled.fingerprint}"),
         (CodecConfig(image_size=16), f"{config.fingerprint}, not by codec.kind=pixels"),
-        (settings(kl_folder, image_size=32), "pictures of 16 pixels, and codec.image_size is 32"),
+        (settings(kl_folder, image_size=32), "pictures of 16x16 pixels, and the configuration has 32x32"),
     ):
         with pytest.raises(UserError, match=told):
             loader(other, out, tokenizer)
@@ -222,3 +225,44 @@ def test_bad_tokens_have_their_reason(array: Any, reason: str) -> None:
     with pytest.raises(LatentFault, match="latent_corrupt"):
         np.save(stream := io.BytesIO(), np.zeros((4, 4), np.uint16))
         read_tokens(stream.getvalue()[:-1], 9)
+
+
+def test_latents_of_several_sizes(
+    kl_folder: Path, settings: Settings, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Each picture at the size that it takes; trained on as such, in one batch; refused where sizes are others."""
+    shapes = {"wide": (30, 15), "tall": (17, 34), "even": (20, 20)}
+    samples = []
+    for number, (name, shape) in enumerate(list(shapes.items()) * 4):
+        stream = io.BytesIO()
+        Image.new("RGB", shape, (20 * number, 100, 50)).save(stream, "PNG")
+        samples.append({"png": stream.getvalue(), "txt": name.encode()})
+    write_shards(samples, tmp_path / "pictures")
+    config = settings(kl_folder, image_sizes=["16x16", "16x32", "32x16"])
+    (record,) = encode_shards(config, [f"{tmp_path}/pictures/*.tar"], tmp_path / "out")
+    assert record.encoded == 12 and read_record(next((tmp_path / "out").glob("*.tar"))) == record
+    stored = {
+        name: np.load(io.BytesIO(data))
+        for name, data in members(tmp_path / "out").items()
+        if "latent" in name
+    }
+    codec, latent_shapes = open_codec(config), [(4, 4, 8), (4, 8, 4), (4, 4, 4)]
+    for number, (name, latent) in enumerate(sorted(stored.items())):
+        assert latent.shape == latent_shapes[number % 3], name
+        _, height, width = latent.shape
+        picture = np.broadcast_to(
+            np.array([20 * number, 100, 50], np.uint8)[:, None, None], (3, 4 * height, 4 * width)
+        )
+        alone = codec.encode(torch.from_numpy(picture.copy())[None])[0].numpy()
+        np.testing.assert_allclose(latent, alone, rtol=5e-3, atol=5e-3)
+    with loader(config, tmp_path / "out", tokenizer) as opened:
+        (batch,) = opened.next_step()
+        assert sorted(tuple(group.values.shape[1:]) for group in batch.images) == sorted(latent_shapes)
+    for others in (["16x16"], ["16x16", "16x32", "32x32"]):
+        other = settings(kl_folder, image_sizes=others)
+        with pytest.raises(
+            UserError, match="are of pictures of 16x16, 16x32, 32x16 pixels, and the configuration has"
+        ):
+            loader(other, tmp_path / "out", tokenizer)
+        with pytest.raises(UserError, match="at 16x16, 16x32, 32x16 pixels, not of"):
+            encode_shards(other, [f"{tmp_path}/pictures/*.tar"], tmp_path / "out")

@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 from transfusion.data import strips as module
-from transfusion.data.decode import DecodeFault, decode
+from transfusion.data.decode import DecodeFault, decode, decode_to
 from transfusion.data.strips import Strips
+from transfusion.sizes import Size
+
+SQUARE = Size(16, 16)
 
 
 def png(chance: random.Random, mode: str, width: int, height: int, format: str = "PNG") -> bytes:
@@ -25,21 +28,22 @@ def png(chance: random.Random, mode: str, width: int, height: int, format: str =
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_as_one_by_one(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All kinds mixed: larger, smaller, of the right size, wide, tall, alone, with alpha, grey, and no PNG."""
+    """All kinds mixed: larger, smaller, of the right size, wide, tall, alone, with alpha, grey, no PNG; to three sizes."""
     chance = random.Random(0)
     sizes = [(24, 24), (24, 24), (24, 24), (9, 9), (16, 16), (31, 17), (31, 17), (17, 31), (16, 40), (13, 16)]
     kinds = [("RGBA", "PNG"), ("RGBA", "PNG"), ("RGB", "PNG"), ("L", "PNG"), ("RGB", "JPEG")]
     monkeypatch.setattr(module, "_STRIP_BYTES", 4 * 24 * 24 * 4)
-    pictures = {}
-    strips = Strips(channels=channels, image_size=16)
+    pictures, wanted = {}, {}
+    strips = Strips(channels=channels)
     for number in range(300):
         (mode, format), size = chance.choice(kinds), chance.choice(sizes)
         pictures[number] = png(chance, mode, *size, format)
-        strips.add(number, pictures[number])
+        wanted[number] = chance.choice([SQUARE, Size(16, 24), Size(28, 14)])
+        strips.add(number, pictures[number], wanted[number])
     finished = strips.finish()
     assert finished.keys() == pictures.keys()
     for number, data in pictures.items():
-        assert np.array_equal(finished[number], decode(data, channels=channels, image_size=16)), number
+        assert np.array_equal(finished[number], decode_to(data, wanted[number], channels=channels)), number
     assert strips.finish() == {}
 
 
@@ -54,22 +58,22 @@ def test_most_are_resampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "resampled", counted)
     monkeypatch.setattr(module, "_STRIP_BYTES", 3 * 24 * 24 * 4)
-    chance, strips = random.Random(0), Strips(channels=3, image_size=16)
+    chance, strips = random.Random(0), Strips(channels=3)
     for number in range(8):
-        strips.add(number, png(chance, "RGBA", 24, 24))
-    strips.add(8, png(chance, "RGBA", 64, 64))
-    strips.add(9, png(chance, "RGBA", 64, 64))
+        strips.add(number, png(chance, "RGBA", 24, 24), SQUARE)
+    strips.add(8, png(chance, "RGBA", 64, 64), SQUARE)
+    strips.add(9, png(chance, "RGBA", 64, 64), SQUARE)
     assert len(strips.finish()) == 10
     assert counts == [3, 3, 2]
 
 
 def test_a_fault_leaves_the_others() -> None:
-    chance, strips = random.Random(0), Strips(channels=3, image_size=16)
+    chance, strips = random.Random(0), Strips(channels=3)
     good = [png(chance, "RGBA", 24, 24) for _ in range(3)]
     for number, data in enumerate(good):
-        strips.add(number, data)
+        strips.add(number, data, SQUARE)
         with pytest.raises(DecodeFault):
-            strips.add(-1, data[: len(data) // 2])
+            strips.add(-1, data[: len(data) // 2], SQUARE)
     finished = strips.finish()
     assert finished.keys() == {0, 1, 2}
     assert np.array_equal(finished[2], decode(good[2], channels=3, image_size=16))

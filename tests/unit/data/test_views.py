@@ -20,6 +20,7 @@ from transfusion.data.tokenizer import Tokenizer
 from transfusion.data.views import describe_stats, show_rows, stats_config
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, TextSegment
+from transfusion.sizes import ImageSizes, Size
 
 MakeConfig = Callable[..., Config]
 
@@ -63,8 +64,8 @@ def test_a_picture_of_the_rows(config: Config, tmp_path: Path) -> None:
 def test_mask_pixels_are_the_mask() -> None:
     drafts = [draft([TextSegment((9, 9)), ImageSegment(None, 4)]), draft([TextSegment((9, 9, 9))])]
     settings = RowSettings(
-        seed=0, row_length=20, axes=1, patches=4, channels=1, image_size=8, latent_shape=(1, 8, 8), timesteps=10,
-        image_first_timesteps=5,
+        seed=0, row_length=20, axes=1, channels=1, latent_channels=1, sizes=ImageSizes((Size(8, 8),), 1, 4),
+        timesteps=10, image_first_timesteps=5,
     )  # fmt: skip
     row: Row = joined(drafts, settings, (), ())
     pixels = _mask_pixels(row, 20)

@@ -16,7 +16,7 @@ def _draws(logit_V: torch.Tensor, sampling: TextSampling, count: int) -> torch.T
 
 
 def test_only_text_and_two_control_tokens_can_be_chosen() -> None:
-    logit_RV = restrict(torch.zeros(2, 40), 30, torch.tensor([True, False]))
+    logit_RV = restrict(torch.zeros(2, 40), 30, [4], torch.tensor([[True], [False]]))
     allowed = [logit_V.isfinite().nonzero().flatten().tolist() for logit_V in logit_RV]
     text = list(range(len(SpecialToken), 30))
     assert allowed == [
@@ -25,7 +25,7 @@ def test_only_text_and_two_control_tokens_can_be_chosen() -> None:
     ]
     control = torch.full((200, 40), 0.0)
     control[:, : len(SpecialToken)] = 9.0
-    restricted = restrict(control, 30, torch.zeros(200, dtype=torch.bool))
+    restricted = restrict(control, 30, [4], torch.zeros(200, 1, dtype=torch.bool))
     sampling = TextSampling(temperature=5.0)
     chosen = set(choose(restricted, sampling, range(200), [0] * 200).tolist())
     assert chosen <= {int(SpecialToken.END_DOCUMENT), *text}

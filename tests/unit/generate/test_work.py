@@ -18,6 +18,7 @@ from transfusion.errors import UserError
 from transfusion.generate import Pipeline, images
 from transfusion.generate.cache import CacheRows
 from transfusion.model.patches import Encoding
+from transfusion.schema import ImageSegment
 
 
 class Calls:
@@ -68,7 +69,9 @@ def test_the_unconditional_branch_is_a_dropped_caption_of_training(
     calls = Calls(pipeline)
     pipeline.sample(["a handwritten three"], guidance=3.0, steps=2)
     trained = lay_out(
-        pair_segments(pipeline.tokenizer.encode("a handwritten three"), None, 16, Variant.CAPTION_DROPPED),
+        pair_segments(
+            pipeline.tokenizer.encode("a handwritten three"), ImageSegment(None, 16), Variant.CAPTION_DROPPED
+        ),
         axes=position_axes(position),
     )
     hidden_BSD, position_BSA, end_BS = calls.inputs[1]
@@ -89,7 +92,9 @@ def test_prompt_and_image_are_laid_out_as_in_training(
     calls = Calls(pipeline)
     pipeline.sample(["a handwritten three"], guidance=1.0, steps=1)
     ids = pipeline.tokenizer.encode("a handwritten three")
-    trained = lay_out(pair_segments(ids, None, 16, Variant.CAPTION_FIRST), axes=position_axes(position))
+    trained = lay_out(
+        pair_segments(ids, ImageSegment(None, 16), Variant.CAPTION_FIRST), axes=position_axes(position)
+    )
     first = trained.images[0][0]
     for (_, position_BSA, end_BS), part in zip(
         calls.inputs, (slice(0, first), slice(first, first + 16)), strict=True

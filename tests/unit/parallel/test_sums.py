@@ -23,10 +23,12 @@ def terms(value: float) -> LossTerms:
 def test_an_interval_of_steps() -> None:
     parts = [terms(LARGE), *(terms(1.0) for _ in range(8))]
     config = small_config()
-    elements = config.codec.channels * config.codec.image_size**2
-    found = MeanLosses.over_ranks([part._replace(text_count=torch.tensor(1.0)) for part in parts], config)
+    images = int(LARGE) + 1
+    found = MeanLosses.over_ranks(
+        [part._replace(text_count=torch.tensor(1.0)) for part in parts], config, [0.5], images=images
+    )
     assert found.text == (LARGE + 8) / 9
-    assert found.images == round((LARGE + 8) / elements)
+    assert (found.images, found.also) == (images, [0.5])
 
 
 def test_held_out_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_the_recipe_is_the_papers(name: str) -> None:
     config = config_of(name)
     assert config.optimizer == OptimizerConfig(), "whose defaults are the paper's, see test_presets"
     assert config.data.row_length == 4096 and config.patches_per_image == 256
-    assert (config.codec.depth, config.codec.latent_size) == (8, 32)
+    assert config.codec.latent_shape(*config.codec.sizes[0]) == (8, 32, 32)
     tokens, steps = (2**22, 500_000) if name == "7b-2t" else (2**21, 250_000)
     assert config.data.row_length * config.data.rows == tokens and config.train.steps == steps
     assert [source.share for source in config.data.sources] == [0.5, 0.5]

@@ -88,6 +88,27 @@ def test_half_of_the_tokens_are_pairs() -> None:
     )
 
 
+def test_pictures_of_several_sizes_are_counted_each_as_what_it_is() -> None:
+    """As many of each size; patches, pairs that see each other, and memory follow from the shapes."""
+    sizes = "codec.image_sizes=[256x256,256x384,384x256]"
+    load = Mixture().workload(config_of("0.16b", sizes), rows=8)
+    assert [each.shape for each in load.images] == [(8, 32, 32), (8, 32, 48), (8, 48, 32)]
+    counts = [each.real for each in load.images]
+    pairs = [patches + 32 + 4 for patches in (256, 384, 384)]
+    assert max(counts) - min(counts) <= 1 and sum(counts) == round(3 * 8 * 4096 / 2 / sum(pairs))
+    inside = sum(count * pair for count, pair in zip(counts, pairs, strict=True))
+    seen = sum(
+        count * (pair * (pair + 1) / 2 + (pair - 36) * (pair - 37) / 2)
+        for count, pair in zip(counts, pairs, strict=True)
+    )
+    assert load.pairs == pytest.approx((8 * 4096 - inside) * 1025 / 2 + seen, rel=1e-6)
+    one, several = (
+        make_plan(config_of("0.16b", "model.vocabulary=0", *words), 8) for words in ((), (sizes,))
+    )
+    assert several.config.model.vocabulary == one.config.model.vocabulary + 2
+    assert several.memory != one.memory and several.fits
+
+
 @pytest.mark.parametrize(
     ("setting", "less", "more"),
     [

@@ -1,0 +1,167 @@
+"""Sizes that pictures take: which one of several a picture takes, and how many patches that makes.
+
+I pictures, K sizes, C channels, H/W height and width of pictures, h/w of latents.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfusion.tokens import SpecialToken
+
+Integers = NDArray[np.int64]
+
+# Of the longer side to the shorter one; pictures and sizes beyond are refused.
+GREATEST_ASPECT = 20
+_FORM = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
+
+
+class Size(NamedTuple):
+    """Of a picture, in pixels."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """`HEIGHTxWIDTH`, such as 32x48. Raises ValueError."""
+        found = _FORM.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no size; write HEIGHTxWIDTH in pixels, such as 32x48")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+    @property
+    def turned(self) -> Size:
+        """The same on its side."""
+        return Size(self.width, self.height)
+
+
+def nearest(sizes: Sequence[Size], height_I: NDArray[Any], width_I: NDArray[Any]) -> Integers:
+    """Numbers [I] of the sizes with the aspect ratio nearest to that of each picture.
+
+    Among sizes of one ratio the area nearest to the picture's decides, then the order. Distances are quotients of whole
+    numbers, so that every machine chooses alike.
+    """
+    size_K2 = np.array(sizes, np.int64)
+    height_I, width_I = np.asarray(height_I, np.int64), np.asarray(width_I, np.int64)
+    ratio_KI = _quotient(size_K2[:, :1] * width_I, size_K2[:, 1:] * height_I)
+    area_KI = _quotient(size_K2.prod(axis=1, keepdims=True), height_I * width_I)
+    # The sort is stable: the first of equals stays the first.
+    chosen: Integers = np.lexsort((area_KI, ratio_KI), axis=0)[0]
+    return chosen
+
+
+def _quotient(a: Integers, b: Integers) -> NDArray[np.float64]:
+    """The greater over the less: 1 where they are equal."""
+    quotient: NDArray[np.float64] = np.maximum(a, b) / np.minimum(a, b)
+    return quotient
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """The sizes of a configuration, and how they are cut: the one place that says so.
+
+    downscale: pixels a side of one latent. patch_size: latents a side of one patch. vocabulary: ids of the model, whose
+    last ones begin pictures.
+    """
+
+    sizes: tuple[Size, ...]
+    downscale: int
+    patch_size: int
+    vocabulary: int = 0
+
+    @property
+    def first(self) -> Size:
+        """What is drawn where no other is asked for."""
+        return self.sizes[0]
+
+    @property
+    def several(self) -> bool:
+        return len(self.sizes) > 1
+
+    def named(self) -> str:
+        """All of them, for a message."""
+        return " or ".join(map(str, self.sizes))
+
+    def latents(self, size: Size) -> tuple[int, int]:
+        """Height and width of the latents of such a picture."""
+        return size.height // self.downscale, size.width // self.downscale
+
+    def grid(self, size: Size) -> tuple[int, int]:
+        """Rows and columns of patches of such a picture."""
+        height, width = self.latents(size)
+        return height // self.patch_size, width // self.patch_size
+
+    def patches(self, size: Size) -> int:
+        """Patches of such a picture."""
+        rows, columns = self.grid(size)
+        return rows * columns
+
+    @functools.cached_property
+    def begun(self) -> dict[int, Size]:
+        """By the token that begins a picture, the size of it: <BOI> for the first, the last ids for the others.
+
+        So a model that speaks chooses the size as it chooses words, and a picture has as many positions as with one.
+        """
+        if self.several and not self.vocabulary:
+            raise ValueError("model.vocabulary must be known before pictures of several sizes begin")
+        others = range(self.vocabulary - len(self.sizes) + 1, self.vocabulary)
+        return dict(zip((int(SpecialToken.BEGIN_IMAGE), *others), self.sizes, strict=True))
+
+    def begins_with(self, size: Size) -> int:
+        """The token that begins such a picture."""
+        return self._begins[size]
+
+    @functools.cached_property
+    def _begins(self) -> dict[Size, int]:
+        return {size: token for token, size in self.begun.items()}
+
+    @property
+    def most_patches(self) -> int:
+        """Of a picture of the greatest size."""
+        return max(map(self.patches, self.sizes))
+
+    @functools.cached_property
+    def patches_K(self) -> Integers:
+        """Patches of a picture of each size."""
+        return np.array([self.patches(size) for size in self.sizes], np.int64)
+
+    def of(self, values: Any) -> Size | None:
+        """The size whose pixels (uint8 [C, H, W]), latents (float [C, h, w]) or tokens (wider, [h, w]) these are.
+
+        None: no one's.
+        """
+        *_, height, width = values.shape
+        pixels = values.dtype.itemsize == 1
+        size = Size(height, width) if pixels else Size(height * self.downscale, width * self.downscale)
+        return size if size in self.sizes else None
+
+    def for_picture(self, height: int, width: int) -> Size:
+        """The size that a picture takes."""
+        return self.sizes[int(nearest(self.sizes, np.array([height]), np.array([width]))[0])]
+
+    def when_turned(self, size: Size) -> Size:
+        """What a picture of this size takes where it was stored on its side: it has as many patches."""
+        return size.turned if size.turned in self.sizes else size
+
+    def numbers(self, height_I: NDArray[Any], width_I: NDArray[Any], is_latent_I: NDArray[Any]) -> Integers:
+        """Numbers [I] of the sizes of stored pictures and latents, by the height and width that they have there.
+
+        Latents of no size count as the first: whoever reads them tells.
+        """
+        number_I = nearest(self.sizes, height_I, width_I)
+        if is_latent_I.any():
+            latent_K2 = np.array([self.latents(size) for size in self.sizes], np.int64)
+            fits_KI = (latent_K2[:, :1] == height_I) & (latent_K2[:, 1:] == width_I)
+            number_I = np.where(is_latent_I, fits_KI.argmax(axis=0), number_I)
+        return number_I

@@ -1,0 +1,105 @@
+"""A row with pictures of several sizes: each is learned from as if it stood alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from transfusion.config import Config
+from transfusion.data.sequence import image_segment
+from transfusion.mixed_loss import MixedLoss
+from transfusion.model import Transfusion
+from transfusion.parallel.engine import global_counts
+from transfusion.schema import Batch, Segment, TextSegment
+from transfusion.sizes import Size
+
+Build = Callable[..., tuple[Config, Transfusion]]
+SIZES = ("8x8", "4x12", "12x4", "8x16")
+UNET: dict[str, Any] = {"patcher": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
+
+
+def documents(config: Config) -> list[list[Segment]]:
+    """One picture of each size, 4x12 and 12x4 of as many patches, between texts and alone."""
+    text, random = TextSegment((9, 10, 11)), np.random.default_rng(0)
+    images = [
+        image_segment(config.image_sizes, size, random.integers(0, 256, (1, *size), dtype=np.uint8))
+        for size in map(Size.parse, SIZES)
+    ]
+    return [[text, images[0]], [images[1], text], [text, images[2]], [images[3], text]]
+
+
+def judged(config: Config, model: Transfusion, batch: Batch, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Text loss, image loss of the images of weight 1, and the gradient of both."""
+    model.zero_grad()
+    groups = zip(batch.images, weights, strict=True)
+    batch = replace(batch, images=tuple(replace(group, image_weight_I=weight) for group, weight in groups))
+    terms = MixedLoss(config.diffusion).terms(model, batch)
+    (terms.text_sum + terms.image_sum).backward()
+    gradient = torch.cat(
+        [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    )
+    return terms.text_sum.detach(), terms.image_sum.detach(), terms.image_count, gradient
+
+
+@pytest.mark.parametrize("position", ["1d", "2d"])
+@pytest.mark.parametrize("patcher", [{}, UNET])
+def test_each_picture_of_a_row_learns_as_alone(
+    build_model: Build, pack: Callable[..., Batch], patcher: dict[str, Any], position: str
+) -> None:
+    config, model = build_model(image_sizes=SIZES, position=position, **patcher)
+    parts, timesteps = documents(config), [3, 700, 40, 500]
+    together = pack(config, [parts], timesteps=timesteps)
+    assert [tuple(group.values.shape[2:]) for group in together.images] == [(4, 12), (8, 8), (8, 16), (12, 4)]
+    assert [group.patch_slot_IP.shape[1] for group in together.images] == [12, 16, 32, 12]
+    every = [torch.ones(1) for _ in together.images]
+    alone = []
+    for number, (part, timestep) in enumerate(zip(parts, timesteps, strict=True)):
+        single = pack(config, [[part]], timesteps=[timestep], keys=[number])
+        alone.append(judged(config, model, single, [torch.ones(1)]))
+        # This picture alone of the row; the texts count there too.
+        place = [tuple(group.values.shape[2:]) for group in together.images].index(
+            tuple(single.images[0].values.shape[2:])
+        )
+        chosen = [torch.tensor([float(turn == place)]) for turn in range(4)]
+        _, loss, count, _ = judged(config, model, together, chosen)
+        torch.testing.assert_close(loss, alone[-1][1], rtol=1e-4, atol=1e-4)
+        assert count == alone[-1][2] == single.images[0].values.numel()
+    whole = judged(config, model, together, every)
+    for found, parts_of_it in zip(whole, zip(*alone, strict=True), strict=True):
+        wanted = torch.stack(parts_of_it).sum(0)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    # The mean is over elements, as among pictures of one size.
+    assert global_counts([together], config.codec).image == whole[2] == 8 * 8 + 2 * 4 * 12 + 8 * 16
+
+
+def test_the_token_before_a_picture_tells_its_size(build_model: Build, pack: Callable[..., Batch]) -> None:
+    """And is learned: where a text goes on with a picture, which one is a target."""
+    config, _ = build_model(image_sizes=SIZES)
+    batch = pack(config, [documents(config)])
+    begins = {size: config.image_sizes.begins_with(Size.parse(size)) for size in SIZES}
+    assert len(set(begins.values())) == 4 and max(begins.values()) == config.model.vocabulary - 1
+    for group in batch.images:
+        height, width = group.values.shape[2:]
+        before = batch.token_ids_BS[0, group.patch_slot_IP[0, 0] - 1]
+        assert before == begins[f"{height}x{width}"]
+    learned = batch.target_ids_BS[batch.text_weight_BS > 0].tolist()
+    assert all(learned.count(token) == 1 for token in begins.values())
+
+
+def test_rows_and_columns_of_patches_are_those_of_the_shape(
+    build_model: Build, pack: Callable[..., Batch]
+) -> None:
+    """4x12 and 12x4 differ in their positions alone."""
+    config, _ = build_model(image_sizes=SIZES, position="2d")
+    batch = pack(config, [documents(config)])
+    for group in batch.images:
+        rows, columns = (side // 2 for side in group.values.shape[2:])
+        position_PA = batch.position_BSA[0, group.patch_slot_IP[0]]
+        offset_PA = position_PA - position_PA[0]
+        assert offset_PA.tolist() == [[0, row, column] for row in range(rows) for column in range(columns)]
