@@ -57,7 +57,7 @@ class Strips:
 
     def _is_for_strip(self, picture: Picture, size: Size) -> bool:
         is_small = _FEWEST * picture.nbytes <= _STRIP_BYTES
-        _, _, height, width = single.middle(*picture.shape[:2], size)
+        _, _, height, width = single.middle(picture.shape[0], picture.shape[1], size)
         return is_small and self._channels != 1 and height != size.height and width != size.width
 
     def _finish(self, strip: Sequence[tuple[Hashable, Picture]], size: Size) -> None:
@@ -72,7 +72,7 @@ class Strips:
 
 
 def _middle(picture: Picture, size: Size) -> Picture:
-    top, left, height, width = single.middle(*picture.shape[:2], size)
+    top, left, height, width = single.middle(picture.shape[0], picture.shape[1], size)
     return picture[top : top + height, left : left + width]
 
 

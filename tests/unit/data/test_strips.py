@@ -28,7 +28,7 @@ def png(chance: random.Random, mode: str, width: int, height: int, format: str =
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_as_one_by_one(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All kinds mixed: larger, smaller, of the right size, wide, tall, alone, with alpha, grey, no PNG; to three sizes."""
+    """All kinds mixed, to three sizes: larger, smaller, right, wide, tall, alone, with alpha, grey, no PNG."""
     chance = random.Random(0)
     sizes = [(24, 24), (24, 24), (24, 24), (9, 9), (16, 16), (31, 17), (31, 17), (17, 31), (16, 40), (13, 16)]
     kinds = [("RGBA", "PNG"), ("RGBA", "PNG"), ("RGB", "PNG"), ("L", "PNG"), ("RGB", "JPEG")]
