@@ -63,6 +63,9 @@ def _panel(axes: Any, comparison: Comparison) -> None:
             _line(axes, series, colour)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    # As numbers, not as powers of ten: the figures of a grid seldom span more than one.
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     better = "higher" if comparison.higher_is_better else "lower"
     axes.set_title(f"{comparison.metric.replace('_', ' ')} ({better} is better)", fontsize=9)
     axes.set_xlabel("training FLOPs", fontsize=9)
