@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +63,18 @@ def test_a_run_that_fails_is_named(workplace: Any) -> None:
     printed = workplace.run("scaling", "run", "bad.yaml", "--out", "runs/bad", "--launcher", "false", code=1)
     assert "plain.s.seed-0: exit code 1, see runs/bad/plain.s.seed-0/grid.log" in printed
     assert "1 of 1 runs failed" in printed
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_told_to_end_ends_its_runs(workplace: Any) -> None:
+    write_grid(workplace.folder / "long.yaml", {"s": {"train.steps": 1}})
+    sleeper = f"{sys.executable} -c 'import time; time.sleep(100)'"
+    process = workplace.start("scaling", "run", "long.yaml", "--out", "runs/long", "--launcher", sleeper)
+    log = workplace.folder / "runs" / "long" / "plain.s.seed-0" / "grid.log"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.1)
+    time.sleep(1)  # The log begins just before the command does.
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not (log.parent / "cell.json").exists()
