@@ -34,7 +34,7 @@ def test_both_models_in_one_grid(transfusion: Command, tmp_path: Path) -> None:
         MODEL.replace("runs/codec/codec", "kl/codec").replace("latents/", "kl/shards/")
     )
     vq = {
-        "model": {"family": "chameleon"},
+        "model": {"family": "chameleon", "patch_size": 1},
         "codec": {"kind": "vq", "folder": "vq/codec"},
         "data": {"sources": [{"name": "pictures", "shards": "vq/shards/*.tar"}], "row_length": 96},
     }
