@@ -152,7 +152,11 @@ class ImageSizes:
 
     def when_turned(self, size: Size) -> Size:
         """What a picture of this size takes where it was stored on its side: it has as many patches."""
-        return size.turned if size.turned in self.sizes else size
+        return self._turned[size]
+
+    @functools.cached_property
+    def _turned(self) -> dict[Size, Size]:
+        return {size: size.turned if size.turned in self.sizes else size for size in self.sizes}
 
     def numbers(self, height_I: NDArray[Any], width_I: NDArray[Any], is_latent_I: NDArray[Any]) -> Integers:
         """Numbers [I] of the sizes of stored pictures and latents, by the height and width that they have there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import warnings
@@ -143,17 +144,17 @@ def _is_plain(data: bytes) -> bool:
     It passes over what turns a picture or lets it move, and takes a damaged or misplaced transparency as it is.
     """
     tables: list[tuple[bytes, int]] = []
-    position, pixels, last = len(_PNG), False, len(data) - CHUNK.size
-    while position <= last:
-        length, kind = CHUNK.unpack_from(data, position)
+    position, pixels, size, read = len(_PNG), False, len(data), CHUNK.unpack_from
+    while position + CHUNK.size <= size:
+        length, kind = read(data, position)
         end = position + 12 + length
         if kind == b"IEND":
             break
-        if end > len(data) or kind in _TURNING_CHUNKS or data.startswith(_TURNING_TEXTS, position + 8):
+        if end > size:
             return False
         if kind == b"IDAT":
             pixels = True
-        elif (
+        elif kind in _TURNING_CHUNKS or data.startswith(_TURNING_TEXTS, position + 8) or (
             not pixels and zlib.crc32(data[position + 4 : end - 4]) != CHECKSUM.unpack_from(data, end - 4)[0]
         ):
             return False
@@ -192,6 +193,7 @@ def _middle(picture: Image.Image, size: Size) -> Image.Image:
     return picture.crop((left, top, left + width, top + height))
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def middle(height: int, width: int, size: Size) -> tuple[int, int, int, int]:
     """Top, left, height and width of as much of a picture as has the shape of the size, to the nearest pixel."""
     rows = min(height, max(1, _rounded(width * size.height, size.width)))

@@ -67,6 +67,8 @@ class SourceIndex:
         self.shards = tuple(part.shard for part in parts)
         self._parts, self._patches, self._row_length = tuple(parts), patches, row_length
         self._sizes = sizes if sizes and sizes.several else None
+        self._image = ImageSegment(None, patches)
+        self._has_latents = any(part.has_latents for part in parts)
         self._size_numbers: dict[int, NDArray[np.uint8]] = {}
         views = [
             _View(part, self._document_patches(part, number), row_length, latent_channels)
@@ -135,10 +137,10 @@ class SourceIndex:
 
     def image(self, sample: int, picture: int = 0) -> ImageSegment:
         """One of the sample's pictures as planned, without its pixels."""
+        if self._sizes is None:
+            return self._image
         size = self.size(sample, picture)
-        if self._sizes is None or size is None:
-            return ImageSegment(None, self._patches)
-        return image_segment(self._sizes, size)
+        return image_segment(self._sizes, size) if size else self._image
 
     def size(self, sample: int, picture: int = 0) -> Size | None:
         """The size that one of the sample's pictures takes; None: there is only one."""
@@ -188,6 +190,8 @@ class SourceIndex:
 
     def is_latent(self, sample: int, picture: int = 0) -> bool:
         """Whether these are latents, not a picture."""
+        if not self._has_latents:
+            return False
         part, place = self._place(sample)
         return part.is_latent(place, picture)
 

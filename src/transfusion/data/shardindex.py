@@ -193,7 +193,7 @@ class ShardIndex:
         if shards is None:
             with OpenShards() as alone:
                 return self.read_picture(sample, picture, alone)
-        place = self.picture_start_N[sample] + picture
+        place = self.picture_start_N.item(sample) + picture
         size, offset = self["picture_size_I"].item(place), self["picture_offset_I"].item(place)
         return os.pread(shards.descriptor(self), size, offset)
 
@@ -229,8 +229,13 @@ class ShardIndex:
     def _changed(self) -> Path:
         return self.path.with_name(self.path.name + _CHANGED)
 
+    @cached_property
+    def has_latents(self) -> bool:
+        """Whether any of the shard's are latents, not pictures."""
+        return bool(self["latent_channels_I"].any())
+
     def is_latent(self, sample: int, picture: int = 0) -> bool:
-        return bool(self["latent_channels_I"][self.picture_start_N[sample] + picture])
+        return bool(self["latent_channels_I"].item(self.picture_start_N.item(sample) + picture))
 
     def fault(self, sample: int, reason: str) -> Fault:
         """A fault of a good sample, found later."""
