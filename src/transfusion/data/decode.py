@@ -154,14 +154,14 @@ def _is_plain(data: bytes) -> bool:
             return False
         if kind == b"IDAT":
             pixels = True
-        elif kind in _TURNING_CHUNKS or data.startswith(_TURNING_TEXTS, position + 8) or (
-            not pixels and zlib.crc32(data[position + 4 : end - 4]) != CHECKSUM.unpack_from(data, end - 4)[0]
-        ):
+        elif kind in _TURNING_CHUNKS or data.startswith(_TURNING_TEXTS, position + 8):
             return False
         elif kind in (b"PLTE", b"tRNS"):
             if pixels:
                 return False
             tables.append((kind, length // (3 if kind == b"PLTE" else 1)))
+        if not pixels and zlib.crc32(data[position + 4 : end - 4]) != CHECKSUM.unpack_from(data, end - 4)[0]:
+            return False
         position = end
     else:
         return False
