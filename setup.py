@@ -30,6 +30,7 @@ EXTRAS = {
     # OpenCV, since only then is it seen to give the same values.
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "mypy>=1.15",
         "ruff>=0.9",
         "types-PyYAML",

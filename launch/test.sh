@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets up what the tests need and runs them all on the CPU. Arguments go to pytest: launch/test.sh -m 'not slow'
+# TEST_PROCESSES: how many test at once, 2 unless given; 0: none beside pytest itself.
 set -euo pipefail
 
 # shellcheck source=launch/env.sh
@@ -13,4 +14,5 @@ ln -sfn ../../kernels build/typing/transfusion_kernels
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest "$@"
+# Two at a time, the tests of a file in one process: many wait for processes that they started.
+"$PYTHON" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"

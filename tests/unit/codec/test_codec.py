@@ -67,7 +67,8 @@ def test_a_configuration_is_filled_in_from_the_folder(kl_folder: Path, vq_folder
     assert presets.load(None, [*words, f"codec.fingerprint={config.codec.fingerprint}"]) == config
     measured = presets.load(None, [*words, "codec.scale=0.18215", "codec.shift=[0,1,0,1]"]).codec
     assert measured.scale == (0.18215,) and measured.fingerprint != config.codec.fingerprint
-    tokens = presets.load(None, ["codec.kind=vq", f"codec.folder={vq_folder}", "model.patch_size=1"])
+    words = ["model.family=chameleon", "codec.kind=vq", f"codec.folder={vq_folder}"]
+    tokens = presets.load(None, words)
     assert tokens.codec.codes == 32
 
 
