@@ -15,4 +15,4 @@ ln -sfn ../../kernels build/typing/transfusion_kernels
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
 # Two at a time, the tests of a file in one process: many wait for processes that they started.
-"$PYTHON" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"
+"$PYTHON" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
