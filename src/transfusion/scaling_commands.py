@@ -40,6 +40,7 @@ def run(
     ] = False,
 ) -> None:
     """Train, export and measure every cell with every seed. Killed and run again it goes on; then a table."""
+    from transfusion.errors import UserError
     from transfusion.grids import read_grid
     from transfusion.scaling.grid import jobs_of, run_grid
     from transfusion.scaling.results import metrics_of, read_records, table
@@ -47,10 +48,16 @@ def run(
     found = read_grid(grid, classifier=classifier)
     jobs = jobs_of(found, out, overrides=overrides or [], only=only or [])
     if listing:
+        wrong = 0
         for job in jobs:
-            job.config()
-            typer.echo(job.cell.name if len(found.seeds) == 1 else f"{job.cell.name} seed {job.seed}")
-        return
+            name = job.cell.name if len(found.seeds) == 1 else f"{job.cell.name} seed {job.seed}"
+            try:
+                job.config()
+                typer.echo(name)
+            except UserError as error:
+                wrong += 1
+                typer.echo(f"cannot run here: {error}", err=True)
+        raise typer.Exit(2 if wrong else 0)
     failed = run_grid(jobs, out, processes=processes, launcher=launcher, say=_say)
     if len(failed) < len(jobs):
         records = read_records(out)

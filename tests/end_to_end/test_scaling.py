@@ -65,6 +65,12 @@ def test_a_run_that_fails_is_named(workplace: Any) -> None:
     assert "1 of 1 runs failed" in printed
 
 
+def test_cells_that_cannot_run_here_hide_no_other(workplace: Any) -> None:
+    write_grid(workplace.folder / "some.yaml", {"s": {"train.steps": 1}, "bad": {"model.patch_size": 3}})
+    printed = workplace.run("scaling", "run", "some.yaml", "--out", "runs/some", "--list", code=2)
+    assert "plain/s" in printed.splitlines() and "cannot run here: cell plain/bad: " in printed
+
+
 @pytest.mark.slow
 def test_a_grid_that_is_told_to_end_ends_its_runs(workplace: Any) -> None:
     write_grid(workplace.folder / "long.yaml", {"s": {"train.steps": 1}})
