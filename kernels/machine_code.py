@@ -122,34 +122,26 @@ def compile_function(
 def inspect(name: str, kernel: Any, target: str) -> Report:
     """Read a compiled kernel."""
     if target.startswith("gfx"):
-        code = kernel.asm["amdgcn"]
-        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
+        code, kinds = kernel.asm["amdgcn"], _AMD
+        registers = re.findall(r"\.vgpr_count:\s+(\d+)", code)
         # Not `.vgpr_spill_count`, which counts what moves to accumulation registers and back, too.
-        spills = _count({"stores": r"\bscratch_store", "loads": r"\bscratch_load"}, code)
-        return Report(
-            name,
-            target,
-            registers,
-            spills["stores"],
-            spills["loads"],
-            kernel.metadata.shared,
-            _count(_AMD, code),
-        )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = _run("cuobjdump", "-res-usage", cubin.name)
-        code = _run("nvdisasm", "-c", cubin.name)
-    registers = int(re.findall(r"\bREG:(\d+)", usage)[0])
-    spills = _count({"stores": r"\bSTL\b", "loads": r"\bLDL\b"}, code)
+        spilling = {"stores": r"\bscratch_store", "loads": r"\bscratch_load"}
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(kernel.asm["cubin"])
+            cubin.flush()
+            registers = re.findall(r"\bREG:(\d+)", _run("cuobjdump", "-res-usage", cubin.name))
+            code, kinds = _run("nvdisasm", "-c", cubin.name), _NVIDIA
+        spilling = {"stores": r"\bSTL\b", "loads": r"\bLDL\b"}
+    spills = _count(spilling, code)
     return Report(
         name,
         target,
-        registers,
+        int(registers[0]),
         spills["stores"],
         spills["loads"],
         kernel.metadata.shared,
-        _count(_NVIDIA, code),
+        _count(kinds, code),
     )
 
 

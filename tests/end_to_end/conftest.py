@@ -6,16 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from transfusion import cli
+from transfusion.observe.runfolder import start_logging
 
 ROOT = Path(__file__).parents[2]
 TINY = (
     "model.layers=2", "model.width=64", "model.heads=2", "data.row_length=128", "data.rows=4",
     "train.threads=1", "checkpoint.every=3", "sample.per_prompt=1", "sample.steps=2",
 )  # fmt: skip
+Command = Callable[..., str]
 
 
 @dataclass(frozen=True)
@@ -69,3 +74,21 @@ def trained(workplace: Workplace) -> str:
     workplace.run(*workplace.train("runs/trained", "train.steps=7"), processes=2)
     workplace.run("export", "runs/trained", "--out", "runs/trained/export")
     return "runs/trained"
+
+
+@pytest.fixture
+def transfusion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Command:
+    """transfusion(*words, code=0) -> what the command printed, in a folder of its own and in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["transfusion", *words])
+        left = cli._run()
+        start_logging(None)
+        told = capfd.readouterr()
+        assert left == code, told.out + told.err
+        return told.out + told.err
+
+    return run

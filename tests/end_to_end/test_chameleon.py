@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from .test_codec import CODEC, MODEL, Command
-from .test_codec import transfusion as transfusion
+from .conftest import Command
+from .test_codec import CODEC, MODEL
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (30, 180, 60)}
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from transfusion import cli
 from transfusion.observe.metrics import read_metrics
-from transfusion.observe.runfolder import start_logging
+
+from .conftest import Command
 
 CODEC = (
     "kind: kl\n"
@@ -36,26 +33,6 @@ MODEL = (
     "train: {steps: 2, threads: 1, precision: fp32}\n"
     "sample: {per_prompt: 1, steps: 2}\n"
 )
-
-Command = Callable[..., str]
-
-
-@pytest.fixture
-def transfusion(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Command:
-    """transfusion(*words, code=0) -> what the command printed, in a folder of its own and in this process."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["transfusion", *words])
-        left = cli._run()
-        start_logging(None)
-        told = capfd.readouterr()
-        assert left == code, told.out + told.err
-        return told.out + told.err
-
-    return run
 
 
 def draw_pictures(folder: Path) -> None:

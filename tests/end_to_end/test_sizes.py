@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from transfusion import cli
 from transfusion.generate import Pipeline
 from transfusion.observe.metrics import read_metrics
-from transfusion.observe.runfolder import start_logging
+
+from .conftest import Command
 
 MODEL = (
     "model: {layers: 2, width: 64, heads: 2, patch_size: 4, position: 2d}\n"
@@ -34,24 +31,6 @@ MODEL = (
 SHAPES = {"wide red": (40, 20), "tall blue": (20, 42), "even green": (24, 25)}
 
 
-@pytest.fixture
-def transfusion(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """transfusion(*words, code=0) -> what the command printed, in a folder of its own and in this process."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["transfusion", *words])
-        left = cli._run()
-        start_logging(None)
-        told = capfd.readouterr()
-        assert left == code, told.out + told.err
-        return told.out + told.err
-
-    return run
-
-
 def draw_pictures(folder: Path) -> None:
     """One colour, a little darker or lighter each, in a shape that its caption tells."""
     folder.mkdir()
@@ -63,7 +42,7 @@ def draw_pictures(folder: Path) -> None:
         (folder / f"{number:03d}.txt").write_text(caption)
 
 
-def test_from_pictures_of_three_shapes_to_drawn_ones(transfusion: Callable[..., str], tmp_path: Path) -> None:
+def test_from_pictures_of_three_shapes_to_drawn_ones(transfusion: Command, tmp_path: Path) -> None:
     draw_pictures(tmp_path / "own")
     (tmp_path / "model.yaml").write_text(MODEL)
     transfusion("prepare", "own", "--out", "data", "--held-out", "0.1")
