@@ -55,6 +55,7 @@ from transfusion.config import Config, SourceConfig
 from transfusion.data import rows
 from transfusion.data.collect import picture_sample
 from transfusion.data.deck import Deck, Lengths, Variant
+from transfusion.data.decode import use_one_thread
 from transfusion.data.index import SourceIndex
 from transfusion.data.loader import Loader, build_indexes, plan_settings, source_lengths
 from transfusion.data.planner import Planner
@@ -589,6 +590,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    use_one_thread()
     parts = {"planning": planning, "reading": reading, "larger": larger, "beyond": beyond}
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(parts):
