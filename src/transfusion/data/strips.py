@@ -22,7 +22,7 @@ from transfusion.data.decode import DecodeFault, Picture
 from transfusion.sizes import Size
 
 # Values held together. More would leave the processor's cache, and be fresh memory at each step.
-_STRIP_BYTES = 1 << 18
+_STRIP_BYTES = 3 << 17
 _FEWEST = 2
 # Files read before any of them is decoded: to change between the two at each costs more than to hold a few.
 _FILE_BYTES = 1 << 20
