@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/campaigns/exact_batches.py [--seed 0] [--out benchmarks/results/exact-batches.json]
 
-Makes digits, coloured pictures with alpha and reference text, and writes down the global batches of 24 rows of one process without workers. Then
+Makes digits, coloured pictures with alpha and reference text, and writes down the global batches of 24 rows of one
+process without workers. Then
 
     grid      every world size x every number of workers, each from a random step; with workers, one a rank is killed
     chains    runs that change world size and workers every few steps, each part from the state of the last as JSON
