@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/data.py --data DIR [--only planning,beyond,reading,larger] [--out FILE]
 
 DIR holds `emoji-captions/train/*.tar` (pictures with captions) and `text/train/*.jsonl`. A tokenizer of 8,000 pieces
-is trained on them first. All times are processor time of one core, the median of several rounds.
+is trained on them first. All times are processor time of one core, the median of several rounds, with one
+thread of torch and of OpenCV.
 
 planning    speed, padding, cuts, shares of batches and of the whole, size of the state, time to resume: half the
             tokens text, half pairs of 64 patches, rows of 4,096, global batches of 8 rows

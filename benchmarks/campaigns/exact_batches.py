@@ -54,6 +54,7 @@ ROWS = 24
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 24)
 WORKERS = (0, 1, 2, 4)
 GRID_STEPS = 3
+# Widths and heights of coloured pictures, one twice as often as the others.
 COLOURED, SHAPES = 600, ((12, 12), (12, 12), (21, 13), (9, 30))
 # For processes that start on a machine that does much else.
 LONGEST_WAIT_SECONDS = 600

@@ -47,7 +47,7 @@ class DecodeFault(Exception):  # noqa: N818  (no mistake of the program: one bad
 
 
 def use_one_thread() -> None:
-    """For a process that is one of many: OpenCV would start a thread a core, whose waiting costs more than it gains."""
+    """For one process of many: OpenCV would start a thread a core, and waiting for them costs more than they gain."""
     if opencv is not None:
         opencv.setNumThreads(1)
 
@@ -128,7 +128,7 @@ def _by_opencv(data: bytes) -> Picture | None:
     if opencv is None or len(data) < _PNG_HEAD or not data.startswith(_PNG):
         return None
     pixels, bits, kind = int.from_bytes(data[16:20]) * int.from_bytes(data[20:24]), data[24], data[25]
-    if pixels > _GREATEST_FOR_OPENCV or kind == _GREY or (bits != 8 and (bits > 8 or kind != _PALETTE)):
+    if pixels > _GREATEST_FOR_OPENCV or kind == _GREY or (bits != 8 and kind != _PALETTE):
         return None
     if not _is_plain(data):
         return None
@@ -138,12 +138,12 @@ def _by_opencv(data: bytes) -> Picture | None:
 
 
 def alpha_on_white(values_HWC: Picture) -> Picture:
-    """Blue, green, red and alpha to colours on white; what stands in the place of alpha is nothing."""
+    """Blue, green, red and alpha to colours on white; the fourth value of the result means nothing."""
     alpha = opencv.cvtColor(opencv.extractChannel(values_HWC, 3), opencv.COLOR_GRAY2BGRA)
-    return on_white(values_HWC, alpha)
+    return colours_on_white(values_HWC, alpha)
 
 
-def on_white(colours: Picture, alpha: Picture) -> Picture:
+def colours_on_white(colours: Picture, alpha: Picture) -> Picture:
     """255 - (255 - colour) alpha / 255, rounded to the nearest, which is what Pillow's `paste` gives."""
     flat: Picture = opencv.bitwise_not(colours)
     opencv.multiply(flat, alpha, flat, 1 / 255)
@@ -183,7 +183,7 @@ def _is_plain(data: bytes) -> bool:
     if [kind for kind, _ in tables] not in _TABLES:
         return False
     (_, colours), *transparency = tables
-    # Colours beyond what the bits can tell are cut off, and transparency that is longer than what is left.
+    # OpenCV cuts off colours beyond what the bits can tell, and leaves out a transparency longer than what is left.
     return pixels and all(count <= min(colours, 1 << data[24]) for _, count in transparency)
 
 

@@ -155,9 +155,10 @@ class RowBuilder:
                     continue
                 try:
                     wanted = [(piece.source, piece.sample, picture) for picture in self._numbers(piece)]
+                    # Before they are read: a fault of the first one's pixels goes before one of reading the next.
+                    places[number] = wanted
                     for place in wanted:
                         self._begin(place, begun, strips, shards)
-                    places[number] = wanted
                 except DecodeFault as error:
                     reasons[number] = str(error)
                 except OSError as error:
@@ -167,7 +168,7 @@ class RowBuilder:
         for number, wanted in places.items():
             if fault := next((bad[place] for place in wanted if place in bad), None):
                 reasons[number] = str(fault)
-            else:
+            elif number not in reasons:
                 pictures[number] = [values[place] for place in wanted]
         faulty = ((plan[number], reason) for number, reason in sorted(reasons.items()))
         faults = (self._indexes[piece.source].fault(piece.sample, reason) for piece, reason in faulty)

@@ -3,15 +3,14 @@
 To a resampler that goes down the columns, pictures side by side are one picture, and all bytes are alike. So both of
 Pillow's passes, across and then down, are made passes down, which is the faster kind, and over pixels of four bytes,
 whatever these are.
-Shape suffixes: N pictures, H and W height and width as stored, h and w as wanted, P colours and alpha of a pixel,
-C colours, B bytes side by side.
+Shape suffixes: N pictures, H and W height and width of what is used of them, h and w as wanted, P colours and alpha of
+a pixel, C colours, B bytes side by side.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,21 +20,11 @@ from transfusion.data import decode as single
 from transfusion.data.decode import DecodeFault, Picture
 from transfusion.sizes import Size
 
-# Values held together. More would leave the processor's cache, and be fresh memory at each step.
+# Bytes of pictures held together. More would leave the processor's cache, and be fresh memory at each step.
 _STRIP_BYTES = 3 << 17
 _FEWEST = 2
-# Files read before any of them is decoded: to change between the two at each costs more than to hold a few.
+# Bytes of files read before any is decoded: changing between the two for each costs more than holding a few.
 _FILE_BYTES = 1 << 20
-
-
-@dataclass(slots=True)
-class _Strip:
-    """Pictures of one kind that wait: the middles [N, H, W, P] that they will be made of, and their places."""
-
-    values_NHWP: Picture
-    middle: tuple[slice, slice]
-    size: Size
-    places: list[Hashable] = field(default_factory=list)
 
 
 class _File(NamedTuple):
@@ -57,8 +46,8 @@ class Strips:
         self._channels = channels
         self._files: list[_File] = []
         self._file_bytes = 0
-        # By the shape that pictures have, and the size that they are to have; None: finished one by one.
-        self._strips: dict[tuple[tuple[int, ...], Size], _Strip | None] = {}
+        # By the shape that pictures have, and the size that they are to have.
+        self._strips: dict[tuple[tuple[int, ...], Size], list[tuple[Hashable, Picture]]] = {}
         self._done: dict[Hashable, Picture] = {}
         self._faults: dict[Hashable, DecodeFault] = {}
 
@@ -73,10 +62,9 @@ class Strips:
     def finish(self) -> tuple[dict[Hashable, Picture], dict[Hashable, DecodeFault]]:
         """Pictures since the last call, uint8 [channels, height, width], and what is wrong with others, by place."""
         self._decode()
-        for strip in self._strips.values():
-            if strip and strip.places:
-                self._finish(strip)
-        self._strips.clear()
+        while self._strips:
+            (_, size), strip = self._strips.popitem()
+            self._finish(strip, size)
         finished = self._done, self._faults
         self._done, self._faults = {}, {}
         return finished
@@ -93,34 +81,32 @@ class Strips:
     def _open(self, file: _File) -> None:
         picture, on_its_side = single.opened(file.data)
         size = file.turned if file.turned and on_its_side else file.size
-        strip = None if isinstance(picture, Image.Image) else self._strip(picture.shape, size)
-        if isinstance(picture, Image.Image) or strip is None:
+        if isinstance(picture, Image.Image) or (most := self._most_together(picture.shape, size)) < _FEWEST:
             self._done[file.place] = single.brought_to_size(picture, size, channels=self._channels)
             return
-        # At once, while it is in the processor's cache.
-        strip.values_NHWP[len(strip.places)] = picture[strip.middle]
-        strip.places.append(file.place)
-        if len(strip.places) == len(strip.values_NHWP):
-            self._finish(strip)
+        kind = picture.shape, size
+        strip = self._strips.setdefault(kind, [])
+        strip.append((file.place, picture))
+        if len(strip) == most:
+            self._finish(self._strips.pop(kind), size)
 
-    def _strip(self, shape: tuple[int, ...], size: Size) -> _Strip | None:
-        kind = shape, size
-        if kind not in self._strips:
-            self._strips[kind] = self._new_strip(shape, size)
-        return self._strips[kind]
+    def _most_together(self, shape: tuple[int, ...], size: Size) -> int:
+        """How many such pictures make a strip; 0: they are no kind for one."""
+        _, _, height, width = single.middle(*shape[:2], size)
+        if self._channels == 1 or height == size.height or width == size.width:
+            return 0
+        return _STRIP_BYTES // max(math.prod(shape), self._channels * size.height * size.width)
 
-    def _new_strip(self, shape: tuple[int, ...], size: Size) -> _Strip | None:
-        top, left, height, width = single.middle(*shape[:2], size)
-        count = _STRIP_BYTES // math.prod(shape)
-        if count < _FEWEST or self._channels == 1 or height == size.height or width == size.width:
-            return None
-        middle = slice(top, top + height), slice(left, left + width)
-        return _Strip(np.empty((count, height, width, shape[2]), np.uint8), middle, size)
-
-    def _finish(self, strip: _Strip) -> None:
-        values_NCHW = resampled(strip.values_NHWP[: len(strip.places)], *strip.size)
-        self._done.update(zip(strip.places, values_NCHW, strict=True))
-        strip.places.clear()
+    def _finish(self, strip: Sequence[tuple[Hashable, Picture]], size: Size) -> None:
+        if len(strip) < _FEWEST:
+            for place, picture in strip:
+                self._done[place] = single.brought_to_size(picture, size, channels=self._channels)
+            return
+        height, width, _ = strip[0][1].shape
+        top, left, rows, columns = single.middle(height, width, size)
+        middle = np.s_[top : top + rows, left : left + columns]
+        values_NCHW = resampled(np.stack([picture[middle] for _, picture in strip]), *size)
+        self._done.update((place, values) for (place, _), values in zip(strip, values_NCHW, strict=True))
 
 
 def resampled(pictures_NHWP: Picture, height: int, width: int) -> Picture:
@@ -128,7 +114,7 @@ def resampled(pictures_NHWP: Picture, height: int, width: int) -> Picture:
     opencv, (count, before, across, depth) = single.opencv, pictures_NHWP.shape
     below = pictures_NHWP.reshape(count * before, across, depth)
     blue, green, red, *alpha = opencv.split(opencv.transpose(below))
-    colours = [single.on_white(colour, *alpha) if alpha else colour for colour in (red, green, blue)]
+    colours = [single.colours_on_white(colour, *alpha) if alpha else colour for colour in (red, green, blue)]
     across_wB = _down(np.concatenate(colours, axis=1), width)
     lines_CNHw = opencv.transpose(across_wB).reshape(3, count, before, width)
     beside_HB = _moved(lines_CNHw, (2, 0, 1)).reshape(before, -1)

@@ -28,7 +28,10 @@ _ZEROS = bytes(BLOCK)
 _MAGIC, _MAGIC_OFFSET = b"ustar", 257
 # The word of eight bytes that the magic stands in: its number in a block, its value, and the bits that count.
 _WORD = np.dtype("<u8")
-_MAGIC_WORD, _MAGIC_VALUE, _MAGIC_BITS = 32, int.from_bytes(_MAGIC, "little") << 8, (1 << 40) - 1 << 8
+_MAGIC_WORD, _BEFORE_MAGIC = divmod(_MAGIC_OFFSET, 8)
+_MAGIC_VALUE, _MAGIC_BITS = (
+    int.from_bytes(magic, "little") << 8 * _BEFORE_MAGIC for magic in (_MAGIC, b"\xff" * len(_MAGIC))
+)
 # Places of a header: size, checksum, what follows each, kind, and the prefix of a long name.
 _SIZE, _AFTER_SIZE = slice(124, 135), slice(135, 136)
 _CHECKSUM, _AFTER_CHECKSUM = slice(148, 154), slice(154, 156)

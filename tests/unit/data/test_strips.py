@@ -52,7 +52,7 @@ def test_most_are_resampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cv2")
     counts, together = [], module.resampled
 
-    def counted(pictures: list[module.Picture], height: int, width: int) -> module.Picture:
+    def counted(pictures: module.Picture, height: int, width: int) -> module.Picture:
         counts.append(len(pictures))
         return together(pictures, height, width)
 
@@ -61,10 +61,30 @@ def test_most_are_resampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
     chance, strips = random.Random(0), Strips(channels=3)
     for number in range(8):
         strips.add(number, png(chance, "RGBA", 24, 24), SQUARE)
-    strips.add(8, png(chance, "RGBA", 64, 64), SQUARE)
-    strips.add(9, png(chance, "RGBA", 64, 64), SQUARE)
-    assert len(strips.finish()[0]) == 10
+    for number, (side, size) in enumerate([(40, SQUARE), (64, SQUARE), (24, Size(48, 48))], start=4):
+        strips.add(2 * number, png(chance, "RGBA", side, side), size)
+        strips.add(2 * number + 1, png(chance, "RGBA", side, side), size)
+    assert len(strips.finish()[0]) == 14
     assert counts == [3, 3, 2]
+
+
+def test_few_files_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, opening = [], module.single.opened
+
+    def noted(data: bytes) -> object:
+        opened.append(len(data))
+        return opening(data)
+
+    chance, strips = random.Random(0), Strips(channels=3)
+    data = png(chance, "RGBA", 24, 24)
+    monkeypatch.setattr(module.single, "opened", noted)
+    monkeypatch.setattr(module, "_FILE_BYTES", 3 * len(data))
+    counts = []
+    for number in range(7):
+        strips.add(number, data, SQUARE)
+        counts.append(len(opened))
+    assert counts == [0, 0, 3, 3, 3, 6, 6]
+    assert len(strips.finish()[0]) == len(opened) == 7
 
 
 @pytest.mark.parametrize("file_bytes", [1, 3000, 1 << 20])
