@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/data.py --data DIR [--only planning,beyond,reading,larger] [--out FILE]
 
 DIR holds `emoji-captions/train/*.tar` (pictures with captions) and `text/train/*.jsonl`. A tokenizer of 8,000 pieces
-is trained on them first. All times are processor time of one core, the median of several rounds.
+is trained on them first. All times are processor time of one core, the median of several rounds, with one
+thread of torch and of OpenCV.
 
 planning    speed, padding, cuts, shares of batches and of the whole, size of the state, time to resume: half the
             tokens text, half pairs of 64 patches, rows of 4,096, global batches of 8 rows
@@ -55,6 +56,7 @@ from transfusion.config import Config, SourceConfig
 from transfusion.data import rows
 from transfusion.data.collect import picture_sample
 from transfusion.data.deck import Deck, Lengths, Variant
+from transfusion.data.decode import use_one_thread
 from transfusion.data.index import SourceIndex
 from transfusion.data.loader import Loader, build_indexes, plan_settings, source_lengths
 from transfusion.data.planner import Planner
@@ -589,6 +591,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    use_one_thread()
     parts = {"planning": planning, "reading": reading, "larger": larger, "beyond": beyond}
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(parts):

@@ -1,4 +1,4 @@
-"""Compiles every form of the kernels for sm_80, sm_90 (the Hopper kernels too), sm_100 and gfx942, and reads the code.
+"""Compiles every form of the kernels, those for Hopper too, for seven GPUs of NVIDIA and AMD, and reads the code.
 
     .venv/bin/python benchmarks/campaigns/compile_kernels.py [--targets sm_90,...] [--kinds cache,...] [--out FILE]
 
@@ -33,7 +33,6 @@ from transfusion_kernels.attention.shipped import (
 from transfusion_kernels.machine_code import Report
 
 ROOT = Path(__file__).resolve().parents[2]
-USUAL = "sm_80,sm_90,sm_100,gfx942"
 
 KINDS = {
     "16-bit": "attention in 16 bits",
@@ -80,8 +79,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    targets_help = f"comma-separated, of {', '.join(TARGETS)}; {USUAL}, unless given"
-    parser.add_argument("--targets", default=USUAL, help=targets_help)
+    targets_help = f"comma-separated, of {', '.join(TARGETS)}; all, unless given"
+    parser.add_argument("--targets", default=",".join(TARGETS), help=targets_help)
     kinds_help = "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items())
     parser.add_argument(
         "--kinds", default=",".join(KINDS), help=f"comma-separated; all, unless given. {kinds_help}"

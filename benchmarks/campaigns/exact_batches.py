@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/campaigns/exact_batches.py [--seed 0] [--out benchmarks/results/exact-batches.json]
 
-Makes digits and reference text, and writes down the global batches of 24 rows of one process without workers. Then
+Makes digits, coloured pictures with alpha and reference text, and writes down the global batches of 24 rows of one
+process without workers. Then
 
     grid      every world size x every number of workers, each from a random step; with workers, one a rank is killed
     chains    runs that change world size and workers every few steps, each part from the state of the last as JSON
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import random
 import signal
@@ -30,16 +32,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from limits import record_head, write_json
 from transfusion.config import Config
+from transfusion.data.collect import picture_sample
 from transfusion.data.loader import Loader
 from transfusion.data.prepare import prepare
 from transfusion.data.scan import texts
-from transfusion.data.shards import expand
+from transfusion.data.shards import Sample, expand, write_shards
 from transfusion.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion.data.workers import ProcessWorkshop
 from transfusion.schema import Batch
@@ -49,6 +54,8 @@ ROWS = 24
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 24)
 WORKERS = (0, 1, 2, 4)
 GRID_STEPS = 3
+# Widths and heights of coloured pictures, one twice as often as the others.
+COLOURED, SHAPES = 600, ((12, 12), (12, 12), (21, 13), (9, 30))
 # For processes that start on a machine that does much else.
 LONGEST_WAIT_SECONDS = 600
 WRONG = 3
@@ -65,18 +72,31 @@ class Truth(NamedTuple):
 
 
 def make_config(folder: Path) -> Config:
-    """Digits and reference text in rows of 512; makes them and a tokenizer where they are missing."""
+    """Digits, colours and reference text in rows of 512; makes them and a tokenizer where they are missing."""
     for name, kind in (("digits", "digits"), ("docs", "python-docs")):
         prepare(kind, folder / name)
+    if not (folder / "colours").exists():
+        write_shards(coloured(random.Random(0)), folder / "colours" / "held_out")
     model = folder / "tokenizer.model"
     if not model.exists():
         train_tokenizer(texts(expand(f"{folder}/*/train/*.tar")), model, vocabulary=1024)
+    shares = {"digits": 0.25, "colours": 0.25, "docs": 0.5}
     sources = [
-        {"name": name, "shards": f"{folder}/{name}/held_out/*.tar", "share": 0.5}
-        for name in ("digits", "docs")
+        {"name": name, "shards": f"{folder}/{name}/held_out/*.tar", "share": share}
+        for name, share in shares.items()
     ]
     data = {"sources": sources, "tokenizer": str(model), "row_length": 512, "rows": ROWS}
-    return Config.model_validate({"codec": {"channels": 1, "image_size": 8}, "data": data})
+    return Config.model_validate({"codec": {"channels": 3, "image_size": 8}, "data": data})
+
+
+def coloured(chance: random.Random) -> Iterator[Sample]:
+    """Transparent pictures of several shapes: those of one shape in a row are resampled together."""
+    for number in range(COLOURED):
+        width, height = chance.choice(SHAPES)
+        values = np.frombuffer(chance.randbytes(4 * width * height), np.uint8).reshape(height, width, 4)
+        stream = io.BytesIO()
+        Image.fromarray(values).save(stream, "PNG")
+        yield picture_sample(stream.getvalue(), "png", f"picture {number} of {width} by {height}")
 
 
 def open_loader(config: Config, rank: int, world_size: int, workers: int, state: str | None) -> Loader:

@@ -46,6 +46,12 @@ class DecodeFault(Exception):  # noqa: N818  (no mistake of the program: one bad
     """A picture that cannot be used; the message is the reason, short enough to count by."""
 
 
+def use_one_thread() -> None:
+    """For one process of many: OpenCV would start a thread a core, and waiting for them costs more than they gain."""
+    if opencv is not None:
+        opencv.setNumThreads(1)
+
+
 def decode(data: bytes, *, channels: int, image_size: int) -> Picture:
     """As `decode_to`, to a square."""
     return decode_to(data, Size(image_size, image_size), channels=channels)
@@ -115,14 +121,16 @@ def _by_pillow(data: bytes) -> tuple[Image.Image, bool]:
 
 
 def _by_opencv(data: bytes) -> Picture | None:
-    """Values of a plain PNG of eight bits, faster than by Pillow; None where that is not certain to be the same.
+    """Values of a plain PNG of eight bits or fewer, faster than by Pillow; None where that is not sure to be the same.
 
     Of a PNG the width stands at 16, the height at 20, the bits of a value at 24, the kind of pixel at 25.
     """
-    if opencv is None or len(data) < _PNG_HEAD or not data.startswith(_PNG) or data[24] != 8:
+    if opencv is None or len(data) < _PNG_HEAD or not data.startswith(_PNG):
         return None
-    pixels = int.from_bytes(data[16:20]) * int.from_bytes(data[20:24])
-    if pixels > _GREATEST_FOR_OPENCV or data[25] == _GREY or not _is_plain(data):
+    pixels, bits, kind = int.from_bytes(data[16:20]) * int.from_bytes(data[20:24]), data[24], data[25]
+    if pixels > _GREATEST_FOR_OPENCV or kind == _GREY or (bits != 8 and kind != _PALETTE):
+        return None
+    if not _is_plain(data):
         return None
     values: Picture | None = opencv.imdecode(np.frombuffer(data, np.uint8), opencv.IMREAD_UNCHANGED)
     # What OpenCV refuses Pillow judges.
@@ -130,9 +138,14 @@ def _by_opencv(data: bytes) -> Picture | None:
 
 
 def alpha_on_white(values_HWC: Picture) -> Picture:
-    """255 - (255 - colour) alpha / 255, rounded to the nearest, which is what Pillow's `paste` gives."""
+    """Blue, green, red and alpha to colours on white; the fourth value of the result means nothing."""
     alpha = opencv.cvtColor(opencv.extractChannel(values_HWC, 3), opencv.COLOR_GRAY2BGRA)
-    flat: Picture = opencv.bitwise_not(values_HWC)
+    return colours_on_white(values_HWC, alpha)
+
+
+def colours_on_white(colours: Picture, alpha: Picture) -> Picture:
+    """255 - (255 - colour) alpha / 255, rounded to the nearest, which is what Pillow's `paste` gives."""
+    flat: Picture = opencv.bitwise_not(colours)
     opencv.multiply(flat, alpha, flat, 1 / 255)
     opencv.bitwise_not(flat, flat)
     return flat
@@ -167,7 +180,11 @@ def _is_plain(data: bytes) -> bool:
         return False
     if data[25] != _PALETTE:
         return pixels and not tables
-    return pixels and [kind for kind, _ in tables] in _TABLES and tables[-1][1] <= tables[0][1]
+    if [kind for kind, _ in tables] not in _TABLES:
+        return False
+    (_, colours), *transparency = tables
+    # OpenCV cuts off colours beyond what the bits can tell, and leaves out a transparency longer than what is left.
+    return pixels and all(count <= min(colours, 1 << data[24]) for _, count in transparency)
 
 
 def _to_values(picture: Image.Image, channels: int, size: Size) -> Picture:

@@ -7,7 +7,7 @@ Shape suffixes: S positions of the row, A position axes, C channels, H/W picture
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -146,7 +146,7 @@ class RowBuilder:
     def _pictures(self, plan: RowPlan) -> tuple[dict[int, list[Values]], tuple[Fault, ...]]:
         """The images of each piece by its number, and the faults of those pieces whose images could not be had."""
         places: dict[int, list[Place]] = {}
-        faults = []
+        reasons: dict[int, str] = {}
         strips = Strips(channels=self._settings.channels)
         begun: dict[Place, Values | None] = {}
         with OpenShards() as shards:
@@ -155,16 +155,23 @@ class RowBuilder:
                     continue
                 try:
                     wanted = [(piece.source, piece.sample, picture) for picture in self._numbers(piece)]
+                    # Before they are read: a fault of the first one's pixels goes before one of reading the next.
+                    places[number] = wanted
                     for place in wanted:
                         self._begin(place, begun, strips, shards)
-                    places[number] = wanted
                 except DecodeFault as error:
-                    faults.append(self._indexes[piece.source].fault(piece.sample, str(error)))
+                    reasons[number] = str(error)
                 except OSError as error:
-                    reason = f"unreadable shard ({error.strerror})"
-                    faults.append(self._indexes[piece.source].fault(piece.sample, reason))
-        values = self._finish(begun, strips)
-        pictures = {number: [values[place] for place in wanted] for number, wanted in places.items()}
+                    reasons[number] = f"unreadable shard ({error.strerror})"
+        values, bad = self._finish(begun, strips)
+        pictures: dict[int, list[Values]] = {}
+        for number, wanted in places.items():
+            if fault := next((bad[place] for place in wanted if place in bad), None):
+                reasons[number] = str(fault)
+            elif number not in reasons:
+                pictures[number] = [values[place] for place in wanted]
+        faulty = ((plan[number], reason) for number, reason in sorted(reasons.items()))
+        faults = (self._indexes[piece.source].fault(piece.sample, reason) for piece, reason in faulty)
         return pictures, tuple(faults)
 
     def _numbers(self, piece: Piece) -> Sequence[int]:
@@ -193,15 +200,19 @@ class RowBuilder:
                 strips.add(place, index.read_picture(sample, number, shards), size, sizes.when_turned(size))
         begun[place] = values
 
-    def _finish(self, begun: dict[Place, Values | None], strips: Strips) -> dict[Place, Values]:
-        """All that was begun, remembered while there is room."""
-        pictures, finished = strips.finish(), dict[Place, Values]()
+    def _finish(
+        self, begun: dict[Place, Values | None], strips: Strips
+    ) -> tuple[dict[Place, Values], Mapping[Hashable, DecodeFault]]:
+        """All that was begun, remembered while there is room, and what is wrong with others."""
+        (pictures, bad), finished = strips.finish(), dict[Place, Values]()
         for place, values in begun.items():
+            if place in bad:
+                continue
             finished[place] = pictures[place] if values is None else values
             if place not in self._cache and self._cached_bytes + finished[place].nbytes <= _CACHE_BYTES:
                 self._cache[place] = finished[place]
                 self._cached_bytes += finished[place].nbytes
-        return finished
+        return finished, bad
 
     def _images(
         self, plan: RowPlan, drafts: Sequence[Draft], pictures: dict[int, list[Values]]

@@ -11,6 +11,8 @@ CAPTION_BYTES = 65_536
 DOCUMENT_BYTES = 2_000_000
 
 _BOM = "\ufeff"
+_JSON_SPACE = " \t\n\r"
+_raw_decode = json.JSONDecoder().raw_decode
 # In bytes of UTF-8.
 _LONGEST_CHARACTER = 4
 # All controls but tab and line feed; line ends are one line feed before this is asked.
@@ -121,11 +123,12 @@ def _mended(text: str, greatest: int, notes: list[str]) -> str:
 
 def json_object(data: bytes) -> dict[str, Any]:
     """The JSON object in these bytes. Raises SampleError."""
-    text = utf8(data).removeprefix(_BOM)
+    text = utf8(data).removeprefix(_BOM).strip(_JSON_SPACE)
     try:
-        value = json.loads(text)
+        # `json.loads` does more around each, a fifth of the time with many small ones.
+        value, end = _raw_decode(text)
     except (ValueError, RecursionError):
         raise SampleError("json_invalid") from None
-    if not isinstance(value, dict):
+    if end != len(text) or not isinstance(value, dict):
         raise SampleError("json_invalid")
     return value

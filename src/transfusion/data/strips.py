@@ -1,99 +1,137 @@
-"""Small pictures of one size flattened and resampled together: calls and conversions cost as much there as the work.
+"""Pictures of a row decoded together: of small ones calls and conversions cost as much as the work itself.
 
-To a resampler that goes down the columns, pictures side by side are one picture. So both of Pillow's passes, across
-and then down, are made passes down, which is also the faster kind.
-Shape suffixes: N pictures, H and W height and width as stored, h and w as wanted, P the four bytes of a pixel.
+To a resampler that goes down the columns, pictures side by side are one picture, and all bytes are alike. So both of
+Pillow's passes, across and then down, are made passes down, which is the faster kind, and over pixels of four bytes,
+whatever these are.
+Shape suffixes: N pictures, H and W height and width of what is used of them, h and w as wanted, P colours and alpha of
+a pixel, C colours, B bytes side by side.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from transfusion.data import decode as single
-from transfusion.data.decode import Picture
+from transfusion.data.decode import DecodeFault, Picture
 from transfusion.sizes import Size
 
-# Values held together. More would leave the processor's cache, and be fresh memory at each step.
-_STRIP_BYTES = 1 << 18
+# Bytes of pictures held together. More would leave the processor's cache, and be fresh memory at each step.
+_STRIP_BYTES = 3 << 17
 _FEWEST = 2
+# Bytes of files read before any is decoded: changing between the two for each costs more than holding a few.
+_FILE_BYTES = 1 << 20
+
+
+class _File(NamedTuple):
+    """A picture that is to be decoded. turned: its size where it was stored on its side."""
+
+    place: Hashable
+    data: bytes
+    size: Size
+    turned: Size | None
 
 
 class Strips:
-    """Decodes pictures one by one and finishes those of one size together; each as `decode_to` would.
+    """Decodes pictures, and finishes those of one size together; each as `decode_to` would.
 
     channels: 1 grey, 3 colour.
     """
 
     def __init__(self, *, channels: int) -> None:
         self._channels = channels
-        # By the shape that they have, and the size that they are to have.
-        self._waiting: dict[tuple[tuple[int, ...], Size], list[tuple[Hashable, Picture]]] = {}
+        self._files: list[_File] = []
+        self._file_bytes = 0
+        # By the shape that pictures have, and the size that they are to have.
+        self._strips: dict[tuple[tuple[int, ...], Size], list[tuple[Hashable, Picture]]] = {}
         self._done: dict[Hashable, Picture] = {}
+        self._faults: dict[Hashable, DecodeFault] = {}
 
     def add(self, place: Hashable, data: bytes, size: Size, turned: Size | None = None) -> None:
-        """Decode a picture, whose values `finish` will give under this place, of the size or, where it was stored on
-        its side, of the other one. Raises DecodeFault."""
-        picture, on_its_side = single.opened(data)
-        size = turned if turned and on_its_side else size
-        if isinstance(picture, Image.Image) or not self._is_for_strip(picture, size):
-            self._done[place] = single.brought_to_size(picture, size, channels=self._channels)
+        """A picture, whose values `finish` will give under this place, of the size or, where it was stored on its
+        side, of the other one."""
+        self._files.append(_File(place, data, size, turned))
+        self._file_bytes += len(data)
+        if self._file_bytes >= _FILE_BYTES:
+            self._decode()
+
+    def finish(self) -> tuple[dict[Hashable, Picture], dict[Hashable, DecodeFault]]:
+        """Pictures since the last call, uint8 [channels, height, width], and what is wrong with others, by place."""
+        self._decode()
+        while self._strips:
+            (_, size), strip = self._strips.popitem()
+            self._finish(strip, size)
+        finished = self._done, self._faults
+        self._done, self._faults = {}, {}
+        return finished
+
+    def _decode(self) -> None:
+        for file in self._files:
+            try:
+                self._open(file)
+            except DecodeFault as fault:
+                self._faults[file.place] = fault
+        self._files.clear()
+        self._file_bytes = 0
+
+    def _open(self, file: _File) -> None:
+        picture, on_its_side = single.opened(file.data)
+        size = file.turned if file.turned and on_its_side else file.size
+        if isinstance(picture, Image.Image) or (most := self._most_together(picture.shape, size)) < _FEWEST:
+            self._done[file.place] = single.brought_to_size(picture, size, channels=self._channels)
             return
         kind = picture.shape, size
-        strip = self._waiting.setdefault(kind, [])
-        strip.append((place, picture))
-        if (len(strip) + 1) * picture.nbytes > _STRIP_BYTES:
-            self._finish(self._waiting.pop(kind), size)
+        strip = self._strips.setdefault(kind, [])
+        strip.append((file.place, picture))
+        if len(strip) == most:
+            self._finish(self._strips.pop(kind), size)
 
-    def finish(self) -> dict[Hashable, Picture]:
-        """All pictures since the last call, uint8 [channels, height, width], by place."""
-        while self._waiting:
-            (_, size), strip = self._waiting.popitem()
-            self._finish(strip, size)
-        done, self._done = self._done, {}
-        return done
-
-    def _is_for_strip(self, picture: Picture, size: Size) -> bool:
-        is_small = _FEWEST * picture.nbytes <= _STRIP_BYTES
-        _, _, height, width = single.middle(picture.shape[0], picture.shape[1], size)
-        return is_small and self._channels != 1 and height != size.height and width != size.width
+    def _most_together(self, shape: tuple[int, ...], size: Size) -> int:
+        """How many such pictures make a strip; 0: they are no kind for one."""
+        _, _, height, width = single.middle(*shape[:2], size)
+        if self._channels == 1 or height == size.height or width == size.width:
+            return 0
+        return _STRIP_BYTES // max(math.prod(shape), self._channels * size.height * size.width)
 
     def _finish(self, strip: Sequence[tuple[Hashable, Picture]], size: Size) -> None:
         if len(strip) < _FEWEST:
-            self._done.update(
-                (place, single.brought_to_size(picture, size, channels=self._channels))
-                for place, picture in strip
-            )
+            for place, picture in strip:
+                self._done[place] = single.brought_to_size(picture, size, channels=self._channels)
             return
-        values_NCHW = resampled([_middle(picture, size) for _, picture in strip], *size)
+        height, width, _ = strip[0][1].shape
+        top, left, rows, columns = single.middle(height, width, size)
+        middle = np.s_[top : top + rows, left : left + columns]
+        values_NCHW = resampled(np.stack([picture[middle] for _, picture in strip]), *size)
         self._done.update((place, values) for (place, _), values in zip(strip, values_NCHW, strict=True))
 
 
-def _middle(picture: Picture, size: Size) -> Picture:
-    top, left, height, width = single.middle(picture.shape[0], picture.shape[1], size)
-    return picture[top : top + height, left : left + width]
+def resampled(pictures_NHWP: Picture, height: int, width: int) -> Picture:
+    """Pictures, [blue green red] or with alpha, on white, as uint8 [N, 3, height, width], bicubic."""
+    opencv, (count, before, across, depth) = single.opencv, pictures_NHWP.shape
+    below = pictures_NHWP.reshape(count * before, across, depth)
+    blue, green, red, *alpha = opencv.split(opencv.transpose(below))
+    colours = [single.colours_on_white(colour, *alpha) if alpha else colour for colour in (red, green, blue)]
+    across_wB = _down(np.concatenate(colours, axis=1), width)
+    lines_CNHw = opencv.transpose(across_wB).reshape(3, count, before, width)
+    beside_HB = _moved(lines_CNHw, (2, 0, 1)).reshape(before, -1)
+    lines_hCNw = _down(beside_HB, height).reshape(height, 3, count, width)
+    return _moved(lines_hCNw, (2, 1, 0))
 
 
-def resampled(pictures: Sequence[Picture], height: int, width: int) -> Picture:
-    """Pictures of one size, [H, W, blue green red] or with alpha, on white, as uint8 [N, 3, height, width], bicubic."""
-    opencv, (before, _, depth) = single.opencv, pictures[0].shape
-    values = np.concatenate(pictures)
-    if depth == single.WITH_ALPHA:
-        flat = single.alpha_on_white(values)
-    else:
-        flat = opencv.cvtColor(values, opencv.COLOR_BGR2BGRA)
-    across_wNHP = np.frombuffer(_down(opencv.transpose(flat), width).tobytes("raw", "RGBX"), np.uint8)
-    below_NHw = opencv.transpose(across_wNHP.reshape(width, -1, 4)).view(np.uint32).reshape(-1, before, width)
-    beside_HNw = np.ascontiguousarray(below_NHw.swapaxes(0, 1)).view(np.uint8)
-    lines = _down(beside_HNw.reshape(before, -1, 4), height).tobytes("raw", "RGB;L")
-    lines_hCNw = np.frombuffer(lines, np.uint8).reshape(height, 3, -1, width)
-    return np.ascontiguousarray(lines_hCNw[:, ::-1].transpose(2, 1, 0, 3))
+def _moved(lines: Picture, order: tuple[int, ...]) -> Picture:
+    """Whole lines, [..., w], in another order of the other axes."""
+    line = f"V{lines.shape[-1]}"
+    return np.ascontiguousarray(lines.view(line)[..., 0].transpose(order))[..., None].view(np.uint8)
 
 
-def _down(pixels_HWP: Picture, height: int) -> Image.Image:
-    """To another height; the fourth byte of a pixel is nothing."""
-    width = pixels_HWP.shape[1]
-    picture = Image.frombytes("RGB", (width, len(pixels_HWP)), pixels_HWP, "raw", "RGBX")
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+def _down(lines_HB: Picture, height: int) -> Picture:
+    """To another height. Bytes side by side are resampled alike, whatever they are; fastest as pixels of four."""
+    mode, depth = ("L", 1) if lines_HB.shape[1] % 4 else ("CMYK", 4)
+    size = lines_HB.shape[1] // depth, len(lines_HB)
+    picture = Image.frombuffer(mode, size, lines_HB, "raw", mode, 0, 1)
+    resized = picture.resize((size[0], height), Image.Resampling.BICUBIC)
+    return np.frombuffer(resized.tobytes(), np.uint8).reshape(height, -1)

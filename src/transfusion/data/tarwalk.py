@@ -26,6 +26,12 @@ _WINDOW = 1 << 18
 _SEARCHED_AT_ONCE = 1 << 20
 _ZEROS = bytes(BLOCK)
 _MAGIC, _MAGIC_OFFSET = b"ustar", 257
+# The word of eight bytes that the magic stands in: its number in a block, its value, and the bits that count.
+_WORD = np.dtype("<u8")
+_MAGIC_WORD, _BEFORE_MAGIC = divmod(_MAGIC_OFFSET, 8)
+_MAGIC_VALUE, _MAGIC_BITS = (
+    int.from_bytes(magic, "little") << 8 * _BEFORE_MAGIC for magic in (_MAGIC, b"\xff" * len(_MAGIC))
+)
 # Places of a header: size, checksum, what follows each, kind, and the prefix of a long name.
 _SIZE, _AFTER_SIZE = slice(124, 135), slice(135, 136)
 _CHECKSUM, _AFTER_CHECKSUM = slice(148, 154), slice(154, 156)
@@ -225,8 +231,8 @@ def _plain_members(data: bytes, offset: int, length: int) -> dict[int, tuple[Mem
     shard. Shape suffixes: H headers, B bytes.
     """
     blocks_HB = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
-    magic_HB = blocks_HB[:, _MAGIC_OFFSET : _MAGIC_OFFSET + len(_MAGIC)]
-    numbers_H = np.flatnonzero((magic_HB == np.frombuffer(_MAGIC, np.uint8)).all(axis=1))
+    words = blocks_HB.view(_WORD)[:, _MAGIC_WORD] & _MAGIC_BITS
+    numbers_H = np.flatnonzero(words == _MAGIC_VALUE)
     headers_HB = blocks_HB[numbers_H]
     starts_H = offset + (numbers_H + 1) * BLOCK
     sizes_H, plain_H = _octal(headers_HB, _SIZE, _AFTER_SIZE)
@@ -242,7 +248,7 @@ def _plain_members(data: bytes, offset: int, length: int) -> dict[int, tuple[Mem
     ends_H = np.minimum(starts_H - (-sizes_H // BLOCK) * BLOCK, length)
     columns = zip(names_H, starts_H.tolist(), sizes_H.tolist(), ends_H.tolist(), strict=True)
     return {
-        start - BLOCK: (Member(name, start - BLOCK, start, size, True, "", ""), end)
+        start - BLOCK: (Member._make((name, start - BLOCK, start, size, True, "", "")), end)
         for name, start, size, end in columns
         # A directory of old writers, and what stands behind the end of a name.
         if name and not name.endswith(b"/") and b"\0" not in name

@@ -19,6 +19,7 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple, Protocol
 
+from transfusion.data.decode import use_one_thread
 from transfusion.data.planner import RowPlan
 from transfusion.data.rows import Row, RowBuilder
 from transfusion.errors import UserError
@@ -218,6 +219,7 @@ def _work(connection: Connection, arena: _Arena, builder: RowBuilder) -> None:
     """The life of a worker: rows for plans until the trainer closes the pipe, or is gone."""
     # An interrupt is the trainer's to handle; it ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    use_one_thread()
     with contextlib.suppress(EOFError, OSError):
         while True:
             connection.send(_attempt(builder, connection.recv(), arena))

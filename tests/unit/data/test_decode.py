@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import random
 import struct
@@ -99,22 +100,37 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
+ADAM7 = (
+    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
+)  # fmt: skip
+
+
 def random_png(chance: random.Random) -> bytes:
-    """Of eight bits: any kind of pixel, any filters, with or without transparency, whole or damaged."""
-    kind, width, height = chance.choice([0, 2, 3, 4, 6]), chance.randint(8, 24), chance.randint(8, 24)
-    length = width * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
-    lines = [bytes([chance.randrange(5)]) + chance.randbytes(length) for _ in range(height)]
-    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0))]
+    """Of up to eight bits: any kind of pixel, any filters, with or without transparency, whole or damaged."""
+    kind, width, height = chance.choice([0, 2, 3, 3, 4, 6]), chance.randint(8, 24), chance.randint(8, 24)
+    bits = chance.choice([1, 2, 4, 8]) if kind in (0, 3) else 8
+    depth, interlaced = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind], chance.random() < 0.3
+    # Of each pass the first column and line, and how far apart its columns and lines stand.
+    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    lines = [
+        bytes([chance.randrange(5)])
+        + chance.randbytes(-(-len(range(left, width, across)) * bits // 8) * depth)
+        for left, top, across, down in passes
+        for _ in range(top, height, down)
+        if left < width
+    ]
+    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, interlaced))]
     if kind == 3:
-        chunks.append(chunk(b"PLTE", chance.randbytes(3 * chance.randint(1, 256))))
+        # Also fewer than the numbers of pixels, and more than these can be.
+        chunks.append(chunk(b"PLTE", chance.randbytes(3 * chance.randint(1, min(256, 2 << bits)))))
     if kind in (0, 2, 3) and chance.random() < 0.6:
-        size = {0: 2, 2: 6, 3: chance.randint(1, 200)}[kind]
+        size = {0: 2, 2: 6, 3: chance.randint(1, min(200, 2 << bits))}[kind]
         chunks.append(chunk(b"tRNS", chance.randbytes(size)))
     if chance.random() < 0.2:
         exif = Image.Exif()
         exif[0x0112] = 3
         chunks.append(chunk(b"eXIf", exif.tobytes()[6:]))
-    pixels = zlib.compress(b"".join(lines)[: None if chance.random() < 0.8 else -1 - length])
+    pixels = zlib.compress(b"".join(lines)[: None if chance.random() < 0.8 else -1 - depth * width])
     chunks += [chunk(b"IDAT", pixels[:40]), chunk(b"IDAT", pixels[40:]), chunk(b"IEND", b"")]
     data = bytearray(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     if chance.random() < 0.5:
@@ -142,12 +158,14 @@ def test_opencv_gives_what_pillow_gives(monkeypatch: pytest.MonkeyPatch) -> None
         except DecodeFault as fault:
             return [str(fault)]
 
-    used = 0
-    for number in range(600):
+    used: collections.Counter[tuple[int, int]] = collections.Counter()
+    for number in range(1200):
         data, channels = random_png(chance), 1 if number % 4 == 0 else 3
-        used += module._by_opencv(data) is not None
+        if module._by_opencv(data) is not None:
+            used[data[24], data[25]] += 1
         by_opencv = outcome(data, channels)
         with monkeypatch.context() as without:
             without.setattr(module, "opencv", None)
             assert outcome(data, channels) == by_opencv
-    assert used > 100
+    assert used.keys() == {(1, 3), (2, 3), (4, 3), (8, 2), (8, 3), (8, 4), (8, 6)}
+    assert used.total() > 150

@@ -191,6 +191,32 @@ def test_colour_and_positions_in_two_dimensions(make_config: MakeConfig, indexes
     assert row.images[0].values_CHW.shape == (3, 16, 16) and row.position_SA.shape == (256, 3)
 
 
+def test_faults_stand_in_the_order_of_the_row(
+    config: Config, indexes: list[SourceIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those found in reading and those found in decoding; of a document the first picture's."""
+    wrong: dict[tuple[int, int], bytes | OSError] = {
+        (0, 0): b"torn", (1, 0): OSError(5, "gone"), (2, 0): b"torn", (3, 0): b"torn", (3, 1): OSError(5, "gone"),
+    }  # fmt: skip
+    read = SourceIndex.read_picture
+
+    def damaged(self: SourceIndex, sample: int, picture: int = 0, *rest: object) -> bytes:
+        found = wrong.get((sample, picture))
+        if isinstance(found, OSError):
+            raise found
+        return found or read(self, sample)
+
+    monkeypatch.setattr(SourceIndex, "read_picture", damaged)
+    builder = RowBuilder(indexes, RowSettings.of(config))
+    monkeypatch.setattr(builder, "_numbers", lambda piece: (0, 1) if piece.sample == 3 else (0,))
+    pictures, faults = builder._pictures(tuple(pair(indexes[0], n, Variant.CAPTION_FIRST) for n in range(5)))
+    assert [fault.reason for fault in faults] == [
+        "image_corrupt", "unreadable shard (gone)", "image_corrupt", "image_corrupt",
+    ]  # fmt: skip
+    assert [fault.key for fault in faults] == [indexes[0].key(sample) for sample in range(4)]
+    assert pictures.keys() == {4}
+
+
 def test_a_vanished_shard_is_a_fault(
     config: Config, indexes: list[SourceIndex], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

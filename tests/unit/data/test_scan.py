@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 from transfusion.data import scan as module
+from transfusion.data import tarwalk
 from transfusion.data.sample import Fault, RawSample
 from transfusion.data.scan import is_shard, scan
+from transfusion.data.tarwalk import TarWalk
 
 END = bytes(1024)
 
@@ -154,6 +156,10 @@ def test_a_picture_may_have_several_captions(
         ([("a.png", picture()), ("a.json", b'{"caption": "\\ud800"}')], "text_encoding"),
         ([("a.png", picture()), ("a.json", b"{")], "json_invalid"),
         ([("a.png", picture()), ("a.json", b'["x"]')], "json_invalid"),
+        *(
+            ([("a.png", picture()), ("a.json", b'{"caption": "a"}' + behind)], "json_invalid")
+            for behind in (b"\x0c", b"\xc2\xa0", b"\x1f", b" {}")
+        ),
         ([("a.png", picture()), ("a.json", b"[" * 100_000)], "json_invalid"),
         ([("a.png", picture()), ("a.json", b'{"n": ' + b"9" * 100_000 + b"}")], "json_invalid"),
         ([("a.png", picture()), ("a.json", b" " * 2_000_001)], "text_oversize"),
@@ -278,6 +284,16 @@ def test_a_long_name_that_lies_about_its_length(tmp_path: Path, kind: bytes) -> 
         stream.truncate(64 << 20)
     assert reasons(path) == ["a", "b", ": tar_bad_header"]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024
+
+
+def test_plain_members_are_found_at_once(tmp_path: Path) -> None:
+    """As the walk finds them one by one: it would fall back to that in silence."""
+    data = shard(tmp_path / "s.tar", [*pair("a"), *pair("b"), ("c.txt", b"x" * 700)]).read_bytes()
+    with (tmp_path / "s.tar").open("rb") as stream:
+        members = list(TarWalk(stream.fileno()))
+    found = tarwalk._plain_members(data, 0, len(data))
+    assert [member for member, _ in found.values()] == members and len(members) == 5
+    assert list(found) == [member.offset for member in members]
 
 
 def test_archives_glued_together(tmp_path: Path) -> None:
@@ -411,7 +427,7 @@ def test_what_is_mended_is_noted(tmp_path: Path) -> None:
         *pair("a", b"\xef\xbb\xbfa\r\ncat\r\n"),
         *pair("b", b"a\x07\x1b cat"),
         *pair("c"), ("c.json", b"{"),
-        ("d.png", picture()), ("d.json", b'{"caption": "NaN is read", "score": NaN}'),
+        ("d.png", picture()), ("d.json", b' \t{"caption": "NaN is read", "score": NaN}\r\n'),
     ]  # fmt: skip
     found = list(scan(shard(tmp_path / "s.tar", members)))
     assert [(one.text, one.notes) for one in found if isinstance(one, RawSample)] == [

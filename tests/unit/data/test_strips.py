@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from transfusion.data import strips as module
-from transfusion.data.decode import DecodeFault, decode, decode_to
+from transfusion.data.decode import decode, decode_to
 from transfusion.data.strips import Strips
 from transfusion.sizes import Size
 
@@ -40,11 +40,11 @@ def test_as_one_by_one(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
         pictures[number] = png(chance, mode, *size, format)
         wanted[number] = chance.choice([SQUARE, Size(16, 24), Size(28, 14)])
         strips.add(number, pictures[number], wanted[number])
-    finished = strips.finish()
-    assert finished.keys() == pictures.keys()
+    finished, faults = strips.finish()
+    assert finished.keys() == pictures.keys() and not faults
     for number, data in pictures.items():
         assert np.array_equal(finished[number], decode_to(data, wanted[number], channels=channels)), number
-    assert strips.finish() == {}
+    assert strips.finish() == ({}, {})
 
 
 def test_most_are_resampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_most_are_resampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cv2")
     counts, together = [], module.resampled
 
-    def counted(pictures: list[module.Picture], height: int, width: int) -> module.Picture:
+    def counted(pictures: module.Picture, height: int, width: int) -> module.Picture:
         counts.append(len(pictures))
         return together(pictures, height, width)
 
@@ -61,19 +61,45 @@ def test_most_are_resampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
     chance, strips = random.Random(0), Strips(channels=3)
     for number in range(8):
         strips.add(number, png(chance, "RGBA", 24, 24), SQUARE)
-    strips.add(8, png(chance, "RGBA", 64, 64), SQUARE)
-    strips.add(9, png(chance, "RGBA", 64, 64), SQUARE)
-    assert len(strips.finish()) == 10
+    for number, (side, size) in enumerate([(40, SQUARE), (64, SQUARE), (24, Size(48, 48))], start=4):
+        strips.add(2 * number, png(chance, "RGBA", side, side), size)
+        strips.add(2 * number + 1, png(chance, "RGBA", side, side), size)
+    assert len(strips.finish()[0]) == 14
     assert counts == [3, 3, 2]
 
 
-def test_a_fault_leaves_the_others() -> None:
+def test_few_files_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, opening = [], module.single.opened
+
+    def noted(data: bytes) -> object:
+        opened.append(len(data))
+        return opening(data)
+
+    chance, strips = random.Random(0), Strips(channels=3)
+    data = png(chance, "RGBA", 24, 24)
+    monkeypatch.setattr(module.single, "opened", noted)
+    monkeypatch.setattr(module, "_FILE_BYTES", 3 * len(data))
+    counts = []
+    for number in range(7):
+        strips.add(number, data, SQUARE)
+        counts.append(len(opened))
+    assert counts == [0, 0, 3, 3, 3, 6, 6]
+    assert len(strips.finish()[0]) == len(opened) == 7
+
+
+@pytest.mark.parametrize("file_bytes", [1, 3000, 1 << 20])
+def test_a_fault_leaves_the_others(file_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many files are read before they are decoded."""
+    monkeypatch.setattr(module, "_FILE_BYTES", file_bytes)
     chance, strips = random.Random(0), Strips(channels=3)
     good = [png(chance, "RGBA", 24, 24) for _ in range(3)]
     for number, data in enumerate(good):
         strips.add(number, data, SQUARE)
-        with pytest.raises(DecodeFault):
-            strips.add(-1, data[: len(data) // 2], SQUARE)
-    finished = strips.finish()
+        strips.add(-1 - number, data[: len(data) // 2], SQUARE)
+    finished, faults = strips.finish()
     assert finished.keys() == {0, 1, 2}
-    assert np.array_equal(finished[2], decode(good[2], channels=3, image_size=16))
+    assert {number: str(fault) for number, fault in faults.items()} == dict.fromkeys(
+        [-1, -2, -3], "image_corrupt"
+    )
+    for number, data in enumerate(good):
+        assert np.array_equal(finished[number], decode(data, channels=3, image_size=16))

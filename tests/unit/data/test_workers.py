@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from transfusion.data import workers
 from transfusion.data.rows import Row, RowImage
 from transfusion.data.scan import Fault
-from transfusion.data.workers import _Arena, _attempt, _Packed
+from transfusion.data.workers import _Arena, _attempt, _Packed, _work
 
 LENGTH = 4096
 
@@ -57,6 +59,22 @@ def test_arrays_travel_through_shared_memory() -> None:
         assert row.token_ids_S.flags.writeable
     ours.close()
     theirs.close()
+
+
+def test_a_worker_keeps_opencv_to_one_thread() -> None:
+    opencv = pytest.importorskip("cv2")
+    before = opencv.getNumThreads()
+    opencv.setNumThreads(3)
+    ours, theirs = multiprocessing.Pipe()
+    ours.close()
+    arena, handler = _Arena(), signal.getsignal(signal.SIGINT)
+    try:
+        _work(theirs, arena, Builder())  # type: ignore[arg-type]
+        assert opencv.getNumThreads() == 1
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        opencv.setNumThreads(before)
+        arena.close()
 
 
 def test_a_failure_is_the_answer() -> None:
