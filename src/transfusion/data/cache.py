@@ -273,11 +273,11 @@ class ShardCache:
     def _make_room(self, size: int, *, must: bool) -> bool:
         """Remove copies that nobody needs soon, least recently used first, until `size` bytes fit below the bound.
 
-        Where they cannot, nothing is removed, unless `must`. Called with the folder locked.
+        Where they cannot, no copy is removed, unless `must`. Called with the folder locked.
         """
+        kept = self._own() | self._clear()
         copies = self._copies()
         total, bound = sum(copy.size for copy in copies) + size, self.settings.greatest_bytes
-        kept = self._own() | self._of_others()
         free = sorted(
             copy for copy in copies if copy.path.name not in kept and not copy.path.name.startswith(".")
         )
@@ -304,8 +304,11 @@ class ShardCache:
     def _own(self) -> frozenset[str]:
         return frozenset().union(*self._held.values())
 
-    def _of_others(self) -> frozenset[str]:
-        """Names that living processes hold; leases of dead ones are removed."""
+    def _clear(self) -> frozenset[str]:
+        """Remove leases and unfinished files of dead processes; returns the names that living ones hold.
+
+        A process that died while it started another one counts as alive until that other runs its program.
+        """
         names: set[str] = set()
         for lease in (self._folder / "leases").iterdir():
             if lease.name == self._token:
@@ -315,15 +318,11 @@ class ShardCache:
                     lease.unlink(missing_ok=True)
                 else:
                     names.update(stream.read().split("\n"))
-        return frozenset(names)
-
-    def _clear(self) -> None:
-        """Remove the unfinished files of dead processes."""
-        self._of_others()
         alive = {lease.name for lease in (self._folder / "leases").iterdir()}
         for path in self._folder.glob(f".*{_UNFINISHED}*"):
             if path.name.rpartition(_UNFINISHED)[2] not in alive:
                 path.unlink(missing_ok=True)
+        return frozenset(names)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
