@@ -40,7 +40,9 @@ EXTRAS = {
     "oracles": ["diffusers>=0.36", "transformers>=5"],
 }
 EXTRAS["all"] = [
-    requirement for name in ("train", "evaluate", "codec", "report", "wandb") for requirement in EXTRAS[name]
+    requirement
+    for name in ("train", "evaluate", "codec", "report", "wandb", "opencv")
+    for requirement in EXTRAS[name]
 ]
 
 setup(

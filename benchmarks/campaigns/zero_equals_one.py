@@ -2,12 +2,13 @@
 
     .venv/bin/python benchmarks/campaigns/zero_equals_one.py [--ranks 2 4] [--cases 'compiled*' ...]
 
-Batches of text and images, the same for all processes together as for the one: mixed, unequal across ranks (text alone
-beside images alone, and so on), packed; in four micro-batches; with rows shared by two ranks; blocks compiled and
-recomputed, and all of that at once; with the U-Net; in stages 1 and 2; with second copies (hpZ); offloaded. The other
-cases run in stage 3 with nothing kept gathered. Compared are text loss, image loss and the whole loss of each step,
-gradient norms, and the weights at the end. What was run replaces its part of the record. Exits with 3 where a loss or a
-norm differs by 1e-6 or more, relative, or compiled blocks are more than one graph. `tests/dist` holds a sample.
+Batches of text and images, the same for all processes together as for the one: mixed, unequal across ranks (text
+alone beside images alone, and so on), packed; pictures of several sizes, not the same on all ranks; in four micro-
+batches; with rows shared by two ranks; blocks compiled and recomputed, and all of that at once; with the U-Net; in
+stages 1 and 2; with second copies (hpZ); offloaded. The other cases run in stage 3 with nothing kept gathered.
+Compared are text loss, image loss and the whole loss of each step, gradient norms, and the weights at the end. What
+was run replaces its part of the record. Exits with 3 where a loss or a norm differs by 1e-6 or more, relative, or
+compiled blocks are more than one graph. `tests/dist` holds a sample.
 """
 
 from __future__ import annotations
@@ -54,10 +55,16 @@ class Case:
 SHARED = {"train__sequence_parallel": 2}
 COMPILED = {"train__compile": True}
 RECOMPUTED = {"train__activation_checkpointing": "block"}
+# Ranks with other pictures, and so with more or fewer groups of them, and of other numbers of patches.
+SEVERAL: Stream = [("two sizes", "mixed"), ("wide", "text"), ("two sizes", "wide"), ("text", "two sizes")]
 CASES = {
     "mixed": Case(stream=[("mixed", "mixed"), ("two kinds", "mixed")]),
     "unequal across ranks": Case(),
     "packed": Case(stream=[("packed", "packed")]),
+    "several sizes": Case(stream=SEVERAL),
+    "several sizes, unet": Case(UNET, SEVERAL),
+    "several sizes, unet, recomputed, shared rows": Case(UNET | RECOMPUTED | SHARED, SEVERAL),
+    "several sizes, compiled": Case(COMPILED, SEVERAL),
     "accumulation 4": Case(accumulation=4),
     "shared rows": Case(SHARED),
     "shared rows, packed": Case(SHARED, [("packed", "packed")]),

@@ -41,6 +41,8 @@ OPTIONAL = {
     "matplotlib": ("matplotlib", "transfusion report"),
     "jinja2": ("jinja2", "transfusion report"),
     "wandb": ("wandb", "log.wandb=true"),
+    "diffusers": ("diffusers", "autoencoders: codec.kind=kl and vq"),
+    "opencv-python-headless": ("cv2", "small PNGs read faster, to the same values"),
 }
 TRITON_CHECK = """
 import torch

@@ -22,10 +22,12 @@ LENGTH = 32
 PATCHES = 4
 SIDE = 4
 
-Content = Literal["mixed", "text", "image", "little text", "two kinds", "packed"]
-# Words of each document of a packed row, and whether a picture follows them. The second picture of an even row stands
-# on both sides of the row's middle.
-PACKED = [[(3, True), (2, True), (4, False)], [(5, False), (6, True), (3, True)]]
+Content = Literal["mixed", "text", "image", "little text", "two kinds", "packed", "wide", "two sizes"]
+# Words of a document and the pictures that follow them: how many times as wide as high each is, and so how many times
+# PATCHES it has.
+Document = tuple[int, tuple[int, ...]]
+# The second picture of an even row stands on both sides of the row's middle.
+PACKED: list[list[Document]] = [[(3, (1,)), (2, (1,)), (4, ())], [(5, ()), (6, (1,)), (3, (1,))]]
 
 
 def small_config(**changes: Any) -> Config:
@@ -50,7 +52,8 @@ def small_config(**changes: Any) -> Config:
 def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> Batch:
     """Rows of one document each (packed: of three) and some padding; without pictures there is one of weight 0.
 
-    side: of the pictures, which always have four patches. two kinds: as mixed, the first picture as latents.
+    side: height of the pictures, which have four patches, twice as wide ones eight. two kinds: as mixed, the first
+    picture as latents. wide: one of eight patches in each row. two sizes: one of each, in turn first.
     """
     random = torch.Generator().manual_seed(seed)
     token = torch.zeros(rows, LENGTH, dtype=torch.int64)
@@ -58,23 +61,22 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
     weight = torch.zeros(rows, LENGTH)
     image_end = torch.zeros(rows, LENGTH, dtype=torch.int64)
     length = torch.empty(rows, dtype=torch.int64)
-    slots: list[torch.Tensor] = []
+    slots: dict[int, list[torch.Tensor]] = {}
     start_of = torch.zeros(rows, LENGTH, dtype=torch.int64)
     for row in range(rows):
-        words = {"image": 0, "little text": 3}.get(content, 18 + row)
-        documents = [(words, content in ("image", "mixed", "two kinds"))]
         end = 0
-        for words, has_image in PACKED[row % 2] if content == "packed" else documents:
+        for words, pictures in PACKED[row % 2] if content == "packed" else [_document(content, row)]:
             text = torch.randint(8, VOCABULARY, (words,), generator=random)
             document = [int(SpecialToken.BEGIN_DOCUMENT), *text.tolist()]
-            start, first = end, end + len(document) + 1
-            weight[row, start : first - 2] = 1.0
-            if has_image:
-                slots.append(row * LENGTH + torch.arange(first, first + PATCHES))
-                image_end[row, first : first + PATCHES] = first + PATCHES
+            start = end
+            weight[row, start : start + len(document) - 1] = 1.0
+            for times in pictures:
+                first, patches = start + len(document) + 1, times * PATCHES
+                slots.setdefault(times, []).append(row * LENGTH + torch.arange(first, first + patches))
+                image_end[row, first : first + patches] = first + patches
                 document += [
                     SpecialToken.BEGIN_IMAGE,
-                    *[SpecialToken.PATCH] * PATCHES,
+                    *[SpecialToken.PATCH] * patches,
                     SpecialToken.END_IMAGE,
                 ]
             document.append(SpecialToken.END_DOCUMENT)
@@ -85,18 +87,22 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
             token[row, start:end] = torch.tensor([int(item) for item in document])
         length[row] = end
         modality[row, :end] = Modality.TEXT
-    images = len(slots)
-    slot = torch.stack(slots) if images else torch.arange(PATCHES)[None]
-    if images:
-        modality.view(-1)[slot.flatten()] = Modality.IMAGE
-    count = max(images, 1)
-    group = ImageGroup(
-        modality=Modality.IMAGE,
-        values=torch.randint(0, 256, (count, 1, side, side), generator=random, dtype=torch.uint8),
-        image_weight_I=torch.full((count,), float(images > 0)),
-        patch_slot_IP=slot,
-        timestep_I=torch.randint(0, 1000, (count,), generator=random),
-        noise_key_I=torch.arange(count) + 1000 * seed,
+    for slot in (slot for same in slots.values() for slot in same):
+        modality.view(-1)[slot] = Modality.IMAGE
+    images = sum(map(len, slots.values()))
+    nothing = {1: [torch.arange(PATCHES)]}
+    groups = tuple(
+        ImageGroup(
+            modality=Modality.IMAGE,
+            values=torch.randint(
+                0, 256, (len(same), 1, side, times * side), generator=random, dtype=torch.uint8
+            ),
+            image_weight_I=torch.full((len(same),), float(images > 0)),
+            patch_slot_IP=torch.stack(same),
+            timestep_I=torch.randint(0, 1000, (len(same),), generator=random),
+            noise_key_I=torch.arange(len(same)) + 1000 * seed + 100 * (times - 1),
+        )
+        for times, same in sorted((slots or nothing).items())
     )
     return Batch(
         token_ids_BS=token,
@@ -105,15 +111,23 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
         target_ids_BS=token.roll(-1, dims=1),
         text_weight_BS=weight,
         mask=IntervalMask.from_spans(start_of, image_end, length=length),
-        images=_two_kinds(group) if content == "two kinds" else (group,),
+        images=_two_kinds(*groups) if content == "two kinds" else groups,
         counts=BatchCounts(
             tokens=int(length.sum()),
             text_targets=int(weight.sum()),
             images=images,
-            image_elements=images * side**2,
+            image_elements=sum(times * len(same) for times, same in slots.items()) * side**2,
             padding=int(rows * LENGTH - length.sum()),
         ),
     )
+
+
+def _document(content: Content, row: int) -> Document:
+    """The only document of a row that is not packed."""
+    words = {"image": 0, "little text": 3, "wide": 9 - row, "two sizes": 6}.get(content, 18 + row)
+    if content == "two sizes":
+        return words, ((1, 2), (2, 1))[row % 2]
+    return words, {"text": (), "little text": (), "wide": (2,)}.get(content, (1,))
 
 
 def _two_kinds(group: ImageGroup) -> tuple[ImageGroup, ImageGroup]:

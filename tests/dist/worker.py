@@ -76,6 +76,8 @@ STREAM: list[tuple[Content, Content]] = [
     ("image", "mixed"),
     ("image", "text"),
     ("packed", "mixed"),
+    ("two sizes", "text"),
+    ("wide", "two sizes"),
 ]
 # Uneven: a bias of one element, of which the second rank has nothing but padding.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -885,13 +887,13 @@ def whole_pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
 
 
 def quad(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
-    """Four ranks over twenty steps, so that the stream comes round more than twice."""
+    """Four ranks over twenty-three steps, so that the stream comes round more than twice."""
     names = ("defaults", "nothing kept", "recomputed", "shared rows")
     variants = {name: VARIANTS[name] for name in names}
     # The last one: DeepSpeed makes the groups for it once a process.
     variants["second copies"] = {"train__zero": NOTHING_KEPT | {"hpz_partition_size": 2}}
     return {
-        name: lambda changes=changes: equals_local(small_config(**changes), here, steps=20)  # type: ignore[misc]
+        name: lambda changes=changes: equals_local(small_config(**changes), here, steps=23)  # type: ignore[misc]
         for name, changes in variants.items()
     }
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from transfusion.observe.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_run_folder_holds_what_it_should(workplace: Any, trained: str) -> None:
@@ -94,3 +99,18 @@ def test_evaluation_and_report(workplace: Any, trained: str) -> None:
     assert "Generation accuracy" in page and "data:image/png;base64" in page
     # Nothing is fetched: names of XML vocabularies are the only addresses in it.
     assert not re.search(r"""(?:src|href)=["']?https?:|url\(["']?https?:""", page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", ["generation", "data", "kernels"])
+def test_the_python_of_the_documents_runs(
+    document: str, workplace: Any, trained: str, tmp_path: Path
+) -> None:
+    text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8")
+    (tmp_path / "script.py").write_text("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "data").symlink_to(workplace.folder / "data")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(workplace.folder / trained)
+    ended = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout, ended.stderr

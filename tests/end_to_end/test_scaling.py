@@ -74,13 +74,13 @@ def test_cells_that_cannot_run_here_hide_no_other(workplace: Any) -> None:
 @pytest.mark.slow
 def test_a_grid_that_is_told_to_end_ends_its_runs(workplace: Any) -> None:
     write_grid(workplace.folder / "long.yaml", {"s": {"train.steps": 1}})
-    sleeper = f"{sys.executable} -c 'import time; time.sleep(100)'"
+    begun = workplace.folder / "begun"
+    sleeper = f'{sys.executable} -c \'import time; open("{begun}", "w"); time.sleep(100)\''
     process = workplace.start("scaling", "run", "long.yaml", "--out", "runs/long", "--launcher", sleeper)
     log = workplace.folder / "runs" / "long" / "plain.s.seed-0" / "grid.log"
-    while process.poll() is None and not log.exists():
+    while process.poll() is None and not begun.exists():
         time.sleep(0.1)
-    time.sleep(1)  # The log begins just before the command does.
     process.terminate()
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert not (log.parent / "cell.json").exists()

@@ -39,7 +39,7 @@ def test_what_is_queued_again(
     }  # fmt: skip
     bash = shutil.which("bash")
     assert bash
-    ended = subprocess.run([bash, str(SCRIPT), "config.yaml", "train.steps=3"], env=variables, timeout=20)
+    ended = subprocess.run([bash, str(SCRIPT), "config.yaml", "train.steps=3"], env=variables, timeout=120)
     assert ended.returncode == code
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0].endswith("-m transfusion doctor --cluster")

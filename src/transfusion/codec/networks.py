@@ -29,9 +29,7 @@ def _network_class(kind: Literal["kl", "vq"]) -> Any:
 
             return getattr(diffusers, CLASSES[kind])
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"codec.kind=kl and vq need diffusers ({error}); pip install 'transfusion[codec]'"
-        ) from None
+        raise UserError(f"codec.kind=kl and vq need diffusers ({error}); pip install diffusers") from None
     except (ImportError, RuntimeError) as error:
         # diffusers imports lazily, and wraps what goes wrong, such as a torchvision of another torch, in prose.
         reason = " ".join(str(error).split())[:300]

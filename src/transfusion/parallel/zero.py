@@ -282,8 +282,8 @@ def import_deepspeed() -> Any:
         import deepspeed.ops
     except ImportError as error:
         raise UserError(
-            f"train.engine=zero needs DeepSpeed ({error}): pip install 'transfusion[train]', "
-            "or set train.engine=local"
+            f"train.engine=zero needs DeepSpeed ({error}): "
+            "DS_BUILD_OPS=0 pip install 'deepspeed>=0.19.8,<0.20', or set train.engine=local"
         ) from None
     finally:
         logging.disable(former)

@@ -70,8 +70,10 @@ def zero_memory(config: Config, network: Network, trace: Trace, ranks: int) -> M
     width = width_of(config)
     part = -(-elements // ranks)
     states = FP32 + MOMENTS + (FP32 if config.optimizer.ema_decay else 0)
-    # On its way a bucket's gradients are copied, in the order in which the ranks get them.
+    # On its way a bucket's gradients are copied, in the order in which the ranks get them. Where all gradients fit in
+    # one bucket, it leaves when the backward pass has ended.
     sent = FP32 * min(zero.reduce_bucket_size, elements)
+    one_bucket = elements <= zero.reduce_bucket_size
     if zero.stage == 3:
         small = elements - network.larger_than(zero.persistence_threshold)
         ahead = zero.max_live_parameters + zero.prefetch_bucket_size
@@ -80,19 +82,23 @@ def zero_memory(config: Config, network: Network, trace: Trace, ranks: int) -> M
         kept = Memory(parameters=width * (part + small), optimizer=states * part, gradients=FP32 * part)
         if zero.hpz_partition_size > 1:
             kept = replace(kept, parameters=kept.parameters + width * elements // zero.hpz_partition_size)
-        gathers = width * max(0, live) + FP32 * zero.reduce_bucket_size + sent
+        gathers = width * max(0, live) + FP32 * zero.reduce_bucket_size
     else:
         whole = elements if zero.stage == 1 else part
         kept = Memory(parameters=width * elements, optimizer=states * part, gradients=FP32 * whole)
         buffers = 2 if zero.overlap_communication and ranks > 1 else 1
-        gathers = buffers * (FP32 if zero.stage == 1 else width) * zero.reduce_bucket_size + sent
+        gathers = buffers * (FP32 if zero.stage == 1 else width) * zero.reduce_bucket_size
     kept = _offload(config, kept, width * small if zero.stage == 3 else kept.parameters)
+    sending = replace(kept, gathers=gathers + sent)
     working = replace(
-        kept, gathers=gathers, activations=trace.working[ACTIVATIONS], logits=trace.working[LOGITS]
+        sending,
+        gathers=gathers + (0 if one_bucket else sent),
+        activations=trace.working[ACTIVATIONS],
+        logits=trace.working[LOGITS],
     )
     # The optimiser's step copies the gradients into the flat tensors that AdamW reads.
     stepping = replace(kept, gradients=kept.gradients + (FP32 * part if kept.optimizer else 0))
-    return max(working, stepping, key=lambda memory: memory.total)
+    return max(working, sending, stepping, key=lambda memory: memory.total)
 
 
 def _offload(config: Config, kept: Memory, small: int) -> Memory:
