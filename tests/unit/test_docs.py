@@ -20,11 +20,10 @@ from transfusion.config import Config
 
 ROOT = Path(__file__).parents[2]
 # The log tells of what was.
-DOCUMENTS = sorted(
-    path
-    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"))
-    if path.name != "LOG.md"
-)
+DOCUMENTS = [
+    *(ROOT / folder / "README.md" for folder in (".", "benchmarks", "launch")),
+    *sorted(path for path in ROOT.glob("docs/*.md") if path.name != "LOG.md"),
+]
 by_name = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 FILES = {".json", ".jsonl", ".png", ".py", ".safetensors", ".txt", ".yaml"}
 FOLDERS = "launch|configs|benchmarks|docs|kernels|src|tests"

@@ -131,13 +131,17 @@ class Watchdog:
         return f"{summary}; {self._write(summary, record)} has the stacks"
 
     def _write(self, summary: str, record: dict[str, Any]) -> Path:
+        """Both files, each whole or not there: others watch for them."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"rank_{self._rank:05d}.txt"
-        with path.open("w", encoding="utf-8") as file:
+        unfinished = path.with_suffix(".unfinished")
+        with unfinished.open("w", encoding="utf-8") as file:
             lines = [summary, "", "open collectives:", *(waiting_in(record) or ["none"])]
             lines += ["", "samples of the last batch:", *(self._samples() or ["none"]), "", "stacks:", ""]
             file.write("\n".join(lines))
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        path.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
+        unfinished.replace(path)
+        unfinished.write_text(json.dumps(record), encoding="utf-8")
+        unfinished.replace(path.with_suffix(".json"))
         return path
