@@ -36,10 +36,8 @@ app.add_typer(scaling_app, name="scaling")
 UsageError: Any = typer.BadParameter.__bases__[0]
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-# Seeds and what is added to them stay within a signed 64-bit integer; those of pictures leave room for more, as
-# `generate.pipeline` says, which is not imported for this.
+# Seeds and what is added to them stay within a signed 64-bit integer.
 GREATEST_SEED = (1 << 62) - 1
-GREATEST_PICTURE_SEED = (1 << 38) - 1
 
 Model = Annotated[Path, typer.Argument(help="folder written by `transfusion export`")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
@@ -198,7 +196,7 @@ def sample(
             help="how noise is removed; auto: ddpm, for a model of flow euler, which heun is for too"
         ),
     ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=GREATEST_PICTURE_SEED, help="picture k has seed + k")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="below 2^38; picture k has seed + k")] = 0,
     size: Annotated[
         str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes; empty: the first of them")
     ] = "",

@@ -31,20 +31,13 @@ print(sorted(others & set(sys.modules)), len(list(Path(sys.argv[1]).rglob("*.py"
 
 @pytest.mark.slow
 def test_the_kernels_install_alone(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--quiet",
-    ]
-    made = subprocess.run(
-        [*command, "--wheel-dir", "out", "./kernels"], cwd=tmp_path, capture_output=True, text=True
-    )
+    # Without what an installation in the checkout leaves behind.
+    ignored = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=ignored)
+    written = sum(1 for _ in (tmp_path / "kernels").rglob("*.py"))
+    options = "--no-deps --no-build-isolation --no-index --quiet --wheel-dir out"
+    command = [sys.executable, "-m", "pip", "wheel", *options.split(), "./kernels"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     (wheel,) = (tmp_path / "out").glob("transfusion_kernels-*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -54,5 +47,4 @@ def test_the_kernels_install_alone(tmp_path: Path) -> None:
         [sys.executable, "-c", SCRIPT, str(tmp_path / "site")],
         env=variables, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
-    written = sum(1 for _ in (ROOT / "kernels").rglob("*.py"))
     assert ended.stdout.split() == ["[]", str(written)], ended.stderr

@@ -76,7 +76,7 @@ def test_what_is_wrong_is_found() -> None:
 
 @by_name
 def test_files_exist(path: Path) -> None:
-    named = set(re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]+\.\w+", path.read_text(encoding="utf-8")))
+    named = set(re.findall(rf"(?:{FOLDERS})/[\w./-]+\.\w+", path.read_text(encoding="utf-8")))
     assert [name for name in sorted(named) if not list(ROOT.glob(name.replace("VERSION", "*")))] == []
 
 
@@ -91,10 +91,10 @@ def keys(model: type[BaseModel], before: str = "") -> Iterator[str]:
 def test_keys_exist(path: Path) -> None:
     known = {*keys(Config), *keys(CodecTrainConfig)}
     text = path.read_text(encoding="utf-8")
-    sections = "|".join(name for name in Config.model_fields if name != "data")
+    sections = "|".join(Config.model_fields)
     # `section.key` or `section.key=value`, and overrides wherever they stand.
-    named = set(re.findall(rf"`((?:{sections}|data)\.[a-z_.]+)(?:=[^`]*)?`", text))
-    named |= set(re.findall(rf"(?<![\w.])((?:{sections}|data)\.[a-z_.]+)=", text))
+    named = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)(?:=[^`]*)?`", text))
+    named |= set(re.findall(rf"(?<![\w.])((?:{sections})\.[a-z_.]+)=", text))
     files = {name for name in named if Path(name).suffix in FILES}
     assert sorted(named - known - files) == []
 

@@ -124,7 +124,8 @@ class ShardCache:
             with self._locked():
                 self._lease = (self._folder / "leases" / self._token).open("w+", encoding="utf-8")
                 fcntl.flock(self._lease, fcntl.LOCK_EX)
-                self._clear()
+                self._of_others()
+                self._copies_of_living()
         except OSError as error:
             raise UserError(
                 f"cannot write the cache folder {self._folder}: {error.strerror}; name another data.cache.folder"
@@ -275,8 +276,8 @@ class ShardCache:
 
         Where they cannot, no copy is removed, unless `must`. Called with the folder locked.
         """
-        kept = self._own() | self._clear()
-        copies = self._copies()
+        kept = self._own() | self._of_others()
+        copies = self._copies_of_living()
         total, bound = sum(copy.size for copy in copies) + size, self.settings.greatest_bytes
         free = sorted(
             copy for copy in copies if copy.path.name not in kept and not copy.path.name.startswith(".")
@@ -304,8 +305,8 @@ class ShardCache:
     def _own(self) -> frozenset[str]:
         return frozenset().union(*self._held.values())
 
-    def _clear(self) -> frozenset[str]:
-        """Remove leases and unfinished files of dead processes; returns the names that living ones hold.
+    def _of_others(self) -> frozenset[str]:
+        """Names that living processes hold; leases of dead ones are removed.
 
         A process that died while it started another one counts as alive until that other runs its program.
         """
@@ -318,11 +319,19 @@ class ShardCache:
                     lease.unlink(missing_ok=True)
                 else:
                     names.update(stream.read().split("\n"))
-        alive = {lease.name for lease in (self._folder / "leases").iterdir()}
-        for path in self._folder.glob(f".*{_UNFINISHED}*"):
-            if path.name.rpartition(_UNFINISHED)[2] not in alive:
-                path.unlink(missing_ok=True)
         return frozenset(names)
+
+    def _copies_of_living(self) -> list[_Copy]:
+        """All copies but unfinished ones without a lease, which are removed."""
+        alive = {lease.name for lease in (self._folder / "leases").iterdir()}
+        living = []
+        for copy in self._copies():
+            _, unfinished, token = copy.path.name.rpartition(_UNFINISHED)
+            if unfinished and token not in alive:
+                copy.path.unlink(missing_ok=True)
+            else:
+                living.append(copy)
+        return living
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
