@@ -4,11 +4,12 @@
 #   bash launch/emoji.sh prepare PICTURES TEXT KL VQ   once: PICTURES/{train,val}/*.tar, TEXT/{train,val}/*.jsonl, two codecs
 #   bash launch/emoji.sh scaling [section.key=value ...]
 #   bash launch/emoji.sh ablation [section.key=value ...]
+#   bash launch/emoji.sh position [section.key=value ...]
 #
 # Run again, each goes on where it stopped. PROCESSES (default 2) runs at once, a thread each.
 set -euo pipefail
 
-usage="usage: bash launch/emoji.sh prepare PICTURES TEXT KL VQ | scaling | ablation [section.key=value ...]"
+usage="usage: bash launch/emoji.sh prepare PICTURES TEXT KL VQ | scaling | ablation | position [section.key=value ...]"
 [[ $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
 command="$1"
 shift
@@ -60,6 +61,10 @@ ablation() {
     run "$GRIDS/emoji-ablation.yaml" runs/emoji-ablation "$@"
 }
 
+position() {
+    run "$GRIDS/emoji-position.yaml" runs/emoji-position "$@"
+}
+
 # run GRID OUT [section.key=value ...]
 run() {
     transfusion scaling run "$1" --out "$2" --processes "${PROCESSES:-2}" "${@:3}"
@@ -69,6 +74,6 @@ run() {
 ensure_venv all
 case "$command" in
     prepare) prepare "${places[@]}" ;;
-    scaling | ablation) "$command" "$@" ;;
+    scaling | ablation | position) "$command" "$@" ;;
     *) fail "$usage" ;;
 esac

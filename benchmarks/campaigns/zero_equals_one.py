@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "dist"))
 from handmade import small_config
-from worker import NOTHING_KEPT, STREAM, UNET, Stream, equals_local
+from worker import LEARNED_PLACES, NOTHING_KEPT, STREAM, UNET, Stream, equals_local
 
 from limits import record_head, write_json
 from transfusion.parallel import environment
@@ -74,6 +74,9 @@ CASES = {
     "compiled": Case(COMPILED),
     "compiled, recomputed": Case(COMPILED | RECOMPUTED),
     "compiled, recomputed, shared rows, accumulation 4": Case(COMPILED | RECOMPUTED | SHARED, accumulation=4),
+    "no places": Case({"model__patch_position": "none"}),
+    "learned places": Case(LEARNED_PLACES),
+    "learned places, several sizes, shared rows": Case(LEARNED_PLACES | SHARED, SEVERAL),
     "unet": Case(UNET),
     "unet, recomputed, shared rows": Case(UNET | RECOMPUTED | SHARED),
     "all kept gathered": Case({"train__zero": {}}),

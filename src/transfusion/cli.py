@@ -326,4 +326,7 @@ def show_config(
     """Check a configuration and print it in full, each key with its meaning."""
     from transfusion import presets
 
-    print(presets.explain(presets.load(config, overrides or [])))
+    resolved = presets.load(config, overrides or [])
+    print(presets.explain(resolved))
+    for warning in resolved.warnings():
+        print(f"warning: {warning}", file=sys.stderr)

@@ -131,6 +131,11 @@ class ModelConfig(Section):
     position: Literal["1d", "2d"] = Field(
         "1d", description="rotary positions of patches: running, or row and column"
     )
+    patch_position: Literal["none", "sincos", "learned"] = Field(
+        "sincos",
+        description="what tells a patch where in its image it stands: rotary positions alone; or, added to it,"
+        " sines and cosines of row and column, or a learned vector of each",
+    )
     timestep_embedding: Literal["projected", "patch"] = Field(
         "projected",
         description="where the timestep is added: to the projected patch, or to the raw patch vector",
@@ -594,6 +599,10 @@ CHAMELEON_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# What was done before a key came whose default is another; all other new keys began with what was done.
+BEFORE_THE_KEY: dict[str, dict[str, Any]] = {"model": {"patch_position": "none"}}
+
+
 class Config(Section):
     """A whole run."""
 
@@ -625,6 +634,17 @@ class Config(Section):
     def patches_per_image(self) -> int:
         """Patches of a picture of the first size."""
         return self.image_sizes.patches(self.codec.sizes[0])
+
+    def warnings(self) -> list[str]:
+        """What can be trained and hardly learns, one line each with its remedy."""
+        values, width = self.codec.depth * self.model.patch_size**2, self.model.width
+        if self.model.patcher != "linear" or self.model.family != "transfusion" or values <= width:
+            return []
+        return [
+            f"a patch has {values} values ({self.codec.depth} channels x model.patch_size {self.model.patch_size}"
+            f" squared), more than model.width {width} can carry, so even its noise cannot be told; set"
+            f" model.width={values} or more, a smaller model.patch_size, or model.patcher=unet"
+        ]
 
     def _division_problems(self) -> list[str]:
         """What keeps rows and heads from being shared by train.sequence_parallel ranks, in one sentence."""

@@ -23,7 +23,7 @@ class TokenLoss:
 
         The gradient of both sums is that of text_sum; the z-loss is in it and in no sum. No noise, so no buckets.
         """
-        tokens = [self.codec.tokens(group.values).flatten(1) for group in batch.images]
+        tokens = [self.codec.tokens(group.values) for group in batch.images]
         output = model(batch, tokens)
         image_count = torch.stack(
             [group.image_weight_I.sum() * group.patch_slot_IP.shape[1] for group in batch.images]

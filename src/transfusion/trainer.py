@@ -429,6 +429,8 @@ class Trainer:
             self.config.train.steps,
             self.folder.path,
         )
+        for warning in self.config.warnings():
+            log.warning("%s", warning)
         if faults := self.loader.counters()["faults"]:
             log.warning("samples left out, by reason: %s; see %s", faults, self.folder.quarantine)
         self._write_quarantine()

@@ -14,9 +14,9 @@ Findings = Callable[[str], list[Any]]
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 VARIANTS = [
-    "defaults", "nothing kept", "recomputed", "attention recomputed", "qk norm, 2d, gqa", "uneven", "unet",
-    "unet, recomputed", "stage 1", "stage 2", "shared rows", "shared rows, unet", "shared rows, 2d, gqa",
-    "shared rows, latents", "all offloaded", "stage 2, optimiser offloaded",
+    "defaults", "nothing kept", "recomputed", "attention recomputed, no places",
+    "qk norm, 2d, gqa, learned places", "uneven", "unet", "unet, recomputed", "stage 1", "stage 2", "shared rows",
+    "shared rows, unet", "shared rows, 2d, gqa, learned places", "shared rows, latents", "all offloaded", "stage 2, optimiser offloaded",
 ]  # fmt: skip
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]
 

@@ -79,13 +79,24 @@ STREAM: list[tuple[Content, Content]] = [
     ("two sizes", "text"),
     ("wide", "two sizes"),
 ]
+# Vectors of rows and columns for all pictures of the stream.
+LEARNED_PLACES = {"model__patch_position": "learned", "codec__image_sizes": ("4x4", "4x8")}
 # Uneven: a bias of one element, of which the second rank has nothing but padding.
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "nothing kept": {"train__zero": NOTHING_KEPT},
     "recomputed": {"train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT},
-    "attention recomputed": {"train__activation_checkpointing": "attention", "train__zero": NOTHING_KEPT},
-    "qk norm, 2d, gqa": {"model__qk_norm": True, "model__key_heads": 1, "train__zero": NOTHING_KEPT},
+    "attention recomputed, no places": {
+        "model__patch_position": "none",
+        "train__activation_checkpointing": "attention",
+        "train__zero": NOTHING_KEPT,
+    },
+    "qk norm, 2d, gqa, learned places": {
+        "model__qk_norm": True,
+        "model__key_heads": 1,
+        **LEARNED_PLACES,
+        "train__zero": NOTHING_KEPT,
+    },
     "uneven": {"model__patch_size": 1, "codec__image_size": 2, "train__zero": NOTHING_KEPT},
     "unet": {**UNET, "train__zero": NOTHING_KEPT},
     "unet, recomputed": {**UNET, "train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT},
@@ -97,7 +108,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stage 2, optimiser offloaded": {"train__zero": {"stage": 2, "offload_optimizer": "cpu"}},
     "shared rows": {"train__sequence_parallel": 2, "train__zero": NOTHING_KEPT},
     "shared rows, unet": {**UNET, "train__sequence_parallel": 2, "train__zero": NOTHING_KEPT},
-    "shared rows, 2d, gqa": {
+    "shared rows, 2d, gqa, learned places": {
+        **LEARNED_PLACES,
         "model__position": "2d",
         "model__qk_norm": True,
         "model__heads": 4,

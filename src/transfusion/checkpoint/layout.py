@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transfusion.config import Config
+from transfusion.config import BEFORE_THE_KEY, Config
 from transfusion.errors import UserError
 from transfusion.presets import fingerprint
 
@@ -151,10 +151,13 @@ def model_fingerprint(config: Config) -> str:
 def model_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that must agree between a checkpoint and the run that loads it.
 
-    A key that is younger than the checkpoint has its default, which is what was done before.
+    A key that is younger than the checkpoint has the value that is what was done before.
     """
     defaults = Config().as_dict()
-    model, codec = (defaults[section] | config[section] for section in ("model", "codec"))
+    model, codec = (
+        defaults[section] | BEFORE_THE_KEY.get(section, {}) | config[section]
+        for section in ("model", "codec")
+    )
     # Not where the autoencoder lies: its fingerprint tells which it is. What is empty says nothing.
     return {
         "model": model,

@@ -122,6 +122,13 @@ def _check_model(folder: Path, manifest: Manifest, engine: Engine) -> None:
     """Raise UserError that names the first difference between the checkpoint's model and the engine's."""
     remedy = "set the model as it was, or run.dir to a new folder"
     saved, wanted = layout.model_settings(manifest.config), layout.model_settings(engine.config.as_dict())
+    for section, values in wanted.items():
+        for key, value in values.items():
+            if saved[section].get(key) != value:
+                change = f"{section}.{key} was {saved[section].get(key)!r} and is now {value!r}"
+                raise UserError(f"{folder} is of another model: {change}; {remedy}")
+    if saved != wanted:
+        raise UserError(f"{folder} is of another model; {remedy}")
     for shard in sorted(engine.shards(), key=lambda shard: shard.name):
         record = manifest.parameters.get(shard.name)
         if record is None:
@@ -131,11 +138,3 @@ def _check_model(folder: Path, manifest: Manifest, engine: Engine) -> None:
                 f"{folder} is of another model: {shard.name} has shape {tuple(record.shape)} there and "
                 f"{shard.shape} here; {remedy}"
             )
-    if saved == wanted:
-        return
-    for section, values in wanted.items():
-        for key, value in values.items():
-            if saved[section].get(key) != value:
-                change = f"{section}.{key} was {saved[section].get(key)!r} and is now {value!r}"
-                raise UserError(f"{folder} is of another model: {change}; {remedy}")
-    raise UserError(f"{folder} is of another model; {remedy}")

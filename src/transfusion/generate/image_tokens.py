@@ -15,6 +15,7 @@ from transfusion.diffusion.noise import counter_normal
 from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.images import ImageSampling
 from transfusion.generate.reader import Block, Reader
+from transfusion.model.patches import Grid
 
 # Keeps these draws apart from those of samplers and of text.
 TOKEN_STREAM = 1 << 21
@@ -57,7 +58,10 @@ def draw_tokens(
         if place + 1 < patches:
             id_R1 = reader.image_ids(torch.cat((token_I, token_I)) if guided else token_I)[:, None]
             here_R1A = position_RPA[:, place : place + 1]
-            state_RD = reader.read(view, Block(id_R1, here_R1A, torch.ones_like(id_R1), [1] * len(id_R1)))
+            here = (Grid(len(id_R1), *reader.sizes.latents(size)), place)
+            state_RD = reader.read(
+                view, Block(id_R1, here_R1A, torch.ones_like(id_R1), [1] * len(id_R1), here)
+            )
     return torch.stack(drawn, 1).unflatten(1, reader.sizes.latents(size))
 
 

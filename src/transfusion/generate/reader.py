@@ -20,6 +20,7 @@ from transfusion.config import Config
 from transfusion.data.sequence import Layout, image_segment, lay_out, position_axes
 from transfusion.generate.cache import CacheRows, KeyValueCache
 from transfusion.model import Network, Transfusion
+from transfusion.model.patches import Grid
 from transfusion.schema import ImageSegment, Segment, SpecialToken
 from transfusion.sizes import Size
 
@@ -32,7 +33,8 @@ class Block:
     """What rows read next, padded to the longest.
 
     token_ids_RS and position_RSA: int64. end_RS: int64, up to where each position sees, counted from the
-    row's length before. counts: real positions of each row. pictures: those in the block, a tensor [I, C, H, W] for
+    row's length before. counts: real positions of each row. place: where each row's only token, one of an image, stands
+    in it: the patch of this number of its grid. pictures: those in the block, a tensor [I, C, H, W] for
     each shape, uint8 or their latents (float); patch_slot_N: int64, flat positions (row * S + position) of their
     patches, in the same order.
     """
@@ -41,6 +43,7 @@ class Block:
     position_RSA: Tensor
     end_RS: Tensor
     counts: list[int]
+    place: tuple[Grid, int] | None = None
     pictures: tuple[Tensor, ...] = ()
     patch_slot_N: Tensor | None = None
 
@@ -126,6 +129,7 @@ class Reader:
             torch.from_numpy(position_RSA).to(self.device),
             torch.from_numpy(end_RS).to(self.device),
             list(counts),
+            None,
             tuple(torch.stack([pictures[number] for number in group]).to(self.device) for group in groups),
             torch.cat([slots[number] for group in groups for number in group]).to(self.device)
             if groups
@@ -154,6 +158,7 @@ class Reader:
             self.image_positions(starts, size),
             end_S.expand(rows, -1),
             [count] * rows,
+            None,
             (pixels_ICHW,),
             slot_RP.flatten(),
         )
@@ -161,6 +166,9 @@ class Reader:
     def read(self, rows: CacheRows, block: Block) -> Tensor:
         """Read the block into the cache; returns the final state [R, D] of each row's last real position."""
         hidden_RSD = self.model.embedding(block.token_ids_RS)
+        if block.place is not None:
+            grid, number = block.place
+            hidden_RSD = self.model.at_their_places(hidden_RSD.flatten(0, 1), [grid], number)[:, None]
         if block.patch_slot_N is not None:
             image_ND = self._embed_images(block.pictures).to(hidden_RSD.dtype)
             flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, image_ND)
@@ -175,8 +183,10 @@ class Reader:
         """Pictures, or settled images, a tensor for each shape, as the network reads them: [N, D], in order."""
         codec = self.codec
         if isinstance(codec, TokenCodec):
-            token_N = torch.cat([codec.tokens(values_ICHW).flatten() for values_ICHW in groups])
-            return self.model.embedding(self.image_ids(token_N))
+            tokens = [codec.tokens(values_ICHW) for values_ICHW in groups]
+            id_N = self.image_ids(torch.cat([token_Ihw.flatten() for token_Ihw in tokens]))
+            grids = [Grid(*token_Ihw.shape) for token_Ihw in tokens]
+            return self.model.at_their_places(self.model.embedding(id_N), grids)
         assert isinstance(self.model, Transfusion)
         latents = [codec.encode(values_ICHW) for values_ICHW in groups]
         timestep_I = torch.full((sum(map(len, latents)),), CLEAN_TIMESTEP, device=self.device)

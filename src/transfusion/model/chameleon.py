@@ -3,7 +3,7 @@
 The paper's comparison (section 4.2) after Chameleon (arXiv 2405.09818): one vocabulary of text and image tokens, one
 embedding, one head. Which norms, mask and losses go with it is in the configuration (`config.CHAMELEON_DEFAULTS`).
 
-B rows, S positions, A position axes, D width, I images, P tokens an image, N targets.
+B rows, S positions, A position axes, D width, I images, P tokens an image, h/w tokens a side, N targets.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from transfusion.config import CodecConfig, ModelConfig
 from transfusion.model.attention import Sharing
 from transfusion.model.block import Block
 from transfusion.model.heads import TextHead
+from transfusion.model.patch_position import PatchPosition
+from transfusion.model.patches import Grid
 from transfusion.model.trunk import Trunk
 from transfusion.schema import Batch
 
@@ -62,19 +64,24 @@ class Chameleon(Trunk):
         )
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.text_head = TextHead(config.width, both, head_chunk, z_loss)
+        self.patch_position = None if config.patch_position == "none" else PatchPosition(config, codec)
 
     def forward(self, batch: Batch, tokens: Sequence[Tensor]) -> TokenOutput:
-        """Losses of a batch. tokens: for each image group int64 [I, P], row by row of the picture.
+        """Losses of a batch. tokens: for each image group int64 [I, h, w].
 
         A token of an image is predicted at the position before it, the first one at <BOI>. An image of weight 0,
         which stands alone in a batch without pictures, is neither read nor predicted.
         """
         slot_N = torch.cat([group.patch_slot_IP.flatten() for group in batch.images])
-        image_id_N = self.image_ids(torch.cat([token_IP.flatten() for token_IP in tokens]))
+        image_id_N = self.image_ids(torch.cat([token_Ihw.flatten() for token_Ihw in tokens]))
+        grids = [Grid(*token_Ihw.shape) for token_Ihw in tokens]
         if not batch.counts.images:
             slot_N, image_id_N = slot_N[:0], image_id_N[:0]
+            grids = [grid._replace(images=0) for grid in grids]
         id_N = batch.token_ids_BS.flatten().index_copy(0, slot_N, image_id_N)
-        hidden_BSD = self.embedding(id_N.view_as(batch.token_ids_BS))
+        embedded = self.embedding(id_N)
+        embedded = embedded.index_copy(0, slot_N, self.at_their_places(embedded[slot_N], grids))
+        hidden_BSD = embedded.unflatten(0, batch.token_ids_BS.shape)
         hidden_BSD = self.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
         flat = self.norm(hidden_BSD).flatten(0, 1)
         # The count is known on the host, so nothing waits for the device to tell it.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 STANDARD_DEVIATION = 0.02
+# Of what tells a patch its place.
+POSITION_GAIN = 0.3
 # What writes to the residual stream of a U-Net.
 ADDED_BY_A_UNET = (".second.weight", ".merge.weight")
 
@@ -27,6 +29,8 @@ def initial_value(name: str, parameter: Tensor, *, seed: int, layers: int) -> Te
     in_unet = ".unet." in name
     if name.endswith("bias") or name.startswith("patch_decoder.projection"):
         return torch.zeros(parameter.shape)
+    if name == "patch_position.gain":
+        return torch.full(parameter.shape, POSITION_GAIN)
     if "norm" in name:
         return torch.ones(parameter.shape)
     if in_unet and name.endswith(ADDED_BY_A_UNET):
@@ -41,5 +45,8 @@ def initial_value(name: str, parameter: Tensor, *, seed: int, layers: int) -> Te
     if name.startswith("patch_encoder.projection"):
         # Few inputs of unit variance: keeps patches as large as token embeddings.
         deviation = parameter.shape[-1] ** -0.5 * STANDARD_DEVIATION
+    elif name.startswith("patch_position."):
+        # A row's and a column's add up to the mean square of sines and cosines.
+        deviation = 0.5
     value = torch.empty(parameter.shape)
     return nn.init.trunc_normal_(value, std=deviation, a=-3 * deviation, b=3 * deviation, generator=generator)

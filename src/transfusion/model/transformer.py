@@ -17,6 +17,7 @@ from transfusion.config import CodecConfig, ModelConfig
 from transfusion.model.attention import Sharing
 from transfusion.model.block import Block
 from transfusion.model.heads import TextHead
+from transfusion.model.patch_position import PatchPosition
 from transfusion.model.patches import Encoding, Grid, PatchDecoder, PatchEncoder, patchify
 from transfusion.model.trunk import Trunk
 from transfusion.model.unet import UNetDecoder, UNetEncoder
@@ -71,6 +72,7 @@ class Transfusion(Trunk):
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.text_head = TextHead(config.width, config.vocabulary, head_chunk, z_loss)
         self.patch_decoder = decoder(config, patch_values)
+        self.patch_position = None if config.patch_position == "none" else PatchPosition(config, codec)
 
     def forward(self, batch: Batch, noisy: Sequence[Tensor]) -> ModelOutput:
         """Text loss and predicted noise of a batch.
@@ -121,7 +123,7 @@ class Transfusion(Trunk):
         grids = tuple(Grid.of(latent_ICHW, size) for latent_ICHW in noisy)
         patch_NE = torch.cat([patchify(latent_ICHW, size).flatten(0, 1) for latent_ICHW in noisy])
         patch_ND, *skips = self._recomputed(self.patch_encoder, patch_NE, timestep_I, grids)
-        return Encoding(patch_ND, timestep_I, grids, tuple(skips))
+        return Encoding(self.at_their_places(patch_ND, grids), timestep_I, grids, tuple(skips))
 
     def decode_patches(self, state_ND: Tensor, encoding: Encoding) -> Tensor:
         """Final states of the patches to their predicted values [N, E]; `patches.pictures` makes images of them."""

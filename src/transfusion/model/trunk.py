@@ -1,6 +1,6 @@
 """What every model family has between its embeddings and its heads: rotary positions and the blocks.
 
-B rows, S positions, A position axes, D width.
+B rows, S positions, A position axes, D width, N patches of all images.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from transfusion.config import ModelConfig
 from transfusion.model.attention import LayerCache
 from transfusion.model.embedding import rotary_angles
 from transfusion.model.heads import TextHead
+from transfusion.model.patch_position import PatchPosition
+from transfusion.model.patches import Grid
 
 
 class Trunk(nn.Module):
@@ -24,9 +26,14 @@ class Trunk(nn.Module):
     config: ModelConfig
     recomputes_blocks: bool
     embedding: nn.Embedding
+    patch_position: PatchPosition | None
     blocks: nn.ModuleList
     norm: nn.RMSNorm
     text_head: TextHead
+
+    def at_their_places(self, patch_ND: Tensor, grids: Sequence[Grid], at: int | None = None) -> Tensor:
+        """Patches, or image tokens, told where in their images they stand; see `PatchPosition.forward`."""
+        return patch_ND if self.patch_position is None else self.patch_position(patch_ND, grids, at)
 
     def run_blocks(
         self,

@@ -26,14 +26,14 @@ def report(plan: Plan) -> str:
 
 def warnings(plan: Plan) -> list[str]:
     """What will not do, each with the setting that mends it."""
-    found = []
+    found = plan.config.warnings()
     if not plan.fits:
         lacking = f"{gib(plan.memory.total)} of tensors do not fit into the {gib(plan.gpu.usable)} of a {plan.gpu.name}"
         advice = to_fit(plan)
         remedy = "no setting tried here makes it fit; take a larger GPU or a smaller model"
         if advice:
             remedy = f"set {advice}: {gib(advice.plan.memory.total)}, {advice.plan.tokens_per_second:,.0f} tokens/s"
-        return [f"{lacking}; {remedy}"]
+        return [*found, f"{lacking}; {remedy}"]
     hastened = to_hasten(plan)
     if plan.seconds.exposed > MUCH_WAITING * plan.seconds.total:
         remedy = "more rows a micro-batch, or fewer GPUs, would wait less"

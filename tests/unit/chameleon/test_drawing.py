@@ -14,6 +14,7 @@ from transfusion.data.sequence import lay_out
 from transfusion.generate import Pipeline
 from transfusion.generate.image_tokens import choose_token
 from transfusion.model import Chameleon
+from transfusion.model.patches import Grid
 from transfusion.schema import ImageSegment, Segment, SpecialToken, TextSegment
 
 from .conftest import TOKENS, Squares, flat_picture
@@ -43,7 +44,11 @@ class Truth:
             torch.arange(1, len(ids) + 1, dtype=torch.int32)[None],
         )
         position = torch.from_numpy(layout.position_SA)[None]
-        return self.model.norm(self.model.run_blocks(self.model.embedding(ids[None]), position, mask)[0])
+        hidden_SD = self.model.embedding(ids)
+        for first, patches in layout.images:
+            of_image = slice(first, first + patches)
+            hidden_SD[of_image] = self.model.at_their_places(hidden_SD[of_image], [Grid(1, 4, 4)])
+        return self.model.norm(self.model.run_blocks(hidden_SD[None], position, mask)[0])
 
     def draw(
         self, segments: Sequence[Segment], tokens: Sequence[Sequence[int]], key: int, guidance: float

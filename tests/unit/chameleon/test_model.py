@@ -16,6 +16,7 @@ from transfusion.errors import UserError
 from transfusion.generate import Pipeline
 from transfusion.model import Chameleon, Transfusion
 from transfusion.model.embedding import rotary_angles
+from transfusion.model.patches import Grid
 from transfusion.observe.flops import FlopModel
 from transfusion.parallel.engine import build_model, global_counts
 from transfusion.parallel.environment import Environment
@@ -52,12 +53,21 @@ def ids_of(batch: Batch, config: Config) -> Tensor:
     return ids
 
 
+def embedded(model: Chameleon, ids: Tensor, batch: Batch) -> Tensor:
+    """Embeddings of the rows, with the tokens of pictures at their places."""
+    hidden_BSD = model.embedding(ids)
+    slots = batch.images[0].patch_slot_IP
+    flat = hidden_BSD.flatten(0, 1)
+    image_ND = model.at_their_places(flat[slots.flatten()], [Grid(len(slots), 4, 4)])
+    return flat.index_copy(0, slots.flatten(), image_ND).view_as(hidden_BSD)
+
+
 def test_the_loss_is_that_of_every_token_from_those_before(build: Build, pack: Any) -> None:
     """By all logits at once, and autograd through the plain formula, z-loss included."""
     config, model = build(train={"z_loss": 0.01})
     batch = pairs(pack, config)
     ids = ids_of(batch, config)
-    hidden = model.run_blocks(model.embedding(ids), batch.position_BSA, batch.mask)
+    hidden = model.run_blocks(embedded(model, ids, batch), batch.position_BSA, batch.mask)
     logit_BSV = model.text_head(model.norm(hidden))
     log_normaliser = logit_BSV.logsumexp(-1)
     following = torch.cat((ids[:, 1:], ids[:, :1]), 1)

@@ -80,6 +80,19 @@ def test_an_export_knows_what_its_model_predicts(folder: Path, objective: str) -
         pipeline.sample(["a handwritten three"], steps=3, sampler=other)
 
 
+def test_an_export_from_before_patches_knew_their_place_is_read_as_it_was(
+    folder: Path, build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
+) -> None:
+    config, model = build_model(seed=0, patch_position="none")
+    description = json.loads((folder / export.CONFIG).read_text())
+    del description["config"]["model"]["patch_position"]
+    description["weights"] = {"weight": export.WEIGHT_FILES["weight"]}
+    (folder / export.CONFIG).write_text(json.dumps(description))
+    save_file(model.state_dict(), folder / export.WEIGHT_FILES["weight"])
+    drawn = pictures(Pipeline.from_export(folder, device="cpu"))
+    assert torch.equal(drawn, pictures(Pipeline(model, tokenizer, config, "cpu")))
+
+
 def test_raw_weights_serve_where_there_is_no_average(folder: Path) -> None:
     description = json.loads((folder / export.CONFIG).read_text())
     removed = description["weights"].popitem()[1]

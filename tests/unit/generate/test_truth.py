@@ -59,7 +59,7 @@ def test_interleaved(
     fields: dict[str, Any],
 ) -> None:
     """A3: text, image, text, image, text, then generation of both: ids exact, pictures the same."""
-    pipeline = build_pipeline(image=6.0, **fields)
+    pipeline = build_pipeline(image=8.0, **fields)
     images = [torch.from_numpy(picture(seed)) for seed in (1, 2)]
     prompt = ["one", images[0], "two", images[1], "three"]
     drawing = {**DRAWING, "guidance": guidance}
@@ -80,8 +80,11 @@ VELOCITY, FLOW = ({"diffusion": {"objective": objective}} for objective in ("vel
 
 @pytest.mark.parametrize(
     ("sampler", "fields"),
-    [("ddpm", {}), ("ddim", {}), ("ddim", UNET), ("ddpm", VELOCITY), ("euler", FLOW), ("heun", FLOW)],
-    ids=["ddpm", "ddim", "unet", "velocity", "euler", "heun"],
+    [
+        *(("ddpm", {}), ("ddim", {}), ("ddim", UNET), ("ddpm", VELOCITY), ("euler", FLOW), ("heun", FLOW)),
+        *(("ddim", {"patch_position": kind}) for kind in ("none", "learned")),
+    ],
+    ids=["ddpm", "ddim", "unet", "velocity", "euler", "heun", "no places", "learned places"],
 )
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @torch.no_grad()

@@ -120,7 +120,7 @@ def test_batches_of_one_modality_train(
     assert (terms.image_count == 0) == (kind == "text") and (terms.text_count == 0) == (kind == "images")
     loss.backward()
     assert loss.isfinite()
-    unused = ("patch_encoder.", "patch_decoder.") if kind == "text" else ("text_head.",)
+    unused = ("patch_encoder.", "patch_position.", "patch_decoder.") if kind == "text" else ("text_head.",)
     for name, parameter in model.named_parameters():
         # Zero, not None: every rank reduces the gradients of every parameter.
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name

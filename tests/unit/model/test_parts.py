@@ -107,16 +107,18 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
 
 
 def test_initial_weights_have_the_sizes_they_should() -> None:
-    config = ModelConfig(vocabulary=500, layers=8, width=256, heads=4, qk_norm=True)
-    model = Transfusion(config, CodecConfig(channels=3, image_size=8))
+    config = ModelConfig(vocabulary=500, layers=8, width=256, heads=4, qk_norm=True, patch_position="learned")
+    model = Transfusion(config, CodecConfig(channels=3, image_size=64))
     initialise(model, seed=0, layers=8)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert (parameter == 1).all(), name
         elif name.endswith("bias") or name.startswith("patch_decoder.projection"):
             assert (parameter == 0).all(), name
+        elif name == "patch_position.gain":
+            assert (parameter == 0.3).all(), name
         else:
-            expected = 0.02
+            expected = 0.5 if name.startswith("patch_position") else 0.02
             if name.endswith(("attention.out.weight", "feed_forward.down.weight")):
                 expected /= 4
             if name == "patch_encoder.projection.weight":

@@ -1,0 +1,71 @@
+"""Where in its image a patch stands, added to the encoded patch.
+
+Rotary positions tell how far apart two patches are, not where in the image they stand, and the paper names no other.
+
+N patches of all images, P patches an image, D width, F frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from transfusion.config import CodecConfig, ModelConfig
+from transfusion.model.patches import Grid
+
+WAVELENGTHS = 10_000.0
+
+
+class PatchPosition(nn.Module):
+    """Adds to each patch the encoding of its row and its column, times a learned gain.
+
+    Rows and columns count from the image's upper left corner, in images of all sizes alike. `sincos`: half of the
+    width tells the row and half the column, by sines and cosines of geometric wavelengths (Vaswani et al., 2017,
+    section 3.5, in two dimensions). `learned`: a vector a row and a vector a column are added.
+    """
+
+    def __init__(self, config: ModelConfig, codec: CodecConfig) -> None:
+        super().__init__()
+        self.width = config.width
+        self.gain = nn.Parameter(torch.empty(1))
+        self.is_learned = config.patch_position == "learned"
+        if self.is_learned:
+            shapes = [codec.latent_shape(*size)[1:] for size in codec.sizes]
+            rows, columns = (max(sides) // config.patch_size for sides in zip(*shapes, strict=True))
+            self.row = nn.Parameter(torch.empty(rows, config.width))
+            self.column = nn.Parameter(torch.empty(columns, config.width))
+
+    def forward(self, patch_ND: Tensor, grids: Sequence[Grid], at: int | None = None) -> Tensor:
+        """Patches [N, D], group after group, each at its place.
+
+        at: patch_ND has only this patch of each image.
+        """
+        places = []
+        for grid in grids:
+            place_PD = self._places(grid, patch_ND.device)
+            chosen_PD = place_PD if at is None else place_PD[at : at + 1]
+            places.append(chosen_PD.expand(grid.images, -1, -1).flatten(0, 1))
+        return patch_ND + self.gain * torch.cat(places).to(patch_ND.dtype)
+
+    def _places(self, grid: Grid, device: torch.device) -> Tensor:
+        """The encoding [P, D] of every patch of an image, row by row."""
+        if self.is_learned:
+            row_RD, column_CD = self.row[: grid.rows], self.column[: grid.columns]
+            return (row_RD[:, None] + column_CD).flatten(0, 1)
+        half = -(-self.width // 2)
+        row_RE = _waves(torch.arange(grid.rows, device=device), half)
+        column_CE = _waves(torch.arange(grid.columns, device=device), half)
+        shape = (grid.rows, grid.columns, half)
+        both = (row_RE[:, None].expand(shape), column_CE.expand(shape))
+        return torch.cat(both, dim=-1).flatten(0, 1)[:, : self.width]
+
+
+def _waves(place_P: Tensor, values: int) -> Tensor:
+    """Sines and cosines [P, values] in fp32 of places [P]."""
+    frequencies = -(-values // 2)
+    exponent_F = torch.arange(frequencies, device=place_P.device, dtype=torch.float32) / frequencies
+    angle_PF = place_P.float()[:, None] * torch.exp(-math.log(WAVELENGTHS) * exponent_F)
+    return torch.cat((angle_PF.sin(), angle_PF.cos()), dim=-1)[:, :values]
