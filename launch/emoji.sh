@@ -9,7 +9,7 @@
 # Run again, each goes on where it stopped. PROCESSES (default 2) runs at once, a thread each.
 set -euo pipefail
 
-usage="usage: bash launch/emoji.sh prepare PICTURES TEXT KL VQ | scaling | ablation | position [section.key=value ...]"
+usage="usage: bash launch/emoji.sh prepare PICTURES TEXT KL VQ | scaling|ablation|position [section.key=value ...]"
 [[ $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
 command="$1"
 shift

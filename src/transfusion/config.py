@@ -599,8 +599,20 @@ CHAMELEON_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-# What was done before a key came whose default is another; all other new keys began with what was done.
+# Keys whose default is not what was done before they existed, with what was done then.
 BEFORE_THE_KEY: dict[str, dict[str, Any]] = {"model": {"patch_position": "none"}}
+
+
+def with_former_values(stored: Any) -> Any:
+    """A stored configuration with the keys that are younger than it, where their defaults would change its meaning."""
+    if not isinstance(stored, dict):
+        return stored
+    former = {
+        section: {**values, **stored.get(section, {})}
+        for section, values in BEFORE_THE_KEY.items()
+        if isinstance(stored.get(section, {}), dict)
+    }
+    return {**stored, **former}
 
 
 class Config(Section):

@@ -429,7 +429,7 @@ class Trainer:
             self.config.train.steps,
             self.folder.path,
         )
-        for warning in self.config.warnings():
+        for warning in self.config.warnings() if self.here.is_main else ():
             log.warning("%s", warning)
         if faults := self.loader.counters()["faults"]:
             log.warning("samples left out, by reason: %s; see %s", faults, self.folder.quarantine)

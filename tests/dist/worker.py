@@ -869,7 +869,11 @@ def chameleon(here: Environment) -> dict[str, Any]:
     codec = {"kind": "vq", "folder": "-", "latent_channels": 3, "downscale": 2, "codes": 16}
     changes = {f"codec__{name}": value for name, value in codec.items()}
     config = small_config(
-        **changes, model__family="chameleon", train__zero=NOTHING_KEPT, train__z_loss=1e-3
+        **changes,
+        model__family="chameleon",
+        model__patch_position="learned",
+        train__zero=NOTHING_KEPT,
+        train__z_loss=1e-3,
     )
     # The first three: later ones hold latents, which are no tokens.
     found = equals_local(config, here, steps=3, codec=Levels())

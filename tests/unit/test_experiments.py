@@ -94,3 +94,12 @@ def test_the_emoji_grids_spend_alike() -> None:
         assert budgets[f"transfusion/{size}"] == budgets[f"chameleon/{size}"]
     assert 8 < budgets["transfusion/l"] / budgets["transfusion/s"] < 10  # type: ignore[operator]
     assert {cell.flops for cell in ablation.cells} == {budgets["transfusion/m"]}
+    position = grid("emoji-position")
+    assert {cell.flops for cell in position.cells} == {budgets["transfusion/s"]}
+    told = {cell.name: cell.config(reads_codec=False) for cell in position.cells}
+    assert len(told) == 9 and position.seeds == (0, 1, 2)
+    for name, config in told.items():
+        model, kind, _ = name.split("/")
+        family = "chameleon" if model == "chameleon" else "transfusion"
+        assert (config.model.family, config.model.patch_position) == (family, kind)
+        assert family == "chameleon" or config.diffusion.objective == model

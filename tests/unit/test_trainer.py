@@ -423,7 +423,15 @@ def test_telemetry_of_chosen_steps(build_config: Callable[..., Config]) -> None:
     assert run(config) == 0
     for line in lines(config):
         norms = line["gradient_norms"]
-        assert list(norms) == ["embedding", "patch_encoder", "blocks.0", "norm", "text_head", "patch_decoder"]
+        assert list(norms) == [
+            "embedding",
+            "patch_encoder",
+            "blocks.0",
+            "norm",
+            "text_head",
+            "patch_decoder",
+            "patch_position",
+        ]
         assert sum(norm**2 for norm in norms.values()) == pytest.approx(line["gradient_norm"] ** 2, rel=1e-5)
     (trace,) = (Path(config.run.folder) / "profiles").iterdir()
     assert trace.name == "step_0000002_rank_00000.json.gz"

@@ -22,7 +22,7 @@ from transfusion.checkpoint.layout import Manifest
 from transfusion.checkpoint.resume import SliceReader
 from transfusion.checkpoint.stream import write_tensors
 from transfusion.codec_folder import folder_files
-from transfusion.config import BEFORE_THE_KEY, Config
+from transfusion.config import Config, with_former_values
 from transfusion.errors import UserError
 from transfusion.parallel.agree import describe
 from transfusion.parallel.shards import AVERAGE, WEIGHT
@@ -92,8 +92,7 @@ def read_export(folder: str | Path) -> ModelFolder:
         raise UserError(f"{folder} is no model folder: {CONFIG} is not an export's; {remedy}") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{folder} has model format {version}, this version reads {FORMAT_VERSION}; {remedy}")
-    stored = {section: BEFORE_THE_KEY.get(section, {}) | given for section, given in values["config"].items()}
-    config = check(stored, where=str(folder / CONFIG))
+    config = check(with_former_values(values["config"]), where=str(folder / CONFIG))
     for name in [*names.values(), TOKENIZER]:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing; {remedy}")

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transfusion.config import BEFORE_THE_KEY, Config
+from transfusion.config import Config, with_former_values
 from transfusion.errors import UserError
 from transfusion.presets import fingerprint
 
@@ -153,11 +153,8 @@ def model_settings(config: dict[str, Any]) -> dict[str, Any]:
 
     A key that is younger than the checkpoint has the value that is what was done before.
     """
-    defaults = Config().as_dict()
-    model, codec = (
-        defaults[section] | BEFORE_THE_KEY.get(section, {}) | config[section]
-        for section in ("model", "codec")
-    )
+    defaults, config = Config().as_dict(), with_former_values(config)
+    model, codec = (defaults[section] | config[section] for section in ("model", "codec"))
     # Not where the autoencoder lies: its fingerprint tells which it is. What is empty says nothing.
     return {
         "model": model,

@@ -1,7 +1,7 @@
 """Starts the text tower from a Hugging Face Llama: config.json, safetensors, and where it is there its tokenizer.
 
 Each rank reads the slices that it trains and nothing else, straight from the files into its fp32 shards. Parts that
-a Llama does not have (patch encoder and decoder) keep their drawn weights.
+a Llama does not have (patch encoder and decoder, places of patches) keep their drawn weights.
 """
 
 from __future__ import annotations

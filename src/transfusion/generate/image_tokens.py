@@ -47,6 +47,7 @@ def draw_tokens(
     state_RD = reader.read(view, begin)
     position_RPA = reader.image_positions(view.lengths, size)
     key_I = torch.tensor(keys, device=reader.device)
+    grid = Grid(len(view.lengths), *reader.sizes.grid(size))
     drawn: list[Tensor] = []
     for place in range(patches):
         logit_RK = reader.image_logits(state_RD)
@@ -58,10 +59,9 @@ def draw_tokens(
         if place + 1 < patches:
             id_R1 = reader.image_ids(torch.cat((token_I, token_I)) if guided else token_I)[:, None]
             here_R1A = position_RPA[:, place : place + 1]
-            here = (Grid(len(id_R1), *reader.sizes.latents(size)), place)
-            state_RD = reader.read(
-                view, Block(id_R1, here_R1A, torch.ones_like(id_R1), [1] * len(id_R1), here)
-            )
+            ones = [1] * len(id_R1)
+            block = Block(id_R1, here_R1A, torch.ones_like(id_R1), ones, place=(grid, place))
+            state_RD = reader.read(view, block)
     return torch.stack(drawn, 1).unflatten(1, reader.sizes.latents(size))
 
 

@@ -33,19 +33,19 @@ class Block:
     """What rows read next, padded to the longest.
 
     token_ids_RS and position_RSA: int64. end_RS: int64, up to where each position sees, counted from the
-    row's length before. counts: real positions of each row. place: where each row's only token, one of an image, stands
-    in it: the patch of this number of its grid. pictures: those in the block, a tensor [I, C, H, W] for
+    row's length before. counts: real positions of each row. pictures: those in the block, a tensor [I, C, H, W] for
     each shape, uint8 or their latents (float); patch_slot_N: int64, flat positions (row * S + position) of their
-    patches, in the same order.
+    patches, in the same order. place: where each row reads one image token, the grid of these images and the number
+    of the token.
     """
 
     token_ids_RS: Tensor
     position_RSA: Tensor
     end_RS: Tensor
     counts: list[int]
-    place: tuple[Grid, int] | None = None
     pictures: tuple[Tensor, ...] = ()
     patch_slot_N: Tensor | None = None
+    place: tuple[Grid, int] | None = None
 
 
 class Reader:
@@ -129,7 +129,6 @@ class Reader:
             torch.from_numpy(position_RSA).to(self.device),
             torch.from_numpy(end_RS).to(self.device),
             list(counts),
-            None,
             tuple(torch.stack([pictures[number] for number in group]).to(self.device) for group in groups),
             torch.cat([slots[number] for group in groups for number in group]).to(self.device)
             if groups
@@ -158,7 +157,6 @@ class Reader:
             self.image_positions(starts, size),
             end_S.expand(rows, -1),
             [count] * rows,
-            None,
             (pixels_ICHW,),
             slot_RP.flatten(),
         )

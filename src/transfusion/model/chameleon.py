@@ -80,7 +80,8 @@ class Chameleon(Trunk):
             grids = [grid._replace(images=0) for grid in grids]
         id_N = batch.token_ids_BS.flatten().index_copy(0, slot_N, image_id_N)
         embedded = self.embedding(id_N)
-        embedded = embedded.index_copy(0, slot_N, self.at_their_places(embedded[slot_N], grids))
+        if self.patch_position is not None:
+            embedded = embedded.index_copy(0, slot_N, self.patch_position(embedded[slot_N], grids))
         hidden_BSD = embedded.unflatten(0, batch.token_ids_BS.shape)
         hidden_BSD = self.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
         flat = self.norm(hidden_BSD).flatten(0, 1)

@@ -1,6 +1,7 @@
 """Where in its image a patch stands, added to the encoded patch.
 
-Rotary positions tell how far apart two patches are, not where in the image they stand, and the paper names no other.
+Rotary positions tell a patch how far it is from others. Where in its image it stands it must infer from its distance to
+<BOI>. The paper names nothing else.
 
 N patches of all images, P patches an image, D width, F frequencies.
 """
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from transfusion.config import CodecConfig, ModelConfig
 from transfusion.model.patches import Grid
 
-WAVELENGTHS = 10_000.0
+# Times 2 pi patches, as in the sinusoids of Vaswani et al.
+LONGEST_WAVELENGTH = 10_000.0
 
 
 class PatchPosition(nn.Module):
@@ -45,27 +47,28 @@ class PatchPosition(nn.Module):
         """
         places = []
         for grid in grids:
-            place_PD = self._places(grid, patch_ND.device)
+            place_PD = self.gain * self._places(grid, patch_ND.device).to(patch_ND.dtype)
             chosen_PD = place_PD if at is None else place_PD[at : at + 1]
             places.append(chosen_PD.expand(grid.images, -1, -1).flatten(0, 1))
-        return patch_ND + self.gain * torch.cat(places).to(patch_ND.dtype)
+        return patch_ND + torch.cat(places)
 
     def _places(self, grid: Grid, device: torch.device) -> Tensor:
         """The encoding [P, D] of every patch of an image, row by row."""
         if self.is_learned:
+            assert grid.rows <= len(self.row) and grid.columns <= len(self.column), "not a size of this model"
             row_RD, column_CD = self.row[: grid.rows], self.column[: grid.columns]
             return (row_RD[:, None] + column_CD).flatten(0, 1)
-        half = -(-self.width // 2)
+        half = self.width // 2
         row_RE = _waves(torch.arange(grid.rows, device=device), half)
         column_CE = _waves(torch.arange(grid.columns, device=device), half)
         shape = (grid.rows, grid.columns, half)
         both = (row_RE[:, None].expand(shape), column_CE.expand(shape))
-        return torch.cat(both, dim=-1).flatten(0, 1)[:, : self.width]
+        return torch.cat(both, dim=-1).flatten(0, 1)
 
 
 def _waves(place_P: Tensor, values: int) -> Tensor:
     """Sines and cosines [P, values] in fp32 of places [P]."""
     frequencies = -(-values // 2)
     exponent_F = torch.arange(frequencies, device=place_P.device, dtype=torch.float32) / frequencies
-    angle_PF = place_P.float()[:, None] * torch.exp(-math.log(WAVELENGTHS) * exponent_F)
+    angle_PF = place_P.float()[:, None] * torch.exp(-math.log(LONGEST_WAVELENGTH) * exponent_F)
     return torch.cat((angle_PF.sin(), angle_PF.cos()), dim=-1)[:, :values]

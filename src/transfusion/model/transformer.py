@@ -118,7 +118,10 @@ class Transfusion(Trunk):
         return back_ND[routes.order_N.argsort()]
 
     def encode_patches(self, noisy: Sequence[Tensor], timestep_I: Tensor) -> Encoding:
-        """Noised latents, a tensor [I, C, H, W] for each group, to encoded patches; timestep_I: of all images."""
+        """Noised latents, a tensor [I, C, H, W] for each group, to encoded patches at their places.
+
+        timestep_I: of all images.
+        """
         size = self.config.patch_size
         grids = tuple(Grid.of(latent_ICHW, size) for latent_ICHW in noisy)
         patch_NE = torch.cat([patchify(latent_ICHW, size).flatten(0, 1) for latent_ICHW in noisy])

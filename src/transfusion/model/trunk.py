@@ -1,4 +1,4 @@
-"""What every model family has between its embeddings and its heads: rotary positions and the blocks.
+"""What every model family has between its embeddings and its heads: places in images, rotary positions, the blocks.
 
 B rows, S positions, A position axes, D width, N patches of all images.
 """

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from transfusion.config import Config
-from transfusion.data.sequence import lay_out
+from transfusion.data.sequence import image_segment, lay_out
 from transfusion.generate import Pipeline
 from transfusion.generate.image_tokens import choose_token
 from transfusion.model import Chameleon
 from transfusion.model.patches import Grid
 from transfusion.schema import ImageSegment, Segment, SpecialToken, TextSegment
+from transfusion.sizes import Size
 
 from .conftest import TOKENS, Squares, flat_picture
 
@@ -45,19 +46,25 @@ class Truth:
         )
         position = torch.from_numpy(layout.position_SA)[None]
         hidden_SD = self.model.embedding(ids)
-        for first, patches in layout.images:
-            of_image = slice(first, first + patches)
-            hidden_SD[of_image] = self.model.at_their_places(hidden_SD[of_image], [Grid(1, 4, 4)])
+        images = [segment for segment in segments if isinstance(segment, ImageSegment)]
+        for (first, patches), image in zip(layout.images, images, strict=True):
+            of_image, columns = slice(first, first + patches), image.columns or 4
+            grid = Grid(1, patches // columns, columns)
+            hidden_SD[of_image] = self.model.at_their_places(hidden_SD[of_image], [grid])
         return self.model.norm(self.model.run_blocks(hidden_SD[None], position, mask)[0])
 
     def draw(
-        self, segments: Sequence[Segment], tokens: Sequence[Sequence[int]], key: int, guidance: float
+        self,
+        segments: Sequence[Segment],
+        tokens: Sequence[Sequence[int]],
+        key: int,
+        guidance: float,
+        image: ImageSegment = ImageSegment(None, TOKENS),  # noqa: B008
     ) -> list[int]:
         """Tokens of an image behind the segments."""
         drawn: list[int] = []
-        image = ImageSegment(None, TOKENS)
         prefix = 2 + sum(len(s.token_ids) if isinstance(s, TextSegment) else TOKENS + 2 for s in segments)
-        for place in range(TOKENS):
+        for place in range(image.patches):
             logit = self._logits([*segments, image], [*tokens, drawn], prefix - 1 + place)
             if guidance != 1:
                 bare = self._logits([image], [drawn], 1 + place)
@@ -85,6 +92,19 @@ def test_captioned_images(build: Build, tokenizer: Any, guidance: float, positio
         expected = Truth(pipeline).draw([segment], [], 3 + number, guidance)
         assert torch.equal(sample.pixels, pixels_of(expected))
     assert not torch.equal(drawn[0].pixels, drawn[1].pixels)
+
+
+def test_a_wide_image(build: Build, tokenizer: Any) -> None:
+    """Of the second of two sizes, so that rows and columns are not as many."""
+    config, model = build(
+        model={"patch_position": "learned", "vocabulary": 321}, codec={"image_sizes": ["8x8", "4x12"]}
+    )
+    pipeline = Pipeline(model, tokenizer, config, "cpu", Squares())
+    wide = image_segment(config.image_sizes, Size(4, 12))
+    (drawn,) = pipeline.sample(["a handwritten three"], guidance=3.0, seed=3, size=Size(4, 12))
+    segment = TextSegment(tuple(tokenizer.encode(drawn.prompt)))
+    expected = Truth(pipeline).draw([segment], [], 3, 3.0, wide)
+    assert torch.equal(drawn.pixels, Squares().pictures(torch.tensor(expected).view(1, 2, 6))[0])
 
 
 def test_images_behind_images_and_text_behind_them(build: Build, tokenizer: Any) -> None:

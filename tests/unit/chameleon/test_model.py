@@ -152,9 +152,9 @@ def test_it_learns_pictures_and_captions_by_heart(tokenizer: Any, pack: Any) -> 
         rows += [[[text, image]], [[image, text]], [[image]]]
     batch = pack(config, rows)
     counts = global_counts([batch], config.codec)
-    for step in range(110):
+    for step in range(140):
         terms = engine.forward_backward(batch, counts)
-        assert not engine.step(1e-2 if step < 80 else 1e-3).read().skipped
+        assert not engine.step(1e-2 if step < 110 else 1e-3).read().skipped
     # What no model can know: which of two pictures begins, in four rows; which of two captions begins, or whether
     # a picture does, in two each.
     image_floor, text_floor = 4 * math.log(2), 2 * math.log(4) + 2 * math.log(2)

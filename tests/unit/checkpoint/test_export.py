@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -196,6 +197,12 @@ def test_other_configs_and_torn_weights_are_refused(run: Path, tmp_path: Path) -
     (out / "config.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(UserError, match="has model format 2, this version reads 1"):
         read_export(out)
+    for broken in ('"config": []', '"config": {"model": "x"}'):
+        damaged = json.loads(text)
+        del damaged["config"]
+        (out / "config.json").write_text(json.dumps(damaged)[:-1] + f", {broken}}}")
+        with pytest.raises(UserError, match=r"config\.json"):
+            read_export(out)
     (out / "config.json").write_text('{"architectures": []}')
     with pytest.raises(UserError, match=r"is no model folder: config\.json is not an export's"):
         read_export(out)

@@ -59,7 +59,7 @@ def test_interleaved(
     fields: dict[str, Any],
 ) -> None:
     """A3: text, image, text, image, text, then generation of both: ids exact, pictures the same."""
-    pipeline = build_pipeline(image=8.0, **fields)
+    pipeline = build_pipeline(image=10.0, **fields)
     images = [torch.from_numpy(picture(seed)) for seed in (1, 2)]
     prompt = ["one", images[0], "two", images[1], "three"]
     drawing = {**DRAWING, "guidance": guidance}

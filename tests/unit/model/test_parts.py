@@ -116,7 +116,7 @@ def test_initial_weights_have_the_sizes_they_should() -> None:
         elif name.endswith("bias") or name.startswith("patch_decoder.projection"):
             assert (parameter == 0).all(), name
         elif name == "patch_position.gain":
-            assert (parameter == 0.3).all(), name
+            assert (parameter == 0.1).all(), name
         else:
             expected = 0.5 if name.startswith("patch_position") else 0.02
             if name.endswith(("attention.out.weight", "feed_forward.down.weight")):

@@ -79,10 +79,19 @@ def test_one_patch_of_each_image_is_told_what_it_is_told_among_all(kind: str) ->
         torch.testing.assert_close(alone, together[:, number])
 
 
-@pytest.mark.parametrize("kind", ["sincos", "learned"])
-def test_patches_stay_in_their_type(kind: str) -> None:
-    module = built(kind).to(torch.bfloat16)
+def test_patches_stay_in_their_type() -> None:
+    module = built("sincos").to(torch.bfloat16)
     assert module(torch.zeros(PATCHES, 12, dtype=torch.bfloat16), GRIDS).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["sincos", "learned"])
+def test_without_images_its_gradients_are_zero_and_there(kind: str) -> None:
+    """As every rank's must be under ZeRO."""
+    module = built(kind)
+    nothing = torch.zeros(0, 12, requires_grad=True)
+    module(nothing, [Grid(0, 3, 5)]).sum().backward()
+    for parameter in (nothing, *module.parameters()):
+        assert parameter.grad is not None and not parameter.grad.any()
 
 
 def test_without_it_a_model_has_no_such_part() -> None:
@@ -110,7 +119,7 @@ def test_it_is_added_behind_either_encoder(
     assert not torch.allclose(encoding.patch_ND, bare.patch_ND)
 
 
-STEPS = 120
+STEPS = 160
 
 
 def image_of_places() -> Tensor:
@@ -148,4 +157,4 @@ def loss_after_learning(pack: Callable[..., Batch], kind: str) -> float:
 def test_an_image_whose_patches_only_their_place_tells_is_learned(pack: Callable[..., Batch]) -> None:
     known = {kind: loss_after_learning(pack, kind) for kind in ("none", "sincos", "learned")}
     # An image of -1 and 1 of which nothing is known has a loss of about 1.
-    assert known["sincos"] < 0.1 and known["learned"] < 0.1 and known["none"] > 0.3, known
+    assert max(known["sincos"], known["learned"]) < 0.15 and known["none"] > 0.4, known
