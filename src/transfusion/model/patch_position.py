@@ -24,7 +24,7 @@ LONGEST_WAVELENGTH = 10_000.0
 class PatchPosition(nn.Module):
     """Adds to each patch the encoding of its row and its column, times a learned gain.
 
-    Rows and columns count from the image's upper left corner, in images of all sizes alike. `sincos`: half of the
+    Rows and columns count from the middle of the image, in images of all sizes alike. `sincos`: half of the
     width tells the row and half the column, by sines and cosines of geometric wavelengths (Vaswani et al., 2017,
     section 3.5, in two dimensions). `learned`: a vector a row and a vector a column are added.
     """
@@ -55,20 +55,26 @@ class PatchPosition(nn.Module):
     def _places(self, grid: Grid, device: torch.device) -> Tensor:
         """The encoding [P, D] of every patch of an image, row by row."""
         if self.is_learned:
-            assert grid.rows <= len(self.row) and grid.columns <= len(self.column), "not a size of this model"
-            row_RD, column_CD = self.row[: grid.rows], self.column[: grid.columns]
+            row_RD, column_CD = _middle(self.row, grid.rows), _middle(self.column, grid.columns)
             return (row_RD[:, None] + column_CD).flatten(0, 1)
         half = self.width // 2
-        row_RE = _waves(torch.arange(grid.rows, device=device), half)
-        column_CE = _waves(torch.arange(grid.columns, device=device), half)
+        row_RE, column_CE = _waves(grid.rows, half, device), _waves(grid.columns, half, device)
         shape = (grid.rows, grid.columns, half)
         both = (row_RE[:, None].expand(shape), column_CE.expand(shape))
         return torch.cat(both, dim=-1).flatten(0, 1)
 
 
-def _waves(place_P: Tensor, values: int) -> Tensor:
-    """Sines and cosines [P, values] in fp32 of places [P]."""
+def _middle(vector_PD: Tensor, places: int) -> Tensor:
+    """The middle ones of the vectors; where they cannot be, half a place before."""
+    assert places <= len(vector_PD), "not a size of this model"
+    first = (len(vector_PD) - places) // 2
+    return vector_PD[first : first + places]
+
+
+def _waves(places: int, values: int, device: torch.device) -> Tensor:
+    """Sines and cosines [P, values] in fp32 of rows or columns, counted from the middle one."""
     frequencies = -(-values // 2)
-    exponent_F = torch.arange(frequencies, device=place_P.device, dtype=torch.float32) / frequencies
-    angle_PF = place_P.float()[:, None] * torch.exp(-math.log(LONGEST_WAVELENGTH) * exponent_F)
+    place_P = torch.arange(places, device=device, dtype=torch.float32) - (places - 1) / 2
+    exponent_F = torch.arange(frequencies, device=device, dtype=torch.float32) / frequencies
+    angle_PF = place_P[:, None] * torch.exp(-math.log(LONGEST_WAVELENGTH) * exponent_F)
     return torch.cat((angle_PF.sin(), angle_PF.cos()), dim=-1)[:, :values]

@@ -78,7 +78,7 @@ def test_prompted_pictures_come_back_untouched(build_pipeline: Callable[..., Pip
 
 def test_every_row_stops_on_its_own(build_pipeline: Callable[..., Pipeline], picture: Any) -> None:
     """N13: a row ends when its own text does, not its batch's."""
-    pipeline = build_pipeline(end=2.0)
+    pipeline = build_pipeline(end=4.0)
     pictures = torch.stack([torch.from_numpy(picture(seed)) for seed in range(12)])
     captions = pipeline.caption(pictures, max_tokens=20, temperature=1.0, seed=7)
     lengths = {len(caption) for caption in captions}

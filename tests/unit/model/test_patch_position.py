@@ -34,10 +34,11 @@ def built(kind: str, width: int = 12) -> PatchPosition:
     return module
 
 
-def sines(place: int, values: int) -> list[float]:
-    """Of one row or column, a number at a time."""
+def sines(number: int, of: int, values: int) -> list[float]:
+    """Of one row of several, or a column, a number at a time."""
+    place = number - (of - 1) / 2
     frequencies = math.ceil(values / 2)
-    angles = [place / 10_000 ** (number / frequencies) for number in range(frequencies)]
+    angles = [place / 10_000 ** (power / frequencies) for power in range(frequencies)]
     return [*map(math.sin, angles), *map(math.cos, angles)][:values]
 
 
@@ -45,7 +46,7 @@ def sines(place: int, values: int) -> list[float]:
 def test_sincos_tells_row_and_column(width: int) -> None:
     module, half = built("sincos", width), width // 2
     wanted = [
-        sines(row, half) + sines(column, half)
+        sines(row, rows, half) + sines(column, columns, half)
         for images, rows, columns in GRIDS
         for _ in range(images)
         for row in range(rows)
@@ -58,9 +59,10 @@ def test_sincos_tells_row_and_column(width: int) -> None:
 def test_learned_adds_a_vector_of_the_row_and_one_of_the_column() -> None:
     module, patch_ND = built("learned"), torch.randn(PATCHES, 12)
     assert module.row.shape == (4, 12) and module.column.shape == (5, 12)
+    # Of four rows and five columns those in the middle.
     wanted = torch.stack(
         [
-            module.row[row] + module.column[column]
+            module.row[row + (4 - rows) // 2] + module.column[column + (5 - columns) // 2]
             for images, rows, columns in GRIDS
             for _ in range(images)
             for row in range(rows)
