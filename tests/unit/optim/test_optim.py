@@ -13,15 +13,15 @@ from transfusion.optim.ema import MovingAverage
 from transfusion.optim.schedule import learning_rate
 
 
-def test_matrices_are_decayed_norms_and_biases_are_not() -> None:
+def test_matrices_are_decayed_norms_biases_and_gains_are_not() -> None:
     model = Transfusion(ModelConfig(vocabulary=16, layers=1, width=16, heads=2, qk_norm=True), CodecConfig())
     parameters = dict(model.named_parameters())
     decayed, plain = groups.parameter_groups(parameters, parameters, 0.1)
     names = {parameter: name for name, parameter in parameters.items()}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert len(decayed["params"]) + len(plain["params"]) == len(parameters)
-    assert all("norm" in names[p] or names[p].endswith("bias") for p in plain["params"])
-    assert not any("norm" in names[p] or names[p].endswith("bias") for p in decayed["params"])
+    assert all("norm" in names[p] or names[p].endswith(("bias", "gain")) for p in plain["params"])
+    assert not any("norm" in names[p] or names[p].endswith(("bias", "gain")) for p in decayed["params"])
     assert model.embedding.weight in set(decayed["params"])
 
 
