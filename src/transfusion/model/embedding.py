@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 TIMESTEP_FREQUENCIES = 256
+# Over 2 pi, of sinusoids (Vaswani et al., 2017, section 3.5).
+LONGEST_WAVELENGTH = 10_000.0
 
 
 def rotary_angles(position_BSA: Tensor, head_dim: int, theta: float) -> Tensor:
@@ -33,6 +35,12 @@ def rotate(x_BHSE: Tensor, cosine_BSF: Tensor, sine_BSF: Tensor) -> Tensor:
     return torch.cat((left * cosine - right * sine, right * cosine + left * sine), dim=-1).to(x_BHSE.dtype)
 
 
+def sinusoid_angles(value_N: Tensor, frequencies: int) -> Tensor:
+    """Angles [N, frequencies] in fp32, of geometric wavelengths."""
+    exponent = torch.arange(frequencies, device=value_N.device, dtype=torch.float32) / frequencies
+    return value_N.float()[:, None] * torch.exp(-math.log(LONGEST_WAVELENGTH) * exponent)
+
+
 class TimestepEmbedding(nn.Module):
     """256 sinusoids of the timestep through a two-layer perceptron (reference: Peebles and Xie, 2023)."""
 
@@ -43,8 +51,6 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, timestep_I: Tensor) -> Tensor:
         """Embedding [I, out_features] of integer timesteps [I]."""
-        half = TIMESTEP_FREQUENCIES // 2
-        exponent = torch.arange(half, device=timestep_I.device, dtype=torch.float32) / half
-        angle = timestep_I.float()[:, None] * torch.exp(-math.log(10_000.0) * exponent)
+        angle = sinusoid_angles(timestep_I, TIMESTEP_FREQUENCIES // 2)
         sinusoids = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.hidden.weight.dtype)
         return self.out(nn.functional.silu(self.hidden(sinusoids)))

@@ -3,22 +3,19 @@
 Rotary positions tell a patch how far it is from others. Where in its image it stands it must infer from its distance to
 <BOI>. The paper names nothing else.
 
-N patches of all images, P patches an image, D width, F frequencies.
+N patches of all images, P patches an image, D width, R rows, C columns, E values of a row or column, F frequencies.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from transfusion.config import CodecConfig, ModelConfig
+from transfusion.model.embedding import sinusoid_angles
 from transfusion.model.patches import Grid
-
-# Times 2 pi patches, as in the sinusoids of Vaswani et al.
-LONGEST_WAVELENGTH = 10_000.0
 
 
 class PatchPosition(nn.Module):
@@ -47,19 +44,23 @@ class PatchPosition(nn.Module):
         """
         places = []
         for grid in grids:
-            place_PD = self.gain * self._places(grid, patch_ND.device).to(patch_ND.dtype)
-            chosen_PD = place_PD if at is None else place_PD[at : at + 1]
-            places.append(chosen_PD.expand(grid.images, -1, -1).flatten(0, 1))
+            place_PD = self.gain * self._places(grid, at, patch_ND.device).to(patch_ND.dtype)
+            places.append(place_PD.expand(grid.images, -1, -1).flatten(0, 1))
         return patch_ND + torch.cat(places)
 
-    def _places(self, grid: Grid, device: torch.device) -> Tensor:
-        """The encoding [P, D] of every patch of an image, row by row."""
-        if self.is_learned:
-            row_RD, column_CD = _middle(self.row, grid.rows), _middle(self.column, grid.columns)
-            return (row_RD[:, None] + column_CD).flatten(0, 1)
+    def _places(self, grid: Grid, at: int | None, device: torch.device) -> Tensor:
+        """The encoding [P, D] of every patch of an image, row by row, or of the one at `at`."""
         half = self.width // 2
-        row_RE, column_CE = _waves(grid.rows, half, device), _waves(grid.columns, half, device)
-        shape = (grid.rows, grid.columns, half)
+        if self.is_learned:
+            row_RE, column_CE = _middle(self.row, grid.rows), _middle(self.column, grid.columns)
+        else:
+            row_RE, column_CE = _waves(grid.rows, half, device), _waves(grid.columns, half, device)
+        if at is not None:
+            row, column = divmod(at, grid.columns)
+            row_RE, column_CE = row_RE[row : row + 1], column_CE[column : column + 1]
+        if self.is_learned:
+            return (row_RE[:, None] + column_CE).flatten(0, 1)
+        shape = (len(row_RE), len(column_CE), half)
         both = (row_RE[:, None].expand(shape), column_CE.expand(shape))
         return torch.cat(both, dim=-1).flatten(0, 1)
 
@@ -73,8 +74,6 @@ def _middle(vector_PD: Tensor, places: int) -> Tensor:
 
 def _waves(places: int, values: int, device: torch.device) -> Tensor:
     """Sines and cosines [P, values] in fp32 of rows or columns, counted from the middle one."""
-    frequencies = -(-values // 2)
     place_P = torch.arange(places, device=device, dtype=torch.float32) - (places - 1) / 2
-    exponent_F = torch.arange(frequencies, device=device, dtype=torch.float32) / frequencies
-    angle_PF = place_P[:, None] * torch.exp(-math.log(LONGEST_WAVELENGTH) * exponent_F)
+    angle_PF = sinusoid_angles(place_P, -(-values // 2))
     return torch.cat((angle_PF.sin(), angle_PF.cos()), dim=-1)[:, :values]
