@@ -4,8 +4,9 @@
 
 Batches of text and images, the same for all processes together as for the one: mixed, unequal across ranks (text
 alone beside images alone, and so on), packed; pictures of several sizes, not the same on all ranks; in four micro-
-batches; with rows shared by two ranks; blocks compiled and recomputed, and all of that at once; with the U-Net; in
-stages 1 and 2; with second copies (hpZ); offloaded. The other cases run in stage 3 with nothing kept gathered.
+batches; with rows shared by two ranks; blocks compiled and recomputed, and all of that at once; with learned places
+and without places; with the U-Net; in stages 1 and 2; with second copies (hpZ); offloaded. The other cases run in
+stage 3 with nothing kept gathered.
 Compared are text loss, image loss and the whole loss of each step, gradient norms, and the weights at the end. What
 was run replaces its part of the record. Exits with 3 where a loss or a norm differs by 1e-6 or more, relative, or
 compiled blocks are more than one graph. `tests/dist` holds a sample.
