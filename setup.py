@@ -51,12 +51,9 @@ setup(
     description="Train one transformer on text and images together, and generate both in one answer",
     license="Apache-2.0",
     python_requires=">=3.11",
-    package_dir={"": "src", KERNELS: "kernels"},
-    packages=[
-        *find_packages("src"),
-        KERNELS,
-        *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
-    ],
+    package_dir={"": "src", KERNELS: f"kernels/{KERNELS}"},
+    # verification/ proves the kernels from a checkout, where it is found without being named here.
+    packages=[*find_packages("src"), *find_packages("kernels", exclude=["*.verification"])],
     package_data={"transfusion": ["py.typed", "evaluate/*.html"], KERNELS: ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transfusion_kernels import IntervalMask, explain, interval_attention
-from transfusion_kernels.attention.cpu_plan import make_plan
 
 from limits import DTYPES, Timer, find_device, measure_limits, record_head, tflops, write_json
+from transfusion_kernels import IntervalMask, explain, interval_attention
+from transfusion_kernels.attention.cpu_plan import make_plan
 from verify import GREATEST_ERROR, Attend, exact_results, verify
 
 RESULT = Path(__file__).resolve().parent / "results" / "attention.json"

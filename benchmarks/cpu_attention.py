@@ -22,11 +22,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transfusion_kernels import IntervalMask, interval_attention
-from transfusion_kernels.attention.cpu_plan import make_plan
 
 from attention import WRONG_OR_FAILED, Case
 from limits import record_head, write_json
+from transfusion_kernels import IntervalMask, interval_attention
+from transfusion_kernels.attention.cpu_plan import make_plan
 from verify import Attend, exact_results, verify
 
 RESULT = Path(__file__).resolve().parent / "results" / "cpu-attention.json"

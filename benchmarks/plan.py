@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
-from transfusion_kernels import interval_attention
 
 from limits import find_device, measure_limits, record_head, write_json
 from step import load_config, synthetic_steps, train_step
@@ -43,6 +42,7 @@ from transfusion.plan.memory import Memory, compute_dtype, local_memory, zero_me
 from transfusion.plan.network import Network
 from transfusion.plan.tracing import Trace, trace_step
 from transfusion.schema import Batch
+from transfusion_kernels import interval_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "plan.json"

@@ -15,8 +15,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
 from transfusion_kernels import IntervalMask
-from transfusion_kernels.testing import poisoned_memory, relative_error
+from transfusion_kernels.verification.testing import poisoned_memory, relative_error
 
 # Rounding leaves errors well below these, a tile with the wrong mask well above: of a whole tensor (norm of the
 # difference over norm), and of its worst row, so that a few wrong rows among many do not hide.

@@ -6,8 +6,6 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT" || exit 2
 PYTHON="$ROOT/.venv/bin/python"
 
-# Neither the checkout nor a script's folder may shadow an installed package (kernels/ is also a name on PyPI).
-export PYTHONSAFEPATH=1
 # DeepSpeed compiles nothing when it is installed.
 export DS_BUILD_OPS=0
 

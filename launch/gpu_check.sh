@@ -99,11 +99,10 @@ has() {
     "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)' "$1"
 }
 
-# The package from the checkout: src/ as it is, kernels/ under its import name, and the benchmarks' shared module.
-mkdir -p "$WORK/names" "$WORK/site"
-ln -s "$ROOT/kernels" "$WORK/names/transfusion_kernels"
-export PYTHONPATH="$WORK/site:$WORK/names:$ROOT/src:$ROOT/benchmarks"
-export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 DS_BUILD_OPS=0 WANDB_MODE=offline
+# The packages from the checkout, and the benchmarks' shared module.
+mkdir -p "$WORK/site"
+export PYTHONPATH="$WORK/site:$ROOT/kernels:$ROOT/src:$ROOT/benchmarks"
+export PYTHONUNBUFFERED=1 DS_BUILD_OPS=0 WANDB_MODE=offline
 if $cpu; then
     export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi

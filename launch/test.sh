@@ -7,10 +7,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 ensure_venv all,test,oracles
 
-# The type checker finds packages by folder name.
-mkdir -p build/typing
-ln -sfn ../../kernels build/typing/transfusion_kernels
-
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy

@@ -60,7 +60,7 @@ ORDER_OF_LAYER_4 = ("generate", "evaluate", "codec_train", "trainer", "plan", "s
 # Each may be missing, so each has its few importers: files, or folders that end with a slash.
 IMPORTERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("src/transfusion/parallel/zero.py",),
-    "triton": ("kernels/",),
+    "triton": ("kernels/transfusion_kernels/",),
     "wandb": ("src/transfusion/observe/sinks.py",),
     "cv2": ("src/transfusion/data/decode.py",),
     "webdataset": ("src/transfusion/data/shards.py",),
@@ -73,7 +73,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "fastapi": ("src/transfusion/serve/",),
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "transfusion_kernels"}
-ENVIRONMENT_READERS = ("src/transfusion/parallel/environment.py", "kernels/dispatch.py")
+ENVIRONMENT_READERS = ("src/transfusion/parallel/environment.py", "kernels/transfusion_kernels/dispatch.py")
 UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b")
 
 
@@ -218,9 +218,9 @@ def _tree(path: Path) -> ast.Module:
 
 
 LAWFUL = {
-    "kernels/__init__.py": "import math\nimport torch\nfrom transfusion_kernels.attention import x\n",
-    "kernels/dispatch.py": "import os\nA = os.environ\n",
-    "kernels/attention/forward.py": "import triton\n@triton.jit\ndef kernel(q, D: int): ...\n",
+    "kernels/transfusion_kernels/__init__.py": "import math\nimport torch\nfrom transfusion_kernels import x\n",
+    "kernels/transfusion_kernels/dispatch.py": "import os\nA = os.environ\n",
+    "kernels/transfusion_kernels/attention/forward.py": "import triton\n@triton.jit\ndef kernel(q, D: int): ...\n",
     "src/transfusion/__init__.py": "__version__ = '1'\n",
     "src/transfusion/presets.py": "from transfusion.config import Config\nimport yaml\n",
     "src/transfusion/schema.py": "from transfusion_kernels import IntervalMask\n",
@@ -269,8 +269,12 @@ def test_a_lawful_tree_passes(tmp_path: Path) -> None:
             "__init__ (layer 1) imports",
         ),
         ("src/transfusion/helpers.py", "", "helpers stands in no layer"),
-        ("kernels/dispatch.py", "import transfusion.schema", "the kernels import transfusion"),
-        ("kernels/dispatch.py", "import numpy", "the kernels import numpy"),
+        (
+            "kernels/transfusion_kernels/dispatch.py",
+            "import transfusion.schema",
+            "the kernels import transfusion",
+        ),
+        ("kernels/transfusion_kernels/dispatch.py", "import numpy", "the kernels import numpy"),
         ("src/transfusion/parallel/local.py", "import deepspeed.comm", "imports deepspeed"),
         ("src/transfusion/model/attention.py", "from triton import jit", "imports triton"),
         ("src/transfusion/trainer.py", "def f() -> None:\n    import wandb", "imports wandb"),
@@ -282,10 +286,14 @@ def test_a_lawful_tree_passes(tmp_path: Path) -> None:
         ("src/transfusion/cli.py", "import os\nos.environ['A']", "environment variables"),
         ("src/transfusion/cli.py", "import os\nos.getenv('A')", "environment variables"),
         ("src/transfusion/cli.py", "from os import environ", "environment variables"),
-        ("kernels/attention/forward.py", "import os\nos.environ", "environment variables"),
+        (
+            "kernels/transfusion_kernels/attention/forward.py",
+            "import os\nos.environ",
+            "environment variables",
+        ),
         ("src/transfusion/data/types.py", "", "types is also the name"),
         ("src/transfusion/data/copy/a.py", "", "copy is also the name"),
-        ("kernels/utils.py", "", "utils says nothing"),
+        ("kernels/transfusion_kernels/utils.py", "", "utils says nothing"),
         ("src/transfusion/data/rows.py", "def f(a) -> None: ...", "f is not annotated: a"),
         ("src/transfusion/data/rows.py", "class A:\n    def f(self): ...", "f is not annotated: its result"),
         ("src/transfusion/data/rows.py", "def f(*a, b: int) -> None: ...", "f is not annotated: a"),

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from transfusion_kernels.attention.hopper import compile_cases
-from transfusion_kernels.attention.shipped import (
+from transfusion_kernels.verification.machine_code import Report
+from transfusion_kernels.verification.shipped import (
     TARGETS,
     compile_cache_form,
     compile_case,
@@ -30,7 +32,6 @@ from transfusion_kernels.attention.shipped import (
     shipped_forms,
     triton_version,
 )
-from transfusion_kernels.machine_code import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 

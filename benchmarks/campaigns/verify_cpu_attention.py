@@ -23,10 +23,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transfusion_kernels import IntervalMask, interval_attention
-from transfusion_kernels.testing import exact_attention, mask_families, poisoned_memory, relative_error
 
 from transfusion.observe.runfolder import describe_environment
+from transfusion_kernels import IntervalMask, interval_attention
+from transfusion_kernels.verification.testing import (
+    exact_attention,
+    mask_families,
+    poisoned_memory,
+    relative_error,
+)
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "verify_cpu_attention.json"
 LENGTHS = (67, 131)

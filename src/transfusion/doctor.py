@@ -257,6 +257,7 @@ def _torchvision() -> Iterator[Finding]:
 def _choices() -> Iterator[Finding]:
     """What train.engine=auto and train.attention=auto come to on this machine."""
     import torch
+
     from transfusion_kernels import IntervalMask, explain
 
     gpu = _has_gpu()

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transfusion_kernels import IntervalMask
 
 from transfusion.tokens import SpecialToken as SpecialToken
+from transfusion_kernels import IntervalMask
 
 # Image losses are also reported by timestep: this many equal buckets over [0, diffusion.steps).
 TIMESTEP_BUCKETS = 10

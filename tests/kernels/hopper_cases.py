@@ -15,9 +15,10 @@ from unittest import mock
 import torch
 from gluon_simulator import Fault, SimulatedKernel, Simulator
 from torch import Tensor
+
 from transfusion_kernels import IntervalMask
 from transfusion_kernels.attention import hopper, hopper_backward, hopper_forward, layout
-from transfusion_kernels.testing import exact_attention, mask_of, poisoned_memory, relative_error
+from transfusion_kernels.verification.testing import exact_attention, mask_of, poisoned_memory, relative_error
 
 WIDTH = 16
 SCALE = 0.3

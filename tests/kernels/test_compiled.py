@@ -15,8 +15,10 @@ if triton.knobs.runtime.interpret:
 
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
+
 from transfusion_kernels.attention.decode import decode_forward  # noqa: E402
-from transfusion_kernels.attention.shipped import (  # noqa: E402
+from transfusion_kernels.verification.machine_code import compile_launches, inspect, problems  # noqa: E402
+from transfusion_kernels.verification.shipped import (  # noqa: E402
     PASSES,
     CacheForm,
     Form,
@@ -24,7 +26,6 @@ from transfusion_kernels.attention.shipped import (  # noqa: E402
     compile_form,
     compile_helpers,
 )
-from transfusion_kernels.machine_code import compile_launches, inspect, problems  # noqa: E402
 
 
 # The narrow forms that are added here are those with other tiles; grouped queries are the harder ones.

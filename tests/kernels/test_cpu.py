@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from transfusion_kernels import IntervalMask, interval_attention
 from transfusion_kernels.attention import cpu_plan
-from transfusion_kernels.testing import (
+from transfusion_kernels.verification.testing import (
     exact_attention,
     mask_families,
     mask_of,

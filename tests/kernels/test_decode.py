@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+
 from transfusion_kernels import (
     IntervalMask,
     append_to_kvcache,
@@ -15,7 +16,7 @@ from transfusion_kernels import (
     interval_attention,
     interval_attention_with_kvcache,
 )
-from transfusion_kernels.testing import (
+from transfusion_kernels.verification.testing import (
     exact_attention,
     mask_families,
     paged,

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from transfusion_kernels import (
     IntervalMask,
     append_to_kvcache,
@@ -13,7 +14,7 @@ from transfusion_kernels import (
     interval_attention,
     interval_attention_with_kvcache,
 )
-from transfusion_kernels.testing import (
+from transfusion_kernels.verification.testing import (
     exact_attention,
     mask_families,
     mask_of,

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
 from transfusion_kernels import dispatch, interval_attention
-from transfusion_kernels.testing import exact_attention, mask_families, mask_of, relative_error
+from transfusion_kernels.verification.testing import exact_attention, mask_families, mask_of, relative_error
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -31,8 +32,9 @@ from hopper_cases import (  # noqa: E402
     random_mask,
     simulated,
 )
+
 from transfusion_kernels.attention import hopper  # noqa: E402
-from transfusion_kernels.attention.shipped import compile_case  # noqa: E402
+from transfusion_kernels.verification.shipped import compile_case  # noqa: E402
 
 SIZE = 170
 FAMILIES = list(mask_families(SIZE))

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_gpu import FAMILIES, inputs_for
+
 from transfusion_kernels import explain, interval_attention
-from transfusion_kernels.testing import (
+from transfusion_kernels.verification.testing import (
     exact_attention,
     mask_of,
     poisoned_memory,

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+
 from transfusion_kernels import IntervalMask, interval_attention
-from transfusion_kernels.testing import (
+from transfusion_kernels.verification.testing import (
     exact_attention,
     mask_families,
     mask_of,

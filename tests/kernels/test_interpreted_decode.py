@@ -9,8 +9,9 @@ import itertools
 
 import pytest
 import torch
+
 from transfusion_kernels import IntervalMask, interval_attention_with_kvcache
-from transfusion_kernels.testing import (
+from transfusion_kernels.verification.testing import (
     exact_attention,
     mask_families,
     paged,

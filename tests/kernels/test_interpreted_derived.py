@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from transfusion_kernels import IntervalMask
 from transfusion_kernels.attention.layout import TILE_ROWS, longest_first
-from transfusion_kernels.testing import mask_families, poisoned_memory, random_layout
+from transfusion_kernels.verification.testing import mask_families, poisoned_memory, random_layout
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
 from transfusion_kernels import (
     IntervalMask,
     append_to_kvcache,
     interval_attention,
     interval_attention_with_kvcache,
 )
-from transfusion_kernels.testing import exact_attention, mask_of, relative_error
+from transfusion_kernels.verification.testing import exact_attention, mask_of, relative_error
 
 FAR = 2**30 + 64
 WIDTH = 32

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 from torch.utils import _pytree as pytree
+
 from transfusion_kernels import IntervalMask
 from transfusion_kernels.attention.layout import TILE_ROWS
-from transfusion_kernels.testing import mask_families, mask_of, random_layout
+from transfusion_kernels.verification.testing import mask_families, mask_of, random_layout
 
 SIZE = 300
 FAMILIES = mask_families(SIZE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import transfusion_kernels
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
-from transfusion_kernels import IntervalMask, explain, interval_attention
-from transfusion_kernels.testing import mask_families, mask_of, relative_error
 
+from transfusion_kernels import IntervalMask, explain, interval_attention
+from transfusion_kernels.verification.testing import mask_families, mask_of, relative_error
+
+CHECKOUT = Path(__file__).parents[2]
 SIZE = 96
 MASK = mask_families(SIZE)["uneven_documents"]
 
@@ -281,8 +281,10 @@ def test_values_of_a_mask_are_checked_on_the_cpu_whatever_runs(backend: str) -> 
         interval_attention(*qkv(requires_grad=False), mask, backend=backend)
 
 
-def run_python(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def run_python(code: str, folder: Path | None = None) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=folder
+    )
     return result.stdout + result.stderr
 
 
@@ -291,10 +293,19 @@ def test_imports_without_triton_and_without_asking_for_it() -> None:
     assert "imported" in run_python(code)
 
 
-def test_refuses_the_name_of_another_package() -> None:
-    path = Path(transfusion_kernels.__file__)
-    specification = importlib.util.spec_from_file_location("kernels", path)
-    assert specification is not None
-    assert specification.loader is not None
-    with pytest.raises(ImportError, match="transfusion_kernels"):
-        specification.loader.exec_module(importlib.util.module_from_spec(specification))
+def test_the_name_of_another_package_stays_free(tmp_path: Path) -> None:
+    """In a checkout, where `python -c` looks first, `import kernels` finds the package of that name on PyPI."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n", encoding="utf-8")
+    code = (
+        f"import sys; sys.path.insert(1, {str(tmp_path)!r}); import kernels; print('theirs', kernels.theirs)"
+    )
+    assert "theirs True" in run_python(code, CHECKOUT)
+
+
+@pytest.mark.parametrize("library", ["transformers", "diffusers"])
+def test_a_folder_named_kernels_is_no_package_to_others(library: str) -> None:
+    pytest.importorskip(library)
+    code = f"from {library}.utils import is_kernels_available; print('found', is_kernels_available())"
+    inside, outside = run_python(code, CHECKOUT), run_python(code, CHECKOUT / "tests")
+    assert "found" in inside and inside == outside

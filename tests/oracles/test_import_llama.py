@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transfusion_kernels import IntervalMask
-from transfusion_kernels.testing import relative_error
 
 from transfusion.checkpoint.llama import start_from_llama
 from transfusion.config import Config
@@ -19,6 +17,8 @@ from transfusion.errors import UserError
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.tokens import SpecialToken
+from transfusion_kernels import IntervalMask
+from transfusion_kernels.verification.testing import relative_error
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: oracles)")
 

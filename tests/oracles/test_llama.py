@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transfusion_kernels import IntervalMask
 
 from transfusion.config import CodecConfig, ModelConfig
 from transfusion.data.sequence import Layout, lay_out
 from transfusion.model import Transfusion
 from transfusion.model.initialise import initialise
 from transfusion.schema import ImageSegment, TextSegment
+from transfusion_kernels import IntervalMask
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: oracles)")
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from transfusion_kernels import IntervalMask
-from transfusion_kernels.testing import random_layout
+from transfusion_kernels.verification.testing import random_layout
 
 SIZE, ROWS = 150, 3
 SEEDS = pytest.mark.parametrize("seed", range(4))

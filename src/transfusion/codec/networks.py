@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transfusion_kernels
 from torch import nn
 
 from transfusion.codec_folder import read_facts
@@ -24,10 +22,9 @@ CLASSES = {"kl": "AutoencoderKL", "vq": "VQModel"}
 def _network_class(kind: Literal["kl", "vq"]) -> Any:
     """Raises UserError where diffusers is missing or cannot be imported."""
     try:
-        with _without_our_kernels():
-            import diffusers
+        import diffusers
 
-            return getattr(diffusers, CLASSES[kind])
+        return getattr(diffusers, CLASSES[kind])
     except ModuleNotFoundError as error:
         raise UserError(f"codec.kind=kl and vq need diffusers ({error}); pip install diffusers") from None
     except (ImportError, RuntimeError) as error:
@@ -126,21 +123,6 @@ def fetch_network(name: str, kind: Literal["kl", "vq"], folder: Path, *, subfold
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{name} cannot be fetched: {reason}") from None
     save_network(network, folder)
-
-
-@contextlib.contextmanager
-def _without_our_kernels() -> Iterator[None]:
-    """Without the root of a checkout in the search path, where `python -m` puts it.
-
-    transformers, which diffusers imports, asks for an optional package named `kernels`; our folder of that name would
-    answer, and refuse.
-    """
-    kernels, kept = Path(transfusion_kernels.__file__).parent, list(sys.path)
-    sys.path[:] = [entry for entry in kept if (Path(entry) / "kernels").resolve() != kernels.resolve()]
-    try:
-        yield
-    finally:
-        sys.path[:] = kept
 
 
 @contextlib.contextmanager

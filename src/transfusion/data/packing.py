@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transfusion_kernels import IntervalMask
 
 from transfusion.data.rows import Row, RowImage, RowSettings
 from transfusion.schema import Batch, BatchCounts, ImageGroup, Modality
+from transfusion_kernels import IntervalMask
 
 
 def collate(rows: Sequence[Row], settings: RowSettings) -> Batch:

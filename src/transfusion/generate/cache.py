@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
 from transfusion_kernels import IntervalMask
 
 

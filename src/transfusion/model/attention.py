@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
-from transfusion_kernels import IntervalMask, interval_attention
 
 from transfusion.config import ModelConfig
 from transfusion.model.embedding import rotate
+from transfusion_kernels import IntervalMask, interval_attention
 
 
 class LayerCache(Protocol):

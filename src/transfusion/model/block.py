@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transfusion_kernels import IntervalMask
 
 from transfusion.config import ModelConfig
 from transfusion.model.attention import Attention, LayerCache, Sharing
+from transfusion_kernels import IntervalMask
 
 
 class FeedForward(nn.Module):

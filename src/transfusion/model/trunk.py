@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transfusion_kernels import IntervalMask
 
 from transfusion.config import ModelConfig
 from transfusion.model.attention import LayerCache
@@ -18,6 +17,7 @@ from transfusion.model.embedding import rotary_angles
 from transfusion.model.heads import TextHead
 from transfusion.model.patch_position import PatchPosition
 from transfusion.model.patches import Grid
+from transfusion_kernels import IntervalMask
 
 
 class Trunk(nn.Module):

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transfusion_kernels import dispatch
 
 from transfusion.codec import Codec, TokenCodec
 from transfusion.config import CodecConfig, Config
@@ -22,6 +21,7 @@ from transfusion.parallel.results import PendingResult
 from transfusion.parallel.sequence import SequenceGroup, refuse_unshared
 from transfusion.parallel.shards import Shard
 from transfusion.schema import Batch, ImageGroup, LossTerms
+from transfusion_kernels import dispatch
 
 Weights = Literal["raw", "ema"]
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transfusion_kernels import IntervalMask, interval_attention
 
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.schema import Batch, BatchCounts, ImageGroup, Modality, PatchRoutes
+from transfusion_kernels import IntervalMask, interval_attention
 
 # A custom operator takes no process groups, so it is told their names.
 _groups: dict[str, dist.ProcessGroup] = {}

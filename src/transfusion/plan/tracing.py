@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transfusion_kernels import IntervalMask
 
 from transfusion.config import Config
 from transfusion.data.sequence import position_axes
@@ -26,6 +25,7 @@ from transfusion.observe.flops import ImageLoad, Workload
 from transfusion.parallel.engine import build_model
 from transfusion.schema import Batch, BatchCounts, ImageGroup, Modality
 from transfusion.token_loss import build_loss
+from transfusion_kernels import IntervalMask
 
 PARAMETERS, GRADIENTS, ACTIVATIONS, LOGITS = "parameters", "gradients", "activations", "logits"
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transfusion_kernels.testing import exact_attention, relative_error
 
 import attention
 import cpu_attention
 import verify
 from attention import Case, Inputs, Options, Provider
+from transfusion_kernels.verification.testing import exact_attention, relative_error
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transfusion_kernels.testing import relative_error
 
 from transfusion.codec import pixels as codec
 from transfusion.config import Config
@@ -16,6 +15,7 @@ from transfusion.mixed_loss import MixedLoss
 from transfusion.model import Transfusion
 from transfusion.model.patches import patchify, pictures, unpatchify
 from transfusion.schema import Batch, ImageSegment, LossTerms, Segment, TextSegment
+from transfusion_kernels.verification.testing import relative_error
 
 Build = Callable[..., tuple[Config, Transfusion]]
 Pack = Callable[..., Batch]

@@ -19,7 +19,6 @@ from handmade import (
     with_broken_image,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transfusion_kernels import dispatch
 
 from transfusion.errors import UserError
 from transfusion.mixed_loss import MixedLoss
@@ -28,6 +27,7 @@ from transfusion.optim import groups
 from transfusion.parallel.engine import build_engine, build_model, global_counts, training_loss
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
+from transfusion_kernels import dispatch
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 ON_GPU = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0), threads=1)

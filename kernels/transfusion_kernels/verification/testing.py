@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from transfusion_kernels.attention.layout import IntervalMask
 from transfusion_kernels.attention.reference import reference_attention
 

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from transfusion_kernels.attention.layout import TILE_ROWS
 from transfusion_kernels.attention.rows import (
     can_describe,

@@ -12,6 +12,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+
 from transfusion_kernels.attention.checks import (
     check_keys_and_values,
     check_mask,

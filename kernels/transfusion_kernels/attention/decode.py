@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from transfusion_kernels.attention.forward import HIDDEN, LOG2_E, device_of, normalise, weigh
 from transfusion_kernels.attention.tiles import Tile, all_registers
 

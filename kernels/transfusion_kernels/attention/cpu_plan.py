@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
 from transfusion_kernels.attention.layout import validate_bounds
 
 # Documents up to this length take an explicit mask: the causal flag saves nothing there, and images need no second

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+
 from transfusion_kernels.attention.backward import attention_backward
 from transfusion_kernels.attention.decode import decode_forward
 from transfusion_kernels.attention.derived import bounds_from_spans, columns, longest_first
@@ -16,7 +17,7 @@ from transfusion_kernels.attention.forward import attention_forward
 from transfusion_kernels.attention.hopper import CompileCase
 from transfusion_kernels.attention.layout import TILE_ROWS
 from transfusion_kernels.dispatch import TRITON_HEAD_DIMS
-from transfusion_kernels.machine_code import (
+from transfusion_kernels.verification.machine_code import (
     TARGETS,
     Report,
     compile_function,

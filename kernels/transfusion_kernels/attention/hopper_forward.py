@@ -18,7 +18,6 @@ flight, o_ offsets, m_ masks. The tests run this source in a simulator (`tests/k
 
 from __future__ import annotations
 
-from transfusion_kernels.attention.hopper_tma import tma_load, tma_store, tma_store_wait
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,6 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from transfusion_kernels.attention.hopper_tma import tma_load, tma_store, tma_store_wait
 
 LN_2 = gl.constexpr(0.6931471805599453)
 HIDDEN = gl.constexpr(2147483647)

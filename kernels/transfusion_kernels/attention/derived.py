@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from transfusion_kernels.attention.rows import device_of
 
 _BLOCK = 256

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from transfusion_kernels.attention import cpu
 from transfusion_kernels.attention.checks import check_arguments, checked_scale
 from transfusion_kernels.attention.layout import IntervalMask

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from transfusion_kernels.attention.forward import (
     LOG2_E,
     full_steps,
@@ -41,7 +43,6 @@ from transfusion_kernels.attention.tiles import (
     needs_descriptors,
     tiles_for,
 )
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _STATISTICS_ROWS = 64

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+
 from transfusion_kernels.attention.layout import IntervalMask
 
 ENVIRONMENT_VARIABLE = "TRANSFUSION_ATTENTION"

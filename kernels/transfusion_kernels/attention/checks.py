@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+
 from transfusion_kernels.attention.layout import IntervalMask, check_tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

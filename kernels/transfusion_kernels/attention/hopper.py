@@ -8,14 +8,15 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
 from transfusion_kernels.attention import layout
 from transfusion_kernels.attention.forward import LOG2_E, device_of
 from transfusion_kernels.attention.hopper_backward import backward_kernel, statistics_kernel
 from transfusion_kernels.attention.hopper_forward import forward_kernel
 from transfusion_kernels.attention.layout import IntervalMask
 from transfusion_kernels.attention.reference import reference_attention
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Every partition of 128 threads starts with this many registers, and then takes from the producer what it gives up.
 OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
 from transfusion_kernels.attention.cpu_plan import Bucket, Images, Plan, plan_for
 from transfusion_kernels.attention.layout import validate_bounds
 from transfusion_kernels.attention.reference import accumulation_dtype

@@ -9,6 +9,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+
 from transfusion_kernels.attention.layout import IntervalMask
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
+
 from transfusion_kernels.attention.layout import TILE_ROWS
 
 

@@ -10,12 +10,6 @@ Generation writes to a cache (`append_to_kvcache`) and attends to it (`interval_
 Triton is imported when its kernels are first asked for.
 """
 
-if __name__ == "kernels":
-    raise ImportError(
-        "this package is imported as 'transfusion_kernels': the name 'kernels' belongs to another package. "
-        "Install the project (pip install -e .) and import transfusion_kernels."
-    )
-
 from transfusion_kernels.attention import interval_attention
 from transfusion_kernels.attention.kvcache import append_to_kvcache, interval_attention_with_kvcache
 from transfusion_kernels.attention.layout import IntervalMask

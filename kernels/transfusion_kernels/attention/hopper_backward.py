@@ -15,14 +15,6 @@ first operands from registers.
 
 from __future__ import annotations
 
-from transfusion_kernels.attention.hopper_forward import (
-    CONSUMER_REGISTERS,
-    HIDDEN,
-    PRODUCER_REGISTERS,
-    make_barriers,
-    slot_of,
-)
-from transfusion_kernels.attention.hopper_tma import tma_add, tma_load, tma_store, tma_store_wait
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -31,6 +23,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from transfusion_kernels.attention.hopper_forward import (
+    CONSUMER_REGISTERS,
+    HIDDEN,
+    PRODUCER_REGISTERS,
+    make_barriers,
+    slot_of,
+)
+from transfusion_kernels.attention.hopper_tma import tma_add, tma_load, tma_store, tma_store_wait
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 
