@@ -128,6 +128,7 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "curves": [_draw(curve) for curve in _loss_curves(lines, config.get("diffusion") or {})],
         "held_out": any(line.get("held_out_text_loss") or line.get("held_out_image_loss") for line in lines),
         "bucket_curve": _draw_buckets(lines),
+        "predicts_noise": (config.get("diffusion") or {}).get("objective", "noise") == "noise",
         "machine_curves": [_draw(curve) for curve in _machine_curves(lines)],
         "grids": _grids(folder.samples),
         "grids_across": _across(folder.samples),

@@ -225,7 +225,9 @@ def test_the_image_loss_is_named_by_the_objective(
     presets.dump(
         presets.load(None, [f"diffusion.{key}={value}" for key, value in diffusion.items()]), run.config
     )
-    assert title in write_report(run.path).read_text(encoding="utf-8")
+    page = write_report(run.path).read_text(encoding="utf-8")
+    assert title in page
+    assert ("Predicting the noise is hardest" in page) == (not diffusion)
 
 
 def test_one_step_and_no_config_are_enough(tmp_path: Path) -> None:
