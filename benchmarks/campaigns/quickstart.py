@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/campaigns/quickstart.py [--out benchmarks/results/quickstart.json]
 
-Needs an installed checkout (the set-up is not part of the figure) and ten minutes. Deletes runs/quickstart and
+Needs an installed checkout (the set-up is not part of the figure) and five minutes. Deletes runs/quickstart and
 data/quickstart first. Exits with 3 when a bar is missed.
 """
 

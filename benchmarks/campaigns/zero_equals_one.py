@@ -3,10 +3,10 @@
     .venv/bin/python benchmarks/campaigns/zero_equals_one.py [--ranks 2 4] [--cases 'compiled*' ...]
 
 Batches of text and images, the same for all processes together as for the one: mixed, unequal across ranks (text
-alone beside images alone, and so on), packed; pictures of several sizes, not the same on all ranks; in four micro-
-batches; with rows shared by two ranks; blocks compiled and recomputed, and all of that at once; with learned places
-and without places; with the U-Net; in stages 1 and 2; with second copies (hpZ); offloaded. The other cases run in
-stage 3 with nothing kept gathered.
+alone beside images alone, and so on), packed, with pictures of several sizes that are not the same on all ranks, in
+four micro-batches. Rows shared by two ranks, blocks compiled and recomputed, and all of that at once. Learned places
+and none, the U-Net, stages 1 and 2, second copies (hpZ), offload. The other cases run in stage 3 with nothing kept
+gathered.
 Compared are text loss, image loss and the whole loss of each step, gradient norms, and the weights at the end. What
 was run replaces its part of the record. Exits with 3 where a loss or a norm differs by 1e-6 or more, relative, or
 compiled blocks are more than one graph. `tests/dist` holds a sample.

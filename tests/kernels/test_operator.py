@@ -304,8 +304,8 @@ def test_the_name_of_another_package_stays_free(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("library", ["transformers", "diffusers"])
-def test_a_folder_named_kernels_is_no_package_to_others(library: str) -> None:
+def test_a_folder_named_kernels_is_no_package_to_others(library: str, tmp_path: Path) -> None:
     pytest.importorskip(library)
     code = f"from {library}.utils import is_kernels_available; print('found', is_kernels_available())"
-    inside, outside = run_python(code, CHECKOUT), run_python(code, CHECKOUT / "tests")
+    inside, outside = run_python(code, CHECKOUT), run_python(code, tmp_path)
     assert "found" in inside and inside == outside

@@ -121,14 +121,15 @@ def gather(folder: RunFolder) -> dict[str, Any]:
     config = _yaml(folder.config)
     environment = _json(folder.environment)
     captions = _jsonl(folder.path / "evaluation" / "captions.jsonl")
+    diffusion = config.get("diffusion") or {}
     return {
         "name": (config.get("run") or {}).get("name") or folder.path.name,
         "facts": _facts(lines, config, environment),
         "metrics": _metrics(_json(folder.path / "metrics.json")),
-        "curves": [_draw(curve) for curve in _loss_curves(lines, config.get("diffusion") or {})],
+        "curves": [_draw(curve) for curve in _loss_curves(lines, diffusion)],
         "held_out": any(line.get("held_out_text_loss") or line.get("held_out_image_loss") for line in lines),
         "bucket_curve": _draw_buckets(lines),
-        "predicts_noise": (config.get("diffusion") or {}).get("objective", "noise") == "noise",
+        "predicts_noise": diffusion.get("objective", "noise") == "noise",
         "machine_curves": [_draw(curve) for curve in _machine_curves(lines)],
         "grids": _grids(folder.samples),
         "grids_across": _across(folder.samples),

@@ -14,7 +14,7 @@ from transfusion.config import OptimizerConfig
 def parameter_groups(
     described: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices, embeddings among them, are decayed; norms, biases and gains are not.
+    """Two AdamW groups: matrices, embeddings among them, are decayed. Norms, biases and gains are not.
 
     `described` tells the shapes, by name, since a sharded parameter has lost its own. A group without
     parameters is left out.
