@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from transfusion.files import atomic_write_text
 from transfusion.observe.runfolder import describe_environment
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -190,9 +191,7 @@ def record_head(device: torch.device) -> dict[str, Any]:
 def write_json(record: dict[str, Any], out: Path) -> None:
     """Write a result whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(out)
+    atomic_write_text(out, json.dumps(record, indent=2) + "\n")
 
 
 def main() -> int:

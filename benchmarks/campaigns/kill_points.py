@@ -304,7 +304,6 @@ def as_rank(blow: str, arguments: list[str]) -> None:
     """Be one process of a run: `transfusion ARGUMENTS`, with a blow laid where it is to fall."""
     import transfusion.trainer as trainer
     from transfusion import cli
-    from transfusion.checkpoint import layout
     from transfusion.checkpoint import save as saving
     from transfusion.observe import watchdog
 
@@ -345,7 +344,7 @@ def as_rank(blow: str, arguments: list[str]) -> None:
 
         watchdog.Watchdog.__init__.__kwdefaults__["end"] = end  # type: ignore[index]
     elif blow == "save":
-        layout.replace_folder = lambda *_: strike(signal.SIGKILL)
+        saving.replace_folder = lambda *_: strike(signal.SIGKILL)
     elif blow == "half a file" and second():
         write = saving.write_tensors
 

@@ -5,12 +5,13 @@ An address is what webdataset opens: `https://...`, `gs://...`, `file:...`, or `
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
+
+from transfusion.files import digest
 
 _PIPE = "pipe:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -62,7 +63,7 @@ def redacted_plain(value: str | Sequence[str]) -> str | list[str]:
 def identity(address: str) -> str:
     """Sixteen hex digits that stay while only credentials change."""
     bare = _URL.sub(lambda found: _unsigned(found[0]), address)
-    return hashlib.blake2b(bare.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return digest(bare.encode("utf-8", "surrogatepass"), 8)
 
 
 def file_name(address: str) -> str:

@@ -12,9 +12,10 @@ import typer
 from transfusion import __version__
 from transfusion.codec_commands import codec_app
 from transfusion.data_commands import data_app
-from transfusion.errors import UserError
+from transfusion.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from transfusion.parallel import environment
 from transfusion.scaling_commands import scaling_app
+from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 
 if TYPE_CHECKING:
     from transfusion.sizes import Size
@@ -34,10 +35,6 @@ app.add_typer(scaling_app, name="scaling")
 
 # Typer keeps click's classes where no one else should look for them; this one's parent is what is needed.
 UsageError: Any = typer.BadParameter.__bases__[0]
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
-# Seeds and what is added to them stay within a signed 64-bit integer.
-GREATEST_SEED = (1 << 62) - 1
 
 Model = Annotated[Path, typer.Argument(help="folder written by `transfusion export`")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
@@ -103,9 +100,7 @@ def prepare(
         float | None,
         typer.Option(min=0, max=1, help="share kept for evaluation; default 0.02, of python-docs 0.1"),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=GREATEST_SEED, help="seed of captions and of the split")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of captions and of the split")] = 0,
 ) -> None:
     """Make webdataset shards, split into train and held_out."""
     from transfusion.data.prepare import prepare as run
@@ -196,7 +191,7 @@ def sample(
             help="how noise is removed; auto: ddpm, for a model of flow euler, which heun is for too"
         ),
     ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="below 2^38; picture k has seed + k")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="picture k has seed + k")] = 0,
     size: Annotated[
         str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes; empty: the first of them")
     ] = "",

@@ -6,19 +6,18 @@ The layout is diffusers': config.json, and diffusion_pytorch_model.safetensors w
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from transfusion.errors import UserError
+from transfusion.files import FINGERPRINT_BYTES, digest, file_digest
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 KINDS: dict[str, Literal["kl", "vq"]] = {"AutoencoderKL": "kl", "VQModel": "vq"}
 
-_READ_AT_ONCE = 1 << 24
 # Of published networks that were never measured.
 _DEFAULT_SCALE = 0.18215
 
@@ -108,7 +107,7 @@ def folder_files(folder: str | Path) -> list[Path]:
 def codec_fingerprint(facts: CodecFacts, scale: tuple[float, ...], shift: tuple[float, ...]) -> str:
     """Twelve hex digits that change with whatever makes other latents of the same picture."""
     text = json.dumps([facts.kind, facts.weights, scale, shift])
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    return digest(text.encode(), FINGERPRINT_BYTES)
 
 
 def completed(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -162,11 +161,7 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
 
 @functools.cache
 def _digest_of(path: Path, size: int, modified: int) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(_READ_AT_ONCE):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_digest(path)
 
 
 def _digest(paths: tuple[Path, ...]) -> str:

@@ -23,11 +23,12 @@ from pydantic import (
 
 from transfusion.addresses import redacted_plain
 from transfusion.sizes import GREATEST_ASPECT, ImageSizes, Size
+from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 
 Share = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-# What is added to a seed must stay within a signed 64-bit integer.
-Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+SamplingSeed = Annotated[int, Field(ge=0, le=MAX_SAMPLING_SEED)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -588,7 +589,7 @@ class SampleConfig(Section):
         description="sampler of the grid: ddpm or ddim, for flow euler or heun; auto: ddim, for flow euler",
     )
     guidance: Annotated[float, Field(ge=0)] = Field(3.0, description="guidance scale; 1: none")
-    seed: Seed = Field(0, description="seed of the first picture; picture k has seed + k")
+    seed: SamplingSeed = Field(0, description="seed of the first picture; picture k has seed + k")
 
 
 # The recipe of the Chameleon baseline (paper, section 4.2 and appendix; Chameleon, section 2.3).

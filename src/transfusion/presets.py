@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -102,12 +100,6 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
         except (yaml.YAMLError, TypeError) as error:
             problems.append(f"{override!r} cannot be read: {str(error).splitlines()[0]}")
     return problems
-
-
-def fingerprint(values: Any) -> str:
-    """Twelve hex digits that change whenever one of the plain values does."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def dump(config: Section, path: Path) -> None:

@@ -16,3 +16,9 @@ class SpecialToken(enum.IntEnum):
     END_IMAGE = 5
     # Stands at patch positions, where the embedding is replaced by the encoded patch.
     PATCH = 6
+
+
+# What is added to a seed must stay within a signed 64-bit integer.
+MAX_SEED = (1 << 62) - 1
+# One that is sampled with: the key of a word has 24 more bits, for its number in the answer.
+MAX_SAMPLING_SEED = (1 << 38) - 1

@@ -19,7 +19,7 @@ from transfusion.data.evaluation import EvaluationLoader
 from transfusion.data.index import too_many_faults
 from transfusion.data.loader import Loader
 from transfusion.data.tokenizer import Tokenizer
-from transfusion.errors import UserError
+from transfusion.errors import EXIT_STOPPED_EARLY, UserError
 from transfusion.evaluate.held_out import held_out_losses
 from transfusion.generate.pictures import write_grid
 from transfusion.generate.pipeline import Pipeline
@@ -46,7 +46,6 @@ from transfusion.schema import Batch, Decision, LossTerms, StepResult, TrainStat
 log = logging.getLogger(__name__)
 
 # The conventional "try again" of sysexits.h: stopped early, everything saved, run the same command again.
-EXIT_STOPPED_EARLY = 75
 
 
 def train(config: Config) -> int:

@@ -172,11 +172,6 @@ def test_every_key_is_explained() -> None:
     assert unexplained == []
 
 
-def test_fingerprint_follows_the_values() -> None:
-    assert presets.fingerprint({"a": 1, "b": 2}) == presets.fingerprint({"b": 2, "a": 1})
-    assert presets.fingerprint({"a": 1}) != presets.fingerprint({"a": 2})
-
-
 SOURCES = "data.sources=[{name: a, shards: x, share: 0.5}, {name: b, shards: y}]"
 
 

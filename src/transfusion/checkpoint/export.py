@@ -24,6 +24,14 @@ from transfusion.checkpoint.stream import write_tensors
 from transfusion.codec_folder import folder_files
 from transfusion.config import Config, with_former_values
 from transfusion.errors import UserError
+from transfusion.files import (
+    UNFINISHED,
+    atomic_file,
+    atomic_write_text,
+    remove_leftover,
+    replace_folder,
+    sync_folder,
+)
 from transfusion.parallel.agree import describe
 from transfusion.parallel.shards import AVERAGE, WEIGHT
 from transfusion.presets import check
@@ -66,12 +74,12 @@ def export(source: str | Path, out: str | Path) -> Path:
     codec = _codec(folder, manifest)
     _refuse_foreign(out)
     # A name that nobody else gives: whatever stands there is what a killed export left.
-    unfinished = out.with_name(f"{out.name}.export{layout.UNFINISHED}")
+    unfinished = out.with_name(f"{out.name}.export{UNFINISHED}")
     try:
-        layout.clear(unfinished)
+        remove_leftover(unfinished)
         unfinished.mkdir(parents=True)
         _write(unfinished, SliceReader(folder, manifest), tokenizer, codec)
-        layout.replace_folder(unfinished, out)
+        replace_folder(unfinished, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {describe(error)}; name another folder") from error
     return out
@@ -167,7 +175,7 @@ def _write(folder: Path, reader: SliceReader, tokenizer: Path, codec: Path | Non
         "weights": files,
         "config": manifest.config,
     }
-    layout.write_whole(folder / CONFIG, json.dumps(description, indent=1) + "\n")
+    atomic_write_text(folder / CONFIG, json.dumps(description, indent=1) + "\n")
     shapes = {name: record.shape for name, record in manifest.parameters.items()}
     for kind, file in files.items():
 
@@ -175,12 +183,12 @@ def _write(folder: Path, reader: SliceReader, tokenizer: Path, codec: Path | Non
             return reader.read_whole(kind, name)
 
         write_tensors(folder / file, shapes, read, metadata={"format": "pt"})
-    with layout.whole_file(folder / TOKENIZER) as partial:
+    with atomic_file(folder / TOKENIZER) as partial:
         shutil.copyfile(tokenizer, partial)
     if codec is not None:
         (folder / CODEC).mkdir()
         for source in folder_files(codec):
-            with layout.whole_file(folder / CODEC / source.name) as partial:
+            with atomic_file(folder / CODEC / source.name) as partial:
                 shutil.copyfile(source, partial)
-        layout.sync_folder(folder / CODEC)
-    layout.sync_folder(folder)
+        sync_folder(folder / CODEC)
+    sync_folder(folder)

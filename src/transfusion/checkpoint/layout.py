@@ -10,27 +10,20 @@ A rank's file holds, for each parameter that it has a slice of, the tensors `wei
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transfusion.config import Config, with_former_values
 from transfusion.errors import UserError
-from transfusion.presets import fingerprint
+from transfusion.files import digest, file_digest, fingerprint
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
-UNFINISHED = ".tmp"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
-_READ_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        digest = values.pop("digest")
+        stated = values.pop("digest")
         version = values["format_version"]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; name a folder such as runs/NAME") from None
@@ -123,7 +116,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has checkpoint format {version}, this version reads {FORMAT_VERSION}; "
             "use the version that wrote it, or start a new run"
         )
-    if digest != _digest(values):
+    if stated != _digest(values):
         raise damaged(folder, f"{MANIFEST} was changed after it was written")
     values["parameters"] = {name: ParameterRecord(**record) for name, record in values["parameters"].items()}
     values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
@@ -169,69 +162,6 @@ def damaged(folder: Path, problem: str) -> UserError:
     return UserError(f"{folder} is damaged: {problem}; delete the folder to continue from the one before it")
 
 
-def file_digest(path: Path) -> str:
-    """blake2b of a file's bytes, 32 hex digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(_READ_AT_ONCE):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees either the former text or all of the new one."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives another name to write to, and `path` to the file once it is complete and on the disk."""
-    partial = path.with_name(path.name + UNFINISHED)
-    yield partial
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def replace_folder(unfinished: Path, folder: Path) -> None:
-    """Give a finished folder its name; what stood there is deleted only afterwards, under another name."""
-    aside = _aside(folder)
-    if folder.exists():
-        clear(aside)
-        folder.rename(aside)
-    unfinished.rename(folder)
-    sync_folder(folder.parent)
-    clear(aside)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder under a name that no reader takes for complete, whenever the process is killed."""
-    aside = _aside(folder)
-    clear(aside)
-    folder.rename(aside)
-    clear(aside)
-
-
-def clear(leftover: Path) -> None:
-    """Delete what a killed process left under a name of ours, if there is any."""
-    if leftover.exists():
-        shutil.rmtree(leftover)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.former{UNFINISHED}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _digest(values: dict[str, Any]) -> str:
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest(text.encode())

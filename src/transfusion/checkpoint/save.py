@@ -22,6 +22,14 @@ from transfusion.checkpoint import layout
 from transfusion.checkpoint.layout import FileRecord, Manifest, ParameterRecord
 from transfusion.checkpoint.stream import write_tensors
 from transfusion.errors import UserError
+from transfusion.files import (
+    UNFINISHED,
+    atomic_write_text,
+    remove_folder,
+    remove_leftover,
+    replace_folder,
+    sync_folder,
+)
 from transfusion.parallel.agree import describe, together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
@@ -81,7 +89,7 @@ class Saver:
         self.finish()
         engine = self._engine
         folder = layout.step_folder(self._run_folder, state.step)
-        unfinished = folder.with_name(folder.name + layout.UNFINISHED)
+        unfinished = folder.with_name(folder.name + UNFINISHED)
         _together(lambda: _prepare(unfinished) if engine.rank == 0 else None, folder)
         shards, tensors = _together(lambda: self._own_part(copy=copy), folder)
         threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -101,7 +109,7 @@ class Saver:
             # No rank writes any more; a full disk needs the room.
             if main:
                 with contextlib.suppress(OSError):
-                    layout.clear(pending.unfinished)
+                    remove_leftover(pending.unfinished)
             raise
         _together(lambda: self._publish(pending) if main else None, pending.folder)
 
@@ -137,17 +145,17 @@ class Saver:
             config=config.as_dict(),
         )
         folder = pending.folder
-        layout.write_whole(pending.unfinished / layout.MANIFEST, manifest.as_json())
-        layout.sync_folder(pending.unfinished)
-        layout.replace_folder(pending.unfinished, folder)
-        layout.write_whole(folder.parent / layout.LATEST, folder.name + "\n")
-        layout.sync_folder(folder.parent)
+        atomic_write_text(pending.unfinished / layout.MANIFEST, manifest.as_json())
+        sync_folder(pending.unfinished)
+        replace_folder(pending.unfinished, folder)
+        atomic_write_text(folder.parent / layout.LATEST, folder.name + "\n")
+        sync_folder(folder.parent)
         if pending.state["bad_steps"]:
             # Saved amid skipped steps: those from before may be wanted back.
             return
         for old in layout.complete_checkpoints(self._run_folder)[: -self._keep]:
             if old != folder and not self._stays(old):
-                layout.remove_folder(old)
+                remove_folder(old)
 
     def _stays(self, folder: Path) -> bool:
         step = layout.step_of(folder)
@@ -170,8 +178,8 @@ def _together(work: Callable[[], T], folder: Path) -> T:
 
 def _prepare(unfinished: Path) -> None:
     # What earlier killed saves left behind is of no use to anyone.
-    for leftover in unfinished.parent.glob(f"step_*{layout.UNFINISHED}"):
-        layout.clear(leftover)
+    for leftover in unfinished.parent.glob(f"step_*{UNFINISHED}"):
+        remove_leftover(leftover)
     unfinished.mkdir(parents=True)
 
 
@@ -187,7 +195,7 @@ def _write_rank(unfinished: Path, rank: int, shards: list[Shard], tensors: Mappi
             " set another run.dir"
         ) from None
     part = {"file": asdict(record), "shards": [_slice_record(shard) for shard in shards]}
-    layout.write_whole(_part_file(unfinished, rank), json.dumps(part))
+    atomic_write_text(_part_file(unfinished, rank), json.dumps(part))
 
 
 def _slice_record(shard: Shard) -> dict[str, Any]:

@@ -6,7 +6,6 @@ the bytes. Files are read with the safetensors library.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from transfusion.checkpoint.layout import FileRecord
+from transfusion.files import hasher
 
 _FLOAT_BYTES = 4
 _ALIGNMENT = 8
@@ -37,7 +37,7 @@ def write_tensors(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hasher()
     written = 0
     with path.open("wb") as file:
 

@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from transfusion.checkpoint import layout
 from transfusion.codec import open_codec, open_token_codec
 from transfusion.config import CodecConfig
 from transfusion.data.decode import DecodeFault, decode_fitting, decode_to
@@ -31,6 +30,7 @@ from transfusion.data.latents import LATENTS, TOKENS, LatentRecord, read_record,
 from transfusion.data.probe import PictureFault
 from transfusion.data.shards import expand
 from transfusion.errors import UserError
+from transfusion.files import atomic_file, atomic_write_text, remove_leftovers
 from transfusion.generate.load import find_device
 from transfusion.sizes import ImageSizes
 
@@ -83,6 +83,7 @@ def encode_shards(
             records[source] = record
             progress(source.name, record, True)
     jobs = [_Job(codec, source, out / source.name, device) for source in sources if source not in records]
+    remove_leftovers(out, {job.target.name for job in jobs})
     for job, record in zip(jobs, _run(jobs, workers), strict=True):
         records[job.source] = record
         progress(job.source.name, record, False)
@@ -106,7 +107,7 @@ def encode_shard(encode: Encoder, codec: CodecConfig, source: Path, target: Path
     encoded = 0
     try:
         with (
-            layout.whole_file(target) as partial,
+            atomic_file(target) as partial,
             tarfile.open(source) as reader,
             tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as writer,
         ):
@@ -131,7 +132,7 @@ def encode_shard(encode: Encoder, codec: CodecConfig, source: Path, target: Path
         source=source.name,
         source_bytes=source.stat().st_size,
     )
-    layout.write_whole(record_path(target), json.dumps(record._asdict(), indent=1) + "\n")
+    atomic_write_text(record_path(target), json.dumps(record._asdict(), indent=1) + "\n")
     return record
 
 

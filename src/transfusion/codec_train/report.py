@@ -19,13 +19,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from transfusion.checkpoint import layout
 from transfusion.codec import open_codec, open_token_codec
 from transfusion.codec_train import codebook
 from transfusion.codec_train.measure import psnr
 from transfusion.codec_train.pictures import PictureSet
 from transfusion.config import CodecConfig
 from transfusion.errors import UserError
+from transfusion.files import atomic_write_text
 from transfusion.generate.load import find_device
 from transfusion.observe.runfolder import describe_environment
 
@@ -92,10 +92,10 @@ def write_report(
         "environment": describe_environment(),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    layout.write_whole(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    atomic_write_text(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     png = _png(_grid(shown))
     out.with_suffix(".png").write_bytes(png)
-    layout.write_whole(out.with_suffix(".html"), _page(found, codec, png))
+    atomic_write_text(out.with_suffix(".html"), _page(found, codec, png))
     return found
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from transfusion import presets
-from transfusion.checkpoint import layout
 from transfusion.codec import pixels as codec_pixels
 from transfusion.codec.networks import Network, load_network, new_network, parameter_count, save_network
 from transfusion.codec_train import codebook, state
@@ -28,7 +27,15 @@ from transfusion.codec_train.losses import CodecLoss, reconstruct
 from transfusion.codec_train.measure import latent_statistics, reconstruction_psnr
 from transfusion.codec_train.pictures import PictureSet
 from transfusion.codec_train.settings import CodecTrainConfig
-from transfusion.errors import UserError
+from transfusion.errors import EXIT_STOPPED_EARLY, UserError
+from transfusion.files import (
+    UNFINISHED,
+    atomic_file,
+    atomic_write_text,
+    fingerprint,
+    remove_leftover,
+    replace_folder,
+)
 from transfusion.observe.runfolder import RunFolder, describe_environment, start_logging
 from transfusion.optim.ema import MovingAverage
 from transfusion.parallel import environment
@@ -37,7 +44,6 @@ from transfusion.schema import Decision
 
 log = logging.getLogger(__name__)
 
-EXIT_STOPPED_EARLY = 75
 # Pictures on which a checkpoint is judged, and by which latents are measured.
 _JUDGED, _MEASURED = 64, 1024
 CODEC, RECORD = "codec", "codec.json"
@@ -296,7 +302,7 @@ class CodecTrainer:
 
     def _identity(self) -> str:
         config = self.config
-        return presets.fingerprint(
+        return fingerprint(
             [
                 config.kind,
                 config.network.as_dict(),
@@ -307,19 +313,19 @@ class CodecTrainer:
 
     def _create_folder(self) -> None:
         self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        with layout.whole_file(self.folder.config) as partial:
+        with atomic_file(self.folder.config) as partial:
             presets.dump(self.config, partial)
         text = json.dumps(describe_environment(sys.argv), indent=2, ensure_ascii=False)
-        layout.write_whole(self.folder.environment, text + "\n")
+        atomic_write_text(self.folder.environment, text + "\n")
         start_logging(self.folder)
 
     def write_codec(self) -> Path:
         """RUN/codec: the averaged network, its latents measured; RUN/codec.json: how it came about."""
         out = self.folder.path / CODEC
-        unfinished = out.with_name(f"{CODEC}.{os.getpid()}{layout.UNFINISHED}")
+        unfinished = out.with_name(f"{CODEC}.{os.getpid()}{UNFINISHED}")
         with self.averaged() as network:
             measured = latent_statistics(network, self.pictures, self.device, self.config.kind, _MEASURED)
-            layout.clear(unfinished)
+            remove_leftover(unfinished)
             save_network(network, unfinished, **measured.diffusers_config())
         record = {
             "step": self.step,
@@ -331,8 +337,8 @@ class CodecTrainer:
             "config": self.config.as_dict(),
             "environment": describe_environment(sys.argv),
         }
-        layout.write_whole(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
-        layout.replace_folder(unfinished, out)
+        atomic_write_text(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
+        replace_folder(unfinished, out)
         log.info("%s: %s", out, measured.describe())
         return out
 

@@ -34,6 +34,7 @@ from transfusion.data.download import (
     unwritable,
 )
 from transfusion.errors import UserError
+from transfusion.files import UNFINISHED, unfinished_path
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ _STEP_BYTES = 64 << 20
 FORGIVEN_SECONDS = 120.0
 _GLANCE_SECONDS = 0.05
 _FOLDERS = ("locks", "leases", "failed")
-_UNFINISHED = ".tmp-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +234,7 @@ class ShardCache:
 
     def _begin(self, path: Path, size: int) -> Path:
         """An empty unfinished file that already counts as many bytes as it will have."""
-        unfinished = path.with_name(f".{path.name}{_UNFINISHED}{self._token}")
+        unfinished = unfinished_path(path, self._token)
         try:
             with unfinished.open("wb") as stream:
                 stream.truncate(size)
@@ -326,7 +326,7 @@ class ShardCache:
         alive = {lease.name for lease in (self._folder / "leases").iterdir()}
         living = []
         for copy in self._copies():
-            _, unfinished, token = copy.path.name.rpartition(_UNFINISHED)
+            _, unfinished, token = copy.path.name.rpartition(f"{UNFINISHED}-")
             if unfinished and token not in alive:
                 copy.path.unlink(missing_ok=True)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from transfusion.data import keyed
+from transfusion.files import name_hash
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -43,14 +44,14 @@ _NAMED = re.compile(rf"\b(?:{'|'.join(DIGIT_WORDS)}|\d+)\b", re.IGNORECASE)
 
 def captions_for(digit: int, key: str) -> list[str]:
     """Captions of a scan of the digit; some may be the same."""
-    return [_caption(digit, keyed.word(f"{key}/{number}")) for number in range(CAPTIONS_PER_DIGIT)]
+    return [_caption(digit, name_hash(f"{key}/{number}")) for number in range(CAPTIONS_PER_DIGIT)]
 
 
 def _caption(digit: int, name: int) -> str:
-    if keyed.uniform(keyed.word("digits: common"), name)[0] < COMMON_SHARE:
+    if keyed.uniform(name_hash("digits: common"), name)[0] < COMMON_SHARE:
         template = COMMON_TEMPLATE
     else:
-        template = TEMPLATES[int(keyed.uniform(keyed.word("digits: template"), name)[0] * len(TEMPLATES))]
+        template = TEMPLATES[int(keyed.uniform(name_hash("digits: template"), name)[0] * len(TEMPLATES))]
     text = template.format(word=DIGIT_WORDS[digit], numeral=digit)
     return re.sub(r"\ba (?=eight|8)", "an ", text)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from transfusion.data.sample import Fault, RawSample
 from transfusion.data.scan import scan
 from transfusion.data.shards import Sample
 from transfusion.errors import UserError
+from transfusion.files import name_hash, sha256
 
-_HELD_OUT = keyed.word("held out")
+_HELD_OUT = name_hash("held out")
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class Collection:
 
 def is_held_out(key: str, seed: int, share: float) -> bool:
     """Whether the sample with this key is held out: decided by a hash, so it stays when others come or go."""
-    return bool(keyed.uniform(seed, _HELD_OUT, keyed.word(key))[0] < share)
+    return bool(keyed.uniform(seed, _HELD_OUT, name_hash(key))[0] < share)
 
 
 def picture_sample(picture: bytes, extension: str, caption: str, **facts: Any) -> Sample:
@@ -43,7 +43,7 @@ def picture_sample(picture: bytes, extension: str, caption: str, **facts: Any) -
 
     facts: more for KEY.json; `captions` there lists further wordings.
     """
-    facts = {"caption": caption, **facts, "sha256": hashlib.sha256(picture).hexdigest()}
+    facts = {"caption": caption, **facts, "sha256": sha256(picture)}
     return {
         extension: picture,
         "txt": caption.encode(),

@@ -6,7 +6,6 @@ Shape suffixes: N samples of the source, C their texts and captions, D documents
 from __future__ import annotations
 
 import enum
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -16,13 +15,14 @@ from numpy.typing import NDArray
 
 from transfusion.data import keyed
 from transfusion.data.sequence import IMAGE_CONTROL_TOKENS, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS
+from transfusion.files import hasher, name_hash
 
 Integers = NDArray[np.int64]
 # Share of the tokens by step: (first step, share), the first from step 0 on.
 Schedule = tuple[tuple[int, float], ...]
 
 _ORDER, _DROP, _CAPTION_FIRST, _CAPTION, _SHARDS = (
-    keyed.word(name) for name in ("order", "caption drop", "caption first", "caption", "shards")
+    name_hash(name) for name in ("order", "caption drop", "caption first", "caption", "shards")
 )
 # The order of the shards is kept of as many epochs: draws may lie on both sides of a border.
 _EPOCHS_KEPT = 2
@@ -168,16 +168,17 @@ class SourceLengths:
         return self.interleaved_N[sample_D]
 
     def digest(self) -> str:
-        digest = hashlib.blake2b(f"{self.patches} {len(self)}".encode(), digest_size=8)
+        known = hasher(8)
+        known.update(f"{self.patches} {len(self)}".encode())
         for array in (self.text_tokens_C, self.caption_start_N, self.images_N, self.interleaved_N):
-            digest.update(np.ascontiguousarray(array).data)
+            known.update(np.ascontiguousarray(array).data)
         if self.patches_N is not None:
-            digest.update(f"patches of {self.image_sizes}".encode())
-            digest.update(np.ascontiguousarray(self.patches_N).data)
+            known.update(f"patches of {self.image_sizes}".encode())
+            known.update(np.ascontiguousarray(self.patches_N).data)
         if self.windows is not None:
-            digest.update(f"{self.windows.shards} windows".encode())
-            digest.update(np.ascontiguousarray(self.windows.counts_K).data)
-        return digest.hexdigest()
+            known.update(f"{self.windows.shards} windows".encode())
+            known.update(np.ascontiguousarray(self.windows.counts_K).data)
+        return known.hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +217,7 @@ class Deck:
         self.source = source
         self.size = len(source)
         self._rule = rule
-        self._key = keyed.word(source.name)
+        self._key = name_hash(source.name)
 
     def documents(self, draw_D: Integers) -> Documents:
         """These draws, a pure function of their numbers and the seed. Draw d is number d % size of epoch d // size."""

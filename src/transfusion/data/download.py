@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import select
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 from transfusion.addresses import redacted
 from transfusion.data.shards import open_address
 from transfusion.errors import UserError
+from transfusion.files import hasher
 
 _CHUNK = 1 << 20
 # Between two looks at whether the download is still wanted.
@@ -103,7 +103,7 @@ def _once(
     reserve: Callable[[int], int],
     stop: threading.Event,
 ) -> Contents:
-    digest, size, room = hashlib.blake2b(digest_size=16), 0, wanted.size if wanted else 0
+    digest, size, room = hasher(), 0, wanted.size if wanted else 0
     # One byte more than wanted tells enough.
     most = wanted.size + 1 if wanted else 1 << 62
     with path.open("r+b", buffering=0) as file, contextlib.closing(_chunks(address, timeout, stop)) as chunks:

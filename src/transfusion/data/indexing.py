@@ -6,7 +6,6 @@ import collections
 import contextlib
 import fcntl
 import functools
-import hashlib
 import json
 import multiprocessing
 import os
@@ -30,6 +29,7 @@ from transfusion.data.shardindex import Prints, Shard, ShardIndex, Stale, index_
 from transfusion.data.shards import expand_all
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
+from transfusion.files import atomic_file, digest, remove_leftovers
 
 _KINDS = ("texts", "pairs", "interleaved", "tokens")
 COUNTERS, QUARANTINE = "counters.json", "quarantine.jsonl"
@@ -71,7 +71,7 @@ class IndexPlace:
                 f"the index of {shard} cannot be written beside it; name a folder with data.index=DIR"
             )
         # Shards of several folders may have one name.
-        mark = hashlib.blake2b(os.fsencode(shard.resolve()), digest_size=4).hexdigest()
+        mark = digest(os.fsencode(shard.resolve()), 4)
         return folder / f"{shard.name}.{mark}{_SUFFIX}"
 
 
@@ -249,11 +249,9 @@ def _make(
         if progress is not None:
             progress(done, total)
 
-    for _, path in work:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # What a run that was killed has left.
-        for unfinished in path.parent.glob(f".{path.name}.tmp-*"):
-            unfinished.unlink(missing_ok=True)
+    for folder in {path.parent for _, path in work}:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder, {path.name for _, path in work})
     processes = min(processes or (cores() if total > _WORTH_PROCESSES else 1), len(work))
     if processes < 2:
         for shard, path in work:
@@ -376,14 +374,9 @@ def _kinds(index: ShardIndex) -> dict[str, int]:
 
 
 def _write_lines(path: Path, records: Any) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="ascii") as stream:
-            for record in records:
-                _write(stream, record)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_file(path) as unfinished, unfinished.open("w", encoding="ascii") as stream:
+        for record in records:
+            _write(stream, record)
 
 
 def _write(stream: TextIO, record: Fault | dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from transfusion.data.sample import (
     utf8,
 )
 from transfusion.data.tarwalk import NO_END_MARKER, Member, Window
+from transfusion.files import sha256
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 GREATEST_MEMBER = 1 << 26
@@ -101,7 +101,7 @@ class Judge:
         except SampleError:
             return None, None
         stated = facts.get("sha256")
-        hashes = _sha256(self._bytes(picture)) == stated.lower() if isinstance(stated, str) else None
+        hashes = sha256(self._bytes(picture)) == stated.lower() if isinstance(stated, str) else None
         return hashes, None if text is None else _same_caption(text, facts)
 
     def _read(self, group: Group) -> RawSample:
@@ -201,10 +201,10 @@ class Judge:
         pictures = tuple(self._picture(group.members[name], notes) for name in names)
         return RawSample(group.key, tuple(texts), pictures, tuple(order), group.offset, tuple(notes))
 
-    def _picture(self, member: Member, notes: list[str], sha256: object = None) -> StoredPicture:
+    def _picture(self, member: Member, notes: list[str], stated: object = None) -> StoredPicture:
         data = self._bytes(member)
         facts = probe(data)
-        if self.hashes_tell and isinstance(sha256, str) and _sha256(data) != sha256.lower():
+        if self.hashes_tell and isinstance(stated, str) and sha256(data) != stated.lower():
             raise SampleError("image_other")
         if facts.animated:
             notes.append("image_animated")
@@ -228,10 +228,6 @@ class Judge:
 
     def _bytes(self, member: Member) -> bytes:
         return self._window.read(member.start, member.size)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _same_caption(text: str, facts: dict[str, Any]) -> bool | None:

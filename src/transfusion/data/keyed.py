@@ -5,21 +5,12 @@ Whoever asks, on whichever rank or worker and in whichever order, gets the same 
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Words = NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def word(text: str) -> int:
-    """A 64-bit word for a name, such as that of a source or of a purpose."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
 
 
 def bits(*words: ArrayLike) -> Words:

@@ -18,7 +18,7 @@ import numpy as np
 from transfusion.data.deck import Integers, Lengths, Variant, VariantRule, next_change, share_at
 from transfusion.data.stream import Columns, Stream, fresh_cursors
 from transfusion.errors import UserError
-from transfusion.presets import fingerprint
+from transfusion.files import fingerprint
 
 # Stands in the fingerprint: a plan made by other rules is another plan.
 _FORMAT = 2

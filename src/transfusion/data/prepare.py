@@ -9,7 +9,6 @@ import collections
 import contextlib
 import io
 import json
-import os
 import platform
 import re
 import shutil
@@ -26,7 +25,7 @@ from transfusion.data.captions import captions_for
 from transfusion.data.collect import Collection, collect_folder, collect_lines, picture_sample
 from transfusion.data.shards import Sample, sample_key, write_shards
 from transfusion.errors import UserError
-from transfusion.presets import fingerprint
+from transfusion.files import fingerprint, unfinished_path
 
 TRAIN, HELD_OUT, RECORD = "train", "held_out", "prepared.json"
 HELD_OUT_DIGITS = 297
@@ -194,7 +193,7 @@ def _existing(out: Path, mark: str) -> PrepareResult | None:
 @contextlib.contextmanager
 def _unfinished(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name when all went well, and vanishes otherwise."""
-    folder = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    folder = unfinished_path(out)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

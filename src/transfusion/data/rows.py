@@ -33,11 +33,12 @@ from transfusion.data.sequence import (
 )
 from transfusion.data.shardindex import OpenShards
 from transfusion.data.strips import Strips
+from transfusion.files import name_hash
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
 from transfusion.sizes import ImageSizes
 from transfusion.timesteps import TimestepLaw
 
-_TIMESTEP, _NOISE = keyed.word("timestep"), keyed.word("noise")
+_TIMESTEP, _NOISE = name_hash("timestep"), name_hash("noise")
 # Decoded pictures are kept up to this size: a small data set is then decoded once, not once an epoch.
 _CACHE_BYTES = 64 << 20
 # <EOI> and <EOS>.
@@ -110,7 +111,7 @@ class RowBuilder:
 
     def __init__(self, indexes: Sequence[SourceIndex], settings: RowSettings) -> None:
         self._indexes, self._settings = tuple(indexes), settings
-        self._source_keys = [keyed.word(index.name) for index in indexes]
+        self._source_keys = [name_hash(index.name) for index in indexes]
         self._cache: dict[Place, Values] = {}
         self._cached_bytes = 0
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
-import hashlib
 import json
 import mmap
 import os
@@ -31,6 +30,7 @@ from transfusion.data import judge, probe, sample, scan
 from transfusion.data.cache import RemoteShard
 from transfusion.data.download import Contents, ShardChanged
 from transfusion.data.sample import Fault, RawSample
+from transfusion.files import atomic_file, fingerprint, hasher
 
 Integers = NDArray[np.int64]
 Shard = Path | RemoteShard
@@ -82,7 +82,7 @@ class Prints(NamedTuple):
             probe.GREATEST_METADATA,
         ]  # fmt: skip
         tokenizer = encoder.fingerprint if encoder else ""
-        return cls(tokenizer, hashlib.blake2b(repr(limits).encode(), digest_size=6).hexdigest())
+        return cls(tokenizer, fingerprint(limits))
 
 
 class Stale(Exception):  # noqa: N818  (no mistake of the program: the file must be made anew)
@@ -298,7 +298,7 @@ def index_shard(shard: Shard, path: Path, encoder: Encoder | None) -> None:
 
 
 def _write_index(file: Path, path: Path, encoder: Encoder | None, facts: dict[str, Any]) -> None:
-    with _unfinished(path) as stream:
+    with atomic_file(path) as unfinished, unfinished.open("wb") as stream:
         writer = _Writer(stream, encoder)
         for found in scan.scan(file):
             if isinstance(found, Fault):
@@ -446,24 +446,11 @@ def _digest(shard: Path) -> str:
     """Of the head, the tail and places between: whatever rewrites a shard changes one of them."""
     with shard.open("rb", buffering=0) as stream:
         length = os.fstat(stream.fileno()).st_size
-        digest = hashlib.blake2b(str(length).encode(), digest_size=8)
+        sampled = hasher(8)
+        sampled.update(str(length).encode())
         spans: Mapping[int, int] = {0: _ENDS, max(0, length - _ENDS): _ENDS} | {
             length * place // _PLACES: _PLACE for place in range(1, _PLACES) if length > 2 * _ENDS
         }
         for offset, size in sorted(spans.items()):
-            digest.update(os.pread(stream.fileno(), size, offset))
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _unfinished(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name when all went well, and vanishes otherwise."""
-    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with unfinished.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+            sampled.update(os.pread(stream.fileno(), size, offset))
+    return sampled.hexdigest()

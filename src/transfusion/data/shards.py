@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from braceexpand import braceexpand
 
 from transfusion.addresses import is_address, redacted, scheme
 from transfusion.errors import UserError
+from transfusion.files import atomic_file
 
 # img2dataset's layout: five digits of the shard, then four of the sample in it.
 SAMPLES_PER_SHARD = 1000
@@ -55,18 +55,14 @@ def _write_one(samples: Iterator[Sample], path: Path, *, first_number: int, per_
     # Imported here, since it brings torch along, which processes that only find shards do without.
     from webdataset.writer import TarWriter
 
-    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with unfinished.open("wb") as stream:
-            # The members are bytes already, so webdataset's encoders stay out of it.
-            with TarWriter(stream, encoder=False, mtime=0, compress=False) as writer:
-                for number, sample in enumerate(samples, first_number):
-                    writer.write({"__key__": sample_key(number, per_shard), **sample})
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    # The members are bytes already, so webdataset's encoders stay out of it.
+    with (
+        atomic_file(path) as unfinished,
+        unfinished.open("wb") as stream,
+        TarWriter(stream, encoder=False, mtime=0, compress=False) as writer,
+    ):
+        for number, sample in enumerate(samples, first_number):
+            writer.write({"__key__": sample_key(number, per_shard), **sample})
 
 
 def expand(specs: str | Sequence[str]) -> list[Path]:

@@ -23,12 +23,13 @@ from transfusion.data.loader import build_indexes, plan_settings, rows_per_rank,
 from transfusion.data.planner import Block, PlanSettings, fresh, plan_block
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
+from transfusion.files import name_hash
 
 _QUANTILES = 4096
 # Without an index to go by: mean, and deviation of the logarithm.
 _CAPTION_TOKENS, _TEXT_TOKENS = (16.0, 0.6), (600.0, 1.2)
 _MANY = 700_000_000
-_LENGTH, _PICTURE = keyed.word("simulated length"), keyed.word("simulated picture")
+_LENGTH, _PICTURE = name_hash("simulated length"), name_hash("simulated picture")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,19 +58,19 @@ class SimulatedLengths:
         return np.ones_like(sample_D)
 
     def text_tokens(self, sample_D: Integers, caption_D: Integers) -> Integers:
-        place_D = keyed.uniform(_LENGTH, keyed.word(self.name), sample_D) * len(self.quantiles_Q)
+        place_D = keyed.uniform(_LENGTH, name_hash(self.name), sample_D) * len(self.quantiles_Q)
         tokens: Integers = self.quantiles_Q[place_D.astype(np.int64)]
         return tokens
 
     def image_tokens(self, sample_D: Integers) -> Integers:
-        has_picture_D = keyed.uniform(_PICTURE, keyed.word(self.name), sample_D) < self.pairs
+        has_picture_D = keyed.uniform(_PICTURE, name_hash(self.name), sample_D) < self.pairs
         return np.where(has_picture_D, self.patches, 0)
 
     def interleaved(self, sample_D: Integers) -> np.ndarray:
         return np.zeros(len(sample_D), bool)
 
     def digest(self) -> str:
-        return f"simulated {self.samples} {self.pairs} {self.patches} {keyed.word(str(self.quantiles_Q.tolist()))}"
+        return f"simulated {self.samples} {self.pairs} {self.patches} {name_hash(str(self.quantiles_Q.tolist()))}"
 
 
 def simulated(source: Lengths, samples: int) -> SimulatedLengths:

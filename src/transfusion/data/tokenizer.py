@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import sentencepiece
 
 from transfusion.errors import UserError
+from transfusion.files import FINGERPRINT_BYTES, atomic_file, digest
 from transfusion.tokens import SpecialToken
 
 # sentencepiece writes a space as this character inside its pieces, and would read the character as a space.
@@ -54,7 +53,7 @@ class Tokenizer:
         self._space_mark_ids = [
             self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()
         ]
-        self.fingerprint = hashlib.blake2b(model, digest_size=6).hexdigest()
+        self.fingerprint = digest(model, FINGERPRINT_BYTES)
         self.vocabulary: int = self._processor.get_piece_size()
 
     def encode(self, text: str) -> list[int]:
@@ -139,12 +138,8 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocabulary: int) -> Toke
     except RuntimeError as error:
         raise UserError(_explain(str(error), vocabulary)) from None
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    try:
+    with atomic_file(out) as unfinished:
         unfinished.write_bytes(model.getvalue())
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return Tokenizer(out)
 
 

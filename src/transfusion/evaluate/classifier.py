@@ -26,6 +26,7 @@ from transfusion.data.evaluation import documents
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.evaluate.frechet import Gaussian, gaussian_of
+from transfusion.files import atomic_file
 from transfusion.schema import ImageSegment, TextSegment
 
 FORMAT = "transfusion classifier"
@@ -195,11 +196,9 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
         "pictures": classifier.pictures,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(
-        classifier.state_dict(), temporary, metadata={"format": FORMAT, "classifier": json.dumps(facts)}
-    )
-    temporary.replace(path)
+    metadata = {"format": FORMAT, "classifier": json.dumps(facts)}
+    with atomic_file(path) as unfinished:
+        save_file(classifier.state_dict(), unfinished, metadata=metadata)
 
 
 def load_classifier(path: Path) -> Classifier:

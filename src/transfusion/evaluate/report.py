@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from transfusion.config import PREDICTED
 from transfusion.errors import UserError
+from transfusion.files import atomic_write_text
 from transfusion.observe.metrics import read_metrics
 from transfusion.observe.progress import duration
 from transfusion.observe.runfolder import RunFolder
@@ -109,9 +110,7 @@ def write_report(run_folder: Path) -> Path:
     )
     environment.filters["figure"] = figure
     page = environment.get_template("report.html").render(gather(folder))
-    unfinished = folder.report.with_suffix(".html.tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(folder.report)
+    atomic_write_text(folder.report, page)
     return folder.report
 
 

@@ -16,6 +16,7 @@ from transfusion.errors import UserError
 from transfusion.evaluate.bigram import Bigram
 from transfusion.evaluate.held_out import held_out_losses
 from transfusion.evaluate.metric import Metric
+from transfusion.files import atomic_write_text
 from transfusion.generate.pipeline import Pipeline, Weights
 from transfusion.schema import LossTerms, TextSegment
 
@@ -80,9 +81,7 @@ def _write(path: Path, metrics: dict[str, Metric], known: dict[str, Any]) -> Non
     text = json.dumps(
         {name: detail["value"] for name, detail in details.items()} | {"details": details}, indent=2
     )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    atomic_write_text(path, text + "\n")
 
 
 def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:

@@ -17,6 +17,7 @@ from transfusion.config import Config, SampleConfig
 from transfusion.data.decode import DecodeFault, decode_fitting
 from transfusion.data.probe import GREATEST_PIXELS, SMALLEST_SIDE, PictureFault
 from transfusion.errors import UserError
+from transfusion.files import atomic_file, atomic_write_text
 from transfusion.generate.pipeline import SampledImage
 from transfusion.sizes import GREATEST_ASPECT
 
@@ -71,9 +72,7 @@ def save_samples(samples: Sequence[SampledImage], out: Path) -> None:
             to_image(sample.pixels).save(out / name)
             record = {"file": name, "prompt": sample.prompt, "seed": sample.seed}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        temporary = out / f"{INDEX}.tmp"
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(out / INDEX)
+        atomic_write_text(out / INDEX, "".join(lines))
     except OSError as error:
         raise UserError(f"cannot write pictures to {out}: {error.strerror}; name another folder") from None
 
@@ -97,6 +96,5 @@ def write_grid(samples: Sequence[SampledImage], path: Path, config: SampleConfig
         enlarged = to_image(sample.pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         grid.paste(enlarged, (GRID_GAP + column * step_x, GRID_GAP + (turn * rows + row) * step_y))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    grid.save(temporary, format="PNG")
-    temporary.replace(path)
+    with atomic_file(path) as unfinished:
+        grid.save(unfinished, format="PNG")

@@ -28,9 +28,9 @@ from transfusion.generate.reader import Reader
 from transfusion.model import Network
 from transfusion.schema import TextSegment
 from transfusion.sizes import Size
+from transfusion.tokens import MAX_SAMPLING_SEED
 
 # Leaves room in the 63 bits of a key for the number of a token (`language`) or of an image (`interleave`).
-GREATEST_SEED = 1 << 38
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +246,8 @@ class Pipeline:
 
 
 def _check_seed(seed: int) -> None:
-    if not 0 <= seed < GREATEST_SEED:
-        raise UserError(f"seed {seed} must lie in [0, {GREATEST_SEED})")
+    if not 0 <= seed <= MAX_SAMPLING_SEED:
+        raise UserError(f"seed {seed} must lie in [0, {MAX_SAMPLING_SEED}]")
 
 
 def _check_text(text: str) -> None:

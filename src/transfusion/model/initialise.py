@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor, nn
+
+from transfusion.files import name_hash
 
 STANDARD_DEVIATION = 0.02
 # Of what tells a patch its place. With 0.3 a Chameleon, whose tokens are not normed before the first block, learnt less
@@ -37,8 +38,7 @@ def initial_value(name: str, parameter: Tensor, *, seed: int, layers: int) -> Te
         return torch.ones(parameter.shape)
     if in_unet and name.endswith(ADDED_BY_A_UNET):
         return torch.zeros(parameter.shape)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator().manual_seed(name_hash(f"{seed}/{name}") >> 1)
     deviation = STANDARD_DEVIATION
     if in_unet:
         deviation = parameter[0].numel() ** -0.5

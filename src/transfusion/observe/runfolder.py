@@ -24,6 +24,7 @@ from transfusion.codec_folder import folder_files
 from transfusion.config import CodecConfig, Config
 from transfusion.data.scan import Fault
 from transfusion.errors import UserError
+from transfusion.files import atomic_file, atomic_write_text, file_digest
 
 PACKAGES = ("torch", "deepspeed", "triton", "numpy", "sentencepiece", "webdataset", "safetensors")
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -130,10 +131,10 @@ class RunFolder:
         try:
             for folder in (self.path, self.samples, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
-            with layout.whole_file(self.config) as partial:
+            with atomic_file(self.config) as partial:
                 presets.dump(config, partial)
             text = json.dumps(describe_environment(arguments), indent=2, ensure_ascii=False)
-            layout.write_whole(self.environment, text + "\n")
+            atomic_write_text(self.environment, text + "\n")
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -153,7 +154,7 @@ class RunFolder:
         """Copy the tokenizer, so that the run stays usable whatever becomes of the file."""
         try:
             if not self.tokenizer.is_file() or not _same_bytes(self.tokenizer, path):
-                with layout.whole_file(self.tokenizer) as partial:
+                with atomic_file(self.tokenizer) as partial:
                     shutil.copyfile(path, partial)
         except OSError as error:
             raise self._unwritable(error) from None
@@ -166,8 +167,8 @@ class RunFolder:
             self.codec.mkdir(exist_ok=True)
             for file in folder_files(codec.folder):
                 kept = self.codec / file.name
-                if not kept.is_file() or layout.file_digest(kept) != layout.file_digest(file):
-                    with layout.whole_file(kept) as partial:
+                if not kept.is_file() or file_digest(kept) != file_digest(file):
+                    with atomic_file(kept) as partial:
                         shutil.copyfile(file, partial)
         except OSError as error:
             raise self._unwritable(error) from None
@@ -179,7 +180,7 @@ class RunFolder:
         found = [json.dumps(asdict(fault)) for fault in faults]
         lines = dict.fromkeys([*former, *found])
         if len(lines) > len(former):
-            layout.write_whole(self.quarantine, "".join(f"{line}\n" for line in lines))
+            atomic_write_text(self.quarantine, "".join(f"{line}\n" for line in lines))
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from transfusion.checkpoint import layout
 from transfusion.config import Config
 from transfusion.errors import UserError
+from transfusion.files import atomic_write_text
 from transfusion.observe.runfolder import RunFolder
 from transfusion.schema import TIMESTEP_BUCKETS
 
@@ -110,7 +110,7 @@ def open_sink(config: Config, folder: RunFolder, *, attempt: int) -> Sink:
 def _id_of(folder: RunFolder) -> str:
     """The run's id at wandb, drawn at its first start with wandb."""
     if not folder.wandb_id.exists():
-        layout.write_whole(folder.wandb_id, secrets.token_hex(4) + "\n")
+        atomic_write_text(folder.wandb_id, secrets.token_hex(4) + "\n")
     return folder.wandb_id.read_text(encoding="utf-8").strip()
 
 

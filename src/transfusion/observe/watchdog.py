@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from transfusion.files import atomic_file, atomic_write_text
 from transfusion.parallel.flight import flight_record, stuck_seconds, waiting_in
 
 log = logging.getLogger(__name__)
@@ -134,14 +135,11 @@ class Watchdog:
         """Both files, each whole or not there: others watch for them."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"rank_{self._rank:05d}.txt"
-        unfinished = path.with_suffix(".unfinished")
-        with unfinished.open("w", encoding="utf-8") as file:
+        with atomic_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             lines = [summary, "", "open collectives:", *(waiting_in(record) or ["none"])]
             lines += ["", "samples of the last batch:", *(self._samples() or ["none"]), "", "stacks:", ""]
             file.write("\n".join(lines))
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        unfinished.replace(path)
-        unfinished.write_text(json.dumps(record), encoding="utf-8")
-        unfinished.replace(path.with_suffix(".json"))
+        atomic_write_text(path.with_suffix(".json"), json.dumps(record))
         return path

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from transfusion.files import atomic_write_text
 from transfusion.parallel.agree import from_main, gather, group_device
 from transfusion.parallel.environment import Environment
 
@@ -143,9 +144,7 @@ def _share(here: Environment, place: Path) -> str | None:
     trouble = None
     try:
         place.mkdir(parents=True, exist_ok=True)
-        partial = mine.with_suffix(".tmp")
-        partial.write_text(text.format(here.rank), encoding="utf-8")
-        partial.replace(mine)
+        atomic_write_text(mine, text.format(here.rank))
     except OSError as error:
         trouble = f"cannot write in {place.parent}: {error.strerror}"
     dist.barrier()

@@ -9,7 +9,6 @@ Killed and started again, it goes on: finished runs are kept, a half-trained one
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shlex
 import signal
@@ -27,8 +26,8 @@ from transfusion.checkpoint.export import export
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.evaluate.suites import METRICS
+from transfusion.files import FINGERPRINT_BYTES, atomic_write_text, digest, fingerprint
 from transfusion.grids import SEPARATOR, Cell, Grid
-from transfusion.presets import fingerprint
 from transfusion.scaling.cost import Cost, cost_of, within
 
 TABLE, RECORD, EXPORT = "cells.jsonl", "cell.json", "export"
@@ -141,16 +140,14 @@ def write_table(out: Path) -> list[dict[str, Any]]:
     """Gather the records of all finished runs into OUT/cells.jsonl, in the grid's order; returns them."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob(f"*/{RECORD}")]
     records.sort(key=lambda record: (record["place"], record["seed"]))
-    temporary = out / f"{TABLE}.tmp"
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    temporary.replace(out / TABLE)
+    atomic_write_text(out / TABLE, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
 
 def _digest(classifier: str) -> str:
     """Of the bytes of the grid's classifier; empty where there is none (yet)."""
     path = Path(classifier)
-    return hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest() if path.is_file() else ""
+    return digest(path.read_bytes(), FINGERPRINT_BYTES) if path.is_file() else ""
 
 
 def _record(job: Job) -> dict[str, Any] | None:
@@ -184,9 +181,7 @@ def _run(job: Job, launcher: str, say: Say) -> str:
         "train_seconds": round(trained, 1),
         "seconds": round(seconds, 1),
     }
-    temporary = job.folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(job.folder / RECORD)
+    atomic_write_text(job.folder / RECORD, json.dumps(record, indent=1) + "\n")
     figures = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
     return f"done in {seconds:.0f} s; {figures}"
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from transfusion.data import keyed
+from transfusion.files import name_hash
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 1000, 4097])
@@ -32,5 +33,5 @@ def test_numbers_are_even_and_do_not_depend_on_company() -> None:
 def test_the_numbers_stay_what_they_are() -> None:
     """They decide what every run sees: a change here is a change of every run's data."""
     assert keyed.bits(0, 1, [2, 3]).tolist() == [0x74963FA799894AB9, 0xFD946AE71E2C1470]
-    assert keyed.word("order") == 0xDD79A144C4631E44
+    assert name_hash("order") == 0xDD79A144C4631E44
     assert keyed.permuted(range(10), 10, 0).tolist() == [5, 4, 3, 8, 6, 9, 2, 7, 0, 1]

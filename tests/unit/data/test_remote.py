@@ -39,6 +39,7 @@ from transfusion.data.loader import Loader, build_indexes
 from transfusion.data.shards import open_address, write_shards
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
+from transfusion.files import digest
 from transfusion.schema import Batch
 
 sys.path += [str(Path(__file__).parents[3] / "benchmarks"), str(Path(__file__).parent)]
@@ -425,7 +426,7 @@ def settings_of(folder: Path, size: int, **changes: Any) -> CacheSettings:
 
 def shard_of(path: Path, settings: CacheSettings) -> tuple[RemoteShard, Contents]:
     data = path.read_bytes()
-    checksum = download.hashlib.blake2b(data, digest_size=16).hexdigest()
+    checksum = digest(data)
     return RemoteShard(f"pipe:cat {path}", settings), Contents(len(data), checksum)
 
 
