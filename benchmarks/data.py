@@ -63,7 +63,7 @@ from transfusion.data.planner import Planner
 from transfusion.data.scan import texts
 from transfusion.data.shards import Sample, expand, write_shards
 from transfusion.data.survey import Survey, as_dict, survey, survey_config
-from transfusion.data.tokenizer import Tokenizer, train_tokenizer
+from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 RESULT = Path(__file__).resolve().parent / "results" / "data.json"
 VOCABULARY, SIDE, PATCH = 8000, 64, 8

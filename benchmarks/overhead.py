@@ -31,10 +31,10 @@ from step import png_of
 from transfusion import presets
 from transfusion.config import Config
 from transfusion.data.shards import write_shards
-from transfusion.data.tokenizer import train_tokenizer
 from transfusion.mixed_loss import MixedLoss
 from transfusion.parallel import environment
 from transfusion.schema import Batch
+from transfusion.sequence.tokenizer import train_tokenizer
 from transfusion.trainer import Trainer
 
 RESULT = Path(__file__).resolve().parent / "results" / "overhead.json"

@@ -37,7 +37,6 @@ from transfusion.data.loader import micro_rows, source_lengths
 from transfusion.data.packing import collate
 from transfusion.data.planner import Planner, PlanSettings
 from transfusion.data.rows import RowBuilder, RowSettings
-from transfusion.data.sequence import PAIR_CONTROL_TOKENS
 from transfusion.data.shardindex import ShardIndex, index_shard
 from transfusion.data.shards import write_shards
 from transfusion.model.count import count_parameters
@@ -48,6 +47,7 @@ from transfusion.parallel import environment
 from transfusion.parallel.engine import Engine, build_engine, global_counts
 from transfusion.parallel.results import PendingResult
 from transfusion.schema import Batch, BatchCounts, LossTerms, SpecialToken
+from transfusion.sequence.layout import PAIR_CONTROL_TOKENS
 
 RESULT = Path(__file__).resolve().parent / "results" / "step.json"
 NOT_A_STEP = 3

@@ -45,9 +45,9 @@ from transfusion.data.loader import Loader
 from transfusion.data.prepare import prepare
 from transfusion.data.scan import texts
 from transfusion.data.shards import Sample, expand, write_shards
-from transfusion.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion.data.workers import ProcessWorkshop
 from transfusion.schema import Batch
+from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "exact-batches.json"
 ROWS = 24

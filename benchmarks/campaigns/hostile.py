@@ -22,7 +22,7 @@ from typing import Any
 from transfusion.data.decode import DecodeFault, decode
 from transfusion.data.sample import Fault, RawSample
 from transfusion.data.scan import scan
-from transfusion.data.tokenizer import Tokenizer, train_tokenizer
+from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 from transfusion.tokens import SpecialToken
 
 ROOT = Path(__file__).resolve().parents[2]

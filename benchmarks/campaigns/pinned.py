@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from transfusion import presets
 from transfusion.data.loader import Loader
-from transfusion.data.tokenizer import Tokenizer
+from transfusion.sequence.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "train" / "quickstart.yaml")

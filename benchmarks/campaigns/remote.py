@@ -37,7 +37,7 @@ from transfusion.config import Config
 from transfusion.data.indexing import IndexJob, write_index
 from transfusion.data.loader import Loader
 from transfusion.data.shards import write_shards
-from transfusion.data.tokenizer import Tokenizer, train_tokenizer
+from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 from web import Web
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "remote.json"

@@ -18,7 +18,7 @@ from transfusion.scaling_commands import scaling_app
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 
 if TYPE_CHECKING:
-    from transfusion.sizes import Size
+    from transfusion.sequence.sizes import Size
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -121,7 +121,7 @@ def train_tokenizer(
     """Train a sentencepiece tokenizer on the texts and captions of shards."""
     from transfusion.data.scan import texts
     from transfusion.data.shards import expand
-    from transfusion.data.tokenizer import train_tokenizer as run
+    from transfusion.sequence.tokenizer import train_tokenizer as run
 
     tokenizer = run(texts(expand(shards)), out, vocabulary=vocabulary)
     print(f"{out}: {tokenizer.vocabulary} pieces")
@@ -213,7 +213,7 @@ def sample(
 
 def _size(text: str) -> Size | None:
     """What --size says. Raises UserError."""
-    from transfusion.sizes import Size
+    from transfusion.sequence.sizes import Size
 
     try:
         return Size.parse(text) if text else None

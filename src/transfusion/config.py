@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from transfusion.addresses import redacted_plain
-from transfusion.sizes import GREATEST_ASPECT, ImageSizes, Size
+from transfusion.sequence.sizes import GREATEST_ASPECT, ImageSizes, Size
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 
 Share = Annotated[float, Field(gt=0)]

@@ -18,7 +18,6 @@ from transfusion.config import Config
 from transfusion.data.evaluation import EvaluationLoader
 from transfusion.data.index import too_many_faults
 from transfusion.data.loader import Loader
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import EXIT_STOPPED_EARLY, UserError
 from transfusion.evaluate.held_out import held_out_losses
 from transfusion.generate.pictures import write_grid
@@ -42,6 +41,7 @@ from transfusion.parallel.engine import Engine, Weights, build_engine, global_co
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.results import PendingResult
 from transfusion.schema import Batch, Decision, LossTerms, StepResult, TrainState
+from transfusion.sequence.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from transfusion.config import CodecConfig, ModelConfig
-from transfusion.data.sequence import Layout, lay_out
 from transfusion.model import Transfusion
 from transfusion.model.initialise import initialise
 from transfusion.schema import ImageSegment, TextSegment
+from transfusion.sequence.layout import Layout, lay_out
 from transfusion_kernels import IntervalMask
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: oracles)")

@@ -13,11 +13,11 @@ import torch
 from transfusion.config import CodecConfig, Config, DataConfig, ModelConfig
 from transfusion.data.packing import collate
 from transfusion.data.rows import Row, RowImage, RowSettings, borders, joined
-from transfusion.data.sequence import draft
-from transfusion.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion.model import Transfusion
 from transfusion.model.initialise import initialise
 from transfusion.schema import Batch, ImageSegment, Segment
+from transfusion.sequence.layout import draft
+from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 VOCABULARY = 320
 

@@ -21,7 +21,6 @@ from handmade import HostReads
 from transfusion.config import Config
 from transfusion.data.index import SourceIndex
 from transfusion.data.prepare import prepare
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.mixed_loss import MixedLoss
 from transfusion.observe.clock import TimeLimit
@@ -30,6 +29,7 @@ from transfusion.observe.runfolder import start_logging
 from transfusion.optim import groups
 from transfusion.parallel.environment import Environment
 from transfusion.schema import Batch, LossTerms
+from transfusion.sequence.tokenizer import Tokenizer
 from transfusion.trainer import Trainer
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from transfusion.config import Config, ModelConfig
 from transfusion.data.pieces import pieces_of_folder
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.parallel.agree import together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.shards import AVERAGE, WEIGHT, Shard
+from transfusion.sequence.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from transfusion.data.shards import expand
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text, remove_leftovers
 from transfusion.generate.load import find_device
-from transfusion.sizes import ImageSizes
+from transfusion.sequence.sizes import ImageSizes
 
 _AT_ONCE = 32
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfusion.data import keyed
-from transfusion.data.sequence import IMAGE_CONTROL_TOKENS, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS
 from transfusion.files import hasher, name_hash
+from transfusion.sequence.layout import IMAGE_CONTROL_TOKENS, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS
 
 Integers = NDArray[np.int64]
 # Share of the tokens by step: (first step, share), the first from step 0 on.

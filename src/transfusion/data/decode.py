@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from transfusion.data.probe import CHECKSUM, CHUNK, GREATEST_PIXELS, probe
-from transfusion.sizes import ImageSizes, Size
+from transfusion.sequence.sizes import ImageSizes, Size
 
 try:
     opencv: Any = importlib.import_module("cv2")

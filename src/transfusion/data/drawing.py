@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from transfusion.data.rows import Row, RowImage
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.schema import Modality, SpecialToken
+from transfusion.sequence.tokenizer import Tokenizer
 
 # Of a text, so many tokens of its beginning and end are written out.
 _FIRST_TOKENS, _LAST_TOKENS = 120, 24

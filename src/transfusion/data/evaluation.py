@@ -16,9 +16,9 @@ from transfusion.data.packing import collate
 from transfusion.data.planner import PlanSettings, RowPlan, plan_once
 from transfusion.data.rows import RowBuilder, RowSettings, pair_segments, read_values, with_values
 from transfusion.data.scan import Fault
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.schema import Batch, Document, TextSegment
+from transfusion.sequence.tokenizer import Tokenizer
 
 # So many that a text is cut only where it is longer than a row: a cut takes context away.
 _OPEN_ROWS = 256

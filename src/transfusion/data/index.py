@@ -22,17 +22,17 @@ from transfusion.data.indexing import HARMLESS, IndexPlace, find_shards, open_in
 from transfusion.data.latents import refuse_other_latents
 from transfusion.data.sample import Fault
 from transfusion.data.scan import is_shard
-from transfusion.data.sequence import (
+from transfusion.data.shardindex import Integers, OpenShards, ShardIndex
+from transfusion.errors import UserError
+from transfusion.schema import ImageSegment, Segment, TextSegment
+from transfusion.sequence.layout import (
     IMAGE_CONTROL_TOKENS,
     PAIR_CONTROL_TOKENS,
     TEXT_CONTROL_TOKENS,
     image_segment,
 )
-from transfusion.data.shardindex import Integers, OpenShards, ShardIndex
-from transfusion.data.tokenizer import Tokenizer
-from transfusion.errors import UserError
-from transfusion.schema import ImageSegment, Segment, TextSegment
-from transfusion.sizes import ImageSizes, Size
+from transfusion.sequence.sizes import ImageSizes, Size
+from transfusion.sequence.tokenizer import Tokenizer
 
 # Two bytes a token where the vocabulary allows.
 TokenIds = NDArray[np.uint16] | NDArray[np.int32]

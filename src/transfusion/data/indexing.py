@@ -27,9 +27,9 @@ from transfusion.data.sample import Fault
 from transfusion.data.scan import is_shard
 from transfusion.data.shardindex import Prints, Shard, ShardIndex, Stale, index_shard
 from transfusion.data.shards import expand_all
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, digest, remove_leftovers
+from transfusion.sequence.tokenizer import Tokenizer
 
 _KINDS = ("texts", "pairs", "interleaved", "tokens")
 COUNTERS, QUARANTINE = "counters.json", "quarantine.jsonl"

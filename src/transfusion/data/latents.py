@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from transfusion.config import CodecConfig
 from transfusion.errors import UserError
-from transfusion.sizes import Size
+from transfusion.sequence.sizes import Size
 
 # A header longer than this is none of ours; only so much is parsed.
 HEADER_BYTES = 4096

@@ -19,10 +19,10 @@ from transfusion.data.packing import collate
 from transfusion.data.planner import Piece, Planner, PlanSettings, RowPlan, State
 from transfusion.data.rows import Row, RowBuilder, RowSettings
 from transfusion.data.scan import Fault
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.data.workers import LocalWorkshop, ProcessWorkshop, Workshop
 from transfusion.errors import UserError
 from transfusion.schema import Batch, BatchCounts
+from transfusion.sequence.tokenizer import Tokenizer
 
 # Steps that workers prepare ahead.
 _STEPS_AHEAD = 2

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transfusion.data.tokenizer import bytes_of_pieces, read_pieces
 from transfusion.errors import UserError
+from transfusion.sequence.tokenizer import bytes_of_pieces, read_pieces
 
 # By their names elsewhere; ours have no bytes of their own.
 CONTROL_NAMES = {

@@ -10,7 +10,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from transfusion.sizes import GREATEST_ASPECT as GREATEST_ASPECT
+from transfusion.sequence.sizes import GREATEST_ASPECT as GREATEST_ASPECT
 
 GREATEST_PIXELS = 50_000_000
 SMALLEST_SIDE = 8

@@ -22,7 +22,11 @@ from transfusion.data.index import SourceIndex
 from transfusion.data.latents import LatentFault, read_latent, read_tokens
 from transfusion.data.planner import Piece, RowPlan
 from transfusion.data.scan import Fault
-from transfusion.data.sequence import (
+from transfusion.data.shardindex import OpenShards
+from transfusion.data.strips import Strips
+from transfusion.files import name_hash
+from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
+from transfusion.sequence.layout import (
     Draft,
     draft,
     draft_pair,
@@ -31,12 +35,8 @@ from transfusion.data.sequence import (
     lay_out_all,
     position_axes,
 )
-from transfusion.data.shardindex import OpenShards
-from transfusion.data.strips import Strips
-from transfusion.files import name_hash
-from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
-from transfusion.sizes import ImageSizes
-from transfusion.timesteps import TimestepLaw
+from transfusion.sequence.sizes import ImageSizes
+from transfusion.sequence.timesteps import TimestepLaw
 
 _TIMESTEP, _NOISE = name_hash("timestep"), name_hash("noise")
 # Decoded pictures are kept up to this size: a small data set is then decoded once, not once an epoch.
@@ -66,6 +66,7 @@ class RowSettings:
 
     @classmethod
     def of(cls, config: Config) -> RowSettings:
+        diffusion = config.diffusion
         return cls(
             seed=config.run.seed,
             row_length=config.data.row_length,
@@ -73,8 +74,8 @@ class RowSettings:
             channels=config.codec.channels,
             latent_channels=config.codec.depth,
             sizes=config.image_sizes,
-            timesteps=TimestepLaw.of(config.diffusion),
-            image_first_timesteps=config.diffusion.understanding_timestep_limit or config.diffusion.steps,
+            timesteps=TimestepLaw(diffusion.timestep_law, diffusion.timestep_shift, diffusion.steps),
+            image_first_timesteps=diffusion.understanding_timestep_limit or diffusion.steps,
             causal_images=config.model.image_attention == "causal",
             codes=config.codec.codes if config.codec.kind == "vq" else 0,
         )

@@ -18,7 +18,7 @@ from PIL import Image
 
 from transfusion.data import decode as single
 from transfusion.data.decode import DecodeFault, Picture
-from transfusion.sizes import Size
+from transfusion.sequence.sizes import Size
 
 # Bytes of pictures held together. More would leave the processor's cache, and be fresh memory at each step.
 _STRIP_BYTES = 3 << 17

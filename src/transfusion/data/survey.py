@@ -21,9 +21,9 @@ from transfusion.data import keyed
 from transfusion.data.deck import Integers, Lengths, Schedule, Variant, share_at
 from transfusion.data.loader import build_indexes, plan_settings, rows_per_rank, source_lengths
 from transfusion.data.planner import Block, PlanSettings, fresh, plan_block
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.files import name_hash
+from transfusion.sequence.tokenizer import Tokenizer
 
 _QUANTILES = 4096
 # Without an index to go by: mean, and deviation of the logarithm.

@@ -15,8 +15,8 @@ from transfusion.data.loader import build_indexes, plan_settings, source_lengths
 from transfusion.data.planner import Planner
 from transfusion.data.rows import RowBuilder, RowSettings
 from transfusion.data.survey import as_dict, survey
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
+from transfusion.sequence.tokenizer import Tokenizer
 
 _SUFFIXES = (".html", ".png")
 # Of the lengths of documents.

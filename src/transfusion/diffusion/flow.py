@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from transfusion.diffusion.sampler import Predict
-from transfusion.timesteps import shifted
+from transfusion.sequence.timesteps import shifted
 
 
 class Euler:

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from transfusion.config import Config
 from transfusion.data.evaluation import documents
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.evaluate.frechet import Gaussian, gaussian_of
 from transfusion.files import atomic_file
 from transfusion.schema import ImageSegment, TextSegment
+from transfusion.sequence.tokenizer import Tokenizer
 
 FORMAT = "transfusion classifier"
 FEATURES = 64

@@ -24,7 +24,7 @@ from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.reader import Reader
 from transfusion.model import Transfusion
 from transfusion.model.patches import unpatchify
-from transfusion.sizes import Size
+from transfusion.sequence.sizes import Size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

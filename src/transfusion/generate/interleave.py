@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from transfusion.config import DiffusionConfig
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.drawing import draw_pictures
@@ -21,7 +20,8 @@ from transfusion.generate.images import ImageSampling
 from transfusion.generate.language import TextSampling, choose, restrict
 from transfusion.generate.reader import Reader
 from transfusion.schema import Segment, SpecialToken, TextSegment
-from transfusion.sizes import Size
+from transfusion.sequence.sizes import Size
+from transfusion.sequence.tokenizer import Tokenizer
 
 # A picture is uint8 [C, H, W].
 Part = str | Tensor

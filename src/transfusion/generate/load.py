@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from transfusion.checkpoint.export import ModelFolder
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.model import FAMILIES, Network
+from transfusion.sequence.tokenizer import Tokenizer
 
 Weights = Literal["auto", "raw", "ema"]
 

@@ -19,7 +19,7 @@ from transfusion.data.probe import GREATEST_PIXELS, SMALLEST_SIDE, PictureFault
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text
 from transfusion.generate.pipeline import SampledImage
-from transfusion.sizes import GREATEST_ASPECT
+from transfusion.sequence.sizes import GREATEST_ASPECT
 
 INDEX = "index.jsonl"
 # Pictures of a grid are enlarged to at least this side, pixel by pixel.

@@ -15,8 +15,6 @@ from torch import Tensor
 from transfusion.checkpoint.export import read_export
 from transfusion.codec import Codec, TokenCodec, open_any_codec
 from transfusion.config import GRID_SAMPLER, Config, SampleConfig, SamplerName
-from transfusion.data.sequence import Layout
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.generate import images, language
 from transfusion.generate.drawing import draw_pictures
@@ -27,7 +25,9 @@ from transfusion.generate.load import Weights, find_device, load_model
 from transfusion.generate.reader import Reader
 from transfusion.model import Network
 from transfusion.schema import TextSegment
-from transfusion.sizes import Size
+from transfusion.sequence.layout import Layout
+from transfusion.sequence.sizes import Size
+from transfusion.sequence.tokenizer import Tokenizer
 from transfusion.tokens import MAX_SAMPLING_SEED
 
 # Leaves room in the 63 bits of a key for the number of a token (`language`) or of an image (`interleave`).

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
-from transfusion.data.sequence import Layout, image_segment, lay_out, position_axes
 from transfusion.generate.cache import CacheRows, KeyValueCache
 from transfusion.model import Network, Transfusion
 from transfusion.model.patches import Grid
 from transfusion.schema import ImageSegment, Segment, SpecialToken
-from transfusion.sizes import Size
+from transfusion.sequence.layout import Layout, image_segment, lay_out, position_axes
+from transfusion.sequence.sizes import Size
 
 # Finished and prompted pictures are read as what they are: the least noise that training knows.
 CLEAN_TIMESTEP = 0

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transfusion.config import Config
-from transfusion.data.sequence import position_axes
 from transfusion.observe.flops import ImageLoad, Workload
 from transfusion.parallel.engine import build_model
 from transfusion.schema import Batch, BatchCounts, ImageGroup, Modality
+from transfusion.sequence.layout import position_axes
 from transfusion.token_loss import build_loss
 from transfusion_kernels import IntervalMask
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transfusion.config import Config
-from transfusion.data.sequence import PAIR_CONTROL_TOKENS
 from transfusion.errors import UserError
 from transfusion.observe.flops import ImageLoad, Workload
+from transfusion.sequence.layout import PAIR_CONTROL_TOKENS
 
 # Targets of a pair beside the tokens of its caption: <BOI> and <EOS>; see `data.sequence`.
 CONTROL_TARGETS = 2

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from transfusion.config import Config
 from transfusion.data.loader import Loader
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.observe.flops import FlopModel
+from transfusion.sequence.tokenizer import Tokenizer
 
 # Global batches whose masks and targets are counted; their mean stands for all.
 STEPS_COUNTED = 16

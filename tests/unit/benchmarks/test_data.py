@@ -14,7 +14,7 @@ import exact_batches
 import data
 from transfusion.data.loader import build_indexes, plan_settings, source_lengths
 from transfusion.data.survey import survey
-from transfusion.data.tokenizer import Tokenizer
+from transfusion.sequence.tokenizer import Tokenizer
 
 
 def test_every_token_is_accounted_for(tmp_path: Path) -> None:

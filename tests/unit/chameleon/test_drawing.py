@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from transfusion.config import Config
-from transfusion.data.sequence import image_segment, lay_out
 from transfusion.generate import Pipeline
 from transfusion.generate.image_tokens import choose_token
 from transfusion.model import Chameleon
 from transfusion.model.patches import Grid
 from transfusion.schema import ImageSegment, Segment, SpecialToken, TextSegment
-from transfusion.sizes import Size
+from transfusion.sequence.layout import image_segment, lay_out
+from transfusion.sequence.sizes import Size
 
 from .conftest import TOKENS, Squares, flat_picture
 

@@ -21,9 +21,9 @@ from transfusion.data.decode import decode
 from transfusion.data.latents import LatentFault, read_record, read_tokens, record_path
 from transfusion.data.loader import Loader
 from transfusion.data.shards import write_shards
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.parallel.engine import global_counts
+from transfusion.sequence.tokenizer import Tokenizer
 
 Settings = Callable[..., CodecConfig]
 

@@ -13,8 +13,8 @@ from transfusion.config import Config
 from transfusion.data import scan
 from transfusion.data.prepare import prepare
 from transfusion.data.shards import expand
-from transfusion.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion.schema import Batch
+from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 MakeConfig = Callable[..., Config]
 

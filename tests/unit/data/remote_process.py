@@ -11,7 +11,7 @@ from transfusion.config import Config
 from transfusion.data.cache import CacheSettings, RemoteShard, ShardCache
 from transfusion.data.download import Contents
 from transfusion.data.loader import Loader
-from transfusion.data.tokenizer import Tokenizer
+from transfusion.sequence.tokenizer import Tokenizer
 
 
 def run_rank(config: Config, tokenizer: Path, rank: int, steps: int, results: Any) -> None:

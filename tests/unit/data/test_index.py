@@ -11,8 +11,8 @@ from transfusion.config import Config, SourceConfig
 from transfusion.data.captions import CAPTIONS_PER_DIGIT, digit_in_caption
 from transfusion.data.index import build_index, refuse_too_many, too_many_faults
 from transfusion.data.shards import write_shards
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
+from transfusion.sequence.tokenizer import Tokenizer
 
 
 def test_ids_and_pictures_of_every_sample(data: Path, tokenizer: Tokenizer) -> None:

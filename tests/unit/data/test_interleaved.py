@@ -19,10 +19,10 @@ from transfusion.data.index import SourceIndex
 from transfusion.data.loader import Loader, build_indexes
 from transfusion.data.planner import Piece
 from transfusion.data.rows import RowBuilder, RowSettings
-from transfusion.data.sequence import lay_out
 from transfusion.data.shards import write_shards
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.schema import ImageSegment, Modality
+from transfusion.sequence.layout import lay_out
+from transfusion.sequence.tokenizer import Tokenizer
 
 PATCHES, DOCUMENTS = 16, 40
 

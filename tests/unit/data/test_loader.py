@@ -22,10 +22,10 @@ from transfusion.config import Config, SourceConfig
 from transfusion.data.evaluation import EvaluationLoader, documents
 from transfusion.data.loader import Loader, rows_per_rank
 from transfusion.data.shards import write_shards
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.data.workers import ProcessWorkshop
 from transfusion.errors import UserError
 from transfusion.schema import Batch, ImageSegment, Modality, SpecialToken
+from transfusion.sequence.tokenizer import Tokenizer
 
 MakeConfig = Callable[..., Config]
 Rows = list[list[torch.Tensor]]

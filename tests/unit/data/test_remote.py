@@ -37,10 +37,10 @@ from transfusion.data.evaluation import documents as all_documents
 from transfusion.data.fetching import shards_of
 from transfusion.data.loader import Loader, build_indexes
 from transfusion.data.shards import open_address, write_shards
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.files import digest
 from transfusion.schema import Batch
+from transfusion.sequence.tokenizer import Tokenizer
 
 sys.path += [str(Path(__file__).parents[3] / "benchmarks"), str(Path(__file__).parent)]
 from remote_process import fetch, run_rank

@@ -17,9 +17,9 @@ from transfusion.data.loader import build_indexes
 from transfusion.data.packing import collate
 from transfusion.data.planner import Piece
 from transfusion.data.rows import Row, RowBuilder, RowSettings
-from transfusion.data.sequence import lay_out
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.schema import ImageSegment, Modality, SpecialToken
+from transfusion.sequence.layout import lay_out
+from transfusion.sequence.tokenizer import Tokenizer
 
 MakeConfig = Callable[..., Config]
 

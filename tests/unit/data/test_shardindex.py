@@ -23,9 +23,9 @@ from transfusion.data.indexing import IndexJob, IndexPlace, write_index
 from transfusion.data.sample import Fault
 from transfusion.data.shardindex import Prints, ShardIndex, Stale, index_shard
 from transfusion.data.shards import write_shards
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, TextSegment
+from transfusion.sequence.tokenizer import Tokenizer
 
 
 def picture(shade: int) -> bytes:

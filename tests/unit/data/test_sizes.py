@@ -19,10 +19,10 @@ from transfusion.data.loader import Loader, build_indexes
 from transfusion.data.planner import Piece
 from transfusion.data.rows import RowBuilder, RowSettings
 from transfusion.data.shards import write_shards
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.data.views import describe_stats, show_rows, stats_config
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, SpecialToken
+from transfusion.sequence.tokenizer import Tokenizer
 
 SIZES = ["8x8", "8x16", "16x8"]
 # Stored height and width, and the size that such a picture takes; the last is stored on its side.

@@ -12,7 +12,7 @@ from PIL import Image
 from transfusion.data import strips as module
 from transfusion.data.decode import decode, decode_to
 from transfusion.data.strips import Strips
-from transfusion.sizes import Size
+from transfusion.sequence.sizes import Size
 
 SQUARE = Size(16, 16)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from transfusion.data.tokenizer import Tokenizer, train_tokenizer
 from transfusion.errors import UserError
 from transfusion.schema import SpecialToken
+from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 LITERALS = [
     "<s></s><unk><pad>",

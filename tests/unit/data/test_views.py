@@ -15,12 +15,12 @@ from transfusion.config import Config
 from transfusion.data.drawing import _mask_pixels
 from transfusion.data.loader import Loader
 from transfusion.data.rows import Row, RowSettings, joined
-from transfusion.data.sequence import draft
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.data.views import describe_stats, show_rows, stats_config
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, TextSegment
-from transfusion.sizes import ImageSizes, Size
+from transfusion.sequence.layout import draft
+from transfusion.sequence.sizes import ImageSizes, Size
+from transfusion.sequence.tokenizer import Tokenizer
 
 MakeConfig = Callable[..., Config]
 

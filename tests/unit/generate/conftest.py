@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from transfusion.codec import pixels as codec
 from transfusion.config import Config
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.diffusion.noise import counter_normal
 from transfusion.generate import Pipeline
 from transfusion.generate.images import ImageSampling, build_sampler
 from transfusion.model import Transfusion
 from transfusion.model.patches import Encoding, pictures
 from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken, TextSegment
+from transfusion.sequence.tokenizer import Tokenizer
 
 # Letters with a piece of their own, so that a text and its ids tell the same.
 LETTERS = "adeghiknorstvw"

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from transfusion.codec import pixels as codec
 from transfusion.config import SampleConfig
-from transfusion.data.sequence import lay_out
 from transfusion.generate import ImageSampling, Pipeline
 from transfusion.generate.images import draw
 from transfusion.schema import ImageSegment, TextSegment
+from transfusion.sequence.layout import lay_out
 
 
 def assert_same_answers(mine: list[str | Tensor], theirs: list[str | Tensor]) -> None:

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from transfusion.checkpoint import export
 from transfusion.config import Config
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline
 from transfusion.model import Transfusion
+from transfusion.sequence.tokenizer import Tokenizer
 
 
 @pytest.fixture

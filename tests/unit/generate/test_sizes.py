@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from transfusion.data.sequence import image_segment
-from transfusion.data.tokenizer import Tokenizer
 from transfusion.diffusion.noise import counter_normal
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline, images
 from transfusion.generate.images import ImageSampling
 from transfusion.model.patches import pictures
 from transfusion.schema import Batch, TextSegment
-from transfusion.sizes import Size
+from transfusion.sequence.layout import image_segment
+from transfusion.sequence.sizes import Size
+from transfusion.sequence.tokenizer import Tokenizer
 
 SIZES = ("8x8", "4x12", "12x4")
 WIDE = Size(4, 12)

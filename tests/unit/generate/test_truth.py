@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from transfusion.codec import pixels as codec
-from transfusion.data.sequence import lay_out
 from transfusion.generate import ImageSampling, Pipeline
 from transfusion.generate.images import draw
 from transfusion.schema import ImageSegment, TextSegment
+from transfusion.sequence.layout import lay_out
 
 DRAWING = {"guidance": 3.0, "steps": 4, "sampler": "ddpm"}
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from transfusion.config import Config
 from transfusion.data.deck import Variant
 from transfusion.data.rows import pair_segments
-from transfusion.data.sequence import lay_out, position_axes
 from transfusion.diffusion.guidance import guide
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline, images
 from transfusion.generate.cache import CacheRows
 from transfusion.model.patches import Encoding
 from transfusion.schema import ImageSegment
+from transfusion.sequence.layout import lay_out, position_axes
 
 
 class Calls:

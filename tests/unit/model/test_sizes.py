@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from transfusion.config import Config
-from transfusion.data.sequence import image_segment
 from transfusion.mixed_loss import MixedLoss
 from transfusion.model import Transfusion
 from transfusion.parallel.engine import global_counts
 from transfusion.schema import Batch, Segment, TextSegment
-from transfusion.sizes import Size
+from transfusion.sequence.layout import image_segment
+from transfusion.sequence.sizes import Size
 
 Build = Callable[..., tuple[Config, Transfusion]]
 SIZES = ("8x8", "4x12", "12x4", "8x16")

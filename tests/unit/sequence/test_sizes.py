@@ -9,7 +9,7 @@ from transfusion import presets
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.schema import SpecialToken
-from transfusion.sizes import ImageSizes, Size, nearest
+from transfusion.sequence.sizes import ImageSizes, Size, nearest
 
 SIZES = (Size(32, 32), Size(32, 64), Size(64, 32), Size(64, 64))
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken
-from transfusion.sizes import ImageSizes, Size
+from transfusion.sequence.sizes import ImageSizes, Size
 
 # <BOS> and <EOS> of a document; <BOI> and <EOI> of each image in it; all of a document with one image.
 TEXT_CONTROL_TOKENS = 2

@@ -11,14 +11,18 @@ import pytest
 
 from transfusion.config import DiffusionConfig
 from transfusion.data import keyed
-from transfusion.timesteps import TimestepLaw, shifted
+from transfusion.sequence.timesteps import TimestepLaw, shifted
 
 UNIFORMS = keyed.uniform(7, np.arange(20_000))
 
 
+def law_of(diffusion: DiffusionConfig) -> TimestepLaw:
+    return TimestepLaw(diffusion.timestep_law, diffusion.timestep_shift, diffusion.steps)
+
+
 def levels(limit: int = 1000, **fields: Any) -> np.ndarray:
     """Noise levels in (0, 1) drawn under a law, at the middle of their timesteps."""
-    law = TimestepLaw.of(DiffusionConfig(**fields))
+    law = law_of(DiffusionConfig(**fields))
     drawn = np.array([law.draw(uniform, limit) for uniform in UNIFORMS.tolist()])
     assert drawn.min() >= 0 and drawn.max() < limit
     return (drawn + 0.5) / law.steps
@@ -30,7 +34,7 @@ def logit(level: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("limit", [1000, 500, 1])
 def test_the_uniform_law_is_the_scaled_number(limit: int) -> None:
-    law = TimestepLaw.of(DiffusionConfig())
+    law = law_of(DiffusionConfig())
     expected = (UNIFORMS * limit).astype(np.int64)
     assert [law.draw(uniform, limit) for uniform in UNIFORMS.tolist()] == expected.tolist()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from transfusion.data.sequence import lay_out, lay_out_text
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
+from transfusion.sequence.layout import lay_out, lay_out_text
 
 BOS, EOS, BOI, EOI, PATCH = (
     int(token)

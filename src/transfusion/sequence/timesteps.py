@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from transfusion.config import DiffusionConfig
-
 _NORMAL = NormalDist()
 # Half of the spacing of the uniform numbers, in the place of 0, whose quantile is infinite.
 _LEAST = 2.0**-54
@@ -32,10 +30,6 @@ class TimestepLaw:
     law: Literal["uniform", "logit-normal"]
     shift: float
     steps: int
-
-    @classmethod
-    def of(cls, config: DiffusionConfig) -> TimestepLaw:
-        return cls(config.timestep_law, config.timestep_shift, config.steps)
 
     def draw(self, uniform: float, limit: int) -> int:
         """The timestep for a number in [0, 1), by the law given that it lies below `limit`."""
