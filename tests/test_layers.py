@@ -19,7 +19,7 @@ HOUSE = Path(__file__).parents[1]
 LAYERS: dict[str, int] = {
     "__init__": 1,
     "errors": 1,
-    "addresses": 1,
+    "urls": 1,
     "files": 1,
     "schema": 1,
     "tokens": 1,

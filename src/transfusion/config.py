@@ -21,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from transfusion.addresses import redacted_plain
 from transfusion.sequence.sizes import GREATEST_ASPECT, ImageSizes, Size
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
+from transfusion.urls import redacted_plain
 
 Share = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]

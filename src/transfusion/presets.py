@@ -13,9 +13,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from transfusion import codec_folder
-from transfusion.addresses import redacted_text
 from transfusion.config import PROBLEM_SEPARATOR, SHARE_FORMS, Config, Section
 from transfusion.errors import UserError
+from transfusion.urls import redacted_text
 
 Checked = TypeVar("Checked", bound=BaseModel)
 

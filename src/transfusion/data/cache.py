@@ -22,7 +22,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from transfusion.addresses import file_name, identity, redacted
 from transfusion.config import CacheConfig
 from transfusion.data.download import (
     Contents,
@@ -35,6 +34,7 @@ from transfusion.data.download import (
 )
 from transfusion.errors import UserError
 from transfusion.files import UNFINISHED, unfinished_path
+from transfusion.urls import file_name, identity, redacted
 
 log = logging.getLogger(__name__)
 

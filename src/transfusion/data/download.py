@@ -14,10 +14,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transfusion.addresses import redacted
 from transfusion.data.shards import open_address
 from transfusion.errors import UserError
 from transfusion.files import hasher
+from transfusion.urls import redacted
 
 _CHUNK = 1 << 20
 # Between two looks at whether the download is still wanted.

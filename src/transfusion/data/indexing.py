@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from transfusion.addresses import is_address, redacted
 from transfusion.config import CacheConfig, Config
 from transfusion.data.cache import CacheSettings, RemoteShard
 from transfusion.data.download import DownloadFailed
@@ -30,6 +29,7 @@ from transfusion.data.shards import expand_all
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, digest, remove_leftovers
 from transfusion.sequence.tokenizer import Tokenizer
+from transfusion.urls import is_address, redacted
 
 _KINDS = ("texts", "pairs", "interleaved", "tokens")
 COUNTERS, QUARANTINE = "counters.json", "quarantine.jsonl"

@@ -13,9 +13,9 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from transfusion.addresses import is_address, redacted, scheme
 from transfusion.errors import UserError
 from transfusion.files import atomic_file
+from transfusion.urls import is_address, redacted, scheme
 
 # img2dataset's layout: five digits of the shard, then four of the sample in it.
 SAMPLES_PER_SHARD = 1000

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from transfusion import __version__, presets
-from transfusion.addresses import redacted_text
 from transfusion.checkpoint import layout
 from transfusion.codec_folder import folder_files
 from transfusion.config import CodecConfig, Config
 from transfusion.data.scan import Fault
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text, file_digest
+from transfusion.urls import redacted_text
 
 PACKAGES = ("torch", "deepspeed", "triton", "numpy", "sentencepiece", "webdataset", "safetensors")
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"

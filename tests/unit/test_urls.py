@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from transfusion.addresses import file_name, identity, is_address, redacted, redacted_text
 from transfusion.config import SourceConfig
 from transfusion.errors import UserError
 from transfusion.presets import load
+from transfusion.urls import file_name, identity, is_address, redacted, redacted_text
 
 SECRET = "hunter2"
 SIGNED = (
