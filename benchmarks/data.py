@@ -53,16 +53,17 @@ from PIL import Image
 from limits import record_head, write_json
 from transfusion import presets
 from transfusion.config import Config, SourceConfig
-from transfusion.data import rows
-from transfusion.data.collect import picture_sample
-from transfusion.data.deck import Deck, Lengths, Variant
-from transfusion.data.decode import use_one_thread
-from transfusion.data.index import SourceIndex
-from transfusion.data.loader import Loader, build_indexes, plan_settings, source_lengths
-from transfusion.data.planner import Planner
-from transfusion.data.scan import texts
-from transfusion.data.shards import Sample, expand, write_shards
-from transfusion.data.survey import Survey, as_dict, survey, survey_config
+from transfusion.data.images.decode import use_one_thread
+from transfusion.data.index.open import build_indexes, source_lengths
+from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.loading import rows
+from transfusion.data.loading.loader import Loader, plan_settings
+from transfusion.data.planning.epoch import Deck, Lengths, Variant
+from transfusion.data.planning.packing import Planner
+from transfusion.data.prepare.folders import picture_sample
+from transfusion.data.shards.scan import texts
+from transfusion.data.shards.webdataset import Sample, expand, write_shards
+from transfusion.data.viewing.plan_stats import Survey, as_dict, survey, survey_config
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 RESULT = Path(__file__).resolve().parent / "results" / "data.json"

@@ -30,7 +30,7 @@ from limits import find_device, record_head, write_json
 from step import png_of
 from transfusion import presets
 from transfusion.config import Config
-from transfusion.data.shards import write_shards
+from transfusion.data.shards.webdataset import write_shards
 from transfusion.mixed_loss import MixedLoss
 from transfusion.parallel import environment
 from transfusion.schema import Batch

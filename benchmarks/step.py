@@ -31,14 +31,15 @@ from torch import Tensor
 from limits import Limits, find_device, measure_limits, record_head, write_json
 from transfusion import presets
 from transfusion.config import Config
-from transfusion.data.deck import VariantRule
-from transfusion.data.index import SourceIndex
-from transfusion.data.loader import micro_rows, source_lengths
-from transfusion.data.packing import collate
-from transfusion.data.planner import Planner, PlanSettings
-from transfusion.data.rows import RowBuilder, RowSettings
-from transfusion.data.shardindex import ShardIndex, index_shard
-from transfusion.data.shards import write_shards
+from transfusion.data.index.open import source_lengths
+from transfusion.data.index.shard_index import ShardIndex, index_shard
+from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.loading.collate import collate
+from transfusion.data.loading.loader import micro_rows
+from transfusion.data.loading.rows import RowBuilder, RowSettings
+from transfusion.data.planning.epoch import VariantRule
+from transfusion.data.planning.packing import Planner, PlanSettings
+from transfusion.data.shards.webdataset import write_shards
 from transfusion.model.count import count_parameters
 from transfusion.observe.flops import FlopModel, Work
 from transfusion.observe.memory import peak_gib

@@ -40,12 +40,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from limits import record_head, write_json
 from transfusion.config import Config
-from transfusion.data.collect import picture_sample
-from transfusion.data.loader import Loader
-from transfusion.data.prepare import prepare
-from transfusion.data.scan import texts
-from transfusion.data.shards import Sample, expand, write_shards
-from transfusion.data.workers import ProcessWorkshop
+from transfusion.data.loading.loader import Loader
+from transfusion.data.loading.workers import ProcessWorkshop
+from transfusion.data.prepare.folders import picture_sample
+from transfusion.data.prepare.prepare import prepare
+from transfusion.data.shards.scan import texts
+from transfusion.data.shards.webdataset import Sample, expand, write_shards
 from transfusion.schema import Batch
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 

@@ -19,10 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from transfusion.data.decode import DecodeFault, decode
-from transfusion.data.sample import Fault, RawSample
-from transfusion.data.scan import scan
-from transfusion.data.shards import expand
+from transfusion.data.images.decode import DecodeFault, decode
+from transfusion.data.shards.sample import Fault, RawSample
+from transfusion.data.shards.scan import scan
+from transfusion.data.shards.webdataset import expand
 from transfusion.observe.runfolder import describe_environment
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transfusion.data.decode import DecodeFault, decode
-from transfusion.data.sample import Fault, RawSample
-from transfusion.data.scan import scan
+from transfusion.data.images.decode import DecodeFault, decode
+from transfusion.data.shards.sample import Fault, RawSample
+from transfusion.data.shards.scan import scan
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 from transfusion.tokens import SpecialToken
 

@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from transfusion import presets
-from transfusion.data.loader import Loader
+from transfusion.data.loading.loader import Loader
 from transfusion.sequence.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -34,9 +34,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from limits import record_head, write_json
 from transfusion.config import Config
-from transfusion.data.indexing import IndexJob, write_index
-from transfusion.data.loader import Loader
-from transfusion.data.shards import write_shards
+from transfusion.data.index.build import IndexJob, write_index
+from transfusion.data.loading.loader import Loader
+from transfusion.data.shards.webdataset import write_shards
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 from web import Web
 

@@ -103,7 +103,7 @@ def prepare(
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of captions and of the split")] = 0,
 ) -> None:
     """Make webdataset shards, split into train and held_out."""
-    from transfusion.data.prepare import prepare as run
+    from transfusion.data.prepare.prepare import prepare as run
 
     result = run(source, out, seed=seed, held_out=held_out)
     state = "there already" if result.reused else "written"
@@ -119,8 +119,8 @@ def train_tokenizer(
     vocabulary: Annotated[int, typer.Option(min=1, help="pieces, control tokens included")] = 32_000,
 ) -> None:
     """Train a sentencepiece tokenizer on the texts and captions of shards."""
-    from transfusion.data.scan import texts
-    from transfusion.data.shards import expand
+    from transfusion.data.shards.scan import texts
+    from transfusion.data.shards.webdataset import expand
     from transfusion.sequence.tokenizer import train_tokenizer as run
 
     tokenizer = run(texts(expand(shards)), out, vocabulary=vocabulary)

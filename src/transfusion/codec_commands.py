@@ -56,7 +56,7 @@ def encode(
 ) -> None:
     """Write latents (kl) or tokens (vq) of every picture beside it. Killed and run again it goes on."""
     from transfusion.codec_train.encode import encode_shards
-    from transfusion.data.latents import LatentRecord
+    from transfusion.data.images.latents import LatentRecord
 
     def progress(name: str, record: LatentRecord, reused: bool) -> None:
         left_out = "".join(f", left out: {count} x {reason}" for reason, count in record.left_out.items())

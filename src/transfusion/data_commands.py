@@ -32,7 +32,7 @@ def show(
 ) -> None:
     """Draw rows of a batch: tokens, images, borders of documents, the mask."""
     from transfusion import presets
-    from transfusion.data.views import show_rows
+    from transfusion.data.viewing.commands import show_rows
 
     show_rows(presets.load(spec, overrides or []), out, rows=rows, step=step)
     print(out)
@@ -47,7 +47,7 @@ def stats(
 ) -> None:
     """Shares, lengths, padding and faults of a configuration's sources."""
     from transfusion import presets
-    from transfusion.data.views import describe_stats, stats_config
+    from transfusion.data.viewing.commands import describe_stats, stats_config
 
     found = stats_config(presets.load(spec, overrides or []), steps=steps)
     print(json.dumps(found) if as_json else describe_stats(found))
@@ -75,7 +75,7 @@ def plan(
 ) -> None:
     """Plan without reading pictures: time, memory, shares, padding, balance. data.rows is the global batch."""
     from transfusion import presets
-    from transfusion.data.survey import as_dict, describe, survey_config
+    from transfusion.data.viewing.plan_stats import as_dict, describe, survey_config
 
     words = overrides or []
     if spec is not None and "=" in spec.name and not spec.exists():
@@ -106,7 +106,7 @@ def index_shards(
     """
     from transfusion import presets
     from transfusion.config import DataConfig
-    from transfusion.data.indexing import QUARANTINE, IndexJob, write_index
+    from transfusion.data.index.build import QUARANTINE, IndexJob, write_index
 
     if spec[0].endswith((".yaml", ".yml")):
         config = presets.load(spec[0], spec[1:])

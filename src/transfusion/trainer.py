@@ -15,9 +15,9 @@ from transfusion.checkpoint.resume import load, newest_good, resume
 from transfusion.checkpoint.save import Saver
 from transfusion.codec import open_any_codec
 from transfusion.config import Config
-from transfusion.data.evaluation import EvaluationLoader
-from transfusion.data.index import too_many_faults
-from transfusion.data.loader import Loader
+from transfusion.data.index.source_index import too_many_faults
+from transfusion.data.loading.loader import Loader
+from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.errors import EXIT_STOPPED_EARLY, UserError
 from transfusion.evaluate.held_out import held_out_losses
 from transfusion.generate.pictures import write_grid

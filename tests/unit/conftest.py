@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from transfusion.config import CodecConfig, Config, DataConfig, ModelConfig
-from transfusion.data.packing import collate
-from transfusion.data.rows import Row, RowImage, RowSettings, borders, joined
+from transfusion.data.loading.collate import collate
+from transfusion.data.loading.rows import Row, RowImage, RowSettings, borders, joined
 from transfusion.model import Transfusion
 from transfusion.model.initialise import initialise
 from transfusion.schema import Batch, ImageSegment, Segment

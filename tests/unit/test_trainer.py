@@ -19,8 +19,8 @@ sys.path.append(str(Path(__file__).parents[1] / "dist"))
 from handmade import HostReads
 
 from transfusion.config import Config
-from transfusion.data.index import SourceIndex
-from transfusion.data.prepare import prepare
+from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.prepare.prepare import prepare
 from transfusion.errors import UserError
 from transfusion.mixed_loss import MixedLoss
 from transfusion.observe.clock import TimeLimit

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from transfusion.checkpoint.llama_vocabulary import pieces_of_folder
 from transfusion.config import Config, ModelConfig
-from transfusion.data.pieces import pieces_of_folder
 from transfusion.errors import UserError
 from transfusion.parallel.agree import together
 from transfusion.parallel.engine import Engine

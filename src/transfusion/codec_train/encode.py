@@ -24,11 +24,18 @@ from torch import Tensor
 
 from transfusion.codec import open_codec, open_token_codec
 from transfusion.config import CodecConfig
-from transfusion.data.decode import DecodeFault, decode_fitting, decode_to
-from transfusion.data.judge import GREATEST_MEMBER, PICTURE_EXTENSIONS
-from transfusion.data.latents import LATENTS, TOKENS, LatentRecord, read_record, record_path, record_sizes
-from transfusion.data.probe import PictureFault
-from transfusion.data.shards import expand
+from transfusion.data.images.decode import DecodeFault, decode_fitting, decode_to
+from transfusion.data.images.latents import (
+    LATENTS,
+    TOKENS,
+    LatentRecord,
+    read_record,
+    record_path,
+    record_sizes,
+)
+from transfusion.data.images.probe import PictureFault
+from transfusion.data.shards.validate import GREATEST_MEMBER, PICTURE_EXTENSIONS
+from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text, remove_leftovers
 from transfusion.generate.load import find_device

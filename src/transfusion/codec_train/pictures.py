@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion.data.decode import DecodeFault, Picture, decode
-from transfusion.data.sample import Fault, RawSample
-from transfusion.data.scan import scan
-from transfusion.data.shards import expand
+from transfusion.data.images.decode import DecodeFault, Picture, decode
+from transfusion.data.shards.sample import Fault, RawSample
+from transfusion.data.shards.scan import scan
+from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
 
 # Decoded pictures are kept up to this size.

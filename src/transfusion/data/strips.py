@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from transfusion.data import decode as single
-from transfusion.data.decode import DecodeFault, Picture
+from transfusion.data.images import decode as single
+from transfusion.data.images.decode import DecodeFault, Picture
 from transfusion.sequence.sizes import Size
 
 # Bytes of pictures held together. More would leave the processor's cache, and be fresh memory at each step.

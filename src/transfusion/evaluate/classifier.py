@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from transfusion.config import Config
-from transfusion.data.evaluation import documents
+from transfusion.data.loading.validation import documents
 from transfusion.errors import UserError
 from transfusion.evaluate.frechet import Gaussian, gaussian_of
 from transfusion.files import atomic_file

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from transfusion.config import SAMPLERS, SourceConfig
-from transfusion.data.captions import DIGIT_WORDS, digit_in_caption
-from transfusion.data.evaluation import documents
+from transfusion.data.loading.validation import documents
+from transfusion.data.prepare.digits import DIGIT_WORDS, digit_in_caption
 from transfusion.errors import UserError
 from transfusion.evaluate.metric import Metric
 from transfusion.generate.pictures import save_samples, to_image

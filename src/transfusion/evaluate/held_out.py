@@ -7,7 +7,7 @@ from torch import nn
 
 from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
-from transfusion.data.evaluation import EvaluationLoader
+from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.schema import LossTerms
 from transfusion.token_loss import build_loss
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from transfusion.config import PREDICTED, DiffusionConfig, SourceConfig
-from transfusion.data.evaluation import EvaluationLoader, documents
+from transfusion.data.loading.validation import EvaluationLoader, documents
 from transfusion.errors import UserError
 from transfusion.evaluate.bigram import Bigram
 from transfusion.evaluate.held_out import held_out_losses

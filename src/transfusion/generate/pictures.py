@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from transfusion.config import Config, SampleConfig
-from transfusion.data.decode import DecodeFault, decode_fitting
-from transfusion.data.probe import GREATEST_PIXELS, SMALLEST_SIDE, PictureFault
+from transfusion.data.images.decode import DecodeFault, decode_fitting
+from transfusion.data.images.probe import GREATEST_PIXELS, SMALLEST_SIDE, PictureFault
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text
 from transfusion.generate.pipeline import SampledImage

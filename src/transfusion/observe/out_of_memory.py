@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from transfusion.config import Config
-from transfusion.data.loader import rows_per_rank
+from transfusion.data.loading.loader import rows_per_rank
 from transfusion.errors import UserError
 
 # Allocations and releases that are remembered, newest last.

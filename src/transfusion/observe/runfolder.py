@@ -21,7 +21,7 @@ from transfusion import __version__, presets
 from transfusion.checkpoint import layout
 from transfusion.codec_folder import folder_files
 from transfusion.config import CodecConfig, Config
-from transfusion.data.scan import Fault
+from transfusion.data.shards.scan import Fault
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text, file_digest
 from transfusion.urls import redacted_text

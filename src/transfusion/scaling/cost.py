@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from transfusion.config import Config
-from transfusion.data.loader import Loader
+from transfusion.data.loading.loader import Loader
 from transfusion.errors import UserError
 from transfusion.observe.flops import FlopModel
 from transfusion.sequence.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from transfusion import presets
 from transfusion.codec.networks import new_network, save_network
 from transfusion.codec_train.pictures import PictureSet
 from transfusion.codec_train.settings import CodecTrainConfig
-from transfusion.data.shards import write_shards
+from transfusion.data.shards.webdataset import write_shards
 
 
 @pytest.fixture

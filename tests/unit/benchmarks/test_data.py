@@ -12,8 +12,9 @@ sys.path.append(str(Path(__file__).parents[3] / "benchmarks" / "campaigns"))
 import exact_batches
 
 import data
-from transfusion.data.loader import build_indexes, plan_settings, source_lengths
-from transfusion.data.survey import survey
+from transfusion.data.index.open import build_indexes, source_lengths
+from transfusion.data.loading.loader import plan_settings
+from transfusion.data.viewing.plan_stats import survey
 from transfusion.sequence.tokenizer import Tokenizer
 
 

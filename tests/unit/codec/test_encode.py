@@ -17,10 +17,10 @@ from transfusion.codec import open_codec, open_token_codec
 from transfusion.codec_train import encode as encoding
 from transfusion.codec_train.encode import encode_shards
 from transfusion.config import CodecConfig, Config
-from transfusion.data.decode import decode
-from transfusion.data.latents import LatentFault, read_record, read_tokens, record_path
-from transfusion.data.loader import Loader
-from transfusion.data.shards import write_shards
+from transfusion.data.images.decode import decode
+from transfusion.data.images.latents import LatentFault, read_record, read_tokens, record_path
+from transfusion.data.loading.loader import Loader
+from transfusion.data.shards.webdataset import write_shards
 from transfusion.errors import UserError
 from transfusion.parallel.engine import global_counts
 from transfusion.sequence.tokenizer import Tokenizer

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from transfusion.config import Config
-from transfusion.data import scan
-from transfusion.data.prepare import prepare
-from transfusion.data.shards import expand
+from transfusion.data.prepare.prepare import prepare
+from transfusion.data.shards import scan
+from transfusion.data.shards.webdataset import expand
 from transfusion.schema import Batch
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 

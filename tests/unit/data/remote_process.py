@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from transfusion.config import Config
-from transfusion.data.cache import CacheSettings, RemoteShard, ShardCache
-from transfusion.data.download import Contents
-from transfusion.data.loader import Loader
+from transfusion.data.loading.loader import Loader
+from transfusion.data.remote.cache import CacheSettings, RemoteShard, ShardCache
+from transfusion.data.remote.download import Contents
 from transfusion.sequence.tokenizer import Tokenizer
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from transfusion.data import decode as module
-from transfusion.data.decode import DecodeFault, decode
+from transfusion.data.images import decode as module
+from transfusion.data.images.decode import DecodeFault, decode
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:

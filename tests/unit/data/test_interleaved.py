@@ -13,13 +13,14 @@ from PIL import Image
 
 from transfusion.codec import pixels
 from transfusion.config import Config
-from transfusion.data.deck import Variant
-from transfusion.data.evaluation import documents
-from transfusion.data.index import SourceIndex
-from transfusion.data.loader import Loader, build_indexes
-from transfusion.data.planner import Piece
-from transfusion.data.rows import RowBuilder, RowSettings
-from transfusion.data.shards import write_shards
+from transfusion.data.index.open import build_indexes
+from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.loading.loader import Loader
+from transfusion.data.loading.rows import RowBuilder, RowSettings
+from transfusion.data.loading.validation import documents
+from transfusion.data.planning.epoch import Variant
+from transfusion.data.planning.packing import Piece
+from transfusion.data.shards.webdataset import write_shards
 from transfusion.schema import ImageSegment, Modality
 from transfusion.sequence.layout import lay_out
 from transfusion.sequence.tokenizer import Tokenizer

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from transfusion.config import Config, SourceConfig
-from transfusion.data.evaluation import EvaluationLoader, documents
-from transfusion.data.loader import Loader, rows_per_rank
-from transfusion.data.shards import write_shards
-from transfusion.data.workers import ProcessWorkshop
+from transfusion.data.loading.loader import Loader, rows_per_rank
+from transfusion.data.loading.validation import EvaluationLoader, documents
+from transfusion.data.loading.workers import ProcessWorkshop
+from transfusion.data.shards.webdataset import write_shards
 from transfusion.errors import UserError
 from transfusion.schema import Batch, ImageSegment, Modality, SpecialToken
 from transfusion.sequence.tokenizer import Tokenizer

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from transfusion.data.captions import digit_in_caption
-from transfusion.data.decode import decode
-from transfusion.data.prepare import cut_off_end, held_out_digits, prepare
-from transfusion.data.scan import RawSample, scan
-from transfusion.data.shards import expand
+from transfusion.data.images.decode import decode
+from transfusion.data.prepare.digits import digit_in_caption
+from transfusion.data.prepare.prepare import cut_off_end, held_out_digits, prepare
+from transfusion.data.shards.scan import RawSample, scan
+from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion.data.probe import PictureFacts, PictureFault, probe
+from transfusion.data.images.probe import PictureFacts, PictureFault, probe
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from transfusion.config import Config
-from transfusion.data.deck import Variant
-from transfusion.data.index import SourceIndex
-from transfusion.data.loader import build_indexes
-from transfusion.data.packing import collate
-from transfusion.data.planner import Piece
-from transfusion.data.rows import Row, RowBuilder, RowSettings
+from transfusion.data.index.open import build_indexes
+from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.loading.collate import collate
+from transfusion.data.loading.rows import Row, RowBuilder, RowSettings
+from transfusion.data.planning.epoch import Variant
+from transfusion.data.planning.packing import Piece
 from transfusion.schema import ImageSegment, Modality, SpecialToken
 from transfusion.sequence.layout import lay_out
 from transfusion.sequence.tokenizer import Tokenizer

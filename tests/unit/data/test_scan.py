@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion.data import scan as module
-from transfusion.data import tarwalk
-from transfusion.data.sample import Fault, RawSample
-from transfusion.data.scan import is_shard, scan
-from transfusion.data.tarwalk import TarWalk
+from transfusion.data.shards import scan as module
+from transfusion.data.shards import tar
+from transfusion.data.shards.sample import Fault, RawSample
+from transfusion.data.shards.scan import is_shard, scan
+from transfusion.data.shards.tar import TarWalk
 
 END = bytes(1024)
 
@@ -291,7 +291,7 @@ def test_plain_members_are_found_at_once(tmp_path: Path) -> None:
     data = shard(tmp_path / "s.tar", [*pair("a"), *pair("b"), ("c.txt", b"x" * 700)]).read_bytes()
     with (tmp_path / "s.tar").open("rb") as stream:
         members = list(TarWalk(stream.fileno()))
-    found = tarwalk._plain_members(data, 0, len(data))
+    found = tar._plain_members(data, 0, len(data))
     assert [member for member, _ in found.values()] == members and len(members) == 5
     assert list(found) == [member.offset for member in members]
 

@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 
 from transfusion.config import Config
-from transfusion.data.deck import Variant
-from transfusion.data.evaluation import EvaluationLoader
-from transfusion.data.loader import Loader, build_indexes
-from transfusion.data.planner import Piece
-from transfusion.data.rows import RowBuilder, RowSettings
-from transfusion.data.shards import write_shards
-from transfusion.data.views import describe_stats, show_rows, stats_config
+from transfusion.data.index.open import build_indexes
+from transfusion.data.loading.loader import Loader
+from transfusion.data.loading.rows import RowBuilder, RowSettings
+from transfusion.data.loading.validation import EvaluationLoader
+from transfusion.data.planning.epoch import Variant
+from transfusion.data.planning.packing import Piece
+from transfusion.data.shards.webdataset import write_shards
+from transfusion.data.viewing.commands import describe_stats, show_rows, stats_config
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, SpecialToken
 from transfusion.sequence.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from transfusion.data import strips as module
-from transfusion.data.decode import decode, decode_to
+from transfusion.data.images.decode import decode, decode_to
 from transfusion.data.strips import Strips
 from transfusion.sequence.sizes import Size
 

@@ -10,10 +10,10 @@ import signal
 import numpy as np
 import pytest
 
-from transfusion.data import workers
-from transfusion.data.rows import Row, RowImage
-from transfusion.data.scan import Fault
-from transfusion.data.workers import _Arena, _attempt, _Packed, _work
+from transfusion.data.loading import workers
+from transfusion.data.loading.rows import Row, RowImage
+from transfusion.data.loading.workers import _Arena, _attempt, _Packed, _work
+from transfusion.data.shards.scan import Fault
 
 LENGTH = 4096
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from transfusion.config import Config
-from transfusion.data.deck import Variant
-from transfusion.data.rows import pair_segments
+from transfusion.data.loading.rows import pair_segments
+from transfusion.data.planning.epoch import Variant
 from transfusion.diffusion.guidance import guide
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline, images

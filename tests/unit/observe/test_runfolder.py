@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from transfusion import presets
-from transfusion.data.scan import Fault
+from transfusion.data.shards.scan import Fault
 from transfusion.errors import UserError
 from transfusion.observe import RunFolder, start_logging
 from transfusion.observe.runfolder import describe_environment, git_state, package_version

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from transfusion.config import DiffusionConfig
-from transfusion.data import keyed
+from transfusion.data.planning import hash_rng
 from transfusion.sequence.timesteps import TimestepLaw, shifted
 
-UNIFORMS = keyed.uniform(7, np.arange(20_000))
+UNIFORMS = hash_rng.uniform(7, np.arange(20_000))
 
 
 def law_of(diffusion: DiffusionConfig) -> TimestepLaw:

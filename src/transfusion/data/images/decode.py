@@ -1,0 +1,238 @@
+"""Bytes of a picture to uint8 values [C, H, W], or the reason why not. C channels, H height, W width."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import warnings
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile, ImageOps
+
+from transfusion.data.images.probe import CHECKSUM, CHUNK, GREATEST_PIXELS, probe
+from transfusion.sequence.sizes import ImageSizes, Size
+
+try:
+    opencv: Any = importlib.import_module("cv2")
+except ImportError:
+    opencv = None
+
+# By content, never by name; everything else Pillow can open is refused.
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+_PNG, _PNG_HEAD, _GREY, _PALETTE = b"\x89PNG\r\n\x1a\n", 33, 0, 3
+# Pixels. Compositing would take three times the memory of a larger picture, where Pillow is as fast.
+_GREATEST_FOR_OPENCV = 1 << 22
+# Values of a pixel that has alpha.
+WITH_ALPHA = 4
+# Colours of a palette, and how far each is transparent.
+_TABLES = ([b"PLTE"], [b"PLTE", b"tRNS"])
+# Where Pillow keeps what may tell how a picture is turned.
+_ORIENTING = frozenset(("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"))
+# Orientations that exchange height and width.
+_ON_THEIR_SIDE = (5, 6, 7, 8)
+# What of a PNG may tell that it is turned, or moves: chunks, and keywords of texts.
+_TURNING_CHUNKS = (b"eXIf", b"acTL")
+_TURNING_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+Picture = NDArray[np.uint8]
+
+
+class DecodeFault(Exception):  # noqa: N818  (no mistake of the program: one bad sample)
+    """A picture that cannot be used; the message is the reason, short enough to count by."""
+
+
+def use_one_thread() -> None:
+    """For one process of many: OpenCV would start a thread a core, and waiting for them costs more than they gain."""
+    if opencv is not None:
+        opencv.setNumThreads(1)
+
+
+def decode(data: bytes, *, channels: int, image_size: int) -> Picture:
+    """As `decode_to`, to a square."""
+    return decode_to(data, Size(image_size, image_size), channels=channels)
+
+
+def decode_fitting(data: bytes, sizes: ImageSizes, *, channels: int) -> Picture:
+    """As `decode_to`, to the size that such a picture takes. Raises PictureFault too, as `probe` does."""
+    facts = probe(data)
+    size = sizes.for_picture(facts.height, facts.width)
+    return decode_to(data, size, turned=sizes.when_turned(size), channels=channels)
+
+
+def decode_to(data: bytes, size: Size, *, turned: Size | None = None, channels: int) -> Picture:
+    """The picture as uint8 [channels, height, width]: upright, on white, its middle cut to the shape, bicubic.
+
+    A picture of that size already is not resampled. turned: the size instead of a picture that was stored on its
+    side. channels: 1 grey, 3 colour. Raises DecodeFault. The same bits with and without OpenCV.
+    """
+    picture, on_its_side = opened(data)
+    return brought_to_size(picture, turned if turned and on_its_side else size, channels=channels)
+
+
+def opened(data: bytes) -> tuple[Image.Image | Picture, bool]:
+    """The picture upright, as large as it is: [H, W, blue green red, alpha if it has one] of a plain PNG by OpenCV.
+
+    And whether it was stored on its side. Raises DecodeFault.
+    """
+    try:
+        values = _by_opencv(data)
+        return _by_pillow(data) if values is None else (values, False)
+    except DecodeFault:
+        raise
+    except Exception:
+        raise DecodeFault("image_corrupt") from None
+
+
+def brought_to_size(picture: Image.Image | Picture, size: Size, *, channels: int) -> Picture:
+    """What `decode_to` gives for an opened picture. Raises DecodeFault."""
+    if isinstance(picture, np.ndarray):
+        height, width, depth = picture.shape
+        flat, order = (alpha_on_white(picture), "BGRX") if depth == WITH_ALPHA else (picture, "BGR")
+        picture = Image.frombuffer("RGB", (width, height), flat, "raw", order, 0, 1)
+    try:
+        return _to_values(picture, channels, size)
+    except Exception:
+        # Of a picture with colours by number and no table of them Pillow finds out only now, by an assertion.
+        raise DecodeFault("image_corrupt") from None
+
+
+def _by_pillow(data: bytes) -> tuple[Image.Image, bool]:
+    """Upright, and whether it was stored on its side. Raises whatever a broken picture makes Pillow raise."""
+    # Another library in the process may have switched this on; half a picture is not a sample.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    with warnings.catch_warnings():
+        # Pillow's limit on pixels is not ours, and odd metadata are no matter.
+        warnings.simplefilter("ignore")
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        if picture.width * picture.height > GREATEST_PIXELS:
+            raise DecodeFault("image_too_large")
+        picture.load()
+        on_its_side = False
+        # Only now: text that stands behind the pixels of a PNG has been read.
+        if not _ORIENTING.isdisjoint(picture.info):
+            on_its_side = picture.getexif().get(ExifTags.Base.Orientation) in _ON_THEIR_SIDE
+            ImageOps.exif_transpose(picture, in_place=True)
+    return picture, on_its_side
+
+
+def _by_opencv(data: bytes) -> Picture | None:
+    """Values of a plain PNG of eight bits or fewer, faster than by Pillow; None where that is not sure to be the same.
+
+    Of a PNG the width stands at 16, the height at 20, the bits of a value at 24, the kind of pixel at 25.
+    """
+    if opencv is None or len(data) < _PNG_HEAD or not data.startswith(_PNG):
+        return None
+    pixels, bits, kind = int.from_bytes(data[16:20]) * int.from_bytes(data[20:24]), data[24], data[25]
+    if pixels > _GREATEST_FOR_OPENCV or kind == _GREY or (bits != 8 and kind != _PALETTE):
+        return None
+    if not _is_plain(data):
+        return None
+    values: Picture | None = opencv.imdecode(np.frombuffer(data, np.uint8), opencv.IMREAD_UNCHANGED)
+    # What OpenCV refuses Pillow judges.
+    return None if values is None or values.dtype != np.uint8 or values.ndim != 3 else values
+
+
+def alpha_on_white(values_HWC: Picture) -> Picture:
+    """Blue, green, red and alpha to colours on white; the fourth value of the result means nothing."""
+    alpha = opencv.cvtColor(opencv.extractChannel(values_HWC, 3), opencv.COLOR_GRAY2BGRA)
+    return colours_on_white(values_HWC, alpha)
+
+
+def colours_on_white(colours: Picture, alpha: Picture) -> Picture:
+    """255 - (255 - colour) alpha / 255, rounded to the nearest, which is what Pillow's `paste` gives."""
+    flat: Picture = opencv.bitwise_not(colours)
+    opencv.multiply(flat, alpha, flat, 1 / 255)
+    opencv.bitwise_not(flat, flat)
+    return flat
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether the chunks of a PNG hold nothing that OpenCV takes in another way than Pillow.
+
+    It passes over what turns a picture or lets it move, and takes a damaged or misplaced transparency as it is.
+    """
+    tables: list[tuple[bytes, int]] = []
+    position, pixels, size, read = len(_PNG), False, len(data), CHUNK.unpack_from
+    while position + CHUNK.size <= size:
+        length, kind = read(data, position)
+        end = position + 12 + length
+        if kind == b"IEND":
+            break
+        if end > size:
+            return False
+        if kind == b"IDAT":
+            pixels = True
+        elif kind in _TURNING_CHUNKS or data.startswith(_TURNING_TEXTS, position + 8):
+            return False
+        elif kind in (b"PLTE", b"tRNS"):
+            if pixels:
+                return False
+            tables.append((kind, length // (3 if kind == b"PLTE" else 1)))
+        if not pixels and zlib.crc32(data[position + 4 : end - 4]) != CHECKSUM.unpack_from(data, end - 4)[0]:
+            return False
+        position = end
+    else:
+        return False
+    if data[25] != _PALETTE:
+        return pixels and not tables
+    if [kind for kind, _ in tables] not in _TABLES:
+        return False
+    (_, colours), *transparency = tables
+    # OpenCV cuts off colours beyond what the bits can tell, and leaves out a transparency longer than what is left.
+    return pixels and all(count <= min(colours, 1 << data[24]) for _, count in transparency)
+
+
+def _to_values(picture: Image.Image, channels: int, size: Size) -> Picture:
+    mode = "L" if channels == 1 else "RGB"
+    flat = _on_white(_eight_bit(picture))
+    if flat.mode != mode:
+        flat = flat.convert(mode)
+    if flat.size != (size.width, size.height):
+        flat = _middle(flat, size).resize((size.width, size.height), Image.Resampling.BICUBIC)
+    if channels == 1:
+        return np.array(flat)[None]
+    # Pillow takes the colours of each line apart; so only whole lines are left to be moved.
+    lines_HCW = np.frombuffer(flat.tobytes("raw", "RGB;L"), np.uint8).reshape(
+        size.height, channels, size.width
+    )
+    return np.ascontiguousarray(lines_HCW.swapaxes(0, 1))
+
+
+def _middle(picture: Image.Image, size: Size) -> Image.Image:
+    top, left, height, width = middle(picture.height, picture.width, size)
+    if picture.size == (width, height):
+        return picture
+    return picture.crop((left, top, left + width, top + height))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def middle(height: int, width: int, size: Size) -> tuple[int, int, int, int]:
+    """Top, left, height and width of as much of a picture as has the shape of the size, to the nearest pixel."""
+    rows = min(height, max(1, _rounded(width * size.height, size.width)))
+    columns = min(width, max(1, _rounded(height * size.width, size.height)))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+def _rounded(dividend: int, divisor: int) -> int:
+    return (dividend + divisor // 2) // divisor
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """16-bit grey scaled down; Pillow's own conversion would clip it to white."""
+    if picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return picture
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture
+    with_alpha = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+    flat = Image.new("RGB", picture.size, (255, 255, 255))
+    flat.paste(with_alpha, mask=with_alpha)
+    return flat

@@ -1,0 +1,394 @@
+"""Index files made and found: by training, which makes those that are missing, and by `transfusion data index`."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import functools
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from transfusion.config import CacheConfig, Config
+from transfusion.data.index.shard_index import Prints, Shard, ShardIndex, Stale, index_shard
+from transfusion.data.remote.cache import CacheSettings, RemoteShard
+from transfusion.data.remote.download import DownloadFailed
+from transfusion.data.shards.sample import Fault
+from transfusion.data.shards.scan import is_shard
+from transfusion.data.shards.webdataset import expand_all
+from transfusion.errors import UserError
+from transfusion.files import atomic_file, digest, remove_leftovers
+from transfusion.sequence.tokenizer import Tokenizer
+from transfusion.urls import is_address, redacted
+
+_KINDS = ("texts", "pairs", "interleaved", "tokens")
+COUNTERS, QUARANTINE = "counters.json", "quarantine.jsonl"
+# Passed over and counted, but no damage: what archivers of other systems leave behind.
+HARMLESS = "member_ignored"
+_SUFFIX = ".index"
+# Fewer bytes than these are read before a process has started.
+_WORTH_PROCESSES = 1 << 26
+# What a shard of unknown size counts for there.
+_NOMINAL = 1 << 22
+# Fewer samples than this say nothing about a share of bad ones: a run never dies of the first.
+_FEWEST_TO_JUDGE = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexPlace:
+    """Where index files are kept.
+
+    folder: all of them; one that is stale there is refused. None: each beside its shard, or in `fallback` where that
+    cannot be written or the shard is remote; what is stale there is made anew.
+    """
+
+    folder: Path | None = None
+    fallback: Path | None = None
+
+    def path(self, shard: Shard) -> Path:
+        """The index file of this shard. Raises UserError when there is no place for it."""
+        if isinstance(shard, RemoteShard):
+            folder = self.folder or self.fallback
+            if folder is None:
+                raise UserError(f"the index of {shard} needs a folder; name one with data.index=DIR")
+            return folder / f"{shard.name}.{shard.identity}{_SUFFIX}"
+        beside = shard.with_name(shard.name + _SUFFIX)
+        if self.folder is None and (beside.exists() or os.access(shard.parent, os.W_OK)):
+            return beside
+        folder = self.folder or self.fallback
+        if folder is None:
+            raise UserError(
+                f"the index of {shard} cannot be written beside it; name a folder with data.index=DIR"
+            )
+        # Shards of several folders may have one name.
+        mark = digest(os.fsencode(shard.resolve()), 4)
+        return folder / f"{shard.name}.{mark}{_SUFFIX}"
+
+
+def find_shards(specs: str | Sequence[str], cache: CacheSettings) -> list[Shard]:
+    """What globs, brace ranges, paths and addresses name, in order; also what is no shard. Raises as `expand_all`."""
+    return [RemoteShard(place, cache) if isinstance(place, str) else place for place in expand_all(specs)]
+
+
+def open_indexes(shards: Sequence[Shard], tokenizer: Tokenizer, place: IndexPlace) -> list[ShardIndex]:
+    """The index of each shard; what is missing is made first, by one process of all that ask at once.
+
+    Raises UserError for a stale one in `place.folder`, with the command that renews it.
+    """
+    missing = [shard for shard in shards if _opened(shard, place, tokenizer) is None]
+    for folder in sorted({place.path(shard).parent for shard in missing}):
+        with _locked(folder):
+            here = [shard for shard in missing if place.path(shard).parent == folder]
+            work = [(shard, place.path(shard)) for shard in here if _opened(shard, place, tokenizer) is None]
+            _make(work, dict.fromkeys(here, tokenizer))
+    return [ShardIndex(place.path(shard), shard) for shard in shards]
+
+
+def _opened(shard: Shard, place: IndexPlace, tokenizer: Tokenizer) -> ShardIndex | None:
+    """The index of this shard if it is there and fits."""
+    path = place.path(shard)
+    try:
+        index = ShardIndex(path, shard)
+        index.check(Prints.of(tokenizer))
+    except FileNotFoundError:
+        return None
+    except Stale as why:
+        if place.folder is None:
+            return None
+        every = str(shard if isinstance(shard, RemoteShard) else shard.with_name("*" + shard.suffix))
+        words = [
+            "transfusion",
+            "data",
+            "index",
+            every,
+            "--out",
+            str(place.folder),
+            "--tokenizer",
+            str(tokenizer.path),
+        ]
+        raise UserError(
+            f"{path}, the index of {shard}, is stale: {why}; renew it with `{shlex.join(words)}`"
+        ) from None
+    return index
+
+
+@dataclass(frozen=True, slots=True)
+class IndexReport:
+    """What an index run left. bad_shards: those with more faults than the limit. past_limit: so has the whole."""
+
+    counters: dict[str, Any]
+    bad_shards: list[str]
+    past_limit: bool
+
+    def describe(self) -> list[str]:
+        """In a few lines."""
+        count = self.counters
+        kinds = ", ".join(f"{count[kind]:,} {kind}" for kind in _KINDS)
+        faults = ", ".join(f"{reason}: {number:,}" for reason, number in count["faults"].items())
+        lines = [f"{len(count['shards']):,} shards, {count['samples']:,} samples: {kinds}"]
+        lines += [f"left out: {faults}"] if faults else []
+        lines += (
+            [f"no shards: {sum(count['files_skipped'].values()):,} files"] if count["files_skipped"] else []
+        )
+        return lines
+
+
+class IndexJob(NamedTuple):
+    """Shards, and the tokenizer for their texts; None: token lengths are left out, and training refuses the index.
+
+    cache: for remote shards; None: a folder beside the index files.
+    """
+
+    specs: Sequence[str]
+    tokenizer: Path | None
+    cache: CacheSettings | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> list[IndexJob]:
+        """All sources of a configuration, held-out ones too."""
+        if not config.data.sources:
+            raise UserError("data.sources is empty; name at least one source with its shards")
+        tokenizer = Path(config.data.tokenizer)
+        cache = cache_of(config)
+        return [
+            cls([source.shards] if isinstance(source.shards, str) else source.shards, tokenizer, cache)
+            for source in (*config.data.sources, *config.data.held_out)
+        ]
+
+
+def write_index(
+    jobs: Sequence[IndexJob],
+    out: Path,
+    *,
+    greatest_share: float,
+    processes: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> IndexReport:
+    """Index all shards of the jobs into `out`, with counters.json and quarantine.jsonl; run again, it goes on.
+
+    greatest_share: of bad samples. processes: 0: one a core, or only this one for little. progress: called with
+    (bytes done, bytes to do).
+    Raises UserError when a spec names nothing, or no shard.
+    """
+    encoders: dict[Shard, Tokenizer | None] = {}
+    skipped: collections.Counter[str] = collections.Counter()
+    for job in jobs:
+        found = find_shards(job.specs, job.cache or CacheSettings.of(CacheConfig(), out / "cache"))
+        if not any(map(is_shard, found)):
+            named = ", ".join(redacted(spec) if is_address(spec) else spec for spec in job.specs)
+            raise UserError(f"{named}: none of {len(found)} files is a .tar or .jsonl shard")
+        encoder = Tokenizer(job.tokenizer) if job.tokenizer else None
+        encoders.update((path, encoder) for path in found if is_shard(path))
+        skipped.update(path.suffix or "none" for path in found if not is_shard(path))
+    place = IndexPlace(folder=out)
+    shards = list(encoders)
+    with _locked(out):
+        work = [
+            (shard, path)
+            for shard, path in zip(shards, map(place.path, shards), strict=True)
+            if not _is_whole(path, shard, Prints.of(encoders[shard]))
+        ]
+        _make(work, encoders, processes=processes, progress=progress)
+        indexes = [ShardIndex(place.path(shard), shard) for shard in shards]
+        report = _report(indexes, greatest_share, dict(sorted(skipped.items())))
+        _write_lines(out / QUARANTINE, (fault for index in indexes for fault in index.faults()))
+        _write_lines(out / COUNTERS, [report.counters])
+    return report
+
+
+def cache_of(config: Config) -> CacheSettings:
+    """Where this run keeps copies of remote shards."""
+    return CacheSettings.of(config.data.cache, Path(config.run.folder) / "cache")
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def too_many_faults(faults: int, samples: int, greatest_share: float) -> bool:
+    """Whether more than this share of the samples (good and bad) is bad."""
+    return faults > greatest_share * max(samples, _FEWEST_TO_JUDGE)
+
+
+def _is_whole(path: Path, shard: Shard, prints: Prints) -> bool:
+    try:
+        index = ShardIndex(path, shard)
+        index.check(prints)
+        index.verify()
+    except (FileNotFoundError, Stale):
+        return False
+    return True
+
+
+def _make(
+    work: Sequence[tuple[Shard, Path]],
+    encoders: Mapping[Shard, Tokenizer | None],
+    *,
+    processes: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Make these index files, the greatest shards first, so that no process is left with one at the end."""
+    sizes = {shard: _NOMINAL if isinstance(shard, RemoteShard) else shard.stat().st_size for shard, _ in work}
+    work = sorted(work, key=lambda each: -sizes[each[0]])
+    total, done = sum(sizes.values()), 0
+
+    def report(shard: Shard) -> None:
+        nonlocal done
+        done += sizes[shard]
+        if progress is not None:
+            progress(done, total)
+
+    for folder in {path.parent for _, path in work}:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder, {path.name for _, path in work})
+    processes = min(processes or (cores() if total > _WORTH_PROCESSES else 1), len(work))
+    if processes < 2:
+        for shard, path in work:
+            _index(shard, path, encoders[shard])
+            report(shard)
+        return
+    with _pool(processes) as pool:
+        orders: dict[Future[None], Shard] = {}
+        for shard, path in work:
+            encoder = encoders[shard]
+            order = pool.submit(_index_in_worker, shard, path, encoder.path if encoder else None)
+            orders[order] = shard
+        try:
+            for order in as_completed(orders):
+                order.result()
+                report(orders[order])
+        except BrokenProcessPool:
+            raise UserError(
+                "an index process was killed (out of memory?); the same command goes on where it ended"
+            ) from None
+
+
+@contextlib.contextmanager
+def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    # Never fork: this process may hold a CUDA context and running threads.
+    context = multiprocessing.get_context(
+        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    )
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """An interrupt is the parent's to handle; its death ends its workers, which would wait for orders for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _index_in_worker(shard: Shard, path: Path, tokenizer: Path | None) -> None:
+    _index(shard, path, _loaded(tokenizer) if tokenizer else None)
+
+
+def _index(shard: Shard, path: Path, encoder: Tokenizer | None) -> None:
+    try:
+        index_shard(shard, path, encoder)
+    except DownloadFailed as error:
+        raise UserError(
+            f"{shard} cannot be indexed: {error.strerror}; check the address and the network, or leave it out"
+        ) from None
+
+
+@functools.cache
+def _loaded(path: Path) -> Tokenizer:
+    return Tokenizer(path)
+
+
+def _report(indexes: Sequence[ShardIndex], greatest_share: float, skipped: dict[str, int]) -> IndexReport:
+    names = collections.Counter(index.shard.name for index in indexes)
+    reasons: collections.Counter[str] = collections.Counter()
+    notes: collections.Counter[str] = collections.Counter()
+    kinds: collections.Counter[str] = collections.Counter()
+    shards: dict[str, Any] = {}
+    bad: list[str] = []
+    samples = damaged = 0
+    for index in indexes:
+        faults = list(index.faults())
+        here = collections.Counter(fault.reason for fault in faults)
+        harm = sum(fault.reason != HARMLESS for fault in faults)
+        name = index.shard.name if names[index.shard.name] == 1 else str(index.shard)
+        shards[name] = {
+            "samples": len(index),
+            "faults": dict(sorted(here.items())),
+            "problems": sorted({fault.reason for fault in faults if is_problem_of_shard(fault)}),
+        }
+        if harm > greatest_share * (len(index) + harm):
+            bad.append(name)
+        reasons.update(here)
+        notes.update(index.notes)
+        kinds.update(_kinds(index))
+        samples += len(index)
+        damaged += harm
+    past_limit = too_many_faults(damaged, samples + damaged, greatest_share)
+    counters = {
+        "samples": samples,
+        **{kind: kinds[kind] for kind in _KINDS},
+        "faults": dict(sorted(reasons.items())),
+        "notes": dict(sorted(notes.items())),
+        "files_skipped": skipped,
+        "max_faults": greatest_share,
+        "past_limit": past_limit,
+        "bad_shards": bad,
+        "shards": shards,
+    }
+    return IndexReport(counters, bad, past_limit)
+
+
+def is_problem_of_shard(fault: Fault) -> bool:
+    """Whether the fault says something of the whole shard, though a sample may be named with it."""
+    return not fault.key or fault.reason.startswith("tar_")
+
+
+def _kinds(index: ShardIndex) -> dict[str, int]:
+    interleaved, pictures = index["elements_N"] > 0, index["pictures_N"] > 0
+    return {
+        "interleaved": int(interleaved.sum()),
+        "pairs": int((pictures & ~interleaved).sum()),
+        "texts": int((~pictures & ~interleaved).sum()),
+        "tokens": len(index["token_ids_T"]),
+    }
+
+
+def _write_lines(path: Path, records: Any) -> None:
+    with atomic_file(path) as unfinished, unfinished.open("w", encoding="ascii") as stream:
+        for record in records:
+            _write(stream, record)
+
+
+def _write(stream: TextIO, record: Fault | dict[str, Any]) -> None:
+    """One line for a fault; ASCII, since a name may hold bytes that are no UTF-8."""
+    plain = asdict(record) if isinstance(record, Fault) else record
+    stream.write(json.dumps(plain, indent=None if isinstance(record, Fault) else 1) + "\n")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time makes index files of a folder; the others wait and then find them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{_SUFFIX}.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

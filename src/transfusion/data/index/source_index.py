@@ -1,0 +1,323 @@
+"""What a source holds, where it stands and how long it is: all that planning needs, from the index of each shard.
+
+Shape suffixes: N samples of the source, C their texts and captions, T tokens of these.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfusion.config import CacheConfig, CodecConfig, SourceConfig
+from transfusion.data.images.latents import refuse_other_latents
+from transfusion.data.index.build import HARMLESS, IndexPlace, find_shards, open_indexes, too_many_faults
+from transfusion.data.index.shard_index import Integers, OpenShards, ShardIndex
+from transfusion.data.planning.epoch import Windows
+from transfusion.data.remote.cache import CacheSettings, RemoteShard
+from transfusion.data.shards.sample import Fault
+from transfusion.data.shards.scan import is_shard
+from transfusion.errors import UserError
+from transfusion.schema import ImageSegment, Segment, TextSegment
+from transfusion.sequence.layout import (
+    IMAGE_CONTROL_TOKENS,
+    PAIR_CONTROL_TOKENS,
+    TEXT_CONTROL_TOKENS,
+    image_segment,
+)
+from transfusion.sequence.sizes import ImageSizes, Size
+from transfusion.sequence.tokenizer import Tokenizer
+
+# Two bytes a token where the vocabulary allows.
+TokenIds = NDArray[np.uint16] | NDArray[np.int32]
+
+
+class SourceIndex:
+    """The samples of one source that fit a row, and the faults that were left out.
+
+    caption_start_N: N + 1 borders of each sample's captions in C; a text counts as one, and so does an
+    interleaved document. text_tokens_C: ids of each. images_N: images in each sample's document.
+    interleaved_N: whether the document has an order of its own. windows: the order of the samples, if remote.
+    patches_N: patches of all images of each document; None: each image has as many.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[ShardIndex],
+        *,
+        patches: int,
+        row_length: int,
+        latent_channels: int = 0,
+        window_shards: int = 1,
+        sizes: ImageSizes | None = None,
+    ) -> None:
+        """patches: of one image, or with `sizes` those of the size that it takes. latent_channels: of precomputed
+        latents; 0: any. window_shards: of a remote source.
+
+        What cannot be cut and is longer than a row is a fault; of several captions only those too long are left out.
+        """
+        self.name = name
+        self.shards = tuple(part.shard for part in parts)
+        self._parts, self._patches, self._row_length = tuple(parts), patches, row_length
+        self._sizes = sizes if sizes and sizes.several else None
+        self._image = ImageSegment(None, patches)
+        self._has_latents = any(part.has_latents for part in parts)
+        self._size_numbers: dict[int, NDArray[np.uint8]] = {}
+        views = [
+            _View(part, self._document_patches(part, number), row_length, latent_channels)
+            for number, part in enumerate(parts)
+        ]
+        # Which samples of each shard are kept; None: all.
+        self._kept = [view.kept for view in views]
+        # A list, which is searched faster for one sample than an array.
+        self._start_of_part = list(itertools.accumulate((len(view.captions_N) for view in views), initial=0))
+        self.caption_start_N = np.zeros(self._start_of_part[-1] + 1, np.int64)
+        if views:
+            np.cumsum(np.concatenate([view.captions_N for view in views]), out=self.caption_start_N[1:])
+        self.text_tokens_C: Integers = _joined([view.tokens_C for view in views], np.int64)
+        self.images_N: Integers = _joined([view.images_N for view in views], np.int64)
+        self.interleaved_N: NDArray[np.bool_] = _joined([view.interleaved_N for view in views], np.bool_)
+        self.patches_N: Integers | None = None
+        if self._sizes:
+            self.patches_N = _joined([view.patches_N for view in views], np.int64)
+        self.faults = tuple(fault for view in views for fault in view.faults)
+        self.windows: Windows | None = None
+        if any(isinstance(shard, RemoteShard) for shard in self.shards):
+            self.windows = Windows(np.diff(self._start_of_part), window_shards)
+
+    def __len__(self) -> int:
+        return self._start_of_part[-1]
+
+    @property
+    def is_pair_N(self) -> NDArray[np.bool_]:
+        """A picture with captions."""
+        is_pair_N: NDArray[np.bool_] = (self.images_N > 0) & ~self.interleaved_N
+        return is_pair_N
+
+    def part(self, shard: int) -> ShardIndex:
+        """The index of one shard, by its number."""
+        return self._parts[shard]
+
+    def key(self, sample: int) -> str:
+        """Key of the sample, unique in its shard."""
+        part, place = self._place(sample)
+        return part.key(place)
+
+    def text_ids(self, sample: int, caption: int = 0) -> TokenIds:
+        """Ids of the sample's text, or of the caption with this number among its own."""
+        part, place = self._place(sample)
+        first, end = part.caption_start_N.item(place), part.caption_start_N.item(place + 1)
+        if end - first > 1:
+            lengths = part["tokens_C"][first:end]
+            longest = self._row_length - self.image(sample).patches - PAIR_CONTROL_TOKENS
+            first += int(np.flatnonzero(lengths <= longest)[caption])
+        start_C = part.token_start_C
+        ids: TokenIds = part["token_ids_T"][start_C.item(first) : start_C.item(first + 1)]
+        return ids
+
+    def segments(self, sample: int) -> tuple[list[Segment], list[int]]:
+        """An interleaved document without its pixels, and for each image in it the number of its picture."""
+        part, place = self._place(sample)
+        ids, segments, pictures, first = self.text_ids(sample).tolist(), list[Segment](), list[int](), 0
+        for element in part.elements(place):
+            if element < 0:
+                segments.append(self.image(sample, -1 - element))
+                pictures.append(-1 - element)
+            else:
+                segments.append(TextSegment(tuple(ids[first : first + element])))
+                first += element
+        return segments, pictures
+
+    def image(self, sample: int, picture: int = 0) -> ImageSegment:
+        """One of the sample's pictures as planned, without its pixels."""
+        if self._sizes is None:
+            return self._image
+        size = self.size(sample, picture)
+        return image_segment(self._sizes, size) if size else self._image
+
+    def size(self, sample: int, picture: int = 0) -> Size | None:
+        """The size that one of the sample's pictures takes; None: there is only one."""
+        if self._sizes is None:
+            return None
+        number, part, place = self._located(sample)
+        return self._sizes.sizes[self._numbers(part, number)[part.picture_start_N[place] + picture]]
+
+    def images_by_size(self) -> dict[str, int]:
+        """Stored images, those of documents left out among them, by the size that they take; empty: there is one."""
+        if self._sizes is None:
+            return {}
+        number_I = np.concatenate([self._numbers(part, number) for number, part in enumerate(self._parts)])
+        counts_K = np.bincount(number_I, minlength=len(self._sizes.sizes)).tolist()
+        return {str(size): count for size, count in zip(self._sizes.sizes, counts_K, strict=True)}
+
+    def _numbers(self, part: ShardIndex, number: int) -> NDArray[np.uint8]:
+        """Of each stored picture of a shard the number of its size."""
+        if self._sizes is not None and number not in self._size_numbers:
+            shape = part["picture_height_I"], part["picture_width_I"], part["latent_channels_I"] > 0
+            self._size_numbers[number] = self._sizes.numbers(*shape).astype(np.uint8)
+        return self._size_numbers[number]
+
+    def _document_patches(self, part: ShardIndex, number: int) -> Integers:
+        """Patches [N] of all images of each sample's document, in one shard."""
+        if self._sizes is None:
+            return part.images_N * self._patches
+        patches_I = self._sizes.patches_K[self._numbers(part, number)]
+        stored_N = np.diff(_sums(patches_I)[part.picture_start_N])
+        element_E = part["element_E"].astype(np.int64)
+        if not element_E.size:
+            return stored_N
+        # The same picture may stand in a document several times.
+        picture_E = np.repeat(part.picture_start_N[:-1], part["elements_N"]) - 1 - element_E
+        shown_E = np.zeros_like(element_E)
+        shown_E[element_E < 0] = patches_I[picture_E[element_E < 0]]
+        shown_N = np.diff(_sums(shown_E)[part.element_start_N])
+        return np.where(part["elements_N"] > 0, shown_N, stored_N)
+
+    def read_picture(self, sample: int, picture: int = 0, shards: OpenShards | None = None) -> bytes:
+        """Bytes of one of the sample's pictures or latents, as they are now in the shard. Raises OSError.
+
+        shards: open ones, where several are read.
+        """
+        part, place = self._place(sample)
+        return part.read_picture(place, picture, shards)
+
+    def is_latent(self, sample: int, picture: int = 0) -> bool:
+        """Whether these are latents, not a picture."""
+        if not self._has_latents:
+            return False
+        part, place = self._place(sample)
+        return part.is_latent(place, picture)
+
+    def fault(self, sample: int, reason: str) -> Fault:
+        """A fault of this sample, found when it was read."""
+        part, place = self._place(sample)
+        return part.fault(place, reason)
+
+    def _place(self, sample: int) -> tuple[ShardIndex, int]:
+        return self._located(sample)[1:]
+
+    def _located(self, sample: int) -> tuple[int, ShardIndex, int]:
+        """Number of the shard, its index, and the number of the sample there."""
+        number = bisect_right(self._start_of_part, sample) - 1
+        place = sample - self._start_of_part[number]
+        kept = self._kept[number]
+        return number, self._parts[number], place if kept is None else int(kept[place])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lengths are for planning, which workers do not; without them a large source starts at once there too.
+        lengths = (
+            "caption_start_N", "text_tokens_C", "images_N", "interleaved_N", "patches_N", "faults", "windows",
+        )  # fmt: skip
+        kept = {name: value for name, value in self.__dict__.items() if name not in lengths}
+        return kept | {"_size_numbers": {}}
+
+
+class _View:
+    """Of one shard what fits a row of this length. kept: numbers of these samples; None: all of them.
+
+    patches_N: of all images of each sample's document.
+    """
+
+    def __init__(self, part: ShardIndex, patches_N: Integers, row_length: int, latent_channels: int) -> None:
+        self.captions_N: NDArray[Any] = part["captions_N"]
+        self.tokens_C: NDArray[Any] = part["tokens_C"]
+        self.images_N: NDArray[Any] = part.images_N
+        self.interleaved_N: NDArray[np.bool_] = (part["elements_N"] > 0) & (self.images_N > 0)
+        self.patches_N = patches_N
+        self.kept: Integers | None = None
+        self.faults = list(part.faults())
+        longest_N = row_length - TEXT_CONTROL_TOKENS - patches_N - self.images_N * IMAGE_CONTROL_TOKENS
+        is_cut_N = self.images_N == 0
+        fits_C = np.repeat(is_cut_N, self.captions_N) | (
+            self.tokens_C <= np.repeat(longest_N, self.captions_N)
+        )
+        channels_I = part["latent_channels_I"]
+        strange_I = (channels_I > 0) & (channels_I != latent_channels) & (latent_channels > 0)
+        strange = set(np.repeat(np.arange(len(part)), part["pictures_N"])[strange_I].tolist())
+        fits_C &= ~np.repeat(np.isin(np.arange(len(part)), list(strange)), self.captions_N)
+        if not fits_C.all():
+            self._leave_out(part, fits_C, strange)
+
+    def _leave_out(self, part: ShardIndex, fits_C: NDArray[np.bool_], strange: set[int]) -> None:
+        fitting_N = np.add.reduceat(fits_C, part.caption_start_N[:-1], dtype=np.int64)
+        self.kept = np.flatnonzero(fitting_N)
+        for sample in np.flatnonzero(fitting_N == 0).tolist():
+            self.faults.append(part.fault(sample, "latent_shape" if sample in strange else "longer_than_row"))
+        self.captions_N, self.tokens_C = fitting_N[self.kept], self.tokens_C[fits_C]
+        self.images_N, self.interleaved_N = self.images_N[self.kept], self.interleaved_N[self.kept]
+        self.patches_N = self.patches_N[self.kept]
+
+
+def build_index(
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    *,
+    patches: int,
+    row_length: int,
+    place: IndexPlace | None = None,
+    latent_channels: int = 0,
+    cache: CacheSettings | None = None,
+    codec: CodecConfig | None = None,
+    sizes: ImageSizes | None = None,
+) -> SourceIndex:
+    """The index of a source; index files that are missing are made first.
+
+    patches, sizes: see `SourceIndex`. cache: for remote shards; None: the default one below this folder. codec: the
+    one whose latents are taken; None: any. Raises UserError when a shard is missing, an index is stale, latents are of
+    another codec, or no good sample is left.
+    """
+    cache = cache or CacheSettings.of(CacheConfig(), Path("cache"))
+    shards = [shard for shard in find_shards(source.shards, cache) if is_shard(shard)]
+    parts = open_indexes(shards, tokenizer, place or IndexPlace())
+    for part in parts:
+        # What stands beside a remote shard is not seen.
+        if codec and isinstance(part.shard, Path) and part["latent_channels_I"].any():
+            refuse_other_latents(part.shard, codec, source.name)
+    index = SourceIndex(
+        source.name,
+        parts,
+        patches=patches,
+        row_length=row_length,
+        latent_channels=latent_channels,
+        window_shards=source.window_shards,
+        sizes=sizes,
+    )
+    if not len(index):
+        raise UserError(
+            f"source {source.name} has no usable sample in {len(shards)} shards{_why(index.faults)}"
+        )
+    return index
+
+
+def refuse_too_many(indexes: Iterable[SourceIndex], greatest_share: float) -> None:
+    """Raises UserError for a source with too many faults, with its reasons."""
+    for index in indexes:
+        harm = [fault for fault in index.faults if fault.reason != HARMLESS]
+        if too_many_faults(len(harm), len(harm) + len(index), greatest_share):
+            raise UserError(
+                f"source {index.name}: {len(harm)} of {len(harm) + len(index)} samples are bad{_why(harm)};"
+                f" mend the shards or raise data.max_faults ({greatest_share})"
+            )
+
+
+def _sums(counts: NDArray[Any]) -> Integers:
+    """Of none, of the first, of the first two, and so on."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _joined(arrays: Sequence[NDArray[Any]], kind: type) -> NDArray[Any]:
+    return np.concatenate(arrays).astype(kind) if arrays else np.empty(0, kind)
+
+
+def _why(faults: Iterable[Fault]) -> str:
+    counts = collections.Counter(fault.reason for fault in faults)
+    return (
+        f" ({', '.join(f'{reason}: {count}' for reason, count in counts.most_common(4))})" if counts else ""
+    )

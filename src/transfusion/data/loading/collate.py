@@ -1,0 +1,76 @@
+"""Rows to a `Batch`, as `schema` describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfusion.data.loading.rows import Row, RowImage, RowSettings
+from transfusion.schema import Batch, BatchCounts, ImageGroup, Modality
+from transfusion_kernels import IntervalMask
+
+
+def collate(rows: Sequence[Row], settings: RowSettings) -> Batch:
+    """The rows as one batch, on the host."""
+    mask = IntervalMask(
+        _stacked([row.first_key_S for row in rows]), _stacked([row.end_key_S for row in rows])
+    )
+    return Batch(
+        token_ids_BS=_stacked([row.token_ids_S for row in rows]),
+        modality_BS=_stacked([row.modality_S for row in rows]),
+        position_BSA=_stacked([row.position_SA for row in rows]),
+        target_ids_BS=_stacked([row.target_ids_S for row in rows]),
+        text_weight_BS=_stacked([row.text_weight_S for row in rows]),
+        mask=mask,
+        images=_groups(rows, settings),
+        counts=_counts(rows),
+    )
+
+
+def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[ImageGroup, ...]:
+    """Images by type and shape, in row order; one of weight 0 where there is none, so that ranks do the same work."""
+    by_shape: dict[tuple[str, tuple[int, ...]], list[tuple[int, RowImage]]] = {}
+    for number, row in enumerate(rows):
+        for image in row.images:
+            first_slot = number * settings.row_length + image.first_patch
+            by_shape.setdefault((image.values_CHW.dtype.str, image.values_CHW.shape), []).append(
+                (first_slot, image)
+            )
+    if not by_shape:
+        size = settings.sizes.first
+        nothing = RowImage(
+            np.zeros((settings.channels, *size), np.uint8), 0, settings.sizes.patches(size), 0, 0
+        )
+        return (_group([(0, nothing)], weight=0.0),)
+    return tuple(_group(images, weight=1.0) for _, images in sorted(by_shape.items()))
+
+
+def _group(images: Sequence[tuple[int, RowImage]], *, weight: float) -> ImageGroup:
+    first_slot_I = torch.tensor([slot for slot, _ in images], dtype=torch.int64)
+    return ImageGroup(
+        modality=Modality.IMAGE,
+        values=_stacked([image.values_CHW for _, image in images]),
+        image_weight_I=torch.full((len(images),), weight, dtype=torch.float32),
+        patch_slot_IP=first_slot_I[:, None] + torch.arange(images[0][1].patches),
+        timestep_I=torch.tensor([image.timestep for _, image in images], dtype=torch.int64),
+        noise_key_I=torch.tensor([image.noise_key for _, image in images], dtype=torch.int64),
+    )
+
+
+def _counts(rows: Sequence[Row]) -> BatchCounts:
+    padding = sum(int((row.modality_S == Modality.PADDING).sum()) for row in rows)
+    return BatchCounts(
+        tokens=sum(len(row.token_ids_S) for row in rows) - padding,
+        text_targets=sum(int(np.count_nonzero(row.text_weight_S)) for row in rows),
+        images=sum(len(row.images) for row in rows),
+        image_elements=sum(image.values_CHW.size for row in rows for image in row.images),
+        padding=padding,
+        faults=sum(len(row.faults) for row in rows),
+    )
+
+
+def _stacked(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))

@@ -1,0 +1,182 @@
+"""The training stream: each rank's micro-batches of global batches that depend on no rank number."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from transfusion.config import Config, SourceConfig
+from transfusion.data.index.build import cache_of
+from transfusion.data.index.open import build_indexes, is_remote, source_lengths
+from transfusion.data.index.source_index import refuse_too_many
+from transfusion.data.loading.collate import collate
+from transfusion.data.loading.prefetch import PlanFetcher
+from transfusion.data.loading.rows import Row, RowBuilder, RowSettings
+from transfusion.data.loading.workers import LocalWorkshop, ProcessWorkshop, Workshop
+from transfusion.data.planning.epoch import VariantRule
+from transfusion.data.planning.packing import Piece, Planner, PlanSettings, RowPlan, State
+from transfusion.data.shards.scan import Fault
+from transfusion.errors import UserError
+from transfusion.schema import Batch, BatchCounts
+from transfusion.sequence.tokenizer import Tokenizer
+
+# Steps that workers prepare ahead.
+_STEPS_AHEAD = 2
+
+
+class Reading(NamedTuple):
+    """How reading went: samples that could not be read, and all that were tried."""
+
+    faults: int
+    samples: int
+
+
+class Loader:
+    """Endless training batches, exact at any world size and worker count, resumable at any step.
+
+    Rank r of W has rows r, r + W, r + 2 W ... of every global batch of data.rows rows.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sources: Sequence[SourceConfig],
+        tokenizer: Tokenizer,
+        *,
+        rank: int,
+        world_size: int,
+        state: State | None = None,
+    ) -> None:
+        """Raises UserError: shards missing or too bad, rows that ranks cannot share, a foreign state."""
+        if not sources:
+            raise UserError("data.sources is empty; name at least one source with its shards")
+        rows_per_rank(config.data.rows, world_size)
+        self._config, self._rank, self._world_size = config, rank, world_size
+        self.indexes = build_indexes(config, sources, tokenizer)
+        refuse_too_many(self.indexes, config.data.max_faults)
+        lengths = [
+            source_lengths(index, source.schedule, config)
+            for index, source in zip(self.indexes, sources, strict=True)
+        ]
+        settings = plan_settings(config)
+        self._planner = Planner(lengths, settings, state)
+        self.fetching: PlanFetcher | None = None
+        if any(map(is_remote, self.indexes)):
+            self.fetching = PlanFetcher(
+                self._planner,
+                self.indexes,
+                lengths,
+                settings.variants,
+                cache_of(config),
+                rank=rank,
+                world_size=world_size,
+            )
+        self._settings = RowSettings.of(config)
+        builder = RowBuilder(self.indexes, self._settings)
+        workers = config.data.workers
+        self._workshop: Workshop = ProcessWorkshop(builder, workers) if workers else LocalWorkshop(builder)
+        self._steps_ahead = _STEPS_AHEAD if workers else 0
+        self._state = self._planner.state()
+        self._plans: Sequence[RowPlan] = ()
+        self._ordered: collections.deque[tuple[Sequence[RowPlan], State]] = collections.deque()
+        # The same bad sample comes again every epoch.
+        self._faults: dict[Fault, None] = {}
+        # Of the last step. What it means is judged by all ranks together, not here.
+        self.reading = Reading(0, 0)
+        self._totals = BatchCounts(tokens=0, text_targets=0, images=0, image_elements=0, padding=0)
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the next global batch; every rank has the same number of them.
+
+        What could not be read is left out and counted in `reading`.
+        """
+        while len(self._ordered) <= self._steps_ahead:
+            if self.fetching is not None:
+                # A step is ordered once its shards are there; only the one that is asked for is waited for.
+                if self._ordered and not self.fetching.is_ready():
+                    break
+                self.fetching.begin_batch()
+            plans = self._planner.next_batch(self._rank, self._world_size)
+            self._workshop.order(plans)
+            self._ordered.append((plans, self._planner.state()))
+        rows = self._workshop.collect()
+        if self.fetching is not None:
+            self.fetching.fetcher.end_batch()
+        self._plans, self._state = self._ordered.popleft()
+        found = [fault for row in rows for fault in row.faults]
+        self._faults.update(dict.fromkeys(found))
+        self.reading = Reading(len(found), sum(row.samples for row in rows))
+        batches = [collate(part, self._settings) for part in micro_rows(rows, self._config.data.micro_rows)]
+        for batch in batches:
+            self._totals += batch.counts
+        return batches
+
+    def state(self) -> State:
+        """Where the stream stands after the last step taken: a small JSON dict, the same on every rank."""
+        return self._state
+
+    def samples(self) -> list[str]:
+        """The samples of this rank's last step, a row a line: source and key of each."""
+        return [
+            f"row {number}: " + ", ".join(self._name(piece) for piece in plan)
+            for number, plan in enumerate(self._plans)
+        ]
+
+    def _name(self, piece: Piece) -> str:
+        index = self.indexes[piece.source]
+        return f"{index.name} {index.key(piece.sample)}"
+
+    def counters(self) -> dict[str, Any]:
+        """What this rank was given so far, and bad samples by reason, those of the index too."""
+        counts: dict[str, Any] = dataclasses.asdict(self._totals)
+        counts["faults"] = dict(collections.Counter(fault.reason for fault in self.faults()))
+        return counts
+
+    def faults(self) -> list[Fault]:
+        """Every sample that was left out, once: by the index first, then at run time."""
+        return [fault for index in self.indexes for fault in index.faults] + list(self._faults)
+
+    def close(self) -> None:
+        """End the workers and downloads."""
+        self._workshop.close()
+        if self.fetching is not None:
+            self.fetching.fetcher.close()
+
+    def complaint(self) -> str:
+        """A shard that could not be downloaded, and why; empty where all could."""
+        return self.fetching.fetcher.complaint() if self.fetching is not None else ""
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def rows_per_rank(rows: int, world_size: int) -> int:
+    """Rows of a global batch that each rank computes. Raises UserError when they cannot be shared evenly."""
+    if rows % world_size:
+        below, above = rows // world_size * world_size, -(-rows // world_size) * world_size
+        nearest = above if not below or above - rows <= rows - below else below
+        raise UserError(
+            f"data.rows {rows} cannot be shared by {world_size} ranks; the nearest that can is {nearest}"
+        )
+    return rows // world_size
+
+
+def micro_rows(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    """Rows in runs of `size` (0: all at once)."""
+    size = size or len(rows)
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def plan_settings(config: Config) -> PlanSettings:
+    """What the planner is told of the configuration."""
+    data = config.data
+    rule = VariantRule(seed=config.run.seed, caption_first=data.caption_first, caption_drop=data.caption_drop)
+    return PlanSettings(rows=data.rows, row_length=data.row_length, open_rows=data.open_rows, variants=rule)

@@ -1,0 +1,351 @@
+"""One planned row as arrays: its documents laid out, its pictures decoded, its random numbers drawn.
+
+Stateless: the same plan gives the same row, in whichever process.
+Shape suffixes: S positions of the row, A position axes, C channels, H/W picture height and width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfusion.config import Config
+from transfusion.data.images.decode import DecodeFault, decode_to
+from transfusion.data.images.latents import LatentFault, read_latent, read_tokens
+from transfusion.data.index.shard_index import OpenShards
+from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.planning import hash_rng
+from transfusion.data.planning.epoch import Variant
+from transfusion.data.planning.packing import Piece, RowPlan
+from transfusion.data.shards.scan import Fault
+from transfusion.data.strips import Strips
+from transfusion.files import name_hash
+from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
+from transfusion.sequence.layout import (
+    Draft,
+    draft,
+    draft_pair,
+    draft_text,
+    image_segment,
+    lay_out_all,
+    position_axes,
+)
+from transfusion.sequence.sizes import ImageSizes
+from transfusion.sequence.timesteps import TimestepLaw
+
+_TIMESTEP, _NOISE = name_hash("timestep"), name_hash("noise")
+# Decoded pictures are kept up to this size: a small data set is then decoded once, not once an epoch.
+_CACHE_BYTES = 64 << 20
+# <EOI> and <EOS>.
+_AFTER_LAST_IMAGE = 2
+# uint8 pixels or float32 latents, [C, H, W], or int32 tokens [H, W].
+Values = NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int32]
+# Of a picture, latents or tokens: source, sample, number among the sample's.
+Place = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSettings:
+    """The part of the configuration that decides what a row holds."""
+
+    seed: int
+    row_length: int
+    axes: int
+    channels: int
+    latent_channels: int
+    sizes: ImageSizes
+    timesteps: TimestepLaw
+    image_first_timesteps: int
+    causal_images: bool = False
+    codes: int = 0
+
+    @classmethod
+    def of(cls, config: Config) -> RowSettings:
+        diffusion = config.diffusion
+        return cls(
+            seed=config.run.seed,
+            row_length=config.data.row_length,
+            axes=position_axes(config.model.position),
+            channels=config.codec.channels,
+            latent_channels=config.codec.depth,
+            sizes=config.image_sizes,
+            timesteps=TimestepLaw(diffusion.timestep_law, diffusion.timestep_shift, diffusion.steps),
+            image_first_timesteps=diffusion.understanding_timestep_limit or diffusion.steps,
+            causal_images=config.model.image_attention == "causal",
+            codes=config.codec.codes if config.codec.kind == "vq" else 0,
+        )
+
+
+class RowImage(NamedTuple):
+    """An image of the row: pixels or latents, the position of its first patch, its noise level and noise."""
+
+    values_CHW: Values
+    first_patch: int
+    patches: int
+    timestep: int
+    noise_key: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A row as it enters a batch (see `schema.Batch`). samples: its pieces, good and bad."""
+
+    token_ids_S: NDArray[np.int64]
+    modality_S: NDArray[np.uint8]
+    position_SA: NDArray[np.int64]
+    target_ids_S: NDArray[np.int64]
+    text_weight_S: NDArray[np.float32]
+    first_key_S: NDArray[np.int32]
+    end_key_S: NDArray[np.int32]
+    images: tuple[RowImage, ...]
+    faults: tuple[Fault, ...]
+    samples: int
+
+
+class RowBuilder:
+    """Builds rows from plans over these indexes."""
+
+    def __init__(self, indexes: Sequence[SourceIndex], settings: RowSettings) -> None:
+        self._indexes, self._settings = tuple(indexes), settings
+        self._source_keys = [name_hash(index.name) for index in indexes]
+        self._cache: dict[Place, Values] = {}
+        self._cached_bytes = 0
+
+    def build(self, plan: RowPlan) -> Row:
+        """The planned row. A sample that cannot be read keeps its place, silenced, as a fault of the row."""
+        pictures, faults = self._pictures(plan)
+        drafts = [self._draft(piece, pictures.get(number, ())) for number, piece in enumerate(plan)]
+        bad = [number for number, piece in enumerate(plan) if _has_images(piece) and number not in pictures]
+        images = self._images(plan, drafts, pictures)
+        return joined(drafts, self._settings, images, faults, silenced=bad)
+
+    def empty(self) -> Row:
+        """A row of padding alone."""
+        return self.build(())
+
+    def _draft(self, piece: Piece, pictures: Sequence[Values]) -> Draft:
+        """pictures: its images; none of a piece whose images could not be had."""
+        index = self._indexes[piece.source]
+        if piece.variant == Variant.TEXT:
+            return draft_text(index.text_ids(piece.sample, piece.caption), piece.first, piece.tokens)
+        if piece.variant == Variant.INTERLEAVED:
+            segments = index.segments(piece.sample)[0]
+            return draft(with_values(segments, pictures, self._settings.sizes) if pictures else segments)
+        caption, image = index.text_ids(piece.sample, piece.caption), index.image(piece.sample)
+        if pictures and self._settings.sizes.several:
+            image = _cut(pictures[0], image, self._settings.sizes)
+        return draft_pair(
+            None if piece.variant == Variant.CAPTION_DROPPED else caption,
+            image,
+            caption_first=piece.variant == Variant.CAPTION_FIRST,
+        )
+
+    def _pictures(self, plan: RowPlan) -> tuple[dict[int, list[Values]], tuple[Fault, ...]]:
+        """The images of each piece by its number, and the faults of those pieces whose images could not be had."""
+        places: dict[int, list[Place]] = {}
+        reasons: dict[int, str] = {}
+        strips = Strips(channels=self._settings.channels)
+        begun: dict[Place, Values | None] = {}
+        with OpenShards() as shards:
+            for number, piece in enumerate(plan):
+                if not _has_images(piece):
+                    continue
+                try:
+                    wanted = [(piece.source, piece.sample, picture) for picture in self._numbers(piece)]
+                    # Before they are read: a fault of the first one's pixels goes before one of reading the next.
+                    places[number] = wanted
+                    for place in wanted:
+                        self._begin(place, begun, strips, shards)
+                except DecodeFault as error:
+                    reasons[number] = str(error)
+                except OSError as error:
+                    reasons[number] = f"unreadable shard ({error.strerror})"
+        values, bad = self._finish(begun, strips)
+        pictures: dict[int, list[Values]] = {}
+        for number, wanted in places.items():
+            if fault := next((bad[place] for place in wanted if place in bad), None):
+                reasons[number] = str(fault)
+            elif number not in reasons:
+                pictures[number] = [values[place] for place in wanted]
+        faulty = ((plan[number], reason) for number, reason in sorted(reasons.items()))
+        faults = (self._indexes[piece.source].fault(piece.sample, reason) for piece, reason in faulty)
+        return pictures, tuple(faults)
+
+    def _numbers(self, piece: Piece) -> Sequence[int]:
+        """For each image of the piece the number of its picture among the sample's."""
+        if piece.variant != Variant.INTERLEAVED:
+            return (0,)
+        return self._indexes[piece.source].segments(piece.sample)[1]
+
+    def _begin(
+        self, place: Place, begun: dict[Place, Values | None], strips: Strips, shards: OpenShards
+    ) -> None:
+        """Read a picture or latents, unless they are there; None: they will come from the strips.
+
+        Raises DecodeFault and OSError.
+        """
+        if place in begun:
+            return
+        if (values := self._cache.get(place)) is None:
+            source, sample, number = place
+            index = self._indexes[source]
+            if index.is_latent(sample, number):
+                values = read_values(index, sample, number, self._settings, shards)
+            else:
+                sizes = self._settings.sizes
+                size = index.size(sample, number) or sizes.first
+                strips.add(place, index.read_picture(sample, number, shards), size, sizes.when_turned(size))
+        begun[place] = values
+
+    def _finish(
+        self, begun: dict[Place, Values | None], strips: Strips
+    ) -> tuple[dict[Place, Values], Mapping[Hashable, DecodeFault]]:
+        """All that was begun, remembered while there is room, and what is wrong with others."""
+        (pictures, bad), finished = strips.finish(), dict[Place, Values]()
+        for place, values in begun.items():
+            if place in bad:
+                continue
+            finished[place] = pictures[place] if values is None else values
+            if place not in self._cache and self._cached_bytes + finished[place].nbytes <= _CACHE_BYTES:
+                self._cache[place] = finished[place]
+                self._cached_bytes += finished[place].nbytes
+        return finished, bad
+
+    def _images(
+        self, plan: RowPlan, drafts: Sequence[Draft], pictures: dict[int, list[Values]]
+    ) -> tuple[RowImage, ...]:
+        if not pictures:
+            return ()
+        starts = borders(drafts)
+        places = [(number, image) for number, values in pictures.items() for image in range(len(values))]
+        understood = [
+            sum(drafts[number].images[image][:2]) + _AFTER_LAST_IMAGE < len(drafts[number].token_ids_S)
+            for number, image in places
+        ]
+        timesteps, noise_keys = self._random([plan[number] for number, _ in places], places, understood)
+        return tuple(
+            RowImage(
+                pictures[number][image],
+                starts[number] + drafts[number].images[image][0],
+                drafts[number].images[image][1],
+                *drawn,
+            )
+            for (number, image), *drawn in zip(places, timesteps, noise_keys, strict=True)
+        )
+
+    def _random(
+        self, pieces: Sequence[Piece], places: Sequence[tuple[int, int]], understood: Sequence[bool]
+    ) -> tuple[list[int], list[int]]:
+        """Timestep and noise key of each image, by hashes of (seed, source, epoch, sample, image)."""
+        # An image with something after it is there to be understood, so it is not noised beyond recognition.
+        law = self._settings.timesteps
+        limits = [self._settings.image_first_timesteps if goes_on else law.steps for goes_on in understood]
+        words = (
+            [self._source_keys[piece.source] for piece in pieces],
+            [piece.epoch for piece in pieces],
+            [piece.sample for piece in pieces],
+            [image for _, image in places],
+        )
+        uniforms = hash_rng.uniform(self._settings.seed, _TIMESTEP, *words).tolist()
+        noise_keys = hash_rng.bits(self._settings.seed, _NOISE, *words) >> np.uint64(1)
+        timesteps = [law.draw(uniform, limit) for uniform, limit in zip(uniforms, limits, strict=True)]
+        return timesteps, noise_keys.tolist()
+
+
+def read_values(
+    index: SourceIndex, sample: int, picture: int, settings: RowSettings, shards: OpenShards | None = None
+) -> Values:
+    """One of the sample's pictures as pixels, or its latents or tokens. Raises DecodeFault and OSError.
+
+    shards: open ones, where several are read.
+    """
+    data = index.read_picture(sample, picture, shards)
+    size = index.size(sample, picture) or settings.sizes.first
+    if not index.is_latent(sample, picture):
+        turned = settings.sizes.when_turned(size)
+        return decode_to(data, size, turned=turned, channels=settings.channels)
+    try:
+        latent: Values = read_tokens(data, settings.codes) if settings.codes else read_latent(data)
+    except LatentFault as error:
+        raise DecodeFault(str(error)) from None
+    latent_shape = settings.sizes.latents(size)
+    if latent.shape != (latent_shape if settings.codes else (settings.latent_channels, *latent_shape)):
+        raise DecodeFault("latent_shape")
+    return latent
+
+
+def pair_segments(caption_ids: Sequence[int], image: ImageSegment, variant: int) -> list[Segment]:
+    """Segments of a picture with its caption, in the order of the variant."""
+    caption = TextSegment(tuple(caption_ids))
+    if variant == Variant.CAPTION_DROPPED:
+        return [image]
+    return [caption, image] if variant == Variant.CAPTION_FIRST else [image, caption]
+
+
+def with_values(segments: Sequence[Segment], pictures: Sequence[Values], sizes: ImageSizes) -> list[Segment]:
+    """The document with its pictures, in order, each cut as its values are: one may have been turned upright."""
+    values = iter(pictures)
+    return [
+        _cut(next(values), segment, sizes) if isinstance(segment, ImageSegment) else segment
+        for segment in segments
+    ]
+
+
+def _cut(values: Values, planned: ImageSegment, sizes: ImageSizes) -> ImageSegment:
+    size = sizes.of(values)
+    return image_segment(sizes, size, values) if size else replace(planned, values_CHW=values)
+
+
+def _has_images(piece: Piece) -> bool:
+    return piece.variant != Variant.TEXT
+
+
+def borders(drafts: Sequence[Draft]) -> list[int]:
+    """Where each document begins when they stand one after another, and where the last ends."""
+    return list(itertools.accumulate((len(each.token_ids_S) for each in drafts), initial=0))
+
+
+def joined(
+    drafts: Sequence[Draft],
+    settings: RowSettings,
+    images: tuple[RowImage, ...],
+    faults: tuple[Fault, ...],
+    silenced: Sequence[int] = (),
+) -> Row:
+    """Documents one after another, then padding, which sees nothing and which nothing sees.
+
+    silenced: numbers of documents that keep their length and what they see, with nothing to read or to learn.
+    """
+    starts = borders(drafts)
+    layout = lay_out_all(drafts, axes=settings.axes, causal_images=settings.causal_images)
+    used, length = starts[-1], settings.row_length
+    row = Row(
+        token_ids_S=_padded(layout.token_ids_S, length, SpecialToken.PADDING),
+        modality_S=_padded(layout.modality_S, length, Modality.PADDING),
+        position_SA=_padded(layout.position_SA, length, 0),
+        target_ids_S=_padded(layout.target_ids_S, length, SpecialToken.PADDING),
+        text_weight_S=_padded(layout.text_weight_S, length, 0),
+        first_key_S=_padded(np.repeat(np.array(starts[:-1], np.int32), np.diff(starts)), length, used),
+        end_key_S=_padded(layout.end_key_S, length, used),
+        images=images,
+        faults=faults,
+        samples=len(drafts),
+    )
+    for number in silenced:
+        here = slice(*starts[number : number + 2])
+        row.token_ids_S[here] = row.target_ids_S[here] = SpecialToken.PADDING
+        row.modality_S[here] = Modality.PADDING
+        row.text_weight_S[here] = 0
+    return row
+
+
+def _padded(values: NDArray[Any], length: int, filling: int) -> NDArray[Any]:
+    """[S, ...] to `length` positions."""
+    padded = np.full((length, *values.shape[1:]), filling, values.dtype)
+    padded[: len(values)] = values
+    return padded

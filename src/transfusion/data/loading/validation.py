@@ -1,0 +1,115 @@
+"""Held-out data: every document exactly once, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from transfusion.config import Config, SourceConfig
+from transfusion.data.images.decode import DecodeFault
+from transfusion.data.index.build import cache_of
+from transfusion.data.index.open import build_indexes, is_remote, source_lengths
+from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.loading.collate import collate
+from transfusion.data.loading.prefetch import Fetcher, shards_of
+from transfusion.data.loading.rows import RowBuilder, RowSettings, pair_segments, read_values, with_values
+from transfusion.data.planning.epoch import Variant, VariantRule
+from transfusion.data.planning.packing import PlanSettings, RowPlan, plan_once
+from transfusion.data.shards.scan import Fault
+from transfusion.errors import UserError
+from transfusion.schema import Batch, Document, TextSegment
+from transfusion.sequence.tokenizer import Tokenizer
+
+# So many that a text is cut only where it is longer than a row: a cut takes context away.
+_OPEN_ROWS = 256
+
+
+class EvaluationLoader:
+    """Batches over held-out sources; each pass gives the same ones, and every rank the same number of them.
+
+    No caption is dropped, and `caption_first` of the pairs have their caption first: by default all, so that
+    images are judged at every noise level and captions without having seen the image.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sources: Sequence[SourceConfig],
+        tokenizer: Tokenizer,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        rows: int = 0,
+        caption_first: float = 1.0,
+    ) -> None:
+        """rows: of one batch of one rank; 0: as many as a micro-batch of training. Raises as Loader does."""
+        if not sources:
+            raise UserError("data.held_out is empty; name at least one source with its shards")
+        self._rank, self._world_size = rank, world_size
+        self._rows = rows or config.data.micro_rows or max(1, config.data.rows // world_size)
+        self.indexes = build_indexes(config, sources, tokenizer)
+        self._settings, self._cache = RowSettings.of(config), cache_of(config)
+        self._builder = RowBuilder(self.indexes, self._settings)
+        rule = VariantRule(seed=config.run.seed, caption_first=caption_first, caption_drop=0.0)
+        length = config.data.row_length
+        plan = PlanSettings(rows=self._rows, row_length=length, open_rows=_OPEN_ROWS, variants=rule)
+        lengths = [source_lengths(index, ((0, 1.0),), config) for index in self.indexes]
+        self._plans: list[RowPlan] = list(plan_once(lengths, plan))
+
+    def __len__(self) -> int:
+        """Batches of each rank."""
+        return -(-len(self._plans) // (self._rows * self._world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches; the last ones hold rows of padding where documents have run out."""
+        mine = self._plans[self._rank :: self._world_size]
+        batches = [mine[number * self._rows : (number + 1) * self._rows] for number in range(len(self))]
+        with contextlib.ExitStack() as stack:
+            fetcher: Fetcher | None = None
+            if any(map(is_remote, self.indexes)):
+                fetcher = stack.enter_context(contextlib.closing(Fetcher(self.indexes, self._cache)))
+                fetcher.expect(shards_of(plans, self.indexes) for plans in batches)
+            for plans in batches:
+                if fetcher is not None:
+                    fetcher.begin_batch()
+                rows = [self._builder.build(plan) for plan in plans]
+                rows += [self._builder.empty() for _ in range(self._rows - len(rows))]
+                if fetcher is not None:
+                    fetcher.end_batch()
+                yield collate(rows, self._settings)
+
+
+def documents(
+    config: Config,
+    sources: Sequence[SourceConfig],
+    tokenizer: Tokenizer,
+    *,
+    faults: list[Fault] | None = None,
+) -> Iterator[Document]:
+    """Every document of the sources in file order: a text, or a picture after its caption.
+
+    A picture that cannot be decoded is left out, and added to `faults` when that is given.
+    """
+    for index in build_indexes(config, sources, tokenizer):
+        for sample in range(len(index)):
+            try:
+                yield _document(index, sample, config)
+            except (DecodeFault, OSError) as error:
+                if faults is not None:
+                    faults.append(index.fault(sample, str(error)))
+
+
+def _document(index: SourceIndex, sample: int, config: Config) -> Document:
+    settings = RowSettings.of(config)
+    if index.interleaved_N[sample]:
+        segments, pictures = index.segments(sample)
+        values = [read_values(index, sample, picture, settings) for picture in pictures]
+        segments = with_values(segments, values, settings.sizes)
+    elif index.images_N[sample]:
+        values = [read_values(index, sample, 0, settings)]
+        ids = index.text_ids(sample).tolist()
+        segments = pair_segments(ids, index.image(sample), Variant.CAPTION_FIRST)
+        segments = with_values(segments, values, settings.sizes)
+    else:
+        segments = [TextSegment(tuple(index.text_ids(sample).tolist()))]
+    return Document(tuple(segments), index.name, index.key(sample))

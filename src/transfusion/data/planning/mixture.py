@@ -1,0 +1,191 @@
+"""Documents of all sources as one stream in which each source has its share of the tokens.
+
+A source's clock is the tokens it has given, divided by its share; the next piece comes from the source whose clock
+is furthest behind. So the stream is the sources' pieces sorted by their clocks, and thousands are found at once.
+Shape suffixes: D documents, P pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from transfusion.data.planning.epoch import Deck, Documents, Integers, Lengths, VariantRule, share_at
+
+# Ticks of a clock a token, for a source that is alone.
+_TICKS = 1 << 16
+_FEWEST_DRAWN = 256
+# Where a source stands: number of its next draw, tokens already given of that document, clock.
+Cursor = list[int]
+Cursors = dict[str, Cursor]
+
+
+class Columns(NamedTuple):
+    """Pieces [P] of documents: `tokens` tokens from `first` of a draw of a source; whole: its whole length."""
+
+    source: Integers
+    draw: Integers
+    epoch: Integers
+    sample: Integers
+    first: Integers
+    tokens: Integers
+    variant: Integers
+    caption: Integers
+    whole: Integers
+
+
+def fresh_cursors(sources: Sequence[Lengths]) -> Cursors:
+    """Every source at its first document."""
+    return {source.name: [0, 0, 0] for source in sources}
+
+
+class Stream:
+    """The stream from some cursors on, under the shares of one step."""
+
+    def __init__(
+        self,
+        sources: Sequence[Lengths],
+        variants: VariantRule,
+        cursors: Cursors,
+        *,
+        step: int,
+        row_length: int,
+        shortest_piece: int,
+    ) -> None:
+        """A text longer than `row_length` is given in parts of that length, none below `shortest_piece`."""
+        shares = [share_at(source.schedule, step) for source in sources]
+        total = sum(shares)
+        self._names = [source.name for source in sources]
+        self._tapes = [
+            _Tape(Deck(source, variants), cursors[source.name], row_length, shortest_piece)
+            for source in sources
+        ]
+        # Ticks a token; a source without a share has no clock and gives nothing.
+        self._rates = [max(1, round(_TICKS * total / share)) if share else 0 for share in shares]
+        if any(first == step for source in sources for first, _ in source.schedule):
+            # What was given under other shares is not made up for.
+            for tape in self._tapes:
+                tape.clock = 0
+
+    def ahead(self, tokens: int) -> Columns:
+        """The next pieces in order, about so many tokens of them; they stay in the stream until taken."""
+        active = [(tape, rate) for tape, rate in zip(self._tapes, self._rates, strict=True) if rate]
+        horizon = min(tape.clock for tape, _ in active) + (tokens + 1) * _TICKS
+        found, clocks = [], []
+        for number, (tape, rate) in enumerate(zip(self._tapes, self._rates, strict=True)):
+            if rate and tape.clock < horizon:
+                pieces = tape.pieces(-(-(horizon - tape.clock) // rate), number)
+                start = np.cumsum(pieces.tokens) - pieces.tokens
+                found.append(pieces)
+                clocks.append(tape.clock + start * rate)
+        clock = np.concatenate(clocks)
+        order = np.argsort(clock, kind="stable")
+        order = order[clock[order] < horizon]
+        return Columns(*(np.concatenate(column)[order] for column in zip(*found, strict=True)))
+
+    def take(self, pieces: Columns, count: int) -> None:
+        """The first `count` of the pieces that `ahead` gave are no longer in the stream."""
+        for number, (tape, rate) in enumerate(zip(self._tapes, self._rates, strict=True)):
+            here = np.flatnonzero(pieces.source[:count] == number)
+            if len(here):
+                last = here[-1]
+                end = int(pieces.first[last] + pieces.tokens[last])
+                whole = end == int(pieces.whole[last])
+                tape.seek(int(pieces.draw[last]) + whole, 0 if whole else end)
+                tape.clock += int(pieces.tokens[here].sum()) * rate
+
+    def cursors(self) -> Cursors:
+        """Where the sources stand. Clocks count from the one that is furthest behind."""
+        slowest = min(tape.clock for tape, rate in zip(self._tapes, self._rates, strict=True) if rate)
+        return {
+            name: [tape.draw, tape.first, tape.clock - slowest if rate else 0]
+            for name, tape, rate in zip(self._names, self._tapes, self._rates, strict=True)
+        }
+
+    def next_draws(self) -> list[int]:
+        """Number of the next draw of each source."""
+        return [tape.draw for tape in self._tapes]
+
+    def whole_documents(self, source: int, draw_D: Integers) -> Columns:
+        """These draws of a source, uncut."""
+        return _columns(source, draw_D, self._tapes[source].deck.documents(draw_D))
+
+    def documents(self, count: int) -> Columns:
+        """The next `count` documents of the only source, in pieces."""
+        return self._tapes[0].pieces_of(count, 0)
+
+
+class _Tape:
+    """One source: where it stands, and the documents drawn ahead."""
+
+    def __init__(self, deck: Deck, cursor: Cursor, row_length: int, shortest_piece: int) -> None:
+        self.deck = deck
+        self.draw, self.first, self.clock = cursor
+        self._row_length, self._shortest = row_length, shortest_piece
+        self._drawn = _columns(0, *self._draw(self.draw, 0))
+
+    def _draw(self, first: int, count: int) -> tuple[Integers, Documents]:
+        draw_D = np.arange(first, first + count, dtype=np.int64)
+        return draw_D, self.deck.documents(draw_D)
+
+    def seek(self, draw: int, first: int) -> None:
+        """Stand at this token of this draw."""
+        skipped = draw - self.draw
+        self._drawn = Columns(*(column[skipped:] for column in self._drawn))
+        self.draw, self.first = draw, first
+
+    def pieces(self, tokens: int, source: int) -> Columns:
+        """Pieces from here on, at least so many tokens."""
+        wanted = tokens + self.first
+        while (have := int(self._drawn.tokens.sum())) < wanted:
+            known = len(self._drawn.tokens)
+            more = (wanted - have) * known // have if have else 0
+            self._extend(max(_FEWEST_DRAWN, more + more // 16))
+        ends = np.cumsum(self._drawn.tokens)
+        return self.pieces_of(int(np.searchsorted(ends, wanted)) + 1, source)
+
+    def pieces_of(self, count: int, source: int) -> Columns:
+        """Pieces of the next `count` documents."""
+        if len(self._drawn.tokens) < count:
+            self._extend(count - len(self._drawn.tokens))
+        whole = Columns(*(column[:count] for column in self._drawn))
+        whole = whole._replace(source=np.full(count, source))
+        return self._cut(whole)
+
+    def _extend(self, count: int) -> None:
+        more = _columns(0, *self._draw(self.draw + len(self._drawn.tokens), count))
+        self._drawn = Columns(*(np.concatenate(pair) for pair in zip(self._drawn, more, strict=True)))
+
+    def _cut(self, documents: Columns) -> Columns:
+        """Parts of at most a row; the first document goes on where it was left."""
+        begin = np.zeros_like(documents.tokens)
+        begin[0] = self.first
+        remaining = documents.tokens - begin
+        parts = -(-remaining // self._row_length)
+        document = np.repeat(np.arange(len(parts)), parts)
+        number = np.arange(len(document)) - np.repeat(np.cumsum(parts) - parts, parts)
+        offset = number * self._row_length
+        tokens = np.minimum(self._row_length, remaining[document] - offset)
+        # A last part that is too short takes some of the one before.
+        short = np.flatnonzero((tokens < self._shortest) & (number > 0))
+        tokens[short] += self._shortest
+        offset[short] -= self._shortest
+        tokens[short - 1] -= self._shortest
+        pieces = Columns(*(column[document] for column in documents))
+        return pieces._replace(first=begin[document] + offset, tokens=tokens)
+
+
+def _columns(source: int, draw_D: Integers, documents: Documents) -> Columns:
+    return Columns(
+        source=np.full_like(draw_D, source),
+        draw=draw_D,
+        epoch=documents.epoch_D,
+        sample=documents.sample_D,
+        first=np.zeros_like(draw_D),
+        tokens=documents.tokens_D,
+        variant=documents.variant_D,
+        caption=documents.caption_D,
+        whole=documents.tokens_D,
+    )

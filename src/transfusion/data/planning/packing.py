@@ -1,0 +1,385 @@
+"""Which piece of which document stands in which row of which batch: a pure function of (seed, state).
+
+Nothing is read and nothing decoded here. Documents of all sources form one stream (`stream`), which is packed in
+its order into a few open rows; a block of rows is then dealt to its batches so that each batch has about the same
+share of text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from transfusion.data.planning.epoch import Integers, Lengths, Variant, VariantRule, next_change, share_at
+from transfusion.data.planning.mixture import Columns, Stream, fresh_cursors
+from transfusion.errors import UserError
+from transfusion.files import fingerprint
+
+# Stands in the fingerprint: a plan made by other rules is another plan.
+_FORMAT = 2
+# Rows of a block, rounded to whole batches: enough that a document of many rows is spread over many batches.
+_ROWS_PER_BLOCK = 512
+
+
+class Piece(NamedTuple):
+    """`tokens` tokens from `first` of a document: sample of a source (by number) in an epoch, so laid out and with
+    this one of its captions."""
+
+    source: int
+    epoch: int
+    sample: int
+    first: int
+    tokens: int
+    variant: int
+    caption: int = 0
+
+
+RowPlan = tuple[Piece, ...]
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """rows: of a global batch. open_rows: rows that wait for fitting documents at once."""
+
+    rows: int
+    row_length: int
+    open_rows: int
+    variants: VariantRule
+
+    @property
+    def shortest_piece(self) -> int:
+        """A text is not cut into pieces shorter than this."""
+        return max(1, min(32, self.row_length // 8))
+
+    @property
+    def closing_gap(self) -> int:
+        """A row with fewer free tokens is done."""
+        return max(1, min(32, self.row_length // 64))
+
+    @property
+    def batches_per_block(self) -> int:
+        return max(2, _ROWS_PER_BLOCK // self.rows)
+
+
+class Planner:
+    """An endless stream of global batches of row plans, that can be left and taken up at any batch.
+
+    The state is a small JSON dict and knows neither ranks nor workers.
+    """
+
+    def __init__(
+        self, sources: Sequence[Lengths], settings: PlanSettings, state: State | None = None
+    ) -> None:
+        """Raises UserError when the state belongs to other data or other settings."""
+        self._sources, self._settings = tuple(sources), settings
+        self._fingerprint = _fingerprint(self._sources, settings)
+        if state and state.get("fingerprint") != self._fingerprint:
+            raise UserError(
+                "the data differ from those this run was started with (shards, tokenizer, seed, shares or"
+                " rows), or another version planned it; restore them, or start anew in another run.dir"
+            )
+        self._start: State = state["start"] if state else fresh(self._sources)
+        self._used: int = state["used"] if state else 0
+        self._block: Block | None = None
+
+    def next_batch(self, rank: int = 0, world_size: int = 1) -> tuple[RowPlan, ...]:
+        """Rows of the next global batch: all, or those of one rank (rows rank, rank + world_size, ...)."""
+        block = self._planned()
+        batch = block.rows(self._numbers(self._used, rank, world_size))
+        self._used += 1
+        if self._used == block.batches:
+            self._start, self._used, self._block = block.following, 0, None
+        return batch
+
+    def rest_of_block(self, rank: int = 0, world_size: int = 1) -> list[tuple[RowPlan, ...]]:
+        """What `next_batch` will give until the planned block ends; at least one batch."""
+        block = self._planned()
+        return [
+            block.rows(self._numbers(batch, rank, world_size)) for batch in range(self._used, block.batches)
+        ]
+
+    def rows_after_block(self) -> tuple[RowPlan, ...]:
+        """Rows of later blocks as far as they are filled already, whichever rank will have them."""
+        block = self._planned()
+        return tuple(_row_plan(block.pieces, row) for row in block.waiting)
+
+    def draws_after_block(self) -> dict[str, int]:
+        """Of each source that gives tokens then: its next draw behind the planned block."""
+        following = self._planned().following
+        return {
+            source.name: following["sources"][source.name][0]
+            for source in self._sources
+            if share_at(source.schedule, following["batch"])
+        }
+
+    def _planned(self) -> Block:
+        if self._block is None:
+            self._block = plan_block(self._sources, self._settings, self._start)
+        return self._block
+
+    def _numbers(self, batch: int, rank: int, world_size: int) -> range:
+        """Rows of the block that a rank has in its batch with this number."""
+        first = batch * self._settings.rows
+        return range(first + rank, first + self._settings.rows, world_size)
+
+    def state(self) -> State:
+        """Where the stream stands after the last batch given. It is not changed later: keep it as it is."""
+        return {"fingerprint": self._fingerprint, "start": self._start, "used": self._used}
+
+
+def fresh(sources: Sequence[Lengths]) -> State:
+    """The start of a block in which nothing has been drawn yet.
+
+    batch: number of its first batch. sources: where each stands (`stream.Cursor`). open, ready: rows that wait for
+    more and rows that wait for their block, as `_written` puts them.
+    """
+    return {"batch": 0, "sources": fresh_cursors(sources), "open": [], "ready": []}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Rows of some batches in batch order; made into plans when asked for, since a rank needs only its own.
+
+    pieces: P of them, in columns. members: for each row the numbers of its pieces. waiting: the same of rows that are
+    begun and will be given later. following: the next block's start.
+    """
+
+    batches: int
+    pieces: Columns
+    members: tuple[list[int], ...]
+    waiting: tuple[list[int], ...]
+    following: State
+
+    def rows(self, numbers: Sequence[int]) -> tuple[RowPlan, ...]:
+        """The plans of these rows."""
+        return tuple(_row_plan(self.pieces, self.members[number]) for number in numbers)
+
+
+def plan_block(sources: Sequence[Lengths], settings: PlanSettings, start: State) -> Block:
+    """The block that begins at `start`; it ends early where a share changes."""
+    change = next_change([source.schedule for source in sources], start["batch"])
+    batches = settings.batches_per_block
+    if change is not None:
+        batches = min(batches, change - start["batch"])
+    wanted = batches * settings.rows
+    stream = Stream(
+        sources,
+        settings.variants,
+        start["sources"],
+        step=start["batch"],
+        row_length=settings.row_length,
+        shortest_piece=settings.shortest_piece,
+    )
+    packer = _Packer(settings)
+    packer.resume(_read(start, stream), len(start["open"]))
+    while len(packer.done) < wanted:
+        rows = wanted - len(packer.done)
+        pieces = stream.ahead(rows * settings.row_length)
+        stream.take(pieces, packer.place(pieces, wanted))
+    pieces = packer.pieces()
+    following = {
+        "batch": start["batch"] + batches,
+        "sources": stream.cursors(),
+        "open": _written(pieces, packer.rows, stream),
+        "ready": _written(pieces, packer.done[wanted:], stream),
+    }
+    done = packer.done[:wanted]
+    text = [sum(pieces.tokens[row][pieces.variant[row] == Variant.TEXT].tolist()) for row in done]
+    order = deal(np.array(text), settings.rows, start["batch"])
+    members = tuple(done[row] for row in order.tolist())
+    waiting = (*packer.done[wanted:], *packer.rows)
+    return Block(batches=batches, pieces=pieces, members=members, waiting=waiting, following=following)
+
+
+class _Packer:
+    """Open rows, and the rows that are done. Pairs go in whole; texts are cut only to fill a gap.
+
+    Rows are lists of numbers of pieces. The open ones are kept by the room they have left, fullest first.
+    """
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self._settings = settings
+        self.rows: list[list[int]] = []
+        self.done: list[list[int]] = []
+        self._free: list[int] = []
+        # What was handed in, and of the pieces put into rows: which of that, from where, how many tokens.
+        self._given: list[Columns] = []
+        self._number: list[int] = []
+        self._first: list[int] = []
+        self._tokens: list[int] = []
+
+    def resume(self, rows: Sequence[Columns], still_open: int) -> None:
+        """Take up rows as they were left, the first of them still open."""
+        for row in rows:
+            members = list(range(len(self._number), len(self._number) + len(row.tokens)))
+            self._given.append(row)
+            self._number += members
+            self._first += row.first.tolist()
+            self._tokens += row.tokens.tolist()
+            if len(self.rows) < still_open:
+                self.rows.append(members)
+                self._free.append(self._settings.row_length - int(row.tokens.sum()))
+            else:
+                self.done.append(members)
+
+    def place(self, pieces: Columns, wanted: int) -> int:
+        """Put pieces into rows until `wanted` rows are done or all are placed; returns how many were.
+
+        Best fit, else a new row, else the widest gap for a part of a text; else the fullest row is done.
+        """
+        settings, free, rows, done = self._settings, self._free, self.rows, self.done
+        length, open_rows, closing_gap = settings.row_length, settings.open_rows, settings.closing_gap
+        given = sum(len(columns.tokens) for columns in self._given)
+        cuttable = (pieces.variant == Variant.TEXT).tolist()
+        columns = zip(pieces.tokens.tolist(), pieces.first.tolist(), cuttable, strict=True)
+        placed = 0
+        for rest, first, is_text in columns:
+            if len(done) >= wanted:
+                break
+            while rest:
+                part, place = rest, bisect_left(free, rest)
+                if place == len(free):
+                    if place < open_rows:
+                        free.append(length)
+                        rows.append([])
+                    else:
+                        part = self._gap(free[-1], rest) if is_text else 0
+                        if not part:
+                            free.pop(0)
+                            done.append(rows.pop(0))
+                            continue
+                        place -= 1
+                row, left = rows.pop(place), free.pop(place) - part
+                row.append(len(self._number))
+                self._number.append(given + placed)
+                self._first.append(first)
+                self._tokens.append(part)
+                if left < closing_gap:
+                    done.append(row)
+                else:
+                    place = bisect_left(free, left)
+                    free.insert(place, left)
+                    rows.insert(place, row)
+                first += part
+                rest -= part
+            placed += 1
+        self._given.append(pieces)
+        return placed
+
+    def pieces(self) -> Columns:
+        """The pieces that the rows name."""
+        number = np.array(self._number, dtype=np.int64)
+        all_given = Columns(*(np.concatenate(column) for column in zip(*self._given, strict=True)))
+        chosen = Columns(*(column[number] for column in all_given))
+        return chosen._replace(
+            first=np.array(self._first, dtype=np.int64), tokens=np.array(self._tokens, dtype=np.int64)
+        )
+
+    def _gap(self, gap: int, rest: int) -> int:
+        """Tokens of a text to put into a gap that is too small for it; 0 if the cut would be too short."""
+        shortest = self._settings.shortest_piece
+        part = gap if rest - gap >= shortest else rest - shortest
+        return part if part >= shortest else 0
+
+
+def deal(text: Integers, per_batch: int, turn: int) -> Integers:
+    """Numbers of the rows in batch order; every batch, and every strided part of it, has about the same text.
+
+    text: tokens of text of each row. Rows are dealt in layers of like text content, the richest of a layer to the
+    batch that is poorest so far; `turn` says who is served first among equals.
+    """
+    batches = len(text) // per_batch
+    by_text = np.argsort(text, kind="stable").reshape(per_batch, batches)
+    hands = np.empty((batches, per_batch), dtype=np.int64)
+    sums = np.zeros(batches, dtype=np.int64)
+    among_equals = (np.arange(batches) + turn) % batches
+    for layer, cards in enumerate(by_text):
+        takers = np.lexsort((among_equals, sums))
+        hands[takers, layer] = cards[::-1]
+        sums[takers] += text[cards[::-1]]
+    # Folded: up the even rows and down the odd ones, so that rank r of W (rows r, r + W, ...) has its share.
+    return np.concatenate([hands[:, ::2], hands[:, 1::2][:, ::-1]], axis=1).ravel()
+
+
+def plan_once(sources: Sequence[Lengths], settings: PlanSettings, *, epoch: int = 0) -> Iterator[RowPlan]:
+    """Rows that hold every document of every source exactly once, source after source: for evaluation."""
+    packer = _Packer(settings)
+    for number, source in enumerate(sources):
+        stream = Stream(
+            [source],
+            settings.variants,
+            {source.name: [epoch * len(source), 0, 0]},
+            step=0,
+            row_length=settings.row_length,
+            shortest_piece=settings.shortest_piece,
+        )
+        pieces = stream.documents(len(source))
+        packer.place(pieces._replace(source=np.full_like(pieces.source, number)), 1 << 62)
+    pieces = packer.pieces()
+    for row in [*packer.done, *packer.rows]:
+        yield _row_plan(pieces, row)
+
+
+def _row_plan(pieces: Columns, row: Sequence[int]) -> RowPlan:
+    columns = (
+        pieces.source,
+        pieces.epoch,
+        pieces.sample,
+        pieces.first,
+        pieces.tokens,
+        pieces.variant,
+        pieces.caption,
+    )
+    return tuple(map(Piece._make, zip(*(column[row].tolist() for column in columns), strict=True)))
+
+
+def _written(pieces: Columns, rows: Sequence[list[int]], stream: Stream) -> list[list[Any]]:
+    """Rows as the state holds them.
+
+    A document is one integer: how many draws it lies behind its source's next one, times the number of sources, plus
+    the source's number. A part of a text is [that integer, its first token, its tokens].
+    """
+    behind = np.array(stream.next_draws())[pieces.source] - pieces.draw
+    code = (behind * len(stream.next_draws()) + pieces.source).tolist()
+    is_part = ((pieces.first > 0) | (pieces.tokens < pieces.whole)).tolist()
+    return [
+        [
+            [code[piece], int(pieces.first[piece]), int(pieces.tokens[piece])]
+            if is_part[piece]
+            else code[piece]
+            for piece in row
+        ]
+        for row in rows
+    ]
+
+
+def _read(start: State, stream: Stream) -> list[Columns]:
+    """The rows of a state, the open ones first."""
+    rows = [*start["open"], *start["ready"]]
+    parts = [part if isinstance(part, list) else [part, 0, 0] for row in rows for part in row]
+    code, first, tokens = np.array(parts, dtype=np.int64).reshape(-1, 3).T
+    next_draws = np.array(stream.next_draws())
+    behind, source = np.divmod(code, len(next_draws))
+    found = np.empty((len(Columns._fields), len(code)), dtype=np.int64)
+    for number, next_draw in enumerate(next_draws):
+        here = np.flatnonzero(source == number)
+        found[:, here] = np.stack(stream.whole_documents(number, next_draw - behind[here]))
+    pieces = Columns(*found)
+    pieces = pieces._replace(first=first, tokens=np.where(tokens > 0, tokens, pieces.whole))
+    borders = np.cumsum([len(row) for row in rows])[:-1]
+    return (
+        [Columns(*columns) for columns in zip(*(np.split(column, borders) for column in pieces), strict=True)]
+        if rows
+        else []
+    )
+
+
+def _fingerprint(sources: Sequence[Lengths], settings: PlanSettings) -> str:
+    known = [[source.name, source.schedule, source.digest()] for source in sources]
+    return fingerprint([_FORMAT, known, dataclasses.asdict(settings)])

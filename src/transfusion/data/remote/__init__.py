@@ -1,0 +1,1 @@
+"""Shards that stand elsewhere: their download, and the cache of their copies."""

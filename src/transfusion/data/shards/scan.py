@@ -1,0 +1,245 @@
+"""What a shard holds: its good samples and where they stand, and every other one with the reason why not.
+
+Nothing is extracted, no link followed, nothing opened that a shard names, and no pickle loaded. docs/data.md
+lists the reasons.
+"""
+
+from __future__ import annotations
+
+import array
+import functools
+import itertools
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from transfusion.data.shards.sample import (
+    CAPTION_BYTES,
+    DOCUMENT_BYTES,
+    Fault,
+    RawSample,
+    SampleError,
+    document,
+    json_object,
+)
+from transfusion.data.shards.tar import TarWalk
+from transfusion.data.shards.validate import PICTURE_EXTENSIONS, Group, Judge
+
+SHARD_EXTENSIONS = (".tar", ".jsonl")
+GREATEST_NAME = 255
+
+# JSON may spell each byte of a text in six.
+_LONGEST_LINE = 6 * DOCUMENT_BYTES + CAPTION_BYTES
+_UNSAFE_NAME = re.compile(r"^/|(?:^|/)\.\.(?:/|$)|\\|^[A-Za-z]:|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# Pairs compared with their KEY.json, to learn whether this shard's hashes and captions are those of its members.
+_PAIRS_TRIED = 16
+# Of those tried, one in so many captions may differ, for some may be damaged; at least one in all.
+_DIFFERING = 8
+# Names as tools write them, about which nothing is in question: folders come apart from these.
+_PLAIN_NAME = re.compile(r"([A-Za-z0-9_-]+)\.([a-z0-9.]+)")
+# Members remembered from the first walk, about 300 bytes each; of a larger shard every header is read twice.
+_MEMBERS_KEPT = 1 << 17
+_EXTENSIONS_KEPT = 64
+_NAME_REASONS = ("name_unsafe", "member_ignored")
+
+
+class _Named(Protocol):
+    @property
+    def suffix(self) -> str: ...
+
+
+def is_shard(path: _Named) -> bool:
+    """Whether the file's name says that it holds samples."""
+    return path.suffix.lower() in SHARD_EXTENSIONS
+
+
+def scan(path: Path) -> Iterator[RawSample | Fault]:
+    """Samples and faults of a .tar shard or a .jsonl file, in file order; what is wrong with the shard comes last.
+
+    Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if path.suffix.lower() == ".jsonl":
+            yield from _scan_lines(path.name, descriptor)
+        else:
+            yield from _scan_tar(path.name, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def texts(paths: Iterable[Path]) -> Iterator[str]:
+    """Texts and captions of all good samples, to train a tokenizer on."""
+    for path in paths:
+        for found in scan(path):
+            if isinstance(found, RawSample):
+                yield from found.texts
+
+
+def _scan_lines(shard: str, descriptor: int) -> Iterator[RawSample | Fault]:
+    offset = 0
+    with open(descriptor, "rb", closefd=False) as stream:
+        for number in itertools.count():
+            line = stream.readline(_LONGEST_LINE)
+            if not line:
+                break
+            start, whole = offset, line
+            offset += len(line)
+            while len(whole) == _LONGEST_LINE and not whole.endswith(b"\n"):
+                whole = stream.readline(_LONGEST_LINE)
+                offset += len(whole)
+            key, notes = f"line {number}", list[str]()
+            try:
+                text = _text_of_line(line, notes)
+                yield RawSample(key, (text,), offset=start, notes=tuple(notes))
+            except SampleError as error:
+                yield Fault(shard, key, str(error), start)
+    if not offset:
+        yield Fault(shard, "", "shard_empty")
+
+
+def _text_of_line(line: bytes, notes: list[str]) -> str:
+    if len(line) == _LONGEST_LINE:
+        raise SampleError("text_oversize")
+    if not line.strip():
+        raise SampleError("line_blank")
+    text = json_object(line).get("text")
+    if not isinstance(text, str):
+        raise SampleError("text_missing")
+    return document(text, notes)
+
+
+def _scan_tar(shard: str, descriptor: int) -> Iterator[RawSample | Fault]:
+    """Twice over the samples: first to find keys that come again, then to judge them one by one."""
+    judge, walk = Judge(descriptor), TarWalk(descriptor)
+    scattered, repeated, groups = _survey(_groups(walk), judge)
+    if groups is None:
+        walk = TarWalk(descriptor)
+    met: set[int] = set()
+    told: set[str] = set()
+    for group in _groups(walk) if groups is None else groups:
+        mark = hash(group.key)
+        if mark in scattered or mark in repeated:
+            if mark in met and mark in scattered:
+                continue
+            group.reason = (
+                "not_adjacent" if mark in scattered else "duplicate_key" if mark in met else group.reason
+            )
+            met.add(mark)
+        try:
+            yield judge.sample(group)
+        except SampleError as error:
+            told.add(str(error))
+            yield Fault(shard, group.key, str(error), group.offset)
+    for reason, offset in walk.problems.items():
+        if reason not in told:
+            yield Fault(shard, "", reason, offset)
+
+
+def _survey(groups: Iterable[Group], judge: Judge) -> tuple[set[int], set[int], list[Group] | None]:
+    """Keys (their hashes) whose members are scattered, keys that come again with the same kind of member, and the
+    groups themselves where they are not too many.
+
+    Also lets the judge know what KEY.json tells: a downloader may have written the hash of the original file, and
+    captions may have been written anew.
+    """
+    marks, kinds = array.array("q"), array.array("q")
+    tried: list[tuple[bool | None, bool | None]] = []
+    kept: list[Group] | None = []
+    members = 0
+    for group in groups:
+        members += len(group.members) + 1
+        if kept is not None:
+            kept.append(group)
+            kept = kept if members <= _MEMBERS_KEPT else None
+        if group.reason in _NAME_REASONS:
+            continue
+        marks.append(hash(group.key))
+        kinds.append(_kinds(group))
+        if len(tried) < _PAIRS_TRIED and (agreement := judge.agreement(group)) != (None, None):
+            tried.append(agreement)
+    judge.hashes_tell = any(hashes for hashes, _ in tried)
+    same = [captions for _, captions in tried if captions is not None]
+    judge.captions_tell = any(same) and same.count(False) <= max(1, len(same) // _DIFFERING)
+    unique, counts = np.unique(np.frombuffer(marks, np.int64), return_counts=True)
+    again = set(unique[counts > 1].tolist())
+    first: dict[int, int] = {}
+    repeated: set[int] = set()
+    for mark, kind in zip(marks, kinds, strict=True) if again else ():
+        if mark in again and first.setdefault(mark, 0) & kind:
+            repeated.add(mark)
+        elif mark in again:
+            first[mark] |= kind
+    return again - repeated, repeated, kept
+
+
+def _kinds(group: Group) -> int:
+    """A bit for each kind of member: all pictures are one kind."""
+    kinds = 0
+    for extension in group.members:
+        kinds |= _kind(extension)
+    return kinds
+
+
+@functools.lru_cache(_EXTENSIONS_KEPT)
+def _kind(extension: str) -> int:
+    return 1 if extension in PICTURE_EXTENSIONS else 2 << zlib.crc32(extension.encode()) % 61
+
+
+def _groups(walk: TarWalk) -> Iterator[Group]:
+    """Runs of members of one key; each name that is refused or ignored is told once, as a group of its own."""
+    group: Group | None = None
+    aside: tuple[str, str] | None = None
+    for member in walk:
+        name = member.name.decode("utf-8", "surrogateescape").removeprefix("./")
+        key, extension, reason = _split(name, len(member.name))
+        if group is not None and member.before:
+            group.damage = member.before
+        if reason:
+            if aside != (key, reason):
+                aside = (key, reason)
+                yield Group(key, member.offset, reason=reason)
+            continue
+        aside = None
+        if group is None or group.key != key:
+            if group is not None:
+                yield group
+            group = Group(key, member.offset, damage=member.before)
+        group.add(extension, member)
+    if group is not None:
+        reason, offset = walk.latest
+        if offset > group.offset:
+            group.damage = group.damage or reason
+        yield group
+
+
+def _split(name: str, size: int) -> tuple[str, str, str]:
+    """(key, extension in lower case, why a member of such a name is left out, else empty)."""
+    plain = _PLAIN_NAME.fullmatch(name)
+    if plain and size <= GREATEST_NAME:
+        return plain[1], plain[2], ""
+    folder, slash, base = name.rpartition("/")
+    if size > GREATEST_NAME or _UNSAFE_NAME.search(name):
+        folder, slash, base = _last_part(name)
+        return folder + slash + _stem(base), "", "name_unsafe"
+    stem = _stem(base)
+    extension = base[len(stem) + 1 :].lower()
+    if stem.startswith(".") or not extension or "__MACOSX" in folder.split("/"):
+        return folder + slash + stem, "", "member_ignored"
+    return folder + slash + stem, extension, ""
+
+
+def _last_part(name: str) -> tuple[str, str, str]:
+    """As rpartition, at whichever slash comes last."""
+    return max((name.rpartition(slash) for slash in "/\\"), key=lambda parts: len(parts[0]))
+
+
+def _stem(base: str) -> str:
+    """Up to the first dot that does not lead."""
+    leading = len(base) - len(base.lstrip("."))
+    return base[:leading] + base[leading:].partition(".")[0]

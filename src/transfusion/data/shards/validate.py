@@ -1,0 +1,246 @@
+"""The members of one key to a sample, or the reason why they are none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transfusion.data.images.latents import (
+    HEADER_BYTES,
+    LATENTS,
+    TOKENS,
+    LatentFault,
+    latent_shape,
+    token_shape,
+)
+from transfusion.data.images.probe import PictureFault, probe
+from transfusion.data.shards.sample import (
+    CAPTION_BYTES,
+    DOCUMENT_BYTES,
+    RawSample,
+    SampleError,
+    StoredPicture,
+    caption,
+    document,
+    json_object,
+    utf8,
+)
+from transfusion.data.shards.tar import NO_END_MARKER, Member, Window
+from transfusion.files import sha256
+
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+GREATEST_MEMBER = 1 << 26
+GREATEST_ELEMENTS = 256
+
+# Of the head of a file and its size: [C, h, w] of what is stored there.
+ShapeOf = Callable[[bytes, int], tuple[int, int, int]]
+
+_ELEMENT_PICTURE = re.compile(rf"img\d{{1,6}}\.(?:{'|'.join(PICTURE_EXTENSIONS)})")
+
+
+@dataclass(slots=True)
+class Group:
+    """Adjacent members of one key, by extension in lower case.
+
+    reason: what was found wrong before anything was read. damage: what stands beside it and may have taken
+    members away.
+    """
+
+    key: str
+    offset: int
+    members: dict[str, Member] = field(default_factory=dict)
+    reason: str = ""
+    damage: str = ""
+
+    def add(self, extension: str, member: Member) -> None:
+        """Take a member in, or remember why the sample is none."""
+        if extension in self.members:
+            self._refuse("duplicate_member")
+        elif member.torn:
+            self._refuse(member.torn)
+        elif not member.regular:
+            self._refuse("member_type")
+        elif member.size > GREATEST_MEMBER:
+            self._refuse("member_oversize")
+        self.members[extension] = member
+
+    def _refuse(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+
+class Judge:
+    """Reads what the groups of one shard name.
+
+    hashes_tell: a `sha256` in KEY.json is that of the stored picture. captions_tell: `caption` there is that of
+    KEY.txt.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._window = Window(descriptor)
+        self.hashes_tell = self.captions_tell = False
+
+    def sample(self, group: Group) -> RawSample:
+        """The sample of this group. Raises SampleError with the reason why it is none."""
+        if group.reason:
+            raise SampleError(group.reason)
+        try:
+            found = self._read(group)
+        except (SampleError, PictureFault, LatentFault) as error:
+            # Where a shard merely ends early, what is missing tells more than that it ended.
+            hidden = group.damage not in ("", NO_END_MARKER)
+            raise SampleError(group.damage if hidden else str(error)) from None
+        if group.damage and not found.pictures:
+            # A text alone may be the caption of a picture that is gone.
+            raise SampleError(group.damage)
+        return found
+
+    def agreement(self, group: Group) -> tuple[bool | None, bool | None]:
+        """Whether `sha256` and `caption` of KEY.json are those of picture and KEY.txt; None: nothing to compare."""
+        members = group.members
+        picture = next((members[name] for name in PICTURE_EXTENSIONS if name in members), None)
+        if group.reason or picture is None or "json" not in members:
+            return None, None
+        try:
+            facts = self._facts(group)
+            text = caption(self._text(members["txt"], CAPTION_BYTES), []) if "txt" in members else None
+        except SampleError:
+            return None, None
+        stated = facts.get("sha256")
+        hashes = sha256(self._bytes(picture)) == stated.lower() if isinstance(stated, str) else None
+        return hashes, None if text is None else _same_caption(text, facts)
+
+    def _read(self, group: Group) -> RawSample:
+        members = group.members
+        pictures = [name for name in PICTURE_EXTENSIONS if name in members]
+        if len(pictures) > 1:
+            raise SampleError("ambiguous_image")
+        if LATENTS in members:
+            return self._pair(group, members[LATENTS], shape=latent_shape)
+        if TOKENS in members:
+            return self._pair(group, members[TOKENS], shape=token_shape)
+        if pictures:
+            return self._pair(group, members[pictures[0]])
+        if "npy" in members:
+            return self._pair(group, members["npy"], shape=latent_shape)
+        if "json" in members:
+            facts = self._facts(group)
+            if "elements" not in facts:
+                raise SampleError("image_missing")
+            return self._interleaved(group, facts["elements"])
+        if set(members) != {"txt"}:
+            raise SampleError("image_missing")
+        notes: list[str] = []
+        text = document(self._text(members["txt"], DOCUMENT_BYTES), notes)
+        return RawSample(group.key, (text,), offset=group.offset, notes=tuple(notes))
+
+    def _pair(self, group: Group, member: Member, *, shape: ShapeOf | None = None) -> RawSample:
+        """shape: of latents or tokens; None: the member is a picture."""
+        notes: list[str] = []
+        facts: dict[str, Any] = {}
+        if "json" in group.members:
+            try:
+                facts = self._facts(group)
+            except SampleError as error:
+                if "txt" not in group.members:
+                    raise
+                # With a caption in KEY.txt, what the .json says is not needed.
+                notes.append(str(error))
+        captions = self._captions(group, facts, notes)
+        if shape is not None:
+            return RawSample(
+                group.key, captions, (self._latent(member, shape),), offset=group.offset, notes=tuple(notes)
+            )
+        picture = self._picture(member, notes, facts.get("sha256"))
+        return RawSample(group.key, captions, (picture,), offset=group.offset, notes=tuple(notes))
+
+    def _captions(self, group: Group, facts: dict[str, Any], notes: list[str]) -> tuple[str, ...]:
+        """The captions listed in `captions`, with the one of KEY.txt, or else of `caption`, among them."""
+        listed = facts.get("captions")
+        captions = []
+        for text in listed if isinstance(listed, list) else []:
+            try:
+                captions += [caption(text, notes)] if isinstance(text, str) else []
+            except SampleError:
+                notes.append("caption_ignored")
+        if "txt" in group.members:
+            main = caption(self._text(group.members["txt"], CAPTION_BYTES), notes)
+            if self.captions_tell and _same_caption(main, facts) is False:
+                raise SampleError("caption_other")
+        elif isinstance(facts.get("caption"), str):
+            main = caption(facts["caption"], notes)
+        elif captions:
+            main = captions[0]
+        else:
+            raise SampleError("caption_missing")
+        return tuple(captions) if main in captions else (main, *captions)
+
+    def _interleaved(self, group: Group, elements: Any) -> RawSample:
+        notes: list[str] = []
+        if not isinstance(elements, list):
+            raise SampleError("interleaved_element")
+        if not elements:
+            raise SampleError("interleaved_empty")
+        if len(elements) > GREATEST_ELEMENTS:
+            raise SampleError("interleaved_too_long")
+        texts: list[str] = []
+        names: dict[str, int] = {}
+        order: list[int] = []
+        for element in elements:
+            kind = element.get("type") if isinstance(element, dict) else None
+            value = element.get(kind) if kind in ("text", "image") else None
+            if not isinstance(value, str):
+                raise SampleError("interleaved_element")
+            if kind == "image":
+                if not _ELEMENT_PICTURE.fullmatch(value) or value not in group.members:
+                    raise SampleError("interleaved_ref")
+                order.append(-1 - names.setdefault(value, len(names)))
+            elif value:
+                order.append(len(texts))
+                texts.append(document(value, notes) if value.strip() else value)
+        if not names and not any(text.strip() for text in texts):
+            raise SampleError("interleaved_empty")
+        if sum(map(len, texts)) > DOCUMENT_BYTES:
+            raise SampleError("text_oversize")
+        if any(_ELEMENT_PICTURE.fullmatch(name) and name not in names for name in group.members):
+            notes.append("interleaved_unused_image")
+        pictures = tuple(self._picture(group.members[name], notes) for name in names)
+        return RawSample(group.key, tuple(texts), pictures, tuple(order), group.offset, tuple(notes))
+
+    def _picture(self, member: Member, notes: list[str], stated: object = None) -> StoredPicture:
+        data = self._bytes(member)
+        facts = probe(data)
+        if self.hashes_tell and isinstance(stated, str) and sha256(data) != stated.lower():
+            raise SampleError("image_other")
+        if facts.animated:
+            notes.append("image_animated")
+        return StoredPicture(member.start, member.size, facts.width, facts.height)
+
+    def _latent(self, member: Member, shape: ShapeOf) -> StoredPicture:
+        head = self._window.read(member.start, min(member.size, HEADER_BYTES))
+        channels, height, width = shape(head, member.size)
+        return StoredPicture(member.start, member.size, width, height, channels)
+
+    def _facts(self, group: Group) -> dict[str, Any]:
+        member = group.members["json"]
+        if member.size > DOCUMENT_BYTES:
+            raise SampleError("text_oversize")
+        return json_object(self._bytes(member))
+
+    def _text(self, member: Member, greatest: int) -> str:
+        if member.size > greatest:
+            raise SampleError("text_oversize")
+        return utf8(self._bytes(member))
+
+    def _bytes(self, member: Member) -> bytes:
+        return self._window.read(member.start, member.size)
+
+
+def _same_caption(text: str, facts: dict[str, Any]) -> bool | None:
+    """Whether `caption` is this text; None where there is none."""
+    stated = facts.get("caption")
+    try:
+        return stated == text or caption(stated, []) == text if isinstance(stated, str) else None
+    except SampleError:
+        return None

@@ -1,0 +1,273 @@
+"""Rows as they enter a batch, drawn: tokens, images, borders of documents, and the mask.
+
+`page` gives one HTML file that needs no other, `picture` the same at a glance as an image.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from transfusion.data.loading.rows import Row, RowImage
+from transfusion.schema import Modality, SpecialToken
+from transfusion.sequence.tokenizer import Tokenizer
+
+# Of a text, so many tokens of its beginning and end are written out.
+_FIRST_TOKENS, _LAST_TOKENS = 120, 24
+_MASK_PIXELS = 320
+_LINE_END, _SHOWN_LINE_END = "\n", "\u21b5\n"
+# Text, image, padding; and in the mask what is seen backwards and what an image sees ahead of itself.
+_COLOURS = {Modality.TEXT: "#4f7cac", Modality.IMAGE: "#e08e45", Modality.PADDING: "#d9d9d9"}
+_SEEN, _SEEN_AHEAD, _BORDER = "#9db8d2", "#e08e45", "#1d2733"
+_NAMES = {
+    SpecialToken.PADDING: "PAD",
+    SpecialToken.BEGIN_DOCUMENT: "BOS",
+    SpecialToken.END_DOCUMENT: "EOS",
+    SpecialToken.UNKNOWN: "UNK",
+    SpecialToken.BEGIN_IMAGE: "BOI",
+    SpecialToken.END_IMAGE: "EOI",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnRow:
+    """A row, and of each of its pieces the source and key."""
+
+    row: Row
+    origins: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A piece of the row: positions [first, end)."""
+
+    first: int
+    end: int
+    origin: str
+
+
+def page(rows: Sequence[DrawnRow], tokenizer: Tokenizer, title: str) -> str:
+    """HTML of the rows, pictures and all inside it."""
+    sections = "".join(_section(number, drawn, tokenizer) for number, drawn in enumerate(rows))
+    legend = "".join(
+        f'<span class="key"><i style="background:{colour}"></i>{html.escape(name)}</span>'
+        for name, colour in (
+            ("text", _COLOURS[Modality.TEXT]),
+            ("image", _COLOURS[Modality.IMAGE]),
+            ("padding", _COLOURS[Modality.PADDING]),
+            ("mask: seen, at or before", _SEEN),
+            ("mask: seen ahead, inside an image", _SEEN_AHEAD),
+        )
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f'<p class="legend">{legend}</p>{sections}</body></html>\n'
+    )
+
+
+def _section(number: int, drawn: DrawnRow, tokenizer: Tokenizer) -> str:
+    row, spans = drawn.row, list(_spans(drawn))
+    used = spans[-1].end if spans else 0
+    length = len(row.token_ids_S)
+    facts = (
+        f"{len(spans)} documents or parts, {len(row.images)} images, {used:,} of {length:,} positions,"
+        f" padding {1 - used / length:.2%}, {int(row.text_weight_S.sum()):,} text targets"
+    )
+    faults = "".join(f'<p class="fault">{html.escape(f"{f.key}: {f.reason}")}</p>' for f in row.faults)
+    documents = "".join(_document(span, row, tokenizer) for span in spans)
+    mask = _png(Image.fromarray(_mask_pixels(row)))
+    return (
+        f"<section><h2>Row {number} <small>{facts}</small></h2>{_band(row, spans)}{faults}"
+        f'<div class="columns"><div class="documents">{documents}</div>'
+        f'<figure><img class="mask" src="{mask}" alt="mask"><figcaption>who (down) sees whom (across)</figcaption>'
+        "</figure></div></section>"
+    )
+
+
+def _spans(drawn: DrawnRow) -> Iterator[_Span]:
+    """The pieces of a row, told by where their first keys change."""
+    first_key_S = drawn.row.first_key_S
+    used = int((drawn.row.end_key_S > np.arange(len(first_key_S))).sum())
+    borders = [*np.flatnonzero(np.diff(first_key_S[:used], prepend=-1)).tolist(), used]
+    for origin, first, end in zip(drawn.origins, borders, borders[1:], strict=False):
+        yield _Span(first, end, origin)
+
+
+def _runs(row: Row, span: _Span) -> Iterator[tuple[int, int, Modality]]:
+    """Stretches of one modality inside a piece."""
+    modality = row.modality_S[span.first : span.end]
+    starts = np.flatnonzero(np.diff(modality.astype(np.int8), prepend=-1)).tolist()
+    for start, end in zip(starts, [*starts[1:], len(modality)], strict=True):
+        yield span.first + start, span.first + end, Modality(int(modality[start]))
+
+
+def _band(row: Row, spans: Sequence[_Span]) -> str:
+    """The whole row as one line of coloured stretches, with a mark at each border of documents."""
+    length = len(row.token_ids_S)
+    parts = [f'<rect width="{length}" height="10" fill="{_COLOURS[Modality.PADDING]}"/>']
+    for span in spans:
+        parts += [
+            f'<rect x="{first}" width="{end - first}" height="10" fill="{_COLOURS[modality]}"/>'
+            for first, end, modality in _runs(row, span)
+        ]
+    parts += [
+        f'<rect x="{span.first}" width="{length / 1200:.2f}" height="10" fill="{_BORDER}"/>' for span in spans
+    ]
+    return f'<svg class="band" viewBox="0 0 {length} 10" preserveAspectRatio="none">{"".join(parts)}</svg>'
+
+
+def _document(span: _Span, row: Row, tokenizer: Tokenizer) -> str:
+    images = {image.first_patch: image for image in row.images}
+    parts = []
+    for first, end, modality in _runs(row, span):
+        if modality == Modality.IMAGE:
+            parts.append(_figure(images[first]))
+        else:
+            parts += _chips(row.token_ids_S[first:end], row.text_weight_S[first:end], tokenizer)
+    head = f"{html.escape(span.origin)} <small>positions {span.first:,} to {span.end:,}</small>"
+    return f'<article><h3>{head}</h3><p class="tokens">{"".join(parts)}</p></article>'
+
+
+def _chips(token_ids: NDArray[np.int64], weights: NDArray[np.float32], tokenizer: Tokenizer) -> Iterator[str]:
+    """Tokens in boxes; those from which nothing is learned are paler."""
+    ids = token_ids.tolist()
+    left_out = range(_FIRST_TOKENS, len(ids) - _LAST_TOKENS)
+    pieces = tokenizer.pieces([min(token, tokenizer.vocabulary - 1) for token in ids])
+    for place, (token, piece) in enumerate(zip(ids, pieces, strict=True)):
+        if left_out and place == left_out[0]:
+            yield f'<b class="gap">{len(left_out):,} more tokens</b>'
+        if place in left_out:
+            continue
+        silent = "" if weights[place] else " silent"
+        if token < len(SpecialToken):
+            yield f'<b class="control{silent}">{_NAMES[SpecialToken(token)]}</b>'
+        elif token >= tokenizer.vocabulary:
+            # Begins a picture of another size than the first; the picture shows which.
+            yield f'<b class="control{silent}">{_NAMES[SpecialToken.BEGIN_IMAGE]}</b>'
+        else:
+            yield f'<span class="token{silent}">{html.escape(piece.replace(_LINE_END, _SHOWN_LINE_END))}</span>'
+
+
+def _figure(image: RowImage) -> str:
+    height, width = image.values_CHW.shape[1:]
+    noise = f"{height} x {width}, {image.patches} patches, noise level {image.timestep}"
+    return f'<img class="picture" src="{_png(_as_image(image))}" title="{noise}" alt="{noise}">'
+
+
+def _as_image(image: RowImage) -> Image.Image:
+    """The picture; of latents or tokens, their first three channels, spread over the whole range."""
+    values = np.asarray(image.values_CHW)
+    if values.ndim == 2:
+        values = values[None]
+    if values.dtype != np.uint8:
+        shown: NDArray[np.float32] = (values[:3] if len(values) >= 3 else values[:1]).astype(np.float32)
+        least, most = float(shown.min()), float(shown.max())
+        values = ((shown - least) / max(most - least, 1e-6) * 255).astype(np.uint8)
+    return Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0))
+
+
+def _mask_pixels(row: Row, pixels: int = _MASK_PIXELS) -> NDArray[np.uint8]:
+    """The mask as [pixels, pixels, 3]: each pixel is the mean colour of the pairs it covers."""
+    length = len(row.first_key_S)
+    step = -(-length // pixels)
+    key = np.arange(length)
+    colours = [
+        np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) for colour in (_SEEN, _SEEN_AHEAD)
+    ]
+    lines = []
+    starts = np.arange(0, length, step)
+    for first in starts.tolist():
+        query = np.arange(first, min(first + step, length))[:, None]
+        seen = (key >= row.first_key_S[query]) & (key < row.end_key_S[query])
+        line = np.full((len(starts), 3), 255.0)
+        for colour, where in zip(colours, (seen & (key <= query), seen & (key > query)), strict=True):
+            covered = np.add.reduceat(where.sum(0), starts) / np.add.reduceat(
+                np.full(length, len(query)), starts
+            )
+            line += covered[:, None] * (colour - 255.0)
+        lines.append(line)
+    return np.stack(lines).clip(0, 255).astype(np.uint8)
+
+
+def _png(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def picture(rows: Sequence[DrawnRow]) -> Image.Image:
+    """The rows at a glance: above the band of each its pictures where they stand, beside it its mask."""
+    width, height, mask, margin = 1240, 150, 118, 16
+    canvas = Image.new("RGB", (width, margin + height * len(rows)), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=12)
+    band_width = width - mask - 3 * margin
+    for number, drawn in enumerate(rows):
+        row, spans = drawn.row, list(_spans(drawn))
+        top = margin + number * height
+        scale = band_width / len(row.token_ids_S)
+        band = (top + 70, top + 98)
+
+        def box(
+            first: int, end: int, band: tuple[int, int] = band, scale: float = scale
+        ) -> tuple[float, ...]:
+            return margin + first * scale, band[0], margin + end * scale, band[1]
+
+        used = spans[-1].end if spans else 0
+        draw.rectangle(box(0, len(row.token_ids_S)), fill=_COLOURS[Modality.PADDING])
+        for span in spans:
+            for first, end, modality in _runs(row, span):
+                draw.rectangle(box(first, end), fill=_COLOURS[modality])
+        for span in spans:
+            left = margin + span.first * scale
+            draw.line((left, band[0] - 3, left, band[1] + 3), fill=_BORDER)
+        free = float(margin)
+        for image in row.images:
+            left = margin + image.first_patch * scale
+            if left >= free:
+                thumbnail = _as_image(image).convert("RGB")
+                scale_down = 52 / max(thumbnail.size)
+                shape = [max(1, round(side * scale_down)) for side in thumbnail.size]
+                thumbnail = thumbnail.resize((shape[0], shape[1]), Image.Resampling.BICUBIC)
+                canvas.paste(thumbnail, (min(int(left), int(band_width) + margin - 52), top + 12))
+                free = left + 54
+        facts = f"row {number}: {len(spans)} documents or parts, {len(row.images)} images, {used:,} positions"
+        draw.text((margin, band[1] + 8), facts, fill=_BORDER, font=font)
+        pixels = Image.fromarray(_mask_pixels(row)).resize((mask, mask), Image.Resampling.BOX)
+        canvas.paste(pixels, (width - margin - mask, top + 4))
+        draw.rectangle(
+            (width - margin - mask - 1, top + 3, width - margin, top + 4 + mask), outline="#8a8a8a"
+        )
+    return canvas
+
+
+_STYLE = """
+body{font:14px/1.5 system-ui,sans-serif;color:#1d2733;background:#f6f7f9;
+  margin:24px auto;max-width:1240px;padding:0 16px}
+h1{font-size:22px;margin:0 0 4px}h2{font-size:17px;margin:0 0 8px}h3{font-size:13px;margin:0 0 2px}
+small{font-weight:400;color:#66717d}
+section{background:#fff;border:1px solid #e2e5e9;border-radius:8px;padding:16px;margin:16px 0}
+.legend{color:#66717d;margin:0}.key{margin-right:18px;white-space:nowrap}
+.key i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
+.band{width:100%;height:26px;border-radius:4px;display:block;margin-bottom:12px}
+.columns{display:flex;gap:20px;align-items:flex-start}.documents{flex:1;min-width:0;max-height:560px;overflow:auto}
+figure{margin:0;position:sticky;top:8px}figcaption{font-size:12px;color:#66717d;text-align:center}
+.mask{width:320px;height:320px;border:1px solid #c3c9d0;image-rendering:pixelated;display:block}
+article{border-left:3px solid #1d2733;padding:2px 0 2px 12px;margin:0 0 14px}
+.tokens{margin:0;line-height:1.9;overflow-wrap:anywhere}
+.token{background:#e3ecf5;border-radius:3px;padding:1px 1px;margin-right:1px;white-space:pre-wrap}
+.token:nth-of-type(even){background:#d2e0ee}.token.silent{background:#f0f1f3}
+.control{font-size:10px;background:#1d2733;color:#fff;border-radius:3px;padding:2px 5px;margin:0 3px;vertical-align:1px}
+.control.silent{background:#8a94a0}
+.gap{font-size:11px;color:#66717d;margin:0 8px;font-weight:400;font-style:italic}
+.picture{height:72px;border:2px solid #e08e45;border-radius:4px;vertical-align:middle;margin:2px 3px}
+.fault{color:#a33;margin:0 0 8px}
+"""

@@ -1,0 +1,72 @@
+"""Shards: the same bytes, readable by webdataset, found by globs and ranges."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from transfusion.data.shards.webdataset import Sample, expand, sample_key, write_shards
+from transfusion.errors import UserError
+
+
+def samples(count: int = 5) -> list[Sample]:
+    return [{"txt": b"caption %d" % n, "png": b"picture %d" % n, "json": b"{}"} for n in range(count)]
+
+
+def test_layout_and_keys(tmp_path: Path) -> None:
+    written = write_shards(samples(), tmp_path, per_shard=2)
+    assert [path.name for path in written] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in written]
+    with tarfile.open(written[1]) as archive:
+        members = archive.getmembers()
+    assert [member.name for member in members[:3]] == ["000010000.json", "000010000.png", "000010000.txt"]
+    assert {member.mtime for member in members} == {0}
+    assert sample_key(2, 2) == "000010000"
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    one, two = (write_shards(samples(), tmp_path / name, per_shard=2) for name in ("one", "two"))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+def test_webdataset_reads_them(tmp_path: Path) -> None:
+    paths = [str(path) for path in write_shards(samples(), tmp_path, per_shard=2)]
+    found = list(webdataset.WebDataset(paths, shardshuffle=False))
+    assert [sample["txt"] for sample in found] == [sample["txt"] for sample in samples()]
+    assert found[4]["__key__"] == "000020000"
+
+
+def test_a_failure_leaves_no_half_shard(tmp_path: Path) -> None:
+    def failing() -> Iterator[Sample]:
+        yield from samples(3)
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_shards(failing(), tmp_path, per_shard=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]
+
+
+def test_globs_ranges_and_paths_expand_in_order_and_once(tmp_path: Path) -> None:
+    paths = write_shards(samples(), tmp_path, per_shard=2)
+    assert expand(f"{tmp_path}/*.tar") == paths
+    assert expand(f"{tmp_path}/{{00000..00002}}.tar") == paths
+    assert expand([str(paths[2]), f"{tmp_path}/{{00000,00002}}.tar"]) == [paths[2], paths[0]]
+
+
+def test_a_missing_shard_is_named_with_what_stands_nearby(tmp_path: Path) -> None:
+    write_shards(samples(), tmp_path, per_shard=2)
+    for spec in (f"{tmp_path}/{{00000..00009}}.tar", f"{tmp_path}/00003.tar"):
+        with pytest.raises(UserError, match=r"no shard .*00003\.tar; .* holds 00000\.tar"):
+            expand(spec)
+    with pytest.raises(UserError, match="no shard"):
+        expand(f"{tmp_path}/nowhere/at/all/*.tar")
+    with pytest.raises(UserError, match="only files on this machine"):
+        expand("https://example.org/00000.tar")
+    with pytest.raises(UserError, match="unbalanced brace"):
+        expand(f"{tmp_path}/{{00000..00002.tar")
+    with pytest.raises(UserError, match="no shards"):
+        expand([])
