@@ -21,10 +21,9 @@ from typing import Any
 
 from limits import find_device, record_head, write_json
 from step import synthetic_steps, train_step
-from transfusion import presets
 from transfusion.checkpoint.layout import find_latest
 from transfusion.checkpoint.save import Saver
-from transfusion.config import Config
+from transfusion.config import Config, load_config
 from transfusion.parallel import environment
 from transfusion.parallel.engine import Engine, build_engine
 from transfusion.schema import Batch, TrainState
@@ -130,7 +129,7 @@ def main() -> int:
     given = parser.parse_args()
     device = find_device("auto")
     record: dict[str, Any] = {"environment": record_head(device)}
-    config = presets.load(None, list(SETTINGS))
+    config = load_config(None, list(SETTINGS))
     record |= measure(config, steps=given.steps, rounds=given.rounds, modes=given.modes.split(","))
     write_json(record, given.out)
     print(summary(record))

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from limits import find_device, record_head, write_json
-from transfusion import presets
 from transfusion.codec import open_codec, open_token_codec
-from transfusion.codec_folder import completed, read_facts, trained_size
 from transfusion.codec_train.measure import psnr
 from transfusion.codec_train.pictures import PictureSet
 from transfusion.codec_train.report import write_report
 from transfusion.config import CodecConfig
+from transfusion.config.checking import check_as
+from transfusion.config.codec_folder import completed, read_facts, trained_size
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "codec.json"
@@ -58,7 +58,7 @@ def settings(folder: Path) -> CodecConfig:
         "folder": str(folder),
         "image_size": trained_size(folder),
     }
-    return presets.check_as(CodecConfig, completed(values, problems), problems=problems, where=str(folder))
+    return check_as(CodecConfig, completed(values, problems), problems=problems, where=str(folder))
 
 
 @torch.no_grad()

@@ -51,8 +51,7 @@ import torch
 from PIL import Image
 
 from limits import record_head, write_json
-from transfusion import presets
-from transfusion.config import Config, SourceConfig
+from transfusion.config import Config, SourceConfig, load_config
 from transfusion.data.images.decode import use_one_thread
 from transfusion.data.index.open import build_indexes, source_lengths
 from transfusion.data.index.source_index import SourceIndex
@@ -203,7 +202,7 @@ def resume_seconds(lengths: list[Lengths], config: Config, points: int = 20) -> 
 def beyond(config: Config, rounds: int) -> dict[str, Any]:
     """`transfusion data plan --simulate`, the fastest round."""
     found = [
-        survey_config(presets.load(None, ["data.rows=4096"]), simulate=True, ranks=512, steps=4)
+        survey_config(load_config(None, ["data.rows=4096"]), simulate=True, ranks=512, steps=4)
         for _ in range(rounds)
     ]
     return as_dict(min(found, key=lambda each: each.plan_ms_per_batch))

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from transfusion import presets
-from transfusion.config import Config
+from transfusion.config import Config, load_config
 from transfusion.plan import Mixture, Plan, make_plan
 from transfusion.plan.advice import applied
 
@@ -94,7 +93,7 @@ def plans(config: Config, gpus: int, gpu: str) -> Iterator[tuple[tuple[str, ...]
 
 def table(name: str, gpu: str) -> Iterator[str]:
     """One run at every number of GPUs."""
-    config = presets.load(CONFIGS / f"{name}.yaml", reads_codec=False)
+    config = load_config(CONFIGS / f"{name}.yaml", reads_codec=False)
     yield f"**{name}**, rows of 4,096, {config.data.rows} a step:"
     yield ""
     yield "| GPUs | setting | tokens a micro-batch | tokens/s a GPU | of 8 GPUs | waits | exact-mask MFU | GiB a GPU |"

@@ -28,8 +28,7 @@ from torch import nn
 
 from limits import find_device, record_head, write_json
 from step import png_of
-from transfusion import presets
-from transfusion.config import Config
+from transfusion.config import Config, load_config
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.mixed_loss import MixedLoss
 from transfusion.parallel import environment
@@ -70,7 +69,7 @@ def made_up(overrides: list[str], folder: Path) -> Config:
     write_shards(pairs, folder / "pairs")
     sources = "[" + ", ".join(f"{{name: {n}, shards: {folder}/{n}/*.tar}}" for n in ("texts", "pairs")) + "]"
     given = [f"data.tokenizer={tokenizer.path}", f"data.sources={sources}", f"run.dir={folder / 'run'}"]
-    return presets.load(None, [*SETTINGS, *given, *overrides])
+    return load_config(None, [*SETTINGS, *given, *overrides])
 
 
 def bare_loop(model: nn.Module, config: Config) -> Callable[[list[Batch]], None]:

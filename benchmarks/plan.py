@@ -32,7 +32,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from limits import find_device, measure_limits, record_head, write_json
-from step import load_config, synthetic_steps, train_step
+from step import config_of, synthetic_steps, train_step
 from transfusion.config import Config
 from transfusion.observe.flops import FlopModel, Work, Workload
 from transfusion.observe.memory import process_tree_peak_bytes
@@ -274,7 +274,7 @@ def main() -> int:
     parser.add_argument("--here", metavar="CASE", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.here:
-        print(json.dumps(measure(load_config(CASES[given.here], find_device("cpu")))))
+        print(json.dumps(measure(config_of(CASES[given.here], find_device("cpu")))))
         return 0
     cases = json.loads(given.out.read_text())["cases"] if given.out.exists() else {}
     for name in given.cases or CASES:

@@ -29,8 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from limits import Limits, find_device, measure_limits, record_head, write_json
-from transfusion import presets
-from transfusion.config import Config
+from transfusion.config import Config, load_config
 from transfusion.data.index.open import source_lengths
 from transfusion.data.index.shard_index import ShardIndex, index_shard
 from transfusion.data.index.source_index import SourceIndex
@@ -320,7 +319,7 @@ def summary(step: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def load_config(arguments: Sequence[str], device: torch.device) -> Config:
+def config_of(arguments: Sequence[str], device: torch.device) -> Config:
     """CONFIG and overrides as given, or the default model of the device with the overrides."""
     files = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
@@ -328,7 +327,7 @@ def load_config(arguments: Sequence[str], device: torch.device) -> Config:
         raise SystemExit(f"one config file at most, got {files}")
     if not files:
         overrides = [*(PAPER_SMALLEST if device.type == "cuda" else TINY), *overrides]
-    config = presets.load(files[0] if files else None, overrides)
+    config = load_config(files[0] if files else None, overrides)
     if config.model.vocabulary:
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"vocabulary": VOCABULARY})})
@@ -345,7 +344,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
     given = parser.parse_args()
     device = find_device("auto")
-    config = load_config(given.config, device)
+    config = config_of(given.config, device)
     record: dict[str, Any] = {
         "environment": record_head(device),
         "formulas": FORMULAS,

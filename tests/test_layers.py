@@ -24,9 +24,6 @@ LAYERS: dict[str, int] = {
     "schema": 1,
     "tokens": 1,
     "config": 1,
-    "codec_folder": 1,
-    "presets": 1,
-    "grids": 1,
     "sequence": 1,
     "model": 2,
     "diffusion": 2,
@@ -209,9 +206,10 @@ def test_the_house_keeps_its_rules() -> None:
 def test_the_house_was_really_read() -> None:
     files = [*HOUSE.glob("src/transfusion/**/*.py"), *HOUSE.glob("kernels/**/*.py")]
     assert len(files) > 40
-    config = HOUSE / "src/transfusion/config.py"
+    config = HOUSE / "src/transfusion/config/sections.py"
     assert any(
-        module.startswith("pydantic") for _, module in _imports("src/transfusion/config.py", _tree(config))
+        module.startswith("pydantic")
+        for _, module in _imports("src/transfusion/config/sections.py", _tree(config))
     )
 
 
@@ -224,7 +222,7 @@ LAWFUL = {
     "kernels/transfusion_kernels/dispatch.py": "import os\nA = os.environ\n",
     "kernels/transfusion_kernels/attention/forward.py": "import triton\n@triton.jit\ndef kernel(q, D: int): ...\n",
     "src/transfusion/__init__.py": "__version__ = '1'\n",
-    "src/transfusion/presets.py": "from transfusion.config import Config\nimport yaml\n",
+    "src/transfusion/config/load.py": "from transfusion.sequence import sizes\nimport yaml\n",
     "src/transfusion/schema.py": "from transfusion_kernels import IntervalMask\n",
     "src/transfusion/model/block.py": "from transfusion.model import x\nfrom . import attention\n",
     "src/transfusion/mixed_loss.py": "from transfusion.model.heads import x\nfrom transfusion import diffusion\n",
@@ -251,7 +249,11 @@ def test_a_lawful_tree_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "breach"),
     [
-        ("src/transfusion/config.py", "import transfusion.model.block", "config (layer 1) imports model"),
+        (
+            "src/transfusion/config/sections.py",
+            "import transfusion.model.block",
+            "config (layer 1) imports model",
+        ),
         (
             "src/transfusion/model/heads.py",
             "from transfusion.data import rows",

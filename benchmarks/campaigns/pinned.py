@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from transfusion import presets
+from transfusion.config import load_config
 from transfusion.data.loading.loader import Loader
 from transfusion.sequence.tokenizer import Tokenizer
 
@@ -117,7 +117,7 @@ def batches(folder: Path, ranks: int) -> list[str]:
     tokenizer = Tokenizer(data / "tokenizer.model")
     kinds = ("digits", "text")
     shards = [f"data.sources.{i}.shards={data}/{kind}/train/*.tar" for i, kind in enumerate(kinds)]
-    config = presets.load(CONFIG, [f"data.tokenizer={data}/tokenizer.model", *shards])
+    config = load_config(CONFIG, [f"data.tokenizer={data}/tokenizer.model", *shards])
     config = config.with_vocabulary(tokenizer.vocabulary)
     hashes = []
     for rank in range(ranks):

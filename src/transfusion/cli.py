@@ -133,9 +133,9 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train, or continue the run in `run.dir`. Under torchrun or deepspeed: on all their processes."""
-    from transfusion import presets
+    from transfusion.config import load_config
 
-    resolved = presets.load(config, overrides or [])
+    resolved = load_config(config, overrides or [])
     from transfusion.trainer import train as run
 
     raise typer.Exit(run(resolved))
@@ -155,10 +155,10 @@ def plan(
     caption_tokens: Annotated[int, typer.Option(min=1, help="tokens of a caption")] = 32,
 ) -> None:
     """Predict memory, speed and cost of a run, and say what would not fit and which setting mends it."""
-    from transfusion import presets
+    from transfusion.config import load_config
 
     # The autoencoder need not be there yet.
-    resolved = presets.load(config, overrides or [], reads_codec=False)
+    resolved = load_config(config, overrides or [], reads_codec=False)
     from transfusion.plan import Mixture, make_plan, report, warnings
 
     mixture = Mixture(pair_share=pair_share, text_tokens=text_tokens, caption_tokens=caption_tokens)
@@ -279,10 +279,10 @@ def classifier(
     epochs: Annotated[int, typer.Option(min=1)] = 8,
 ) -> None:
     """Train the small network that judges drawn pictures in `eval --suite pictures`, on the training pictures."""
-    from transfusion import presets
+    from transfusion.config import load_config
     from transfusion.evaluate.classifier import save_classifier, train_from_config
 
-    save_classifier(train_from_config(presets.load(config, overrides or []), epochs=epochs), out)
+    save_classifier(train_from_config(load_config(config, overrides or []), epochs=epochs), out)
     print(out)
 
 
@@ -319,9 +319,10 @@ def show_config(
     overrides: Overrides = None,
 ) -> None:
     """Check a configuration and print it in full, each key with its meaning."""
-    from transfusion import presets
+    from transfusion.config import load_config
+    from transfusion.config.yaml_files import explain
 
-    resolved = presets.load(config, overrides or [])
-    print(presets.explain(resolved))
+    resolved = load_config(config, overrides or [])
+    print(explain(resolved))
     for warning in resolved.warnings():
         print(f"warning: {warning}", file=sys.stderr)

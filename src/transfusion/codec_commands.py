@@ -33,10 +33,10 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train a KL or VQ autoencoder, or go on with it; writes RUN/codec, a folder of diffusers."""
-    from transfusion import presets
     from transfusion.codec_train.settings import CodecTrainConfig
+    from transfusion.config.load import load_as
 
-    resolved = presets.load_as(CodecTrainConfig, config, overrides or [])
+    resolved = load_as(CodecTrainConfig, config, overrides or [])
     from transfusion.codec_train.train import train_codec
 
     raise typer.Exit(train_codec(resolved))
@@ -106,12 +106,12 @@ def fetch(
 
 def _settings(folder: str, image_size: int, sizes: Sequence[str] = ()) -> CodecConfig:
     """The section `codec` of a configuration that names the folder. Raises UserError."""
-    from transfusion import presets
-    from transfusion.codec_folder import completed, read_facts, trained_size
     from transfusion.config import CodecConfig
+    from transfusion.config.checking import check_as
+    from transfusion.config.codec_folder import completed, read_facts, trained_size
 
     kind, problems = read_facts(folder).kind, list[str]()
     values: dict[str, Any] = {"kind": kind, "folder": folder, "image_sizes": sizes}
     if not sizes:
         values["image_size"] = image_size or trained_size(folder)
-    return presets.check_as(CodecConfig, completed(values, problems), problems=problems, where=folder)
+    return check_as(CodecConfig, completed(values, problems), problems=problems, where=folder)

@@ -31,10 +31,10 @@ def show(
     step: Annotated[int, typer.Option(min=0, help="of which global batch")] = 0,
 ) -> None:
     """Draw rows of a batch: tokens, images, borders of documents, the mask."""
-    from transfusion import presets
+    from transfusion.config import load_config
     from transfusion.data.viewing.commands import show_rows
 
-    show_rows(presets.load(spec, overrides or []), out, rows=rows, step=step)
+    show_rows(load_config(spec, overrides or []), out, rows=rows, step=step)
     print(out)
 
 
@@ -46,10 +46,10 @@ def stats(
     as_json: AsJson = False,
 ) -> None:
     """Shares, lengths, padding and faults of a configuration's sources."""
-    from transfusion import presets
+    from transfusion.config import load_config
     from transfusion.data.viewing.commands import describe_stats, stats_config
 
-    found = stats_config(presets.load(spec, overrides or []), steps=steps)
+    found = stats_config(load_config(spec, overrides or []), steps=steps)
     print(json.dumps(found) if as_json else describe_stats(found))
 
 
@@ -74,13 +74,13 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Plan without reading pictures: time, memory, shares, padding, balance. data.rows is the global batch."""
-    from transfusion import presets
+    from transfusion.config import load_config
     from transfusion.data.viewing.plan_stats import as_dict, describe, survey_config
 
     words = overrides or []
     if spec is not None and "=" in spec.name and not spec.exists():
         spec, words = None, [str(spec), *words]
-    config = presets.load(spec, words)
+    config = load_config(spec, words)
     found = survey_config(config, simulate=simulate, ranks=ranks, steps=steps, samples=samples)
     print(json.dumps(as_dict(found)) if as_json else describe(found))
 
@@ -104,12 +104,11 @@ def index_shards(
 
     Killed and run again it goes on, shard by shard; run on a finished folder it renews what is stale.
     """
-    from transfusion import presets
-    from transfusion.config import DataConfig
+    from transfusion.config import DataConfig, load_config
     from transfusion.data.index.build import QUARANTINE, IndexJob, write_index
 
     if spec[0].endswith((".yaml", ".yml")):
-        config = presets.load(spec[0], spec[1:])
+        config = load_config(spec[0], spec[1:])
         jobs = IndexJob.of(config)
         max_faults = config.data.max_faults if max_faults is None else max_faults
     else:

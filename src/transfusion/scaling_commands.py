@@ -40,8 +40,8 @@ def run(
     ] = False,
 ) -> None:
     """Train, export and measure every cell with every seed. Killed and run again it goes on; then a table."""
+    from transfusion.config.experiments import read_grid
     from transfusion.errors import UserError
-    from transfusion.grids import read_grid
     from transfusion.scaling.grid import jobs_of, run_grid
     from transfusion.scaling.results import metrics_of, read_records, table
 

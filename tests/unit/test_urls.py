@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from transfusion.config import SourceConfig
+from transfusion.config import SourceConfig, load_config
 from transfusion.errors import UserError
-from transfusion.presets import load
 from transfusion.urls import file_name, identity, is_address, redacted, redacted_text
 
 SECRET = "hunter2"
@@ -70,5 +69,5 @@ def test_what_is_written_down_holds_no_credentials() -> None:
     assert source.shards[0] == SIGNED[0]
     assert source.model_dump(mode="json")["shards"] == [SIGNED[1], "a/*.tar"]
     with pytest.raises(UserError) as error:
-        load(None, ["data.sources=[{name: a, shards: {x: 'https://me:hunter2@h/a.tar'}}]"])
+        load_config(None, ["data.sources=[{name: a, shards: {x: 'https://me:hunter2@h/a.tar'}}]"])
     assert SECRET not in str(error.value) and "https://***@h/a.tar" in str(error.value)

@@ -21,8 +21,10 @@ from transfusion.checkpoint import layout
 from transfusion.checkpoint.layout import Manifest
 from transfusion.checkpoint.resume import SliceReader
 from transfusion.checkpoint.stream import write_tensors
-from transfusion.codec_folder import folder_files
-from transfusion.config import Config, with_former_values
+from transfusion.config import Config
+from transfusion.config.checking import check
+from transfusion.config.codec_folder import folder_files
+from transfusion.config.rules import with_former_values
 from transfusion.errors import UserError
 from transfusion.files import (
     UNFINISHED,
@@ -34,7 +36,6 @@ from transfusion.files import (
 )
 from transfusion.parallel.agree import describe
 from transfusion.parallel.shards import AVERAGE, WEIGHT
-from transfusion.presets import check
 
 FORMAT = "transfusion model"
 FORMAT_VERSION = 1

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transfusion.config import Config, with_former_values
+from transfusion.config import Config
+from transfusion.config.rules import with_former_values
 from transfusion.errors import UserError
 from transfusion.files import digest, file_digest, fingerprint
 

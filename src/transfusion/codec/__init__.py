@@ -11,8 +11,8 @@ from transfusion.codec.interface import Codec, TokenCodec
 from transfusion.codec.networks import Network, load_network
 from transfusion.codec.pixels import PixelCodec
 from transfusion.codec.quantised import VQCodec
-from transfusion.codec_folder import codec_fingerprint, read_facts
 from transfusion.config import CodecConfig
+from transfusion.config.codec_folder import codec_fingerprint, read_facts
 from transfusion.errors import UserError
 
 __all__ = ["Codec", "TokenCodec", "open_any_codec", "open_codec", "open_token_codec"]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from transfusion.codec_folder import read_facts
+from transfusion.config.codec_folder import read_facts
 from transfusion.errors import UserError
 
 # Classes of diffusers, whose types are not read here.

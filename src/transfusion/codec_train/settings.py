@@ -6,14 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from transfusion.config import (
-    PROBLEM_SEPARATOR,
-    Decay,
-    NonNegativeInt,
-    PositiveFloat,
-    RunConfig,
-    Section,
-)
+from transfusion.config import RunConfig, Section
+from transfusion.config.sections import PROBLEM_SEPARATOR, Decay, NonNegativeInt, PositiveFloat
 
 Weight = Annotated[float, Field(ge=0)]
 

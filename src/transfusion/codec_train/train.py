@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfusion import presets
 from transfusion.codec import pixels as codec_pixels
 from transfusion.codec.networks import Network, load_network, new_network, parameter_count, save_network
 from transfusion.codec_train import codebook, state
@@ -27,6 +26,7 @@ from transfusion.codec_train.losses import CodecLoss, reconstruct
 from transfusion.codec_train.measure import latent_statistics, reconstruction_psnr
 from transfusion.codec_train.pictures import PictureSet
 from transfusion.codec_train.settings import CodecTrainConfig
+from transfusion.config.yaml_files import dump
 from transfusion.errors import EXIT_STOPPED_EARLY, UserError
 from transfusion.files import (
     UNFINISHED,
@@ -314,7 +314,7 @@ class CodecTrainer:
     def _create_folder(self) -> None:
         self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.folder.config) as partial:
-            presets.dump(self.config, partial)
+            dump(self.config, partial)
         text = json.dumps(describe_environment(sys.argv), indent=2, ensure_ascii=False)
         atomic_write_text(self.folder.environment, text + "\n")
         start_logging(self.folder)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transfusion.config import SAMPLERS, SourceConfig
+from transfusion.config import SourceConfig
+from transfusion.config.objectives import SAMPLERS
 from transfusion.data.loading.validation import documents
 from transfusion.data.prepare.digits import DIGIT_WORDS, digit_in_caption
 from transfusion.errors import UserError

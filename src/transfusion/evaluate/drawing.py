@@ -9,7 +9,7 @@ from statistics import fmean
 
 import torch
 
-from transfusion.config import GRID_SAMPLER
+from transfusion.config.objectives import GRID_SAMPLER
 from transfusion.evaluate.classifier import (
     captioned_pictures,
     features_of,

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from PIL import Image, UnidentifiedImageError
 
-from transfusion.config import PREDICTED
+from transfusion.config.objectives import PREDICTED
 from transfusion.errors import UserError
 from transfusion.files import atomic_write_text
 from transfusion.observe.metrics import read_metrics

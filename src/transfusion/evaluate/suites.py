@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from transfusion.config import PREDICTED, DiffusionConfig, SourceConfig
+from transfusion.config import DiffusionConfig, SourceConfig
+from transfusion.config.objectives import PREDICTED
 from transfusion.data.loading.validation import EvaluationLoader, documents
 from transfusion.errors import UserError
 from transfusion.evaluate.bigram import Bigram

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from transfusion.codec import Codec
-from transfusion.config import PREDICTED, SAMPLERS, Config, DiffusionConfig, SamplerName
+from transfusion.config import Config, DiffusionConfig
+from transfusion.config.objectives import PREDICTED, SAMPLERS, SamplerName
 from transfusion.diffusion.flow import Euler, Heun
 from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.sampler import DDIM, DDPM, NOTHING_LEFT, Sampler, start_noise

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from transfusion.checkpoint.export import read_export
 from transfusion.codec import Codec, TokenCodec, open_any_codec
-from transfusion.config import GRID_SAMPLER, Config, SampleConfig, SamplerName
+from transfusion.config import Config, SampleConfig
+from transfusion.config.objectives import GRID_SAMPLER, SamplerName
 from transfusion.errors import UserError
 from transfusion.generate import images, language
 from transfusion.generate.drawing import draw_pictures

@@ -17,10 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from transfusion import __version__, presets
+from transfusion import __version__
 from transfusion.checkpoint import layout
-from transfusion.codec_folder import folder_files
 from transfusion.config import CodecConfig, Config
+from transfusion.config.codec_folder import folder_files
+from transfusion.config.yaml_files import dump
 from transfusion.data.shards.scan import Fault
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text, file_digest
@@ -132,7 +133,7 @@ class RunFolder:
             for folder in (self.path, self.samples, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(self.config) as partial:
-                presets.dump(config, partial)
+                dump(config, partial)
             text = json.dumps(describe_environment(arguments), indent=2, ensure_ascii=False)
             atomic_write_text(self.environment, text + "\n")
         except OSError as error:

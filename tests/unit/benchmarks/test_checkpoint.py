@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import checkpoint
-from transfusion import presets
+from transfusion.config import load_config
 
 
 def test_each_mode_is_timed_on_the_same_steps() -> None:
     small = ("model.layers=1", "model.width=64", "model.heads=2", "model.vocabulary=512", "data.rows=2")
-    config = presets.load(None, [*checkpoint.SETTINGS, *small, "codec.image_size=8"])
+    config = load_config(None, [*checkpoint.SETTINGS, *small, "codec.image_size=8"])
     found = checkpoint.measure(config, steps=2, rounds=2)
     assert json.loads(json.dumps(found)) == found
     assert found["checkpoint_bytes"] > 12 * 64 * 512

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import codec as benchmark
-from transfusion import presets
 from transfusion.codec.networks import new_network, save_network
 from transfusion.codec_train.pictures import PictureSet
 from transfusion.codec_train.settings import CodecTrainConfig
+from transfusion.config.load import load_as
 from transfusion.data.shards.webdataset import write_shards
 
 
@@ -66,7 +66,7 @@ def test_a_codec_that_is_missing_is_trained(
     monkeypatch.setattr(benchmark.subprocess, "run", lambda command, check: asked.append(command))
     folder = benchmark.trained(name, Path("data"), tmp_path)
     [[_, _, _, codec, train, config, *overrides]] = asked
-    resolved = presets.load_as(CodecTrainConfig, config, overrides)
+    resolved = load_as(CodecTrainConfig, config, overrides)
     assert (codec, train) == ("codec", "train") and folder == Path(resolved.run.folder) / "codec"
     assert resolved.pictures.shards == "data/train/*.tar" and resolved.pictures.held_out == "data/val/*.tar"
     assert resolved.kind == name.removeprefix("emoji-") and resolved.pictures.image_size == 64

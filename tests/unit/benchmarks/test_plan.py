@@ -29,7 +29,7 @@ SMALL = ("model.layers=4", "model.width=128", "model.heads=4", "data.row_length=
     ids=lambda overrides: " ".join(overrides) or "plain",
 )
 def test_peak_bytes_are_those_that_torch_tracks(overrides: tuple[str, ...]) -> None:
-    config = step.load_config([*SMALL, *overrides], environment.start(1).device)
+    config = step.config_of([*SMALL, *overrides], environment.start(1).device)
     batches = step.synthetic_steps(config, 1)[0]
     engine = build_engine(config, environment.start(1))
     tracked = plan.tracked_peak(engine, batches, config)

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def tiny(*overrides: str) -> Config:
-    return step.load_config(list(overrides), CPU)
+    return step.config_of(list(overrides), CPU)
 
 
 def test_a_tiny_step() -> None:
@@ -59,7 +59,7 @@ def test_ranks_share_a_step() -> None:
 
 
 def test_the_gpu_default_is_the_papers_smallest() -> None:
-    config = step.load_config([], torch.device("cuda"))
+    config = step.config_of([], torch.device("cuda"))
     assert (config.model.layers, config.model.width, config.model.vocabulary) == (16, 768, 32_000)
     assert config.train.precision in DTYPES and config.patches_per_image == 256
-    assert step.load_config(["model.vocabulary=1000"], torch.device("cuda")).model.vocabulary == 1000
+    assert step.config_of(["model.vocabulary=1000"], torch.device("cuda")).model.vocabulary == 1000

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.config import CodecConfig, Config
+from transfusion.config.checking import check
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline
 from transfusion.model import Chameleon, Transfusion
@@ -21,7 +22,6 @@ from transfusion.observe.flops import FlopModel
 from transfusion.parallel.engine import build_model, global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
-from transfusion.presets import check
 from transfusion.schema import Batch, ImageSegment, TextSegment
 from transfusion.token_loss import TokenLoss, build_loss
 

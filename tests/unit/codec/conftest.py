@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from transfusion.codec.networks import new_network, save_network
-from transfusion.codec_folder import completed
 from transfusion.config import CodecConfig
+from transfusion.config.codec_folder import completed
 from transfusion.data.shards.webdataset import write_shards
 
 SIZES: dict[str, Any] = {"channels": 3, "latent_channels": 4, "widths": (8, 8, 8), "layers": 1, "groups": 4}

@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from transfusion import presets
 from transfusion.codec import open_codec, open_token_codec
 from transfusion.codec.pixels import PixelCodec
-from transfusion.codec_folder import WEIGHTS
-from transfusion.config import CodecConfig, Config
+from transfusion.config import CodecConfig, Config, load_config
+from transfusion.config.codec_folder import WEIGHTS
 from transfusion.errors import UserError
 
 
@@ -59,16 +58,16 @@ def test_tokens_and_pictures_are_those_of_diffusers(
 
 def test_a_configuration_is_filled_in_from_the_folder(kl_folder: Path, vq_folder: Path) -> None:
     words = ["codec.kind=kl", f"codec.folder={kl_folder}", "codec.image_size=32", "model.patch_size=2"]
-    config = presets.load(None, words)
+    config = load_config(None, words)
     assert (config.codec.depth, config.codec.downscale) == (4, 4)
     assert (config.codec.scale, config.codec.shift, config.patches_per_image) == ((0.5,), (0.25,), 16)
     # What is stored with a run needs the folder no more, and says the same when it is there.
     assert Config.model_validate(config.as_dict()) == config
-    assert presets.load(None, [*words, f"codec.fingerprint={config.codec.fingerprint}"]) == config
-    measured = presets.load(None, [*words, "codec.scale=0.18215", "codec.shift=[0,1,0,1]"]).codec
+    assert load_config(None, [*words, f"codec.fingerprint={config.codec.fingerprint}"]) == config
+    measured = load_config(None, [*words, "codec.scale=0.18215", "codec.shift=[0,1,0,1]"]).codec
     assert measured.scale == (0.18215,) and measured.fingerprint != config.codec.fingerprint
     words = ["model.family=chameleon", "codec.kind=vq", f"codec.folder={vq_folder}"]
-    tokens = presets.load(None, words)
+    tokens = load_config(None, words)
     assert tokens.codec.codes == 32
 
 
@@ -88,7 +87,7 @@ def test_channel_statistics_are_applied_as_pipelines_do(
 def test_all_that_does_not_fit_is_told_at_once(kl_folder: Path) -> None:
     words = ["codec.kind=vq", "codec.channels=1", "codec.latent_channels=8", f"codec.folder={kl_folder}"]
     with pytest.raises(UserError) as told:
-        presets.load(None, [*words, "codec.fingerprint=abcd", "train.steps=0"])
+        load_config(None, [*words, "codec.fingerprint=abcd", "train.steps=0"])
     text = str(told.value)
     for part in (
         "codec.kind is vq, but",
@@ -114,7 +113,7 @@ def test_all_that_does_not_fit_is_told_at_once(kl_folder: Path) -> None:
 )  # fmt: skip
 def test_settings_that_cannot_be(kl_folder: Path, words: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        presets.load(None, [word.replace("=KL", f"={kl_folder}") for word in words])
+        load_config(None, [word.replace("=KL", f"={kl_folder}") for word in words])
 
 
 def test_weights_are_all_there_or_none(

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from transfusion import presets
 from transfusion.codec import open_codec
-from transfusion.codec_folder import WEIGHTS
 from transfusion.codec_train import codebook, features
 from transfusion.codec_train.discriminator import adaptive_weight, discriminator_loss
 from transfusion.codec_train.settings import CodecTrainConfig
 from transfusion.codec_train.train import CodecTrainer, train_codec
 from transfusion.config import CodecConfig
+from transfusion.config.checking import check_as
+from transfusion.config.codec_folder import WEIGHTS
 from transfusion.errors import UserError
 from transfusion.observe.runfolder import start_logging
 
@@ -41,7 +41,7 @@ def make(shards: Path, tmp_path: Path) -> Iterator[Callable[..., CodecTrainConfi
             "steps": 4, "batch": 4, "threads": 1, "checkpoint_every": 2, "log_every": 1,
             **values,
         }  # fmt: skip
-        return presets.check_as(CodecTrainConfig, plain, where="test")
+        return check_as(CodecTrainConfig, plain, where="test")
 
     yield build
     start_logging(None)
@@ -141,7 +141,7 @@ def test_every_setting_counts(
         plain = make(run, kind=kind, steps=2).as_dict()
         for name, value in changes.items():
             plain[name] = plain[name] | value if isinstance(value, dict) else value
-        config = presets.check_as(CodecTrainConfig, plain, where="test")
+        config = check_as(CodecTrainConfig, plain, where="test")
         assert train_codec(config) == 0
         return load_file(Path(config.run.folder) / "codec" / WEIGHTS)
 

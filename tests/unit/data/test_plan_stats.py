@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from transfusion import presets
+from transfusion.config import load_config
 from transfusion.data.planning.epoch import SourceLengths, Variant, VariantRule
 from transfusion.data.planning.packing import Planner, PlanSettings
 from transfusion.data.viewing.plan_stats import (
@@ -95,7 +95,7 @@ def test_simulated_lengths_are_like_the_real_ones() -> None:
 
 
 def test_hundreds_of_millions_of_samples_take_no_memory() -> None:
-    config = presets.load(None, ["data.rows=512", "data.row_length=4096"])
+    config = load_config(None, ["data.rows=512", "data.row_length=4096"])
     found = survey_config(config, simulate=True, ranks=64, steps=2, samples=700_000_000)
     assert found.sources["pairs"].samples == 700_000_000 and found.added_mib < 100
     assert found.images_cut == 0 and found.text_imbalance < 0.2
@@ -103,6 +103,6 @@ def test_hundreds_of_millions_of_samples_take_no_memory() -> None:
 
 def test_what_cannot_be_surveyed() -> None:
     with pytest.raises(UserError, match="use --simulate"):
-        survey_config(presets.load(None, []))
+        survey_config(load_config(None, []))
     with pytest.raises(UserError, match="cannot be shared by 3 ranks"):
-        survey_config(presets.load(None, ["data.rows=8"]), simulate=True, ranks=3)
+        survey_config(load_config(None, ["data.rows=8"]), simulate=True, ranks=3)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion import presets
+from transfusion.config import load_config
+from transfusion.config.yaml_files import dump
 from transfusion.errors import UserError
 from transfusion.evaluate.report import data_uri, figure, write_report
 from transfusion.observe import MetricsLog, RunFolder, StepMetrics
@@ -65,7 +66,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "runs" / "first")
-    config = presets.load(None, ["run.name=first", "codec.image_size=8", "sample.prompts=[a three]"])
+    config = load_config(None, ["run.name=first", "codec.image_size=8", "sample.prompts=[a three]"])
     folder.create(config, arguments=["transfusion", "train", "<argument>"])
     return folder
 
@@ -222,9 +223,7 @@ def test_the_image_loss_is_named_by_the_objective(
     run: RunFolder, diffusion: dict[str, str], title: str
 ) -> None:
     log_steps(run, range(1, 3))
-    presets.dump(
-        presets.load(None, [f"diffusion.{key}={value}" for key, value in diffusion.items()]), run.config
-    )
+    dump(load_config(None, [f"diffusion.{key}={value}" for key, value in diffusion.items()]), run.config)
     page = write_report(run.path).read_text(encoding="utf-8")
     assert title in page
     assert ("Predicting the noise is hardest" in page) == (not diffusion)

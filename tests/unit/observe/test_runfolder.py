@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from transfusion import presets
+from transfusion.config import load_config
 from transfusion.data.shards.scan import Fault
 from transfusion.errors import UserError
-from transfusion.observe import RunFolder, start_logging
+from transfusion.observe import RunFolder, runfolder, start_logging
 from transfusion.observe.runfolder import describe_environment, git_state, package_version
 
 
@@ -29,9 +29,9 @@ def package_logger() -> Iterator[logging.Logger]:
 
 def test_create_writes_config_and_environment(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "runs" / "first")
-    config = presets.load(None, ["run.name=first", "codec.image_size=8"])
+    config = load_config(None, ["run.name=first", "codec.image_size=8"])
     folder.create(config, arguments=["transfusion", "train", "a.yaml"])
-    assert presets.load(folder.config) == config
+    assert load_config(folder.config) == config
     environment = json.loads(folder.environment.read_text())
     assert environment["argv"] == ["transfusion", "train", "a.yaml"]
     assert environment["cpu_count"] >= 1
@@ -48,7 +48,7 @@ def test_no_environment_variable_is_written(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run\.dir"):
-        RunFolder(tmp_path / "file" / "run").create(presets.load(None, ["codec.image_size=8"]))
+        RunFolder(tmp_path / "file" / "run").create(load_config(None, ["codec.image_size=8"]))
 
 
 def test_one_process_at_a_time_has_the_folder(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_config_torn_while_it_is_written_leaves_the_former(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    config = presets.load(None, ["codec.image_size=8"])
+    config = load_config(None, ["codec.image_size=8"])
     folder.create(config)
     former = folder.config.read_bytes()
 
@@ -83,7 +83,7 @@ def test_a_config_torn_while_it_is_written_leaves_the_former(
         path.write_text("run:")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(presets, "dump", full)
+    monkeypatch.setattr(runfolder, "dump", full)
     with pytest.raises(UserError, match="No space left"):
         folder.create(config)
     assert folder.config.read_bytes() == former

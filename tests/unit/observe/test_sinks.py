@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from transfusion import presets
+from transfusion.config import load_config
 from transfusion.errors import UserError
 from transfusion.observe import open_sink
 from transfusion.observe.runfolder import RunFolder
 from transfusion.observe.sinks import NoSink, panel_values, refuse_missing_sink
 
-ON = presets.load(None, ["log.wandb=true", "run.name=first", "log.project=ours", "codec.image_size=8"])
+ON = load_config(None, ["log.wandb=true", "run.name=first", "log.project=ours", "codec.image_size=8"])
 LINE = {"step": 3, "loss": 1.0, "text_loss": None, "image_loss_by_timestep": [0.5] + [None] * 9, "tokens": 7}
 
 
@@ -58,7 +58,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_off_by_default_and_then_a_no_op(tmp_path: Path) -> None:
-    sink = open_sink(presets.load(None, ["codec.image_size=8"]), RunFolder(tmp_path), attempt=1)
+    sink = open_sink(load_config(None, ["codec.image_size=8"]), RunFolder(tmp_path), attempt=1)
     assert isinstance(sink, NoSink)
     sink.write(LINE)
     sink.picture(0, tmp_path / "none.png")
@@ -72,7 +72,7 @@ def test_a_missing_wandb_is_told_with_the_remedy(tmp_path: Path, monkeypatch: py
         open_sink(ON, RunFolder(tmp_path), attempt=1)
     with pytest.raises(UserError, match="pip install wandb"):
         refuse_missing_sink(ON)
-    refuse_missing_sink(presets.load(None, ["codec.image_size=8"]))
+    refuse_missing_sink(load_config(None, ["codec.image_size=8"]))
 
 
 def test_every_start_goes_on_with_one_wandb_run(tmp_path: Path, fake: SimpleNamespace) -> None:

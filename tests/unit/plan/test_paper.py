@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from transfusion import presets
-from transfusion.config import Config, OptimizerConfig
+from transfusion.config import Config, OptimizerConfig, load_config
 from transfusion.model.count import count_parameters
 from transfusion.plan import make_plan
 
@@ -29,7 +28,7 @@ HEAD = re.compile(
 
 
 def config_of(name: str) -> Config:
-    return presets.load(CONFIGS / f"{name}.yaml", reads_codec=False)
+    return load_config(CONFIGS / f"{name}.yaml", reads_codec=False)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from transfusion import presets
 from transfusion.cli import app
-from transfusion.config import Config
+from transfusion.config import Config, load_config
 from transfusion.errors import UserError
 from transfusion.plan import Plan, make_plan, report, warnings
 from transfusion.plan.advice import applied, to_fit, to_hasten
@@ -24,7 +23,7 @@ CONFIGS = Path(__file__).parents[3] / "configs" / "train"
 
 
 def config_of(name: str, *overrides: str) -> Config:
-    return presets.load(CONFIGS / f"{name}.yaml", overrides, reads_codec=False)
+    return load_config(CONFIGS / f"{name}.yaml", overrides, reads_codec=False)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from transfusion import presets
-from transfusion.config import Config
+from transfusion.config import Config, load_config
 from transfusion.errors import UserError
 from transfusion.schema import SpecialToken
 from transfusion.sequence.sizes import ImageSizes, Size, nearest
@@ -50,7 +49,7 @@ def test_latents_have_the_size_that_they_were_made_at() -> None:
 
 
 def test_every_size_has_a_token_of_its_own() -> None:
-    config = presets.load(None, ["codec.image_sizes=[32x32,32x48,48x32]"])
+    config = load_config(None, ["codec.image_sizes=[32x32,32x48,48x32]"])
     assert config.image_sizes.first == Size(32, 32) and config.patches_per_image == 256
     with pytest.raises(ValueError, match="vocabulary must be known"):
         config.image_sizes.begins_with(Size(32, 48))
@@ -81,5 +80,5 @@ def test_every_size_has_a_token_of_its_own() -> None:
 )
 def test_sizes_that_cannot_be(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        presets.load(None, overrides)
+        load_config(None, overrides)
     assert message in str(caught.value)

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transfusion import presets
-from transfusion.config import Config
+from transfusion.config.checking import load_values
+from transfusion.config.config import Config
+from transfusion.config.yaml_files import put, read_all, read_yaml
 from transfusion.errors import UserError
 
 SEPARATOR = "#"
@@ -51,18 +52,18 @@ class Cell:
 
     def plain(self) -> dict[str, Any]:
         """The values of its configuration, unchecked."""
-        values = presets.read_all(self.bases)
+        values = read_all(self.bases)
         for key, value in self.overrides.items():
             try:
-                presets.put(values, key, value)
+                put(values, key, value)
             except TypeError as error:
                 raise UserError(f"cell {self.name}: {key}: {error}") from None
         return values
 
     def config(self, overrides: Sequence[str] = (), *, reads_codec: bool = True) -> Config:
-        """Its configuration, checked as `presets.load` does. Raises UserError that lists every mistake."""
+        """Its configuration, checked as `load_config` does. Raises UserError that lists every mistake."""
         where = f"cell {self.name}"
-        return presets.load_values(self.plain(), overrides, where=where, reads_codec=reads_codec)
+        return load_values(self.plain(), overrides, where=where, reads_codec=reads_codec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def read_grid(path: Path, *, classifier: str = "") -> Grid:
 
     Raises UserError for what is missing, unknown or no override.
     """
-    values = presets.read_yaml(path)
+    values = read_yaml(path)
     unknown = sorted(set(values) - _KEYS)
     if unknown:
         raise UserError(

@@ -1,6 +1,6 @@
-"""The configuration: frozen models, defaults of the paper, every problem reported at once.
+"""The sections of a configuration: frozen models with the defaults of the paper.
 
-Plain values only; nothing here builds anything. Each field's description is its help text.
+Plain values only. Nothing here builds anything. Each field's description is its help text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from transfusion.sequence.sizes import GREATEST_ASPECT, ImageSizes, Size
+from transfusion.config.objectives import ObjectiveName, SamplerName
+from transfusion.sequence.sizes import Size
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 from transfusion.urls import redacted_plain
 
@@ -37,23 +38,6 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 # Between the problems of one ValueError; the loader tells them one a line. A problem may hold a semicolon.
 PROBLEM_SEPARATOR = "\n"
-
-ObjectiveName = Literal["noise", "velocity", "flow"]
-# What a network of each objective answers, in words.
-PREDICTED: dict[ObjectiveName, str] = {
-    "noise": "noise",
-    "velocity": "velocity",
-    "flow": "flow velocity",
-}
-SamplerName = Literal["auto", "ddpm", "ddim", "euler", "heun"]
-# What can draw images with a network of each objective. "auto" is the first, in the training grid the first that
-# adds no noise on its way.
-SAMPLERS: dict[ObjectiveName, tuple[SamplerName, ...]] = {
-    "noise": ("ddpm", "ddim"),
-    "velocity": ("ddpm", "ddim"),
-    "flow": ("euler", "heun"),
-}
-GRID_SAMPLER: dict[ObjectiveName, SamplerName] = {"noise": "ddim", "velocity": "ddim", "flow": "euler"}
 
 
 def _as_sizes(value: Any, info: ValidationInfo) -> Any:
@@ -590,179 +574,3 @@ class SampleConfig(Section):
     )
     guidance: Annotated[float, Field(ge=0)] = Field(3.0, description="guidance scale; 1: none")
     seed: SamplingSeed = Field(0, description="seed of the first picture; picture k has seed + k")
-
-
-# The recipe of the Chameleon baseline (paper, section 4.2 and appendix; Chameleon, section 2.3).
-CHAMELEON_DEFAULTS: dict[str, dict[str, Any]] = {
-    "model": {"qk_norm": True, "norm_order": "after", "image_attention": "causal", "patch_size": 1},
-    "train": {"z_loss": 1e-5},
-    "optimizer": {"learning_rate": 1e-4},
-}
-
-
-# Keys whose default is not what was done before they existed, with what was done then.
-BEFORE_THE_KEY: dict[str, dict[str, Any]] = {"model": {"patch_position": "none"}}
-
-
-def with_former_values(stored: Any) -> Any:
-    """A stored configuration with the keys that are younger than it, where their defaults would change its meaning."""
-    if not isinstance(stored, dict):
-        return stored
-    former = {
-        section: {**values, **stored.get(section, {})}
-        for section, values in BEFORE_THE_KEY.items()
-        if isinstance(stored.get(section, {}), dict)
-    }
-    return {**stored, **former}
-
-
-class Config(Section):
-    """A whole run."""
-
-    run: RunConfig = RunConfig()
-    model: ModelConfig = ModelConfig()
-    codec: CodecConfig = CodecConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig = TrainConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    sample: SampleConfig = SampleConfig()
-
-    def with_vocabulary(self, pieces: int) -> Config:
-        """The configuration with a row of the embedding for each of the tokenizer's pieces and each size of pictures
-        but the first, unless it asks for more."""
-        size = max(self.model.vocabulary, pieces + len(self.codec.sizes) - 1)
-        return self.model_copy(update={"model": self.model.model_copy(update={"vocabulary": size})})
-
-    @property
-    def image_sizes(self) -> ImageSizes:
-        """The sizes of pictures, how they are cut into patches, and what begins them: once the vocabulary is known."""
-        return ImageSizes(
-            self.codec.sizes, self.codec.downscale or 1, self.model.patch_size, self.model.vocabulary
-        )
-
-    @property
-    def patches_per_image(self) -> int:
-        """Patches of a picture of the first size."""
-        return self.image_sizes.patches(self.codec.sizes[0])
-
-    def warnings(self) -> list[str]:
-        """What can be trained and hardly learns, one line each with its remedy."""
-        values, width = self.codec.depth * self.model.patch_size**2, self.model.width
-        if self.model.patcher != "linear" or self.model.family != "transfusion" or values <= width:
-            return []
-        return [
-            f"a patch has {values} values ({self.codec.depth} channels x model.patch_size {self.model.patch_size}"
-            f" squared), more than model.width {width} can carry, so even its noise cannot be told; set"
-            f" model.width={values} or more, a smaller model.patch_size, or model.patcher=unet"
-        ]
-
-    def _division_problems(self) -> list[str]:
-        """What keeps rows and heads from being shared by train.sequence_parallel ranks, in one sentence."""
-        ranks = self.train.sequence_parallel
-        shared = {
-            "model.heads": self.model.heads,
-            "model.key_heads": self.model.kv_heads,
-            "data.row_length": self.data.row_length,
-        }
-        uneven = [f"{name} {value}" for name, value in shared.items() if value % ranks]
-        return [f"train.sequence_parallel {ranks} must divide {', '.join(uneven)}"] if uneven else []
-
-    def _size_problems(self) -> list[str]:
-        """What keeps pictures from being cut into patches and put into rows."""
-        step, problems = (self.codec.downscale or 1) * self.model.patch_size, []
-        downscale = f" / codec.downscale {self.codec.downscale}" if self.codec.downscale else ""
-        for size, name in self.codec.named_sizes():
-            if size.height % step or size.width % step:
-                problems.append(
-                    f"codec.{name}{downscale} must be a multiple of model.patch_size {self.model.patch_size}"
-                )
-            elif (patches := self.image_sizes.patches(size)) + 4 > self.data.row_length:
-                problems.append(
-                    f"data.row_length {self.data.row_length} is too short for a picture of"
-                    f" {patches} patches and its four control tokens"
-                )
-            if max(size) > GREATEST_ASPECT * min(size):
-                problems.append(
-                    f"codec.{name} has an aspect ratio above {GREATEST_ASPECT}; data have none such: pictures beyond"
-                    " are left out"
-                )
-        for text in self.sample.sizes:
-            if Size.parse(text) not in self.codec.sizes:
-                problems.append(
-                    f"sample.sizes: {text} is no size of this model's pictures; choose {self.image_sizes.named()}"
-                )
-        return problems
-
-    @model_validator(mode="before")
-    @classmethod
-    def _family_defaults(cls, values: Any) -> Any:
-        """What a family's recipe has otherwise than the defaults, where the configuration does not say."""
-        model = values.get("model") if isinstance(values, dict) else None
-        if not isinstance(model, dict) or model.get("family") != "chameleon":
-            return values
-        filled = dict(values)
-        for section, defaults in CHAMELEON_DEFAULTS.items():
-            given = filled.get(section, {})
-            if isinstance(given, dict):
-                filled[section] = {**defaults, **given}
-        return filled
-
-    def _family_problems(self) -> list[str]:
-        if self.model.family == "transfusion":
-            if self.codec.kind != "vq":
-                return []
-            return [
-                "codec.kind=vq makes tokens, and model.family=transfusion learns latents: set codec.kind=kl"
-            ]
-        needed = (("patch_size", 1), ("image_attention", "causal"))
-        problems = [
-            f"model.{name} must be {value} for model.family=chameleon, which reads one token a latent pixel in turn"
-            for name, value in needed
-            if getattr(self.model, name) != value
-        ]
-        if self.train.sequence_parallel > 1:
-            problems.append(
-                f"train.sequence_parallel={self.train.sequence_parallel} is for model.family=transfusion; set it to 1"
-            )
-        if self.codec.kind != "vq":
-            problems.append(
-                f"model.family=chameleon needs tokens, and codec.kind={self.codec.kind} makes latents:"
-                " set codec.kind=vq"
-            )
-        return problems
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Config:
-        problems = self._family_problems() + self._size_problems()
-        problems += self.diffusion.problems()
-        fitting = SAMPLERS[self.diffusion.objective]
-        if self.sample.sampler not in ("auto", *fitting):
-            problems.append(
-                f"sample.sampler={self.sample.sampler} cannot draw with diffusion.objective={self.diffusion.objective};"
-                f" choose {' or '.join(fitting)}"
-            )
-        if self.sample.prompts and self.sample.steps > self.diffusion.steps:
-            problems.append(
-                f"sample.steps {self.sample.steps} must not exceed diffusion.steps {self.diffusion.steps}"
-            )
-        if self.optimizer.final_learning_rate > self.optimizer.learning_rate:
-            problems.append("optimizer.final_learning_rate must not exceed optimizer.learning_rate")
-        if self.sample.prompts and self.sample.guidance != 1 and self.data.caption_drop == 0:
-            problems.append(
-                f"sample.guidance {self.sample.guidance:g} needs an unconditional branch, which data.caption_drop=0"
-                " does not train; set sample.guidance=1"
-            )
-        schedules = [source.schedule for source in self.data.sources]
-        for step in sorted({first for schedule in schedules for first, _ in schedule}):
-            if not any([share for first, share in schedule if first <= step][-1] for schedule in schedules):
-                problems.append(f"data.sources: from step {step} on no source has a share")
-        names = [source.name for source in self.data.sources]
-        if len(set(names)) != len(names):
-            problems.append("data.sources: two sources have the same name")
-        problems += self._division_problems()
-        if problems:
-            raise ValueError(PROBLEM_SEPARATOR.join(problems))
-        return self

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from transfusion import presets
-from transfusion.config import Config
+from transfusion.config import Config, load_config
+from transfusion.config.checking import check
+from transfusion.config.yaml_files import dump, explain
 from transfusion.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "train").glob("*.yaml"))
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -21,7 +22,7 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 
 def test_defaults_are_the_papers() -> None:
-    config = presets.load(None)
+    config = load_config(None)
     assert config.optimizer.betas == (0.9, 0.95)
     assert (config.optimizer.learning_rate, config.optimizer.final_learning_rate) == (3e-4, 1.5e-5)
     assert (config.optimizer.weight_decay, config.optimizer.gradient_clip) == (0.1, 1.0)
@@ -37,7 +38,7 @@ def test_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_says_what_it_is_for(path: Path) -> None:
     # An autoencoder that a configuration names is not shipped with it.
-    presets.load(path, reads_codec=False)
+    load_config(path, reads_codec=False)
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     for word in ("# Purpose:", "# Command:", "# Time:", "# Result:"):
         assert word in head, f"{path.name} does not say its {word}"
@@ -45,7 +46,7 @@ def test_every_shipped_config_loads_and_says_what_it_is_for(path: Path) -> None:
 
 def test_overrides_and_numbers_in_scientific_notation(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yaml", "optimizer: {learning_rate: 1e-4}\nmodel: {width: 64, heads: 4}\n")
-    config = presets.load(path, ["model.width=96", "--train.steps=7", "run.name=x"])
+    config = load_config(path, ["model.width=96", "--train.steps=7", "run.name=x"])
     assert config.optimizer.learning_rate == 1e-4
     assert (config.model.width, config.train.steps, config.run.folder) == (96, 7, "runs/x")
 
@@ -53,16 +54,16 @@ def test_overrides_and_numbers_in_scientific_notation(tmp_path: Path) -> None:
 def test_base_files_are_merged_and_circles_refused(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", "model: {width: 64, heads: 4}\ntrain: {steps: 5}\n")
     path = write(tmp_path, "own.yaml", "base: base.yaml\ntrain: {steps: 9}\n")
-    config = presets.load(path)
+    config = load_config(path)
     assert (config.model.width, config.train.steps) == (64, 9)
     circle = write(tmp_path, "circle.yaml", "base: circle.yaml\n")
     with pytest.raises(UserError, match="circle"):
-        presets.load(circle)
+        load_config(circle)
 
 
 def test_all_mistakes_at_once_with_the_nearest_known_name() -> None:
     with pytest.raises(UserError) as caught:
-        presets.load(
+        load_config(
             None, ["model.widht=64", "train.steps=-1", "optimizer.betas=[2, 0.9]", "nonsense", "run=3"]
         )
     message = str(caught.value)
@@ -76,15 +77,15 @@ def test_all_mistakes_at_once_with_the_nearest_known_name() -> None:
 
 def test_parts_that_do_not_fit_each_other() -> None:
     with pytest.raises(UserError, match=r"image_size 9 must be a multiple of model.patch_size"):
-        presets.load(None, ["codec.image_size=9"])
+        load_config(None, ["codec.image_size=9"])
     with pytest.raises(UserError, match="too short for a picture"):
-        presets.load(None, ["codec.image_size=64", "data.row_length=256"])
+        load_config(None, ["codec.image_size=64", "data.row_length=256"])
     with pytest.raises(UserError, match="needs an unconditional branch"):
-        presets.load(None, ["sample.prompts=[a]", "data.caption_drop=0"])
+        load_config(None, ["sample.prompts=[a]", "data.caption_drop=0"])
     with pytest.raises(UserError, match=r"model.width 100 must be an even multiple"):
-        presets.load(None, ["model.width=100", "model.heads=12"])
+        load_config(None, ["model.width=100", "model.heads=12"])
     with pytest.raises(UserError, match=r"multiple of model\.key_heads"):
-        presets.load(None, ["model.key_heads=5"])
+        load_config(None, ["model.key_heads=5"])
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_parts_that_do_not_fit_each_other() -> None:
 )
 def test_laws_and_weights_that_cannot_serve_an_objective(overrides: list[str], messages: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        presets.load(None, [f"diffusion.{override}" for override in overrides])
+        load_config(None, [f"diffusion.{override}" for override in overrides])
     assert all(message in str(caught.value) for message in messages)
     assert len(str(caught.value).splitlines()) == (1 if len(messages) == 1 else 1 + len(messages))
 
@@ -117,9 +118,9 @@ def test_a_sampler_that_does_not_fit_the_objective(objective: str, sampler: str,
     with pytest.raises(
         UserError, match=rf"sample\.sampler={sampler} cannot draw with .*{objective}; choose {choice}"
     ):
-        presets.load(None, [f"diffusion.objective={objective}", f"sample.sampler={sampler}"])
+        load_config(None, [f"diffusion.objective={objective}", f"sample.sampler={sampler}"])
     for fitting in ("auto", *choice.split(" or ")):
-        presets.load(None, [f"diffusion.objective={objective}", f"sample.sampler={fitting}"])
+        load_config(None, [f"diffusion.objective={objective}", f"sample.sampler={fitting}"])
 
 
 def test_all_that_does_not_fit_an_objective_is_told_at_once() -> None:
@@ -130,44 +131,44 @@ def test_all_that_does_not_fit_an_objective_is_told_at_once() -> None:
         "train.steps=-1",
     ]
     with pytest.raises(UserError) as caught:
-        presets.load(None, wrong)
+        load_config(None, wrong)
     assert str(caught.value).startswith("3 problems")
 
 
 def test_parts_are_compared_even_where_values_are_wrong() -> None:
     with pytest.raises(UserError) as caught:
-        presets.load(None, ["codec.image_size=7", "train.steps=-1", "model.heads=5", "model.key_heads=3"])
+        load_config(None, ["codec.image_size=7", "train.steps=-1", "model.heads=5", "model.key_heads=3"])
     message = str(caught.value)
     for word in ("train.steps", "model.heads 5", "model.key_heads 3"):
         assert word in message
     with pytest.raises(UserError, match=r"image_size 7 must be a multiple"):
-        presets.load(None, ["codec.image_size=7", "train.steps=-1"])
+        load_config(None, ["codec.image_size=7", "train.steps=-1"])
 
 
 def test_the_keys_of_a_source_are_known_too() -> None:
     with pytest.raises(UserError, match=r"did you mean data\.sources\.0\.share\?"):
-        presets.load(None, ["data.sources=[{name: a, shards: x, shrae: 2}]"])
+        load_config(None, ["data.sources=[{name: a, shards: x, shrae: 2}]"])
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read config"):
-        presets.load(tmp_path / "missing.yaml")
+        load_config(tmp_path / "missing.yaml")
     with pytest.raises(UserError, match="is not YAML"):
-        presets.load(write(tmp_path, "torn.yaml", "model: {width: 64"))
+        load_config(write(tmp_path, "torn.yaml", "model: {width: 64"))
     with pytest.raises(UserError, match="must hold sections"):
-        presets.load(write(tmp_path, "list.yaml", "- 1\n- 2\n"))
+        load_config(write(tmp_path, "list.yaml", "- 1\n- 2\n"))
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
-    config = presets.load(None, ["model.width=96", "model.heads=4", "optimizer.epsilon=1e-9"])
+    config = load_config(None, ["model.width=96", "model.heads=4", "optimizer.epsilon=1e-9"])
     path = tmp_path / "config.yaml"
-    presets.dump(config, path)
-    assert presets.load(path) == config
-    assert Config.model_validate(yaml.safe_load(presets.explain(config))) == config
+    dump(config, path)
+    assert load_config(path) == config
+    assert Config.model_validate(yaml.safe_load(explain(config))) == config
 
 
 def test_every_key_is_explained() -> None:
-    lines = presets.explain(Config()).splitlines()
+    lines = explain(Config()).splitlines()
     unexplained = [line for line in lines if not line.endswith(":") and "# " not in line]
     assert unexplained == []
 
@@ -177,9 +178,9 @@ SOURCES = "data.sources=[{name: a, shards: x, share: 0.5}, {name: b, shards: y}]
 
 def test_shares_are_numbers_or_schedules() -> None:
     schedule = "data.sources.1.share=[{from_step: 0, share: 0}, {from_step: 100, share: 0.25}]"
-    config = presets.load(None, [SOURCES, "data.sources.0.share=0.75", schedule])
+    config = load_config(None, [SOURCES, "data.sources.0.share=0.75", schedule])
     assert [source.schedule for source in config.data.sources] == [((0, 0.75),), ((0, 0.0), (100, 0.25))]
-    assert presets.check(config.as_dict()) == config
+    assert check(config.as_dict()) == config
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_shares_are_numbers_or_schedules() -> None:
 )
 def test_shares_that_cannot_be(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        presets.load(None, [SOURCES, override])
+        load_config(None, [SOURCES, override])
 
 
 @pytest.mark.parametrize(
@@ -211,16 +212,16 @@ def test_what_is_recomputed_was_once_a_switch(value: object, choice: str) -> Non
 
 def test_all_that_sequence_parallelism_cannot_divide_is_told_at_once() -> None:
     with pytest.raises(UserError) as caught:
-        presets.load(None, ["train.sequence_parallel=8", "model.key_heads=4", "data.row_length=4092"])
+        load_config(None, ["train.sequence_parallel=8", "model.key_heads=4", "data.row_length=4092"])
     told = "train.sequence_parallel 8 must divide model.heads 12, model.key_heads 4, data.row_length 4092"
     assert told in str(caught.value)
-    presets.load(None, ["train.sequence_parallel=4"])
+    load_config(None, ["train.sequence_parallel=4"])
 
 
 def test_what_a_stage_cannot_offload_is_told_at_once() -> None:
     places = ["offload_parameters=nvme", "hpz_partition_size=2", "stage=2"]
     with pytest.raises(UserError) as caught:
-        presets.load(None, [f"train.zero.{place}" for place in places])
+        load_config(None, [f"train.zero.{place}" for place in places])
     for name in ("offload_parameters", "hpz_partition_size"):
         assert f"train.zero.{name} needs train.zero.stage=3, got 2" in str(caught.value)
     assert "train.zero.nvme_path must name a folder" in str(caught.value)

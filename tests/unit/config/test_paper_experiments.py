@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from transfusion.config import Config
-from transfusion.grids import Grid, read_grid
+from transfusion.config.experiments import Grid, read_grid
 
-EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiments"
+EXPERIMENTS = Path(__file__).parents[3] / "configs" / "experiments"
 GRIDS = sorted(path.name for path in EXPERIMENTS.glob("*.yaml") if "axes:" in path.read_text())
 SIZES = {"0.16b": 768, "0.37b": 1024, "0.76b": 1536, "1.4b": 2048, "7b": 4096}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from transfusion import presets
+from transfusion.config import load_config
+from transfusion.config.experiments import read_grid
 from transfusion.errors import UserError
-from transfusion.grids import read_grid
 
 BASE = {"model": {"layers": 2, "width": 64, "heads": 4}, "data": {"row_length": 512}}
 GRID = {
@@ -44,18 +44,18 @@ def test_cells_are_the_product_of_the_axes(tmp_path: Path) -> None:
 
 def test_a_cell_stands_wherever_a_configuration_may(tmp_path: Path) -> None:
     path = written(tmp_path, GRID)
-    config = presets.load(f"{path}#plain/s", ["run.seed=4"])
+    config = load_config(f"{path}#plain/s", ["run.seed=4"])
     assert config.model.layers == 1 and config.run.seed == 4
     odd = tmp_path / "a#b.yaml"
     odd.write_text(yaml.safe_dump(BASE))
-    assert presets.load(odd).model.layers == 2
+    assert load_config(odd).model.layers == 2
 
 
 def test_a_base_of_an_axis_goes_over_those_before_it(tmp_path: Path) -> None:
     axes = {"size": {"l": {"base": "large.yaml"}}, "model": {"plain": {}, "slow": {"base": "slow.yaml"}}}
     path = written(tmp_path, {"base": "base.yaml", "axes": axes})
     (tmp_path / "slow.yaml").write_text(yaml.safe_dump({"model": {"heads": 2}, "train": {"steps": 5}}))
-    plain, slow = (presets.load(f"{path}#l/{name}") for name in ("plain", "slow"))
+    plain, slow = (load_config(f"{path}#l/{name}") for name in ("plain", "slow"))
     assert (plain.model.layers, plain.model.heads) == (9, 4)
     assert (slow.model.layers, slow.model.heads, slow.train.steps) == (9, 2, 5)
 
@@ -90,8 +90,8 @@ def test_mistakes_in_a_cell_name_the_cell(tmp_path: Path) -> None:
     axes = {"a": {"x": {"model.layer": 2}, "y": {"model.layers.deep": 2}}}
     path = written(tmp_path, {"base": "base.yaml", "axes": axes})
     with pytest.raises(UserError, match=r"cell x.*did you mean model.layers"):
-        presets.load(f"{path}#x")
+        load_config(f"{path}#x")
     with pytest.raises(UserError, match=r"cell y: model.layers.deep"):
-        presets.load(f"{path}#y")
+        load_config(f"{path}#y")
     with pytest.raises(UserError, match="has no cell 'z'; it has x, y"):
-        presets.load(f"{path}#z")
+        load_config(f"{path}#z")

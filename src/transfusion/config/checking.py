@@ -1,0 +1,103 @@
+"""From plain values to a configuration, with every mistake told at once."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from transfusion.config import codec_folder
+from transfusion.config.config import Config
+from transfusion.config.sections import PROBLEM_SEPARATOR, SHARE_FORMS
+from transfusion.config.yaml_files import override
+from transfusion.errors import UserError
+from transfusion.urls import redacted_text
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def load_values(
+    values: dict[str, Any], overrides: Sequence[str], *, where: str, reads_codec: bool = True
+) -> Config:
+    """Apply overrides to plain values, which change, and check everything; see `load_config`."""
+    problems = override(values, overrides)
+    if reads_codec and isinstance(values.get("codec"), dict):
+        values["codec"] = codec_folder.completed(values["codec"], problems)
+    return check(values, problems=problems, where=where)
+
+
+def check(
+    values: dict[str, Any], *, problems: Sequence[str] = (), where: str = "the configuration"
+) -> Config:
+    """Validate plain values into a `Config`; raises UserError that lists every problem."""
+    return check_as(Config, values, problems=problems, where=where)
+
+
+def check_as(
+    kind: type[Checked], values: dict[str, Any], *, problems: Sequence[str] = (), where: str
+) -> Checked:
+    """As `check`, for another kind of configuration."""
+    found = list(problems)
+    values = copy.deepcopy(values)
+    while True:
+        try:
+            config = kind.model_validate(values)
+            break
+        except ValidationError as error:
+            mistakes = [mistake | {"loc": _place(mistake["loc"])} for mistake in error.errors()]
+        found += [problem for mistake in mistakes for problem in _explain(mistake, kind)]
+        # Parts are compared only once each of them is well: take out what is wrong, to hear of the rest.
+        if not all(_take_out(values, mistake) for mistake in mistakes):
+            break
+    if len(found) == 1:
+        raise UserError(redacted_text(f"{where}: {found[0]}"))
+    if found:
+        raise UserError(
+            f"{len(found)} problems in {where}:"
+            + "".join(f"\n  - {redacted_text(problem)}" for problem in found)
+        )
+    return config
+
+
+def _place(location: Sequence[int | str]) -> tuple[int | str, ...]:
+    """Where a mistake stands, in the words of the file."""
+    return tuple(part for part in location if part not in SHARE_FORMS)
+
+
+def _take_out(values: dict[str, Any], mistake: Any) -> bool:
+    """Remove the value that a mistake is about; False when it is about a whole section."""
+    place = mistake["loc"]
+    if len(place) < 2 or mistake["type"] == "value_error":
+        return False
+    target: Any = values
+    for key in place[:-1]:
+        target = target[key] if isinstance(target, list) or key in target else {}
+    if not isinstance(target, dict) or place[-1] not in target:
+        return False
+    del target[place[-1]]
+    return True
+
+
+def _explain(error: Any, kind: type[BaseModel]) -> list[str]:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        general = ".".join("0" if isinstance(part, int) else str(part) for part in error["loc"])
+        near = difflib.get_close_matches(general, list(_known_keys(kind)), n=1, cutoff=0.5)
+        remedy = f"; did you mean {near[0]}?" if near else "; `transfusion config` lists every key"
+        return [f"{path} is not a known key{remedy}"]
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message.split(PROBLEM_SEPARATOR)
+    return [f"{path}: {message[0].lower()}{message[1:]}, got {error['input']!r}"]
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        # Sections, and the entries of lists such as data.sources.
+        for kind, inner in ((field.annotation, ""), *((kind, "0.") for kind in get_args(field.annotation))):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _known_keys(kind, f"{prefix}{name}.{inner}")

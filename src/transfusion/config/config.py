@@ -1,0 +1,89 @@
+"""A whole configuration: its sections, and what follows from several of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import model_validator
+
+from transfusion.config import rules
+from transfusion.config.sections import (
+    PROBLEM_SEPARATOR,
+    CheckpointConfig,
+    CodecConfig,
+    DataConfig,
+    DiffusionConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SampleConfig,
+    Section,
+    TrainConfig,
+)
+from transfusion.sequence.sizes import ImageSizes
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    codec: CodecConfig = CodecConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def with_vocabulary(self, pieces: int) -> Config:
+        """The configuration with a row of the embedding for each of the tokenizer's pieces and each size of pictures
+        but the first, unless it asks for more."""
+        size = max(self.model.vocabulary, pieces + len(self.codec.sizes) - 1)
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocabulary": size})})
+
+    @property
+    def image_sizes(self) -> ImageSizes:
+        """The sizes of pictures, how they are cut into patches, and what begins them: once the vocabulary is known."""
+        return ImageSizes(
+            self.codec.sizes, self.codec.downscale or 1, self.model.patch_size, self.model.vocabulary
+        )
+
+    @property
+    def patches_per_image(self) -> int:
+        """Patches of a picture of the first size."""
+        return self.image_sizes.patches(self.codec.sizes[0])
+
+    def warnings(self) -> list[str]:
+        """What can be trained and hardly learns, one line each with its remedy."""
+        values, width = self.codec.depth * self.model.patch_size**2, self.model.width
+        if self.model.patcher != "linear" or self.model.family != "transfusion" or values <= width:
+            return []
+        return [
+            f"a patch has {values} values ({self.codec.depth} channels x model.patch_size {self.model.patch_size}"
+            f" squared), more than model.width {width} can carry, so even its noise cannot be told; set"
+            f" model.width={values} or more, a smaller model.patch_size, or model.patcher=unet"
+        ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, values: Any) -> Any:
+        return rules.with_family_defaults(values)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Config:
+        problems = [
+            *rules.family_problems(self.model, self.codec, self.train),
+            *rules.size_problems(self.codec, self.data, self.sample, self.image_sizes),
+            *self.diffusion.problems(),
+            *rules.sampling_problems(self.sample, self.diffusion, self.data),
+            *rules.source_problems(self.data),
+            *rules.division_problems(self.model, self.data, self.train),
+        ]
+        if self.optimizer.final_learning_rate > self.optimizer.learning_rate:
+            problems.append("optimizer.final_learning_rate must not exceed optimizer.learning_rate")
+        if problems:
+            raise ValueError(PROBLEM_SEPARATOR.join(problems))
+        return self

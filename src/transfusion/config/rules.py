@@ -1,0 +1,145 @@
+"""What must fit together across the sections of a configuration, each rule with its remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transfusion.config.objectives import SAMPLERS
+from transfusion.config.sections import (
+    CodecConfig,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from transfusion.sequence.sizes import GREATEST_ASPECT, ImageSizes, Size
+
+# The recipe of the Chameleon baseline (paper, section 4.2 and appendix; Chameleon, section 2.3).
+CHAMELEON_DEFAULTS: dict[str, dict[str, Any]] = {
+    "model": {"qk_norm": True, "norm_order": "after", "image_attention": "causal", "patch_size": 1},
+    "train": {"z_loss": 1e-5},
+    "optimizer": {"learning_rate": 1e-4},
+}
+# Keys whose default is not what was done before they existed, with what was done then.
+BEFORE_THE_KEY: dict[str, dict[str, Any]] = {"model": {"patch_position": "none"}}
+
+
+def with_former_values(stored: Any) -> Any:
+    """A stored configuration with the keys that are younger than it, where their defaults would change its meaning."""
+    if not isinstance(stored, dict):
+        return stored
+    former = {
+        section: {**values, **stored.get(section, {})}
+        for section, values in BEFORE_THE_KEY.items()
+        if isinstance(stored.get(section, {}), dict)
+    }
+    return {**stored, **former}
+
+
+def with_family_defaults(values: Any) -> Any:
+    """Plain values with what a family's recipe has otherwise than the defaults, where they do not say."""
+    model = values.get("model") if isinstance(values, dict) else None
+    if not isinstance(model, dict) or model.get("family") != "chameleon":
+        return values
+    filled = dict(values)
+    for section, defaults in CHAMELEON_DEFAULTS.items():
+        given = filled.get(section, {})
+        if isinstance(given, dict):
+            filled[section] = {**defaults, **given}
+    return filled
+
+
+def family_problems(model: ModelConfig, codec: CodecConfig, train: TrainConfig) -> list[str]:
+    """What a family of models cannot do."""
+    if model.family == "transfusion":
+        if codec.kind != "vq":
+            return []
+        return ["codec.kind=vq makes tokens, and model.family=transfusion learns latents: set codec.kind=kl"]
+    needed = (("patch_size", 1), ("image_attention", "causal"))
+    problems = [
+        f"model.{name} must be {value} for model.family=chameleon, which reads one token a latent pixel in turn"
+        for name, value in needed
+        if getattr(model, name) != value
+    ]
+    if train.sequence_parallel > 1:
+        problems.append(
+            f"train.sequence_parallel={train.sequence_parallel} is for model.family=transfusion; set it to 1"
+        )
+    if codec.kind != "vq":
+        problems.append(
+            f"model.family=chameleon needs tokens, and codec.kind={codec.kind} makes latents:"
+            " set codec.kind=vq"
+        )
+    return problems
+
+
+def size_problems(codec: CodecConfig, data: DataConfig, sample: SampleConfig, sizes: ImageSizes) -> list[str]:
+    """What keeps pictures from being cut into patches and put into rows."""
+    step, problems = sizes.downscale * sizes.patch_size, []
+    downscale = f" / codec.downscale {codec.downscale}" if codec.downscale else ""
+    for size, name in codec.named_sizes():
+        if size.height % step or size.width % step:
+            problems.append(
+                f"codec.{name}{downscale} must be a multiple of model.patch_size {sizes.patch_size}"
+            )
+        elif (patches := sizes.patches(size)) + 4 > data.row_length:
+            problems.append(
+                f"data.row_length {data.row_length} is too short for a picture of"
+                f" {patches} patches and its four control tokens"
+            )
+        if max(size) > GREATEST_ASPECT * min(size):
+            problems.append(
+                f"codec.{name} has an aspect ratio above {GREATEST_ASPECT}; data have none such: pictures beyond"
+                " are left out"
+            )
+    for text in sample.sizes:
+        if Size.parse(text) not in codec.sizes:
+            problems.append(
+                f"sample.sizes: {text} is no size of this model's pictures; choose {sizes.named()}"
+            )
+    return problems
+
+
+def sampling_problems(sample: SampleConfig, diffusion: DiffusionConfig, data: DataConfig) -> list[str]:
+    """What keeps the training grid from being drawn."""
+    problems = []
+    fitting = SAMPLERS[diffusion.objective]
+    if sample.sampler not in ("auto", *fitting):
+        problems.append(
+            f"sample.sampler={sample.sampler} cannot draw with diffusion.objective={diffusion.objective};"
+            f" choose {' or '.join(fitting)}"
+        )
+    if sample.prompts and sample.steps > diffusion.steps:
+        problems.append(f"sample.steps {sample.steps} must not exceed diffusion.steps {diffusion.steps}")
+    if sample.prompts and sample.guidance != 1 and data.caption_drop == 0:
+        problems.append(
+            f"sample.guidance {sample.guidance:g} needs an unconditional branch, which data.caption_drop=0"
+            " does not train; set sample.guidance=1"
+        )
+    return problems
+
+
+def source_problems(data: DataConfig) -> list[str]:
+    """What the sources lack together."""
+    problems = []
+    schedules = [source.schedule for source in data.sources]
+    for step in sorted({first for schedule in schedules for first, _ in schedule}):
+        if not any([share for first, share in schedule if first <= step][-1] for schedule in schedules):
+            problems.append(f"data.sources: from step {step} on no source has a share")
+    names = [source.name for source in data.sources]
+    if len(set(names)) != len(names):
+        problems.append("data.sources: two sources have the same name")
+    return problems
+
+
+def division_problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> list[str]:
+    """What keeps rows and heads from being shared by train.sequence_parallel ranks, in one sentence."""
+    ranks = train.sequence_parallel
+    shared = {
+        "model.heads": model.heads,
+        "model.key_heads": model.kv_heads,
+        "data.row_length": data.row_length,
+    }
+    uneven = [f"{name} {value}" for name, value in shared.items() if value % ranks]
+    return [f"train.sequence_parallel {ranks} must divide {', '.join(uneven)}"] if uneven else []
