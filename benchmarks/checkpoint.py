@@ -25,7 +25,8 @@ from transfusion.checkpoint.layout import find_latest
 from transfusion.checkpoint.save import Saver
 from transfusion.config import Config, load_config
 from transfusion.parallel import environment
-from transfusion.parallel.engine import Engine, build_engine
+from transfusion.parallel.build import build_engine
+from transfusion.parallel.engine import Engine
 from transfusion.schema import Batch, TrainState
 
 RESULT = Path(__file__).resolve().parent / "results" / "checkpoint.json"

@@ -30,7 +30,7 @@ from limits import find_device, record_head, write_json
 from step import png_of
 from transfusion.config import Config, load_config
 from transfusion.data.shards.webdataset import write_shards
-from transfusion.mixed_loss import MixedLoss
+from transfusion.losses.transfusion import MixedLoss
 from transfusion.parallel import environment
 from transfusion.schema import Batch
 from transfusion.sequence.tokenizer import train_tokenizer

@@ -37,7 +37,9 @@ from transfusion.config import Config
 from transfusion.observe.flops import FlopModel, Work, Workload
 from transfusion.observe.memory import process_tree_peak_bytes
 from transfusion.parallel import environment
-from transfusion.parallel.engine import Engine, build_engine, global_counts
+from transfusion.parallel.build import build_engine
+from transfusion.parallel.counts import global_counts
+from transfusion.parallel.engine import Engine
 from transfusion.plan.memory import Memory, compute_dtype, local_memory, zero_memory
 from transfusion.plan.network import Network
 from transfusion.plan.tracing import Trace, trace_step

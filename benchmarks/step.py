@@ -44,8 +44,10 @@ from transfusion.observe.flops import FlopModel, Work
 from transfusion.observe.memory import peak_gib
 from transfusion.observe.utilisation import published_tflops
 from transfusion.parallel import environment
-from transfusion.parallel.engine import Engine, build_engine, global_counts
-from transfusion.parallel.results import PendingResult
+from transfusion.parallel.build import build_engine
+from transfusion.parallel.counts import global_counts
+from transfusion.parallel.engine import Engine
+from transfusion.parallel.step_result import PendingResult
 from transfusion.schema import Batch, BatchCounts, LossTerms, SpecialToken
 from transfusion.sequence.layout import PAIR_CONTROL_TOKENS
 

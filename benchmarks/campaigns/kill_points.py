@@ -378,7 +378,7 @@ def as_rank(blow: str, arguments: list[str]) -> None:
 
 def in_forward(does: Callable[[], None] | None) -> None:
     """Do it when the next loss of this process is computed; None: make that loss NaN."""
-    from transfusion.mixed_loss import MixedLoss
+    from transfusion.losses.transfusion import MixedLoss
 
     honest = MixedLoss.terms
 

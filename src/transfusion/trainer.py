@@ -36,10 +36,12 @@ from transfusion.observe.utilisation import Utilisation
 from transfusion.observe.watchdog import LOADER, Watchdog
 from transfusion.optim.schedule import learning_rate
 from transfusion.parallel import environment
-from transfusion.parallel.agree import Signals, agree, from_main, gather, together
-from transfusion.parallel.engine import Engine, Weights, build_engine, global_counts
+from transfusion.parallel.build import build_engine
+from transfusion.parallel.collectives import Signals, agree, from_main, gather, together
+from transfusion.parallel.counts import global_counts
+from transfusion.parallel.engine import Engine, Weights
 from transfusion.parallel.environment import Environment
-from transfusion.parallel.results import PendingResult
+from transfusion.parallel.step_result import PendingResult
 from transfusion.schema import Batch, Decision, LossTerms, StepResult, TrainState
 from transfusion.sequence.tokenizer import Tokenizer
 

@@ -14,7 +14,8 @@ from transfusion_kernels import IntervalMask
 
 from transfusion.codec import pixels
 from transfusion.config import Config
-from transfusion.parallel.engine import Engine, GlobalCounts, global_counts
+from transfusion.parallel.engine import Engine
+from transfusion.parallel.counts import GlobalCounts, global_counts
 from transfusion.schema import Batch, BatchCounts, ImageGroup, LossTerms, Modality, SpecialToken, StepResult
 
 VOCABULARY = 64

@@ -50,11 +50,12 @@ from transfusion.evaluate.held_out import held_out_losses
 from transfusion.generate.pipeline import Pipeline
 from transfusion.optim import groups
 from transfusion.parallel import environment
-from transfusion.parallel.agree import agree
-from transfusion.parallel.engine import build_engine, global_counts
+from transfusion.parallel.collectives import agree
+from transfusion.parallel.build import build_engine
+from transfusion.parallel.counts import global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
-from transfusion.parallel.sequence import SequenceGroup
+from transfusion.parallel.ulysses import SequenceGroup
 from transfusion.parallel.zero import ZeroEngine
 from transfusion.schema import Batch, BatchCounts, Decision, LossTerms, Modality, TrainState
 

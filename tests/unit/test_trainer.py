@@ -22,7 +22,7 @@ from transfusion.config import Config
 from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.prepare.prepare import prepare
 from transfusion.errors import UserError
-from transfusion.mixed_loss import MixedLoss
+from transfusion.losses.transfusion import MixedLoss
 from transfusion.observe.clock import TimeLimit
 from transfusion.observe.metrics import read_metrics
 from transfusion.observe.runfolder import start_logging

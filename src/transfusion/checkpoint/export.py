@@ -34,8 +34,8 @@ from transfusion.files import (
     replace_folder,
     sync_folder,
 )
-from transfusion.parallel.agree import describe
-from transfusion.parallel.shards import AVERAGE, WEIGHT
+from transfusion.parallel.collectives import describe
+from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT
 
 FORMAT = "transfusion model"
 FORMAT_VERSION = 1

@@ -20,9 +20,9 @@ from torch import Tensor
 from transfusion.checkpoint.llama_vocabulary import pieces_of_folder
 from transfusion.config import Config, ModelConfig
 from transfusion.errors import UserError
-from transfusion.parallel.agree import together
+from transfusion.parallel.collectives import together
 from transfusion.parallel.engine import Engine
-from transfusion.parallel.shards import AVERAGE, WEIGHT, Shard
+from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT, Shard
 from transfusion.sequence.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

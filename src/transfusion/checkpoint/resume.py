@@ -14,9 +14,9 @@ from torch import Tensor
 from transfusion.checkpoint import layout
 from transfusion.checkpoint.layout import Manifest
 from transfusion.errors import UserError
-from transfusion.parallel.agree import from_main, together
+from transfusion.parallel.collectives import from_main, together
 from transfusion.parallel.engine import Engine
-from transfusion.parallel.shards import AVERAGE, WEIGHT, Shard
+from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT, Shard
 from transfusion.schema import TrainState
 
 

@@ -30,9 +30,9 @@ from transfusion.files import (
     replace_folder,
     sync_folder,
 )
-from transfusion.parallel.agree import describe, together
+from transfusion.parallel.collectives import describe, together
 from transfusion.parallel.engine import Engine
-from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
+from transfusion.parallel.parameter_shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
 from transfusion.schema import TrainState
 
 T = TypeVar("T")

@@ -38,7 +38,7 @@ from transfusion.data.shards.validate import GREATEST_MEMBER, PICTURE_EXTENSIONS
 from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text, remove_leftovers
-from transfusion.generate.load import find_device
+from transfusion.parallel.environment import find_device
 from transfusion.sequence.sizes import ImageSizes
 
 _AT_ONCE = 32

@@ -26,8 +26,8 @@ from transfusion.codec_train.pictures import PictureSet
 from transfusion.config import CodecConfig
 from transfusion.errors import UserError
 from transfusion.files import atomic_write_text
-from transfusion.generate.load import find_device
 from transfusion.observe.runfolder import describe_environment
+from transfusion.parallel.environment import find_device
 
 _AT_ONCE = 32
 _SHOWN_EACH = 8

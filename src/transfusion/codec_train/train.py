@@ -39,7 +39,7 @@ from transfusion.files import (
 from transfusion.observe.runfolder import RunFolder, describe_environment, start_logging
 from transfusion.optim.ema import MovingAverage
 from transfusion.parallel import environment
-from transfusion.parallel.agree import Signals
+from transfusion.parallel.collectives import Signals
 from transfusion.schema import Decision
 
 log = logging.getLogger(__name__)

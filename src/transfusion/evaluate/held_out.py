@@ -8,8 +8,8 @@ from torch import nn
 from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
 from transfusion.data.loading.validation import EvaluationLoader
+from transfusion.losses.build import build_loss
 from transfusion.schema import LossTerms
-from transfusion.token_loss import build_loss
 
 
 @torch.no_grad()

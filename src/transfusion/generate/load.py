@@ -17,19 +17,6 @@ from transfusion.sequence.tokenizer import Tokenizer
 Weights = Literal["auto", "raw", "ema"]
 
 
-def find_device(name: torch.device | str) -> torch.device:
-    """The named device, CUDA where there is one for "auto". Raises UserError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r} does not exist; choose auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {name!r} is not available: PyTorch finds no CUDA device; use auto or cpu")
-    return device
-
-
 def load_model(found: ModelFolder, weights: Weights, tokenizer: Tokenizer, device: torch.device) -> Network:
     """The network, for inference only: on CUDA in the precision it was trained in, elsewhere in fp32.
 

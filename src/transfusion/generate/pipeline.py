@@ -22,9 +22,10 @@ from transfusion.generate.drawing import draw_pictures
 from transfusion.generate.images import ImageSampling
 from transfusion.generate.interleave import Conversation, Limits, Part
 from transfusion.generate.language import TextSampling
-from transfusion.generate.load import Weights, find_device, load_model
+from transfusion.generate.load import Weights, load_model
 from transfusion.generate.reader import Reader
 from transfusion.model import Network
+from transfusion.parallel.environment import find_device
 from transfusion.schema import TextSegment
 from transfusion.sequence.layout import Layout
 from transfusion.sequence.sizes import Size

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from transfusion.config import CodecConfig, ModelConfig
 from transfusion.model.attention import Sharing
+from transfusion.model.backbone import Trunk
 from transfusion.model.block import Block
 from transfusion.model.heads import TextHead
 from transfusion.model.patch_position import PatchPosition
 from transfusion.model.patches import Grid
-from transfusion.model.trunk import Trunk
 from transfusion.schema import Batch
 
 

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import CodecConfig, ModelConfig
 from transfusion.model.attention import Sharing
+from transfusion.model.backbone import Trunk
 from transfusion.model.block import Block
 from transfusion.model.heads import TextHead
 from transfusion.model.patch_position import PatchPosition
 from transfusion.model.patches import Encoding, Grid, PatchDecoder, PatchEncoder, patchify
-from transfusion.model.trunk import Trunk
 from transfusion.model.unet import UNetDecoder, UNetEncoder
 from transfusion.schema import Batch, Modality
 

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from transfusion.codec.shapes import latent_shape
 from transfusion.config import CodecConfig, Config
 from transfusion.model import FAMILIES, Network, Transfusion
-from transfusion.parallel.engine import latent_shape
 from transfusion.schema import Batch
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from transfusion.config import Config
-from transfusion.parallel.agree import group_device
+from transfusion.parallel.collectives import group_device
 from transfusion.schema import LossTerms
 
 

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from transfusion.files import atomic_file, atomic_write_text
-from transfusion.parallel.flight import flight_record, stuck_seconds, waiting_in
+from transfusion.parallel.flight_recorder import flight_record, stuck_seconds, waiting_in
 
 log = logging.getLogger(__name__)
 

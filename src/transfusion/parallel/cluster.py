@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from transfusion.files import atomic_write_text
-from transfusion.parallel.agree import from_main, gather, group_device
+from transfusion.parallel.collectives import from_main, gather, group_device
 from transfusion.parallel.environment import Environment
 
 PACKAGES = ("transfusion", "torch", "deepspeed", "triton", "numpy", "safetensors", "sentencepiece")

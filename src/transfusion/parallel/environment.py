@@ -243,3 +243,18 @@ def _first_host(listing: str) -> str:
     """First host of SLURM's listing, such as `node[03-07,9],other`."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", listing)
     return (match[1] + (match[2] or "")) if match else listing
+
+
+def find_device(name: torch.device | str) -> torch.device:
+    """The named device, CUDA where there is one for "auto". Raises UserError for one that is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} does not exist; choose auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r} is not available: PyTorch finds no CUDA device; use auto or cpu")
+    return device

@@ -12,23 +12,26 @@ from torch import Tensor, nn
 from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
 from transfusion.errors import UserError
+from transfusion.losses.build import build_loss, training_loss
 from transfusion.model import Network
+from transfusion.model.build import build_model, compile_blocks
 from transfusion.model.initialise import initialise
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
-from transfusion.parallel.engine import (
-    GlobalCounts,
-    Weights,
-    build_model,
-    compile_blocks,
-    training_loss,
-)
+from transfusion.parallel.counts import GlobalCounts
+from transfusion.parallel.engine import Weights
 from transfusion.parallel.environment import Environment
-from transfusion.parallel.results import PendingResult, UpdateCount
-from transfusion.parallel.sequence import SequenceGroup
-from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard, module_of
+from transfusion.parallel.parameter_shards import (
+    AVERAGE,
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    WEIGHT,
+    Shard,
+    module_of,
+)
+from transfusion.parallel.step_result import PendingResult, UpdateCount
+from transfusion.parallel.ulysses import SequenceGroup
 from transfusion.schema import Batch, LossTerms
-from transfusion.token_loss import build_loss
 
 
 class LocalEngine:

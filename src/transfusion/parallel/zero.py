@@ -19,25 +19,21 @@ from torch import Tensor, nn
 from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
 from transfusion.errors import UserError
+from transfusion.losses.build import build_loss, training_loss
 from transfusion.model import Network
+from transfusion.model.build import build_model, compile_blocks
 from transfusion.model.initialise import initial_value
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
-from transfusion.parallel.engine import (
-    GlobalCounts,
-    Weights,
-    build_model,
-    compile_blocks,
-    training_loss,
-)
+from transfusion.parallel.counts import GlobalCounts
+from transfusion.parallel.engine import Weights
 from transfusion.parallel.environment import Environment, join_group
-from transfusion.parallel.norms import ModuleNorms, Piece
-from transfusion.parallel.results import PendingResult, UpdateCount
-from transfusion.parallel.sequence import SequenceGroup
-from transfusion.parallel.shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
+from transfusion.parallel.module_norms import ModuleNorms, Piece
+from transfusion.parallel.parameter_shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
+from transfusion.parallel.step_result import PendingResult, UpdateCount
+from transfusion.parallel.ulysses import SequenceGroup
 from transfusion.parallel.zero_config import deepspeed_config
 from transfusion.schema import Batch, LossTerms
-from transfusion.token_loss import build_loss
 
 
 class ZeroEngine:
@@ -162,7 +158,7 @@ class ZeroEngine:
         # Stage 3 shards every module as soon as it is made, so that no rank ever holds the whole model. The dtype
         # is read from the settings: given as an argument, it is ignored on CPUs without fp16, which get bf16.
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=self.stage == 3):
-            model = build_model(self.config, self.sequence)
+            model = build_model(self.config, self.sequence if self.sequence.degree > 1 else None)
         parameters = dict(model.named_parameters())
         decayed = groups.parameter_groups(described, parameters, self.config.optimizer.weight_decay)
         self.adamw = groups.adamw(decayed, self.config.optimizer, fused=groups.runs_fused(self.device))

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transfusion.config import Config
+from transfusion.losses.build import build_loss
+from transfusion.model.build import build_model
 from transfusion.observe.flops import ImageLoad, Workload
-from transfusion.parallel.engine import build_model
 from transfusion.schema import Batch, BatchCounts, ImageGroup, Modality
 from transfusion.sequence.layout import position_axes
-from transfusion.token_loss import build_loss
 from transfusion_kernels import IntervalMask
 
 PARAMETERS, GRADIENTS, ACTIVATIONS, LOGITS = "parameters", "gradients", "activations", "logits"

@@ -8,7 +8,7 @@ import plan
 import step
 from transfusion.observe.flops import Workload
 from transfusion.parallel import environment
-from transfusion.parallel.engine import build_engine
+from transfusion.parallel.build import build_engine
 from transfusion.plan.memory import compute_dtype, local_memory
 from transfusion.plan.network import Network
 from transfusion.plan.tracing import trace_step

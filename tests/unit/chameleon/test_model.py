@@ -15,15 +15,17 @@ from transfusion.config import CodecConfig, Config
 from transfusion.config.checking import check
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline
+from transfusion.losses.build import build_loss
+from transfusion.losses.chameleon import TokenLoss
 from transfusion.model import Chameleon, Transfusion
+from transfusion.model.build import build_model
 from transfusion.model.embedding import rotary_angles
 from transfusion.model.patches import Grid
 from transfusion.observe.flops import FlopModel
-from transfusion.parallel.engine import build_model, global_counts
+from transfusion.parallel.counts import global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.schema import Batch, ImageSegment, TextSegment
-from transfusion.token_loss import TokenLoss, build_loss
 
 from .conftest import TOKENS, Squares, flat_picture, values_of
 

@@ -22,7 +22,7 @@ from transfusion.data.images.latents import LatentFault, read_record, read_token
 from transfusion.data.loading.loader import Loader
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.errors import UserError
-from transfusion.parallel.engine import global_counts
+from transfusion.parallel.counts import global_counts
 from transfusion.sequence.tokenizer import Tokenizer
 
 Settings = Callable[..., CodecConfig]

@@ -15,7 +15,7 @@ from transfusion.codec.pixels import PixelCodec
 from transfusion.config import Config
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.schedule import CosineSchedule
-from transfusion.mixed_loss import MixedLoss
+from transfusion.losses.transfusion import MixedLoss
 from transfusion.model import ModelOutput, Transfusion
 from transfusion.model.initialise import initialise
 from transfusion.model.patches import patchify

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from transfusion.config import Config
-from transfusion.mixed_loss import MixedLoss
+from transfusion.losses.transfusion import MixedLoss
 from transfusion.model import Transfusion
 from transfusion.schema import Batch, ImageSegment, TextSegment
 

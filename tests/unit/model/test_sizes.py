@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from transfusion.config import Config
-from transfusion.mixed_loss import MixedLoss
+from transfusion.losses.transfusion import MixedLoss
 from transfusion.model import Transfusion
-from transfusion.parallel.engine import global_counts
+from transfusion.parallel.counts import global_counts
 from transfusion.schema import Batch, Segment, TextSegment
 from transfusion.sequence.layout import image_segment
 from transfusion.sequence.sizes import Size

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from transfusion.config import CodecConfig, Config, ModelConfig, UNetConfig
-from transfusion.mixed_loss import MixedLoss
+from transfusion.losses.transfusion import MixedLoss
 from transfusion.model import Transfusion
 from transfusion.model.count import count_parameters
 from transfusion.model.initialise import initialise

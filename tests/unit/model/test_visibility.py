@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transfusion.codec import pixels as codec
 from transfusion.config import Config
-from transfusion.mixed_loss import MixedLoss
+from transfusion.losses.transfusion import MixedLoss
 from transfusion.model import Transfusion
 from transfusion.model.patches import patchify, pictures, unpatchify
 from transfusion.schema import Batch, ImageSegment, LossTerms, Segment, TextSegment

@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.config import Config
-from transfusion.mixed_loss import MixedLoss
+from transfusion.losses.transfusion import MixedLoss
+from transfusion.model.build import build_model
 from transfusion.observe.flops import FlopModel, Operations, Work, Workload
 from transfusion.observe.utilisation import Utilisation
-from transfusion.parallel.engine import build_model
 from transfusion.schema import Batch, ImageSegment, TextSegment
 
 

@@ -21,10 +21,13 @@ from handmade import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfusion.errors import UserError
-from transfusion.mixed_loss import MixedLoss
+from transfusion.losses.build import training_loss
+from transfusion.losses.transfusion import MixedLoss
+from transfusion.model.build import build_model
 from transfusion.model.initialise import initialise
 from transfusion.optim import groups
-from transfusion.parallel.engine import build_engine, build_model, global_counts, training_loss
+from transfusion.parallel.build import build_engine
+from transfusion.parallel.counts import global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion_kernels import dispatch

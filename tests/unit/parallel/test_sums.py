@@ -7,7 +7,7 @@ import torch
 from handmade import make_batch, small_config
 
 from transfusion.evaluate.held_out import held_out_losses
-from transfusion.mixed_loss import MixedLoss
+from transfusion.losses.transfusion import MixedLoss
 from transfusion.observe.losses import MeanLosses
 from transfusion.schema import TIMESTEP_BUCKETS, LossTerms
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from transfusion.parallel.agree import group_device
-from transfusion.parallel.shards import module_of
+from transfusion.parallel.collectives import group_device
+from transfusion.parallel.parameter_shards import module_of
 
 
 class Piece(NamedTuple):

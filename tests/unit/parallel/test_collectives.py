@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from transfusion.errors import UserError
-from transfusion.parallel.agree import Signals, agree, from_main, gather, together
+from transfusion.parallel.collectives import Signals, agree, from_main, gather, together
 from transfusion.schema import Decision
 
 # Three ranks; "work" fails on the ranks that the test names. Each writes down what it saw.
@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
 from transfusion.errors import UserError
-from transfusion.parallel.agree import from_main, gather, together
+from transfusion.parallel.collectives import from_main, gather, together
 folder, rank, failing = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 dist.init_process_group(
     "gloo", store=dist.FileStore(str(folder / "store"), 3), rank=rank, world_size=3,

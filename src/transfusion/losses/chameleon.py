@@ -1,13 +1,11 @@
-"""The Chameleon baseline's loss, and which of the two losses a configuration learns by."""
+"""The Chameleon baseline's loss: a batch in, the sums over text and image tokens out."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from transfusion.codec import Codec, TokenCodec
-from transfusion.config import Config
-from transfusion.mixed_loss import MixedLoss
+from transfusion.codec import TokenCodec
 from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
 
 
@@ -38,14 +36,3 @@ class TokenLoss:
     def combine(self, terms: LossTerms, text_count: Tensor, image_count: Tensor) -> Tensor:
         """The loss: the mean over all tokens of the given (global) counts; a count of zero gives zero, not NaN."""
         return (terms.text_sum + terms.image_sum) / (text_count + image_count).clamp(min=1.0)
-
-
-def build_loss(config: Config, codec: Codec | TokenCodec | None) -> MixedLoss | TokenLoss:
-    """The loss of the configuration's model family. codec: that of the configuration; None: pixels are latents."""
-    if config.model.family == "chameleon":
-        if codec is None or isinstance(codec, Codec):
-            raise ValueError("the token loss needs the configuration's codec of tokens")
-        return TokenLoss(codec)
-    if isinstance(codec, TokenCodec):
-        raise ValueError("the diffusion loss needs a codec of latents")
-    return MixedLoss(config.diffusion, codec)
