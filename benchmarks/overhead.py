@@ -34,7 +34,7 @@ from transfusion.losses.transfusion import MixedLoss
 from transfusion.parallel import environment
 from transfusion.schema import Batch
 from transfusion.sequence.tokenizer import train_tokenizer
-from transfusion.trainer import Trainer
+from transfusion.train.trainer import Trainer
 
 RESULT = Path(__file__).resolve().parent / "results" / "overhead.json"
 BAR, MISSED = 1.03, 3

@@ -37,8 +37,8 @@ LAYERS: dict[str, int] = {
     "generate": 4,
     "evaluate": 4,
     "codec_train": 4,
-    "trainer": 4,
     "plan": 4,
+    "train": 4,
     "scaling": 4,
     "serve": 5,
     "doctor": 5,
@@ -49,9 +49,12 @@ LAYERS: dict[str, int] = {
     "codec_commands": 5,
     "__main__": 5,
 }
-# Layer 2 never imports itself sideways; layer 4 only what stands before it here.
+# Parts of layer 2 never import each other; in these layers a part imports only what stands before it.
 SIBLINGS_APART = 2
-ORDER_OF_LAYER_4 = ("generate", "evaluate", "codec_train", "trainer", "plan", "scaling")
+ORDER = {
+    3: ("losses", "parallel", "checkpoint", "observe"),
+    4: ("generate", "evaluate", "codec_train", "plan", "train", "scaling"),
+}
 
 # Most may be missing, so each has its few importers: files, or folders that end with a slash.
 IMPORTERS: dict[str, tuple[str, ...]] = {
@@ -90,7 +93,50 @@ def violations(house: Path) -> list[str]:
             *_unfinished(text),
         ]
         found += [f"{file}:{line}: {breach}" for line, breach in breaches]
-    return found
+    return found + [f"{circle[0]}:1: imports itself through {circle[1:]}" for circle in _circles(house)]
+
+
+def _circles(house: Path) -> list[list[str]]:
+    """Files that import each other, each circle once. An import inside of a function counts too."""
+    files = {
+        path.relative_to(house).as_posix(): path
+        for path in sorted([*house.glob("src/**/*.py"), *house.glob("kernels/**/*.py")])
+    }
+    named = {_module_of(file): file for file in files}
+    imported = {
+        file: sorted(
+            {
+                named[found]
+                for _, module in _imports(file, ast.parse(path.read_text(encoding="utf-8")))
+                if (found := _nearest(module, named)) and named[found] != file
+            }
+        )
+        for file, path in files.items()
+    }
+    circles: list[list[str]] = []
+    done: set[str] = set()
+
+    def follow(file: str, way: list[str]) -> None:
+        if file in way:
+            circles.append(way[way.index(file) :])
+        elif file not in done:
+            for other in imported[file]:
+                follow(other, [*way, file])
+            done.add(file)
+
+    for file in files:
+        follow(file, [])
+    return circles
+
+
+def _module_of(file: str) -> str:
+    name = ".".join([*_package_of(file), file.split("/")[-1].removesuffix(".py")])
+    return name.removesuffix(".__init__")
+
+
+def _nearest(module: str, named: dict[str, str]) -> str | None:
+    """The file that an imported name stands in: the module itself, or the one that holds the name."""
+    return module if module in named else (base if (base := module.rpartition(".")[0]) in named else None)
 
 
 def _import_breaches(file: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -122,8 +168,8 @@ def _may_import(part: str, imported: str) -> bool:
     layer, other = LAYERS[part], LAYERS[imported]
     if layer != other:
         return other < layer
-    if layer == LAYERS["trainer"]:
-        return ORDER_OF_LAYER_4.index(imported) < ORDER_OF_LAYER_4.index(part)
+    if layer in ORDER:
+        return ORDER[layer].index(imported) < ORDER[layer].index(part)
     return layer != SIBLINGS_APART
 
 
@@ -223,13 +269,14 @@ LAWFUL = {
     "src/transfusion/__init__.py": "__version__ = '1'\n",
     "src/transfusion/config/load.py": "from transfusion.sequence import sizes\nimport yaml\n",
     "src/transfusion/schema.py": "from transfusion_kernels import IntervalMask\n",
+    "src/transfusion/tokens.py": "def f() -> None:\n    import transfusion.schema\n",
     "src/transfusion/model/block.py": "from transfusion.model import x\nfrom . import attention\n",
     "src/transfusion/losses/build.py": "from transfusion.model.heads import x\nfrom transfusion import codec\n",
-    "src/transfusion/parallel/zero.py": "import deepspeed\nfrom transfusion.checkpoint import layout\n",
+    "src/transfusion/parallel/zero.py": "import deepspeed\nfrom transfusion.losses import build\n",
     "src/transfusion/observe/sinks.py": "def f() -> None:\n    import wandb\n",
     "src/transfusion/evaluate/suites.py": "from sklearn.svm import SVC\nfrom transfusion.generate import x\n",
-    "src/transfusion/trainer.py": "from transfusion.evaluate import x\nfrom transfusion import __version__\n",
-    "src/transfusion/cli.py": "from transfusion import doctor, trainer\ndef _private(x): ...\n",
+    "src/transfusion/train/trainer.py": "from transfusion.plan import x\nfrom transfusion import __version__\n",
+    "src/transfusion/cli.py": "from transfusion import doctor, train\ndef _private(x): ...\n",
 }
 
 
@@ -271,9 +318,14 @@ def test_a_lawful_tree_passes(tmp_path: Path) -> None:
             "def f() -> None:\n    import transfusion.cli",
             "imports cli",
         ),
-        ("src/transfusion/parallel/local.py", "from transfusion.trainer import x", "imports trainer"),
+        ("src/transfusion/parallel/local.py", "from transfusion.train.trainer import x", "imports train"),
         ("src/transfusion/generate/a.py", "from transfusion.evaluate import b", "imports evaluate"),
-        ("src/transfusion/evaluate/a.py", "from transfusion import trainer", "imports trainer"),
+        ("src/transfusion/evaluate/a.py", "from transfusion import train", "imports train"),
+        (
+            "src/transfusion/parallel/local.py",
+            "import transfusion.observe.clock",
+            "parallel (layer 3) imports observe",
+        ),
         (
             "src/transfusion/__init__.py",
             "from transfusion.config import Config",
@@ -288,7 +340,7 @@ def test_a_lawful_tree_passes(tmp_path: Path) -> None:
         ("kernels/transfusion_kernels/dispatch.py", "import numpy", "the kernels import numpy"),
         ("src/transfusion/parallel/local.py", "import deepspeed.comm", "imports deepspeed"),
         ("src/transfusion/model/attention.py", "from triton import jit", "imports triton"),
-        ("src/transfusion/trainer.py", "def f() -> None:\n    import wandb", "imports wandb"),
+        ("src/transfusion/train/trainer.py", "def f() -> None:\n    import wandb", "imports wandb"),
         ("src/transfusion/data/shards/scan.py", "import webdataset", "imports webdataset"),
         ("src/transfusion/data/shards/webdataset.py", "import sentencepiece", "imports sentencepiece"),
         ("src/transfusion/data/shards/webdataset.py", "from sklearn import svm", "imports sklearn"),
@@ -303,6 +355,7 @@ def test_a_lawful_tree_passes(tmp_path: Path) -> None:
             "import os\nos.environ",
             "environment variables",
         ),
+        ("src/transfusion/schema.py", "from transfusion.tokens import x", "imports itself through"),
         ("src/transfusion/data/types.py", "", "types is also the name"),
         ("src/transfusion/data/copy/a.py", "", "copy is also the name"),
         ("kernels/transfusion_kernels/utils.py", "", "utils says nothing"),

@@ -136,7 +136,7 @@ def train(
     from transfusion.config import load_config
 
     resolved = load_config(config, overrides or [])
-    from transfusion.trainer import train as run
+    from transfusion.train.trainer import train as run
 
     raise typer.Exit(run(resolved))
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from transfusion.observe import watchdog as watchdog_module
-from transfusion.observe.watchdog import EXIT_STALLED, LOADER, Watchdog
+from transfusion.train import watchdog as watchdog_module
+from transfusion.train.watchdog import EXIT_STALLED, LOADER, Watchdog
 
 
 def wait_for(path: Path) -> str:

@@ -26,14 +26,11 @@ from transfusion.observe.clock import Clock, TimeLimit
 from transfusion.observe.losses import MeanLosses
 from transfusion.observe.memory import peak_gib
 from transfusion.observe.metrics import StepMetrics
-from transfusion.observe.out_of_memory import is_out_of_memory, out_of_memory, remember_allocations
 from transfusion.observe.profiling import profiled
 from transfusion.observe.record import Record
 from transfusion.observe.runfolder import RunFolder, start_logging
 from transfusion.observe.sinks import refuse_missing_sink
-from transfusion.observe.spikes import SpikeDetector
 from transfusion.observe.utilisation import Utilisation
-from transfusion.observe.watchdog import LOADER, Watchdog
 from transfusion.optim.schedule import learning_rate
 from transfusion.parallel import environment
 from transfusion.parallel.build import build_engine
@@ -44,6 +41,9 @@ from transfusion.parallel.environment import Environment
 from transfusion.parallel.step_result import PendingResult
 from transfusion.schema import Batch, Decision, LossTerms, StepResult, TrainState
 from transfusion.sequence.tokenizer import Tokenizer
+from transfusion.train.out_of_memory import is_out_of_memory, out_of_memory, remember_allocations
+from transfusion.train.spikes import SpikeDetector
+from transfusion.train.watchdog import LOADER, Watchdog
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "dist"))
+sys.path.append(str(Path(__file__).parents[2] / "dist"))
 from handmade import HostReads
 
 from transfusion.config import Config
@@ -30,7 +30,7 @@ from transfusion.optim import groups
 from transfusion.parallel.environment import Environment
 from transfusion.schema import Batch, LossTerms
 from transfusion.sequence.tokenizer import Tokenizer
-from transfusion.trainer import Trainer
+from transfusion.train.trainer import Trainer
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 # Of a line of metrics, all but time and speed.

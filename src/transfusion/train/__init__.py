@@ -1,0 +1,1 @@
+"""The only training loop, how it recovers, and what it reports."""
