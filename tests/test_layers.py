@@ -58,7 +58,7 @@ ORDER = {
 
 # Most may be missing, so each has its few importers: files, or folders that end with a slash.
 IMPORTERS: dict[str, tuple[str, ...]] = {
-    "deepspeed": ("src/transfusion/parallel/zero.py",),
+    "deepspeed": ("src/transfusion/parallel/deepspeed_patches.py",),
     "triton": ("kernels/transfusion_kernels/",),
     "wandb": ("src/transfusion/observe/sinks.py",),
     "cv2": ("src/transfusion/data/images/decode.py",),
@@ -272,7 +272,7 @@ LAWFUL = {
     "src/transfusion/tokens.py": "def f() -> None:\n    import transfusion.schema\n",
     "src/transfusion/model/block.py": "from transfusion.model import x\nfrom . import attention\n",
     "src/transfusion/losses/build.py": "from transfusion.model.heads import x\nfrom transfusion import codec\n",
-    "src/transfusion/parallel/zero.py": "import deepspeed\nfrom transfusion.losses import build\n",
+    "src/transfusion/parallel/deepspeed_patches.py": "import deepspeed\nfrom transfusion.losses import build\n",
     "src/transfusion/observe/sinks.py": "def f() -> None:\n    import wandb\n",
     "src/transfusion/evaluate/suites.py": "from sklearn.svm import SVC\nfrom transfusion.generate import x\n",
     "src/transfusion/train/trainer.py": "from transfusion.plan import x\nfrom transfusion import __version__\n",

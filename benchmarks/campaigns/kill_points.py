@@ -305,17 +305,17 @@ def as_rank(blow: str, arguments: list[str]) -> None:
     import transfusion.train.trainer as trainer
     from transfusion import cli
     from transfusion.checkpoint import save as saving
-    from transfusion.train import watchdog
+    from transfusion.train import reporting, watchdog
 
     rank = int(os.environ.get("RANK", 0))
     step = trainer.Trainer.train_step
     kind, _, number = blow.partition(" ")
 
     def at(wanted: int, hits: Callable[[], bool], does: Callable[[], None]) -> None:
-        def struck(self: trainer.Trainer) -> Any:
+        def struck(self: trainer.Trainer) -> None:
             if self.state.step + 1 == wanted and hits():
                 does()
-            return step(self)
+            step(self)
 
         trainer.Trainer.train_step = struck  # type: ignore[method-assign]
 
@@ -360,7 +360,7 @@ def as_rank(blow: str, arguments: list[str]) -> None:
 
         saving.write_tensors = half
     elif blow == "evaluation" and second():
-        losses = trainer.held_out_losses
+        losses = reporting.held_out_losses
         times = iter(range(2))
 
         def amid(*given: Any) -> Any:
@@ -368,7 +368,7 @@ def as_rank(blow: str, arguments: list[str]) -> None:
                 in_forward(lambda: strike(signal.SIGKILL))
             return losses(*given)
 
-        trainer.held_out_losses = amid
+        reporting.held_out_losses = amid
     elif blow == "full disk" and second():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, FULL_DISK_BYTES))

@@ -166,14 +166,21 @@ def _core_packages() -> Iterator[Finding]:
 
 
 def _deepspeed() -> Iterator[Finding]:
-    if _is_installed("deepspeed"):
-        yield Finding("deepspeed", "good", _version("deepspeed"))
-    else:
+    remedy = 'DS_BUILD_OPS=0 pip install "deepspeed>=0.19.8,<0.20"'
+    if _is_installed("deepspeed") and _is_installed("torch"):
+        from transfusion.parallel.deepspeed_patches import fits
+
+        version = _version("deepspeed")
+        if fits(version):
+            yield Finding("deepspeed", "good", version)
+        else:
+            yield Finding("deepspeed", "note", f"{version} is refused by train.engine=zero", remedy)
+    elif not _is_installed("deepspeed"):
         yield Finding(
             "deepspeed",
             "missing",
             "not installed; without it only one process can train, with train.engine=local",
-            'DS_BUILD_OPS=0 pip install "deepspeed>=0.19.8,<0.20"',
+            remedy,
             required=_is_installed("torch") and _has_gpu(),  # where train.engine=auto means ZeRO
         )
 

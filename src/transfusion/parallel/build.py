@@ -8,6 +8,7 @@ from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.parallel.collectives import together
+from transfusion.parallel.deepspeed_patches import import_deepspeed
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.ulysses import refuse_unshared
@@ -37,7 +38,7 @@ def build_engine(config: Config, environment: Environment, codec: Codec | TokenC
         from transfusion.parallel.local import LocalEngine
 
         return LocalEngine(config, environment, codec)
-    from transfusion.parallel.zero import ZeroEngine, import_deepspeed
+    from transfusion.parallel.zero import ZeroEngine
 
     # Building it takes collectives, which a rank without DeepSpeed would never join.
     together(import_deepspeed)

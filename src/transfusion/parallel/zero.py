@@ -1,19 +1,15 @@
-"""DeepSpeed ZeRO behind the engine protocol. The only module that imports deepspeed, and only when used."""
+"""DeepSpeed ZeRO behind the engine protocol."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import math
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from transfusion.codec import Codec, TokenCodec
@@ -26,6 +22,11 @@ from transfusion.model.initialise import initial_value
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
 from transfusion.parallel.counts import GlobalCounts
+from transfusion.parallel.deepspeed_patches import (
+    clip_and_skip_on_device,
+    import_deepspeed,
+    refuse_norms_above,
+)
 from transfusion.parallel.engine import Weights
 from transfusion.parallel.environment import Environment, join_group
 from transfusion.parallel.module_norms import ModuleNorms, Piece
@@ -97,12 +98,12 @@ class ZeroEngine:
         self.norms.begin(wanted=module_norms)
         on_device = groups.is_fused(self.adamw) and self.stage == 3 and not self.zero.offload_optimizer
         if on_device:
-            with _judged_on_device(self.zero, self.adamw, largest_norm) as judged:
+            with clip_and_skip_on_device(self.zero, self.adamw, largest_norm) as judged:
                 self.engine.step()
             norm, skipped = judged
             self.average.update(unless=skipped)
         else:
-            with _largest_norm(self.zero, largest_norm) as refused:
+            with refuse_norms_above(self.zero, largest_norm) as refused:
                 self.engine.step()
             applied = self.engine.was_step_applied()
             if applied:
@@ -204,93 +205,10 @@ class ZeroEngine:
 
 
 @contextmanager
-def _judged_on_device(zero: Any, adamw: torch.optim.AdamW, largest: float) -> Iterator[list[Tensor]]:
-    """Have DeepSpeed's step of stage 3 clip and skip inside of AdamW, without reading the norm.
-
-    Yields a list that holds the norm and whether the step was skipped, once it was made.
-    """
-    home = sys.modules[type(zero).__module__]
-    judge, judged = home.is_invalid_grad_norm, []
-
-    def norms() -> list[Tensor]:
-        # As DeepSpeed's own, but that one copies a constant to the device for each group, which waits for it.
-        squares = [
-            torch.stack([norm.double() for norm in torch._foreach_norm(gradients)]).square().sum()
-            for gradients in zero.averaged_gradients.values()
-        ]
-        total = torch.stack(squares)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(total)
-        norm = total.sum().sqrt()
-        judged.extend([norm, groups.judge_on_device(adamw, norm, largest, zero.clip_grad)])
-        return [norm]
-
-    home.is_invalid_grad_norm = lambda norm: False  # type: ignore[attr-defined]
-    zero._get_norm_groups, zero.unscale_and_clip_grads = norms, lambda group, norm: None
-    try:
-        yield judged
-    finally:
-        home.is_invalid_grad_norm = judge  # type: ignore[attr-defined]
-        del zero._get_norm_groups, zero.unscale_and_clip_grads
-
-
-@contextmanager
-def _largest_norm(zero: Any, largest: float) -> Iterator[list[float]]:
-    """Make DeepSpeed refuse a gradient norm above `largest` as it refuses one that is not finite.
-
-    It has no setting for that. Yields a list, which holds the norm that was refused, if one was.
-    """
-    refused: list[float] = []
-    if math.isinf(largest) and largest > 0:
-        yield refused
-        return
-    # Stages and dtypes have optimisers of their own; each asks this function of its module.
-    home = sys.modules[type(zero).__module__]
-    judge = home.is_invalid_grad_norm
-
-    def is_invalid(norm: Any) -> bool:
-        if judge(norm):
-            return True
-        if float(norm) > largest:
-            refused.append(float(norm))
-        return bool(refused)
-
-    home.is_invalid_grad_norm = is_invalid  # type: ignore[attr-defined]
-    try:
-        yield refused
-    finally:
-        home.is_invalid_grad_norm = judge  # type: ignore[attr-defined]
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     """Keep DeepSpeed's reports of its own start off the terminal; errors are raised all the same."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, quiet and without anything to compile at its start. Raises UserError where it is missing."""
-    former = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        import deepspeed
-        import deepspeed.ops
-    except ImportError as error:
-        raise UserError(
-            f"train.engine=zero needs DeepSpeed ({error}): "
-            "DS_BUILD_OPS=0 pip install 'deepspeed>=0.19.8,<0.20', or set train.engine=local"
-        ) from None
-    finally:
-        logging.disable(former)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed calls torch's collectives by their former names; nobody who trains can change that.
-    renamed = r"`torch\.distributed\.\w+` is deprecated"
-    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
-    # DeepSpeed would compile this CPU operator for a minute, and a killed compilation blocks all later ones;
-    # without it collectives go through gloo.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def _flat_weights(zero: Any, stage: int) -> list[Tensor]:

@@ -179,7 +179,7 @@ def test_a_step_between_logs_reads_nothing_and_is_settled_late(
         config = build_config(f"late {late}", steps=7, log=3)
         undo = interfere(monkeypatch, spoilt_at(3, 6))
         trainer = Trainer(config, ALONE)
-        trainer.steps_late = late
+        trainer.recovery.steps_late = late
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "train_step", watched)
             try:
@@ -346,14 +346,14 @@ def test_bad_steps_in_a_row_bring_back_a_checkpoint_and_the_data_go_on(
                 shard.values["weight"].mul_(2.0)
         return result
 
-    saved = trainer._log
+    saved = trainer.reporter.line
 
     def noted(*arguments: Any, **named: Any) -> None:
         weights[trainer.state.step] = torch.cat([s.values["weight"].clone() for s in trainer.engine.shards()])
         saved(*arguments, **named)
 
     monkeypatch.setattr(trainer.engine, "step", watched)
-    monkeypatch.setattr(trainer, "_log", noted)
+    monkeypatch.setattr(trainer.reporter, "line", noted)
     try:
         assert trainer.run() == 0
     finally:
