@@ -54,7 +54,7 @@ setup(
     package_dir={"": "src", KERNELS: f"kernels/{KERNELS}"},
     # verification/ proves the kernels from a checkout, where it is found without being named here.
     packages=[*find_packages("src"), *find_packages("kernels", exclude=["*.verification"])],
-    package_data={"transfusion": ["py.typed", "evaluate/*.html"], KERNELS: ["py.typed"]},
+    package_data={"transfusion": ["py.typed", "evaluate/report/*.html"], KERNELS: ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["transfusion=transfusion.cli:main"]},

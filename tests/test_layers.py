@@ -66,8 +66,8 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "fsspec": ("src/transfusion/data/shards/webdataset.py",),
     "sentencepiece": ("src/transfusion/sequence/tokenizer.py",),
     "sklearn": ("src/transfusion/data/prepare/prepare.py", "src/transfusion/evaluate/"),
-    "matplotlib": ("src/transfusion/evaluate/report.py", "src/transfusion/scaling/plot.py"),
-    "jinja2": ("src/transfusion/evaluate/report.py",),
+    "matplotlib": ("src/transfusion/evaluate/report/", "src/transfusion/scaling/plot.py"),
+    "jinja2": ("src/transfusion/evaluate/report/page.py",),
     "diffusers": ("src/transfusion/codec/",),
     "fastapi": ("src/transfusion/serve/",),
     # Not optional, but one digest for all.
@@ -274,7 +274,7 @@ LAWFUL = {
     "src/transfusion/losses/build.py": "from transfusion.model.heads import x\nfrom transfusion import codec\n",
     "src/transfusion/parallel/deepspeed_patches.py": "import deepspeed\nfrom transfusion.losses import build\n",
     "src/transfusion/observe/sinks.py": "def f() -> None:\n    import wandb\n",
-    "src/transfusion/evaluate/suites.py": "from sklearn.svm import SVC\nfrom transfusion.generate import x\n",
+    "src/transfusion/evaluate/suites/run.py": "from sklearn.svm import SVC\nfrom transfusion.generate import x\n",
     "src/transfusion/train/trainer.py": "from transfusion.plan import x\nfrom transfusion import __version__\n",
     "src/transfusion/cli.py": "from transfusion import doctor, train\ndef _private(x): ...\n",
 }
@@ -344,7 +344,7 @@ def test_a_lawful_tree_passes(tmp_path: Path) -> None:
         ("src/transfusion/data/shards/scan.py", "import webdataset", "imports webdataset"),
         ("src/transfusion/data/shards/webdataset.py", "import sentencepiece", "imports sentencepiece"),
         ("src/transfusion/data/shards/webdataset.py", "from sklearn import svm", "imports sklearn"),
-        ("src/transfusion/evaluate/suites.py", "import matplotlib.pyplot", "imports matplotlib"),
+        ("src/transfusion/evaluate/suites/run.py", "import matplotlib.pyplot", "imports matplotlib"),
         ("src/transfusion/cli.py", "import jinja2", "imports jinja2"),
         ("src/transfusion/data/shards/scan.py", "import hashlib", "imports hashlib"),
         ("src/transfusion/cli.py", "import os\nos.environ['A']", "environment variables"),

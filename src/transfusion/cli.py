@@ -199,7 +199,7 @@ def sample(
     device: Device = "auto",
 ) -> None:
     """Draw pictures from captions."""
-    from transfusion.generate.pictures import save_samples
+    from transfusion.generate.image_files import save_samples
     from transfusion.generate.pipeline import Pipeline
 
     wanted = _size(size)
@@ -231,7 +231,7 @@ def caption(
     device: Device = "auto",
 ) -> None:
     """Describe pictures."""
-    from transfusion.generate.pictures import load_pictures
+    from transfusion.generate.image_files import load_pictures
     from transfusion.generate.pipeline import Pipeline
 
     pipeline = Pipeline.from_export(model, weights=weights, device=device)
@@ -258,7 +258,7 @@ def evaluate(
     check: Annotated[bool, typer.Option("--check", help="exit with 3 when a figure misses its bar")] = False,
 ) -> None:
     """Measure a model on its held-out data; writes metrics.json."""
-    from transfusion.evaluate.suites import run_suites
+    from transfusion.evaluate.suites.run import run_suites
 
     metrics = run_suites(
         model, suite or ["held-out"], out or model, weights=weights, device=device, classifier=classifier
@@ -280,7 +280,7 @@ def classifier(
 ) -> None:
     """Train the small network that judges drawn pictures in `eval --suite pictures`, on the training pictures."""
     from transfusion.config import load_config
-    from transfusion.evaluate.classifier import save_classifier, train_from_config
+    from transfusion.evaluate.metrics.classifier import save_classifier, train_from_config
 
     save_classifier(train_from_config(load_config(config, overrides or []), epochs=epochs), out)
     print(out)
@@ -289,7 +289,7 @@ def classifier(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     """Write report.html: one file with curves, pictures, captions, metrics and the config."""
-    from transfusion.evaluate.report import write_report
+    from transfusion.evaluate.report.page import write_report
 
     print(write_report(run))
 

@@ -46,7 +46,7 @@ from transfusion.checkpoint.save import save
 from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config, SampleConfig
 from transfusion.errors import UserError
-from transfusion.evaluate.held_out import held_out_losses
+from transfusion.evaluate.validation_losses import held_out_losses
 from transfusion.generate.pipeline import Pipeline
 from transfusion.optim import groups
 from transfusion.parallel import environment

@@ -13,8 +13,8 @@ from torch import Tensor
 from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.noise import counter_normal
 from transfusion.generate.cache import KeyValueCache
-from transfusion.generate.images import ImageSampling
-from transfusion.generate.reader import Block, Reader
+from transfusion.generate.image_diffusion import ImageSampling
+from transfusion.generate.runner import Block, Reader
 from transfusion.model.patches import Grid
 
 # Keeps these draws apart from those of samplers and of text.

@@ -17,13 +17,13 @@ from transfusion.codec import Codec, TokenCodec, open_any_codec
 from transfusion.config import Config, SampleConfig
 from transfusion.config.objectives import GRID_SAMPLER, SamplerName
 from transfusion.errors import UserError
-from transfusion.generate import images, language
-from transfusion.generate.drawing import draw_pictures
-from transfusion.generate.images import ImageSampling
-from transfusion.generate.interleave import Conversation, Limits, Part
-from transfusion.generate.language import TextSampling
+from transfusion.generate import image_diffusion, text_sampling
+from transfusion.generate.image_diffusion import ImageSampling
+from transfusion.generate.image_generation import draw_pictures
+from transfusion.generate.interleaved import Conversation, Limits, Part
 from transfusion.generate.load import Weights, load_model
-from transfusion.generate.reader import Reader
+from transfusion.generate.runner import Reader
+from transfusion.generate.text_sampling import TextSampling
 from transfusion.model import Network
 from transfusion.parallel.environment import find_device
 from transfusion.schema import TextSegment
@@ -179,9 +179,9 @@ class Pipeline:
         """
         text = TextSampling(temperature=temperature, top_p=top_p, seed=seed)
         image = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=size)
-        language.check(text)
+        text_sampling.check(text)
         if max_images:
-            images.check(image, self.config)
+            image_diffusion.check(image, self.config)
         if max_tokens < 1 or max_images < 0:
             raise UserError("max_tokens must be at least 1 and max_images at least 0")
         _check_seed(seed)
@@ -220,7 +220,7 @@ class Pipeline:
         return self.reader.lay_out([caption, self.reader.image(size or self.reader.sizes.first)])
 
     def _check_sampling(self, sampling: ImageSampling, prompts: Sequence[str]) -> None:
-        images.check(sampling, self.config)
+        image_diffusion.check(sampling, self.config)
         if sampling.guidance != 1 and "" in prompts:
             raise UserError(
                 f"guidance {sampling.guidance} cannot be applied to an empty prompt: there is nothing to"

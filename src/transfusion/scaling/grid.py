@@ -26,7 +26,7 @@ from transfusion.checkpoint.export import export
 from transfusion.config import Config
 from transfusion.config.experiments import SEPARATOR, Cell, Grid
 from transfusion.errors import UserError
-from transfusion.evaluate.suites import METRICS
+from transfusion.evaluate.suites.run import METRICS
 from transfusion.files import FINGERPRINT_BYTES, atomic_write_text, digest, fingerprint
 from transfusion.scaling.cost import Cost, cost_of, within
 

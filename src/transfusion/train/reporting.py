@@ -6,8 +6,8 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from transfusion.evaluate.held_out import held_out_losses
-from transfusion.generate.pictures import write_grid
+from transfusion.evaluate.validation_losses import held_out_losses
+from transfusion.generate.image_files import write_grid
 from transfusion.generate.pipeline import Pipeline
 from transfusion.observe.losses import MeanLosses
 from transfusion.observe.memory import peak_gib

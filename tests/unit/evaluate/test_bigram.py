@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from transfusion.evaluate.bigram import Bigram
+from transfusion.evaluate.metrics.bigram import Bigram
 
 VOCABULARY = 12
 TRAINING = [[7, 8, 7, 8, 9], [7, 8, 10], []]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from transfusion.evaluate.frechet import Gaussian, frechet_distance, gaussian_of
+from transfusion.evaluate.metrics.frechet import Gaussian, frechet_distance, gaussian_of
 
 
 def test_it_equals_the_formula_with_scipys_root() -> None:

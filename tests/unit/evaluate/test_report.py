@@ -18,7 +18,8 @@ from PIL import Image
 from transfusion.config import load_config
 from transfusion.config.yaml_files import dump
 from transfusion.errors import UserError
-from transfusion.evaluate.report import data_uri, figure, write_report
+from transfusion.evaluate.report.curves import figure
+from transfusion.evaluate.report.page import data_uri, write_report
 from transfusion.observe import MetricsLog, RunFolder, StepMetrics
 
 pytest.importorskip("matplotlib")

@@ -14,7 +14,7 @@ from transfusion.codec import pixels as codec
 from transfusion.config import Config
 from transfusion.diffusion.noise import counter_normal
 from transfusion.generate import Pipeline
-from transfusion.generate.images import ImageSampling, build_sampler
+from transfusion.generate.image_diffusion import ImageSampling, build_sampler
 from transfusion.model import Transfusion
 from transfusion.model.patches import Encoding, pictures
 from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken, TextSegment

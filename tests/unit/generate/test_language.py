@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from transfusion.generate.language import TextSampling, choose, restrict
+from transfusion.generate.text_sampling import TextSampling, choose, restrict
 from transfusion.schema import SpecialToken
 
 

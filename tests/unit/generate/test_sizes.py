@@ -13,8 +13,8 @@ from torch import Tensor
 
 from transfusion.diffusion.noise import counter_normal
 from transfusion.errors import UserError
-from transfusion.generate import Pipeline, images
-from transfusion.generate.images import ImageSampling
+from transfusion.generate import Pipeline, image_diffusion
+from transfusion.generate.image_diffusion import ImageSampling
 from transfusion.model.patches import pictures
 from transfusion.schema import Batch, TextSegment
 from transfusion.sequence.layout import image_segment
@@ -63,7 +63,7 @@ def test_a_picture_is_drawn_as_it_was_trained(
         found.append(predict(start, 500.0))
         return start
 
-    monkeypatch.setattr(images, "build_sampler", lambda *_, **__: SimpleNamespace(sample=once))
+    monkeypatch.setattr(image_diffusion, "build_sampler", lambda *_, **__: SimpleNamespace(sample=once))
     pipeline.sample([caption], guidance=3.0, seed=7, size=WIDE)
     torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-3)
 

@@ -14,7 +14,7 @@ from transfusion.data.loading.rows import pair_segments
 from transfusion.data.planning.epoch import Variant
 from transfusion.diffusion.guidance import guide
 from transfusion.errors import UserError
-from transfusion.generate import Pipeline, images
+from transfusion.generate import Pipeline, image_diffusion
 from transfusion.generate.cache import CacheRows
 from transfusion.model.patches import Encoding
 from transfusion.schema import ImageSegment
@@ -169,7 +169,7 @@ def test_bf16_generates(
     prompts, settings = ["a handwritten three", "seven"], {"steps": 6, "guidance": 3.0, "seed": 2}
     exact = plain.sample(prompts, **settings)
     monkeypatch.setattr(pipeline.reader.model, "decode_patches", decoding)
-    monkeypatch.setattr(images, "guide", guiding)
+    monkeypatch.setattr(image_diffusion, "guide", guiding)
     drawn, again = (pipeline.sample(prompts, **settings) for _ in range(2))
     # The network rounds; what is made of its answers does not.
     assert {noise.dtype for noise in predicted} == {torch.bfloat16}

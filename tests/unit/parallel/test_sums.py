@@ -6,7 +6,7 @@ import pytest
 import torch
 from handmade import make_batch, small_config
 
-from transfusion.evaluate.held_out import held_out_losses
+from transfusion.evaluate.validation_losses import held_out_losses
 from transfusion.losses.transfusion import MixedLoss
 from transfusion.observe.losses import MeanLosses
 from transfusion.schema import TIMESTEP_BUCKETS, LossTerms

@@ -12,8 +12,7 @@ import torch
 
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.evaluate import drawing
-from transfusion.evaluate.classifier import (
+from transfusion.evaluate.metrics.classifier import (
     Classifier,
     common_words,
     features_of,
@@ -22,8 +21,9 @@ from transfusion.evaluate.classifier import (
     save_classifier,
     train_classifier,
 )
-from transfusion.evaluate.drawing import token_f1
-from transfusion.evaluate.frechet import frechet_distance, gaussian_of
+from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
+from transfusion.evaluate.suites import images_and_captions
+from transfusion.evaluate.suites.images_and_captions import token_f1
 from transfusion.generate.pipeline import SampledImage
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (90, 90, 90)}
@@ -115,12 +115,12 @@ def drawn_by(
         assert held_out
         return coloured(40)
 
-    monkeypatch.setattr(drawing, "captioned_pictures", pictures)
+    monkeypatch.setattr(images_and_captions, "captioned_pictures", pictures)
     save_path = folder / "judge.safetensors"
     save_classifier(judge, save_path)
     config = Config.model_validate(settings)
     pipeline: Any = SimpleNamespace(config=config, tokenizer=None, sample=sample)
-    metrics = drawing.pictures(pipeline, folder, classifier=save_path)
+    metrics = images_and_captions.pictures(pipeline, folder, classifier=save_path)
     assert called["prompts"][: len(held_out[1])] == held_out[1]
     return {name: metric.value for name, metric in metrics.items()}, called
 
@@ -150,10 +150,10 @@ def test_the_sampler_and_the_guidance_are_those_that_the_model_can_have(
 def test_captions_are_scored_against_their_own_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "captioned_pictures", lambda *_, **__: coloured(4))
+    monkeypatch.setattr(images_and_captions, "captioned_pictures", lambda *_, **__: coloured(4))
     said = ["a red square", "square", "", "a grey square"]
     pipeline: Any = SimpleNamespace(config=None, tokenizer=None, caption=lambda pixels, **_: said)
-    metric = drawing.captions(pipeline, tmp_path)["caption_token_f1"]
+    metric = images_and_captions.captions(pipeline, tmp_path)["caption_token_f1"]
     assert metric.value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
     lines = (tmp_path / "evaluation" / "said.jsonl").read_text().splitlines()
     assert json.loads(lines[1]) == {"caption": "square", "expected": "A green square.", "f1": 0.5}

@@ -1,88 +1,18 @@
-"""What `transfusion eval` runs: named suites, each a few metrics with how they were measured."""
+"""The suite of held-out losses: images by the diffusion error, texts beside a bigram."""
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from transfusion.config import DiffusionConfig, SourceConfig
 from transfusion.config.objectives import PREDICTED
 from transfusion.data.loading.validation import EvaluationLoader, documents
 from transfusion.errors import UserError
-from transfusion.evaluate.bigram import Bigram
-from transfusion.evaluate.held_out import held_out_losses
-from transfusion.evaluate.metric import Metric
-from transfusion.files import atomic_write_text
-from transfusion.generate.pipeline import Pipeline, Weights
+from transfusion.evaluate.metrics.bigram import Bigram
+from transfusion.evaluate.metrics.metric import Metric
+from transfusion.evaluate.validation_losses import held_out_losses
+from transfusion.generate.pipeline import Pipeline
 from transfusion.schema import LossTerms, TextSegment
-
-METRICS = "metrics.json"
-
-
-Suite = Callable[[Pipeline, Path], dict[str, Metric]]
-
-
-def run_suites(
-    model: Path,
-    names: Sequence[str],
-    out: Path,
-    *,
-    weights: Weights = "auto",
-    device: str = "auto",
-    classifier: Path | None = None,
-) -> dict[str, Metric]:
-    """Run suites on an exported model; writes OUT/metrics.json (added to what is there) and OUT/evaluation/.
-
-    classifier: for the suite `pictures`. Raises UserError for an unknown suite, or when the model's held-out data is
-    not to be found.
-    """
-    from transfusion.evaluate.digits import digits
-    from transfusion.evaluate.drawing import captions, pictures
-
-    suites: dict[str, Suite] = {"held-out": held_out, "digits": digits, "captions": captions}
-    if classifier is not None:
-        suites["pictures"] = functools.partial(pictures, classifier=classifier)
-    elif "pictures" in names:
-        raise UserError(
-            "the suite pictures needs --classifier; `transfusion classifier CONFIG --out FILE` makes one"
-        )
-    unknown = [name for name in names if name not in suites]
-    if unknown:
-        raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join(suites)}")
-    pipeline = Pipeline.from_export(model, weights=weights, device=device)
-    if pipeline.config.train.threads:
-        torch.set_num_threads(pipeline.config.train.threads)
-    out.mkdir(parents=True, exist_ok=True)
-    known = _known(out / METRICS)
-    metrics: dict[str, Metric] = {}
-    for name in names:
-        metrics |= suites[name](pipeline, out)
-    _write(out / METRICS, metrics, known)
-    return metrics
-
-
-def _known(path: Path) -> dict[str, Any]:
-    """Details of the metrics that stand in `path` already. Raises UserError for a file that is not ours."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["details"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; delete it, or name another folder with --out") from None
-
-
-def _write(path: Path, metrics: dict[str, Metric], known: dict[str, Any]) -> None:
-    """Names and numbers on top, for whoever compares; how each was measured under `details`."""
-    details = known | {name: metric.as_dict() for name, metric in metrics.items()}
-    text = json.dumps(
-        {name: detail["value"] for name, detail in details.items()} | {"details": details}, indent=2
-    )
-    atomic_write_text(path, text + "\n")
 
 
 def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:

@@ -10,16 +10,16 @@ from statistics import fmean
 import torch
 
 from transfusion.config.objectives import GRID_SAMPLER
-from transfusion.evaluate.classifier import (
+from transfusion.evaluate.metrics.classifier import (
     captioned_pictures,
     features_of,
     load_classifier,
     recall,
     words_of,
 )
-from transfusion.evaluate.frechet import frechet_distance, gaussian_of
-from transfusion.evaluate.metric import Metric
-from transfusion.generate.pictures import save_samples
+from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
+from transfusion.evaluate.metrics.metric import Metric
+from transfusion.generate.image_files import save_samples
 from transfusion.generate.pipeline import Pipeline
 
 SAMPLES = 1000

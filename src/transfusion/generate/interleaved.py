@@ -15,10 +15,10 @@ from torch import Tensor
 from transfusion.config import DiffusionConfig
 from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
-from transfusion.generate.drawing import draw_pictures
-from transfusion.generate.images import ImageSampling
-from transfusion.generate.language import TextSampling, choose, restrict
-from transfusion.generate.reader import Reader
+from transfusion.generate.image_diffusion import ImageSampling
+from transfusion.generate.image_generation import draw_pictures
+from transfusion.generate.runner import Reader
+from transfusion.generate.text_sampling import TextSampling, choose, restrict
 from transfusion.schema import Segment, SpecialToken, TextSegment
 from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transfusion.config import Config
 from transfusion.data.loading.validation import documents
 from transfusion.errors import UserError
-from transfusion.evaluate.frechet import Gaussian, gaussian_of
+from transfusion.evaluate.metrics.frechet import Gaussian, gaussian_of
 from transfusion.files import atomic_file
 from transfusion.schema import ImageSegment, TextSegment
 from transfusion.sequence.tokenizer import Tokenizer

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from transfusion.codec import TokenCodec
 from transfusion.config import DiffusionConfig
-from transfusion.generate import images
+from transfusion.generate import image_diffusion
 from transfusion.generate.cache import KeyValueCache
+from transfusion.generate.image_diffusion import ImageSampling
 from transfusion.generate.image_tokens import draw_tokens
-from transfusion.generate.images import ImageSampling
-from transfusion.generate.reader import Reader
+from transfusion.generate.runner import Reader
 
 
 class Drawn(NamedTuple):
@@ -39,5 +39,5 @@ def draw_pictures(
     if isinstance(codec, TokenCodec):
         token_Ihw = draw_tokens(reader, prefixes, rows, keys, sampling)
         return Drawn(codec.pictures(token_Ihw), token_Ihw)
-    latent_ICHW = images.draw(reader, prefixes, rows, keys, sampling, config)
+    latent_ICHW = image_diffusion.draw(reader, prefixes, rows, keys, sampling, config)
     return Drawn(codec.decode(latent_ICHW), codec.settled(latent_ICHW))

@@ -22,7 +22,7 @@ from transfusion.diffusion.sampler import DDIM, DDPM, NOTHING_LEFT, Sampler, sta
 from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
-from transfusion.generate.reader import Reader
+from transfusion.generate.runner import Reader
 from transfusion.model import Transfusion
 from transfusion.model.patches import unpatchify
 from transfusion.sequence.sizes import Size

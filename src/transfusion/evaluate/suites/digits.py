@@ -17,8 +17,8 @@ from transfusion.config.objectives import SAMPLERS
 from transfusion.data.loading.validation import documents
 from transfusion.data.prepare.digits import DIGIT_WORDS, digit_in_caption
 from transfusion.errors import UserError
-from transfusion.evaluate.metric import Metric
-from transfusion.generate.pictures import save_samples, to_image
+from transfusion.evaluate.metrics.metric import Metric
+from transfusion.generate.image_files import save_samples, to_image
 from transfusion.generate.pipeline import Pipeline
 from transfusion.schema import ImageSegment, TextSegment
 

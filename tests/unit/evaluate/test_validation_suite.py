@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from transfusion.config import Config, SourceConfig
-from transfusion.evaluate import suites
+from transfusion.evaluate.suites import validation
 from transfusion.schema import LossTerms
 
 
@@ -41,10 +41,10 @@ def test_the_image_loss_is_the_plain_error_and_says_of_what(
         zero = torch.zeros(())
         return LossTerms(zero, zero, torch.tensor(3.0), torch.tensor(4.0), torch.zeros(10), torch.zeros(10))
 
-    monkeypatch.setattr(suites, "held_out_losses", losses)
-    monkeypatch.setattr(suites, "EvaluationLoader", lambda *_, **__: None)
+    monkeypatch.setattr(validation, "held_out_losses", losses)
+    monkeypatch.setattr(validation, "EvaluationLoader", lambda *_, **__: None)
     reader = SimpleNamespace(model=None, device=None, codec=None)
     pipeline: Any = SimpleNamespace(config=config, reader=reader, tokenizer=None)
-    metric = suites.held_out(pipeline, Path())["p_image_loss"]
+    metric = validation.held_out(pipeline, Path())["p_image_loss"]
     assert metric.value == 0.75 and metric.how == f"mean squared error {said}"
     assert used[0].diffusion.as_dict() == {**config.diffusion.as_dict(), "loss_weight": "none"}

@@ -1,0 +1,215 @@
+"""The curves of a report, as inline SVG.
+
+Colours are names of CSS variables, so that one picture serves light, dark and paper.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from transfusion.config.objectives import PREDICTED
+from transfusion.schema import TIMESTEP_BUCKETS
+
+CURVE_POINTS = 400
+# Stand-ins that no plot uses otherwise -> CSS variables of the template.
+INK, FAINT, GRID = "#010101", "#020202", "#030303"
+TEXT, IMAGE, TOTAL, OTHER = "#040401", "#040402", "#040403", "#040404"
+STYLE_COLOURS = {
+    INK: "var(--ink)",
+    FAINT: "var(--faint)",
+    GRID: "var(--grid)",
+    TEXT: "var(--text-series)",
+    IMAGE: "var(--image-series)",
+    TOTAL: "var(--total-series)",
+    OTHER: "var(--other-series)",
+}
+# From little noise to much, of middling lightness so that both backgrounds carry them.
+BUCKET_STOPS = ((0x2F, 0x7F, 0xD6), (0x8B, 0x62, 0xC9), (0xD0, 0x4A, 0x83), (0xE0, 0x85, 0x2C))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A drawn curve: inline SVG and the heading above it."""
+
+    title: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One panel: series of (label, colour, points), raw and smoothed; marked: points shown each for itself."""
+
+    title: str
+    series: Sequence[tuple[str, str, list[tuple[float, float]]]]
+    smooth: bool = True
+    marked: Sequence[tuple[float, float]] = ()
+
+
+def figure(value: Any) -> str:
+    """A number as a person reads it: four digits, thousands apart; anything else as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "-" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return "-"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def _loss_curves(lines: list[dict[str, Any]], diffusion: dict[str, Any]) -> list[Curve]:
+    predicted = PREDICTED.get(diffusion.get("objective", "noise"), "")
+    weighted = ", by min-SNR" if diffusion.get("loss_weight") == "min-snr" else ""
+    return _present(
+        Curve(
+            "Text loss, nats a token",
+            [("", TEXT, _series(lines, "text_loss"))],
+            marked=_series(lines, "held_out_text_loss"),
+        ),
+        Curve(
+            f"Image loss, squared error of the {predicted}{weighted}",
+            [("", IMAGE, _series(lines, "image_loss"))],
+            marked=_series(lines, "held_out_image_loss"),
+        ),
+        Curve("Total loss, as weighted", [("", TOTAL, _series(lines, "loss"))]),
+    )
+
+
+def _machine_curves(lines: list[dict[str, Any]]) -> list[Curve]:
+    return _present(
+        Curve("Gradient norm", [("", OTHER, _series(lines, "gradient_norm"))]),
+        Curve("Learning rate", [("", OTHER, _series(lines, "learning_rate"))], smooth=False),
+        Curve("Tokens a second", [("", OTHER, _series(lines, "tokens_per_second"))]),
+    )
+
+
+def _present(*curves: Curve) -> list[Curve]:
+    return [curve for curve in curves if any(points for _, _, points in curve.series)]
+
+
+def _series(lines: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+
+
+def _draw_buckets(lines: list[dict[str, Any]]) -> Panel | None:
+    """Image loss by timestep, one line a bucket; None where no step tells it."""
+    series = []
+    for bucket in range(TIMESTEP_BUCKETS):
+        points = [
+            (line["step"], values[bucket])
+            for line in lines
+            if (values := line.get("image_loss_by_timestep"))
+            and bucket < len(values)
+            and values[bucket] is not None
+        ]
+        percent = 100 // TIMESTEP_BUCKETS
+        series.append((f"{bucket * percent} to {(bucket + 1) * percent} %", _bucket_colour(bucket), points))
+    if not any(points for _, _, points in series):
+        return None
+    return _draw(Curve("Image loss by timestep", series), width=14.0, height=4.6)
+
+
+def _bucket_colour(bucket: int) -> str:
+    place = bucket / max(1, TIMESTEP_BUCKETS - 1) * (len(BUCKET_STOPS) - 1)
+    low = min(int(place), len(BUCKET_STOPS) - 2)
+    mixed = [round(a + (b - a) * (place - low)) for a, b in zip(*BUCKET_STOPS[low : low + 2], strict=True)]
+    return "#" + "".join(f"{part:02x}" for part in mixed)
+
+
+def _draw(curve: Curve, *, width: float = 4.6, height: float = 2.9) -> Panel:
+    """One panel as inline SVG whose text stays text and whose colours are the page's."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # The salt makes the ids of each drawing its own: all of them stand in one page.
+    salt = f"{curve.title}{width}"
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11}):
+        drawing = Figure(figsize=(width, height), layout="constrained")
+        axes = drawing.add_subplot()
+        _plot(axes, curve)
+        _scale(axes, may_be_logarithmic=curve.smooth)
+        _dress(axes)
+        if len(curve.series) > 1:
+            legend = drawing.legend(
+                loc="outside right center", frameon=False, labelcolor=INK, title="timestep"
+            )
+            legend.get_title().set_color(FAINT)
+        buffer = io.StringIO()
+        drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return Panel(curve.title, _inline(buffer.getvalue(), label=curve.title))
+
+
+def _plot(axes: Any, curve: Curve) -> None:
+    for label, colour, points in curve.series:
+        if not points:
+            continue
+        steps, values = _thinned(points)
+        if curve.smooth and len(steps) > 20:
+            if len(curve.series) == 1:
+                axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.45)
+            values = _smoothed(values)
+        axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
+    if curve.marked:
+        axes.plot(*zip(*curve.marked, strict=True), color=INK, linestyle="none", marker="o", markersize=4)
+
+
+def _scale(axes: Any, *, may_be_logarithmic: bool) -> None:
+    """A logarithmic axis where values differ by more than twentyfold, else one from zero or near the values."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    plain = FuncFormatter(lambda value, _: figure(float(value)))
+    drawn = [float(value) for line in axes.lines for value in line.get_ydata()]
+    if may_be_logarithmic and min(drawn) > 0 and max(drawn) / min(drawn) > 20:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        low, high = axes.get_ylim()
+        axes.set_ylim(bottom=min(low, 0.0) if low < 0.2 * high else low)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(plain)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _dress(axes: Any) -> None:
+    axes.set_xlabel("step", color=FAINT)
+    axes.tick_params(which="both", colors=FAINT, length=0)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.01)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)
+
+
+def _thinned(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """At most CURVE_POINTS points, each the mean of its neighbours."""
+    parts = np.array_split(np.asarray(points, dtype=float), min(CURVE_POINTS, len(points)))
+    means = np.stack([part.mean(axis=0) for part in parts])
+    return means[:, 0], means[:, 1]
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Mean of each point's neighbours, as many before as after, so that a steep beginning is not shifted."""
+    widest = max(2, len(values) // 40)
+    smooth = []
+    for place in range(len(values)):
+        reach = min(widest, place)
+        smooth.append(values[place - reach : place + reach + 1].mean())
+    return np.asarray(smooth)
+
+
+def _inline(svg: str, *, label: str) -> str:
+    """The <svg> element alone, scaled by the page, with its stand-in colours as CSS variables."""
+    svg = svg[svg.index("<svg") :]
+    for colour, variable in STYLE_COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

@@ -1,0 +1,1 @@
+"""Named suites of metrics, and the command that runs them."""
