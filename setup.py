@@ -57,5 +57,5 @@ setup(
     package_data={"transfusion": ["py.typed", "evaluate/report/*.html"], KERNELS: ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["transfusion=transfusion.cli:main"]},
+    entry_points={"console_scripts": ["transfusion=transfusion.cli.main:main"]},
 )

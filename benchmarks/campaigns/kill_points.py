@@ -303,8 +303,8 @@ def strike(kind: signal.Signals) -> None:
 def as_rank(blow: str, arguments: list[str]) -> None:
     """Be one process of a run: `transfusion ARGUMENTS`, with a blow laid where it is to fall."""
     import transfusion.train.trainer as trainer
-    from transfusion import cli
     from transfusion.checkpoint import save as saving
+    from transfusion.cli import main
     from transfusion.train import reporting, watchdog
 
     rank = int(os.environ.get("RANK", 0))
@@ -373,7 +373,7 @@ def as_rank(blow: str, arguments: list[str]) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, FULL_DISK_BYTES))
     sys.argv = ["transfusion", *arguments]
-    cli.main()
+    main.main()
 
 
 def in_forward(does: Callable[[], None] | None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from transfusion import cli
+from transfusion.cli import main
 from transfusion.observe.runfolder import start_logging
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def transfusion(
 
     def run(*words: str, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["transfusion", *words])
-        left = cli._run()
+        left = main._run()
         start_logging(None)
         told = capfd.readouterr()
         assert left == code, told.out + told.err

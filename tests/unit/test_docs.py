@@ -14,7 +14,7 @@ import pytest
 import typer
 from pydantic import BaseModel
 
-from transfusion import cli
+from transfusion.cli import main
 from transfusion.codec_train.settings import CodecTrainConfig
 from transfusion.config import Config
 
@@ -48,7 +48,7 @@ def commands(path: Path) -> Iterator[list[str]]:
 
 def complaint(words: list[str]) -> str:
     """What the command line has against the names of commands and options, or their absence."""
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = typer.main.get_command(main.app)
     while hasattr(command, "commands"):
         name, *words = words
         if name not in command.commands:

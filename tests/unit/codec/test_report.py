@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
+from transfusion.cli.codec import codec_app
 from transfusion.codec import open_codec
-from transfusion.codec_commands import codec_app
 from transfusion.codec_train.measure import psnr
 from transfusion.codec_train.pictures import PictureSet
 from transfusion.codec_train.report import frechet_distance, ssim, write_report

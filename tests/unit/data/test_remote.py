@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from transfusion import cli
+from transfusion.cli import main
 from transfusion.config import CacheConfig, Config
 from transfusion.data.index.open import build_indexes
 from transfusion.data.loading.loader import Loader
@@ -407,7 +407,7 @@ def test_a_changed_shard_is_a_fault_then_refused_or_indexed_anew(
             loader.next_step()
         assert not loader.faults()
     words = ["data", "index", f"file:{served}/{{00000..00009}}.tar", "--out", str(tmp_path / "index")]
-    result = CliRunner().invoke(cli.app, [*words, "--tokenizer", str(tokenizer.path)])
+    result = CliRunner().invoke(main.app, [*words, "--tokenizer", str(tokenizer.path)])
     assert result.exit_code == 0, result.output
     build_indexes(named, named.data.sources, tokenizer)
 
@@ -600,7 +600,7 @@ def test_the_commands_take_addresses_and_write_no_credentials(
         ["data", "show", str(config), "--out", str(tmp_path / "rows.html")],
         ["config", str(config)],
     ):
-        result = runner.invoke(cli.app, words)
+        result = runner.invoke(main.app, words)
         assert result.exit_code == 0, (words, result.output)
         outputs.append(result.output)
     assert "10 shards, 300 samples" in outputs[0] == outputs[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from transfusion import doctor
+from transfusion.cli import doctor
 from transfusion.errors import UserError
 from transfusion.parallel.deepspeed_patches import REQUIREMENT, fits, import_deepspeed
 

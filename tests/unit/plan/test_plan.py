@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from transfusion.cli import app
+from transfusion.cli.main import app
 from transfusion.config import Config, load_config
 from transfusion.errors import UserError
 from transfusion.plan import Plan, make_plan, report, warnings

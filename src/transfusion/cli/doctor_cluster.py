@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from transfusion.doctor import Finding, print_table
+from transfusion.cli.doctor import Finding, print_table
 from transfusion.errors import UserError
 from transfusion.parallel import cluster, environment
 from transfusion.parallel.cluster import Bandwidth

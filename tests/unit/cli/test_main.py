@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def transfusion(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -26,7 +26,7 @@ def transfusion(*arguments: str, **variables: str) -> subprocess.CompletedProces
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from transfusion.cli import app\n"
+        "from transfusion.cli.main import app\n"
         "try: app(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'deepspeed', 'triton', 'webdataset', 'sentencepiece'} & set(sys.modules)\n"

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from transfusion import __version__
-from transfusion.codec_commands import codec_app
-from transfusion.data_commands import data_app
+from transfusion.cli.codec import codec_app
+from transfusion.cli.data import data_app
+from transfusion.cli.scaling import scaling_app
 from transfusion.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from transfusion.parallel import environment
-from transfusion.scaling_commands import scaling_app
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 
 if TYPE_CHECKING:
@@ -305,10 +305,10 @@ def doctor(
 ) -> None:
     """Say what was found, what will be used, and the command that mends what is missing."""
     if cluster:
-        from transfusion.doctor_cluster import main as compare
+        from transfusion.cli.doctor_cluster import main as compare
 
         raise typer.Exit(compare(folder))
-    from transfusion.doctor import main as run
+    from transfusion.cli.doctor import main as run
 
     raise typer.Exit(run())
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from transfusion import doctor
-from transfusion.doctor import Finding, exit_code, print_findings, run_doctor
+from transfusion.cli import doctor
+from transfusion.cli.doctor import Finding, exit_code, print_findings, run_doctor
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,7 @@ def test_the_problem_of_a_command_is_its_last_word(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_triton_is_really_tried() -> None:
-    command = [sys.executable, "-c", "import sys, transfusion.doctor as d; sys.exit(d.main())"]
+    command = [sys.executable, "-c", "import sys, transfusion.cli.doctor as d; sys.exit(d.main())"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "the attention kernel" in ended.stdout

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from transfusion import doctor_cluster as doctor
+from transfusion.cli import doctor_cluster as doctor
 from transfusion.parallel.cluster import Bandwidth
 
 HOSTS = ["node-1", "node-1", "node-2", "node-2"]
