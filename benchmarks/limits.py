@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from transfusion.files import atomic_write_text
-from transfusion.observe.runfolder import describe_environment
+from transfusion.observe.environment import describe_environment
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CUDA_MATRICES, CPU_MATRICES = (4096, 8192, 16384), (256, 512, 1024)

@@ -23,7 +23,7 @@ from transfusion.data.images.decode import DecodeFault, decode
 from transfusion.data.shards.sample import Fault, RawSample
 from transfusion.data.shards.scan import scan
 from transfusion.data.shards.webdataset import expand
-from transfusion.observe.runfolder import describe_environment
+from transfusion.observe.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BYTES, SLOWEST_SECONDS = 200_000, 5.0

@@ -78,7 +78,7 @@ def judge(data: Path, out: Path) -> int:
     if peak > GREATEST_MIB:
         wrong.append(f"a process held {peak:.0f} MiB of at most {GREATEST_MIB}")
     # Imported here, since it brings torch along, which no process that reads shards needs.
-    from transfusion.observe.runfolder import describe_environment
+    from transfusion.observe.environment import describe_environment
 
     environment = describe_environment()
     record = {

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transfusion.observe.runfolder import describe_environment
+from transfusion.observe.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "runs" / "quickstart"

@@ -29,7 +29,7 @@ from hopper_cases import (
     simulated,
 )
 
-from transfusion.observe.runfolder import describe_environment
+from transfusion.observe.environment import describe_environment
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "simulated-hopper.json"
 KEPT = ("time", "python", "platform", "cpu", "cpu_count", "packages", "git", "transfusion")

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transfusion.observe.runfolder import describe_environment
+from transfusion.observe.environment import describe_environment
 from transfusion_kernels import IntervalMask, interval_attention
 from transfusion_kernels.verification.testing import (
     exact_attention,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from transfusion.cli import main
-from transfusion.observe.runfolder import start_logging
+from transfusion.observe.console import start_logging
 
 ROOT = Path(__file__).parents[2]
 TINY = (

@@ -26,7 +26,7 @@ from transfusion.codec_train.pictures import PictureSet
 from transfusion.config import CodecConfig
 from transfusion.errors import UserError
 from transfusion.files import atomic_write_text
-from transfusion.observe.runfolder import describe_environment
+from transfusion.observe.environment import describe_environment
 from transfusion.parallel.environment import find_device
 
 _AT_ONCE = 32

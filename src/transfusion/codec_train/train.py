@@ -36,7 +36,9 @@ from transfusion.files import (
     remove_leftover,
     replace_folder,
 )
-from transfusion.observe.runfolder import RunFolder, describe_environment, start_logging
+from transfusion.observe.console import start_logging
+from transfusion.observe.environment import describe_environment
+from transfusion.observe.runfolder import RunFolder
 from transfusion.optim.ema import MovingAverage
 from transfusion.parallel import environment
 from transfusion.parallel.collectives import Signals

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
-import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from transfusion import __version__
 from transfusion.checkpoint import layout
 from transfusion.config import CodecConfig, Config
 from transfusion.config.codec_folder import folder_files
@@ -25,10 +17,7 @@ from transfusion.config.yaml_files import dump
 from transfusion.data.shards.scan import Fault
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text, file_digest
-from transfusion.urls import redacted_text
-
-PACKAGES = ("torch", "deepspeed", "triton", "numpy", "sentencepiece", "webdataset", "safetensors")
-LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+from transfusion.observe.environment import describe_environment
 
 
 @dataclass(frozen=True)
@@ -191,110 +180,3 @@ class RunFolder:
 
 def _same_bytes(one: Path, other: Path) -> bool:
     return one.read_bytes() == other.read_bytes()
-
-
-def describe_environment(arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """What a run stands on, GPUs of this machine only. No environment variables: they may hold secrets."""
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": [redacted_text(argument) for argument in arguments],
-        "transfusion": __version__,
-        "git": git_state(Path(__file__).resolve()),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "packages": {name: package_version(name) for name in PACKAGES},
-        "processes": _processes(),
-        "gpus": _gpus(),
-    }
-
-
-def package_version(name: str) -> str | None:
-    """Installed version of a distribution, without importing it; None where it is missing."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def git_state(file: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that tracks `file`, and whether it is changed since; None outside one."""
-    if _git(file, "ls-files", "--error-unmatch", file.name) is None:
-        return None  # a package installed below somebody's own repository is not that repository
-    commit = _git(file, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {"commit": commit, "dirty": bool(_git(file, "status", "--porcelain", "--untracked-files=no"))}
-
-
-def _git(file: Path, *arguments: str) -> str | None:
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(file.parent), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _processes() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _gpus() -> list[dict[str, Any]]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return []
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in found]
-
-
-class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to whatever sys.stderr is at that moment: a live progress line replaces it while it shows."""
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, value: TextIO) -> None:
-        return
-
-
-def start_logging(folder: RunFolder | None, *, rank: int = 0) -> None:
-    """Send the package's log to stderr, and in the main process to log.txt of its run folder.
-
-    Other ranks show warnings only, with their rank. Calling it again replaces the former destinations.
-    """
-    logger = logging.getLogger("transfusion")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    screen = _Stderr()
-    screen.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
-    logger.addHandler(screen)
-    if folder is not None and rank == 0:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder.log, encoding="utf-8")
-        file.setFormatter(logging.Formatter(LOG_FORMAT))
-        logger.addHandler(file)

@@ -13,7 +13,8 @@ from transfusion.config import Config
 from transfusion.data.loading.loader import Loader
 from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.observe.clock import Clock, TimeLimit
-from transfusion.observe.runfolder import RunFolder, start_logging
+from transfusion.observe.console import start_logging
+from transfusion.observe.runfolder import RunFolder
 from transfusion.observe.sinks import refuse_missing_sink
 from transfusion.observe.utilisation import Utilisation
 from transfusion.parallel.build import build_engine

@@ -22,7 +22,7 @@ from transfusion.config import CodecConfig
 from transfusion.config.checking import check_as
 from transfusion.config.codec_folder import WEIGHTS
 from transfusion.errors import UserError
-from transfusion.observe.runfolder import start_logging
+from transfusion.observe.console import start_logging
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from transfusion.config import load_config
 from transfusion.data.shards.scan import Fault
 from transfusion.errors import UserError
 from transfusion.observe import RunFolder, runfolder, start_logging
-from transfusion.observe.runfolder import describe_environment, git_state, package_version
+from transfusion.observe.environment import describe_environment, git_state, package_version
 
 
 @pytest.fixture

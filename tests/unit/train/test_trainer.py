@@ -24,8 +24,8 @@ from transfusion.data.prepare.prepare import prepare
 from transfusion.errors import UserError
 from transfusion.losses.transfusion import MixedLoss
 from transfusion.observe.clock import TimeLimit
+from transfusion.observe.console import start_logging
 from transfusion.observe.metrics import read_metrics
-from transfusion.observe.runfolder import start_logging
 from transfusion.optim import groups
 from transfusion.parallel.environment import Environment
 from transfusion.schema import Batch, LossTerms
