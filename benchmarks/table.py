@@ -42,7 +42,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"{where['cpu_count']} cores of {' '.join(where['cpu'].split())}, Python {where['python']}, torch"
         f" {packages['torch']}, DeepSpeed {packages['deepspeed']}, {where['time'][:10]}. Measured by"
-        " `python benchmarks/campaigns/quickstart.py`.",
+        " `python campaigns/quickstart.py`.",
     ]
     return "\n".join(lines)
 

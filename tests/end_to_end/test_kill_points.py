@@ -1,4 +1,4 @@
-"""Two scenarios of benchmarks/campaigns/kill_points.py, which has the others: a torn save, and a frozen rank."""
+"""Two scenarios of campaigns/kill_points.py, which has the others: a torn save, and a frozen rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-CAMPAIGN = Path(__file__).parents[2] / "benchmarks" / "campaigns" / "kill_points.py"
+CAMPAIGN = Path(__file__).parents[2] / "campaigns" / "kill_points.py"
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

@@ -1,4 +1,4 @@
-"""The first batches and losses of a training run, against the committed record of `benchmarks/campaigns/pinned.py`."""
+"""The first batches and losses of a training run, against the committed record of `campaigns/pinned.py`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks" / "campaigns"))
+sys.path.append(str(ROOT / "campaigns"))
 
 import pinned  # noqa: E402
 
 RECORD = json.loads((ROOT / "tests" / "assets" / "pinned.json").read_text(encoding="utf-8"))
-WRITTEN_BY = (
-    "where a change means to alter this, write tests/assets/pinned.json anew: benchmarks/campaigns/pinned.py"
-)
+WRITTEN_BY = "where a change means to alter this, write tests/assets/pinned.json anew: campaigns/pinned.py"
 
 
 @pytest.fixture(scope="module")

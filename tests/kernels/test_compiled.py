@@ -1,6 +1,6 @@
 """What Triton's compiler makes of the kernels that `auto` picks on a Hopper GPU. Needs no GPU.
 
-benchmarks/campaigns/compile_kernels.py compiles every form for every target.
+campaigns/compile_kernels.py compiles every form for every target.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def test_equals_the_reference_in_float32(name: str, group: int, width: int) -> N
 
 
 def campaign() -> Any:
-    """benchmarks/campaigns/verify_cpu_attention.py, which runs the full product in a minute."""
-    path = Path(__file__).parents[2] / "benchmarks" / "campaigns" / "verify_cpu_attention.py"
+    """campaigns/verify_cpu_attention.py, which runs the full product in a minute."""
+    path = Path(__file__).parents[2] / "campaigns" / "verify_cpu_attention.py"
     specification = importlib.util.spec_from_file_location("verify_cpu_attention", path)
     assert specification is not None
     assert specification.loader is not None

@@ -26,7 +26,7 @@ DOCUMENTS = [
 ]
 by_name = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 FILES = {".json", ".jsonl", ".png", ".py", ".safetensors", ".txt", ".yaml"}
-FOLDERS = "launch|configs|benchmarks|docs|kernels|src|tests"
+FOLDERS = "launch|configs|benchmarks|campaigns|docs|kernels|src|tests"
 
 
 def blocks(path: Path) -> Iterator[tuple[str, str]]:

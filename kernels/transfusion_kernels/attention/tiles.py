@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels: a table, looked up; nothing is tuned while a program runs.
 
 A row stands for what `machine_code` found to keep its values in registers, on every Triton it is shipped for.
-`benchmarks/campaigns/compile_kernels.py` compiles all of them.
+`campaigns/compile_kernels.py` compiles all of them.
 """
 
 from __future__ import annotations

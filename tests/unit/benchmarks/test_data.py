@@ -8,10 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks" / "campaigns"))
-import exact_batches
-
+sys.path.append(str(Path(__file__).parents[3] / "campaigns"))
 import data
+import exact_batches
 from transfusion.data.index.open import build_indexes, source_lengths
 from transfusion.data.loading.loader import plan_settings
 from transfusion.data.viewing.plan_stats import survey

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks" / "campaigns"))
+sys.path.append(str(Path(__file__).parents[3] / "campaigns"))
 import exact_batches
 from exact_batches import Tally, Truth
-
 from transfusion.config import Config
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks" / "campaigns"))
+sys.path.append(str(Path(__file__).parents[3] / "campaigns"))
 import remote
 from remote import Place
-
 from web import Web
 
 

@@ -1,6 +1,6 @@
 """Compiles every form of the kernels, those for Hopper too, for seven GPUs of NVIDIA and AMD, and reads the code.
 
-    .venv/bin/python benchmarks/campaigns/compile_kernels.py [--targets sm_90,...] [--kinds cache,...] [--out FILE]
+    .venv/bin/python campaigns/compile_kernels.py [--targets sm_90,...] [--kinds cache,...] [--out FILE]
 
 Needs no GPU; takes an hour. Prints a table and writes benchmarks/results/compiled-kernels-triton-VERSION.json, where
 what was not asked for this time stays as it stands, each kernel with the date at which it was compiled. Exits with 1
@@ -33,7 +33,7 @@ from transfusion_kernels.verification.shipped import (
     triton_version,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 KINDS = {
     "16-bit": "attention in 16 bits",
@@ -111,7 +111,7 @@ def main() -> int:
     kernels = earlier(arguments.out, versions) | kernels
     failed = [kernel["name"] for kernel in kernels.values() if kernel["problems"]]
     record = {
-        "command": "python benchmarks/campaigns/compile_kernels.py",
+        "command": "python campaigns/compile_kernels.py",
         "date": today,
         "versions": versions,
         "targets": [target for target in TARGETS if any(k["target"] == target for k in kernels.values())],

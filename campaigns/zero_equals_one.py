@@ -1,6 +1,6 @@
 """Holds ZeRO on two and on four processes (gloo, CPU, fp32) against one process: losses of 20 steps.
 
-    .venv/bin/python benchmarks/campaigns/zero_equals_one.py [--ranks 2 4] [--cases 'compiled*' ...]
+    .venv/bin/python campaigns/zero_equals_one.py [--ranks 2 4] [--cases 'compiled*' ...]
 
 Batches of text and images, the same for all processes together as for the one: mixed, unequal across ranks (text
 alone beside images alone, and so on), packed, with pictures of several sizes that are not the same on all ranks, in
@@ -30,15 +30,15 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "dist"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dist"))
 from handmade import small_config
 from worker import LEARNED_PLACES, NOTHING_KEPT, STREAM, UNET, Stream, equals_local
 
 from limits import record_head, write_json
 from transfusion.parallel import environment
 
-RESULT = Path(__file__).resolve().parents[1] / "results" / "zero-equals-one.json"
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "zero-equals-one.json"
 STEPS = 20
 BAR = 1e-6
 WRONG = 3

@@ -1,6 +1,6 @@
 """Global batches bit for bit: over world sizes, worker counts, changes of both, and SIGKILL at random points.
 
-    .venv/bin/python benchmarks/campaigns/exact_batches.py [--seed 0] [--out benchmarks/results/exact-batches.json]
+    .venv/bin/python campaigns/exact_batches.py [--seed 0] [--out benchmarks/results/exact-batches.json]
 
 Makes digits, coloured pictures with alpha and reference text, and writes down the global batches of 24 rows of one
 process without workers. Then
@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from limits import record_head, write_json
 from transfusion.config import Config
 from transfusion.data.loading.loader import Loader
@@ -49,7 +49,7 @@ from transfusion.data.shards.webdataset import Sample, expand, write_shards
 from transfusion.schema import Batch
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
-RESULT = Path(__file__).resolve().parents[1] / "results" / "exact-batches.json"
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "exact-batches.json"
 ROWS = 24
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 24)
 WORKERS = (0, 1, 2, 4)

@@ -1,6 +1,6 @@
 """Runs the quickstart from nothing and records what it reached, how long it took and how much memory it held.
 
-    .venv/bin/python benchmarks/campaigns/quickstart.py [--out benchmarks/results/quickstart.json]
+    .venv/bin/python campaigns/quickstart.py [--out benchmarks/results/quickstart.json]
 
 Needs an installed checkout (the set-up is not part of the figure) and five minutes. Deletes runs/quickstart and
 data/quickstart first. Exits with 3 when a bar is missed.
@@ -20,7 +20,7 @@ from typing import Any
 
 from transfusion.observe.environment import describe_environment
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "runs" / "quickstart"
 MOST_SECONDS = 600
 MOST_GIB = 4.0
@@ -49,7 +49,7 @@ def main() -> int:
     metrics = json.loads((RUN / "metrics.json").read_text(encoding="utf-8"))["details"]
     environment = describe_environment()
     record: dict[str, Any] = {
-        "command": "python benchmarks/campaigns/quickstart.py",
+        "command": "python campaigns/quickstart.py",
         "environment": {name: environment[name] for name in KEPT},
         "seconds_without_set_up": seconds,
         "seconds_by_stage": stages,

@@ -1,6 +1,6 @@
 """Pins what must stay the same while code is moved: batches, losses, drawn images and an exported folder.
 
-    .venv/bin/python benchmarks/campaigns/pinned.py OUT.json [--against BEFORE.json]
+    .venv/bin/python campaigns/pinned.py OUT.json [--against BEFORE.json]
 
 Trains the quickstart's configuration for 50 steps, with the licence of this project as text, in one process and under
 ZeRO-3 on two. Writes hashes of 20 batches on one rank and on two, the losses of both runs, hashes of ten images drawn
@@ -32,7 +32,7 @@ from transfusion.config import load_config
 from transfusion.data.loading.loader import Loader
 from transfusion.sequence.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "train" / "quickstart.yaml")
 BATCHES, STEPS, IMAGES = 20, 50, 10
 LOSSES = ("loss", "text_loss", "image_loss", "gradient_norm")

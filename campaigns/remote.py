@@ -1,6 +1,6 @@
 """What a small cache costs: bytes downloaded in an epoch, and how much of the transfer training does not wait for.
 
-    .venv/bin/python benchmarks/campaigns/remote.py [--shards 50] [--samples 1000] [--out FILE]
+    .venv/bin/python campaigns/remote.py [--shards 50] [--samples 1000] [--out FILE]
 
 Makes shards of captioned pictures, serves them over HTTP on this machine, and reads them through a cache of a tenth
 of their bytes.
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from limits import record_head, write_json
 from transfusion.config import Config
 from transfusion.data.index.build import IndexJob, write_index
@@ -40,7 +40,7 @@ from transfusion.data.shards.webdataset import write_shards
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 from web import Web
 
-RESULT = Path(__file__).resolve().parents[1] / "results" / "remote.json"
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "remote.json"
 WINDOW, TENTH, WRONG = 2, 10, 3
 GLOBAL_STEPS = 40
 # Transfer of an epoch over the rest of its time.

@@ -1,6 +1,6 @@
 """Runs the Hopper kernels in the simulator on many random masks and schedules, and says how each mutant is caught.
 
-    .venv/bin/python benchmarks/campaigns/simulate_hopper.py [--seeds 200] [--out FILE]
+    .venv/bin/python campaigns/simulate_hopper.py [--seeds 200] [--out FILE]
 
 Prints, and writes benchmarks/results/simulated-hopper.json. Ends with status 1 at the first wrong result, or if a
 mutant is not caught.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "tests" / "kernels"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
 
 from hopper_cases import (
     BACKWARD_MUTANTS,
@@ -31,7 +31,7 @@ from hopper_cases import (
 
 from transfusion.observe.environment import describe_environment
 
-RESULT = Path(__file__).resolve().parents[1] / "results" / "simulated-hopper.json"
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "simulated-hopper.json"
 KEPT = ("time", "python", "platform", "cpu", "cpu_count", "packages", "git", "transfusion")
 
 
@@ -63,7 +63,7 @@ def main() -> int:
             print(f"{name}: {found[name] or 'MISSED'}")
     environment = describe_environment()
     record = {
-        "command": f"python benchmarks/campaigns/simulate_hopper.py --seeds {options.seeds}",
+        "command": f"python campaigns/simulate_hopper.py --seeds {options.seeds}",
         "environment": {name: environment[name] for name in KEPT},
         "seconds": round(time.perf_counter() - begin),
         "masks": options.seeds,

@@ -1,6 +1,6 @@
 """Kills, freezes and starves training runs, lets the same command go on, and compares with a run left in peace.
 
-    .venv/bin/python benchmarks/campaigns/kill_points.py [--only NAME,...] [--points 20] [--out FILE]
+    .venv/bin/python campaigns/kill_points.py [--only NAME,...] [--points 20] [--out FILE]
 
 A tiny network on the handwritten digits, two processes over gloo under ZeRO-3; the random points in one process. After
 each blow every checkpoint that counts as saved is read and its digests compared, then the run goes on to its end: the
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "kill-points.json"
 STEPS = 9
 SETTINGS = (

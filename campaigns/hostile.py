@@ -1,6 +1,6 @@
 """Reads a folder of hostile shards and judges every case of its manifest.json: outcome, reason, time and memory.
 
-    .venv/bin/python benchmarks/campaigns/hostile.py --data DIR [--out benchmarks/results/hostile.json]
+    .venv/bin/python campaigns/hostile.py --data DIR [--out benchmarks/results/hostile.json]
 
 Each shard is read by a fresh process, which also tokenises and decodes what was found good; then the whole folder is
 indexed twice by `transfusion data index`. Exits with 3 when a case is not as the manifest asks.
@@ -25,7 +25,7 @@ from transfusion.data.shards.scan import scan
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 from transfusion.tokens import SpecialToken
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 GREATEST_MIB = 300
 KEPT = ("time", "python", "platform", "cpu", "cpu_count", "packages", "git", "transfusion")
 
@@ -82,7 +82,7 @@ def judge(data: Path, out: Path) -> int:
 
     environment = describe_environment()
     record = {
-        "command": "python benchmarks/campaigns/hostile.py",
+        "command": "python campaigns/hostile.py",
         "environment": {name: environment[name] for name in KEPT},
         "shards": len(manifest["shards"]),
         "cases": cases,

@@ -1,6 +1,6 @@
 """Holds the CPU attention against float64 over the full product of what it takes.
 
-    .venv/bin/python benchmarks/campaigns/verify_cpu_attention.py [--out benchmarks/results/verify_cpu_attention.json]
+    .venv/bin/python campaigns/verify_cpu_attention.py [--out benchmarks/results/verify_cpu_attention.json]
 
 Every mask of `mask_families`, 1, 2 and 8 query heads a key head, every head width of the Triton kernels, three memory
 layouts, odd lengths, with uninitialised memory filled with NaN: the output and each gradient. fp32 within 5e-6, norm
@@ -33,7 +33,7 @@ from transfusion_kernels.verification.testing import (
     relative_error,
 )
 
-RESULT = Path(__file__).resolve().parents[1] / "results" / "verify_cpu_attention.json"
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "verify_cpu_attention.json"
 LENGTHS = (67, 131)
 GROUPS = (1, 2, 8)
 WIDTHS = (32, 64, 96, 128, 256)
@@ -186,7 +186,7 @@ def main() -> int:
                 worst[key] = (value, case)
     environment = describe_environment()
     record = {
-        "command": "python benchmarks/campaigns/verify_cpu_attention.py",
+        "command": "python campaigns/verify_cpu_attention.py",
         "environment": {name: environment[name] for name in KEPT},
         "seconds": round(time.perf_counter() - begin),
         "bars": {"fp32": GREATEST_ERROR, "bf16, over dense attention's": GREATEST_RATIO},

@@ -1,6 +1,6 @@
 """Damages good shards at random and reads them: never a crash, a hang, or a picture with another sample's caption.
 
-    .venv/bin/python benchmarks/campaigns/fuzz.py --data 'DIR/*.tar' [--times 10000] [--out FILE]
+    .venv/bin/python campaigns/fuzz.py --data 'DIR/*.tar' [--times 10000] [--out FILE]
 
 The shards hold pairs, with the `sha256` of each picture in KEY.json. Each time the beginning of one is flipped, cut,
 repeated, overwritten or torn at random places, scanned twice, and every picture found good is decoded. Exits with 3
@@ -25,7 +25,7 @@ from transfusion.data.shards.scan import scan
 from transfusion.data.shards.webdataset import expand
 from transfusion.observe.environment import describe_environment
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 BYTES, SLOWEST_SECONDS = 200_000, 5.0
 KEPT = ("time", "python", "platform", "cpu", "cpu_count", "packages", "git", "transfusion")
 DAMAGES = ("flip", "cut", "repeat", "overwrite", "tear", "zero")
@@ -68,7 +68,7 @@ def main() -> int:
         wrong.append(f"one shard took {slowest:.1f} s")
     environment = describe_environment()
     record = {
-        "command": "python benchmarks/campaigns/fuzz.py",
+        "command": "python campaigns/fuzz.py",
         "environment": {name: environment[name] for name in KEPT},
         "times": arguments.times,
         "seed": arguments.seed,
