@@ -33,7 +33,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dist"))
 from handmade import small_config
-from worker import LEARNED_PLACES, NOTHING_KEPT, STREAM, UNET, Stream, equals_local
+from scenarios.common import LEARNED_PLACES, NOTHING_KEPT, STREAM, UNET, Stream
+from scenarios.equality import equals_local
 
 from limits import record_head, write_json
 from transfusion.parallel import environment

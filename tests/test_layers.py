@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,8 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "transfusion_kernels"}
 ENVIRONMENT_READERS = ("src/transfusion/parallel/environment.py", "kernels/transfusion_kernels/dispatch.py")
+# Python files that stand in one folder, and at the root of the package.
+MAX_FILES, MAX_FILES_AT_ROOT = 16, 8
 UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b")
 
 
@@ -88,7 +91,17 @@ def violations(house: Path) -> list[str]:
             *_unfinished(text),
         ]
         found += [f"{file}:{line}: {breach}" for line, breach in breaches]
-    return found + [f"{circle[0]}:1: imports itself through {circle[1:]}" for circle in _circles(house)]
+    found += [f"{circle[0]}:1: imports itself through {circle[1:]}" for circle in _circles(house)]
+    return found + list(_crowded(house))
+
+
+def _crowded(house: Path) -> Iterator[str]:
+    """Folders with too many files to be taken in at once."""
+    counts = Counter(path.parent.relative_to(house).as_posix() for path in house.glob("src/**/*.py"))
+    for folder, count in counts.items():
+        most = MAX_FILES_AT_ROOT if folder == "src/transfusion" else MAX_FILES
+        if count > most:
+            yield f"{folder}: {count} files, at most {most}"
 
 
 def _circles(house: Path) -> list[list[str]]:
@@ -368,3 +381,14 @@ def test_each_rule_can_fail(tmp_path: Path, file: str, text: str, breach: str) -
     plant(tmp_path, {**LAWFUL, file: text + "\n"})
     found = violations(tmp_path)
     assert len(found) == 1 and found[0].startswith(f"{file}:") and breach in found[0], found
+
+
+def test_crowded_folders_are_told(tmp_path: Path) -> None:
+    plant(tmp_path, {f"src/transfusion/data/a{number}.py": "" for number in range(MAX_FILES)})
+    plant(tmp_path, {f"src/transfusion/{part}.py": "" for part in list(LAYERS)[:MAX_FILES_AT_ROOT]})
+    assert violations(tmp_path) == []
+    plant(tmp_path, {"src/transfusion/data/b.py": "", "src/transfusion/scaling.py": ""})
+    assert sorted(violations(tmp_path)) == [
+        "src/transfusion/data: 17 files, at most 16",
+        "src/transfusion: 9 files, at most 8",
+    ]

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transfusion_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
-from transfusion_kernels import IntervalMask
 
+import transfusion_kernels
 from transfusion.codec import pixels
 from transfusion.config import Config
-from transfusion.parallel.engine import Engine
 from transfusion.parallel.counts import GlobalCounts, global_counts
+from transfusion.parallel.engine import Engine
 from transfusion.schema import Batch, BatchCounts, ImageGroup, LossTerms, Modality, SpecialToken, StepResult
+from transfusion_kernels import IntervalMask
 
 VOCABULARY = 64
 LENGTH = 32

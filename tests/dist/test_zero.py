@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 VARIANTS = [
     "defaults", "nothing kept", "recomputed", "attention recomputed, no places",
     "qk norm, 2d, gqa, learned places", "uneven", "unet", "unet, recomputed", "stage 1", "stage 2", "shared rows",
-    "shared rows, unet", "shared rows, 2d, gqa, learned places", "shared rows, latents", "all offloaded", "stage 2, optimiser offloaded",
+    "shared rows, unet", "shared rows, 2d, gqa, learned places", "shared rows, latents", "all offloaded",
+    "stage 2, optimiser offloaded",
 ]  # fmt: skip
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]
 
@@ -34,7 +35,9 @@ def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
         assert found["dtypes"] == ["torch.float32"]
 
 
-@pytest.mark.parametrize("variant", ["defaults", "nothing kept", "recomputed", "shared rows", "second copies"])
+@pytest.mark.parametrize(
+    "variant", ["defaults", "nothing kept", "recomputed", "shared rows", "second copies"]
+)
 def test_four_ranks_equal_one_process(quad: Findings, variant: str) -> None:
     """Twenty steps: losses within 1e-6 relative in fp32."""
     for found in quad(variant):
