@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import io
 import warnings
@@ -70,34 +69,14 @@ def decode_to(data: bytes, size: Size, *, turned: Size | None = None, channels: 
     A picture of that size already is not resampled. turned: the size instead of a picture that was stored on its
     side. channels: 1 grey, 3 colour. Raises DecodeFault. The same bits with and without OpenCV.
     """
-    picture, on_its_side = opened(data)
-    return brought_to_size(picture, turned if turned and on_its_side else size, channels=channels)
-
-
-def opened(data: bytes) -> tuple[Image.Image | Picture, bool]:
-    """The picture upright, as large as it is: [H, W, blue green red, alpha if it has one] of a plain PNG by OpenCV.
-
-    And whether it was stored on its side. Raises DecodeFault.
-    """
     try:
         values = _by_opencv(data)
-        return _by_pillow(data) if values is None else (values, False)
+        picture, on_its_side = _by_pillow(data) if values is None else (_as_image(values), False)
+        return _to_values(picture, channels, turned if turned and on_its_side else size)
     except DecodeFault:
         raise
     except Exception:
-        raise DecodeFault("image_corrupt") from None
-
-
-def brought_to_size(picture: Image.Image | Picture, size: Size, *, channels: int) -> Picture:
-    """What `decode_to` gives for an opened picture. Raises DecodeFault."""
-    if isinstance(picture, np.ndarray):
-        height, width, depth = picture.shape
-        flat, order = (alpha_on_white(picture), "BGRX") if depth == WITH_ALPHA else (picture, "BGR")
-        picture = Image.frombuffer("RGB", (width, height), flat, "raw", order, 0, 1)
-    try:
-        return _to_values(picture, channels, size)
-    except Exception:
-        # Of a picture with colours by number and no table of them Pillow finds out only now, by an assertion.
+        # Of a picture with colours by number and no table of them Pillow finds out last, by an assertion.
         raise DecodeFault("image_corrupt") from None
 
 
@@ -137,18 +116,18 @@ def _by_opencv(data: bytes) -> Picture | None:
     return None if values is None or values.dtype != np.uint8 or values.ndim != 3 else values
 
 
-def alpha_on_white(values_HWC: Picture) -> Picture:
-    """Blue, green, red and alpha to colours on white; the fourth value of the result means nothing."""
-    alpha = opencv.cvtColor(opencv.extractChannel(values_HWC, 3), opencv.COLOR_GRAY2BGRA)
-    return colours_on_white(values_HWC, alpha)
-
-
-def colours_on_white(colours: Picture, alpha: Picture) -> Picture:
-    """255 - (255 - colour) alpha / 255, rounded to the nearest, which is what Pillow's `paste` gives."""
-    flat: Picture = opencv.bitwise_not(colours)
-    opencv.multiply(flat, alpha, flat, 1 / 255)
-    opencv.bitwise_not(flat, flat)
-    return flat
+def _as_image(values_HWC: Picture) -> Image.Image:
+    """Blue, green, red, and alpha if there is one, on white: 255 - (255 - colour) alpha / 255, as Pillow's `paste`."""
+    height, width, depth = values_HWC.shape
+    order = "BGR"
+    if depth == WITH_ALPHA:
+        alpha = opencv.cvtColor(opencv.extractChannel(values_HWC, 3), opencv.COLOR_GRAY2BGRA)
+        flat: Picture = opencv.bitwise_not(values_HWC)
+        opencv.multiply(flat, alpha, flat, 1 / 255)
+        opencv.bitwise_not(flat, flat)
+        # What the fourth value is now means nothing.
+        values_HWC, order = flat, "BGRX"
+    return Image.frombuffer("RGB", (width, height), values_HWC, "raw", order, 0, 1)
 
 
 def _is_plain(data: bytes) -> bool:
@@ -204,18 +183,13 @@ def _to_values(picture: Image.Image, channels: int, size: Size) -> Picture:
 
 
 def _middle(picture: Image.Image, size: Size) -> Image.Image:
-    top, left, height, width = middle(picture.height, picture.width, size)
-    if picture.size == (width, height):
+    """As much of a picture as has the shape of the size, to the nearest pixel."""
+    rows = min(picture.height, max(1, _rounded(picture.width * size.height, size.width)))
+    columns = min(picture.width, max(1, _rounded(picture.height * size.width, size.height)))
+    if picture.size == (columns, rows):
         return picture
-    return picture.crop((left, top, left + width, top + height))
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def middle(height: int, width: int, size: Size) -> tuple[int, int, int, int]:
-    """Top, left, height and width of as much of a picture as has the shape of the size, to the nearest pixel."""
-    rows = min(height, max(1, _rounded(width * size.height, size.width)))
-    columns = min(width, max(1, _rounded(height * size.width, size.height)))
-    return (height - rows) // 2, (width - columns) // 2, rows, columns
+    top, left = (picture.height - rows) // 2, (picture.width - columns) // 2
+    return picture.crop((left, top, left + columns, top + rows))
 
 
 def _rounded(dividend: int, divisor: int) -> int:

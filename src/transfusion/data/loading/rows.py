@@ -7,7 +7,7 @@ Shape suffixes: S positions of the row, A position axes, C channels, H/W picture
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ from transfusion.data.planning import hash_rng
 from transfusion.data.planning.epoch import Variant
 from transfusion.data.planning.packing import Piece, RowPlan
 from transfusion.data.shards.scan import Fault
-from transfusion.data.strips import Strips
 from transfusion.files import name_hash
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
 from transfusion.sequence.layout import (
@@ -147,33 +146,22 @@ class RowBuilder:
 
     def _pictures(self, plan: RowPlan) -> tuple[dict[int, list[Values]], tuple[Fault, ...]]:
         """The images of each piece by its number, and the faults of those pieces whose images could not be had."""
-        places: dict[int, list[Place]] = {}
-        reasons: dict[int, str] = {}
-        strips = Strips(channels=self._settings.channels)
-        begun: dict[Place, Values | None] = {}
+        pictures: dict[int, list[Values]] = {}
+        faults: list[Fault] = []
         with OpenShards() as shards:
             for number, piece in enumerate(plan):
                 if not _has_images(piece):
                     continue
+                index = self._indexes[piece.source]
                 try:
-                    wanted = [(piece.source, piece.sample, picture) for picture in self._numbers(piece)]
-                    # Before they are read: a fault of the first one's pixels goes before one of reading the next.
-                    places[number] = wanted
-                    for place in wanted:
-                        self._begin(place, begun, strips, shards)
+                    pictures[number] = [
+                        self._values((piece.source, piece.sample, picture), shards)
+                        for picture in self._numbers(piece)
+                    ]
                 except DecodeFault as error:
-                    reasons[number] = str(error)
+                    faults.append(index.fault(piece.sample, str(error)))
                 except OSError as error:
-                    reasons[number] = f"unreadable shard ({error.strerror})"
-        values, bad = self._finish(begun, strips)
-        pictures: dict[int, list[Values]] = {}
-        for number, wanted in places.items():
-            if fault := next((bad[place] for place in wanted if place in bad), None):
-                reasons[number] = str(fault)
-            elif number not in reasons:
-                pictures[number] = [values[place] for place in wanted]
-        faulty = ((plan[number], reason) for number, reason in sorted(reasons.items()))
-        faults = (self._indexes[piece.source].fault(piece.sample, reason) for piece, reason in faulty)
+                    faults.append(index.fault(piece.sample, f"unreadable shard ({error.strerror})"))
         return pictures, tuple(faults)
 
     def _numbers(self, piece: Piece) -> Sequence[int]:
@@ -182,39 +170,15 @@ class RowBuilder:
             return (0,)
         return self._indexes[piece.source].segments(piece.sample)[1]
 
-    def _begin(
-        self, place: Place, begun: dict[Place, Values | None], strips: Strips, shards: OpenShards
-    ) -> None:
-        """Read a picture or latents, unless they are there; None: they will come from the strips.
-
-        Raises DecodeFault and OSError.
-        """
-        if place in begun:
-            return
+    def _values(self, place: Place, shards: OpenShards) -> Values:
+        """A picture or latents, remembered while there is room. Raises DecodeFault and OSError."""
         if (values := self._cache.get(place)) is None:
             source, sample, number = place
-            index = self._indexes[source]
-            if index.is_latent(sample, number):
-                values = read_values(index, sample, number, self._settings, shards)
-            else:
-                sizes = self._settings.sizes
-                size = index.size(sample, number) or sizes.first
-                strips.add(place, index.read_picture(sample, number, shards), size, sizes.when_turned(size))
-        begun[place] = values
-
-    def _finish(
-        self, begun: dict[Place, Values | None], strips: Strips
-    ) -> tuple[dict[Place, Values], Mapping[Hashable, DecodeFault]]:
-        """All that was begun, remembered while there is room, and what is wrong with others."""
-        (pictures, bad), finished = strips.finish(), dict[Place, Values]()
-        for place, values in begun.items():
-            if place in bad:
-                continue
-            finished[place] = pictures[place] if values is None else values
-            if place not in self._cache and self._cached_bytes + finished[place].nbytes <= _CACHE_BYTES:
-                self._cache[place] = finished[place]
-                self._cached_bytes += finished[place].nbytes
-        return finished, bad
+            values = read_values(self._indexes[source], sample, number, self._settings, shards)
+            if self._cached_bytes + values.nbytes <= _CACHE_BYTES:
+                self._cache[place] = values
+                self._cached_bytes += values.nbytes
+        return values
 
     def _images(
         self, plan: RowPlan, drafts: Sequence[Draft], pictures: dict[int, list[Values]]
