@@ -11,7 +11,8 @@ planning    speed, padding, cuts, shares of batches and of the whole, size of th
 reading     one pass over the pictures from shards to batches, index and plan included, against the sum of what its
             steps take alone with the fastest library that is installed, and against webdataset, Hugging Face datasets
             (streaming) and Megatron-Energon doing the same work in one process; those not installed are left out.
-            Energon's index (`prepare`) is charged as ours is; what both take once indexed is told beside it
+            Energon's index (`prepare`) is charged as ours is; what both take once indexed is told beside it. Ours also
+            compares the hash of each picture
 
 larger      the same against its steps, with pictures as they are trained on, brought to 256 pixels: 16 of the pictures
             set side by side, as JPEGs of 256 and of 512 and as PNGs of 288. This has the bar, for each kind
@@ -92,7 +93,7 @@ BARS: dict[str, tuple[str, float]] = {
 def make_config(data: Path, model: Path, **changes: Any) -> Config:
     """Emoji and text, half and half; keywords change section data."""
     sources = [
-        {"name": "emoji", "shards": f"{data}/emoji-captions/train/*.tar", "share": 0.5},
+        {"name": "emoji", "shards": f"{data}/emoji-captions/train/*.tar", "verify": "sha256", "share": 0.5},
         {"name": "text", "shards": f"{data}/text/train/*.jsonl", "share": 0.5},
     ]
     section = {"sources": sources, "tokenizer": str(model), "rows": 8, "row_length": 4096, **changes}
@@ -243,7 +244,9 @@ def larger(config: Config, rounds: int) -> dict[str, Any]:
     for name, (kind, side) in LARGER.items():
         with tempfile.TemporaryDirectory() as folder:
             write_shards(mosaics(tiles, kind, side), Path(folder))
-            only = with_sources(large, [SourceConfig(name="mosaic", shards=f"{folder}/*.tar")])
+            only = with_sources(
+                large, [SourceConfig(name="mosaic", shards=f"{folder}/*.tar", verify="sha256")]
+            )
             (index,) = build_indexes(only, only.data.sources, tokenizer)
             steps = steps_alone(only, index, tokenizer)
             micro = microseconds(only, tokenizer, index, steps, {}, rounds, LARGER_BATCHES)

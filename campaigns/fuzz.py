@@ -45,7 +45,9 @@ def main() -> int:
     for path in expand(arguments.data):
         content = path.read_bytes()
         captions |= {
-            _hash(content, found): found.text for found in scan(path) if isinstance(found, RawSample)
+            _hash(content, found): found.text
+            for found in scan(path, "sha256")
+            if isinstance(found, RawSample)
         }
     rng = random.Random(arguments.seed)
     wrong: list[str] = []
@@ -110,8 +112,8 @@ def damage(data: bytearray, rng: random.Random) -> str:
 def judge(path: Path, data: bytes, captions: dict[str, str], counts: collections.Counter[str]) -> list[str]:
     """What is wrong with the way this shard is read."""
     problems = []
-    found = list(scan(path))
-    if found != list(scan(path)):
+    found = list(scan(path, "sha256"))
+    if found != list(scan(path, "sha256")):
         problems.append("read twice, it is not the same")
     for each in found:
         if isinstance(each, Fault):

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -95,6 +95,9 @@ def index_shards(
     tokenizer: Annotated[
         Path | None, typer.Option(help="for token lengths, which training needs; a config names its own")
     ] = None,
+    verify: Annotated[
+        Literal["none", "sha256"], typer.Option(help="see sources.0.verify; a config names its own")
+    ] = "none",
     max_faults: Annotated[
         float | None, typer.Option(min=0, max=1, help="share of bad samples past which the exit code is 3")
     ] = None,
@@ -112,7 +115,7 @@ def index_shards(
         jobs = IndexJob.of(config)
         max_faults = config.data.max_faults if max_faults is None else max_faults
     else:
-        jobs = [IndexJob(spec, tokenizer)]
+        jobs = [IndexJob(spec, tokenizer, verify=verify)]
     with _byte_bar("index") as progress:
         limit = DataConfig().max_faults if max_faults is None else max_faults
         report = write_index(jobs, out, greatest_share=limit, processes=workers, progress=progress)

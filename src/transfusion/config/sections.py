@@ -339,6 +339,9 @@ ShareOrSchedule = Annotated[
 ]
 
 
+Verify = Literal["none", "sha256"]
+
+
 class SourceConfig(Section):
     """One stream of documents."""
 
@@ -351,6 +354,11 @@ class SourceConfig(Section):
     )
     latent_channels: NonNegativeInt = Field(
         0, description="channels of precomputed latents (KEY.latent.npy, KEY.npy); 0: those of the codec"
+    )
+    verify: Verify = Field(
+        "none",
+        description="sha256: leave out pictures and captions that are not those that KEY.json tells, by `sha256`"
+        " and `caption`",
     )
     share: ShareOrSchedule = Field(
         1.0,

@@ -170,6 +170,10 @@ def test_training_makes_what_is_missing_and_renews_its_own(
     assert beside.is_file()
     beside.write_bytes(b"damaged")
     assert len(opened()) == 4
+    # Read in another way it is another file.
+    strict = source.model_copy(update={"verify": "sha256"})
+    assert len(build_index(strict, tokenizer, patches=16, row_length=128, place=IndexPlace())) < 4
+    assert mixed.with_name("00000.tar.sha256.index").is_file()
     beside.unlink()
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"data\.index=DIR"):
@@ -177,6 +181,22 @@ def test_training_makes_what_is_missing_and_renews_its_own(
     assert len(opened(fallback=tmp_path / "run" / "index")) == 4 and not beside.exists()
     monkeypatch.setattr(build, "index_shard", None)
     assert len(opened(fallback=tmp_path / "run" / "index")) == 4
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_file_of_an_earlier_version_is_made_anew_with_one_line(
+    mixed: Path, tokenizer: Tokenizer, tmp_path: Path, given: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also in a folder that was named, where what is stale is otherwise refused."""
+    place = IndexPlace(folder=tmp_path / "index" if given else None)
+    path = place.path(mixed)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"transfusion\x1aidx\n" + bytes(200))
+    source = SourceConfig(name="s", shards=str(mixed))
+    with caplog.at_level("WARNING"):
+        assert len(build_index(source, tokenizer, patches=16, row_length=128, place=place)) == 4
+    (line,) = caplog.messages
+    assert line == f"index files of an earlier version are made anew: 1, such as {path}"
 
 
 def transfusion(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -7,20 +7,31 @@ import contextlib
 import fcntl
 import functools
 import json
+import logging
 import multiprocessing
 import os
 import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from transfusion.config import CacheConfig, Config
-from transfusion.data.index.shard_index import Prints, Shard, ShardIndex, Stale, index_shard
+from transfusion.config.sections import Verify
+from transfusion.data.index.columns_file import DamagedFile, read_header
+from transfusion.data.index.shard_index import (
+    FormerIndex,
+    Prints,
+    Shard,
+    ShardIndex,
+    Stale,
+    index_shard,
+    why_unreadable,
+)
 from transfusion.data.remote.cache import CacheSettings, RemoteShard
 from transfusion.data.remote.download import DownloadFailed
 from transfusion.data.shards.sample import Fault
@@ -30,6 +41,8 @@ from transfusion.errors import UserError
 from transfusion.files import atomic_file, digest, remove_leftovers
 from transfusion.sequence.tokenizer import Tokenizer
 from transfusion.urls import is_address, redacted
+
+log = logging.getLogger(__name__)
 
 _KINDS = ("texts", "pairs", "interleaved", "tokens")
 COUNTERS, QUARANTINE = "counters.json", "quarantine.jsonl"
@@ -55,14 +68,15 @@ class IndexPlace:
     folder: Path | None = None
     fallback: Path | None = None
 
-    def path(self, shard: Shard) -> Path:
-        """The index file of this shard. Raises UserError when there is no place for it."""
+    def path(self, shard: Shard, verify: Verify = "none") -> Path:
+        """The index file of this shard, read in this way. Raises UserError when there is no place for it."""
+        suffix = _SUFFIX if verify == "none" else f".{verify}{_SUFFIX}"
         if isinstance(shard, RemoteShard):
             folder = self.folder or self.fallback
             if folder is None:
                 raise UserError(f"the index of {shard} needs a folder; name one with data.index=DIR")
-            return folder / f"{shard.name}.{shard.identity}{_SUFFIX}"
-        beside = shard.with_name(shard.name + _SUFFIX)
+            return folder / f"{shard.name}.{shard.identity}{suffix}"
+        beside = shard.with_name(shard.name + suffix)
         if self.folder is None and (beside.exists() or os.access(shard.parent, os.W_OK)):
             return beside
         folder = self.folder or self.fallback
@@ -72,7 +86,16 @@ class IndexPlace:
             )
         # Shards of several folders may have one name.
         mark = digest(os.fsencode(shard.resolve()), 4)
-        return folder / f"{shard.name}.{mark}{_SUFFIX}"
+        return folder / f"{shard.name}.{mark}{suffix}"
+
+
+class _Order(NamedTuple):
+    """An index file to be made. encoder: None where texts are not tokenised."""
+
+    shard: Shard
+    path: Path
+    encoder: Tokenizer | None
+    verify: Verify
 
 
 def find_shards(specs: str | Sequence[str], cache: CacheSettings) -> list[Shard]:
@@ -80,46 +103,41 @@ def find_shards(specs: str | Sequence[str], cache: CacheSettings) -> list[Shard]
     return [RemoteShard(place, cache) if isinstance(place, str) else place for place in expand_all(specs)]
 
 
-def open_indexes(shards: Sequence[Shard], tokenizer: Tokenizer, place: IndexPlace) -> list[ShardIndex]:
+def open_indexes(
+    shards: Sequence[Shard], tokenizer: Tokenizer, place: IndexPlace, verify: Verify = "none"
+) -> list[ShardIndex]:
     """The index of each shard; what is missing is made first, by one process of all that ask at once.
 
     Raises UserError for a stale one in `place.folder`, with the command that renews it.
     """
-    missing = [shard for shard in shards if _opened(shard, place, tokenizer) is None]
-    for folder in sorted({place.path(shard).parent for shard in missing}):
+    orders = [_Order(shard, place.path(shard, verify), tokenizer, verify) for shard in shards]
+    missing = [order for order in orders if not _is_there(order, place)]
+    _tell_of_former(order.path for order in missing)
+    for folder in sorted({order.path.parent for order in missing}):
         with _locked(folder):
-            here = [shard for shard in missing if place.path(shard).parent == folder]
-            work = [(shard, place.path(shard)) for shard in here if _opened(shard, place, tokenizer) is None]
-            _make(work, dict.fromkeys(here, tokenizer))
-    return [ShardIndex(place.path(shard), shard) for shard in shards]
+            here = [order for order in missing if order.path.parent == folder]
+            _make([order for order in here if not _is_there(order, place)])
+    return [ShardIndex(order.path, order.shard) for order in orders]
 
 
-def _opened(shard: Shard, place: IndexPlace, tokenizer: Tokenizer) -> ShardIndex | None:
-    """The index of this shard if it is there and fits."""
-    path = place.path(shard)
+def _is_there(order: _Order, place: IndexPlace) -> bool:
+    """Whether the index file stands there and fits. Raises UserError for a stale one in `place.folder`."""
     try:
-        index = ShardIndex(path, shard)
-        index.check(Prints.of(tokenizer))
-    except FileNotFoundError:
-        return None
+        ShardIndex(order.path, order.shard).check(Prints.of(order.encoder))
+    except (FileNotFoundError, FormerIndex):
+        return False
     except Stale as why:
         if place.folder is None:
-            return None
+            return False
+        shard = order.shard
         every = str(shard if isinstance(shard, RemoteShard) else shard.with_name("*" + shard.suffix))
-        words = [
-            "transfusion",
-            "data",
-            "index",
-            every,
-            "--out",
-            str(place.folder),
-            "--tokenizer",
-            str(tokenizer.path),
-        ]
+        words = ["transfusion", "data", "index", every, "--out", str(place.folder)]
+        words += ["--tokenizer", str(order.encoder.path)] if order.encoder else []
+        words += ["--verify", order.verify] if order.verify != "none" else []
         raise UserError(
-            f"{path}, the index of {shard}, is stale: {why}; renew it with `{shlex.join(words)}`"
+            f"{order.path}, the index of {shard}, is stale: {why}; renew it with `{shlex.join(words)}`"
         ) from None
-    return index
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +164,13 @@ class IndexReport:
 class IndexJob(NamedTuple):
     """Shards, and the tokenizer for their texts; None: token lengths are left out, and training refuses the index.
 
-    cache: for remote shards; None: a folder beside the index files.
+    cache: for remote shards; None: a folder beside the index files. verify: see `scan`.
     """
 
     specs: Sequence[str]
     tokenizer: Path | None
     cache: CacheSettings | None = None
+    verify: Verify = "none"
 
     @classmethod
     def of(cls, config: Config) -> list[IndexJob]:
@@ -161,7 +180,12 @@ class IndexJob(NamedTuple):
         tokenizer = Path(config.data.tokenizer)
         cache = cache_of(config)
         return [
-            cls([source.shards] if isinstance(source.shards, str) else source.shards, tokenizer, cache)
+            cls(
+                [source.shards] if isinstance(source.shards, str) else source.shards,
+                tokenizer,
+                cache,
+                source.verify,
+            )
             for source in (*config.data.sources, *config.data.held_out)
         ]
 
@@ -180,7 +204,8 @@ def write_index(
     (bytes done, bytes to do).
     Raises UserError when a spec names nothing, or no shard.
     """
-    encoders: dict[Shard, Tokenizer | None] = {}
+    place = IndexPlace(folder=out)
+    orders: dict[Path, _Order] = {}
     skipped: collections.Counter[str] = collections.Counter()
     for job in jobs:
         found = find_shards(job.specs, job.cache or CacheSettings.of(CacheConfig(), out / "cache"))
@@ -188,22 +213,40 @@ def write_index(
             named = ", ".join(redacted(spec) if is_address(spec) else spec for spec in job.specs)
             raise UserError(f"{named}: none of {len(found)} files is a .tar or .jsonl shard")
         encoder = Tokenizer(job.tokenizer) if job.tokenizer else None
-        encoders.update((path, encoder) for path in found if is_shard(path))
+        for shard in filter(is_shard, found):
+            path = place.path(shard, job.verify)
+            orders[path] = _Order(shard, path, encoder, job.verify)
         skipped.update(path.suffix or "none" for path in found if not is_shard(path))
-    place = IndexPlace(folder=out)
-    shards = list(encoders)
     with _locked(out):
-        work = [
-            (shard, path)
-            for shard, path in zip(shards, map(place.path, shards), strict=True)
-            if not _is_whole(path, shard, Prints.of(encoders[shard]))
-        ]
-        _make(work, encoders, processes=processes, progress=progress)
-        indexes = [ShardIndex(place.path(shard), shard) for shard in shards]
+        work = [order for order in orders.values() if not _is_whole(order)]
+        _tell_of_former(order.path for order in work)
+        _make(work, processes=processes, progress=progress)
+        indexes = [ShardIndex(order.path, order.shard) for order in orders.values()]
         report = _report(indexes, greatest_share, dict(sorted(skipped.items())))
         _write_lines(out / QUARANTINE, (fault for index in indexes for fault in index.faults()))
         _write_lines(out / COUNTERS, [report.counters])
     return report
+
+
+def _tell_of_former(paths: Iterable[Path]) -> None:
+    """One line of notice where files of earlier versions are about to be made anew."""
+    former = [path for path in paths if _is_former(path)]
+    if former:
+        log.warning(
+            "index files of an earlier version are made anew: %d, such as %s",
+            len(former),
+            former[0],
+        )
+
+
+def _is_former(path: Path) -> bool:
+    try:
+        read_header(path)
+    except DamagedFile:
+        return isinstance(why_unreadable(path), FormerIndex)
+    except OSError:
+        pass
+    return False
 
 
 def cache_of(config: Config) -> CacheSettings:
@@ -221,10 +264,10 @@ def too_many_faults(faults: int, samples: int, greatest_share: float) -> bool:
     return faults > greatest_share * max(samples, _FEWEST_TO_JUDGE)
 
 
-def _is_whole(path: Path, shard: Shard, prints: Prints) -> bool:
+def _is_whole(order: _Order) -> bool:
     try:
-        index = ShardIndex(path, shard)
-        index.check(prints)
+        index = ShardIndex(order.path, order.shard)
+        index.check(Prints.of(order.encoder))
         index.verify()
     except (FileNotFoundError, Stale):
         return False
@@ -232,42 +275,43 @@ def _is_whole(path: Path, shard: Shard, prints: Prints) -> bool:
 
 
 def _make(
-    work: Sequence[tuple[Shard, Path]],
-    encoders: Mapping[Shard, Tokenizer | None],
+    work: Sequence[_Order],
     *,
     processes: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Make these index files, the greatest shards first, so that no process is left with one at the end."""
-    sizes = {shard: _NOMINAL if isinstance(shard, RemoteShard) else shard.stat().st_size for shard, _ in work}
-    work = sorted(work, key=lambda each: -sizes[each[0]])
+    sizes = {order.path: _size(order.shard) for order in work}
+    work = sorted(work, key=lambda order: -sizes[order.path])
     total, done = sum(sizes.values()), 0
 
-    def report(shard: Shard) -> None:
+    def report(order: _Order) -> None:
         nonlocal done
-        done += sizes[shard]
+        done += sizes[order.path]
         if progress is not None:
             progress(done, total)
 
-    for folder in {path.parent for _, path in work}:
+    for folder in {order.path.parent for order in work}:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder, {path.name for _, path in work})
+        remove_leftovers(folder, {order.path.name for order in work})
     processes = min(processes or (cores() if total > _WORTH_PROCESSES else 1), len(work))
     if processes < 2:
-        for shard, path in work:
-            _index(shard, path, encoders[shard])
-            report(shard)
+        for order in work:
+            _index(order)
+            report(order)
         return
     with _pool(processes) as pool:
-        orders: dict[Future[None], Shard] = {}
-        for shard, path in work:
-            encoder = encoders[shard]
-            order = pool.submit(_index_in_worker, shard, path, encoder.path if encoder else None)
-            orders[order] = shard
+        # A worker opens the tokenizer itself.
+        waiting = {
+            pool.submit(
+                _index_in_worker, order._replace(encoder=None), order.encoder.path if order.encoder else None
+            ): order
+            for order in work
+        }
         try:
-            for order in as_completed(orders):
-                order.result()
-                report(orders[order])
+            for future in as_completed(waiting):
+                future.result()
+                report(waiting[future])
         except BrokenProcessPool:
             raise UserError(
                 "an index process was killed (out of memory?); the same command goes on where it ended"
@@ -300,22 +344,26 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _index_in_worker(shard: Shard, path: Path, tokenizer: Path | None) -> None:
-    _index(shard, path, _loaded(tokenizer) if tokenizer else None)
+def _index_in_worker(order: _Order, tokenizer: Path | None) -> None:
+    _index(order._replace(encoder=_loaded(tokenizer) if tokenizer else None))
 
 
-def _index(shard: Shard, path: Path, encoder: Tokenizer | None) -> None:
+def _index(order: _Order) -> None:
     try:
-        index_shard(shard, path, encoder)
+        index_shard(order.shard, order.path, order.encoder, order.verify)
     except DownloadFailed as error:
         raise UserError(
-            f"{shard} cannot be indexed: {error.strerror}; check the address and the network, or leave it out"
+            f"{order.shard} cannot be indexed: {error.strerror}; check the address and the network, or leave it out"
         ) from None
 
 
 @functools.cache
 def _loaded(path: Path) -> Tokenizer:
     return Tokenizer(path)
+
+
+def _size(shard: Shard) -> int:
+    return _NOMINAL if isinstance(shard, RemoteShard) else shard.stat().st_size
 
 
 def _report(indexes: Sequence[ShardIndex], greatest_share: float, skipped: dict[str, int]) -> IndexReport:

@@ -1,7 +1,6 @@
 """The index file of one shard: where its good samples stand, how long they are, and what was left out and why.
 
-A head of 64 bytes, the token ids, the other arrays in the narrowest type that holds them, and a trailer of JSON
-that names each array with its place and checksum. Read by memory map, an array at a time.
+Columns in the narrowest type that holds them, in a safetensors file (`columns_file`), mapped one at a time.
 Shape suffixes: N good samples, C their texts and captions, T tokens of these, I stored pictures, E elements of
 interleaved documents, F faults.
 """
@@ -11,10 +10,9 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
-import json
 import mmap
 import os
-import struct
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,22 +24,22 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from transfusion.config.sections import Verify
 from transfusion.data.images import probe
+from transfusion.data.index.columns_file import DamagedFile, read_header, write_columns
 from transfusion.data.remote.cache import RemoteShard
 from transfusion.data.remote.download import Contents, ShardChanged
 from transfusion.data.shards import sample, scan, validate
 from transfusion.data.shards.sample import Fault, RawSample
-from transfusion.files import atomic_file, fingerprint, hasher
+from transfusion.files import fingerprint, hasher
 
 Integers = NDArray[np.int64]
 Shard = Path | RemoteShard
 
 # Raised whenever the same shard would give another file.
 _VERSION = 1
-_MAGIC = b"transfusion\x1aidx\n"
-# Magic, version, then offset, length and checksum of the trailer.
-_HEAD = struct.Struct("<16sIQQI")
-_HEAD_BYTES, _ALIGNMENT = 64, 8
+# How files of earlier versions began.
+_FORMER_MAGIC = b"transfusion\x1aidx\n"
 _COLUMNS = (
     "key_bytes_N", "offset_N", "captions_N", "pictures_N", "elements_N", "tokens_C", "picture_offset_I",
     "picture_size_I", "picture_width_I", "picture_height_I", "latent_channels_I", "element_E", "fault_key_bytes_F",
@@ -90,6 +88,10 @@ class Stale(Exception):  # noqa: N818  (no mistake of the program: the file must
     """An index file that does not fit; the message says what has changed."""
 
 
+class FormerIndex(Stale):
+    """An index file in a container of earlier versions. It is made anew wherever it stands."""
+
+
 class ShardIndex:
     """One index file; its arrays are mapped when they are first asked for."""
 
@@ -97,8 +99,10 @@ class ShardIndex:
         """Raises Stale when the file is damaged, cut short, or of another version; OSError when it is missing."""
         self.path, self.shard = path, shard
         self._arrays: dict[str, NDArray[Any]] = {}
-        with path.open("rb") as stream:
-            self._facts = _trailer(stream)
+        try:
+            self._facts, self._columns = read_header(path)
+        except DamagedFile:
+            raise why_unreadable(path) from None
 
     def __len__(self) -> int:
         count: int = self._facts["samples"]
@@ -131,20 +135,19 @@ class ShardIndex:
 
     def verify(self) -> None:
         """Raises Stale when the checksum of any array is wrong."""
-        for name, (_, _, _, checksum) in self._facts["arrays"].items():
-            if zlib.crc32(self[name].tobytes()) != checksum:
+        for name, column in self._columns.items():
+            if zlib.crc32(self[name].data) != column.checksum:
                 raise Stale("it is damaged")
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         array = self._arrays.get(name)
         if array is None:
-            kind, count, offset, _ = self._facts["arrays"][name]
-            array = np.frombuffer(self._map, kind, count, offset) if count else np.empty(0, kind)
-            self._arrays[name] = array
+            array = self._arrays[name] = self._columns[name].values(self._map)
         return array
 
     @cached_property
     def _map(self) -> mmap.mmap:
+        # One for all columns: a process may have 65,530 of them.
         with self.path.open("rb") as stream:
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -252,7 +255,13 @@ class ShardIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         # Other processes map the file themselves.
-        return {"path": self.path, "shard": self.shard, "_facts": self._facts, "_arrays": {}}
+        return {
+            "path": self.path,
+            "shard": self.shard,
+            "_facts": self._facts,
+            "_columns": self._columns,
+            "_arrays": {},
+        }
 
 
 class OpenShards:
@@ -283,39 +292,42 @@ class OpenShards:
         self.close()
 
 
-def index_shard(shard: Shard, path: Path, encoder: Encoder | None) -> None:
+def index_shard(shard: Shard, path: Path, encoder: Encoder | None, verify: Verify = "none") -> None:
     """Read the shard once, a remote one through its cache, and write its index file, whole or not at all.
 
-    encoder: None: texts have no tokens. Raises OSError, and UserError where a download ends in one.
+    encoder: None: texts have no tokens. verify: see `scan`. Raises OSError, and UserError where a download ends in one.
     """
     if isinstance(shard, RemoteShard):
         with shard.cache.fetched_new(shard) as (copy, contents):
-            _write_index(copy, path, encoder, {"shard": shard.name, **contents._asdict()})
+            _write_index(copy, path, encoder, verify, {"shard": shard.name, **contents._asdict()})
         path.with_name(path.name + _CHANGED).unlink(missing_ok=True)
         return
     status, digest = shard.stat(), _digest(shard)
     facts = {"shard": shard.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "digest": digest}
-    _write_index(shard, path, encoder, facts)
+    _write_index(shard, path, encoder, verify, facts)
 
 
-def _write_index(file: Path, path: Path, encoder: Encoder | None, facts: dict[str, Any]) -> None:
-    with atomic_file(path) as unfinished, unfinished.open("wb") as stream:
-        writer = _Writer(stream, encoder)
-        for found in scan.scan(file):
+def _write_index(
+    file: Path, path: Path, encoder: Encoder | None, verify: Verify, facts: dict[str, Any]
+) -> None:
+    # Token ids wait on the disk: a shard of texts has more of them than of all else.
+    with tempfile.TemporaryFile(dir=path.parent) as spool:
+        collector = _Collector(spool, encoder)
+        for found in scan.scan(file, verify):
             if isinstance(found, Fault):
-                writer.add_fault(found)
+                collector.add_fault(found)
             else:
-                writer.add(found)
-        writer.finish(facts | Prints.of(encoder)._asdict())
+                collector.add(found)
+        columns, counted = collector.finish()
+        write_columns(path, columns, facts | Prints.of(encoder)._asdict() | {"verify": verify} | counted)
 
 
-class _Writer:
-    """Collects columns in memory, a few bytes a sample, and puts token ids into the file at once."""
+class _Collector:
+    """Collects columns in memory, a few bytes a sample, and token ids in a file."""
 
-    def __init__(self, stream: BinaryIO, encoder: Encoder | None) -> None:
-        self._stream, self._encoder = stream, encoder
+    def __init__(self, spool: BinaryIO, encoder: Encoder | None) -> None:
+        self._spool, self._encoder = spool, encoder
         self._id_type = np.dtype("<u2" if encoder is None or encoder.vocabulary <= 1 << 16 else "<i4")
-        self._stream.write(bytes(_HEAD_BYTES))
         self._columns = {name: array.array("q") for name in _COLUMNS}
         self._keys, self._fault_keys = bytearray(), bytearray()
         self._reasons: dict[str, int] = {}
@@ -323,7 +335,7 @@ class _Writer:
         self._untokenised: list[RawSample] = []
         self._letters = 0
         self._waiting: list[int] = []
-        self._tokens, self._checksum = 0, 0
+        self._tokens = 0
 
     def add(self, found: RawSample) -> None:
         self._untokenised.append(found)
@@ -375,53 +387,36 @@ class _Writer:
         self._columns["fault_offset_F"].append(fault.offset)
         self._columns["fault_reason_F"].append(reason)
 
-    def finish(self, facts: dict[str, Any]) -> None:
+    def finish(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """All columns, and what was counted."""
         self._tokenise()
         self._write_ids()
-        arrays: dict[str, tuple[str, int, int, int]] = {
-            "token_ids_T": (self._id_type.str, self._tokens, _HEAD_BYTES, self._checksum)
-        }
+        self._spool.flush()
         columns: dict[str, NDArray[Any]] = {
             name: _narrowed(np.frombuffer(values, np.int64)) for name, values in self._columns.items()
         }
         columns["keys"] = np.frombuffer(self._keys, np.uint8)
         columns["fault_keys"] = np.frombuffer(self._fault_keys, np.uint8)
-        for name, values in columns.items():
-            self._stream.write(bytes(-self._stream.tell() % _ALIGNMENT))
-            data = values.tobytes()
-            arrays[name] = (values.dtype.str, len(values), self._stream.tell(), zlib.crc32(data))
-            self._stream.write(data)
-        samples = len(self._columns["offset_N"])
-        facts |= {"samples": samples, "notes": dict(sorted(self._notes.items()))}
-        trailer = json.dumps({**facts, "reasons": list(self._reasons), "arrays": arrays}).encode()
-        offset = self._stream.tell()
-        self._stream.write(trailer)
-        self._stream.seek(0)
-        self._stream.write(_HEAD.pack(_MAGIC, _VERSION, offset, len(trailer), zlib.crc32(trailer)))
+        columns["token_ids_T"] = np.empty(0, self._id_type)
+        if self._tokens:
+            columns["token_ids_T"] = np.memmap(self._spool, self._id_type, "r", shape=(self._tokens,))
+        counted = {
+            "samples": len(self._columns["offset_N"]),
+            "notes": dict(sorted(self._notes.items())),
+            "reasons": list(self._reasons),
+        }
+        return columns, counted
 
     def _write_ids(self) -> None:
-        data = np.array(self._waiting, self._id_type).tobytes()
-        self._checksum = zlib.crc32(data, self._checksum)
-        self._stream.write(data)
+        self._spool.write(np.array(self._waiting, self._id_type).tobytes())
         self._tokens += len(self._waiting)
         self._waiting.clear()
 
 
-def _trailer(stream: BinaryIO) -> dict[str, Any]:
-    head, length = stream.read(_HEAD.size), os.fstat(stream.fileno()).st_size
-    if len(head) < _HEAD.size or not head.startswith(_MAGIC):
-        raise Stale("it is damaged")
-    _, version, offset, size, checksum = _HEAD.unpack(head)
-    if version != _VERSION:
-        raise Stale("it was written by another version")
-    if offset + size != length:
-        raise Stale("it is damaged")
-    stream.seek(offset)
-    trailer = stream.read(size)
-    if zlib.crc32(trailer) != checksum:
-        raise Stale("it is damaged")
-    facts: dict[str, Any] = json.loads(trailer)
-    return facts
+def why_unreadable(path: Path) -> Stale:
+    with path.open("rb") as stream:
+        former = stream.read(len(_FORMER_MAGIC)) == _FORMER_MAGIC
+    return FormerIndex("it was written by an earlier version") if former else Stale("it is damaged")
 
 
 def _narrowed(values: Integers) -> NDArray[Any]:

@@ -275,7 +275,7 @@ def build_index(
     """
     cache = cache or CacheSettings.of(CacheConfig(), Path("cache"))
     shards = [shard for shard in find_shards(source.shards, cache) if is_shard(shard)]
-    parts = open_indexes(shards, tokenizer, place or IndexPlace())
+    parts = open_indexes(shards, tokenizer, place or IndexPlace(), source.verify)
     for part in parts:
         # What stands beside a remote shard is not seen.
         if codec and isinstance(part.shard, Path) and part["latent_channels_I"].any():

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from transfusion.config.sections import Verify
 from transfusion.data.shards.sample import (
     CAPTION_BYTES,
     DOCUMENT_BYTES,
@@ -36,10 +37,6 @@ GREATEST_NAME = 255
 # JSON may spell each byte of a text in six.
 _LONGEST_LINE = 6 * DOCUMENT_BYTES + CAPTION_BYTES
 _UNSAFE_NAME = re.compile(r"^/|(?:^|/)\.\.(?:/|$)|\\|^[A-Za-z]:|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-# Pairs compared with their KEY.json, to learn whether this shard's hashes and captions are those of its members.
-_PAIRS_TRIED = 16
-# Of those tried, one in so many captions may differ, for some may be damaged; at least one in all.
-_DIFFERING = 8
 # Names as tools write them, about which nothing is in question: folders come apart from these.
 _PLAIN_NAME = re.compile(r"([A-Za-z0-9_-]+)\.([a-z0-9.]+)")
 # Members remembered from the first walk, about 300 bytes each; of a larger shard every header is read twice.
@@ -58,9 +55,11 @@ def is_shard(path: _Named) -> bool:
     return path.suffix.lower() in SHARD_EXTENSIONS
 
 
-def scan(path: Path) -> Iterator[RawSample | Fault]:
+def scan(path: Path, verify: Verify = "none") -> Iterator[RawSample | Fault]:
     """Samples and faults of a .tar shard or a .jsonl file, in file order; what is wrong with the shard comes last.
 
+    verify: sha256: a picture must be the one whose `sha256` stands in its KEY.json, and KEY.txt say what `caption`
+    there says. A downloader may have stated the hash of the original, so this is for shards whose writer did not.
     Raises OSError.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -68,7 +67,7 @@ def scan(path: Path) -> Iterator[RawSample | Fault]:
         if path.suffix.lower() == ".jsonl":
             yield from _scan_lines(path.name, descriptor)
         else:
-            yield from _scan_tar(path.name, descriptor)
+            yield from _scan_tar(path.name, descriptor, verify)
     finally:
         os.close(descriptor)
 
@@ -114,10 +113,10 @@ def _text_of_line(line: bytes, notes: list[str]) -> str:
     return document(text, notes)
 
 
-def _scan_tar(shard: str, descriptor: int) -> Iterator[RawSample | Fault]:
+def _scan_tar(shard: str, descriptor: int, verify: Verify) -> Iterator[RawSample | Fault]:
     """Twice over the samples: first to find keys that come again, then to judge them one by one."""
-    judge, walk = Judge(descriptor), TarWalk(descriptor)
-    scattered, repeated, groups = _survey(_groups(walk), judge)
+    judge, walk = Judge(descriptor, verify), TarWalk(descriptor)
+    scattered, repeated, groups = _survey(_groups(walk))
     if groups is None:
         walk = TarWalk(descriptor)
     met: set[int] = set()
@@ -141,15 +140,10 @@ def _scan_tar(shard: str, descriptor: int) -> Iterator[RawSample | Fault]:
             yield Fault(shard, "", reason, offset)
 
 
-def _survey(groups: Iterable[Group], judge: Judge) -> tuple[set[int], set[int], list[Group] | None]:
+def _survey(groups: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | None]:
     """Keys (their hashes) whose members are scattered, keys that come again with the same kind of member, and the
-    groups themselves where they are not too many.
-
-    Also lets the judge know what KEY.json tells: a downloader may have written the hash of the original file, and
-    captions may have been written anew.
-    """
+    groups themselves where they are not too many."""
     marks, kinds = array.array("q"), array.array("q")
-    tried: list[tuple[bool | None, bool | None]] = []
     kept: list[Group] | None = []
     members = 0
     for group in groups:
@@ -161,11 +155,6 @@ def _survey(groups: Iterable[Group], judge: Judge) -> tuple[set[int], set[int], 
             continue
         marks.append(hash(group.key))
         kinds.append(_kinds(group))
-        if len(tried) < _PAIRS_TRIED and (agreement := judge.agreement(group)) != (None, None):
-            tried.append(agreement)
-    judge.hashes_tell = any(hashes for hashes, _ in tried)
-    same = [captions for _, captions in tried if captions is not None]
-    judge.captions_tell = any(same) and same.count(False) <= max(1, len(same) // _DIFFERING)
     unique, counts = np.unique(np.frombuffer(marks, np.int64), return_counts=True)
     again = set(unique[counts > 1].tolist())
     first: dict[int, int] = {}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from transfusion.config.sections import Verify
 from transfusion.data.images.latents import (
     HEADER_BYTES,
     LATENTS,
@@ -71,15 +72,10 @@ class Group:
 
 
 class Judge:
-    """Reads what the groups of one shard name.
+    """Reads what the groups of one shard name. verify: see `scan`."""
 
-    hashes_tell: a `sha256` in KEY.json is that of the stored picture. captions_tell: `caption` there is that of
-    KEY.txt.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._window = Window(descriptor)
-        self.hashes_tell = self.captions_tell = False
+    def __init__(self, descriptor: int, verify: Verify) -> None:
+        self._window, self._verify = Window(descriptor), verify != "none"
 
     def sample(self, group: Group) -> RawSample:
         """The sample of this group. Raises SampleError with the reason why it is none."""
@@ -95,21 +91,6 @@ class Judge:
             # A text alone may be the caption of a picture that is gone.
             raise SampleError(group.damage)
         return found
-
-    def agreement(self, group: Group) -> tuple[bool | None, bool | None]:
-        """Whether `sha256` and `caption` of KEY.json are those of picture and KEY.txt; None: nothing to compare."""
-        members = group.members
-        picture = next((members[name] for name in PICTURE_EXTENSIONS if name in members), None)
-        if group.reason or picture is None or "json" not in members:
-            return None, None
-        try:
-            facts = self._facts(group)
-            text = caption(self._text(members["txt"], CAPTION_BYTES), []) if "txt" in members else None
-        except SampleError:
-            return None, None
-        stated = facts.get("sha256")
-        hashes = sha256(self._bytes(picture)) == stated.lower() if isinstance(stated, str) else None
-        return hashes, None if text is None else _same_caption(text, facts)
 
     def _read(self, group: Group) -> RawSample:
         members = group.members
@@ -152,7 +133,9 @@ class Judge:
             return RawSample(
                 group.key, captions, (self._latent(member, shape),), offset=group.offset, notes=tuple(notes)
             )
-        picture = self._picture(member, notes, facts.get("sha256"))
+        picture = self._picture(member, notes)
+        if self._verify:
+            self._compare(member, facts.get("sha256"))
         return RawSample(group.key, captions, (picture,), offset=group.offset, notes=tuple(notes))
 
     def _captions(self, group: Group, facts: dict[str, Any], notes: list[str]) -> tuple[str, ...]:
@@ -166,7 +149,7 @@ class Judge:
                 notes.append("caption_ignored")
         if "txt" in group.members:
             main = caption(self._text(group.members["txt"], CAPTION_BYTES), notes)
-            if self.captions_tell and _same_caption(main, facts) is False:
+            if self._verify and not _is_caption(main, facts):
                 raise SampleError("caption_other")
         elif isinstance(facts.get("caption"), str):
             main = caption(facts["caption"], notes)
@@ -208,11 +191,15 @@ class Judge:
         pictures = tuple(self._picture(group.members[name], notes) for name in names)
         return RawSample(group.key, tuple(texts), pictures, tuple(order), group.offset, tuple(notes))
 
-    def _picture(self, member: Member, notes: list[str], stated: object = None) -> StoredPicture:
-        data = self._bytes(member)
-        facts = probe(data)
-        if self.hashes_tell and isinstance(stated, str) and sha256(data) != stated.lower():
+    def _compare(self, member: Member, stated: object) -> None:
+        """Raise SampleError for a picture that is not the one whose SHA-256 KEY.json states."""
+        if not isinstance(stated, str):
+            raise SampleError("hash_missing")
+        if sha256(self._bytes(member)) != stated.lower():
             raise SampleError("image_other")
+
+    def _picture(self, member: Member, notes: list[str]) -> StoredPicture:
+        facts = probe(self._bytes(member))
         if facts.animated:
             notes.append("image_animated")
         return StoredPicture(member.start, member.size, facts.width, facts.height)
@@ -237,10 +224,10 @@ class Judge:
         return self._window.read(member.start, member.size)
 
 
-def _same_caption(text: str, facts: dict[str, Any]) -> bool | None:
-    """Whether `caption` is this text; None where there is none."""
+def _is_caption(text: str, facts: dict[str, Any]) -> bool:
+    """Whether this text is the `caption` of KEY.json, where that has one."""
     stated = facts.get("caption")
     try:
-        return stated == text or caption(stated, []) == text if isinstance(stated, str) else None
+        return not isinstance(stated, str) or stated == text or caption(stated, []) == text
     except SampleError:
-        return None
+        return True
