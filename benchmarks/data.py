@@ -54,7 +54,7 @@ from PIL import Image
 from limits import record_head, write_json
 from transfusion.config import Config, SourceConfig, load_config
 from transfusion.data.images.decode import use_one_thread
-from transfusion.data.index.open import build_indexes, source_lengths
+from transfusion.data.index.open import build_indexes
 from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.loading import rows
 from transfusion.data.loading.loader import Loader, plan_settings
@@ -139,8 +139,7 @@ def processor_time() -> float:
 def planning(config: Config, rounds: int) -> dict[str, Any]:
     indexes = build_indexes(config, config.data.sources, Tokenizer(config.data.tokenizer))
     lengths: list[Lengths] = [
-        source_lengths(index, source.schedule, config)
-        for index, source in zip(indexes, config.data.sources, strict=True)
+        index.lengths for index, source in zip(indexes, config.data.sources, strict=True)
     ]
     settings = plan_settings(config)
     found: list[Survey] = [survey(lengths, settings, batches=BATCHES) for _ in range(rounds)]
@@ -172,13 +171,13 @@ def tokens_dropped(lengths: list[Lengths], config: Config, found: Survey) -> int
     drawn = 0
     for deck in decks:
         draw, first, _ = start["sources"][deck.source.name]
-        drawn += int(deck.documents(np.arange(draw)).tokens_D.sum()) + first
+        drawn += int(deck.documents(np.arange(draw)).tokens.sum()) + first
     waiting = 0
     for part in (part for row in [*start["open"], *start["ready"]] for part in row):
         code, _, tokens = part if isinstance(part, list) else (part, 0, 0)
         behind, number = divmod(code, len(decks))
         draw = start["sources"][lengths[number].name][0] - behind
-        waiting += tokens or int(decks[number].documents(np.array([draw])).tokens_D[0])
+        waiting += tokens or int(decks[number].documents(np.array([draw])).tokens[0])
     return drawn - waiting - found.tokens
 
 
@@ -345,7 +344,7 @@ def steps_alone(config: Config, index: SourceIndex, tokenizer: Tokenizer) -> dic
         json.dumps({"caption": text, "sha256": hashlib.sha256(data).hexdigest()}).encode()
         for data, text in zip(pictures, captions, strict=True)
     ]
-    planner = Planner([source_lengths(index, ((0, 1.0),), config)], plan_settings(config))
+    planner = Planner([index.lengths], plan_settings(config))
     return {
         "read": lambda: read_whole(index),
         "check": lambda: each(lambda both: checked(*both), list(zip(pictures, facts, strict=True))),

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from limits import Limits, find_device, measure_limits, record_head, write_json
 from transfusion.config import Config, load_config
-from transfusion.data.index.open import source_lengths
 from transfusion.data.index.shard_index import ShardIndex, index_shard
 from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.loading.collate import collate
@@ -152,7 +151,7 @@ def synthetic_steps(config: Config, steps: int, rank: int = 0, world_size: int =
     row_settings = RowSettings.of(config)
     with tempfile.TemporaryDirectory() as folder:
         indexes = synthetic_sources(config, Path(folder))
-        planner = Planner([source_lengths(index, ((0, 1.0),), config) for index in indexes], settings)
+        planner = Planner([index.lengths for index in indexes], settings)
         builder = RowBuilder(indexes, row_settings)
         plans = [planner.next_batch(rank, world_size) for _ in range(steps)]
         rows = [[builder.build(plan) for plan in step] for step in plans]

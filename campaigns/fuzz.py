@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from transfusion.data.images.decode import DecodeFault, decode
-from transfusion.data.shards.sample import Fault, RawSample
+from transfusion.data.images.decode import decode
+from transfusion.data.shards.sample import Fault, RawSample, SampleError
 from transfusion.data.shards.scan import scan
 from transfusion.data.shards.webdataset import expand
 from transfusion.observe.environment import describe_environment
@@ -126,7 +126,7 @@ def judge(path: Path, data: bytes, captions: dict[str, str], counts: collections
         stored = each.pictures[0]
         try:
             decode(data[stored.offset : stored.offset + stored.size], channels=3, image_size=32)
-        except DecodeFault:
+        except SampleError:
             counts["found bad by decoding"] += 1
         own = captions.get(_hash(data, each))
         if own != each.text and each.text in captions.values():

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transfusion.data.images.decode import DecodeFault, decode
-from transfusion.data.shards.sample import Fault, RawSample
+from transfusion.data.images.decode import decode
+from transfusion.data.shards.sample import Fault, RawSample, SampleError
 from transfusion.data.shards.scan import scan
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 from transfusion.tokens import SpecialToken
@@ -126,7 +126,7 @@ def _used(sample: RawSample, shard: Path, tokenizer: Tokenizer) -> dict[str, Any
             stream.seek(stored.offset)
             try:
                 decode(stream.read(stored.size), channels=3, image_size=256)
-            except DecodeFault as error:
+            except SampleError as error:
                 return {"reason": str(error), "offset": sample.offset}
     return {
         "text": sample.text if len(sample.texts) else "",

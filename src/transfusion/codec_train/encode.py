@@ -24,7 +24,7 @@ from torch import Tensor
 
 from transfusion.codec import open_codec, open_token_codec
 from transfusion.config import CodecConfig
-from transfusion.data.images.decode import DecodeFault, decode_fitting, decode_to
+from transfusion.data.images.decode import decode_fitting, decode_to
 from transfusion.data.images.latents import (
     LATENTS,
     TOKENS,
@@ -33,7 +33,7 @@ from transfusion.data.images.latents import (
     record_path,
     record_sizes,
 )
-from transfusion.data.images.probe import PictureFault
+from transfusion.data.shards.sample import SampleError
 from transfusion.data.shards.validate import GREATEST_MEMBER, PICTURE_EXTENSIONS
 from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
@@ -245,7 +245,7 @@ def _decoded(
         if not sizes.several:
             return decode_to(pictures[0], sizes.first, channels=codec.channels)
         return decode_fitting(pictures[0], sizes, channels=codec.channels)
-    except (DecodeFault, PictureFault) as error:
+    except SampleError as error:
         left_out[str(error)] += 1
         return None
 

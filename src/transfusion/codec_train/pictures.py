@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion.data.images.decode import DecodeFault, Picture, decode
-from transfusion.data.shards.sample import Fault, RawSample
+from transfusion.data.images.decode import Picture, decode
+from transfusion.data.shards.sample import Fault, RawSample, SampleError
 from transfusion.data.shards.scan import scan
 from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
@@ -114,7 +114,7 @@ class PictureSet:
         try:
             data = os.pread(self._descriptor(place.shard), place.size, place.start)
             picture = decode(data, channels=self._channels, image_size=self._image_size)
-        except DecodeFault:
+        except SampleError:
             self._undecodable.add(number)
             return None
         if self._kept_bytes + picture.nbytes <= _KEPT_BYTES:

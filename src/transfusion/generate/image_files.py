@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from transfusion.config import Config, SampleConfig
-from transfusion.data.images.decode import DecodeFault, decode_fitting
-from transfusion.data.images.probe import GREATEST_PIXELS, SMALLEST_SIDE, PictureFault
+from transfusion.data.images.decode import decode_fitting
+from transfusion.data.images.probe import GREATEST_PIXELS, SMALLEST_SIDE
+from transfusion.data.shards.sample import SampleError
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text
 from transfusion.generate.pipeline import SampledImage
@@ -45,7 +46,7 @@ def load_pictures(paths: Sequence[Path], config: Config) -> list[Tensor]:
             values = decode_fitting(data, config.image_sizes, channels=config.codec.channels)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except (DecodeFault, PictureFault) as error:
+        except SampleError as error:
             reason = str(error)
             remedy = _UNFIT.get(reason, "give a JPEG, PNG or WebP picture")
             raise UserError(f"{path}: {reason}; {remedy}") from None

@@ -14,7 +14,7 @@ from transfusion.checkpoint import layout
 from transfusion.config import CodecConfig, Config
 from transfusion.config.codec_folder import folder_files
 from transfusion.config.yaml_files import dump
-from transfusion.data.shards.scan import Fault
+from transfusion.data.shards.sample import Fault
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text, file_digest
 from transfusion.observe.environment import describe_environment

@@ -11,7 +11,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parents[3] / "campaigns"))
 import data
 import exact_batches
-from transfusion.data.index.open import build_indexes, source_lengths
+from transfusion.data.index.open import build_indexes
 from transfusion.data.loading.loader import plan_settings
 from transfusion.data.viewing.plan_stats import survey
 from transfusion.sequence.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from transfusion.sequence.tokenizer import Tokenizer
 def test_every_token_is_accounted_for(tmp_path: Path) -> None:
     config = exact_batches.make_config(tmp_path)
     indexes = build_indexes(config, config.data.sources, Tokenizer(config.data.tokenizer))
-    lengths = [source_lengths(index, ((0, 0.5),), config) for index in indexes]
+    lengths = [index.lengths for index in indexes]
     found = survey(lengths, plan_settings(config), batches=64)
     assert data.tokens_dropped(lengths, config, found) == 0
     assert data.tokens_dropped(lengths, config, dataclasses.replace(found, tokens=found.tokens - 7)) == 7

@@ -18,8 +18,9 @@ from transfusion.codec_train import encode as encoding
 from transfusion.codec_train.encode import encode_shards
 from transfusion.config import CodecConfig, Config
 from transfusion.data.images.decode import decode
-from transfusion.data.images.latents import LatentFault, read_record, read_tokens, record_path
+from transfusion.data.images.latents import read_record, read_tokens, record_path
 from transfusion.data.loading.loader import Loader
+from transfusion.data.shards.sample import SampleError
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.errors import UserError
 from transfusion.parallel.counts import global_counts
@@ -220,9 +221,9 @@ def test_tokens_stand_in_the_place_of_their_pictures(
 def test_bad_tokens_have_their_reason(array: Any, reason: str) -> None:
     stream = io.BytesIO()
     np.save(stream, array)
-    with pytest.raises(LatentFault, match=reason):
+    with pytest.raises(SampleError, match=reason):
         read_tokens(stream.getvalue(), 9)
-    with pytest.raises(LatentFault, match="latent_corrupt"):
+    with pytest.raises(SampleError, match="latent_corrupt"):
         np.save(stream := io.BytesIO(), np.zeros((4, 4), np.uint16))
         read_tokens(stream.getvalue()[:-1], 9)
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from transfusion.data.images import decode as module
-from transfusion.data.images.decode import DecodeFault, decode
+from transfusion.data.images.decode import decode
+from transfusion.data.shards.sample import SampleError
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -68,7 +69,7 @@ def test_formats_go_by_content() -> None:
     for kind in ("JPEG", "PNG", "WEBP"):
         assert decode(encoded(picture, kind), channels=3, image_size=4).shape == (3, 4, 4)
     for kind in ("GIF", "BMP", "TIFF"):
-        with pytest.raises(DecodeFault, match="image_corrupt"):
+        with pytest.raises(SampleError, match="image_corrupt"):
             decode(encoded(picture, kind), channels=3, image_size=4)
 
 
@@ -77,13 +78,13 @@ def test_damage_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8)
     data = encoded(Image.fromarray(noise))
     for damaged in (data[: len(data) // 2], b"", b"text", data[:200] + b"?" * 300 + data[500:]):
-        with pytest.raises(DecodeFault):
+        with pytest.raises(SampleError):
             decode(damaged, channels=1, image_size=32)
 
 
 def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "GREATEST_PIXELS", 15)
-    with pytest.raises(DecodeFault, match="image_too_large"):
+    with pytest.raises(SampleError, match="image_too_large"):
         decode(encoded(Image.new("L", (4, 4))), channels=1, image_size=4)
 
 
@@ -143,7 +144,7 @@ def test_colours_by_number_without_a_table_are_a_fault() -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 8, 3, 0, 0, 0))
     data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
     for size in (8, 16):
-        with pytest.raises(DecodeFault, match="image_corrupt"):
+        with pytest.raises(SampleError, match="image_corrupt"):
             decode(data, channels=3, image_size=size)
 
 
@@ -155,7 +156,7 @@ def test_opencv_gives_what_pillow_gives(monkeypatch: pytest.MonkeyPatch) -> None
     def outcome(data: bytes, channels: int) -> list[object]:
         try:
             return decode(data, channels=channels, image_size=16).tolist()
-        except DecodeFault as fault:
+        except SampleError as fault:
             return [str(fault)]
 
     used: collections.Counter[tuple[int, int]] = collections.Counter()

@@ -69,7 +69,9 @@ def test_a_row_of_an_interleaved_document(config: Config, tokenizer: Tokenizer) 
     (index, *_) = build_indexes(config, config.data.sources, tokenizer)
     segments, pictures = index.segments(4)
     layout = lay_out(segments)
-    assert pictures == [0, 1, 0] and len(layout) == int(index.text_tokens_C[4]) + 3 * (PATCHES + 2) + 2
+    assert (
+        pictures == [0, 1, 0] and len(layout) == int(index.lengths.text_tokens_C[4]) + 3 * (PATCHES + 2) + 2
+    )
     piece = Piece(0, 0, 4, 0, len(layout), int(Variant.INTERLEAVED))
     row = RowBuilder([index], RowSettings.of(config)).build((piece,))
     assert [int(image.values_CHW.max()) for image in row.images] == [4, 104, 4]

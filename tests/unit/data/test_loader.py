@@ -281,7 +281,7 @@ def test_held_out_documents_come_once_on_any_number_of_ranks(
     index = ranks[0].indexes[1]
     docs = EvaluationLoader(config, config.data.held_out[1:], tokenizer)
     # Every token of every text and its <EOS> is predicted exactly once.
-    assert sum(batch.counts.text_targets for batch in docs) == index.text_tokens_C.sum() + len(index)
+    assert sum(batch.counts.text_targets for batch in docs) == index.lengths.text_tokens_C.sum() + len(index)
     assert all(batch.images[0].image_weight_I.sum() == 0 for batch in docs)
 
 

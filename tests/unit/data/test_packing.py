@@ -92,7 +92,7 @@ def test_every_document_exactly_once_an_epoch() -> None:
             assert sorted(drawn) == list(range(len(source)))
         whole = [document for document in totals if document[0] == number and document[1] < epochs]
         documents = Deck(source, RULE).documents(np.arange(epochs * len(source)))
-        columns = (documents.epoch_D.tolist(), documents.sample_D.tolist(), documents.tokens_D.tolist())
+        columns = (documents.epoch.tolist(), documents.sample.tolist(), documents.tokens.tolist())
         tokens = {(epoch, sample): length for epoch, sample, length in zip(*columns, strict=True)}
         assert all(totals[d] == tokens[d[1:]] for d in whole)
 
@@ -106,10 +106,12 @@ def waiting_rows(given: list[SourceLengths], start: dict[str, Any]) -> list[RowP
             code, first, tokens = part if isinstance(part, list) else (part, 0, 0)
             behind, number = divmod(code, len(given))
             draw = start["sources"][given[number].name][0] - behind
-            epoch, sample, variant, caption, whole = (
-                int(column[0]) for column in Deck(given[number], RULE).documents(np.array([draw]))
+            columns = Deck(given[number], RULE).documents(np.array([draw]))
+            found = columns._make(column.item() for column in columns)
+            length = tokens or found.whole
+            pieces.append(
+                Piece(number, found.epoch, found.sample, first, length, found.variant, found.caption)
             )
-            pieces.append(Piece(number, epoch, sample, first, tokens or whole, variant, caption))
         rows.append(tuple(pieces))
     return rows
 
@@ -177,19 +179,19 @@ def test_ranks_get_about_the_same_text() -> None:
 def test_variants_follow_their_shares_and_epochs_differ() -> None:
     deck = Deck(sources(pairs=20_000)[0], RULE)
     first, second = (deck.documents(epoch * 20_000 + np.arange(20_000)) for epoch in range(2))
-    shares = np.bincount(first.variant_D, minlength=4) / 20_000
+    shares = np.bincount(first.variant, minlength=4) / 20_000
     assert abs(shares[Variant.CAPTION_DROPPED] - 0.1) < 0.01
     assert abs(shares[Variant.CAPTION_FIRST] - 0.9 * 0.8) < 0.015
     assert abs(shares[Variant.IMAGE_FIRST] - 0.9 * 0.2) < 0.01
-    by_sample = [epoch.variant_D[np.argsort(epoch.sample_D)] for epoch in (first, second)]
+    by_sample = [epoch.variant[np.argsort(epoch.sample)] for epoch in (first, second)]
     assert 0.2 < (by_sample[0] != by_sample[1]).mean() < 0.6
-    assert (first.sample_D != second.sample_D).any()
+    assert (first.sample != second.sample).any()
 
 
 def test_captions_are_chosen_evenly_and_anew_each_epoch() -> None:
     deck = Deck(sources(pairs=20_000)[0], RULE)
     drawn = [deck.documents(epoch * 20_000 + np.arange(20_000)) for epoch in range(2)]
-    first, second = (epoch.caption_D[np.argsort(epoch.sample_D)] for epoch in drawn)
+    first, second = (epoch.caption[np.argsort(epoch.sample)] for epoch in drawn)
     assert np.allclose(np.bincount(first) / 20_000, 1 / CAPTIONS, atol=0.015)
     assert abs((first == second).mean() - 1 / CAPTIONS) < 0.015
 
@@ -262,7 +264,7 @@ def test_what_was_drawn_never_drifts_from_the_shares() -> None:
         drawn = []
         for deck in decks:
             draw, first, _ = start["sources"][deck.source.name]
-            drawn.append(int(deck.documents(np.arange(draw)).tokens_D.sum()) + first)
+            drawn.append(int(deck.documents(np.arange(draw)).tokens.sum()) + first)
         assert abs(drawn[0] - drawn[1]) <= 2 * 512
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion.data.images.probe import PictureFacts, PictureFault, probe
+from transfusion.data.images.probe import PictureFacts, probe
+from transfusion.data.shards.sample import SampleError
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -25,7 +26,7 @@ def png(width: int, height: int, *more: bytes) -> bytes:
 
 
 def reason(data: bytes) -> str:
-    with pytest.raises(PictureFault) as told:
+    with pytest.raises(SampleError) as told:
         probe(data)
     return str(told.value)
 

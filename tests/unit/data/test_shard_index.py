@@ -82,13 +82,18 @@ def test_all_that_was_found_comes_back(mixed: Path, tmp_path: Path, tokenizer: T
 def test_a_source_of_everything(mixed: Path, tokenizer: Tokenizer) -> None:
     source = SourceConfig(name="s", shards=str(mixed))
     index = build_index(source, tokenizer, patches=16, row_length=128, latent_channels=1)
-    assert index.is_pair_N.tolist() == [True, False, False, True] and index.images_N.tolist() == [1, 0, 3, 1]
+    assert index.is_pair_N.tolist() == [True, False, False, True] and index.lengths.images_N.tolist() == [
+        1,
+        0,
+        3,
+        1,
+    ]
     segments, pictures = index.segments(2)
     assert pictures == [0, 1, 0]
     assert [type(segment) for segment in segments] == [ImageSegment, TextSegment] * 2 + [ImageSegment]
     texts = [segment.token_ids for segment in segments if isinstance(segment, TextSegment)]
     assert [tokenizer.decode(ids) for ids in texts] == ["the digit three"] * 2
-    assert index.text_tokens_C[index.caption_start_N[2]] == sum(map(len, texts))
+    assert index.lengths.text_tokens_C[index.lengths.caption_start_N[2]] == sum(map(len, texts))
     copy = pickle.loads(pickle.dumps(index))
     assert copy.segments(2) == index.segments(2) and copy.text_ids(3).tolist() == tokenizer.encode("four")
 

@@ -78,13 +78,13 @@ def test_what_is_planned_is_what_stands_in_a_row(config: Config, tokenizer: Toke
     builder = RowBuilder([pairs, edits], RowSettings.of(config))
     sizes = config.image_sizes
     for index, source in ((pairs, 0), (edits, 1)):
-        assert index.patches_N is not None
+        assert index.lengths.patches_N is not None
         for sample in range(len(index)):
             number = int(index.key(sample)) % 100
             wanted = [stored(number)[1]] if not source else [stored(number + turn)[1] for turn in (0, 1, 0)]
             patches = sum(32 if size != "8x8" else 16 for size in wanted)
-            assert index.patches_N[sample] == patches
-            tokens = int(index.text_tokens_C[sample]) + patches + 2 * len(wanted) + 2
+            assert index.lengths.patches_N[sample] == patches
+            tokens = int(index.lengths.text_tokens_C[sample]) + patches + 2 * len(wanted) + 2
             variant = Variant.INTERLEAVED if source else Variant.CAPTION_FIRST
             row = builder.build((Piece(source, 0, sample, 0, tokens, variant, 0),))
             assert [f"{i.values_CHW.shape[1]}x{i.values_CHW.shape[2]}" for i in row.images] == wanted

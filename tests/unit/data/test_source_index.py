@@ -21,11 +21,11 @@ def test_ids_and_pictures_of_every_sample(data: Path, tokenizer: Tokenizer) -> N
     assert len(index) == 297 and index.is_pair_N.all() and not index.faults
     digits = [digit_in_caption(tokenizer.decode(index.text_ids(sample).tolist())) for sample in range(297)]
     for sample in range(0, 297, 50):
-        first, end = index.caption_start_N[sample : sample + 2]
+        first, end = index.lengths.caption_start_N[sample : sample + 2]
         assert end - first == CAPTIONS_PER_DIGIT
         for caption in range(CAPTIONS_PER_DIGIT):
             ids = index.text_ids(sample, caption)
-            assert len(ids) == index.text_tokens_C[first + caption] > 0
+            assert len(ids) == index.lengths.text_tokens_C[first + caption] > 0
             assert digit_in_caption(tokenizer.decode(ids.tolist())) == digits[sample]
         assert index.read_picture(sample).startswith(b"\x89PNG")
     assert index.text_ids(0).dtype == "uint16"
@@ -62,7 +62,7 @@ def test_of_several_captions_only_those_too_long_are_left_out(
     index = build_index(source, tokenizer, patches=16, row_length=32)
     assert not index.faults
     texts = [tokenizer.decode(index.text_ids(0, caption).tolist()) for caption in range(3)]
-    assert texts == ["three", "3", "the digit 3"] and index.caption_start_N.tolist() == [0, 3]
+    assert texts == ["three", "3", "the digit 3"] and index.lengths.caption_start_N.tolist() == [0, 3]
 
 
 def test_nothing_usable_is_told_with_reasons(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ import pytest
 from transfusion.data.loading import workers
 from transfusion.data.loading.rows import Row, RowImage
 from transfusion.data.loading.workers import _Arena, _attempt, _Packed, _work
-from transfusion.data.shards.scan import Fault
+from transfusion.data.shards.sample import Fault
 
 LENGTH = 4096
 

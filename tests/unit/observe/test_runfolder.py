@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from transfusion.config import load_config
-from transfusion.data.shards.scan import Fault
+from transfusion.data.shards.sample import Fault
 from transfusion.errors import UserError
 from transfusion.observe import RunFolder, runfolder, start_logging
 from transfusion.observe.environment import describe_environment, git_state, package_version

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from transfusion.data.images.probe import CHECKSUM, CHUNK, GREATEST_PIXELS, probe
+from transfusion.data.shards.sample import SampleError
 from transfusion.sequence.sizes import ImageSizes, Size
 
 try:
@@ -41,10 +42,6 @@ _TURNING_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 Picture = NDArray[np.uint8]
 
 
-class DecodeFault(Exception):  # noqa: N818  (no mistake of the program: one bad sample)
-    """A picture that cannot be used; the message is the reason, short enough to count by."""
-
-
 def use_one_thread() -> None:
     """For one process of many: OpenCV would start a thread a core, and waiting for them costs more than they gain."""
     if opencv is not None:
@@ -57,7 +54,7 @@ def decode(data: bytes, *, channels: int, image_size: int) -> Picture:
 
 
 def decode_fitting(data: bytes, sizes: ImageSizes, *, channels: int) -> Picture:
-    """As `decode_to`, to the size that such a picture takes. Raises PictureFault too, as `probe` does."""
+    """As `decode_to`, to the size that such a picture takes. Raises SampleError too, as `probe` does."""
     facts = probe(data)
     size = sizes.for_picture(facts.height, facts.width)
     return decode_to(data, size, turned=sizes.when_turned(size), channels=channels)
@@ -67,17 +64,17 @@ def decode_to(data: bytes, size: Size, *, turned: Size | None = None, channels: 
     """The picture as uint8 [channels, height, width]: upright, on white, its middle cut to the shape, bicubic.
 
     A picture of that size already is not resampled. turned: the size instead of a picture that was stored on its
-    side. channels: 1 grey, 3 colour. Raises DecodeFault. The same bits with and without OpenCV.
+    side. channels: 1 grey, 3 colour. Raises SampleError. The same bits with and without OpenCV.
     """
     try:
         values = _by_opencv(data)
         picture, on_its_side = _by_pillow(data) if values is None else (_as_image(values), False)
         return _to_values(picture, channels, turned if turned and on_its_side else size)
-    except DecodeFault:
+    except SampleError:
         raise
     except Exception:
         # Of a picture with colours by number and no table of them Pillow finds out last, by an assertion.
-        raise DecodeFault("image_corrupt") from None
+        raise SampleError("image_corrupt") from None
 
 
 def _by_pillow(data: bytes) -> tuple[Image.Image, bool]:
@@ -89,7 +86,7 @@ def _by_pillow(data: bytes) -> tuple[Image.Image, bool]:
         warnings.simplefilter("ignore")
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
         if picture.width * picture.height > GREATEST_PIXELS:
-            raise DecodeFault("image_too_large")
+            raise SampleError("image_too_large")
         picture.load()
         on_its_side = False
         # Only now: text that stands behind the pixels of a PNG has been read.

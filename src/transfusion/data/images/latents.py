@@ -18,6 +18,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from transfusion.config import CodecConfig
+from transfusion.data.shards.sample import SampleError
 from transfusion.errors import UserError
 from transfusion.sequence.sizes import Size
 
@@ -73,10 +74,6 @@ def read_record(shard: Path) -> LatentRecord | None:
         return None
 
 
-class LatentFault(Exception):  # noqa: N818  (no mistake of the program: one bad sample)
-    """Latents that cannot be used; the message is the reason."""
-
-
 def refuse_other_latents(shard: Path, codec: CodecConfig, source: str) -> None:
     """Raise UserError where the latents of a shard are of another codec or picture size than the configuration's.
 
@@ -105,7 +102,7 @@ def refuse_other_latents(shard: Path, codec: CodecConfig, source: str) -> None:
 def latent_shape(head: bytes, size: int) -> tuple[int, int, int]:
     """[C, h, w] of a file of `size` bytes that begins with `head` (at least HEADER_BYTES, or all of it).
 
-    Raises LatentFault.
+    Raises SampleError.
     """
     stream = io.BytesIO(head)
     shape, _, kind = _header(stream)
@@ -122,39 +119,39 @@ def token_shape(head: bytes, size: int) -> tuple[int, int, int]:
 
 
 def read_latent(data: bytes) -> NDArray[np.float32]:
-    """The latents as float32 [C, h, w]. Raises LatentFault, also where a value is not finite."""
+    """The latents as float32 [C, h, w]. Raises SampleError, also where a value is not finite."""
     shape = latent_shape(data[:HEADER_BYTES], len(data))
     stream = io.BytesIO(data)
     _, columns_first, kind = _header(stream)
     values = np.frombuffer(data, kind, offset=stream.tell())
     values = values.reshape(shape, order="F" if columns_first else "C").astype(np.float32, order="C")
     if not np.isfinite(values).all():
-        raise LatentFault("latent_not_finite")
+        raise SampleError("latent_not_finite")
     return values
 
 
 def read_tokens(data: bytes, codes: int) -> NDArray[np.int32]:
-    """The tokens as int32 [h, w]. Raises LatentFault, also where one is no entry of a codebook of so many codes."""
+    """The tokens as int32 [h, w]. Raises SampleError, also where one is no entry of a codebook of so many codes."""
     _, height, width = token_shape(data[:HEADER_BYTES], len(data))
     stream = io.BytesIO(data)
     _, columns_first, kind = _header(stream)
     values = np.frombuffer(data, kind, offset=stream.tell())
     tokens = values.reshape((height, width), order="F" if columns_first else "C").astype(np.int32, order="C")
     if tokens.min() < 0 or tokens.max() >= codes:
-        raise LatentFault("token_range")
+        raise SampleError("token_range")
     return tokens
 
 
 def _refuse_malformed(
     shape: tuple[int, ...], kind: np.dtype[Any], size: int, *, types: Sequence[str], dimensions: int
 ) -> None:
-    """Raise LatentFault unless an array of this shape and type fills `size` bytes and is one of those allowed."""
+    """Raise SampleError unless an array of this shape and type fills `size` bytes and is one of those allowed."""
     if kind.name not in types:
-        raise LatentFault("latent_dtype")
+        raise SampleError("latent_dtype")
     if len(shape) != dimensions or min(shape) < 1:
-        raise LatentFault("latent_shape")
+        raise SampleError("latent_shape")
     if size != math.prod(shape) * kind.itemsize:
-        raise LatentFault("latent_corrupt")
+        raise SampleError("latent_corrupt")
 
 
 def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -165,4 +162,4 @@ def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         return npy.read_array_header_2_0(stream, max_header_size=HEADER_BYTES)
     except Exception:
         # The parser of NumPy's own format raises whatever a malformed literal makes it raise.
-        raise LatentFault("latent_corrupt") from None
+        raise SampleError("latent_corrupt") from None

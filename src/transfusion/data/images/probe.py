@@ -10,6 +10,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
+from transfusion.data.shards.sample import SampleError
 from transfusion.sequence.sizes import GREATEST_ASPECT as GREATEST_ASPECT
 
 GREATEST_PIXELS = 50_000_000
@@ -29,10 +30,6 @@ _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _COMPRESSED = {b"zTXt": 1, b"iCCP": 1}
 
 
-class PictureFault(Exception):  # noqa: N818  (no mistake of the program: one bad sample)
-    """A picture that cannot be used; the message is the reason."""
-
-
 class PictureFacts(NamedTuple):
     """Size as stored (before any rotation), and whether it holds more than one frame."""
 
@@ -42,9 +39,9 @@ class PictureFacts(NamedTuple):
 
 
 def probe(data: bytes) -> PictureFacts:
-    """Facts of a JPEG, PNG or WebP, by content. Raises PictureFault: broken, cut short, or outside the limits."""
+    """Facts of a JPEG, PNG or WebP, by content. Raises SampleError: broken, cut short, or outside the limits."""
     if not data:
-        raise PictureFault("image_empty")
+        raise SampleError("image_empty")
     try:
         if data.startswith(_PNG):
             return _png(data)
@@ -53,19 +50,19 @@ def probe(data: bytes) -> PictureFacts:
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             return _webp(data)
     except (IndexError, zlib.error):
-        raise PictureFault("image_corrupt") from None
-    raise PictureFault("image_corrupt")
+        raise SampleError("image_corrupt") from None
+    raise SampleError("image_corrupt")
 
 
 def _checked(width: int, height: int, *, animated: bool = False) -> PictureFacts:
     if not width or not height:
-        raise PictureFault("image_corrupt")
+        raise SampleError("image_corrupt")
     if width * height > GREATEST_PIXELS:
-        raise PictureFault("image_too_large")
+        raise SampleError("image_too_large")
     if min(width, height) < SMALLEST_SIDE:
-        raise PictureFault("image_too_small")
+        raise SampleError("image_too_small")
     if max(width, height) > GREATEST_ASPECT * min(width, height):
-        raise PictureFault("image_aspect")
+        raise SampleError("image_aspect")
     return PictureFacts(width, height, animated)
 
 
@@ -78,24 +75,24 @@ def _png(data: bytes) -> PictureFacts:
         if facts is None:
             # Judged first: what is too large or too small is so however it goes on.
             if kind != b"IHDR" or length != 13:
-                raise PictureFault("image_truncated" if size < 33 else "image_corrupt")
+                raise SampleError("image_truncated" if size < 33 else "image_corrupt")
             facts = _checked(_big(data, body), _big(data, body + 4))
         if end > size:
             break
         if zlib.crc32(view[position + 4 : end - 4]) != CHECKSUM.unpack_from(data, end - 4)[0]:
-            raise PictureFault("image_corrupt")
+            raise SampleError("image_corrupt")
         if kind == b"IDAT":
             has_pixels = True
         elif kind == b"IEND":
             if not has_pixels:
-                raise PictureFault("image_corrupt")
+                raise SampleError("image_corrupt")
             return facts._replace(animated=True) if animated else facts
         elif kind in _COMPRESSED or kind == b"iTXt":
             _refuse_bomb(kind, data[body : end - 4])
         elif kind == b"acTL":
             animated = True
         position = end
-    raise PictureFault("image_truncated")
+    raise SampleError("image_truncated")
 
 
 def _refuse_bomb(kind: bytes, body: bytes) -> None:
@@ -114,14 +111,14 @@ def _refuse_bomb(kind: bytes, body: bytes) -> None:
         # Not needed for the pixels, and decoders pass over it.
         return
     if len(inflated) >= GREATEST_METADATA:
-        raise PictureFault("image_metadata_bomb")
+        raise SampleError("image_metadata_bomb")
 
 
 def _jpeg(data: bytes) -> PictureFacts:
     facts, position = None, 2
     while position + 4 <= len(data):
         if data[position] != 0xFF:
-            raise PictureFault("image_corrupt")
+            raise SampleError("image_corrupt")
         marker = data[position + 1]
         if marker == 0xFF:
             position += 1
@@ -137,15 +134,15 @@ def _jpeg(data: bytes) -> PictureFacts:
             facts = _checked(int.from_bytes(width), int.from_bytes(height))
         if marker == _START_OF_SCAN:
             if facts is None:
-                raise PictureFault("image_corrupt")
+                raise SampleError("image_corrupt")
             # Inside a scan FF is always followed by 00 or a restart, so this is no pixel.
             if data.find(b"\xff\xd9", position + 2 + length) < 0:
-                raise PictureFault("image_truncated")
+                raise SampleError("image_truncated")
             return facts
         if length < 2 or marker == _END_OF_IMAGE:
-            raise PictureFault("image_corrupt")
+            raise SampleError("image_corrupt")
         position += 2 + length
-    raise PictureFault("image_truncated")
+    raise SampleError("image_truncated")
 
 
 def _webp(data: bytes) -> PictureFacts:
@@ -163,31 +160,31 @@ def _webp(data: bytes) -> PictureFacts:
             facts = _checked(width, height)
         elif kind == b"VP8 " and facts is None:
             if data[body + 3 : body + 6] != b"\x9d\x01\x2a":
-                raise PictureFault("image_corrupt")
+                raise SampleError("image_corrupt")
             facts = _checked(_little(data, body + 6, 2) & 0x3FFF, _little(data, body + 8, 2) & 0x3FFF)
         elif kind == b"VP8L" and facts is None:
             if data[body] != 0x2F:
-                raise PictureFault("image_corrupt")
+                raise SampleError("image_corrupt")
             bits = _little(data, body + 1, 4)
             facts = _checked((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
         has_pixels |= kind in (b"VP8 ", b"VP8L", b"ANMF")
         position = body + length + (length & 1)
     if facts is None:
-        raise PictureFault("image_truncated" if end > len(data) else "image_corrupt")
+        raise SampleError("image_truncated" if end > len(data) else "image_corrupt")
     if end > len(data) or position > len(data) + 1:
-        raise PictureFault("image_truncated")
+        raise SampleError("image_truncated")
     if not has_pixels:
-        raise PictureFault("image_corrupt")
+        raise SampleError("image_corrupt")
     return PictureFacts(facts.width, facts.height, animated)
 
 
 def _big(data: bytes, position: int) -> int:
     if position + 4 > len(data):
-        raise PictureFault("image_truncated")
+        raise SampleError("image_truncated")
     return int.from_bytes(data[position : position + 4])
 
 
 def _little(data: bytes, position: int, count: int) -> int:
     if position + count > len(data):
-        raise PictureFault("image_truncated")
+        raise SampleError("image_truncated")
     return int.from_bytes(data[position : position + count], "little")

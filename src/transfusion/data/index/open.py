@@ -8,8 +8,6 @@ from pathlib import Path
 from transfusion.config import Config, SourceConfig
 from transfusion.data.index.build import IndexPlace, cache_of
 from transfusion.data.index.source_index import SourceIndex, build_index
-from transfusion.data.planning.epoch import Schedule, SourceLengths
-from transfusion.data.remote.cache import RemoteShard
 from transfusion.sequence.tokenizer import Tokenizer
 
 
@@ -30,24 +28,3 @@ def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: To
         )
         for source in sources
     ]
-
-
-def source_lengths(index: SourceIndex, schedule: Schedule, config: Config) -> SourceLengths:
-    """What the planner is told of a source."""
-    return SourceLengths(
-        name=index.name,
-        schedule=schedule,
-        caption_start_N=index.caption_start_N,
-        text_tokens_C=index.text_tokens_C,
-        images_N=index.images_N,
-        interleaved_N=index.interleaved_N,
-        patches=config.patches_per_image,
-        windows=index.windows,
-        patches_N=index.patches_N,
-        image_sizes=config.codec.image_sizes,
-    )
-
-
-def is_remote(index: SourceIndex) -> bool:
-    """Whether shards of the source have to be fetched."""
-    return any(isinstance(shard, RemoteShard) for shard in index.shards)

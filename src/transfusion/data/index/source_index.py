@@ -19,7 +19,7 @@ from transfusion.config import CacheConfig, CodecConfig, SourceConfig
 from transfusion.data.images.latents import refuse_other_latents
 from transfusion.data.index.build import HARMLESS, IndexPlace, find_shards, open_indexes, too_many_faults
 from transfusion.data.index.shard_index import Integers, OpenShards, ShardIndex
-from transfusion.data.planning.epoch import Windows
+from transfusion.data.planning.epoch import Schedule, SourceLengths, Windows
 from transfusion.data.remote.cache import CacheSettings, RemoteShard
 from transfusion.data.shards.sample import Fault
 from transfusion.data.shards.scan import is_shard
@@ -39,13 +39,7 @@ TokenIds = NDArray[np.uint16] | NDArray[np.int32]
 
 
 class SourceIndex:
-    """The samples of one source that fit a row, and the faults that were left out.
-
-    caption_start_N: N + 1 borders of each sample's captions in C; a text counts as one, and so does an
-    interleaved document. text_tokens_C: ids of each. images_N: images in each sample's document.
-    interleaved_N: whether the document has an order of its own. windows: the order of the samples, if remote.
-    patches_N: patches of all images of each document; None: each image has as many.
-    """
+    """The samples of one source that fit a row, and the faults that were left out. lengths: what planning is told."""
 
     def __init__(
         self,
@@ -57,6 +51,7 @@ class SourceIndex:
         latent_channels: int = 0,
         window_shards: int = 1,
         sizes: ImageSizes | None = None,
+        schedule: Schedule = ((0, 1.0),),
     ) -> None:
         """patches: of one image, or with `sizes` those of the size that it takes. latent_channels: of precomputed
         latents; 0: any. window_shards: of a remote source.
@@ -78,27 +73,32 @@ class SourceIndex:
         self._kept = [view.kept for view in views]
         # A list, which is searched faster for one sample than an array.
         self._start_of_part = list(itertools.accumulate((len(view.captions_N) for view in views), initial=0))
-        self.caption_start_N = np.zeros(self._start_of_part[-1] + 1, np.int64)
-        if views:
-            np.cumsum(np.concatenate([view.captions_N for view in views]), out=self.caption_start_N[1:])
-        self.text_tokens_C: Integers = _joined([view.tokens_C for view in views], np.int64)
-        self.images_N: Integers = _joined([view.images_N for view in views], np.int64)
-        self.interleaved_N: NDArray[np.bool_] = _joined([view.interleaved_N for view in views], np.bool_)
-        self.patches_N: Integers | None = None
-        if self._sizes:
-            self.patches_N = _joined([view.patches_N for view in views], np.int64)
         self.faults = tuple(fault for view in views for fault in view.faults)
-        self.windows: Windows | None = None
-        if any(isinstance(shard, RemoteShard) for shard in self.shards):
-            self.windows = Windows(np.diff(self._start_of_part), window_shards)
+        self.lengths = SourceLengths(
+            name=name,
+            schedule=schedule,
+            caption_start_N=_sums(_joined([view.captions_N for view in views], np.int64)),
+            text_tokens_C=_joined([view.tokens_C for view in views], np.int64),
+            images_N=_joined([view.images_N for view in views], np.int64),
+            interleaved_N=_joined([view.interleaved_N for view in views], np.bool_),
+            patches=patches,
+            windows=Windows(np.diff(self._start_of_part), window_shards) if self.is_remote else None,
+            patches_N=_joined([view.patches_N for view in views], np.int64) if self._sizes else None,
+            image_sizes=tuple(map(str, self._sizes.sizes)) if self._sizes else (),
+        )
 
     def __len__(self) -> int:
         return self._start_of_part[-1]
 
     @property
+    def is_remote(self) -> bool:
+        """Whether shards of the source have to be fetched."""
+        return any(isinstance(shard, RemoteShard) for shard in self.shards)
+
+    @property
     def is_pair_N(self) -> NDArray[np.bool_]:
         """A picture with captions."""
-        is_pair_N: NDArray[np.bool_] = (self.images_N > 0) & ~self.interleaved_N
+        is_pair_N: NDArray[np.bool_] = (self.lengths.images_N > 0) & ~self.lengths.interleaved_N
         return is_pair_N
 
     def part(self, shard: int) -> ShardIndex:
@@ -212,10 +212,7 @@ class SourceIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         # Lengths are for planning, which workers do not; without them a large source starts at once there too.
-        lengths = (
-            "caption_start_N", "text_tokens_C", "images_N", "interleaved_N", "patches_N", "faults", "windows",
-        )  # fmt: skip
-        kept = {name: value for name, value in self.__dict__.items() if name not in lengths}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("lengths", "faults")}
         return kept | {"_size_numbers": {}}
 
 
@@ -288,6 +285,7 @@ def build_index(
         latent_channels=latent_channels,
         window_shards=source.window_shards,
         sizes=sizes,
+        schedule=source.schedule,
     )
     if not len(index):
         raise UserError(

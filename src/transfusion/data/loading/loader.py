@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from transfusion.config import Config, SourceConfig
 from transfusion.data.index.build import cache_of
-from transfusion.data.index.open import build_indexes, is_remote, source_lengths
+from transfusion.data.index.open import build_indexes
 from transfusion.data.index.source_index import refuse_too_many
 from transfusion.data.loading.collate import collate
 from transfusion.data.loading.prefetch import PlanFetcher
@@ -18,7 +18,7 @@ from transfusion.data.loading.rows import Row, RowBuilder, RowSettings
 from transfusion.data.loading.workers import LocalWorkshop, ProcessWorkshop, Workshop
 from transfusion.data.planning.epoch import VariantRule
 from transfusion.data.planning.packing import Piece, Planner, PlanSettings, RowPlan, State
-from transfusion.data.shards.scan import Fault
+from transfusion.data.shards.sample import Fault
 from transfusion.errors import UserError
 from transfusion.schema import Batch, BatchCounts
 from transfusion.sequence.tokenizer import Tokenizer
@@ -57,18 +57,13 @@ class Loader:
         self._config, self._rank, self._world_size = config, rank, world_size
         self.indexes = build_indexes(config, sources, tokenizer)
         refuse_too_many(self.indexes, config.data.max_faults)
-        lengths = [
-            source_lengths(index, source.schedule, config)
-            for index, source in zip(self.indexes, sources, strict=True)
-        ]
         settings = plan_settings(config)
-        self._planner = Planner(lengths, settings, state)
+        self._planner = Planner([index.lengths for index in self.indexes], settings, state)
         self.fetching: PlanFetcher | None = None
-        if any(map(is_remote, self.indexes)):
+        if any(index.is_remote for index in self.indexes):
             self.fetching = PlanFetcher(
                 self._planner,
                 self.indexes,
-                lengths,
                 settings.variants,
                 cache_of(config),
                 rank=rank,

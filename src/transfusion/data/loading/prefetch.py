@@ -19,7 +19,7 @@ import numpy as np
 
 from transfusion.data.index.shard_index import ShardIndex
 from transfusion.data.index.source_index import SourceIndex
-from transfusion.data.planning.epoch import Deck, SourceLengths, Variant, VariantRule
+from transfusion.data.planning.epoch import Deck, Variant, VariantRule
 from transfusion.data.planning.packing import Planner, RowPlan
 from transfusion.data.remote.cache import (
     FORGIVEN_SECONDS,
@@ -44,14 +44,14 @@ def shards_of(plans: Iterable[RowPlan], indexes: Sequence[SourceIndex]) -> Needs
     """The remote shards that these rows read pictures from; texts stand in the index."""
     found: dict[Need, None] = {}
     for number, index in enumerate(indexes):
-        if index.windows is not None:
+        if index.lengths.windows is not None:
             samples = {
                 piece.sample
                 for plan in plans
                 for piece in plan
                 if piece.source == number and piece.variant != Variant.TEXT
             }
-            shards = np.unique(index.windows.shard_of(np.array(sorted(samples), np.int64)))
+            shards = np.unique(index.lengths.windows.shard_of(np.array(sorted(samples), np.int64)))
             found.update(
                 ((number, shard), None)
                 for shard in shards.tolist()
@@ -258,7 +258,6 @@ class PlanFetcher:
         self,
         planner: Planner,
         indexes: Sequence[SourceIndex],
-        lengths: Sequence[SourceLengths],
         rule: VariantRule,
         settings: CacheSettings,
         *,
@@ -268,9 +267,9 @@ class PlanFetcher:
         self.fetcher = Fetcher(indexes, settings)
         self._planner, self._indexes, self._rank, self._world_size = planner, indexes, rank, world_size
         self._lines = [
-            _Line(number, index, source, Deck(source, rule))
-            for number, (index, source) in enumerate(zip(indexes, lengths, strict=True))
-            if index.windows is not None
+            _Line(number, index, Deck(index.lengths, rule))
+            for number, index in enumerate(indexes)
+            if index.lengths.windows is not None
         ]
 
     def is_ready(self) -> bool:
@@ -302,11 +301,11 @@ class PlanFetcher:
 class _Line:
     """The remote shards of one source, in the order in which it will need them."""
 
-    def __init__(self, number: int, index: SourceIndex, source: SourceLengths, deck: Deck) -> None:
-        self.name = source.name
+    def __init__(self, number: int, index: SourceIndex, deck: Deck) -> None:
+        self.name, source = index.name, index.lengths
         self._number, self._deck = number, deck
-        assert index.windows is not None
-        shown_K = np.bincount(index.windows.shard_of(np.flatnonzero(index.images_N)))
+        assert source.windows is not None
+        shown_K = np.bincount(source.windows.shard_of(np.flatnonzero(source.images_N)))
         self._shards = {
             shard
             for shard in np.flatnonzero(shown_K).tolist()

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfusion.config import Config
-from transfusion.data.images.decode import DecodeFault, decode_to
-from transfusion.data.images.latents import LatentFault, read_latent, read_tokens
+from transfusion.data.images.decode import decode_to
+from transfusion.data.images.latents import read_latent, read_tokens
 from transfusion.data.index.shard_index import OpenShards
 from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.planning import hash_rng
 from transfusion.data.planning.epoch import Variant
 from transfusion.data.planning.packing import Piece, RowPlan
-from transfusion.data.shards.scan import Fault
+from transfusion.data.shards.sample import Fault, SampleError
 from transfusion.files import name_hash
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
 from transfusion.sequence.layout import (
@@ -158,7 +158,7 @@ class RowBuilder:
                         self._values((piece.source, piece.sample, picture), shards)
                         for picture in self._numbers(piece)
                     ]
-                except DecodeFault as error:
+                except SampleError as error:
                     faults.append(index.fault(piece.sample, str(error)))
                 except OSError as error:
                     faults.append(index.fault(piece.sample, f"unreadable shard ({error.strerror})"))
@@ -171,7 +171,7 @@ class RowBuilder:
         return self._indexes[piece.source].segments(piece.sample)[1]
 
     def _values(self, place: Place, shards: OpenShards) -> Values:
-        """A picture or latents, remembered while there is room. Raises DecodeFault and OSError."""
+        """A picture or latents, remembered while there is room. Raises SampleError and OSError."""
         if (values := self._cache.get(place)) is None:
             source, sample, number = place
             values = read_values(self._indexes[source], sample, number, self._settings, shards)
@@ -224,7 +224,7 @@ class RowBuilder:
 def read_values(
     index: SourceIndex, sample: int, picture: int, settings: RowSettings, shards: OpenShards | None = None
 ) -> Values:
-    """One of the sample's pictures as pixels, or its latents or tokens. Raises DecodeFault and OSError.
+    """One of the sample's pictures as pixels, or its latents or tokens. Raises SampleError and OSError.
 
     shards: open ones, where several are read.
     """
@@ -233,13 +233,10 @@ def read_values(
     if not index.is_latent(sample, picture):
         turned = settings.sizes.when_turned(size)
         return decode_to(data, size, turned=turned, channels=settings.channels)
-    try:
-        latent: Values = read_tokens(data, settings.codes) if settings.codes else read_latent(data)
-    except LatentFault as error:
-        raise DecodeFault(str(error)) from None
+    latent: Values = read_tokens(data, settings.codes) if settings.codes else read_latent(data)
     latent_shape = settings.sizes.latents(size)
     if latent.shape != (latent_shape if settings.codes else (settings.latent_channels, *latent_shape)):
-        raise DecodeFault("latent_shape")
+        raise SampleError("latent_shape")
     return latent
 
 

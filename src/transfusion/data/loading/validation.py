@@ -6,16 +6,15 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from transfusion.config import Config, SourceConfig
-from transfusion.data.images.decode import DecodeFault
 from transfusion.data.index.build import cache_of
-from transfusion.data.index.open import build_indexes, is_remote, source_lengths
+from transfusion.data.index.open import build_indexes
 from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.loading.collate import collate
 from transfusion.data.loading.prefetch import Fetcher, shards_of
 from transfusion.data.loading.rows import RowBuilder, RowSettings, pair_segments, read_values, with_values
 from transfusion.data.planning.epoch import Variant, VariantRule
 from transfusion.data.planning.packing import PlanSettings, RowPlan, plan_once
-from transfusion.data.shards.scan import Fault
+from transfusion.data.shards.sample import Fault, SampleError
 from transfusion.errors import UserError
 from transfusion.schema import Batch, Document, TextSegment
 from transfusion.sequence.tokenizer import Tokenizer
@@ -53,7 +52,7 @@ class EvaluationLoader:
         rule = VariantRule(seed=config.run.seed, caption_first=caption_first, caption_drop=0.0)
         length = config.data.row_length
         plan = PlanSettings(rows=self._rows, row_length=length, open_rows=_OPEN_ROWS, variants=rule)
-        lengths = [source_lengths(index, ((0, 1.0),), config) for index in self.indexes]
+        lengths = [index.lengths for index in self.indexes]
         self._plans: list[RowPlan] = list(plan_once(lengths, plan))
 
     def __len__(self) -> int:
@@ -66,7 +65,7 @@ class EvaluationLoader:
         batches = [mine[number * self._rows : (number + 1) * self._rows] for number in range(len(self))]
         with contextlib.ExitStack() as stack:
             fetcher: Fetcher | None = None
-            if any(map(is_remote, self.indexes)):
+            if any(index.is_remote for index in self.indexes):
                 fetcher = stack.enter_context(contextlib.closing(Fetcher(self.indexes, self._cache)))
                 fetcher.expect(shards_of(plans, self.indexes) for plans in batches)
             for plans in batches:
@@ -94,18 +93,18 @@ def documents(
         for sample in range(len(index)):
             try:
                 yield _document(index, sample, config)
-            except (DecodeFault, OSError) as error:
+            except (SampleError, OSError) as error:
                 if faults is not None:
                     faults.append(index.fault(sample, str(error)))
 
 
 def _document(index: SourceIndex, sample: int, config: Config) -> Document:
     settings = RowSettings.of(config)
-    if index.interleaved_N[sample]:
+    if index.lengths.interleaved_N[sample]:
         segments, pictures = index.segments(sample)
         values = [read_values(index, sample, picture, settings) for picture in pictures]
         segments = with_values(segments, values, settings.sizes)
-    elif index.images_N[sample]:
+    elif index.lengths.images_N[sample]:
         values = [read_values(index, sample, 0, settings)]
         ids = index.text_ids(sample).tolist()
         segments = pair_segments(ids, index.image(sample), Variant.CAPTION_FIRST)

@@ -190,14 +190,18 @@ class VariantRule:
     caption_drop: float
 
 
-class Documents(NamedTuple):
-    """Draws of one source: which sample in which epoch, how it is laid out, with which of its captions, how long."""
+class Columns(NamedTuple):
+    """Pieces [P] of documents: `tokens` tokens from `first` of a draw of a source; whole: its whole length."""
 
-    epoch_D: Integers
-    sample_D: Integers
-    variant_D: Integers
-    caption_D: Integers
-    tokens_D: Integers
+    source: Integers
+    draw: Integers
+    epoch: Integers
+    sample: Integers
+    first: Integers
+    tokens: Integers
+    variant: Integers
+    caption: Integers
+    whole: Integers
 
 
 def share_at(schedule: Schedule, step: int) -> float:
@@ -219,8 +223,11 @@ class Deck:
         self._rule = rule
         self._key = name_hash(source.name)
 
-    def documents(self, draw_D: Integers) -> Documents:
-        """These draws, a pure function of their numbers and the seed. Draw d is number d % size of epoch d // size."""
+    def documents(self, draw_D: Integers) -> Columns:
+        """These draws, uncut: a pure function of their numbers and the seed.
+
+        Draw d is number d % size of epoch d // size. Sources are counted elsewhere, so the column `source` is 0.
+        """
         epoch_D, place_D = np.divmod(draw_D, self.size)
         sample_D = np.empty_like(draw_D)
         for epoch in np.unique(epoch_D).tolist():
@@ -234,7 +241,18 @@ class Deck:
         text_D = np.where(variant_D == Variant.CAPTION_DROPPED, 0, text_D)
         control_D = np.where(patches_D > 0, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS)
         tokens_D = (text_D + patches_D + control_D).astype(np.int64)
-        return Documents(epoch_D, sample_D, variant_D, caption_D, tokens_D)
+        nothing_D = np.zeros_like(draw_D)
+        return Columns(
+            source=nothing_D,
+            draw=draw_D,
+            epoch=epoch_D,
+            sample=sample_D,
+            first=nothing_D,
+            tokens=tokens_D,
+            variant=variant_D,
+            caption=caption_D,
+            whole=tokens_D,
+        )
 
     def shards_ahead(self, draw: int) -> Iterator[tuple[int, int]]:
         """Shards that draws from this one on need, in order and without end: (first draw that may, shard).

@@ -8,11 +8,10 @@ Shape suffixes: D documents, P pieces.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from transfusion.data.planning.epoch import Deck, Documents, Integers, Lengths, VariantRule, share_at
+from transfusion.data.planning.epoch import Columns, Deck, Integers, Lengths, VariantRule, share_at
 
 # Ticks of a clock a token, for a source that is alone.
 _TICKS = 1 << 16
@@ -20,20 +19,6 @@ _FEWEST_DRAWN = 256
 # Where a source stands: number of its next draw, tokens already given of that document, clock.
 Cursor = list[int]
 Cursors = dict[str, Cursor]
-
-
-class Columns(NamedTuple):
-    """Pieces [P] of documents: `tokens` tokens from `first` of a draw of a source; whole: its whole length."""
-
-    source: Integers
-    draw: Integers
-    epoch: Integers
-    sample: Integers
-    first: Integers
-    tokens: Integers
-    variant: Integers
-    caption: Integers
-    whole: Integers
 
 
 def fresh_cursors(sources: Sequence[Lengths]) -> Cursors:
@@ -110,7 +95,8 @@ class Stream:
 
     def whole_documents(self, source: int, draw_D: Integers) -> Columns:
         """These draws of a source, uncut."""
-        return _columns(source, draw_D, self._tapes[source].deck.documents(draw_D))
+        documents = self._tapes[source].deck.documents(draw_D)
+        return documents._replace(source=np.full_like(draw_D, source))
 
     def documents(self, count: int) -> Columns:
         """The next `count` documents of the only source, in pieces."""
@@ -124,11 +110,10 @@ class _Tape:
         self.deck = deck
         self.draw, self.first, self.clock = cursor
         self._row_length, self._shortest = row_length, shortest_piece
-        self._drawn = _columns(0, *self._draw(self.draw, 0))
+        self._drawn = self._draw(self.draw, 0)
 
-    def _draw(self, first: int, count: int) -> tuple[Integers, Documents]:
-        draw_D = np.arange(first, first + count, dtype=np.int64)
-        return draw_D, self.deck.documents(draw_D)
+    def _draw(self, first: int, count: int) -> Columns:
+        return self.deck.documents(np.arange(first, first + count, dtype=np.int64))
 
     def seek(self, draw: int, first: int) -> None:
         """Stand at this token of this draw."""
@@ -155,7 +140,7 @@ class _Tape:
         return self._cut(whole)
 
     def _extend(self, count: int) -> None:
-        more = _columns(0, *self._draw(self.draw + len(self._drawn.tokens), count))
+        more = self._draw(self.draw + len(self._drawn.tokens), count)
         self._drawn = Columns(*(np.concatenate(pair) for pair in zip(self._drawn, more, strict=True)))
 
     def _cut(self, documents: Columns) -> Columns:
@@ -175,17 +160,3 @@ class _Tape:
         tokens[short - 1] -= self._shortest
         pieces = Columns(*(column[document] for column in documents))
         return pieces._replace(first=begin[document] + offset, tokens=tokens)
-
-
-def _columns(source: int, draw_D: Integers, documents: Documents) -> Columns:
-    return Columns(
-        source=np.full_like(draw_D, source),
-        draw=draw_D,
-        epoch=documents.epoch_D,
-        sample=documents.sample_D,
-        first=np.zeros_like(draw_D),
-        tokens=documents.tokens_D,
-        variant=documents.variant_D,
-        caption=documents.caption_D,
-        whole=documents.tokens_D,
-    )

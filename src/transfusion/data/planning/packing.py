@@ -15,8 +15,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from transfusion.data.planning.epoch import Integers, Lengths, Variant, VariantRule, next_change, share_at
-from transfusion.data.planning.mixture import Columns, Stream, fresh_cursors
+from transfusion.data.planning.epoch import (
+    Columns,
+    Integers,
+    Lengths,
+    Variant,
+    VariantRule,
+    next_change,
+    share_at,
+)
+from transfusion.data.planning.mixture import Stream, fresh_cursors
 from transfusion.errors import UserError
 from transfusion.files import fingerprint
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transfusion.data.images.probe import PictureFault, probe
+from transfusion.data.images.probe import probe
 from transfusion.data.planning import hash_rng
-from transfusion.data.shards.sample import Fault, RawSample
+from transfusion.data.shards.sample import Fault, RawSample, SampleError
 from transfusion.data.shards.scan import scan
 from transfusion.data.shards.validate import PICTURE_EXTENSIONS
 from transfusion.data.shards.webdataset import Sample
@@ -82,9 +82,9 @@ def _pictures(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iter
             skipped.append(Fault(folder.name, name, "caption_missing"))
         except UnicodeDecodeError:
             skipped.append(Fault(folder.name, name, "text_encoding"))
-        except (PictureFault, OSError) as error:
+        except (SampleError, OSError) as error:
             skipped.append(
-                Fault(folder.name, name, str(error) if isinstance(error, PictureFault) else "file_unreadable")
+                Fault(folder.name, name, str(error) if isinstance(error, SampleError) else "file_unreadable")
             )
         else:
             if caption:

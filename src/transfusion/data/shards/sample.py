@@ -68,7 +68,7 @@ class RawSample(NamedTuple):
 
 
 class SampleError(Exception):
-    """Carries the reason why a sample is left out."""
+    """The reason why a sample is left out, short enough to count by."""
 
 
 def utf8(data: bytes) -> str:

@@ -8,15 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transfusion.config.sections import Verify
-from transfusion.data.images.latents import (
-    HEADER_BYTES,
-    LATENTS,
-    TOKENS,
-    LatentFault,
-    latent_shape,
-    token_shape,
-)
-from transfusion.data.images.probe import PictureFault, probe
+from transfusion.data.images.latents import HEADER_BYTES, LATENTS, TOKENS, latent_shape, token_shape
+from transfusion.data.images.probe import probe
 from transfusion.data.shards.sample import (
     CAPTION_BYTES,
     DOCUMENT_BYTES,
@@ -83,7 +76,7 @@ class Judge:
             raise SampleError(group.reason)
         try:
             found = self._read(group)
-        except (SampleError, PictureFault, LatentFault) as error:
+        except SampleError as error:
             # Where a shard merely ends early, what is missing tells more than that it ended.
             hidden = group.damage not in ("", NO_END_MARKER)
             raise SampleError(group.damage if hidden else str(error)) from None

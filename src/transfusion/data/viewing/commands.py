@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from transfusion.config import Config
-from transfusion.data.index.open import build_indexes, source_lengths
+from transfusion.data.index.open import build_indexes
 from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.loading.loader import plan_settings
 from transfusion.data.loading.rows import RowBuilder, RowSettings
@@ -55,11 +55,7 @@ def show_rows(config: Config, out: Path, *, rows: int = 4, step: int = 0) -> Non
 def stats_config(config: Config, *, steps: int = 64) -> dict[str, Any]:
     """Plain values: of each source its samples, lengths and faults, and what the plan makes of them all."""
     indexes, _, config = _opened(config)
-    sources = [
-        source_lengths(index, source.schedule, config)
-        for index, source in zip(indexes, config.data.sources, strict=True)
-    ]
-    found = as_dict(survey(sources, plan_settings(config), batches=steps))
+    found = as_dict(survey([index.lengths for index in indexes], plan_settings(config), batches=steps))
     for index in indexes:
         found["sources"][index.name] |= _source_stats(index, config)
     return found
@@ -75,20 +71,16 @@ def _opened(config: Config) -> tuple[list[SourceIndex], Tokenizer, Config]:
 
 
 def _planner(config: Config, indexes: list[SourceIndex]) -> Planner:
-    lengths = [
-        source_lengths(index, source.schedule, config)
-        for index, source in zip(indexes, config.data.sources, strict=True)
-    ]
-    return Planner(lengths, plan_settings(config))
+    return Planner([index.lengths for index in indexes], plan_settings(config))
 
 
 def _source_stats(index: SourceIndex, config: Config) -> dict[str, Any]:
-    tokens_C = index.text_tokens_C
+    tokens_C = index.lengths.text_tokens_C
     return {
         "shards": len(index.shards),
         "pairs": int(index.is_pair_N.sum()),
-        "interleaved": int(index.interleaved_N.sum()),
-        "texts": int((index.images_N == 0).sum()),
+        "interleaved": int(index.lengths.interleaved_N.sum()),
+        "texts": int((index.lengths.images_N == 0).sum()),
         "text_tokens": int(tokens_C.sum()),
         "text_lengths": {
             name: int(np.quantile(tokens_C, place, method="nearest")) for name, place in _QUANTILES.items()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from transfusion.config import Config
-from transfusion.data.index.open import build_indexes, source_lengths
+from transfusion.data.index.open import build_indexes
 from transfusion.data.loading.loader import plan_settings, rows_per_rank
 from transfusion.data.planning import hash_rng
 from transfusion.data.planning.epoch import Integers, Lengths, Schedule, Variant, share_at
@@ -254,10 +254,7 @@ def survey_config(
     sources: list[Lengths]
     if config.data.sources:
         indexes = build_indexes(config, config.data.sources, Tokenizer(config.data.tokenizer))
-        sources = [
-            source_lengths(index, source.schedule, config)
-            for index, source in zip(indexes, config.data.sources, strict=True)
-        ]
+        sources = [index.lengths for index, source in zip(indexes, config.data.sources, strict=True)]
         if simulate:
             sources = [simulated(source, samples or len(source)) for source in sources]
     elif simulate:
