@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from transfusion.model.attention import WHOLE_ROWS, Attend
 from transfusion_kernels import IntervalMask
 
 
@@ -24,8 +25,11 @@ class KeyValueCache:
     Storage takes the type of the first keys written.
     """
 
-    def __init__(self, layers: int, rows: int, max_length: int, device: torch.device) -> None:
-        self.max_length = max_length
+    def __init__(
+        self, layers: int, rows: int, max_length: int, device: torch.device, attend: Attend = WHOLE_ROWS
+    ) -> None:
+        """attend: carries out the attention to the keys of a row, once they are together."""
+        self.max_length, self.attend = max_length, attend
         self.lengths = [0] * rows
         self.device = device
         self._storage: list[tuple[Tensor, Tensor] | None] = [None] * layers
@@ -38,7 +42,7 @@ class KeyValueCache:
         """
         first = parts[0][0]
         lengths = [cache.lengths[row] for cache, rows in parts for row in rows]
-        gathered = KeyValueCache(len(first._storage), len(lengths), max_length, first.device)
+        gathered = KeyValueCache(len(first._storage), len(lengths), max_length, first.device, first.attend)
         gathered.lengths = lengths
         row_tensors = [torch.tensor(rows, device=first.device) for _, rows in parts]
         for layer in range(len(first._storage)):
@@ -80,6 +84,7 @@ class CacheRows:
     def __init__(self, cache: KeyValueCache, rows: list[int], *, whole: bool) -> None:
         self._cache = cache
         self._rows = rows
+        self.attend = cache.attend
         # Where a forward takes every row, the storage itself is read; else the rows are gathered from it.
         self._row_R = None if whole else torch.tensor(rows, device=cache.device)
         self._slot_N: Tensor | None = None
@@ -127,10 +132,11 @@ class CacheRows:
 
 
 class _Layer:
-    """One layer of the rows: the model's `LayerCache`."""
+    """Attention of one layer to the keys of these rows and the new ones, which it writes: an `Attend`."""
 
     def __init__(self, rows: CacheRows, layer: int) -> None:
         self._rows, self._layer = rows, layer
 
-    def extend(self, key_BKSE: Tensor, value_BKSE: Tensor) -> tuple[Tensor, Tensor]:
-        return self._rows.write(self._layer, key_BKSE, value_BKSE)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
+        key, value = self._rows.write(self._layer, key, value)
+        return self._rows.attend(query, key, value, mask)

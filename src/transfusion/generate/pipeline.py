@@ -32,8 +32,6 @@ from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer
 from transfusion.tokens import MAX_SAMPLING_SEED
 
-# Leaves room in the 63 bits of a key for the number of a token (`language`) or of an image (`interleave`).
-
 
 @dataclass(frozen=True, slots=True)
 class SampledImage:

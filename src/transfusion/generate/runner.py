@@ -76,7 +76,7 @@ class Reader:
         return torch.full((images, patches), patches, device=self.device)
 
     def cache(self, rows: int, max_length: int) -> KeyValueCache:
-        return KeyValueCache(self.model.config.layers, rows, max_length, self.device)
+        return KeyValueCache(self.model.config.layers, rows, max_length, self.device, self.model.attend)
 
     def image(self, size: Size, values: Tensor | None = None) -> ImageSegment:
         """A picture of this size, as a part of a document."""

@@ -1,11 +1,12 @@
-"""Grouped-query attention over an interval mask, with a cache to continue from.
+"""Grouped-query attention over an interval mask, whatever carries it out.
 
-B rows, S queries, L cached keys, H query heads, K key heads, E head dimension, D width, F frequencies.
+B rows, S queries, H query heads, K key heads, E head dimension, D width, F frequencies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -15,29 +16,45 @@ from transfusion.model.embedding import rotate
 from transfusion_kernels import IntervalMask, interval_attention
 
 
-class LayerCache(Protocol):
-    """Keys and values of the positions before the ones at hand, for one layer."""
+class Attend(Protocol):
+    """Attention of queries [B, H, S, E] to keys and values [B, K, S, E] under a mask; gives [B, H, S, E].
 
-    def extend(self, key_BKSE: Tensor, value_BKSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new positions and return all keys and values [B, K, L, E]."""
+    Plain here, over ranks that share rows in `parallel.ulysses`, and with keys of a cache in `generate.cache`.
+    """
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlainAttention:
+    """Of whole rows in this process. backend: implementation of the kernels, see `train.attention`."""
+
+    backend: str = "auto"
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
+        attended = interval_attention(query, key, value, mask, backend=self.backend)
+        assert isinstance(attended, Tensor)  # not a pair: the log-sum-exp is not asked for
+        return attended
+
+
+WHOLE_ROWS = PlainAttention()
 
 
 class Sharing(Protocol):
-    """Ranks that share rows, each with a slice of the positions (`parallel.sequence`)."""
+    """Ranks that share rows, each with a slice of the positions (`parallel.ulysses`)."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask, backend: str) -> Tensor:
-        """Attention of this rank's queries [B, H, S, E] to the keys of all ranks; the mask is of whole rows."""
+    def attention(self, backend: str) -> Attend:
+        """Attention of slices of rows, whose mask is of whole rows."""
 
     def exchange(self, x_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Send as many rows of x_ND to each rank as `sent` says; returns those that came, rank after rank."""
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, backend: str, sharing: Sharing | None = None) -> None:
+    def __init__(self, config: ModelConfig, attend: Attend) -> None:
         super().__init__()
-        self.sharing = sharing
+        self.attend = attend
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.backend = backend
         self.query = nn.Linear(config.width, self.heads * self.head_dim, bias=False)
         self.key = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=False)
         self.value = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=False)
@@ -54,22 +71,14 @@ class Attention(nn.Module):
         cosine_BSF: Tensor,
         sine_BSF: Tensor,
         mask: IntervalMask,
-        cache: LayerCache | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
-        """Attend from x_BSD to itself, or to the cache extended by it; returns [B, S, D]."""
+        """Attend from x_BSD to itself; returns [B, S, D]. attend: what carries it out this time."""
         B, S, _ = x_BSD.shape
         query = self.query(x_BSD).view(B, S, self.heads, self.head_dim).transpose(1, 2)
         key = self.key(x_BSD).view(B, S, self.kv_heads, self.head_dim).transpose(1, 2)
         value = self.value(x_BSD).view(B, S, self.kv_heads, self.head_dim).transpose(1, 2)
         query = rotate(self.query_norm(query), cosine_BSF, sine_BSF)
         key = rotate(self.key_norm(key), cosine_BSF, sine_BSF)
-        if cache is not None:
-            key, value = cache.extend(key, value)
-        # In evaluation a rank has whole rows, and with them as many queries as the mask.
-        if self.sharing is not None and mask.num_queries > S:
-            attended = self.sharing.attend(query, key, value, mask, self.backend)
-        else:
-            whole = interval_attention(query, key, value, mask, backend=self.backend)
-            assert isinstance(whole, Tensor)  # not a pair: the log-sum-exp is not asked for
-            attended = whole
+        attended = (attend or self.attend)(query, key, value, mask)
         return self.out(attended.transpose(1, 2).reshape(B, S, self.heads * self.head_dim))

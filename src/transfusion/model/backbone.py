@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import ModelConfig
-from transfusion.model.attention import LayerCache
+from transfusion.model.attention import Attend
 from transfusion.model.embedding import rotary_angles
 from transfusion.model.heads import TextHead
 from transfusion.model.patch_position import PatchPosition
@@ -24,6 +24,7 @@ class Trunk(nn.Module):
     """Families build these parts themselves, each in its own order."""
 
     config: ModelConfig
+    attend: Attend
     recomputes_blocks: bool
     embedding: nn.Embedding
     patch_position: PatchPosition | None
@@ -40,9 +41,9 @@ class Trunk(nn.Module):
         hidden_BSD: Tensor,
         position_BSA: Tensor,
         mask: IntervalMask,
-        caches: Sequence[LayerCache] | None = None,
+        layers: Sequence[Attend] | None = None,
     ) -> Tensor:
-        """All blocks, from `caches` (one a layer) on if given; the final norm is the caller's."""
+        """All blocks; the final norm is the caller's. layers: the attention of each, such as a cache; None: its own."""
         angle_BSF = rotary_angles(position_BSA, self.config.head_dim, self.config.rope_theta)
         cosine_BSF, sine_BSF = angle_BSF.cos(), angle_BSF.sin()
         for layer, block in enumerate(self.blocks):
@@ -50,6 +51,6 @@ class Trunk(nn.Module):
                 inputs = (hidden_BSD, cosine_BSF, sine_BSF, mask)
                 hidden_BSD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                cache = None if caches is None else caches[layer]
-                hidden_BSD = block(hidden_BSD, cosine_BSF, sine_BSF, mask, cache)
+                attend = None if layers is None else layers[layer]
+                hidden_BSD = block(hidden_BSD, cosine_BSF, sine_BSF, mask, attend)
         return hidden_BSD

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import ModelConfig
-from transfusion.model.attention import Attention, LayerCache, Sharing
+from transfusion.model.attention import Attend, Attention
 from transfusion_kernels import IntervalMask
 
 
@@ -30,17 +30,16 @@ class Block(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        backend: str,
+        attend: Attend,
         *,
         recomputes_attention: bool = False,
-        sharing: Sharing | None = None,
     ) -> None:
         """recomputes_attention: its activations are not kept for the backward pass but computed again."""
         super().__init__()
         self.recomputes_attention = recomputes_attention
         self.norms_before = config.norm_order == "before"
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
-        self.attention = Attention(config, backend, sharing)
+        self.attention = Attention(config, attend)
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.feed_forward = FeedForward(config)
 
@@ -50,17 +49,17 @@ class Block(nn.Module):
         cosine_BSF: Tensor,
         sine_BSF: Tensor,
         mask: IntervalMask,
-        cache: LayerCache | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
-        def attend(x_BSD: Tensor) -> Tensor:
+        def attention(x_BSD: Tensor) -> Tensor:
             x_BSD = self.attention_norm(x_BSD) if self.norms_before else x_BSD
-            out_BSD = self.attention(x_BSD, cosine_BSF, sine_BSF, mask, cache)
+            out_BSD = self.attention(x_BSD, cosine_BSF, sine_BSF, mask, attend)
             return out_BSD if self.norms_before else self.attention_norm(out_BSD)
 
         if self.recomputes_attention and torch.is_grad_enabled():
-            attended_BSD = checkpoint(attend, x_BSD, use_reentrant=False, preserve_rng_state=False)
+            attended_BSD = checkpoint(attention, x_BSD, use_reentrant=False, preserve_rng_state=False)
         else:
-            attended_BSD = attend(x_BSD)
+            attended_BSD = attention(x_BSD)
         x_BSD = x_BSD + attended_BSD
         if not self.norms_before:
             return x_BSD + self.feed_forward_norm(self.feed_forward(x_BSD))

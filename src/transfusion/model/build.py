@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from transfusion.config import Config
 from transfusion.model import FAMILIES, Network
-from transfusion.model.attention import Sharing
+from transfusion.model.attention import PlainAttention, Sharing
 
 
 def build_model(config: Config, sharing: Sharing | None = None) -> Network:
@@ -20,10 +20,11 @@ def build_model(config: Config, sharing: Sharing | None = None) -> Network:
     """
     if config.model.vocabulary == 0:
         raise ValueError("model.vocabulary must hold the tokenizer's size before an engine is built")
+    backend = config.train.attention
     return FAMILIES[config.model.family](
         config.model,
         config.codec,
-        attention=config.train.attention,
+        attend=PlainAttention(backend) if sharing is None else sharing.attention(backend),
         head_chunk=config.train.head_chunk,
         activation_checkpointing=config.train.activation_checkpointing,
         z_loss=config.train.z_loss,

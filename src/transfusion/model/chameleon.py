@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from transfusion.config import CodecConfig, ModelConfig
-from transfusion.model.attention import Sharing
+from transfusion.model.attention import WHOLE_ROWS, Attend, Sharing
 from transfusion.model.backbone import Trunk
 from transfusion.model.block import Block
 from transfusion.model.heads import TextHead
@@ -40,7 +40,7 @@ class Chameleon(Trunk):
         config: ModelConfig,
         codec: CodecConfig,
         *,
-        attention: str = "auto",
+        attend: Attend = WHOLE_ROWS,
         head_chunk: int = 4096,
         activation_checkpointing: str = "none",
         z_loss: float = 0.0,
@@ -53,14 +53,14 @@ class Chameleon(Trunk):
         if sharing is not None:
             raise ValueError("ranks do not share rows of image tokens")
         super().__init__()
-        self.config = config
+        self.config, self.attend = config, attend
         self.recomputes_blocks = activation_checkpointing == "block"
         self.image_vocabulary = codec.codes
         both = config.vocabulary + codec.codes
         self.embedding = nn.Embedding(both, config.width)
         recomputes_attention = activation_checkpointing == "attention"
         self.blocks = nn.ModuleList(
-            Block(config, attention, recomputes_attention=recomputes_attention) for _ in range(config.layers)
+            Block(config, attend, recomputes_attention=recomputes_attention) for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.text_head = TextHead(config.width, both, head_chunk, z_loss)

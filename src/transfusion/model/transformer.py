@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import CodecConfig, ModelConfig
-from transfusion.model.attention import Sharing
+from transfusion.model.attention import WHOLE_ROWS, Attend, Sharing
 from transfusion.model.backbone import Trunk
 from transfusion.model.block import Block
 from transfusion.model.heads import TextHead
@@ -46,7 +46,7 @@ class Transfusion(Trunk):
         config: ModelConfig,
         codec: CodecConfig,
         *,
-        attention: str = "auto",
+        attend: Attend = WHOLE_ROWS,
         head_chunk: int = 4096,
         activation_checkpointing: str = "none",
         z_loss: float = 0.0,
@@ -58,7 +58,7 @@ class Transfusion(Trunk):
         sharing: the ranks that batches with `routes` are shared with.
         """
         super().__init__()
-        self.config, self.sharing = config, sharing
+        self.config, self.attend, self.sharing = config, attend, sharing
         self.recomputes_blocks = activation_checkpointing == "block"
         patch_values = codec.depth * config.patch_size**2
         encoder, decoder = PATCHERS[config.patcher]
@@ -66,8 +66,7 @@ class Transfusion(Trunk):
         self.patch_encoder = encoder(config, patch_values)
         recomputes_attention = activation_checkpointing == "attention"
         self.blocks = nn.ModuleList(
-            Block(config, attention, recomputes_attention=recomputes_attention, sharing=sharing)
-            for _ in range(config.layers)
+            Block(config, attend, recomputes_attention=recomputes_attention) for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.text_head = TextHead(config.width, config.vocabulary, head_chunk, z_loss)

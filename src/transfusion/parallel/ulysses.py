@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from transfusion.config import Config
 from transfusion.errors import UserError
+from transfusion.model.attention import Attend, PlainAttention
 from transfusion.schema import Batch, BatchCounts, ImageGroup, Modality, PatchRoutes
-from transfusion_kernels import IntervalMask, interval_attention
+from transfusion_kernels import IntervalMask
 
 # A custom operator takes no process groups, so it is told their names.
 _groups: dict[str, dist.ProcessGroup] = {}
@@ -90,7 +91,11 @@ class SequenceGroup:
         )
         return replace(batch, **sliced, images=images, routes=routes, counts=counts)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask, backend: str) -> Tensor:
+    def attention(self, backend: str) -> UlyssesAttention:
+        """See `Sharing.attention`."""
+        return UlyssesAttention(self, PlainAttention(backend))
+
+    def attend(self, plain: Attend, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
         """Attention of a slice: query [B, H, s, E], key and value [B, K, s, E] to [B, H, s, E]."""
         R, heads = self.degree, query.shape[1] // self.degree
         key_heads = key.shape[1] // R
@@ -98,8 +103,7 @@ class SequenceGroup:
         mine = self._swap(torch.cat(parts, dim=2).transpose(0, 1))
         whole = mine.permute(1, 2, 0, 3, 4).flatten(2, 3)  # all positions of a share of the heads
         query, key, value = whole.split([heads, key_heads, key_heads], dim=1)
-        attended = interval_attention(query, key, value, mask, backend=backend)
-        assert isinstance(attended, Tensor)  # not a pair: the log-sum-exp is not asked for
+        attended = plain(query, key, value, mask)
         back = self._swap(attended.unflatten(2, (R, -1)).permute(2, 0, 1, 3, 4))
         return back.transpose(0, 1).flatten(1, 2)
 
@@ -193,3 +197,17 @@ def _send_back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _all_to_all.register_autograd(_send_back, setup_context=_save_for_backward)
+
+
+@dataclass(frozen=True, slots=True)
+class UlyssesAttention:
+    """Each rank has a slice of the positions of a row before and after, and a share of the heads in between."""
+
+    group: SequenceGroup
+    plain: PlainAttention
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
+        """See `Attend`. In evaluation a rank has whole rows, and with them as many queries as the mask."""
+        if mask.num_queries == query.shape[2]:
+            return self.plain(query, key, value, mask)
+        return self.group.attend(self.plain, query, key, value, mask)

@@ -20,9 +20,7 @@ def write(
     cache: KeyValueCache, rows: list[int] | None, count: int, value: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     view = cache.view(rows)
-    return view.layers[0].extend(
-        filled(len(view.lengths), count, value), -filled(len(view.lengths), count, value)
-    )
+    return view.write(0, filled(len(view.lengths), count, value), -filled(len(view.lengths), count, value))
 
 
 def test_rows_are_written_behind_their_own_length() -> None:

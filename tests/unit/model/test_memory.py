@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transfusion.config import Config
 from transfusion.losses.transfusion import MixedLoss
 from transfusion.model import Transfusion
+from transfusion.model.attention import PlainAttention
 from transfusion.schema import Batch, ImageSegment, TextSegment
 
 LENGTH, VOCABULARY, PATCHES, CHUNK = 1024, 512, 64, 64
@@ -37,7 +38,7 @@ def step(
             row_length=LENGTH, image_size=16, vocabulary=VOCABULARY, width=32, feed_forward=64
         )
         for block in model.blocks:
-            block.attention.backend = attention
+            block.attention.attend = PlainAttention(attention)
         model.text_head.chunk = head_chunk
         image = [ImageSegment(picture(seed, 16), PATCHES) for seed in range(3)]
         text = TextSegment(tuple(range(10, 245)))
