@@ -37,6 +37,7 @@ from transfusion.data.loading.loader import micro_rows
 from transfusion.data.loading.rows import RowBuilder, RowSettings
 from transfusion.data.planning.epoch import VariantRule
 from transfusion.data.planning.packing import Planner, PlanSettings
+from transfusion.data.shards.shard import LocalShard
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.model.count import count_parameters
 from transfusion.observe.flops import FlopModel, Work
@@ -106,8 +107,9 @@ def _source(
     samples: list[dict[str, bytes]] = [{"txt": str(tokens).encode()} for tokens in tokens_N]
     if pictures:
         samples = [{"png": pictures[number % len(pictures)], **text} for number, text in enumerate(samples)]
-    (shard,) = write_shards(samples, folder / name)
-    index_file = shard.with_suffix(".index")
+    (path,) = write_shards(samples, folder / name)
+    shard = LocalShard(path)
+    index_file = path.with_suffix(".index")
     encoder = RandomEncoder(config.model.vocabulary, random)
     index_shard(shard, index_file, encoder)
     parts = [ShardIndex(index_file, shard)]

@@ -438,7 +438,7 @@ def test_least_recently_used_goes_first_and_what_is_held_stays(
     settings = settings_of(tmp_path, 3 * shard_bytes)
     one, other = ShardCache(settings), ShardCache(settings)
     shards = [shard_of(folder / f"{number:05d}.tar", settings) for number in range(6)]
-    names = [shard.copy_name(contents) for shard, contents in shards]
+    names = [shard.copy_name(contents._asdict()) for shard, contents in shards]
     for number in range(3):
         assert one.fetch(*shards[number])
         os.utime(tmp_path / names[number], (number, number))

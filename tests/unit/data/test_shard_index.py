@@ -22,6 +22,7 @@ from transfusion.data.index.build import IndexJob, IndexPlace, write_index
 from transfusion.data.index.shard_index import Prints, ShardIndex, Stale, index_shard
 from transfusion.data.index.source_index import SourceIndex, build_index
 from transfusion.data.shards.sample import Fault
+from transfusion.data.shards.shard import LocalShard
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, TextSegment
@@ -59,8 +60,8 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_all_that_was_found_comes_back(mixed: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    index_shard(mixed, tmp_path / "a.index", tokenizer)
-    index = ShardIndex(tmp_path / "a.index", mixed)
+    index_shard(LocalShard(mixed), tmp_path / "a.index", tokenizer)
+    index = ShardIndex(tmp_path / "a.index", LocalShard(mixed))
     index.check(Prints.of(tokenizer))
     index.verify()
     assert [index.key(sample) for sample in range(4)] == ["000000000", "000000001", "000000003", "000000004"]
@@ -72,7 +73,7 @@ def test_all_that_was_found_comes_back(mixed: Path, tmp_path: Path, tokenizer: T
     offset = mixed.read_bytes().index(b"000000002.txt")
     assert list(index.faults()) == [Fault("00000.tar", "000000002", "text_empty", offset)]
     again = tmp_path / "b.index"
-    index_shard(mixed, again, tokenizer)
+    index_shard(LocalShard(mixed), again, tokenizer)
     assert again.read_bytes() == (tmp_path / "a.index").read_bytes()
     # Another process maps the file; it is not sent there.
     assert len(pickle.dumps(index)) < 4096
@@ -116,15 +117,15 @@ def test_what_does_not_fit_a_row_is_left_out(mixed: Path, tokenizer: Tokenizer) 
 @pytest.mark.parametrize("where", [0, 20, 70, -1])
 def test_damage_is_found(where: int, mixed: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = tmp_path / "a.index"
-    index_shard(mixed, path, tokenizer)
+    index_shard(LocalShard(mixed), path, tokenizer)
     data = bytearray(path.read_bytes())
     data[where] ^= 255
     path.write_bytes(data)
     with pytest.raises(Stale):
-        ShardIndex(path, mixed).verify()
+        ShardIndex(path, LocalShard(mixed)).verify()
     path.write_bytes(data[:-10])
     with pytest.raises(Stale):
-        ShardIndex(path, mixed)
+        ShardIndex(path, LocalShard(mixed))
 
 
 def test_a_stale_index_is_refused_with_the_command_that_renews_it(
@@ -194,7 +195,7 @@ def test_a_file_of_an_earlier_version_is_made_anew_with_one_line(
 ) -> None:
     """Also in a folder that was named, where what is stale is otherwise refused."""
     place = IndexPlace(folder=tmp_path / "index" if given else None)
-    path = place.path(mixed)
+    path = place.path(LocalShard(mixed))
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"transfusion\x1aidx\n" + bytes(200))
     source = SourceConfig(name="s", shards=str(mixed))

@@ -26,7 +26,6 @@ from transfusion.data.index.columns_file import DamagedFile, read_header
 from transfusion.data.index.shard_index import (
     FormerIndex,
     Prints,
-    Shard,
     ShardIndex,
     Stale,
     index_shard,
@@ -36,9 +35,10 @@ from transfusion.data.remote.cache import CacheSettings, RemoteShard
 from transfusion.data.remote.download import DownloadFailed
 from transfusion.data.shards.sample import Fault
 from transfusion.data.shards.scan import is_shard
+from transfusion.data.shards.shard import LocalShard, Shard
 from transfusion.data.shards.webdataset import expand_all
 from transfusion.errors import UserError
-from transfusion.files import atomic_file, digest, remove_leftovers
+from transfusion.files import atomic_file, remove_leftovers
 from transfusion.sequence.tokenizer import Tokenizer
 from transfusion.urls import is_address, redacted
 
@@ -51,8 +51,6 @@ HARMLESS = "member_ignored"
 _SUFFIX = ".index"
 # Fewer bytes than these are read before a process has started.
 _WORTH_PROCESSES = 1 << 26
-# What a shard of unknown size counts for there.
-_NOMINAL = 1 << 22
 # Fewer samples than this say nothing about a share of bad ones: a run never dies of the first.
 _FEWEST_TO_JUDGE = 100
 
@@ -71,22 +69,17 @@ class IndexPlace:
     def path(self, shard: Shard, verify: Verify = "none") -> Path:
         """The index file of this shard, read in this way. Raises UserError when there is no place for it."""
         suffix = _SUFFIX if verify == "none" else f".{verify}{_SUFFIX}"
-        if isinstance(shard, RemoteShard):
-            folder = self.folder or self.fallback
-            if folder is None:
-                raise UserError(f"the index of {shard} needs a folder; name one with data.index=DIR")
-            return folder / f"{shard.name}.{shard.identity}{suffix}"
-        beside = shard.with_name(shard.name + suffix)
-        if self.folder is None and (beside.exists() or os.access(shard.parent, os.W_OK)):
-            return beside
+        if self.folder is None and shard.folder is not None:
+            beside = shard.folder / (shard.name + suffix)
+            if beside.exists() or os.access(shard.folder, os.W_OK):
+                return beside
         folder = self.folder or self.fallback
         if folder is None:
             raise UserError(
                 f"the index of {shard} cannot be written beside it; name a folder with data.index=DIR"
             )
         # Shards of several folders may have one name.
-        mark = digest(os.fsencode(shard.resolve()), 4)
-        return folder / f"{shard.name}.{mark}{suffix}"
+        return folder / f"{shard.name}.{shard.identity}{suffix}"
 
 
 class _Order(NamedTuple):
@@ -100,7 +93,8 @@ class _Order(NamedTuple):
 
 def find_shards(specs: str | Sequence[str], cache: CacheSettings) -> list[Shard]:
     """What globs, brace ranges, paths and addresses name, in order; also what is no shard. Raises as `expand_all`."""
-    return [RemoteShard(place, cache) if isinstance(place, str) else place for place in expand_all(specs)]
+    places = expand_all(specs)
+    return [RemoteShard(place, cache) if isinstance(place, str) else LocalShard(place) for place in places]
 
 
 def open_indexes(
@@ -129,13 +123,11 @@ def _is_there(order: _Order, place: IndexPlace) -> bool:
     except Stale as why:
         if place.folder is None:
             return False
-        shard = order.shard
-        every = str(shard if isinstance(shard, RemoteShard) else shard.with_name("*" + shard.suffix))
-        words = ["transfusion", "data", "index", every, "--out", str(place.folder)]
+        words = ["transfusion", "data", "index", order.shard.siblings, "--out", str(place.folder)]
         words += ["--tokenizer", str(order.encoder.path)] if order.encoder else []
         words += ["--verify", order.verify] if order.verify != "none" else []
         raise UserError(
-            f"{order.path}, the index of {shard}, is stale: {why}; renew it with `{shlex.join(words)}`"
+            f"{order.path}, the index of {order.shard}, is stale: {why}; renew it with `{shlex.join(words)}`"
         ) from None
     return True
 
@@ -281,7 +273,7 @@ def _make(
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Make these index files, the greatest shards first, so that no process is left with one at the end."""
-    sizes = {order.path: _size(order.shard) for order in work}
+    sizes = {order.path: order.shard.nominal_bytes() for order in work}
     work = sorted(work, key=lambda order: -sizes[order.path])
     total, done = sum(sizes.values()), 0
 
@@ -360,10 +352,6 @@ def _index(order: _Order) -> None:
 @functools.cache
 def _loaded(path: Path) -> Tokenizer:
     return Tokenizer(path)
-
-
-def _size(shard: Shard) -> int:
-    return _NOMINAL if isinstance(shard, RemoteShard) else shard.stat().st_size
 
 
 def _report(indexes: Sequence[ShardIndex], greatest_share: float, skipped: dict[str, int]) -> IndexReport:

@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -27,14 +27,13 @@ from numpy.typing import NDArray
 from transfusion.config.sections import Verify
 from transfusion.data.images import probe
 from transfusion.data.index.columns_file import DamagedFile, read_header, write_columns
-from transfusion.data.remote.cache import RemoteShard
-from transfusion.data.remote.download import Contents, ShardChanged
+from transfusion.data.remote.download import ShardChanged
 from transfusion.data.shards import sample, scan, validate
 from transfusion.data.shards.sample import Fault, RawSample
-from transfusion.files import fingerprint, hasher
+from transfusion.data.shards.shard import Shard
+from transfusion.files import fingerprint
 
 Integers = NDArray[np.int64]
-Shard = Path | RemoteShard
 
 # Raised whenever the same shard would give another file.
 _VERSION = 1
@@ -47,11 +46,8 @@ _COLUMNS = (
 )  # fmt: skip
 # Letters that are tokenised together, and token ids that are written together.
 _LETTERS_AT_ONCE, _IDS_AT_ONCE = 1 << 14, 1 << 16
-_ENDS, _PLACES, _PLACE = 1 << 16, 62, 1 << 12
 # Beside the index of a remote shard, once a download has shown that the shard is another.
 _CHANGED = ".changed"
-# A copy may be removed between its arrival and its opening, by a process that needs room.
-_OPENINGS = 3
 # Shards of one row; a process may open a few hundred files.
 _OPEN_AT_ONCE = 64
 
@@ -121,16 +117,7 @@ class ShardIndex:
             raise Stale(f"it was made {made}")
         if stated["policy"] != prints.policy:
             raise Stale("it was made by other rules for pictures and texts")
-        if isinstance(self.shard, RemoteShard):
-            # What stands at the address now is not asked: each copy is compared when it is downloaded.
-            if self._changed.exists():
-                raise Stale("the shard has changed since")
-            return
-        status = self.shard.stat()
-        if status.st_size != stated["size"]:
-            raise Stale("the shard has changed since")
-        # A copy has another time but the same bytes.
-        if status.st_mtime_ns != stated["mtime_ns"] and _digest(self.shard) != stated["digest"]:
+        if self._changed.exists() or self.shard.has_changed(stated):
             raise Stale("the shard has changed since")
 
     def verify(self) -> None:
@@ -203,26 +190,29 @@ class ShardIndex:
 
     def open(self) -> int:
         """A descriptor of the shard, or of the copy of a remote one. Raises OSError."""
-        flags = os.O_RDONLY | os.O_CLOEXEC
-        if not isinstance(self.shard, RemoteShard):
-            return os.open(self.shard, flags)
-        path = self.shard.settings.folder / self.shard.copy_name(self.contents)
-        for _ in range(_OPENINGS):
-            with contextlib.suppress(FileNotFoundError):
-                return os.open(path, flags)
-            self.fetch()
-        return os.open(path, flags)
-
-    @property
-    def contents(self) -> Contents:
-        """What a remote shard held when it was indexed."""
-        return Contents(self._facts["size"], self._facts["checksum"])
+        with self._noting_changes():
+            return self.shard.open(self._facts)
 
     def fetch(self, *, must: bool = True, stop: threading.Event | None = None) -> bool:
-        """See that the copy of a remote shard is in the cache; False: there is no room now. See `ShardCache.fetch`."""
-        assert isinstance(self.shard, RemoteShard)
+        """See that the shard can be opened; False: there is no room now. See `Shard.fetch`."""
+        with self._noting_changes():
+            return self.shard.fetch(self._facts, must=must, stop=stop)
+
+    @property
+    def copy_name(self) -> str:
+        """What the copy of a remote shard is called in the cache."""
+        return self.shard.copy_name(self._facts)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Size of the shard when it was indexed."""
+        size: int = self._facts["size"]
+        return size
+
+    @contextlib.contextmanager
+    def _noting_changes(self) -> Iterator[None]:
         try:
-            return self.shard.cache.fetch(self.shard, self.contents, must=must, stop=stop)
+            yield
         except ShardChanged:
             # So the next start refuses this index, or makes it anew; it may be a folder that only others write.
             with contextlib.suppress(OSError):
@@ -297,14 +287,9 @@ def index_shard(shard: Shard, path: Path, encoder: Encoder | None, verify: Verif
 
     encoder: None: texts have no tokens. verify: see `scan`. Raises OSError, and UserError where a download ends in one.
     """
-    if isinstance(shard, RemoteShard):
-        with shard.cache.fetched_new(shard) as (copy, contents):
-            _write_index(copy, path, encoder, verify, {"shard": shard.name, **contents._asdict()})
-        path.with_name(path.name + _CHANGED).unlink(missing_ok=True)
-        return
-    status, digest = shard.stat(), _digest(shard)
-    facts = {"shard": shard.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "digest": digest}
-    _write_index(shard, path, encoder, verify, facts)
+    with shard.whole() as (file, facts):
+        _write_index(file, path, encoder, verify, {"shard": shard.name, **facts})
+    path.with_name(path.name + _CHANGED).unlink(missing_ok=True)
 
 
 def _write_index(
@@ -436,17 +421,3 @@ def _borders(counts: NDArray[Any]) -> Integers:
 
 def _text(characters: NDArray[np.uint8], starts: Integers, number: int) -> str:
     return characters[slice(*starts[number : number + 2])].tobytes().decode("utf-8", "surrogateescape")
-
-
-def _digest(shard: Path) -> str:
-    """Of the head, the tail and places between: whatever rewrites a shard changes one of them."""
-    with shard.open("rb", buffering=0) as stream:
-        length = os.fstat(stream.fileno()).st_size
-        sampled = hasher(8)
-        sampled.update(str(length).encode())
-        spans: Mapping[int, int] = {0: _ENDS, max(0, length - _ENDS): _ENDS} | {
-            length * place // _PLACES: _PLACE for place in range(1, _PLACES) if length > 2 * _ENDS
-        }
-        for offset, size in sorted(spans.items()):
-            sampled.update(os.pread(stream.fileno(), size, offset))
-    return sampled.hexdigest()

@@ -20,7 +20,7 @@ from transfusion.data.images.latents import refuse_other_latents
 from transfusion.data.index.build import HARMLESS, IndexPlace, find_shards, open_indexes, too_many_faults
 from transfusion.data.index.shard_index import Integers, OpenShards, ShardIndex
 from transfusion.data.planning.epoch import Schedule, SourceLengths, Windows
-from transfusion.data.remote.cache import CacheSettings, RemoteShard
+from transfusion.data.remote.cache import CacheSettings
 from transfusion.data.shards.sample import Fault
 from transfusion.data.shards.scan import is_shard
 from transfusion.errors import UserError
@@ -93,7 +93,7 @@ class SourceIndex:
     @property
     def is_remote(self) -> bool:
         """Whether shards of the source have to be fetched."""
-        return any(isinstance(shard, RemoteShard) for shard in self.shards)
+        return any(shard.is_remote for shard in self.shards)
 
     @property
     def is_pair_N(self) -> NDArray[np.bool_]:
@@ -275,8 +275,9 @@ def build_index(
     parts = open_indexes(shards, tokenizer, place or IndexPlace(), source.verify)
     for part in parts:
         # What stands beside a remote shard is not seen.
-        if codec and isinstance(part.shard, Path) and part["latent_channels_I"].any():
-            refuse_other_latents(part.shard, codec, source.name)
+        beside = part.shard.folder
+        if codec and beside is not None and part["latent_channels_I"].any():
+            refuse_other_latents(beside / part.shard.name, codec, source.name)
     index = SourceIndex(
         source.name,
         parts,

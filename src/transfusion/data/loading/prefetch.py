@@ -24,7 +24,6 @@ from transfusion.data.planning.packing import Planner, RowPlan
 from transfusion.data.remote.cache import (
     FORGIVEN_SECONDS,
     CacheSettings,
-    RemoteShard,
     ShardCache,
     shard_cache,
 )
@@ -53,9 +52,7 @@ def shards_of(plans: Iterable[RowPlan], indexes: Sequence[SourceIndex]) -> Needs
             }
             shards = np.unique(index.lengths.windows.shard_of(np.array(sorted(samples), np.int64)))
             found.update(
-                ((number, shard), None)
-                for shard in shards.tolist()
-                if isinstance(index.shards[shard], RemoteShard)
+                ((number, shard), None) for shard in shards.tolist() if index.shards[shard].is_remote
             )
     return tuple(found)
 
@@ -194,13 +191,11 @@ class Fetcher:
 
     def _size(self, need: Need) -> int:
         if need not in self._sizes:
-            self._sizes[need] = self._part(need).contents.size
+            self._sizes[need] = self._part(need).shard_bytes
         return self._sizes[need]
 
     def _copy_name(self, need: Need) -> str:
-        part = self._part(need)
-        assert isinstance(part.shard, RemoteShard)
-        return part.shard.copy_name(part.contents)
+        return self._part(need).copy_name
 
     def _next(self) -> tuple[Need, bool] | None:
         """What to fetch now, and whether it must come even above the bound."""
@@ -306,11 +301,7 @@ class _Line:
         self._number, self._deck = number, deck
         assert source.windows is not None
         shown_K = np.bincount(source.windows.shard_of(np.flatnonzero(source.images_N)))
-        self._shards = {
-            shard
-            for shard in np.flatnonzero(shown_K).tolist()
-            if isinstance(index.shards[shard], RemoteShard)
-        }
+        self._shards = {shard for shard in np.flatnonzero(shown_K).tolist() if index.shards[shard].is_remote}
         tokens = source.text_tokens_C.mean() + source.image_tokens(np.arange(len(source))).mean()
         # About how far the whole stream goes on while this source gives one document.
         self._stride = float(tokens) / max(share for _, share in source.schedule)

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from transfusion.config import CacheConfig
 from transfusion.data.remote.download import (
@@ -32,6 +32,7 @@ from transfusion.data.remote.download import (
     download,
     unwritable,
 )
+from transfusion.data.shards.shard import Facts
 from transfusion.errors import UserError
 from transfusion.files import UNFINISHED, unfinished_path
 from transfusion.urls import file_name, identity, redacted
@@ -44,6 +45,10 @@ _STEP_BYTES = 64 << 20
 FORGIVEN_SECONDS = 120.0
 _GLANCE_SECONDS = 0.05
 _FOLDERS = ("locks", "leases", "failed")
+# What a shard of unknown size counts for beside others.
+_NOMINAL_BYTES = 1 << 22
+# A copy may be removed between its arrival and its opening, by a process that needs room.
+_OPENINGS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +73,12 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A shard that an address names; printed without credentials."""
+    """A shard that an address names, read through a cache: a `Shard`."""
 
     address: str = field(repr=False)
     settings: CacheSettings
+    is_remote = True
+    folder = None
 
     def __str__(self) -> str:
         return redacted(self.address)
@@ -93,9 +100,36 @@ class RemoteShard:
     def cache(self) -> ShardCache:
         return shard_cache(self.settings)
 
-    def copy_name(self, contents: Contents) -> str:
-        """What the copy of these contents is called in the cache."""
-        return f"{Path(self.name).stem}.{self.identity}.{contents.checksum[:16]}{self.suffix.lower()}"
+    @property
+    def siblings(self) -> str:
+        return str(self)
+
+    def nominal_bytes(self) -> int:
+        return _NOMINAL_BYTES
+
+    def copy_name(self, facts: Facts) -> str:
+        return f"{Path(self.name).stem}.{self.identity}.{facts['checksum'][:16]}{self.suffix.lower()}"
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        with self.cache.fetched_new(self) as (copy, contents):
+            yield copy, contents._asdict()
+
+    def has_changed(self, facts: Facts) -> bool:
+        """What stands at the address now is not asked: each copy is compared when it is downloaded."""
+        return False
+
+    def fetch(self, facts: Facts, *, must: bool = True, stop: threading.Event | None = None) -> bool:
+        contents = Contents(facts["size"], facts["checksum"])
+        return self.cache.fetch(self, contents, must=must, stop=stop)
+
+    def open(self, facts: Facts) -> int:
+        flags, path = os.O_RDONLY | os.O_CLOEXEC, self.settings.folder / self.copy_name(facts)
+        for _ in range(_OPENINGS):
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(path, flags)
+            self.fetch(facts)
+        return os.open(path, flags)
 
 
 class _Copy(NamedTuple):
@@ -133,7 +167,7 @@ class ShardCache:
 
     def path(self, shard: RemoteShard, contents: Contents) -> Path:
         """Where the copy stands, if it is there."""
-        return self._folder / shard.copy_name(contents)
+        return self._folder / shard.copy_name(contents._asdict())
 
     def hold(self, holder: object, names: Iterable[str]) -> None:
         """The copies that a holder needs soon, in place of those it named before: no process removes them."""
@@ -225,7 +259,7 @@ class ShardCache:
             )
             self.downloaded_bytes += contents.size
             if holder is not None:
-                self.hold(holder, [shard.copy_name(contents)])
+                self.hold(holder, [shard.copy_name(contents._asdict())])
             with self._locked():
                 unfinished.replace(self.path(shard, contents))
             return contents
@@ -250,7 +284,7 @@ class ShardCache:
         return step
 
     def _failed(self, shard: RemoteShard, contents: Contents) -> Path:
-        return self._folder / "failed" / shard.copy_name(contents)
+        return self._folder / "failed" / shard.copy_name(contents._asdict())
 
     def _refuse_failed(self, shard: RemoteShard, contents: Contents) -> None:
         marker = self._failed(shard, contents)
