@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 # The log tells of what was.
 DOCUMENTS = [
     *(ROOT / folder / "README.md" for folder in (".", "benchmarks", "launch")),
+    ROOT / "CONTRIBUTING.md",
     *sorted(path for path in ROOT.glob("docs/*.md") if path.name != "LOG.md"),
 ]
 by_name = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
