@@ -83,7 +83,7 @@ def start(threads: int = 0, *, timeout: timedelta = TIMEOUT) -> Environment:
         # DeepSpeed guesses its accelerator from installed packages; without a GPU the guess may be wrong.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.update(place.variables)
-    # Collectives that are kept for `flight`.
+    # Collectives that are kept for `flight_recorder`.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDS)
     count = threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     torch.set_num_threads(count)

@@ -52,7 +52,7 @@ def test_the_u_net_adds_what_the_papers_does() -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_recipe_is_the_papers(name: str) -> None:
     config = config_of(name)
-    assert config.optimizer == OptimizerConfig(), "whose defaults are the paper's, see test_presets"
+    assert config.optimizer == OptimizerConfig(), "whose defaults are the paper's, see tests/unit/config"
     assert config.data.row_length == 4096 and config.patches_per_image == 256
     assert config.codec.latent_shape(*config.codec.sizes[0]) == (8, 32, 32)
     tokens, steps = (2**22, 500_000) if name == "7b-2t" else (2**21, 250_000)

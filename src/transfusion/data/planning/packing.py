@@ -1,6 +1,6 @@
 """Which piece of which document stands in which row of which batch: a pure function of (seed, state).
 
-Nothing is read and nothing decoded here. Documents of all sources form one stream (`stream`), which is packed in
+Nothing is read and nothing decoded here. Documents of all sources form one stream (`mixture`), which is packed in
 its order into a few open rows; a block of rows is then dealt to its batches so that each batch has about the same
 share of text.
 """
@@ -144,7 +144,7 @@ class Planner:
 def fresh(sources: Sequence[Lengths]) -> State:
     """The start of a block in which nothing has been drawn yet.
 
-    batch: number of its first batch. sources: where each stands (`stream.Cursor`). open, ready: rows that wait for
+    batch: number of its first batch. sources: where each stands (`mixture.Cursor`). open, ready: rows that wait for
     more and rows that wait for their block, as `_written` puts them.
     """
     return {"batch": 0, "sources": fresh_cursors(sources), "open": [], "ready": []}
