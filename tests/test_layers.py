@@ -45,7 +45,7 @@ LAYERS: dict[str, int] = {
     "cli": 5,
     "__main__": 5,
 }
-# Parts of layer 2 never import each other; in these layers a part imports only what stands before it.
+# Parts of layer 2 never import each other. In these layers a part imports only what stands before it.
 SIBLINGS_APART = 2
 ORDER = {
     3: ("losses", "parallel", "checkpoint", "observe"),

@@ -17,7 +17,7 @@ from transfusion_kernels import IntervalMask, interval_attention
 
 
 class Attend(Protocol):
-    """Attention of queries [B, H, S, E] to keys and values [B, K, S, E] under a mask; gives [B, H, S, E].
+    """Attention of queries [B, H, S, E] to keys and values [B, K, S, E] under a mask, to [B, H, S, E].
 
     Plain here, over ranks that share rows in `parallel.ulysses`, and with keys of a cache in `generate.cache`.
     """
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         mask: IntervalMask,
         attend: Attend | None = None,
     ) -> Tensor:
-        """Attend from x_BSD to itself; returns [B, S, D]. attend: what carries it out this time."""
+        """Attend from x_BSD to itself. Returns [B, S, D]. attend: what carries it out this time."""
         B, S, _ = x_BSD.shape
         query = self.query(x_BSD).view(B, S, self.heads, self.head_dim).transpose(1, 2)
         key = self.key(x_BSD).view(B, S, self.kv_heads, self.head_dim).transpose(1, 2)

@@ -43,7 +43,7 @@ class Trunk(nn.Module):
         mask: IntervalMask,
         layers: Sequence[Attend] | None = None,
     ) -> Tensor:
-        """All blocks; the final norm is the caller's. layers: the attention of each, such as a cache; None: its own."""
+        """All blocks. The final norm is the caller's. layers: the attention of each, such as a cache."""
         angle_BSF = rotary_angles(position_BSA, self.config.head_dim, self.config.rope_theta)
         cosine_BSF, sine_BSF = angle_BSF.cos(), angle_BSF.sin()
         for layer, block in enumerate(self.blocks):

@@ -56,7 +56,7 @@ def test_an_attention_of_ones_own(build_model: Callable[..., tuple[Config, Trans
 
 @torch.no_grad()
 def test_a_cache_is_an_attention(build_model: Callable[..., tuple[Config, Transfusion]]) -> None:
-    """The same states in three parts, each continuing from the keys of those before; also by one's own attention."""
+    """The same states in three parts, each continuing from the keys of those before, also by one's own attention."""
     config, model = build_model()
     hidden_BSD, position_BSA = inputs(config.model.width)
     whole = model.run_blocks(hidden_BSD, position_BSA, CAUSAL)

@@ -194,7 +194,7 @@ class ShardIndex:
             return self.shard.open(self._facts)
 
     def fetch(self, *, must: bool = True, stop: threading.Event | None = None) -> bool:
-        """See that the shard can be opened; False: there is no room now. See `Shard.fetch`."""
+        """See that the shard can be opened. False says that there is no room now. See `Shard.fetch`."""
         with self._noting_changes():
             return self.shard.fetch(self._facts, must=must, stop=stop)
 

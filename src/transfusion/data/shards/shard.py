@@ -44,7 +44,7 @@ class Shard(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """Where its index may stand beside it; None: nowhere."""
+        """Where its index may stand beside it, or None."""
 
     @property
     def siblings(self) -> str:
@@ -60,7 +60,7 @@ class Shard(Protocol):
         """Whether it is known to be another one than these facts are of. Raises OSError where it is gone."""
 
     def fetch(self, facts: Facts, *, must: bool = True, stop: threading.Event | None = None) -> bool:
-        """See that it can be opened; False: there is no room now. See `remote.cache.ShardCache.fetch`."""
+        """See that it can be opened. False says that there is no room now. See `remote.cache.ShardCache.fetch`."""
 
     def open(self, facts: Facts) -> int:
         """A descriptor to read from. Raises OSError."""
