@@ -45,7 +45,7 @@ def atomic_write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+def remove_unfinished(folder: Path, names: Collection[str]) -> None:
     """Delete what killed processes left of files with these names. Nobody else may be writing them."""
     for entry in folder.iterdir():
         name, unfinished, _ = entry.name.removeprefix(".").rpartition(f"{UNFINISHED}-")

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from transfusion import files
+from transfusion.codec_train import state
 
 
 def test_a_file_takes_its_name_when_it_is_complete(tmp_path: Path) -> None:
@@ -45,7 +47,7 @@ def test_what_a_killed_writer_left_is_found_by_its_name(tmp_path: Path) -> None:
         killed = subprocess.run([sys.executable, "-c", script, tmp_path / name])
         assert killed.returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".*.tmp-*"))) == 2
-    files.remove_leftovers(tmp_path, {"a[1].tar"})
+    files.remove_unfinished(tmp_path, {"a[1].tar"})
     assert [path.name.partition(".tmp-")[0] for path in tmp_path.iterdir()] == [".b.tar"]
 
 
@@ -81,3 +83,10 @@ def test_a_fingerprint_follows_the_values() -> None:
 def test_a_name_has_one_number_for_ever() -> None:
     assert files.name_hash("order") == 0xDD79A144C4631E44
     assert files.name_hash("\udcff") != files.name_hash("\udcfe")
+
+
+def test_what_a_killed_save_of_a_codec_left_is_gone_after_the_next(tmp_path: Path) -> None:
+    leftover = tmp_path / ".step_00000010.safetensors.tmp-1"
+    leftover.write_bytes(b"half")
+    path = state.save(tmp_path, 10, {"weight": torch.zeros(2)}, {})
+    assert os.listdir(tmp_path) == [path.name]

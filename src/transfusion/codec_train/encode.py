@@ -37,7 +37,7 @@ from transfusion.data.shards.sample import SampleError
 from transfusion.data.shards.validate import GREATEST_MEMBER, PICTURE_EXTENSIONS
 from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
-from transfusion.files import atomic_file, atomic_write_text, remove_leftovers
+from transfusion.files import atomic_file, atomic_write_text, remove_unfinished
 from transfusion.parallel.environment import find_device
 from transfusion.sequence.sizes import ImageSizes
 
@@ -90,7 +90,7 @@ def encode_shards(
             records[source] = record
             progress(source.name, record, True)
     jobs = [_Job(codec, source, out / source.name, device) for source in sources if source not in records]
-    remove_leftovers(out, {job.target.name for job in jobs})
+    remove_unfinished(out, {job.target.name for job in jobs})
     for job, record in zip(jobs, _run(jobs, workers), strict=True):
         records[job.source] = record
         progress(job.source.name, record, False)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from transfusion.errors import UserError
-from transfusion.files import atomic_file
+from transfusion.files import atomic_file, remove_unfinished
 
 _NAME = re.compile(r"step_(\d{8,})\.safetensors")
 _KEPT = 2
@@ -53,6 +53,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.safetensors"
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    remove_unfinished(folder, {path.name})
     with atomic_file(path) as partial:
         save_file(whole, partial, metadata={"facts": json.dumps({"step": step, **facts})})
     for old in _complete(folder)[:-_KEPT]:

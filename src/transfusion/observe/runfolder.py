@@ -16,7 +16,7 @@ from transfusion.config.codec_folder import folder_files
 from transfusion.config.yaml_files import dump
 from transfusion.data.shards.sample import Fault
 from transfusion.errors import UserError
-from transfusion.files import atomic_file, atomic_write_text, file_digest
+from transfusion.files import atomic_file, atomic_write_text, file_digest, remove_unfinished
 from transfusion.observe.environment import describe_environment
 
 
@@ -155,7 +155,9 @@ class RunFolder:
             return
         try:
             self.codec.mkdir(exist_ok=True)
-            for file in folder_files(codec.folder):
+            files = folder_files(codec.folder)
+            remove_unfinished(self.codec, {file.name for file in files})
+            for file in files:
                 kept = self.codec / file.name
                 if not kept.is_file() or file_digest(kept) != file_digest(file):
                     with atomic_file(kept) as partial:

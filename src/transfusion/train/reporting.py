@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,19 +29,19 @@ class Reporter:
     def __init__(self, parts: RunParts) -> None:
         self.parts = parts
         self._record: Record | None = None
+        self._open = ExitStack()
         # Of this rank, in the steps since the last line of metrics.
         self._terms: list[LossTerms] = []
         self._images = 0
 
     def __enter__(self) -> Reporter:
-        parts = self.parts
-        record = Record(parts.config, parts.folder, parts.state.step)
-        self._record = together(lambda: record.__enter__() if parts.here.is_main else None)
+        record = Record(self.parts.config, self.parts.folder, self.parts.state.step)
+        is_main = self.parts.here.is_main
+        self._record = together(lambda: self._open.enter_context(record) if is_main else None)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._record is not None:
-            self._record.__exit__(*error)
+        self._open.close()
 
     def announce(self) -> None:
         """Say what begins, and what speaks against it."""

@@ -68,6 +68,10 @@ def test_damage_to_the_head_and_a_cut_are_told(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(DamagedFile):
             read_header(path)
+    for text in (b"[]", b"5", b'{"__metadata__": []}', b"{}"):
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(DamagedFile):
+            read_header(path)
     path.write_bytes(whole + b"\0")
     with pytest.raises(DamagedFile):
         read_header(path)

@@ -28,7 +28,7 @@ _PNG, _PNG_HEAD, _GREY, _PALETTE = b"\x89PNG\r\n\x1a\n", 33, 0, 3
 # Pixels. Compositing would take three times the memory of a larger picture, where Pillow is as fast.
 _GREATEST_FOR_OPENCV = 1 << 22
 # Values of a pixel that has alpha.
-WITH_ALPHA = 4
+_WITH_ALPHA = 4
 # Colours of a palette, and how far each is transparent.
 _TABLES = ([b"PLTE"], [b"PLTE", b"tRNS"])
 # Where Pillow keeps what may tell how a picture is turned.
@@ -54,7 +54,7 @@ def decode(data: bytes, *, channels: int, image_size: int) -> Picture:
 
 
 def decode_fitting(data: bytes, sizes: ImageSizes, *, channels: int) -> Picture:
-    """As `decode_to`, to the size that such a picture takes. Raises SampleError too, as `probe` does."""
+    """As `decode_to`, to the size that such a picture takes."""
     facts = probe(data)
     size = sizes.for_picture(facts.height, facts.width)
     return decode_to(data, size, turned=sizes.when_turned(size), channels=channels)
@@ -117,7 +117,7 @@ def _as_image(values_HWC: Picture) -> Image.Image:
     """Blue, green, red, and alpha if there is one, on white: 255 - (255 - colour) alpha / 255, as Pillow's `paste`."""
     height, width, depth = values_HWC.shape
     order = "BGR"
-    if depth == WITH_ALPHA:
+    if depth == _WITH_ALPHA:
         alpha = opencv.cvtColor(opencv.extractChannel(values_HWC, 3), opencv.COLOR_GRAY2BGRA)
         flat: Picture = opencv.bitwise_not(values_HWC)
         opencv.multiply(flat, alpha, flat, 1 / 255)

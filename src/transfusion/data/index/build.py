@@ -22,14 +22,13 @@ from typing import Any, NamedTuple, TextIO
 
 from transfusion.config import CacheConfig, Config
 from transfusion.config.sections import Verify
-from transfusion.data.index.columns_file import DamagedFile, read_header
 from transfusion.data.index.shard_index import (
     FormerIndex,
     Prints,
     ShardIndex,
     Stale,
     index_shard,
-    why_unreadable,
+    is_former,
 )
 from transfusion.data.remote.cache import CacheSettings, RemoteShard
 from transfusion.data.remote.download import DownloadFailed
@@ -38,7 +37,7 @@ from transfusion.data.shards.scan import is_shard
 from transfusion.data.shards.shard import LocalShard, Shard
 from transfusion.data.shards.webdataset import expand_all
 from transfusion.errors import UserError
-from transfusion.files import atomic_file, remove_leftovers
+from transfusion.files import atomic_file, remove_unfinished
 from transfusion.sequence.tokenizer import Tokenizer
 from transfusion.urls import is_address, redacted
 
@@ -222,23 +221,13 @@ def write_index(
 
 def _tell_of_former(paths: Iterable[Path]) -> None:
     """One line of notice where files of earlier versions are about to be made anew."""
-    former = [path for path in paths if _is_former(path)]
+    former = list(filter(is_former, paths))
     if former:
         log.warning(
             "index files of an earlier version are made anew: %d, such as %s",
             len(former),
             former[0],
         )
-
-
-def _is_former(path: Path) -> bool:
-    try:
-        read_header(path)
-    except DamagedFile:
-        return isinstance(why_unreadable(path), FormerIndex)
-    except OSError:
-        pass
-    return False
 
 
 def cache_of(config: Config) -> CacheSettings:
@@ -285,7 +274,7 @@ def _make(
 
     for folder in {order.path.parent for order in work}:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder, {order.path.name for order in work})
+        remove_unfinished(folder, {order.path.name for order in work})
     processes = min(processes or (cores() if total > _WORTH_PROCESSES else 1), len(work))
     if processes < 2:
         for order in work:

@@ -1,4 +1,4 @@
-"""Columns and facts in one safetensors file, whose columns are mapped one at a time.
+"""Columns and facts in one safetensors file, which is mapped.
 
 Written here, since the library reads whole tensors into memory. Any reader of safetensors opens the file: the facts are
 JSON under `facts` of its metadata, beside a CRC-32 of each column and a digest of all that the header says.
@@ -79,7 +79,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Column]]:
         if metadata.pop("digest") != _digest(metadata, places):
             raise DamagedFile
         facts, checksums = json.loads(metadata["facts"]), json.loads(metadata["checksums"])
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedFile from None
     begin = 8 + size
     columns = {

@@ -1,4 +1,4 @@
-"""Opens the indexes of a configuration's sources, and says what the planner is told of each."""
+"""Opens the indexes of a configuration's sources, with what the configuration says of them."""
 
 from __future__ import annotations
 

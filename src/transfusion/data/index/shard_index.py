@@ -1,6 +1,6 @@
 """The index file of one shard: where its good samples stand, how long they are, and what was left out and why.
 
-Columns in the narrowest type that holds them, in a safetensors file (`columns_file`), mapped one at a time.
+Columns in the narrowest type that holds them, in a safetensors file (`columns_file`) that is mapped, not read.
 Shape suffixes: N good samples, C their texts and captions, T tokens of these, I stored pictures, E elements of
 interleaved documents, F faults.
 """
@@ -98,7 +98,8 @@ class ShardIndex:
         try:
             self._facts, self._columns = read_header(path)
         except DamagedFile:
-            raise why_unreadable(path) from None
+            former = is_former(path)
+            raise FormerIndex("it is of an earlier version") if former else Stale("it is damaged") from None
 
     def __len__(self) -> int:
         count: int = self._facts["samples"]
@@ -117,7 +118,7 @@ class ShardIndex:
             raise Stale(f"it was made {made}")
         if stated["policy"] != prints.policy:
             raise Stale("it was made by other rules for pictures and texts")
-        if self._changed.exists() or self.shard.has_changed(stated):
+        if (self.shard.is_remote and self._changed.exists()) or self.shard.has_changed(stated):
             raise Stale("the shard has changed since")
 
     def verify(self) -> None:
@@ -398,10 +399,11 @@ class _Collector:
         self._waiting.clear()
 
 
-def why_unreadable(path: Path) -> Stale:
-    with path.open("rb") as stream:
-        former = stream.read(len(_FORMER_MAGIC)) == _FORMER_MAGIC
-    return FormerIndex("it was written by an earlier version") if former else Stale("it is damaged")
+def is_former(path: Path) -> bool:
+    """Whether an index file of an earlier version stands there."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
+        return stream.read(len(_FORMER_MAGIC)) == _FORMER_MAGIC
+    return False
 
 
 def _narrowed(values: Integers) -> NDArray[Any]:

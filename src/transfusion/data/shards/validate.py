@@ -126,9 +126,10 @@ class Judge:
             return RawSample(
                 group.key, captions, (self._latent(member, shape),), offset=group.offset, notes=tuple(notes)
             )
-        picture = self._picture(member, notes)
+        data = self._bytes(member)
+        picture = self._picture(member, data, notes)
         if self._verify:
-            self._compare(member, facts.get("sha256"))
+            _refuse_other(data, facts.get("sha256"))
         return RawSample(group.key, captions, (picture,), offset=group.offset, notes=tuple(notes))
 
     def _captions(self, group: Group, facts: dict[str, Any], notes: list[str]) -> tuple[str, ...]:
@@ -181,18 +182,12 @@ class Judge:
             raise SampleError("text_oversize")
         if any(_ELEMENT_PICTURE.fullmatch(name) and name not in names for name in group.members):
             notes.append("interleaved_unused_image")
-        pictures = tuple(self._picture(group.members[name], notes) for name in names)
+        shown = [group.members[name] for name in names]
+        pictures = tuple(self._picture(member, self._bytes(member), notes) for member in shown)
         return RawSample(group.key, tuple(texts), pictures, tuple(order), group.offset, tuple(notes))
 
-    def _compare(self, member: Member, stated: object) -> None:
-        """Raise SampleError for a picture that is not the one whose SHA-256 KEY.json states."""
-        if not isinstance(stated, str):
-            raise SampleError("hash_missing")
-        if sha256(self._bytes(member)) != stated.lower():
-            raise SampleError("image_other")
-
-    def _picture(self, member: Member, notes: list[str]) -> StoredPicture:
-        facts = probe(self._bytes(member))
+    def _picture(self, member: Member, data: bytes, notes: list[str]) -> StoredPicture:
+        facts = probe(data)
         if facts.animated:
             notes.append("image_animated")
         return StoredPicture(member.start, member.size, facts.width, facts.height)
@@ -215,6 +210,14 @@ class Judge:
 
     def _bytes(self, member: Member) -> bytes:
         return self._window.read(member.start, member.size)
+
+
+def _refuse_other(picture: bytes, stated: object) -> None:
+    """Raise SampleError for a picture that is not the one whose SHA-256 KEY.json states."""
+    if not isinstance(stated, str):
+        raise SampleError("hash_missing")
+    if sha256(picture) != stated.lower():
+        raise SampleError("image_other")
 
 
 def _is_caption(text: str, facts: dict[str, Any]) -> bool:
