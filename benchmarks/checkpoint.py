@@ -34,13 +34,13 @@ RESULT = Path(__file__).resolve().parent / "results" / "checkpoint.json"
 SETTINGS = (
     "run.name=checkpoint",
     "model.layers=10",
-    "model.width=768",
+    "model.hidden_size=768",
     "model.heads=12",
     "model.vocabulary=8192",
     "codec.channels=3",
     "codec.image_size=32",
-    "data.row_length=512",
-    "data.rows=4",
+    "data.sequence_length=512",
+    "data.global_batch_size=4",
     "train.engine=local",
     "train.precision=fp32",
 )

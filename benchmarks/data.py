@@ -93,10 +93,16 @@ BARS: dict[str, tuple[str, float]] = {
 def make_config(data: Path, model: Path, **changes: Any) -> Config:
     """Emoji and text, half and half; keywords change section data."""
     sources = [
-        {"name": "emoji", "shards": f"{data}/emoji-captions/train/*.tar", "verify": "sha256", "share": 0.5},
-        {"name": "text", "shards": f"{data}/text/train/*.jsonl", "share": 0.5},
+        {"name": "emoji", "shards": f"{data}/emoji-captions/train/*.tar", "verify": "sha256", "weight": 0.5},
+        {"name": "text", "shards": f"{data}/text/train/*.jsonl", "weight": 0.5},
     ]
-    section = {"sources": sources, "tokenizer": str(model), "rows": 8, "row_length": 4096, **changes}
+    section = {
+        "sources": sources,
+        "tokenizer": str(model),
+        "global_batch_size": 8,
+        "sequence_length": 4096,
+        **changes,
+    }
     return Config.model_validate(
         {"codec": {"image_size": SIDE}, "model": {"patch_size": PATCH}, "data": section}
     )
@@ -164,7 +170,7 @@ def tokens_dropped(lengths: list[Lengths], config: Config, found: Survey) -> int
     """Tokens that were drawn and neither stand in a row nor wait in the state."""
     planner = Planner(lengths, plan_settings(config))
     for _ in range(found.batches):
-        planner.next_batch(0, config.data.rows)
+        planner.next_batch(0, config.data.global_batch_size)
     start = planner.state()["start"]
     assert planner.state()["used"] == 0
     decks = [Deck(source, plan_settings(config).variants) for source in lengths]
@@ -187,7 +193,7 @@ def resume_seconds(lengths: list[Lengths], config: Config, points: int = 20) -> 
     planner = Planner(lengths, plan_settings(config))
     for _ in range(BATCHES):
         states.append(json.dumps(planner.state()))
-        planner.next_batch(0, config.data.rows)
+        planner.next_batch(0, config.data.global_batch_size)
     longest = 0.0
     for state in chance.sample(states, points):
         begin = time.process_time()
@@ -199,7 +205,7 @@ def resume_seconds(lengths: list[Lengths], config: Config, points: int = 20) -> 
 def beyond(config: Config, rounds: int) -> dict[str, Any]:
     """`transfusion data plan --simulate`, the fastest round."""
     found = [
-        survey_config(load_config(None, ["data.rows=4096"]), simulate=True, ranks=512, steps=4)
+        survey_config(load_config(None, ["data.global_batch_size=4096"]), simulate=True, ranks=512, steps=4)
         for _ in range(rounds)
     ]
     return as_dict(min(found, key=lambda each: each.plan_ms_per_batch))

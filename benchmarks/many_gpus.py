@@ -30,10 +30,10 @@ OTHERS: tuple[tuple[str, ...], ...] = (
     ("train.zero.stage=2",),
     ("train.zero.stage=1",),
     ("train.sequence_parallel=2",),
-    ("data.micro_rows=4",),
+    ("data.micro_batch_size=4",),
 )
 # Above 512 GPUs a step of 512 rows has no row for each.
-MORE_ROWS = ("data.rows=1024",)
+MORE_ROWS = ("data.global_batch_size=1024",)
 
 
 class Published(NamedTuple):
@@ -48,10 +48,10 @@ class Published(NamedTuple):
 
 LLAMA_8B = (
     "model.layers=32",
-    "model.width=4096",
+    "model.hidden_size=4096",
     "model.heads=32",
-    "model.key_heads=8",
-    "model.feed_forward=14336",
+    "model.num_kv_heads=8",
+    "model.ffn_size=14336",
     "model.vocabulary=128256",
     "train.compile=true",
 )
@@ -61,28 +61,43 @@ PUBLISHED = (
         "h200",
         1,
         10_471,
-        (*LLAMA_8B, "train.activation_checkpointing=block", "data.rows=4", "data.micro_rows=4"),
+        (
+            *LLAMA_8B,
+            "train.activation_checkpointing=block",
+            "data.global_batch_size=4",
+            "data.micro_batch_size=4",
+        ),
     ),
     Published(
         "torchtitan, Llama-3.1-8B, rows of 8,192, 8 GPUs",
         "h100",
         8,
         6_667,
-        (*LLAMA_8B, "train.activation_checkpointing=attention", "data.row_length=8192", "data.rows=8"),
+        (
+            *LLAMA_8B,
+            "train.activation_checkpointing=attention",
+            "data.sequence_length=8192",
+            "data.global_batch_size=8",
+        ),
     ),
     Published(
         "torchtitan, the same on 128",
         "h100",
         128,
         6_514,
-        (*LLAMA_8B, "train.activation_checkpointing=attention", "data.row_length=8192", "data.rows=128"),
+        (
+            *LLAMA_8B,
+            "train.activation_checkpointing=attention",
+            "data.sequence_length=8192",
+            "data.global_batch_size=128",
+        ),
     ),
 )
 
 
 def plans(config: Config, gpus: int, gpu: str) -> Iterator[tuple[tuple[str, ...], Plan]]:
     """(settings, plan) of the config as it is and of each other setting that fits."""
-    always = MORE_ROWS if gpus > config.data.rows else ()
+    always = MORE_ROWS if gpus > config.data.global_batch_size else ()
     for other in ((), *OTHERS):
         shares_rows = bool(always) and other == ("train.sequence_parallel=2",)
         settings = other if shares_rows else (*always, *other)
@@ -94,7 +109,7 @@ def plans(config: Config, gpus: int, gpu: str) -> Iterator[tuple[tuple[str, ...]
 def table(name: str, gpu: str) -> Iterator[str]:
     """One run at every number of GPUs."""
     config = load_config(CONFIGS / f"{name}.yaml", reads_codec=False)
-    yield f"**{name}**, rows of 4,096, {config.data.rows} a step:"
+    yield f"**{name}**, rows of 4,096, {config.data.global_batch_size} a step:"
     yield ""
     yield "| GPUs | setting | tokens a micro-batch | tokens/s a GPU | of 8 GPUs | waits | exact-mask MFU | GiB a GPU |"
     yield "|---|---|---|---|---|---|---|---|"

@@ -41,12 +41,12 @@ BAR, MISSED = 1.03, 3
 SETTINGS = (
     "run.name=overhead",
     "model.vocabulary=32000",
-    "data.rows=1",
+    "data.global_batch_size=1",
     "train.engine=local",
     "train.precision=fp32",
     "train.threads=1",
     "train.stall_seconds=0",
-    "train.stall_exit_seconds=0",
+    "train.lost_rank_timeout=0",
     "log.every=1",
 )
 TEXTS, PAIRS, WORDS = 200, 200, 300

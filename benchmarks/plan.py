@@ -54,15 +54,15 @@ ONE_THREAD = ("train.threads=1", "train.engine=local", "train.precision=fp32")
 SMALLEST = (
     str(ROOT / "configs/train/0.16b.yaml"),
     "codec={kind: pixels, channels: 3, image_size: 32}",
-    "data.rows=1",
-    "data.micro_rows=0",
+    "data.global_batch_size=1",
+    "data.micro_batch_size=0",
     "train.compile=false",
     *ONE_THREAD,
 )
 QUICKSTART = (str(ROOT / "configs/train/quickstart.yaml"), "model.vocabulary=2048", *ONE_THREAD)
 CASES: dict[str, tuple[str, ...]] = {
     "quickstart": QUICKSTART,
-    "quickstart, accumulating": (*QUICKSTART, "data.micro_rows=2"),
+    "quickstart, accumulating": (*QUICKSTART, "data.micro_batch_size=2"),
     "quickstart, recomputing": (*QUICKSTART, "train.activation_checkpointing=block"),
     "quickstart, attention recomputed": (*QUICKSTART, "train.activation_checkpointing=attention"),
     "quickstart, bf16": (*QUICKSTART, "train.precision=bf16"),

@@ -33,7 +33,7 @@ from transfusion.config import Config, load_config
 from transfusion.data.index.shard_index import ShardIndex, index_shard
 from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.loading.collate import collate
-from transfusion.data.loading.loader import micro_rows
+from transfusion.data.loading.loader import micro_batches
 from transfusion.data.loading.rows import RowBuilder, RowSettings
 from transfusion.data.planning.epoch import VariantRule
 from transfusion.data.planning.packing import Planner, PlanSettings
@@ -54,17 +54,17 @@ from transfusion.sequence.layout import PAIR_CONTROL_TOKENS
 RESULT = Path(__file__).resolve().parent / "results" / "step.json"
 NOT_A_STEP = 3
 # Tables 1 and 7 of the paper: 16 layers of width 768, patches of 2 x 2, a vocabulary of Llama 2, rows of 4,096.
-PAPER_SMALLEST = ("run.name=0.16b", "data.rows=8", "data.micro_rows=8")
+PAPER_SMALLEST = ("run.name=0.16b", "data.global_batch_size=8", "data.micro_batch_size=8")
 TINY = (
     "run.name=tiny",
     "model.layers=2",
-    "model.width=64",
+    "model.hidden_size=64",
     "model.heads=2",
     "model.vocabulary=512",
     "codec.channels=1",
     "codec.image_size=8",
-    "data.row_length=128",
-    "data.rows=4",
+    "data.sequence_length=128",
+    "data.global_batch_size=4",
     "train.engine=local",
     "train.precision=fp32",
     "train.threads=1",
@@ -87,7 +87,7 @@ FORMULAS = {
 def synthetic_sources(config: Config, folder: Path) -> list[SourceIndex]:
     """Texts of 64 to 3,000 tokens, and pictures with captions of 8 to 64, as an index of shards would list them."""
     random = np.random.default_rng(config.run.seed)
-    longest_caption = config.data.row_length - config.patches_per_image - PAIR_CONTROL_TOKENS
+    longest_caption = config.data.sequence_length - config.patches_per_image - PAIR_CONTROL_TOKENS
     texts = np.exp(random.uniform(math.log(64), math.log(3000), DOCUMENTS)).astype(np.int64)
     captions = random.integers(8, 65, DOCUMENTS).clip(max=max(1, longest_caption))
     return [
@@ -113,7 +113,9 @@ def _source(
     encoder = RandomEncoder(config.model.vocabulary, random)
     index_shard(shard, index_file, encoder)
     parts = [ShardIndex(index_file, shard)]
-    return SourceIndex(name, parts, patches=config.patches_per_image, row_length=config.data.row_length)
+    return SourceIndex(
+        name, parts, patches=config.patches_per_image, sequence_length=config.data.sequence_length
+    )
 
 
 class RandomEncoder:
@@ -142,12 +144,14 @@ def png_of(config: Config, random: np.random.Generator) -> bytes:
 def synthetic_steps(config: Config, steps: int, rank: int = 0, world_size: int = 1) -> list[list[Batch]]:
     """This rank's micro-batches of the first `steps` global batches, half the tokens text and half pictures."""
     rule = VariantRule(
-        seed=config.run.seed, caption_first=config.data.caption_first, caption_drop=config.data.caption_drop
+        seed=config.run.seed,
+        caption_first=config.data.caption_first,
+        caption_dropout=config.data.caption_dropout,
     )
     settings = PlanSettings(
-        rows=config.data.rows,
-        row_length=config.data.row_length,
-        open_rows=config.data.open_rows,
+        rows=config.data.global_batch_size,
+        sequence_length=config.data.sequence_length,
+        packing_buffer=config.data.packing_buffer,
         variants=rule,
     )
     row_settings = RowSettings.of(config)
@@ -158,7 +162,8 @@ def synthetic_steps(config: Config, steps: int, rank: int = 0, world_size: int =
         plans = [planner.next_batch(rank, world_size) for _ in range(steps)]
         rows = [[builder.build(plan) for plan in step] for step in plans]
     return [
-        [collate(part, row_settings) for part in micro_rows(step, config.data.micro_rows)] for step in rows
+        [collate(part, row_settings) for part in micro_batches(step, config.data.micro_batch_size)]
+        for step in rows
     ]
 
 

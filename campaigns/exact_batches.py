@@ -82,10 +82,10 @@ def make_config(folder: Path) -> Config:
         train_tokenizer(texts(expand(f"{folder}/*/train/*.tar")), model, vocabulary=1024)
     shares = {"digits": 0.25, "colours": 0.25, "docs": 0.5}
     sources = [
-        {"name": name, "shards": f"{folder}/{name}/held_out/*.tar", "share": share}
+        {"name": name, "shards": f"{folder}/{name}/held_out/*.tar", "weight": share}
         for name, share in shares.items()
     ]
-    data = {"sources": sources, "tokenizer": str(model), "row_length": 512, "rows": ROWS}
+    data = {"sources": sources, "tokenizer": str(model), "sequence_length": 512, "global_batch_size": ROWS}
     return Config.model_validate({"codec": {"channels": 3, "image_size": 8}, "data": data})
 
 
@@ -335,7 +335,7 @@ def main() -> int:
         done = [killed_processes(config, truth, tally, chance, folder) for _ in range(options.killed)]
     record = record_head(torch.device("cpu")) | {
         "seed": options.seed,
-        "rows": ROWS,
+        "global_batch_size": ROWS,
         "world_sizes": WORLD_SIZES,
         "workers": WORKERS,
         "steps": options.steps,

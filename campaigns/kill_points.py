@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "kill-points.json"
 STEPS = 9
 SETTINGS = (
-    "codec.channels=1", "codec.image_size=8", "model.layers=2", "model.width=64", "model.heads=2",
+    "codec.channels=1", "codec.image_size=8", "model.layers=2", "model.hidden_size=64", "model.heads=2",
     "data.tokenizer=tokenizer.model", "data.sources=[{name: digits, shards: digits/train/*.tar}]",
-    "data.held_out=[{name: digits, shards: digits/held_out/*.tar}]", "data.row_length=128",
-    "data.rows=4", "data.micro_rows=0",
+    "data.validation=[{name: digits, shards: digits/held_out/*.tar}]", "data.sequence_length=128",
+    "data.global_batch_size=4", "data.micro_batch_size=0",
     "optimizer.warmup_steps=2", "optimizer.learning_rate=0.003", "optimizer.ema_decay=0.9",
     f"train.steps={STEPS}", "train.precision=fp32", "train.threads=1", "train.zero.persistence_threshold=0",
     "checkpoint.every=3", "log.every=1",

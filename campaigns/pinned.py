@@ -148,7 +148,7 @@ def parts(value: Any) -> Iterator[bytes]:
 def losses(folder: Path, processes: int) -> list[list[float]]:
     """`LOSSES` of each step of a training in so many processes, which leaves its run in runs/PROCESSES."""
     out = f"runs/{processes}"
-    settings = (f"run.dir={out}", f"train.steps={STEPS}", "train.threads=1", "sample.prompts=[]")
+    settings = (f"run.dir={out}", f"train.steps={STEPS}", "train.threads=1", "sample_grid.prompts=[]")
     run(folder, "train", CONFIG, *settings, processes=processes)
     lines = (folder / out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [[line[name] for name in LOSSES] for line in map(json.loads, lines)]

@@ -60,11 +60,11 @@ class Place(NamedTuple):
         """A run over all shards, with a cache of its own."""
         shards = f"{web.address}/{{00000..{self.shards - 1:05d}}}.tar"
         data = {
-            "sources": [{"name": "pictures", "shards": shards, "window_shards": window}],
+            "sources": [{"name": "pictures", "shards": shards, "shuffle_window": window}],
             "tokenizer": str(self.folder / "tokenizer.model"),
             "index": str(self.folder / "index"),
-            "row_length": 64,
-            "rows": 8,
+            "sequence_length": 64,
+            "global_batch_size": 8,
             "cache": {
                 "folder": str(self.folder / run),
                 "gigabytes": cache_bytes / 1e9,
@@ -153,7 +153,7 @@ def traffic(place: Place, web: Web) -> tuple[dict[str, Any], list[str]]:
         if window == WINDOW and small.peak > bound:
             problems.append(f"{name}: {small.peak} bytes in a cache of {bound}")
         found[name] = {
-            "window_shards": window,
+            "shuffle_window": window,
             "cache_bytes": bound,
             "steps": small.steps,
             "samples": small.samples,

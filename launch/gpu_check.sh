@@ -119,17 +119,17 @@ sources="[{name: digits, shards: $DATA/digits/train/*.tar, share: 0.8}, "
 sources+="{name: python-docs, shards: $DATA/text/train/*.tar, share: 0.2}]"
 held_out="[{name: digits, shards: $DATA/digits/held_out/*.tar}, "
 held_out+="{name: python-docs, shards: $DATA/text/held_out/*.tar}]"
-training=("run.dir=$RUN" "data.tokenizer=$DATA/tokenizer.model" "data.sources=$sources" "data.held_out=$held_out")
+training=("run.dir=$RUN" "data.tokenizer=$DATA/tokenizer.model" "data.sources=$sources" "data.validation=$held_out")
 if $cpu; then
-    training+=(train.steps=3 train.threads=1 train.engine=local train.precision=fp32 model.layers=2 model.width=64
-        model.heads=2 sample.steps=2 sample.per_prompt=1)
+    training+=(train.steps=3 train.threads=1 train.engine=local train.precision=fp32 model.layers=2 model.hidden_size=64
+        model.heads=2 sample_grid.steps=2 sample_grid.per_prompt=1)
     sampling=(-n 1 --steps 2)
     suites=(--suite held-out)
     stepping=(--steps 3 --seconds 5)
     table=(--families transfusion causal)
     workers=()
 else
-    training+=(train.steps=300 train.precision=bf16 data.rows=32 checkpoint.every=300 log.every=10)
+    training+=(train.steps=300 train.precision=bf16 data.global_batch_size=32 checkpoint.every=300 log.every=10)
     if ! $zero; then training+=(train.engine=local); fi
     sampling=(-n 8 --steps 50)
     suites=(--suite held-out --suite digits)

@@ -35,9 +35,9 @@ def small_config(**changes: Any) -> Config:
     """Two blocks of width 32 on 4x4 pictures of four patches. `changes`: dotted names with `__` for the dot."""
     values: dict[str, Any] = {
         "run": {"seed": 7},
-        "model": {"vocabulary": VOCABULARY, "layers": 2, "width": 32, "heads": 2, "feed_forward": 64},
+        "model": {"vocabulary": VOCABULARY, "layers": 2, "hidden_size": 32, "heads": 2, "ffn_size": 64},
         "codec": {"channels": 1, "image_size": SIDE},
-        "data": {"row_length": LENGTH, "rows": 4},
+        "data": {"sequence_length": LENGTH, "global_batch_size": 4},
         "train": {"precision": "fp32", "attention": "auto", "zero": {}},
         "optimizer": {},
     }

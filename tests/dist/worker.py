@@ -139,7 +139,11 @@ def interpreted(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]
     """The Triton kernels, run by Triton's interpreter, beside the plain engine on the CPU's attention."""
     from transfusion_kernels.attention import forward
 
-    changes = {"model__width": 64, "train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT}
+    changes = {
+        "model__hidden_size": 64,
+        "train__activation_checkpointing": "block",
+        "train__zero": NOTHING_KEPT,
+    }
     launches = []
     launch = forward.attention_forward
 
@@ -157,10 +161,10 @@ def interpreted(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]
 
 
 def pair_in_training(here: Environment) -> dict[str, Callable[[], Any]]:
-    chunked = small_config(train__head_chunk=5, train__zero=NOTHING_KEPT)
+    chunked = small_config(train__loss_chunk_size=5, train__zero=NOTHING_KEPT)
     return {
         "equals local: head in chunks": lambda: equals_local(chunked, here),
-        "chunks": lambda: chunk_counts(chunked.train.head_chunk),
+        "chunks": lambda: chunk_counts(chunked.train.loss_chunk_size),
         "judged: defaults": lambda: judged_in_training(here, {}),
         "judged: nothing kept": lambda: judged_in_training(here, {"train__zero": NOTHING_KEPT}),
         "judged: unet": lambda: judged_in_training(here, VARIANTS["unet"]),

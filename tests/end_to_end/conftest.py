@@ -17,8 +17,8 @@ from transfusion.observe.console import start_logging
 
 ROOT = Path(__file__).parents[2]
 TINY = (
-    "model.layers=2", "model.width=64", "model.heads=2", "data.row_length=128", "data.rows=4",
-    "train.threads=1", "checkpoint.every=3", "sample.per_prompt=1", "sample.steps=2",
+    "model.layers=2", "model.hidden_size=64", "model.heads=2", "data.sequence_length=128", "data.global_batch_size=4",
+    "train.threads=1", "checkpoint.every=3", "sample_grid.per_prompt=1", "sample_grid.steps=2",
 )  # fmt: skip
 Command = Callable[..., str]
 

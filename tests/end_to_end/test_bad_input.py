@@ -52,7 +52,9 @@ def test_a_run_survives_bad_samples_and_names_them(workplace: Any, shards: Path,
     caption, facts = names[5].replace(".png", ".txt"), names[3].replace(".png", ".json")
     rewrite(shard, {names[3]: bad, facts: b"{}", names[4]: b"not a picture", caption: b" \n"})
     workplace.run(
-        *workplace.train("runs/bad", source(shards), "train.steps=30", "data.rows=16", "data.held_out=[]")
+        *workplace.train(
+            "runs/bad", source(shards), "train.steps=30", "data.global_batch_size=16", "data.validation=[]"
+        )
     )
     run = workplace.folder / "runs/bad"
     found = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
@@ -71,7 +73,7 @@ def test_too_many_bad_samples_stop_a_run(workplace: Any, shards: Path) -> None:
             names = [member.name for member in archive if member.name.endswith(".png")]
         rewrite(shard, dict.fromkeys(names[::3], b"not a picture"))
     said = workplace.run(*workplace.train("runs/too-bad", source(shards), "train.steps=3"), code=2)
-    assert "Traceback" not in said and "max_faults" in said
+    assert "Traceback" not in said and "max_bad_fraction" in said
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_too_many_bad_samples_stop_a_run(workplace: Any, shards: Path) -> None:
     [
         (["data.sources=[{name: digits, shards: gone/*.tar}]"], "gone/*.tar"),
         (["data.sources=[]"], "data.sources"),
-        (["data.rows=3", "train.zero.stage=4"], "train.zero.stage"),
+        (["data.global_batch_size=3", "train.zero.stage=4"], "train.zero.stage"),
         (["codec.image_size=7"], "image_size"),
     ],
 )
@@ -96,8 +98,8 @@ def complaint(said: str) -> str:
 
 
 def test_rows_that_the_ranks_cannot_share(workplace: Any) -> None:
-    said = workplace.run(*workplace.train("runs/refused", "data.rows=5"), processes=2, code=1)
-    assert "data.rows" in complaint(said)
+    said = workplace.run(*workplace.train("runs/refused", "data.global_batch_size=5"), processes=2, code=1)
+    assert "data.global_batch_size" in complaint(said)
     assert not (workplace.folder / "runs/refused").exists()
 
 
@@ -115,9 +117,9 @@ def test_bad_samples_of_all_ranks_are_judged_together(workplace: Any, shards: Pa
             pictures = [member for member in archive if member.name.endswith(".png")]
             bad = {member.name: undecodable(archive.extractfile(member).read()) for member in pictures[::2]}  # type: ignore[union-attr]
         rewrite(shard, bad | {name.replace(".png", ".json"): b"{}" for name in bad})
-    command = workplace.train("runs/too-torn", source(shards), "train.steps=30", "data.held_out=[]")
+    command = workplace.train("runs/too-torn", source(shards), "train.steps=30", "data.validation=[]")
     said = workplace.run(*command, processes=2, code=1)
-    assert "data.max_faults" in complaint(said) and "runs/too-torn/quarantine.jsonl" in complaint(said)
+    assert "data.max_bad_fraction" in complaint(said) and "runs/too-torn/quarantine.jsonl" in complaint(said)
     named = (workplace.folder / "runs/too-torn/quarantine.jsonl").read_text().splitlines()
     assert len(named) > 5
 

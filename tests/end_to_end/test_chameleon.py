@@ -36,14 +36,14 @@ def test_both_models_in_one_grid(transfusion: Command, tmp_path: Path) -> None:
     vq = {
         "model": {"family": "chameleon", "patch_size": 1},
         "codec": {"kind": "vq", "folder": "vq/codec"},
-        "data": {"sources": [{"name": "pictures", "shards": "vq/shards/*.tar"}], "row_length": 96},
+        "data": {"sources": [{"name": "pictures", "shards": "vq/shards/*.tar"}], "sequence_length": 96},
     }
     (tmp_path / "vq.yaml").write_text(yaml.safe_dump(vq))
     transfusion("prepare", "own", "--out", "data", "--held-out", "0.2")
     transfusion("tokenizer", "train", "data/train/*.tar", "--out", "tokenizer.model", "--vocabulary", "275")
     for kind in ("kl", "vq"):
         codec = CODEC.replace("kind: kl", f"kind: {kind}").replace(
-            "groups: 4", "groups: 4, codes: 16, code_width: 4"
+            "groups: 4", "groups: 4, codebook_size: 16, code_width: 4"
         )
         (tmp_path / "codec.yaml").write_text(codec)
         transfusion("codec", "train", "codec.yaml", f"run.dir={kind}")

@@ -28,7 +28,7 @@ MODEL = (
     "  tokenizer: tokenizer.model\n"
     "  sources: [{name: pictures, shards: latents/*.tar}]\n"
     "  held_out: [{name: pictures, shards: data/held_out/*.tar}]\n"
-    "  row_length: 64\n"
+    "  sequence_length: 64\n"
     "  rows: 2\n"
     "train: {steps: 2, threads: 1, precision: fp32}\n"
     "sample: {per_prompt: 1, steps: 2}\n"

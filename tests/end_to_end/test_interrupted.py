@@ -112,7 +112,7 @@ def test_a_finished_run_has_nothing_to_do(workplace: Any, straight: Path) -> Non
 @pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(workplace: Any, straight: Path) -> None:
     before = contents(straight)
-    said = workplace.run(*workplace.train("runs/straight", "train.steps=9", "model.width=96"), code=2)
+    said = workplace.run(*workplace.train("runs/straight", "train.steps=9", "model.hidden_size=96"), code=2)
     assert "Traceback" not in said and "run.dir" in said
     assert contents(straight) == before
 

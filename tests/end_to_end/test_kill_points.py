@@ -37,4 +37,4 @@ def test_killed_with_half_a_file_written(campaign: ModuleType, place: Any) -> No
 
 
 def test_a_frozen_rank_ends_the_other(campaign: ModuleType, place: Any) -> None:
-    campaign.frozen_rank(place, "train.stall_seconds=2", "train.stall_exit_seconds=4")
+    campaign.frozen_rank(place, "train.stall_seconds=2", "train.lost_rank_timeout=4")

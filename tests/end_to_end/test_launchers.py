@@ -21,7 +21,7 @@ def losses(run: Path) -> list[float]:
 
 def test_launchers_agree(workplace: Any) -> None:
     runs = workplace.folder / "runs"
-    quiet = ["train.steps=3", "checkpoint.every=100", "sample.prompts=[]", "data.held_out=[]"]
+    quiet = ["train.steps=3", "checkpoint.every=100", "sample_grid.prompts=[]", "data.validation=[]"]
     workplace.run(*workplace.train("runs/plain", *quiet))
     workplace.run(*workplace.train("runs/torchrun", *quiet), processes=2)
     launcher = Path(sys.executable).parent / "deepspeed"

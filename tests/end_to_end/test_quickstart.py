@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 FEW_STEPS = (
     "train.steps=6",
     "checkpoint.every=3",
-    "sample.per_prompt=1",
-    "sample.steps=2",
+    "sample_grid.per_prompt=1",
+    "sample_grid.steps=2",
     "train.threads=1",
 )
 Quickstart = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -24,7 +24,7 @@ def test_training_from_a_server(workplace: Commands) -> None:
         base = web.address.replace("http://", "http://me:hunter2@") + "/data/quickstart/digits"
         sources = [
             f"data.sources.0.shards={base}/train/{{00000..00001}}.tar?X-Amz-Signature=hunter2",
-            f"data.held_out.0.shards={base}/held_out/00000.tar",
+            f"data.validation.0.shards={base}/held_out/00000.tar",
         ]
         said = [workplace.run(*workplace.train("remote", *sources, "train.steps=3"))]
         asked = web.asked.total()
@@ -36,10 +36,10 @@ def test_training_from_a_server(workplace: Commands) -> None:
             "data.cache.folder=elsewhere",
             "data.cache.pause=0",
             "data.cache.attempts=2",
-            "data.max_faults=0",
+            "data.max_bad_fraction=0",
         ]
         said.append(workplace.run(*workplace.train("remote", *sources, *dead, "train.steps=9"), code=2))
-    assert "could not be read, more than data.max_faults" in said[-1]
+    assert "could not be read, more than data.max_bad_fraction" in said[-1]
     assert "(http://***@" in said[-1] and "download failed: curl ended with status 52)" in said[-1]
     assert "Traceback" not in said[-1]
     written = [path for path in workplace.folder.rglob("*") if path.is_file()]

@@ -19,7 +19,7 @@ MODEL = (
     "data:\n"
     "  tokenizer: tokenizer.model\n"
     "  sources: [{name: pictures, shards: data/train/*.tar}]\n"
-    "  row_length: 128\n"
+    "  sequence_length: 128\n"
     "  rows: 4\n"
     "  caption_first: 0.9\n"
     "optimizer: {learning_rate: 2.0e-3, warmup_steps: 5, ema_decay: 0}\n"

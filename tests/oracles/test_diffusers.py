@@ -67,7 +67,7 @@ class FreshNoise:
 
 
 # Our objective, diffusers' name for it.
-PREDICTIONS = [("noise", "epsilon"), ("velocity", "v_prediction")]
+PREDICTIONS = [("epsilon", "epsilon"), ("v", "v_prediction")]
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
@@ -122,11 +122,11 @@ def test_velocity_and_flow_of_noised_images() -> None:
     clean = torch.rand(3, 8, 8, 8) * 2 - 1
     timestep, key = torch.tensor([0, 500, 999]), torch.tensor([1, 2, 3])
     noise = counter_normal(key, (8, 8, 8))
-    velocity = ImageObjective(DiffusionConfig(objective="velocity")).corrupt(clean, timestep, key)
+    velocity = ImageObjective(DiffusionConfig(prediction="v")).corrupt(clean, timestep, key)
     theirs = scheduler("DDPMScheduler")
     assert torch.equal(velocity.noisy, theirs.add_noise(clean, noise, timestep))
     assert torch.equal(velocity.target, theirs.get_velocity(clean, noise, timestep))
-    flow = ImageObjective(DiffusionConfig(objective="flow")).corrupt(clean, timestep, key)
+    flow = ImageObjective(DiffusionConfig(prediction="flow")).corrupt(clean, timestep, key)
     path = diffusers.FlowMatchEulerDiscreteScheduler(1000)
     # Theirs names timesteps by the noise level times 1000: 1 to 1000.
     torch.testing.assert_close(flow.noisy, path.scale_noise(clean, (timestep + 1).float(), noise))

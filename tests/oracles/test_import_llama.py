@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 VOCABULARY = 64
-SHAPE = {"layers": 2, "width": 32, "heads": 4, "key_heads": 2, "feed_forward": 48, "rope_theta": 5e5}
+SHAPE = {"layers": 2, "hidden_size": 32, "heads": 4, "num_kv_heads": 2, "ffn_size": 48, "rope_theta": 5e5}
 
 
 def save_llama(folder: Path, **changes: Any) -> Any:
@@ -131,9 +131,9 @@ def test_with_a_tokenizer_rows_go_by_the_bytes_of_pieces(tmp_path: Path, byte_le
 def test_another_network_is_refused_with_every_value_to_set(tmp_path: Path) -> None:
     save_llama(tmp_path)
     with pytest.raises(UserError) as refused:
-        started(tmp_path, config_of(layers=3, key_heads=4, norm_epsilon=1e-6, qk_norm=True))
+        started(tmp_path, config_of(layers=3, num_kv_heads=4, norm_epsilon=1e-6, qk_norm=True))
     told = str(refused.value)
-    assert "set model.layers=2 model.key_heads=2 model.norm_epsilon=1e-05" in told
+    assert "set model.layers=2 model.num_kv_heads=2 model.norm_epsilon=1e-05" in told
     assert "set model.qk_norm=false" in told
     for key, value, complaint in (
         ("model_type", "mistral", "only a 'llama' is read"),

@@ -35,7 +35,7 @@ PARTS = {
 @pytest.fixture(params=[4, 2, 1], ids=lambda key_heads: f"{key_heads} key heads")
 def models(request: pytest.FixtureRequest) -> tuple[Transfusion, Any]:
     """Ours, and a Llama with the same weights."""
-    config = ModelConfig(vocabulary=VOCABULARY, layers=3, width=64, heads=4, key_heads=request.param)
+    config = ModelConfig(vocabulary=VOCABULARY, layers=3, hidden_size=64, heads=4, num_kv_heads=request.param)
     ours = Transfusion(config, CodecConfig(channels=1, image_size=8))
     initialise(ours, seed=0, layers=3)
     with torch.no_grad():

@@ -40,18 +40,25 @@ def build_model() -> Callable[..., tuple[Config, Transfusion]]:
 
     def build(
         *,
-        row_length: int = 256,
+        sequence_length: int = 256,
         seed: int = 0,
         channels: Literal[1, 3] = 1,
         image_size: int = 8,
         image_sizes: Sequence[str] = (),
         **fields: Any,
     ) -> tuple[Config, Transfusion]:
-        shape = {"vocabulary": VOCABULARY, "layers": 2, "width": 32, "heads": 4, "key_heads": 2, **fields}
+        shape = {
+            "vocabulary": VOCABULARY,
+            "layers": 2,
+            "hidden_size": 32,
+            "heads": 4,
+            "num_kv_heads": 2,
+            **fields,
+        }
         config = Config(
             model=ModelConfig(**shape),
             codec=CodecConfig(channels=channels, image_size=image_size, image_sizes=tuple(image_sizes)),
-            data=DataConfig(row_length=row_length),
+            data=DataConfig(sequence_length=sequence_length),
         ).with_vocabulary(VOCABULARY)
         model = Transfusion(config.model, config.codec)
         initialise(model, seed=seed, layers=config.model.layers)

@@ -24,7 +24,6 @@ from transfusion.checkpoint.stream import write_tensors
 from transfusion.config import Config
 from transfusion.config.checking import check
 from transfusion.config.codec_folder import folder_files
-from transfusion.config.rules import with_former_values
 from transfusion.errors import UserError
 from transfusion.files import (
     UNFINISHED,
@@ -101,7 +100,7 @@ def read_export(folder: str | Path) -> ModelFolder:
         raise UserError(f"{folder} is no model folder: {CONFIG} is not an export's; {remedy}") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{folder} has model format {version}, this version reads {FORMAT_VERSION}; {remedy}")
-    config = check(with_former_values(values["config"]), where=str(folder / CONFIG))
+    config = check(values["config"], where=str(folder / CONFIG))
     for name in [*names.values(), TOKENIZER]:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing; {remedy}")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from transfusion.config import Config
-from transfusion.config.rules import with_former_values
 from transfusion.errors import UserError
 from transfusion.files import digest, file_digest, fingerprint
 
@@ -143,18 +142,13 @@ def model_fingerprint(config: Config) -> str:
 
 
 def model_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that must agree between a checkpoint and the run that loads it.
-
-    A key that is younger than the checkpoint has the value that is what was done before.
-    """
-    defaults, config = Config().as_dict(), with_former_values(config)
-    model, codec = (defaults[section] | config[section] for section in ("model", "codec"))
+    """The part of a configuration that must agree between a checkpoint and the run that loads it."""
     # Not where the autoencoder lies: its fingerprint tells which it is. What is empty says nothing.
     return {
-        "model": model,
-        "codec": {name: value for name, value in codec.items() if value and name != "folder"},
+        "model": config["model"],
+        "codec": {name: value for name, value in config["codec"].items() if value and name != "folder"},
         # The same weights that answer with the noise are wrong about a velocity.
-        "diffusion": {"objective": (defaults["diffusion"] | config["diffusion"])["objective"]},
+        "diffusion": {"prediction": config["diffusion"]["prediction"]},
     }
 
 

@@ -150,10 +150,10 @@ def _compared(settings: dict[str, Any], rope: dict[str, Any], model: ModelConfig
     heads = settings["num_attention_heads"]
     theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
     yield _Setting("model.layers", model.layers, settings["num_hidden_layers"])
-    yield _Setting("model.width", model.width, settings["hidden_size"])
+    yield _Setting("model.hidden_size", model.hidden_size, settings["hidden_size"])
     yield _Setting("model.heads", model.heads, heads)
-    yield _Setting("model.key_heads", model.kv_heads, settings.get("num_key_value_heads") or heads)
-    yield _Setting("model.feed_forward", model.ffn_width, settings["intermediate_size"])
+    yield _Setting("model.num_kv_heads", model.kv_heads, settings.get("num_key_value_heads") or heads)
+    yield _Setting("model.ffn_size", model.ffn_width, settings["intermediate_size"])
     yield _Setting("model.norm_epsilon", model.norm_epsilon, settings.get("rms_norm_eps", 1e-6))
     yield _Setting("model.rope_theta", model.rope_theta, theta)
 

@@ -77,7 +77,7 @@ def newest_good(run_folder: str | Path) -> Path:
         if not layout.read_manifest(folder).state.get("bad_steps", 0):
             return folder
     raise UserError(
-        "too many steps in a row were skipped (train.roll_back_after), and no checkpoint from before them is left;"
+        "too many steps in a row were skipped (train.rollback_after_skipped), and no checkpoint from before them is left;"
         " lower optimizer.learning_rate, look at the newest data, or save more often (checkpoint.every)"
     )
 

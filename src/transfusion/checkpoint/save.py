@@ -68,10 +68,12 @@ class Saver:
     write, `begin` or `finish` raises the same UserError on every rank.
     """
 
-    def __init__(self, run_folder: str | Path, engine: Engine, *, keep: int, keep_every: int = 0) -> None:
-        """keep: how many of the newest stay; with them stay all whose step is a multiple of `keep_every`, if not 0."""
+    def __init__(
+        self, run_folder: str | Path, engine: Engine, *, keep: int, archive_interval: int = 0
+    ) -> None:
+        """keep: how many of the newest stay; with them stay all whose step is a multiple of `archive_interval`, if not 0."""
         self._run_folder, self._engine = run_folder, engine
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._archive_interval = keep, archive_interval
         self._copies: dict[str, Tensor] = {}
         self._pending: _Pending | None = None
 
@@ -159,7 +161,7 @@ class Saver:
 
     def _stays(self, folder: Path) -> bool:
         step = layout.step_of(folder)
-        return step is not None and self._keep_every > 0 and step % self._keep_every == 0
+        return step is not None and self._archive_interval > 0 and step % self._archive_interval == 0
 
 
 def _together(work: Callable[[], T], folder: Path) -> T:

@@ -73,7 +73,7 @@ def plan(
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Plan without reading pictures: time, memory, shares, padding, balance. data.rows is the global batch."""
+    """Plan without reading pictures: time, memory, shares, padding, balance. data.global_batch_size is the global batch."""
     from transfusion.config import load_config
     from transfusion.data.viewing.plan_stats import as_dict, describe, survey_config
 
@@ -98,7 +98,7 @@ def index_shards(
     verify: Annotated[
         Literal["none", "sha256"], typer.Option(help="see sources.0.verify; a config names its own")
     ] = "none",
-    max_faults: Annotated[
+    max_bad_fraction: Annotated[
         float | None, typer.Option(min=0, max=1, help="share of bad samples past which the exit code is 3")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="processes; 0: one a core, or none for little")] = 0,
@@ -113,11 +113,11 @@ def index_shards(
     if spec[0].endswith((".yaml", ".yml")):
         config = load_config(spec[0], spec[1:])
         jobs = IndexJob.of(config)
-        max_faults = config.data.max_faults if max_faults is None else max_faults
+        max_bad_fraction = config.data.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
     else:
         jobs = [IndexJob(spec, tokenizer, verify=verify)]
     with _byte_bar("index") as progress:
-        limit = DataConfig().max_faults if max_faults is None else max_faults
+        limit = DataConfig().max_bad_fraction if max_bad_fraction is None else max_bad_fraction
         report = write_index(jobs, out, greatest_share=limit, processes=workers, progress=progress)
     for line in report.describe():
         typer.echo(line)

@@ -31,12 +31,12 @@ class Codec(Protocol):
 
 @runtime_checkable
 class TokenCodec(Protocol):
-    """Pictures to tokens of a codebook with `codes` entries, and back."""
+    """Pictures to tokens of a codebook with `codebook_size` entries, and back."""
 
-    codes: int
+    codebook_size: int
 
     def tokens(self, values_ICHW: Tensor) -> Tensor:
-        """uint8 pictures to int64 tokens [I, h, w] in [0, codes); integers of three axes are tokens already."""
+        """uint8 pictures to int64 tokens [I, h, w] in [0, codebook_size); integers of three axes are tokens already."""
 
     def pictures(self, token_Ihw: Tensor) -> Tensor:
         """Tokens to uint8 pictures [I, *, H, W]."""

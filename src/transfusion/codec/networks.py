@@ -77,12 +77,12 @@ def new_network(
     groups: int,
     attention: bool,
     image_size: int,
-    codes: int = 0,
+    codebook_size: int = 0,
     code_width: int = 0,
 ) -> Network:
     """A network with weights as diffusers initialises them from torch's generator.
 
-    Each width but the last halves the picture. codes, code_width: entries of the codebook of a VQModel and their
+    Each width but the last halves the picture. codebook_size, code_width: entries of the codebook of a VQModel and their
     dimensions.
     """
     settings: dict[str, Any] = {
@@ -98,7 +98,7 @@ def new_network(
         "mid_block_add_attention": attention,
     }
     if kind == "vq":
-        settings |= {"num_vq_embeddings": codes, "vq_embed_dim": code_width}
+        settings |= {"num_vq_embeddings": codebook_size, "vq_embed_dim": code_width}
     return _network_class(kind)(**settings)
 
 

@@ -17,7 +17,7 @@ class VQCodec:
 
     def __init__(self, network: Network, device: torch.device | str = "cpu") -> None:
         self.network = network.to(device)
-        self.codes: int = network.config.num_vq_embeddings
+        self.codebook_size: int = network.config.num_vq_embeddings
 
     @torch.no_grad()
     def tokens(self, values_ICHW: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def encoder(codec: CodecConfig, device: str = "cpu") -> Encoder:
     """To float16 latents [I, C, h, w], or tokens [I, h, w] in as few bytes as hold them."""
     if codec.kind == "vq":
         tokens = open_token_codec(codec, device)
-        kind = np.uint16 if codec.codes <= 1 << 16 else np.int32
+        kind = np.uint16 if codec.codebook_size <= 1 << 16 else np.int32
         return lambda values: tokens.tokens(values.to(device)).cpu().numpy().astype(kind)
     latents = open_codec(codec, device)
     return lambda values: latents.encode(values.to(device)).cpu().numpy().astype(np.float16)

@@ -173,11 +173,11 @@ def _round_trip(codec: CodecConfig, device: str) -> tuple[Callable[[Tensor], Ten
     if codec.kind != "vq":
         latents = open_codec(codec, device)
         return lambda real_ICHW: latents.decode(latents.encode(real_ICHW.to(device))).cpu(), torch.zeros(0)
-    tokens, chosen_K = open_token_codec(codec, device), torch.zeros(codec.codes)
+    tokens, chosen_K = open_token_codec(codec, device), torch.zeros(codec.codebook_size)
 
     def through_tokens(real_ICHW: Tensor) -> Tensor:
         token_Ihw = tokens.tokens(real_ICHW.to(device))
-        chosen_K.add_(torch.bincount(token_Ihw.flatten().cpu(), minlength=codec.codes))
+        chosen_K.add_(torch.bincount(token_Ihw.flatten().cpu(), minlength=codec.codebook_size))
         return tokens.pictures(token_Ihw).cpu()
 
     return through_tokens, chosen_K

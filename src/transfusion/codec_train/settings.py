@@ -22,7 +22,7 @@ class NetworkConfig(Section):
     latent_channels: PositiveInt = Field(8, description="channels of the latents, of vq before the codebook")
     groups: PositiveInt = Field(32, description="groups of each GroupNorm; every width is a multiple")
     attention: bool = Field(True, description="self-attention in the middle")
-    codes: PositiveInt = Field(16_384, description="entries of the codebook (vq)")
+    codebook_size: PositiveInt = Field(16_384, description="entries of the codebook (vq)")
     code_width: PositiveInt = Field(8, description="dimensions of an entry (vq)")
 
     @property

@@ -93,7 +93,7 @@ class CodecTrainer:
         self.step = 0
         # CPU seconds of the steps so far: what a busy machine does not change.
         self.seconds = 0.0
-        self.chosen_K = torch.zeros(config.network.codes if config.kind == "vq" else 0, device=device)
+        self.chosen_K = torch.zeros(config.network.codebook_size if config.kind == "vq" else 0, device=device)
         self.codebook_use: codebook.CodebookUse | None = None
         self._resume()
         self.lock = self.folder.lock()
@@ -363,7 +363,7 @@ def build(config: CodecTrainConfig) -> Network:
         groups=sizes.groups,
         attention=sizes.attention,
         image_size=config.pictures.image_size,
-        codes=sizes.codes,
+        codebook_size=sizes.codebook_size,
         code_width=sizes.code_width,
     )
     if config.start:

@@ -11,10 +11,40 @@ from pydantic import BaseModel, ValidationError
 
 from transfusion.config import codec_folder
 from transfusion.config.config import Config
-from transfusion.config.sections import PROBLEM_SEPARATOR, SHARE_FORMS
+from transfusion.config.sections import PROBLEM_SEPARATOR, WEIGHT_FORMS
 from transfusion.config.yaml_files import override
 from transfusion.errors import UserError
 from transfusion.urls import redacted_text
+
+# Keys that had another name before version 0.1.0, by their last part, with what they are called since.
+RENAMED = {
+    "checkpoint.keep_every": "archive_interval",
+    "codec.codebook_size": "codebook_size",
+    "data.caption_drop": "caption_dropout",
+    "data.held_out": "validation",
+    "data.max_faults": "max_bad_fraction",
+    "data.micro_rows": "micro_batch_size",
+    "data.open_rows": "packing_buffer",
+    "data.row_length": "sequence_length",
+    "data.rows": "global_batch_size",
+    "data.sources.0.share": "weight",
+    "data.sources.0.weight.0.share": "weight",
+    "data.sources.0.window_shards": "shuffle_window",
+    "data.validation.0.share": "weight",
+    "data.validation.0.window_shards": "shuffle_window",
+    "diffusion.objective": "prediction, and its values are epsilon (was noise), v (was velocity) and flow",
+    "diffusion.timestep_law": "timestep_sampling",
+    "diffusion.understanding_timestep_limit": "max_timestep_before_caption",
+    "model.feed_forward": "ffn_size",
+    "model.key_heads": "num_kv_heads",
+    "model.norm_order": "norm_placement, and its values are pre (was before) and post (was after)",
+    "model.patcher": "patch_embed",
+    "model.width": "hidden_size",
+    "sample": "sample_grid",
+    "train.head_chunk": "loss_chunk_size",
+    "train.roll_back_after": "rollback_after_skipped",
+    "train.stall_exit_seconds": "lost_rank_timeout",
+}
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
@@ -64,7 +94,7 @@ def check_as(
 
 def _place(location: Sequence[int | str]) -> tuple[int | str, ...]:
     """Where a mistake stands, in the words of the file."""
-    return tuple(part for part in location if part not in SHARE_FORMS)
+    return tuple(part for part in location if part not in WEIGHT_FORMS)
 
 
 def _take_out(values: dict[str, Any], mistake: Any) -> bool:
@@ -85,6 +115,8 @@ def _explain(error: Any, kind: type[BaseModel]) -> list[str]:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         general = ".".join("0" if isinstance(part, int) else str(part) for part in error["loc"])
+        if general in RENAMED:
+            return [f"{path} is now {path.removesuffix(str(error['loc'][-1]))}{RENAMED[general]}"]
         near = difflib.get_close_matches(general, list(_known_keys(kind)), n=1, cutoff=0.5)
         remedy = f"; did you mean {near[0]}?" if near else "; `transfusion config` lists every key"
         return [f"{path} is not a known key{remedy}"]

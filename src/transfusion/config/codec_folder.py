@@ -26,7 +26,7 @@ class CodecFacts(NamedTuple):
     """A folder's own words, under the names of the section `codec`.
 
     channels: of pictures. downscale: pixels a side of one latent. A latent is (encoded - shift) * scale, with one
-    number for all channels or one for each. codes: entries of the codebook; 0: none. weights: digest of the files.
+    number for all channels or one for each. codebook_size: entries of the codebook; 0: none. weights: digest of the files.
     """
 
     kind: Literal["kl", "vq"]
@@ -35,7 +35,7 @@ class CodecFacts(NamedTuple):
     downscale: int
     scale: tuple[float, ...]
     shift: tuple[float, ...]
-    codes: int
+    codebook_size: int
     weights: str
 
 
@@ -54,7 +54,7 @@ def read_facts(folder: str | Path) -> CodecFacts:
             downscale=2 ** (len(values["block_out_channels"]) - 1),
             scale=scale,
             shift=shift,
-            codes=int(values.get("num_vq_embeddings", 256)) if kind == "vq" else 0,
+            codebook_size=int(values.get("num_vq_embeddings", 256)) if kind == "vq" else 0,
             weights="",
         )
     except OSError as error:
@@ -125,7 +125,7 @@ def completed(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         # As if it fitted: what else is wrong is told in the same breath.
         return {"latent_channels": 1, "downscale": 1, **values}
     found = {name: value for name, value in facts._asdict().items() if name != "weights"}
-    for name in ("kind", "channels", "latent_channels", "downscale", "codes"):
+    for name in ("kind", "channels", "latent_channels", "downscale", "codebook_size"):
         if values.get(name) and values[name] != found[name]:
             problems.append(f"codec.{name} is {values[name]}, but {folder} has {found[name]}")
     merged = {**found, **{name: value for name, value in values.items() if value or name not in found}}

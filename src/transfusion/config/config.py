@@ -17,7 +17,7 @@ from transfusion.config.sections import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
-    SampleConfig,
+    SampleGridConfig,
     Section,
     TrainConfig,
 )
@@ -36,7 +36,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    sample: SampleConfig = SampleConfig()
+    sample_grid: SampleGridConfig = SampleGridConfig()
 
     def with_vocabulary(self, pieces: int) -> Config:
         """The configuration with a row of the embedding for each of the tokenizer's pieces and each size of pictures
@@ -58,13 +58,13 @@ class Config(Section):
 
     def warnings(self) -> list[str]:
         """What can be trained and hardly learns, one line each with its remedy."""
-        values, width = self.codec.depth * self.model.patch_size**2, self.model.width
-        if self.model.patcher != "linear" or self.model.family != "transfusion" or values <= width:
+        values, width = self.codec.depth * self.model.patch_size**2, self.model.hidden_size
+        if self.model.patch_embed != "linear" or self.model.family != "transfusion" or values <= width:
             return []
         return [
             f"a patch has {values} values ({self.codec.depth} channels x model.patch_size {self.model.patch_size}"
-            f" squared), more than model.width {width} can carry, so even its noise cannot be told; set"
-            f" model.width={values} or more, a smaller model.patch_size, or model.patcher=unet"
+            f" squared), more than model.hidden_size {width} can carry, so even its noise cannot be told; set"
+            f" model.hidden_size={values} or more, a smaller model.patch_size, or model.patch_embed=unet"
         ]
 
     @model_validator(mode="before")
@@ -76,9 +76,9 @@ class Config(Section):
     def _parts_fit(self) -> Config:
         problems = [
             *rules.family_problems(self.model, self.codec, self.train),
-            *rules.size_problems(self.codec, self.data, self.sample, self.image_sizes),
+            *rules.size_problems(self.codec, self.data, self.sample_grid, self.image_sizes),
             *self.diffusion.problems(),
-            *rules.sampling_problems(self.sample, self.diffusion, self.data),
+            *rules.sampling_problems(self.sample_grid, self.diffusion, self.data),
             *rules.source_problems(self.data),
             *rules.division_problems(self.model, self.data, self.train),
         ]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-ObjectiveName = Literal["noise", "velocity", "flow"]
-# What a network of each objective answers, in words.
-PREDICTED: dict[ObjectiveName, str] = {
-    "noise": "noise",
-    "velocity": "velocity",
+PredictionName = Literal["epsilon", "v", "flow"]
+# What a network of each prediction answers, in words.
+PREDICTED: dict[PredictionName, str] = {
+    "epsilon": "noise",
+    "v": "velocity",
     "flow": "flow velocity",
 }
 SamplerName = Literal["auto", "ddpm", "ddim", "euler", "heun"]
-# What can draw images with a network of each objective. "auto" is the first, in the training grid the first that
+# What can draw images with a network of each prediction. "auto" is the first, in the training grid the first that
 # adds no noise on its way.
-SAMPLERS: dict[ObjectiveName, tuple[SamplerName, ...]] = {
-    "noise": ("ddpm", "ddim"),
-    "velocity": ("ddpm", "ddim"),
+SAMPLERS: dict[PredictionName, tuple[SamplerName, ...]] = {
+    "epsilon": ("ddpm", "ddim"),
+    "v": ("ddpm", "ddim"),
     "flow": ("euler", "heun"),
 }
-GRID_SAMPLER: dict[ObjectiveName, SamplerName] = {"noise": "ddim", "velocity": "ddim", "flow": "euler"}
+GRID_SAMPLER: dict[PredictionName, SamplerName] = {"epsilon": "ddim", "v": "ddim", "flow": "euler"}

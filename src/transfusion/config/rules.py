@@ -10,31 +10,17 @@ from transfusion.config.sections import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
-    SampleConfig,
+    SampleGridConfig,
     TrainConfig,
 )
 from transfusion.sequence.sizes import GREATEST_ASPECT, ImageSizes, Size
 
 # The recipe of the Chameleon baseline (paper, section 4.2 and appendix; Chameleon, section 2.3).
 CHAMELEON_DEFAULTS: dict[str, dict[str, Any]] = {
-    "model": {"qk_norm": True, "norm_order": "after", "image_attention": "causal", "patch_size": 1},
+    "model": {"qk_norm": True, "norm_placement": "post", "image_attention": "causal", "patch_size": 1},
     "train": {"z_loss": 1e-5},
     "optimizer": {"learning_rate": 1e-4},
 }
-# Keys whose default is not what was done before they existed, with what was done then.
-BEFORE_THE_KEY: dict[str, dict[str, Any]] = {"model": {"patch_position": "none"}}
-
-
-def with_former_values(stored: Any) -> Any:
-    """A stored configuration with the keys that are younger than it, where their defaults would change its meaning."""
-    if not isinstance(stored, dict):
-        return stored
-    former = {
-        section: {**values, **stored.get(section, {})}
-        for section, values in BEFORE_THE_KEY.items()
-        if isinstance(stored.get(section, {}), dict)
-    }
-    return {**stored, **former}
 
 
 def with_family_defaults(values: Any) -> Any:
@@ -74,7 +60,9 @@ def family_problems(model: ModelConfig, codec: CodecConfig, train: TrainConfig) 
     return problems
 
 
-def size_problems(codec: CodecConfig, data: DataConfig, sample: SampleConfig, sizes: ImageSizes) -> list[str]:
+def size_problems(
+    codec: CodecConfig, data: DataConfig, sample: SampleGridConfig, sizes: ImageSizes
+) -> list[str]:
     """What keeps pictures from being cut into patches and put into rows."""
     step, problems = sizes.downscale * sizes.patch_size, []
     downscale = f" / codec.downscale {codec.downscale}" if codec.downscale else ""
@@ -83,9 +71,9 @@ def size_problems(codec: CodecConfig, data: DataConfig, sample: SampleConfig, si
             problems.append(
                 f"codec.{name}{downscale} must be a multiple of model.patch_size {sizes.patch_size}"
             )
-        elif (patches := sizes.patches(size)) + 4 > data.row_length:
+        elif (patches := sizes.patches(size)) + 4 > data.sequence_length:
             problems.append(
-                f"data.row_length {data.row_length} is too short for a picture of"
+                f"data.sequence_length {data.sequence_length} is too short for a picture of"
                 f" {patches} patches and its four control tokens"
             )
         if max(size) > GREATEST_ASPECT * min(size):
@@ -101,20 +89,20 @@ def size_problems(codec: CodecConfig, data: DataConfig, sample: SampleConfig, si
     return problems
 
 
-def sampling_problems(sample: SampleConfig, diffusion: DiffusionConfig, data: DataConfig) -> list[str]:
+def sampling_problems(sample: SampleGridConfig, diffusion: DiffusionConfig, data: DataConfig) -> list[str]:
     """What keeps the training grid from being drawn."""
     problems = []
-    fitting = SAMPLERS[diffusion.objective]
+    fitting = SAMPLERS[diffusion.prediction]
     if sample.sampler not in ("auto", *fitting):
         problems.append(
-            f"sample.sampler={sample.sampler} cannot draw with diffusion.objective={diffusion.objective};"
+            f"sample.sampler={sample.sampler} cannot draw with diffusion.prediction={diffusion.prediction};"
             f" choose {' or '.join(fitting)}"
         )
     if sample.prompts and sample.steps > diffusion.steps:
         problems.append(f"sample.steps {sample.steps} must not exceed diffusion.steps {diffusion.steps}")
-    if sample.prompts and sample.guidance != 1 and data.caption_drop == 0:
+    if sample.prompts and sample.guidance != 1 and data.caption_dropout == 0:
         problems.append(
-            f"sample.guidance {sample.guidance:g} needs an unconditional branch, which data.caption_drop=0"
+            f"sample.guidance {sample.guidance:g} needs an unconditional branch, which data.caption_dropout=0"
             " does not train; set sample.guidance=1"
         )
     return problems
@@ -125,8 +113,8 @@ def source_problems(data: DataConfig) -> list[str]:
     problems = []
     schedules = [source.schedule for source in data.sources]
     for step in sorted({first for schedule in schedules for first, _ in schedule}):
-        if not any([share for first, share in schedule if first <= step][-1] for schedule in schedules):
-            problems.append(f"data.sources: from step {step} on no source has a share")
+        if not any([weight for first, weight in schedule if first <= step][-1] for schedule in schedules):
+            problems.append(f"data.sources: from step {step} on no source has a weight")
     names = [source.name for source in data.sources]
     if len(set(names)) != len(names):
         problems.append("data.sources: two sources have the same name")
@@ -138,8 +126,8 @@ def division_problems(model: ModelConfig, data: DataConfig, train: TrainConfig) 
     ranks = train.sequence_parallel
     shared = {
         "model.heads": model.heads,
-        "model.key_heads": model.kv_heads,
-        "data.row_length": data.row_length,
+        "model.num_kv_heads": model.kv_heads,
+        "data.sequence_length": data.sequence_length,
     }
     uneven = [f"{name} {value}" for name, value in shared.items() if value % ranks]
     return [f"train.sequence_parallel {ranks} must divide {', '.join(uneven)}"] if uneven else []

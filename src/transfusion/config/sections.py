@@ -21,12 +21,12 @@ from pydantic import (
     model_validator,
 )
 
-from transfusion.config.objectives import ObjectiveName, SamplerName
+from transfusion.config.objectives import PredictionName, SamplerName
 from transfusion.sequence.sizes import Size
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 from transfusion.urls import redacted_plain
 
-Share = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 SamplingSeed = Annotated[int, Field(ge=0, le=MAX_SAMPLING_SEED)]
@@ -43,7 +43,7 @@ PROBLEM_SEPARATOR = "\n"
 def _as_sizes(value: Any, info: ValidationInfo) -> Any:
     """Sizes as they are written; one needs no list."""
     values = [value] if isinstance(value, str) else value
-    key = f"{'sample' if info.field_name == 'sizes' else 'codec'}.{info.field_name}"
+    key = f"{'sample_grid' if info.field_name == 'sizes' else 'codec'}.{info.field_name}"
     try:
         if isinstance(values, list | tuple) and len(set(map(Size.parse, map(str, values)))) < len(values):
             raise ValueError("a size is named twice")
@@ -98,17 +98,17 @@ class ModelConfig(Section):
         description="transfusion: images are latents; chameleon: tokens of a codebook, with that model's own defaults",
     )
     layers: PositiveInt = Field(16, description="transformer blocks")
-    width: PositiveInt = Field(768, description="model width")
+    hidden_size: PositiveInt = Field(768, description="model width")
     heads: PositiveInt = Field(12, description="query heads")
-    key_heads: NonNegativeInt = Field(0, description="key and value heads; 0: as many as query heads")
-    feed_forward: NonNegativeInt = Field(
+    num_kv_heads: NonNegativeInt = Field(0, description="key and value heads; 0: as many as query heads")
+    ffn_size: NonNegativeInt = Field(
         0, description="SwiGLU width; 0: 8/3 of the width, up to a multiple of 64"
     )
     norm_epsilon: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
     rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary embedding")
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
-    norm_order: Literal["before", "after"] = Field(
-        "before", description="where a block norms: the input of attention and feed-forward, or their output"
+    norm_placement: Literal["pre", "post"] = Field(
+        "pre", description="where a block norms: the input of attention and feed-forward, or their output"
     )
     image_attention: Literal["bidirectional", "causal"] = Field(
         "bidirectional", description="what a patch sees of its own image: all of it, or what comes before"
@@ -126,33 +126,37 @@ class ModelConfig(Section):
         description="where the timestep is added: to the projected patch, or to the raw patch vector",
     )
     patch_size: PositiveInt = Field(2, description="side of a patch, in latent pixels")
-    patcher: Literal["linear", "unet"] = Field(
+    patch_embed: Literal["linear", "unet"] = Field(
         "linear", description="what makes patches of latents and latents of patches"
     )
     unet: UNetConfig = UNetConfig()
 
     @property
     def kv_heads(self) -> int:
-        return self.key_heads or self.heads
+        return self.num_kv_heads or self.heads
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.hidden_size // self.heads
 
     @property
     def ffn_width(self) -> int:
-        return self.feed_forward or -(-self.width * 8 // 3 // 64) * 64
+        return self.ffn_size or -(-self.hidden_size * 8 // 3 // 64) * 64
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
         problems = []
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            problems.append(f"model.width {self.width} must be an even multiple of model.heads {self.heads}")
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            problems.append(
+                f"model.hidden_size {self.hidden_size} must be an even multiple of model.heads {self.heads}"
+            )
         if self.heads % self.kv_heads:
-            problems.append(f"model.heads {self.heads} must be a multiple of model.key_heads {self.kv_heads}")
+            problems.append(
+                f"model.heads {self.heads} must be a multiple of model.num_kv_heads {self.kv_heads}"
+            )
         if self.position == "2d" and self.head_dim < 8:
             problems.append(f"model.position=2d needs heads of at least 8 dimensions, got {self.head_dim}")
-        if self.patcher == "unet":
+        if self.patch_embed == "unet":
             problems += self._problems_of_the_unet()
         if problems:
             raise ValueError(PROBLEM_SEPARATOR.join(problems))
@@ -162,7 +166,7 @@ class ModelConfig(Section):
         problems = []
         if self.patch_size & (self.patch_size - 1):
             problems.append(
-                f"model.patch_size {self.patch_size} must be a power of two for model.patcher=unet, which halves"
+                f"model.patch_size {self.patch_size} must be a power of two for model.patch_embed=unet, which halves"
             )
         if any(width % self.unet.head_dim for width in self.unet.widths):
             problems.append(
@@ -171,7 +175,7 @@ class ModelConfig(Section):
             )
         if self.timestep_embedding != "projected":
             problems.append(
-                f"model.timestep_embedding={self.timestep_embedding} is for model.patcher=linear; the U-Net takes"
+                f"model.timestep_embedding={self.timestep_embedding} is for model.patch_embed=linear; the U-Net takes"
                 " the timestep in each of its layers"
             )
         return problems
@@ -205,7 +209,7 @@ class CodecConfig(Section):
         description="latents are (encoded - shift) x scale: one number, or one a channel; empty: the folder's",
     )
     shift: tuple[float, ...] = Field((), description="see scale")
-    codes: NonNegativeInt = Field(0, description="entries of the codebook of vq; 0: from the folder")
+    codebook_size: NonNegativeInt = Field(0, description="entries of the codebook of vq; 0: from the folder")
     fingerprint: str = Field("", description="of the weights, scale and shift; empty: from the folder")
 
     @field_validator("scale", "shift", mode="before")
@@ -242,7 +246,15 @@ class CodecConfig(Section):
     @model_validator(mode="after")
     def _kind_fits(self) -> CodecConfig:
         problems = []
-        of_a_folder = ("folder", "latent_channels", "downscale", "scale", "shift", "codes", "fingerprint")
+        of_a_folder = (
+            "folder",
+            "latent_channels",
+            "downscale",
+            "scale",
+            "shift",
+            "codebook_size",
+            "fingerprint",
+        )
         if self.kind == "pixels":
             problems += [
                 f"codec.{name} belongs to an autoencoder; set codec.kind=kl or vq, or leave it away"
@@ -272,12 +284,12 @@ class CodecConfig(Section):
 class DiffusionConfig(Section):
     """How images are noised and what the network answers; the defaults are the paper's (section 3.1)."""
 
-    objective: ObjectiveName = Field(
-        "noise",
+    prediction: PredictionName = Field(
+        "epsilon",
         description="what the network predicts: noise or velocity (cosine schedule), or that of a rectified flow",
     )
     steps: PositiveInt = Field(1000, description="training timesteps T")
-    timestep_law: Literal["uniform", "logit-normal"] = Field(
+    timestep_sampling: Literal["uniform", "logit-normal"] = Field(
         "uniform", description="how timesteps are drawn; logit-normal: mostly the middle, not for noise"
     )
     timestep_shift: PositiveFloat = Field(
@@ -290,29 +302,29 @@ class DiffusionConfig(Section):
     min_snr_gamma: PositiveFloat = Field(
         5.0, description="of loss_weight=min-snr: signal-to-noise ratio above which images count less"
     )
-    understanding_timestep_limit: NonNegativeInt = Field(
+    max_timestep_before_caption: NonNegativeInt = Field(
         500, description="images that come before their caption get timesteps below this; 0: no limit"
     )
 
     def problems(self) -> list[str]:
         """What does not belong together, one line each."""
         found = []
-        if self.understanding_timestep_limit > self.steps:
-            found.append("diffusion.understanding_timestep_limit must not exceed diffusion.steps")
-        if self.timestep_law == "logit-normal" and self.objective == "noise":
+        if self.max_timestep_before_caption > self.steps:
+            found.append("diffusion.max_timestep_before_caption must not exceed diffusion.steps")
+        if self.timestep_sampling == "logit-normal" and self.prediction == "epsilon":
             found.append(
-                "diffusion.timestep_law=logit-normal hardly ever draws the greatest timesteps, where a noise prediction"
-                " says least about the image and sampling begins; use it with diffusion.objective=velocity or flow"
+                "diffusion.timestep_sampling=logit-normal hardly ever draws the greatest timesteps, where a noise prediction"
+                " says least about the image and sampling begins; use it with diffusion.prediction=v or flow"
             )
-        if self.timestep_shift != 1 and self.objective != "flow":
+        if self.timestep_shift != 1 and self.prediction != "flow":
             found.append(
-                f"diffusion.timestep_shift={self.timestep_shift:g} is for diffusion.objective=flow;"
-                f" {self.objective} takes 1"
+                f"diffusion.timestep_shift={self.timestep_shift:g} is for diffusion.prediction=flow;"
+                f" {self.prediction} takes 1"
             )
-        if self.loss_weight == "min-snr" and self.objective == "flow":
+        if self.loss_weight == "min-snr" and self.prediction == "flow":
             found.append(
-                "diffusion.loss_weight=min-snr is for diffusion.objective=noise or velocity;"
-                " flow weighs by diffusion.timestep_law and diffusion.timestep_shift"
+                "diffusion.loss_weight=min-snr is for diffusion.prediction=epsilon or v;"
+                " flow weighs by diffusion.timestep_sampling and diffusion.timestep_shift"
             )
         if (
             self.loss_weight == "none"
@@ -324,18 +336,20 @@ class DiffusionConfig(Section):
         return found
 
 
-class ShareFrom(Section):
-    """One line of a schedule of shares."""
+class WeightFrom(Section):
+    """One line of a schedule of weights."""
 
-    from_step: NonNegativeInt = Field(description="first step with this share")
-    share: Annotated[float, Field(ge=0)] = Field(description="share of the tokens; 0: none are drawn")
+    from_step: NonNegativeInt = Field(description="first step with this weight")
+    weight: Annotated[float, Field(ge=0)] = Field(
+        description="share of the tokens, relative to the other sources; 0: none are drawn"
+    )
 
 
-# How a share may be written; pydantic puts these words into the place of a mistake.
-SHARE_FORMS = ("constant share", "schedule of shares")
-ShareOrSchedule = Annotated[
-    Annotated[Share, Tag(SHARE_FORMS[0])] | Annotated[list[ShareFrom], Tag(SHARE_FORMS[1])],
-    Discriminator(lambda value: SHARE_FORMS[isinstance(value, list)]),
+# How a weight may be written; pydantic puts these words into the place of a mistake.
+WEIGHT_FORMS = ("constant weight", "schedule of weights")
+WeightOrSchedule = Annotated[
+    Annotated[Weight, Tag(WEIGHT_FORMS[0])] | Annotated[list[WeightFrom], Tag(WEIGHT_FORMS[1])],
+    Discriminator(lambda value: WEIGHT_FORMS[isinstance(value, list)]),
 ]
 
 
@@ -349,7 +363,7 @@ class SourceConfig(Section):
     shards: str | list[str] = Field(
         description="globs or brace ranges of .tar shards, or .jsonl files of text; or URLs with brace ranges"
     )
-    window_shards: PositiveInt = Field(
+    shuffle_window: PositiveInt = Field(
         8, description="of a source with URLs: shards whose samples are shuffled together; others ignore it"
     )
     latent_channels: NonNegativeInt = Field(
@@ -360,9 +374,9 @@ class SourceConfig(Section):
         description="sha256: leave out pictures and captions that are not those that KEY.json tells, by `sha256`"
         " and `caption`",
     )
-    share: ShareOrSchedule = Field(
+    weight: WeightOrSchedule = Field(
         1.0,
-        description="share of the tokens, relative to the other sources; or a list of {from_step, share},"
+        description="share of the tokens, relative to the other sources; or a list of {from_step, weight},"
         " the first from step 0",
     )
 
@@ -370,20 +384,20 @@ class SourceConfig(Section):
     def _without_credentials(self, shards: str | list[str]) -> str | list[str]:
         return redacted_plain(shards)
 
-    @field_validator("share")
+    @field_validator("weight")
     @classmethod
-    def _in_order(cls, share: float | list[ShareFrom]) -> float | list[ShareFrom]:
-        steps = [part.from_step for part in share] if isinstance(share, list) else [0]
+    def _in_order(cls, weight: float | list[WeightFrom]) -> float | list[WeightFrom]:
+        steps = [part.from_step for part in weight] if isinstance(weight, list) else [0]
         if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-            raise ValueError(f"data.sources.share: from_step must begin with 0 and rise, got {steps}")
-        return share
+            raise ValueError(f"data.sources.weight: from_step must begin with 0 and rise, got {steps}")
+        return weight
 
     @property
     def schedule(self) -> tuple[tuple[int, float], ...]:
-        """(first step, share) in order, whichever way the share is written."""
-        if isinstance(self.share, list):
-            return tuple((part.from_step, part.share) for part in self.share)
-        return ((0, self.share),)
+        """(first step, weight) in order, whichever way the weight is written."""
+        if isinstance(self.weight, list):
+            return tuple((part.from_step, part.weight) for part in self.weight)
+        return ((0, self.weight),)
 
 
 class CacheConfig(Section):
@@ -404,23 +418,29 @@ class CacheConfig(Section):
 
 class DataConfig(Section):
     sources: list[SourceConfig] = Field(default_factory=list, description="what to train on")
-    held_out: list[SourceConfig] = Field(default_factory=list, description="what to evaluate on")
+    validation: list[SourceConfig] = Field(default_factory=list, description="what to evaluate on")
     tokenizer: str = Field("", description="sentencepiece model file")
     index: str = Field(
         "",
         description="folder of `transfusion data index`; empty: an index beside each shard, or in the run folder",
     )
     cache: CacheConfig = CacheConfig()
-    row_length: PositiveInt = Field(4096, description="tokens and patches a row")
-    rows: PositiveInt = Field(512, description="rows of a global batch, over all ranks and micro-batches")
-    micro_rows: NonNegativeInt = Field(0, description="rows a rank computes at once; 0: all of its rows")
-    open_rows: PositiveInt = Field(16, description="rows kept open by the packer")
+    sequence_length: PositiveInt = Field(4096, description="tokens and patches a row")
+    global_batch_size: PositiveInt = Field(
+        512, description="sequences of a global batch, over all ranks and micro-batches"
+    )
+    micro_batch_size: NonNegativeInt = Field(
+        0, description="rows a rank computes at once; 0: all of its rows"
+    )
+    packing_buffer: PositiveInt = Field(16, description="rows kept open by the packer")
     caption_first: Probability = Field(
         0.8, description="share of the pairs with a caption whose caption comes before the image"
     )
-    caption_drop: Probability = Field(0.1, description="share of pairs trained without caption, for guidance")
+    caption_dropout: Probability = Field(
+        0.1, description="share of pairs trained without caption, for guidance"
+    )
     workers: NonNegativeInt = Field(0, description="loader processes a rank; 0: in the training process")
-    max_faults: Probability = Field(
+    max_bad_fraction: Probability = Field(
         0.05, description="a run stops when more than this share of samples is bad"
     )
 
@@ -501,7 +521,7 @@ class TrainConfig(Section):
     z_loss: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of the squared log normaliser of the text head, in the gradient alone"
     )
-    head_chunk: PositiveInt = Field(4096, description="text targets whose logits exist at once")
+    loss_chunk_size: PositiveInt = Field(4096, description="text targets whose logits exist at once")
     threads: NonNegativeInt = Field(
         0, description="CPU threads a process; 0: cores divided by local processes"
     )
@@ -511,7 +531,7 @@ class TrainConfig(Section):
     stall_seconds: NonNegativeFloat = Field(
         100.0, description="a process that does one thing for longer writes why into RUN/stalls; 0: never"
     )
-    stall_exit_seconds: NonNegativeFloat = Field(
+    lost_rank_timeout: NonNegativeFloat = Field(
         110.0,
         description="a process that waits for another in a collective of a step for longer ends with code 69;"
         " 0: after ten minutes",
@@ -525,22 +545,16 @@ class TrainConfig(Section):
         " 0: none",
     )
     spike_window: PositiveInt = Field(128, description="good steps that the medians are taken over")
-    roll_back_after: NonNegativeInt = Field(
+    rollback_after_skipped: NonNegativeInt = Field(
         10, description="skipped steps in a row that bring back the last good checkpoint; 0: never"
     )
     zero: ZeroConfig = ZeroConfig()
-
-    @field_validator("activation_checkpointing", mode="before")
-    @classmethod
-    def _once_a_switch(cls, value: Any) -> Any:
-        """Runs and models of earlier versions say true for blocks and false for nothing."""
-        return {True: "block", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class CheckpointConfig(Section):
     every: PositiveInt = Field(1000, description="steps between checkpoints; one is always made at the end")
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
-    keep_every: NonNegativeInt = Field(
+    archive_interval: NonNegativeInt = Field(
         0, description="checkpoints whose step is a multiple of this are kept for ever; 0: none"
     )
     asynchronous: bool = Field(
@@ -565,7 +579,7 @@ class LogConfig(Section):
     )
 
 
-class SampleConfig(Section):
+class SampleGridConfig(Section):
     """The grid drawn at step 0 and at every checkpoint, always from the same seeds."""
 
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(

@@ -35,15 +35,15 @@ class ImageLoss:
 
 
 class ImageObjective:
-    """Prediction of noise (paper, eq. 3), velocity or flow; one timestep an image.
+    """Prediction of epsilon (the noise; paper, eq. 3), v or flow; one timestep an image.
 
-    noise: eps. velocity: signal eps - noise x_0 (Salimans and Ho, 2022). flow: eps - x_0 (Liu et al., 2023).
+    epsilon: eps. v: signal eps - noise x_0 (Salimans and Ho, 2022). flow: eps - x_0 (Liu et al., 2023).
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
-        self.predicts = config.objective
+        self.predicts = config.prediction
         self.schedule: Schedule = (
-            StraightPath(config.steps) if config.objective == "flow" else CosineSchedule(config.steps)
+            StraightPath(config.steps) if config.prediction == "flow" else CosineSchedule(config.steps)
         )
         self.min_snr_gamma = config.min_snr_gamma if config.loss_weight == "min-snr" else None
 
@@ -55,7 +55,7 @@ class ImageObjective:
         return NoisedImages(noisy, self._target(clean, noise, timestep_I))
 
     def _target(self, clean_ICHW: Tensor, noise_ICHW: Tensor, timestep_I: Tensor) -> Tensor:
-        if self.predicts == "noise":
+        if self.predicts == "epsilon":
             return noise_ICHW
         if self.predicts == "flow":
             return noise_ICHW - clean_ICHW
@@ -72,7 +72,7 @@ class ImageObjective:
             return None
         signal_I, noise_I = self.schedule.signal_and_noise(timestep_I)
         ratio_I = (signal_I / noise_I).square()
-        own_I = ratio_I if self.predicts == "noise" else ratio_I + 1.0
+        own_I = ratio_I if self.predicts == "epsilon" else ratio_I + 1.0
         return ratio_I.clamp(max=self.min_snr_gamma) / own_I
 
     def loss(

@@ -44,7 +44,7 @@ class _Spaced:
         schedule: CosineSchedule,
         steps: int,
         *,
-        predicts: Literal["noise", "velocity"] = "noise",
+        predicts: Literal["epsilon", "v"] = "epsilon",
         clip: float | None = None,
         least_alpha_bar: float = 0.0,
     ) -> None:
@@ -75,7 +75,7 @@ class _Spaced:
         return here, torch.ones(()) if last else self._alpha_bar_T[self.timesteps[index + 1]]
 
     def _clean(self, latent: Tensor, answer: Tensor, alpha_bar: Tensor, following: Tensor) -> Tensor:
-        if self.predicts == "velocity":
+        if self.predicts == "v":
             clean = alpha_bar.sqrt() * latent - (1 - alpha_bar).sqrt() * answer
         elif alpha_bar < self.least_alpha_bar and following < 1:
             clean = torch.zeros_like(latent)
@@ -86,7 +86,7 @@ class _Spaced:
     def _noise(self, latent: Tensor, answer: Tensor, clean: Tensor, alpha_bar: Tensor) -> Tensor:
         if self.clip is not None:
             return (latent - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
-        if self.predicts == "velocity":
+        if self.predicts == "v":
             return alpha_bar.sqrt() * answer + (1 - alpha_bar).sqrt() * latent
         return answer
 

@@ -49,34 +49,34 @@ def check(sampling: ImageSampling, config: Config) -> None:
         raise UserError(
             f"size {sampling.size} is none of this model's pictures; choose {config.image_sizes.named()}"
         )
-    fitting = SAMPLERS[config.diffusion.objective]
+    fitting = SAMPLERS[config.diffusion.prediction]
     if sampling.sampler not in ("auto", *fitting):
         raise UserError(
             f"sampler {sampling.sampler!r} cannot draw with this model, which predicts"
-            f" {PREDICTED[config.diffusion.objective]}; choose {' or '.join(fitting)}"
+            f" {PREDICTED[config.diffusion.prediction]}; choose {' or '.join(fitting)}"
         )
     if not 1 <= sampling.steps <= config.diffusion.steps:
         raise UserError(f"steps {sampling.steps} must lie in [1, {config.diffusion.steps}]")
     if not math.isfinite(sampling.guidance) or sampling.guidance < 0:
         raise UserError(f"guidance {sampling.guidance} must be a number of at least 0; 1 is no guidance")
-    if sampling.guidance != 1 and config.data.caption_drop == 0:
+    if sampling.guidance != 1 and config.data.caption_dropout == 0:
         raise UserError(
             f"guidance {sampling.guidance} cannot be applied: this model was trained without dropped captions"
-            " (data.caption_drop=0), so it has no unconditional branch; use guidance 1"
+            " (data.caption_dropout=0), so it has no unconditional branch; use guidance 1"
         )
 
 
 def build_sampler(sampling: ImageSampling, config: DiffusionConfig, *, clip: float | None) -> Sampler:
     """The sampler of checked settings, for a model of this objective. clip: bound of the clean latents."""
-    name = SAMPLERS[config.objective][0] if sampling.sampler == "auto" else sampling.sampler
-    if config.objective == "flow":
+    name = SAMPLERS[config.prediction][0] if sampling.sampler == "auto" else sampling.sampler
+    if config.prediction == "flow":
         along = Heun if name == "heun" else Euler
         return along(config.steps, sampling.steps, shift=config.timestep_shift, clip=clip)
     under = DDIM if name == "ddim" else DDPM
     return under(
         CosineSchedule(config.steps),
         sampling.steps,
-        predicts=config.objective,
+        predicts=config.prediction,
         clip=clip,
         # With a bound, the bound holds the error.
         least_alpha_bar=NOTHING_LEFT if clip is None else 0.0,

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from transfusion.config import Config, SampleConfig
+from transfusion.config import Config, SampleGridConfig
 from transfusion.data.images.decode import decode_fitting
 from transfusion.data.images.probe import GREATEST_PIXELS, SMALLEST_SIDE
 from transfusion.data.shards.sample import SampleError
@@ -78,7 +78,7 @@ def save_samples(samples: Sequence[SampledImage], out: Path) -> None:
         raise UserError(f"cannot write pictures to {out}: {error.strerror}; name another folder") from None
 
 
-def write_grid(samples: Sequence[SampledImage], path: Path, config: SampleConfig) -> None:
+def write_grid(samples: Sequence[SampledImage], path: Path, config: SampleGridConfig) -> None:
     """One picture: a column for each prompt, config.per_prompt rows for each size, enlarged so that it can be seen."""
     if not samples:
         return

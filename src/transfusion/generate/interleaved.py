@@ -108,7 +108,7 @@ class Conversation:
         if max(counts) >= self.limits.length:
             raise UserError(
                 f"a prompt of {max(counts)} tokens and patches leaves no room in rows of {self.limits.length}"
-                " (data.row_length)"
+                " (data.sequence_length)"
             )
         most = max(map(self.reader.sizes.patches, self._begun.values()))
         new = self.limits.tokens + self.limits.images * (most + 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transfusion.checkpoint.export import read_export
 from transfusion.codec import Codec, TokenCodec, open_any_codec
-from transfusion.config import Config, SampleConfig
+from transfusion.config import Config, SampleGridConfig
 from transfusion.config.objectives import GRID_SAMPLER, SamplerName
 from transfusion.errors import UserError
 from transfusion.generate import image_diffusion, text_sampling
@@ -102,12 +102,12 @@ class Pipeline:
         return self._draw(wanted, list(range(seed, seed + len(wanted))), sampling, batch)
 
     @torch.no_grad()
-    def sample_grid(self, grid: SampleConfig, *, rank: int = 0, ranks: int = 1) -> list[SampledImage]:
+    def sample_grid(self, grid: SampleGridConfig, *, rank: int = 0, ranks: int = 1) -> list[SampledImage]:
         """This rank's share of the grid: pictures rank, rank + ranks, ... of what `sample` gives for each size.
 
         Every rank runs the same number of forwards: one with a shorter share draws the last again.
         """
-        automatic = GRID_SAMPLER[self.config.diffusion.objective]
+        automatic = GRID_SAMPLER[self.config.diffusion.prediction]
         sampler = automatic if grid.sampler == "auto" else grid.sampler
         wanted = [prompt for prompt in grid.prompts for _ in range(grid.per_prompt)]
         if not wanted:
@@ -171,7 +171,7 @@ class Pipeline:
     ) -> list[list[Part]]:
         """Each prompt, its parts untouched, followed by what the model goes on with: texts and pictures.
 
-        A row ends at <EOS>, after max_tokens new tokens, or at data.row_length. Row r draws its text and its
+        A row ends at <EOS>, after max_tokens new tokens, or at data.sequence_length. Row r draws its text and its
         first picture from seed + r. size: of drawn pictures, as for `sample`. Raises UserError for settings or
         pictures that do not fit.
         """
@@ -185,7 +185,7 @@ class Pipeline:
         _check_seed(seed)
         for prompt in prompts:
             self._check_parts(prompt)
-        limits = Limits(tokens=max_tokens, images=max_images, length=self.config.data.row_length)
+        limits = Limits(tokens=max_tokens, images=max_images, length=self.config.data.sequence_length)
         conversation = Conversation(
             self.reader, self.tokenizer, self.config.diffusion, text=text, image=image, limits=limits
         )
@@ -227,10 +227,10 @@ class Pipeline:
         for prompt in set(prompts):
             _check_text(prompt)
             length = len(self._caption_first(prompt, sampling.size))
-            if length > self.config.data.row_length:
+            if length > self.config.data.sequence_length:
                 raise UserError(
-                    f"a prompt and its picture take {length} positions, more than data.row_length"
-                    f" {self.config.data.row_length}: {prompt[:60]!r}"
+                    f"a prompt and its picture take {length} positions, more than data.sequence_length"
+                    f" {self.config.data.sequence_length}: {prompt[:60]!r}"
                 )
 
     def _check_parts(self, prompt: Sequence[Part]) -> None:

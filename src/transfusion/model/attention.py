@@ -55,10 +55,10 @@ class Attention(nn.Module):
         super().__init__()
         self.attend = attend
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.query = nn.Linear(config.width, self.heads * self.head_dim, bias=False)
-        self.key = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=False)
-        self.value = nn.Linear(config.width, self.kv_heads * self.head_dim, bias=False)
-        self.out = nn.Linear(self.heads * self.head_dim, config.width, bias=False)
+        self.query = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.key = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.value = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.query_norm: nn.Module = nn.Identity()
         self.key_norm: nn.Module = nn.Identity()
         if config.qk_norm:

@@ -16,9 +16,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.up = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.down = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.gate = nn.Linear(config.hidden_size, config.ffn_width, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.ffn_width, bias=False)
+        self.down = nn.Linear(config.ffn_width, config.hidden_size, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return self.down(nn.functional.silu(self.gate(x_BSD)) * self.up(x_BSD))
@@ -37,10 +37,10 @@ class Block(nn.Module):
         """recomputes_attention: its activations are not kept for the backward pass but computed again."""
         super().__init__()
         self.recomputes_attention = recomputes_attention
-        self.norms_before = config.norm_order == "before"
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.norms_before = config.norm_placement == "pre"
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.attention = Attention(config, attend)
-        self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.feed_forward = FeedForward(config)
 
     def forward(

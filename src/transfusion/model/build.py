@@ -25,7 +25,7 @@ def build_model(config: Config, sharing: Sharing | None = None) -> Network:
         config.model,
         config.codec,
         attend=PlainAttention(backend) if sharing is None else sharing.attention(backend),
-        head_chunk=config.train.head_chunk,
+        loss_chunk_size=config.train.loss_chunk_size,
         activation_checkpointing=config.train.activation_checkpointing,
         z_loss=config.train.z_loss,
         sharing=sharing,

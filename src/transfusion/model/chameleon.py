@@ -41,7 +41,7 @@ class Chameleon(Trunk):
         codec: CodecConfig,
         *,
         attend: Attend = WHOLE_ROWS,
-        head_chunk: int = 4096,
+        loss_chunk_size: int = 4096,
         activation_checkpointing: str = "none",
         z_loss: float = 0.0,
         sharing: Sharing | None = None,
@@ -55,15 +55,15 @@ class Chameleon(Trunk):
         super().__init__()
         self.config, self.attend = config, attend
         self.recomputes_blocks = activation_checkpointing == "block"
-        self.image_vocabulary = codec.codes
-        both = config.vocabulary + codec.codes
-        self.embedding = nn.Embedding(both, config.width)
+        self.image_vocabulary = codec.codebook_size
+        both = config.vocabulary + codec.codebook_size
+        self.embedding = nn.Embedding(both, config.hidden_size)
         recomputes_attention = activation_checkpointing == "attention"
         self.blocks = nn.ModuleList(
             Block(config, attend, recomputes_attention=recomputes_attention) for _ in range(config.layers)
         )
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
-        self.text_head = TextHead(config.width, both, head_chunk, z_loss)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.text_head = TextHead(config.hidden_size, both, loss_chunk_size, z_loss)
         self.patch_position = None if config.patch_position == "none" else PatchPosition(config, codec)
 
     def forward(self, batch: Batch, tokens: Sequence[Tensor]) -> TokenOutput:

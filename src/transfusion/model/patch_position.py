@@ -28,14 +28,14 @@ class PatchPosition(nn.Module):
 
     def __init__(self, config: ModelConfig, codec: CodecConfig) -> None:
         super().__init__()
-        self.width = config.width
+        self.hidden_size = config.hidden_size
         self.gain = nn.Parameter(torch.empty(1))
         self.is_learned = config.patch_position == "learned"
         if self.is_learned:
             shapes = [codec.latent_shape(*size)[1:] for size in codec.sizes]
             rows, columns = (max(sides) // config.patch_size for sides in zip(*shapes, strict=True))
-            self.row = nn.Parameter(torch.empty(rows, config.width))
-            self.column = nn.Parameter(torch.empty(columns, config.width))
+            self.row = nn.Parameter(torch.empty(rows, config.hidden_size))
+            self.column = nn.Parameter(torch.empty(columns, config.hidden_size))
 
     def forward(self, patch_ND: Tensor, grids: Sequence[Grid], at: int | None = None) -> Tensor:
         """Patches [N, D], group after group, each at its place.
@@ -50,7 +50,7 @@ class PatchPosition(nn.Module):
 
     def _places(self, grid: Grid, at: int | None, device: torch.device) -> Tensor:
         """The encoding [P, D] of every patch of an image, row by row, or of the one at `at`."""
-        half = self.width // 2
+        half = self.hidden_size // 2
         if self.is_learned:
             row_RE, column_CE = _middle(self.row, grid.rows), _middle(self.column, grid.columns)
         else:

@@ -90,8 +90,8 @@ class PatchEncoder(nn.Module):
     def __init__(self, config: ModelConfig, patch_values: int) -> None:
         super().__init__()
         self.after_projection = config.timestep_embedding == "projected"
-        self.projection = nn.Linear(patch_values, config.width)
-        self.timestep = TimestepEmbedding(config.width if self.after_projection else patch_values)
+        self.projection = nn.Linear(patch_values, config.hidden_size)
+        self.timestep = TimestepEmbedding(config.hidden_size if self.after_projection else patch_values)
 
     def forward(self, patch_NE: Tensor, timestep_I: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, ...]:
         """Patches [N, E] to [N, D], group after group, and no skips; timestep_I: of all images."""
@@ -111,7 +111,7 @@ class PatchDecoder(nn.Module):
 
     def __init__(self, config: ModelConfig, patch_values: int) -> None:
         super().__init__()
-        self.projection = nn.Linear(config.width, patch_values)
+        self.projection = nn.Linear(config.hidden_size, patch_values)
 
     def forward(
         self, state_ND: Tensor, timestep_I: Tensor, grids: Sequence[Grid], skips: Sequence[Tensor]

@@ -47,7 +47,7 @@ class Transfusion(Trunk):
         codec: CodecConfig,
         *,
         attend: Attend = WHOLE_ROWS,
-        head_chunk: int = 4096,
+        loss_chunk_size: int = 4096,
         activation_checkpointing: str = "none",
         z_loss: float = 0.0,
         sharing: Sharing | None = None,
@@ -61,15 +61,15 @@ class Transfusion(Trunk):
         self.config, self.attend, self.sharing = config, attend, sharing
         self.recomputes_blocks = activation_checkpointing == "block"
         patch_values = codec.depth * config.patch_size**2
-        encoder, decoder = PATCHERS[config.patcher]
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        encoder, decoder = PATCHERS[config.patch_embed]
+        self.embedding = nn.Embedding(config.vocabulary, config.hidden_size)
         self.patch_encoder = encoder(config, patch_values)
         recomputes_attention = activation_checkpointing == "attention"
         self.blocks = nn.ModuleList(
             Block(config, attend, recomputes_attention=recomputes_attention) for _ in range(config.layers)
         )
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
-        self.text_head = TextHead(config.width, config.vocabulary, head_chunk, z_loss)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.text_head = TextHead(config.hidden_size, config.vocabulary, loss_chunk_size, z_loss)
         self.patch_decoder = decoder(config, patch_values)
         self.patch_position = None if config.patch_position == "none" else PatchPosition(config, codec)
 
@@ -134,15 +134,15 @@ class Transfusion(Trunk):
         )
         return predicted_NE
 
-    def _recomputed(self, patcher: nn.Module, values: Tensor, *others: Any) -> Any:
+    def _recomputed(self, module: nn.Module, values: Tensor, *others: Any) -> Any:
         """Call the encoder or decoder; a U-Net is recomputed in the backward pass where the blocks are."""
-        if self.config.patcher == "linear" or not torch.is_grad_enabled():
-            return patcher(values, *others)
+        if self.config.patch_embed == "linear" or not torch.is_grad_enabled():
+            return module(values, *others)
         # A module whose inputs have no gradient ends its backward pass, for ZeRO, before it has begun.
         values = values if values.requires_grad else values.requires_grad_()
         if self.recomputes_blocks:
-            return checkpoint(patcher, values, *others, use_reentrant=False)
-        return patcher(values, *others)
+            return checkpoint(module, values, *others, use_reentrant=False)
+        return module(values, *others)
 
 
 def _slots(batch: Batch) -> Tensor:

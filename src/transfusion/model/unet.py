@@ -98,7 +98,7 @@ class _Up(nn.Module):
         super().__init__()
         fine, coarse = config.unet.widths
         self.timestep = TimestepEmbedding(timestep_features(config))
-        self.enter = nn.Linear(config.width, coarse)
+        self.enter = nn.Linear(config.hidden_size, coarse)
         self.coarse = UNetBlock(2 * coarse, coarse, config)
         self.fine = UNetBlock(coarse + fine, fine, config)
 
@@ -116,7 +116,7 @@ class UNetEncoder(nn.Module):
         self.halvings = halvings(config.patch_size)
         self.unet = _Down(config, self.channels)
         self.norm = nn.LayerNorm(config.unet.widths[1])
-        self.projection = nn.Linear(config.unet.widths[1], config.width)
+        self.projection = nn.Linear(config.unet.widths[1], config.hidden_size)
 
     def forward(self, patch_NE: Tensor, timestep_I: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, ...]:
         """Patches [N, E] to [N, D], group after group, and two skips [M, C], one of each block."""

@@ -112,7 +112,7 @@ class FlopModel:
         self.recomputes = config.train.activation_checkpointing
         self.recomputed = _recomputed(self._model, self.recomputes)
         self.counted = sum(p.numel() for p in self._model.parameters()) - self._model.embedding.weight.numel()
-        self.row_length = config.data.row_length
+        self.sequence_length = config.data.sequence_length
         self.codec = config.codec
         self._images: dict[tuple[tuple[int, ...], bool], int] = {}
 
@@ -130,7 +130,7 @@ class FlopModel:
                 scores * self.pair * load.pairs,
             ),
             palm=Operations(
-                6 * self.counted * load.positions, 12 * self.pair * self.row_length * load.positions
+                6 * self.counted * load.positions, 12 * self.pair * self.sequence_length * load.positions
             ),
         )
 

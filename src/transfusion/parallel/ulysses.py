@@ -32,12 +32,14 @@ _groups: dict[str, dist.ProcessGroup] = {}
 
 def refuse_unshared(config: Config, world_size: int) -> None:
     """Raise UserError where the ranks that were started cannot share the rows of a batch."""
-    degree, rows = config.train.sequence_parallel, config.data.rows
+    degree, rows = config.train.sequence_parallel, config.data.global_batch_size
     problems = []
     if world_size % degree:
         problems.append(f"the number of processes, {world_size}, must be a multiple of it")
     elif degree > 1 and rows % (world_size // degree):
-        problems.append(f"data.rows {rows} must be a multiple of the {world_size // degree} groups of ranks")
+        problems.append(
+            f"data.global_batch_size {rows} must be a multiple of the {world_size // degree} groups of ranks"
+        )
     if problems:
         raise UserError(
             f"train.sequence_parallel {degree}: {'; '.join(problems)}; start another number, or set it to 1"

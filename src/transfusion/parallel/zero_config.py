@@ -22,12 +22,12 @@ def deepspeed_config(config: Config, *, world_size: int, cuda: bool) -> dict[str
     """The ds_config of a run on `world_size` ranks."""
     zero, bf16 = config.train.zero, config.train.precision == "bf16"
     # DeepSpeed only prints these sizes: our trainer feeds it, and its losses are divided by our own counts.
-    micro_rows = config.data.micro_rows or max(
-        1, config.data.rows * config.train.sequence_parallel // world_size
+    micro_batch_size = config.data.micro_batch_size or max(
+        1, config.data.global_batch_size * config.train.sequence_parallel // world_size
     )
     return {
-        "train_batch_size": micro_rows * world_size,
-        "train_micro_batch_size_per_gpu": micro_rows,
+        "train_batch_size": micro_batch_size * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         # False: `step` ends an accumulation, however many backward passes came before it.
         "managed_gradient_accumulation": False,

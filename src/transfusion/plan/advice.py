@@ -57,13 +57,13 @@ def to_hasten(plan: Plan) -> list[Advice]:
 
 def _savers(plan: Plan) -> Iterator[str]:
     """What saves memory, from what costs little to what costs much."""
-    train, rows = plan.config.train, plan.division.micro_rows
+    train, rows = plan.config.train, plan.division.micro_batch_size
     if train.engine != "local" and train.zero.stage < 3:
         yield "train.zero.stage=3"
     for what in ("attention", "block") if train.activation_checkpointing == "none" else ():
         yield f"train.activation_checkpointing={what}"
     for power in range(1, rows.bit_length()):
-        yield f"data.micro_rows={rows // 2**power}"
+        yield f"data.micro_batch_size={rows // 2**power}"
     if train.engine == "local":
         return
     if train.zero.max_live_parameters > plan.network.block:
@@ -84,7 +84,7 @@ def _hasteners(plan: Plan) -> Iterator[str]:
     if not train.compile:
         yield "train.compile=true"
     if division.micro_batches > 1:
-        yield f"data.micro_rows={division.micro_rows * 2}"
+        yield f"data.micro_batch_size={division.micro_batch_size * 2}"
     if train.engine == "local" or division.gpus == 1:
         return
     yield from (f"train.zero.stage={stage}" for stage in (1, 2) if stage < train.zero.stage)

@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def tokens_of_step(self) -> int:
-        return self.config.data.rows * self.config.data.row_length
+        return self.config.data.global_batch_size * self.config.data.sequence_length
 
     @property
     def tokens_per_second(self) -> float:
@@ -92,7 +92,7 @@ def make_plan(config: Config, gpus: int, gpu: str = "h200", mixture: Mixture | N
     """Predict a run. Raises UserError where the rows of a step cannot be shared by so many GPUs."""
     config, mixture, kind = with_vocabulary(config), mixture or Mixture(), GPUS[gpu]
     division = Division.of(config, gpus)
-    load = load_of_rank(mixture.workload(config, division.micro_rows), division.sequence_ranks)
+    load = load_of_rank(mixture.workload(config, division.micro_batch_size), division.sequence_ranks)
     local = config.train.engine == "local"
     network = Network.of(config)
     trace = _trace(_traced_part(config), load, division.micro_batches > 1, local)
@@ -121,7 +121,7 @@ def _traced_part(config: Config) -> str:
     """What a trace depends on, as one value: plans that differ elsewhere share it."""
     plain = Config()
     train = config.train.model_copy(update={"zero": plain.train.zero, "steps": plain.train.steps})
-    data = plain.data.model_copy(update={"row_length": config.data.row_length})
+    data = plain.data.model_copy(update={"sequence_length": config.data.sequence_length})
     traced = plain.model_copy(
         update={"model": config.model, "codec": config.codec, "train": train, "data": data}
     )

@@ -68,8 +68,8 @@ def _figures(plan: Plan) -> Iterator[str]:
     for name, count in network.parts.items():
         yield _row(f"  {name}", f"{count:,}  {count / network.elements:.2%}")
     yield ""
-    yield _row("a step", f"{plan.tokens_of_step:,} tokens in {config.data.rows} rows")
-    yield _row("  a GPU", f"{division.micro_batches} micro-batches of {division.micro_rows} rows")
+    yield _row("a step", f"{plan.tokens_of_step:,} tokens in {config.data.global_batch_size} rows")
+    yield _row("  a GPU", f"{division.micro_batches} micro-batches of {division.micro_batch_size} rows")
     for name, meaning in MEANINGS.items():
         part = getattr(plan.work, name)
         whole = part.total * division.micro_batches * division.gpus

@@ -59,7 +59,7 @@ def step_seconds(
     if config.train.precision == "fp32":
         products, attention = work.hardware.products / gpu.fp32, work.hardware.attention / gpu.fp32
     else:
-        products = (work.hardware.products - head_in_fp32) / gpu.product_rate(model.width)
+        products = (work.hardware.products - head_in_fp32) / gpu.product_rate(model.hidden_size)
         products += head_in_fp32 / gpu.fp32
         attention = work.hardware.attention / gpu.attention_rate(model.head_dim)
     traffic = left * trace.traffic / gpu.copy

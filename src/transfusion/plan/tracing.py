@@ -186,7 +186,7 @@ class _NothingEncoded:
 
 def fake_batch(config: Config, load: Workload) -> Batch:
     """A batch of the shapes of `load`, to be made under FakeTensorMode."""
-    rows = max(1, load.positions // config.data.row_length)
+    rows = max(1, load.positions // config.data.sequence_length)
     row = (rows, load.positions // rows)
     return Batch(
         token_ids_BS=torch.zeros(row, dtype=torch.int64),

@@ -21,12 +21,12 @@ CONTROL_TARGETS = 2
 class Division:
     """How the rows of a step are shared. groups: ranks that have other rows than each other.
 
-    micro_rows: rows of a micro-batch, of which every rank of a group has a part of the positions.
+    micro_batch_size: rows of a micro-batch, of which every rank of a group has a part of the positions.
     """
 
     gpus: int
     sequence_ranks: int
-    micro_rows: int
+    micro_batch_size: int
     micro_batches: int
 
     @property
@@ -38,21 +38,21 @@ class Division:
         """Raises UserError, with what would do, where the rows cannot be shared among so many."""
         sequence_ranks = config.train.sequence_parallel
         groups, rest = divmod(gpus, sequence_ranks)
-        if rest or config.data.rows % max(1, groups):
+        if rest or config.data.global_batch_size % max(1, groups):
             raise UserError(_uneven(config, gpus, sequence_ranks))
-        rows = config.data.rows // groups
-        micro_rows = min(config.data.micro_rows or rows, rows)
+        rows = config.data.global_batch_size // groups
+        micro_batch_size = min(config.data.micro_batch_size or rows, rows)
         return cls(
             gpus=gpus,
             sequence_ranks=sequence_ranks,
-            micro_rows=micro_rows,
-            micro_batches=-(-rows // micro_rows),
+            micro_batch_size=micro_batch_size,
+            micro_batches=-(-rows // micro_batch_size),
         )
 
 
 def _uneven(config: Config, gpus: int, sequence_ranks: int) -> str:
-    rows = config.data.rows
-    remedies = [f"data.rows={-(-rows // gpus) * gpus}"]
+    rows = config.data.global_batch_size
+    remedies = [f"data.global_batch_size={-(-rows // gpus) * gpus}"]
     if fewer := [
         count
         for count in range(1, gpus)
@@ -60,7 +60,7 @@ def _uneven(config: Config, gpus: int, sequence_ranks: int) -> str:
     ]:
         remedies.append(f"--gpus {fewer[-1]}")
     return (
-        f"{rows} rows a step (data.rows) cannot be shared by {gpus} GPUs"
+        f"{rows} rows a step (data.global_batch_size) cannot be shared by {gpus} GPUs"
         + (f" in groups of {sequence_ranks}" if sequence_ranks > 1 else "")
         + f": {' or '.join(remedies)}"
     )
@@ -79,11 +79,11 @@ class Mixture:
 
     def workload(self, config: Config, rows: int) -> Workload:
         """Of `rows` rows without padding; at least one image, as in every batch."""
-        positions, sizes = rows * config.data.row_length, config.image_sizes
+        positions, sizes = rows * config.data.sequence_length, config.image_sizes
         around = PAIR_CONTROL_TOKENS + self.caption_tokens
         every = sum(sizes.patches(size) + around for size in sizes.sizes)
         images = round(positions * self.pair_share * len(sizes.sizes) / every)
-        text = min(self.text_tokens, config.data.row_length)
+        text = min(self.text_tokens, config.data.sequence_length)
         loads, in_pairs, visible = list[ImageLoad](), 0, 0
         sees_ahead = config.model.image_attention == "bidirectional"
         for turn, size in enumerate(sizes.sizes):

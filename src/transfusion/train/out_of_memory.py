@@ -48,9 +48,9 @@ def out_of_memory(
 def advice(config: Config, world_size: int) -> Iterator[str]:
     """The settings that need less memory than those at hand, the cheapest first."""
     data, train = config.data, config.train
-    micro_rows = data.micro_rows or rows_per_rank(data.rows, world_size)
-    if micro_rows > 1:
-        yield f"set data.micro_rows={micro_rows // 2}, which changes no result"
+    micro_batch_size = data.micro_batch_size or rows_per_rank(data.global_batch_size, world_size)
+    if micro_batch_size > 1:
+        yield f"set data.micro_batch_size={micro_batch_size // 2}, which changes no result"
     if train.activation_checkpointing != "block":
         yield "set train.activation_checkpointing=block"
     if train.precision == "fp32":

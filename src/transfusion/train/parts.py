@@ -46,13 +46,13 @@ class RunParts:
         self.engine: Engine = build_engine(self.config, here, self.codec)
         self.state = resume(self.folder.path, self.engine) or self._begin()
         self.loader = together(self._open_loader)
-        self.held_out = together(self._open_held_out) if config.data.held_out else None
+        self.held_out = together(self._open_held_out) if config.data.validation else None
         together(self._create_folder)
         self.saver = Saver(
             self.folder.path,
             self.engine,
             keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
+            archive_interval=config.checkpoint.archive_interval,
         )
         self.watchdog = Watchdog(
             self.folder.stalls,
@@ -86,7 +86,7 @@ class RunParts:
 
     def _open_held_out(self) -> EvaluationLoader:
         ranks = {"rank": self.here.rank, "world_size": self.here.world_size}
-        return EvaluationLoader(self.config, self.config.data.held_out, self.tokenizer, **ranks)
+        return EvaluationLoader(self.config, self.config.data.validation, self.tokenizer, **ranks)
 
     def _create_folder(self) -> None:
         if self.here.is_main:
@@ -98,7 +98,7 @@ class RunParts:
 
     def _patience(self) -> float:
         """Seconds after which a rank that waits for another ends; a rank may itself wait for its downloads."""
-        seconds, cache = self.config.train.stall_exit_seconds, self.config.data.cache
+        seconds, cache = self.config.train.lost_rank_timeout, self.config.data.cache
         if not seconds or self.loader.fetching is None:
             return seconds
         return seconds + cache.attempts * cache.timeout + cache.pause * (2 ** (cache.attempts - 1) - 1)

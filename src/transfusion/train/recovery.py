@@ -74,7 +74,7 @@ class Recovery:
 
         Raises UserError where a checkpoint was brought back already, and not one step has been good since.
         """
-        after, bad = self.parts.config.train.roll_back_after, self.parts.state.bad_steps
+        after, bad = self.parts.config.train.rollback_after_skipped, self.parts.state.bad_steps
         if after and bad >= 2 * after:
             last = self.parts.state.step - len(self._unread)
             raise UserError(

@@ -82,7 +82,7 @@ class Reporter:
 
     def grid(self) -> None:
         """The fixed-seed pictures, each rank drawing its share with the same number of forwards."""
-        parts, sample = self.parts, self.parts.config.sample
+        parts, sample = self.parts, self.parts.config.sample_grid
         if not sample.prompts:
             return
         parts.watchdog.note("drawing the sample grid", parts.state.step)

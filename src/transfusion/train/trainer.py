@@ -129,7 +129,7 @@ class Trainer:
         self.reporter.note(batches, terms)
         self.watchdog.note("optimiser step", state.step, alike=alike)
         self.recovery.update(terms)
-        tokens = self.config.data.rows * self.config.data.row_length
+        tokens = self.config.data.global_batch_size * self.config.data.sequence_length
         self.clock.step_done(tokens)
         state.step += 1
         state.tokens += tokens
@@ -148,9 +148,9 @@ class Trainer:
         """What all ranks do next, how many samples of the step could not be read, and whether all have written the
         save under way, in one collective.
 
-        Raises UserError, on all ranks together, once the run had more bad samples than data.max_faults.
+        Raises UserError, on all ranks together, once the run had more bad samples than data.max_bad_fraction.
         """
-        state, most = self.state, self.config.data.max_faults
+        state, most = self.state, self.config.data.max_bad_fraction
         self.watchdog.note("agreement of all ranks", state.step, alike=self.clock.steps > 1)
         # What several ranks read together counts once.
         reading = self.loader.reading if self.engine.sequence.rank == 0 else (0, 0)
@@ -165,7 +165,7 @@ class Trainer:
             complaint = self.loader.complaint()
             raise UserError(
                 f"{state.faults} of {state.samples} samples could not be read, more than "
-                f"data.max_faults ({most}); {self.folder.quarantine} names them: "
+                f"data.max_bad_fraction ({most}); {self.folder.quarantine} names them: "
                 "mend the shards, or raise it" + (f" ({complaint})" if complaint else "")
             )
         return decision

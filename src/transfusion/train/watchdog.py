@@ -108,7 +108,7 @@ class Watchdog:
                 self._tell(doing)
             if lost:
                 log.error(
-                    "rank %d ends: it waited for another rank for %.0f s (train.stall_exit_seconds); the same"
+                    "rank %d ends: it waited for another rank for %.0f s (train.lost_rank_timeout); the same"
                     " command continues from the newest checkpoint",
                     self._rank,
                     seconds,

@@ -28,10 +28,10 @@ def refused_sharing(here: Environment) -> list[str]:
     told = []
     for config in (
         small_config(train__sequence_parallel=4, model__heads=4),
-        small_config(train__sequence_parallel=2, data__rows=3),
+        small_config(train__sequence_parallel=2, data__global_batch_size=3),
     ):
         try:
-            build_engine(config, replace(here, world_size=4) if config.data.rows == 3 else here)
+            build_engine(config, replace(here, world_size=4) if config.data.global_batch_size == 3 else here)
         except UserError as error:
             told.append(str(error))
     group = SequenceGroup(2, rank=here.rank, world_size=2)

@@ -14,7 +14,7 @@ from scenarios.common import (
 )
 from scenarios.equality import equals_local
 from scenarios.evaluation import Letters
-from transfusion.config import SampleConfig
+from transfusion.config import SampleGridConfig
 from transfusion.generate.pipeline import Pipeline
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.zero import ZeroEngine
@@ -23,7 +23,7 @@ from transfusion.parallel.zero import ZeroEngine
 class Levels:
     """A codec of tokens: each square of 2 x 2 grey pixels is its mean in 16 levels."""
 
-    codes = 16
+    codebook_size = 16
 
     def tokens(self, values_ICHW: torch.Tensor) -> torch.Tensor:
         return (torch.nn.functional.avg_pool2d(values_ICHW.float(), 2)[:, 0] / 16).long()
@@ -35,7 +35,7 @@ class Levels:
 
 def chameleon(here: Environment) -> dict[str, Any]:
     """Image tokens on ranks with many pictures and with none: the same gathers, the loss of one process."""
-    codec = {"kind": "vq", "folder": "-", "latent_channels": 3, "downscale": 2, "codes": 16}
+    codec = {"kind": "vq", "folder": "-", "latent_channels": 3, "downscale": 2, "codebook_size": 16}
     changes = {f"codec__{name}": value for name, value in codec.items()}
     config = small_config(
         **changes,
@@ -48,7 +48,7 @@ def chameleon(here: Environment) -> dict[str, Any]:
     found = equals_local(config, here, steps=3, codec=Levels())
     engine = ZeroEngine(config, here, Levels())
     with engine.evaluation("raw") as module:
-        grid = SampleConfig(prompts=["three", "two", "one"], guidance=2.0)
+        grid = SampleGridConfig(prompts=["three", "two", "one"], guidance=2.0)
         pipeline = Pipeline(module, Letters(), config, engine.device, Levels())
         mine = pipeline.sample_grid(grid, rank=here.rank, ranks=here.world_size)
     return found | {"drawn": len(mine)}

@@ -22,7 +22,7 @@ ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu
 # Nothing stays gathered: the setting that shows every missing gather and every leak.
 NOTHING_KEPT = {"persistence_threshold": 0, "max_live_parameters": 0, "max_reuse_distance": 0}
 UNET = {
-    "model__patcher": "unet",
+    "model__patch_embed": "unet",
     "model__unet": {"widths": [8, 16], "layers": 1, "head_dim": 8},
 }
 # What rank 0 and rank 1 see in each step.

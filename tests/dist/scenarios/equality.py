@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "qk norm, 2d, gqa, learned places": {
         "model__qk_norm": True,
-        "model__key_heads": 1,
+        "model__num_kv_heads": 1,
         **LEARNED_PLACES,
         "train__zero": NOTHING_KEPT,
     },
@@ -69,7 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model__position": "2d",
         "model__qk_norm": True,
         "model__heads": 4,
-        "model__key_heads": 2,
+        "model__num_kv_heads": 2,
         "train__sequence_parallel": 2,
         "train__activation_checkpointing": "attention",
     },

@@ -21,7 +21,7 @@ from scenarios.common import (
     train,
     whole_weights,
 )
-from transfusion.config import SampleConfig
+from transfusion.config import SampleGridConfig
 from transfusion.evaluate.validation_losses import held_out_losses
 from transfusion.generate.pipeline import Pipeline
 from transfusion.parallel.environment import Environment
@@ -75,7 +75,7 @@ def judged_in_training(here: Environment, changes: dict[str, Any]) -> dict[str, 
             tensor.copy_(weights[f"{kind}/{shard.name}"])
     plain.shards_written(engine.updates)
 
-    grid = SampleConfig(prompts=["one", "two two", "three"], steps=3, seed=4)
+    grid = SampleGridConfig(prompts=["one", "two two", "three"], steps=3, seed=4)
     # The second rank has nothing left for its second batch.
     shares = [[make_batch("mixed", 50), make_batch("text", 51)], [make_batch("image", 52)]]
     shares[1].append(padding_alone(make_batch("mixed", 53)))

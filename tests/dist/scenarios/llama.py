@@ -37,7 +37,7 @@ class Pieces:
 
 def from_llama(changes: dict[str, Any], here: Environment, folder: Path) -> dict[str, Any]:
     """A Llama of two shards into ZeRO and into the plain engine; how much a rank read at once."""
-    config = small_config(optimizer__ema_decay=0.5, model__key_heads=1, **changes)
+    config = small_config(optimizer__ema_decay=0.5, model__num_kv_heads=1, **changes)
     source = LocalEngine(config.model_copy(update={"run": config.run.model_copy(update={"seed": 3})}), ALONE)
     if here.rank == 0:
         write_llama(folder, source)
@@ -87,7 +87,7 @@ def write_llama(folder: Path, source: LocalEngine) -> None:
         weight_map |= dict.fromkeys(half, file)
     (folder / llama.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     settings = {
-        "model_type": "llama", "num_hidden_layers": model.layers, "hidden_size": model.width,
+        "model_type": "llama", "num_hidden_layers": model.layers, "hidden_size": model.hidden_size,
         "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
         "intermediate_size": model.ffn_width, "rms_norm_eps": model.norm_epsilon,
     }  # fmt: skip

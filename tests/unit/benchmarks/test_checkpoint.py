@@ -9,7 +9,13 @@ from transfusion.config import load_config
 
 
 def test_each_mode_is_timed_on_the_same_steps() -> None:
-    small = ("model.layers=1", "model.width=64", "model.heads=2", "model.vocabulary=512", "data.rows=2")
+    small = (
+        "model.layers=1",
+        "model.hidden_size=64",
+        "model.heads=2",
+        "model.vocabulary=512",
+        "data.global_batch_size=2",
+    )
     config = load_config(None, [*checkpoint.SETTINGS, *small, "codec.image_size=8"])
     found = checkpoint.measure(config, steps=2, rounds=2)
     assert json.loads(json.dumps(found)) == found

@@ -47,7 +47,7 @@ def test_a_difference_to_diffusers_is_seen(pictures: PictureSet, tmp_path: Path)
         "groups": 4,
         "attention": True,
     }
-    for kind, codebook in (("kl", {}), ("vq", {"codes": 16, "code_width": 3})):
+    for kind, codebook in (("kl", {}), ("vq", {"codebook_size": 16, "code_width": 3})):
         torch.manual_seed(0)
         network = new_network(kind, image_size=8, **sizes, **codebook)  # type: ignore[arg-type]
         save_network(network, tmp_path / kind, **({"scaling_factor": 0.5} if kind == "kl" else {}))

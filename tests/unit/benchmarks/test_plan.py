@@ -13,18 +13,24 @@ from transfusion.plan.memory import compute_dtype, local_memory
 from transfusion.plan.network import Network
 from transfusion.plan.tracing import trace_step
 
-SMALL = ("model.layers=4", "model.width=128", "model.heads=4", "data.row_length=256", "data.rows=8")
+SMALL = (
+    "model.layers=4",
+    "model.hidden_size=128",
+    "model.heads=4",
+    "data.sequence_length=256",
+    "data.global_batch_size=8",
+)
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         (),
-        ("data.micro_rows=2",),
+        ("data.micro_batch_size=2",),
         ("train.activation_checkpointing=block",),
         ("train.activation_checkpointing=attention",),
         ("train.precision=bf16", "optimizer.ema_decay=0.99"),
-        ("model.patcher=unet", "model.unet={widths: [64, 64], layers: 1, head_dim: 32}"),
+        ("model.patch_embed=unet", "model.unet={widths: [64, 64], layers: 1, head_dim: 32}"),
     ],
     ids=lambda overrides: " ".join(overrides) or "plain",
 )

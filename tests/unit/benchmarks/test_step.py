@@ -19,7 +19,7 @@ def tiny(*overrides: str) -> Config:
 
 
 def test_a_tiny_step() -> None:
-    result = step.measure_step(tiny("data.micro_rows=2"), steps=3, warm_up=1, seconds=1.0)
+    result = step.measure_step(tiny("data.micro_batch_size=2"), steps=3, warm_up=1, seconds=1.0)
     assert json.loads(json.dumps(result)) == result
     assert result["engine"] == "LocalEngine" and result["micro_batches"] == 2
     assert result["steps_timed"] == 3 and result["step_ms"] > 0 and result["peak_gib"] > 0
@@ -39,7 +39,7 @@ def test_a_step_that_did_not_train_is_not_timed() -> None:
 
 
 def test_batches_are_valid_and_mixed() -> None:
-    config = tiny("data.row_length=512", "model.position=2d")
+    config = tiny("data.sequence_length=512", "model.position=2d")
     batches = [batch for micro_batches in step.synthetic_steps(config, 3) for batch in micro_batches]
     assert len(batches) == 3
     for batch in batches:
@@ -60,6 +60,6 @@ def test_ranks_share_a_step() -> None:
 
 def test_the_gpu_default_is_the_papers_smallest() -> None:
     config = step.config_of([], torch.device("cuda"))
-    assert (config.model.layers, config.model.width, config.model.vocabulary) == (16, 768, 32_000)
+    assert (config.model.layers, config.model.hidden_size, config.model.vocabulary) == (16, 768, 32_000)
     assert config.train.precision in DTYPES and config.patches_per_image == 256
     assert step.config_of(["model.vocabulary=1000"], torch.device("cuda")).model.vocabulary == 1000

@@ -22,7 +22,7 @@ TOKENS = 16
 class Squares:
     """Each square of 2 x 2 grey pixels is a token: its mean in 16 levels."""
 
-    codes = CODES
+    codebook_size = CODES
 
     def tokens(self, values_ICHW: Tensor) -> Tensor:
         if values_ICHW.dim() == 3:
@@ -49,10 +49,15 @@ def values_of(**sections: dict[str, Any]) -> dict[str, Any]:
         "image_size": 8,
         "latent_channels": 3,
         "downscale": 2,
-        "codes": CODES,
+        "codebook_size": CODES,
     }
-    model = {"family": "chameleon", "vocabulary": 320, "layers": 2, "width": 32, "heads": 4}
-    values = {"model": model, "codec": codec, "data": {"row_length": 128}, "train": {"precision": "fp32"}}
+    model = {"family": "chameleon", "vocabulary": 320, "layers": 2, "hidden_size": 32, "heads": 4}
+    values = {
+        "model": model,
+        "codec": codec,
+        "data": {"sequence_length": 128},
+        "train": {"precision": "fp32"},
+    }
     return {name: {**values.get(name, {}), **sections.get(name, {})} for name in {*values, *sections}}
 
 

@@ -174,9 +174,9 @@ def test_it_learns_pictures_and_captions_by_heart(tokenizer: Any, pack: Any) -> 
 def test_the_switch_brings_the_recipe_and_keeps_what_is_said() -> None:
     config = Config.model_validate(values_of())
     model = config.model
-    assert (model.qk_norm, model.norm_order, model.image_attention, model.patch_size) == (
+    assert (model.qk_norm, model.norm_placement, model.image_attention, model.patch_size) == (
         True,
-        "after",
+        "post",
         "causal",
         1,
     )
@@ -189,7 +189,7 @@ def test_the_switch_brings_the_recipe_and_keeps_what_is_said() -> None:
 
 
 def test_what_does_not_fit_the_family_is_refused_at_once() -> None:
-    pixels = {"kind": "pixels", "folder": "", "latent_channels": 0, "downscale": 0, "codes": 0}
+    pixels = {"kind": "pixels", "folder": "", "latent_channels": 0, "downscale": 0, "codebook_size": 0}
     values = values_of(codec=pixels, model={"patch_size": 2, "image_attention": "bidirectional"})
     with pytest.raises(UserError, match="3 problems") as caught:
         check(values)
@@ -227,13 +227,13 @@ def test_operations_are_those_that_torch_counts(build: Build, pack: Any) -> None
 
 @torch.no_grad()
 def test_norms_stand_where_they_are_asked_for(build: Build, pack: Any) -> None:
-    for order in ("before", "after"):
-        config, model = build(model={"norm_order": order})
+    for order in ("pre", "post"):
+        config, model = build(model={"norm_placement": order})
         block, batch = model.blocks[0], pairs(pack, config)
         x_BSD = model.embedding(batch.token_ids_BS)
         angle = rotary_angles(batch.position_BSA, config.model.head_dim, config.model.rope_theta)
         rest = (angle.cos(), angle.sin(), batch.mask)
-        if order == "before":
+        if order == "pre":
             y_BSD = x_BSD + block.attention(block.attention_norm(x_BSD), *rest)
             wanted = y_BSD + block.feed_forward(block.feed_forward_norm(y_BSD))
         else:

@@ -66,7 +66,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 def test_some_are_kept_for_ever(tmp_path: Path) -> None:
     engine = trained(0)
-    saver = Saver(tmp_path, engine, keep=1, keep_every=4)
+    saver = Saver(tmp_path, engine, keep=1, archive_interval=4)
     for step in range(2, 13, 2):
         saver.begin(TrainState(step=step), copy=True)
     saver.finish()
@@ -327,12 +327,12 @@ def test_damage_is_told(tmp_path: Path, damage: Callable[[Path], None], message:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__width": 64}, r"model\.width was 32 and is now 64"),
+        ({"model__hidden_size": 64}, r"model\.hidden_size was 32 and is now 64"),
         ({"model__layers": 3}, r"model\.layers was 2 and is now 3"),
         ({"model__layers": 1}, r"model\.layers was 2 and is now 1"),
         ({"model__patch_position": "none"}, r"model\.patch_position was 'sincos' and is now 'none'"),
         ({"model__rope_theta": 5000.0}, r"model\.rope_theta was 10000\.0 and is now 5000\.0"),
-        ({"diffusion__objective": "flow"}, r"diffusion\.objective was 'noise' and is now 'flow'"),
+        ({"diffusion__prediction": "flow"}, r"diffusion\.prediction was 'epsilon' and is now 'flow'"),
         ({"model__vocabulary": 65}, r"model\.vocabulary was 64 and is now 65"),
     ],
 )
@@ -341,18 +341,6 @@ def test_another_model_is_refused(tmp_path: Path, changes: dict[str, Any], messa
     engine = LocalEngine(small_config(**changes), ALONE)
     with pytest.raises(UserError, match=f"is of another model: {message}; set the model as it was"):
         load(folder, engine)
-
-
-def test_a_checkpoint_from_before_patches_knew_their_place_goes_on_without(tmp_path: Path) -> None:
-    plain = small_config(model__patch_position="none")
-    engine = LocalEngine(plain, ALONE)
-    folder = save(tmp_path, engine, TrainState(step=1), keep=1)
-    manifest = read_manifest(folder)
-    del manifest.config["model"]["patch_position"]
-    (folder / "manifest.json").write_text(manifest.as_json())
-    assert load(folder, LocalEngine(plain, ALONE)).step == 1
-    with pytest.raises(UserError, match=r"model\.patch_position was 'none' and is now 'sincos'"):
-        load(folder, LocalEngine(small_config(), ALONE))
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:

@@ -133,12 +133,12 @@ def test_wrong_usage_is_one_line_too(arguments: list[str]) -> None:
 
 
 def test_a_patch_of_more_values_than_the_width_is_warned_of() -> None:
-    wide = ["configs/train/own-data.yaml", "model.width=128", "model.heads=4", "model.patch_size=8"]
+    wide = ["configs/train/own-data.yaml", "model.hidden_size=128", "model.heads=4", "model.patch_size=8"]
     done = transfusion("config", *wide)
     assert done.returncode == 0
     assert done.stderr.startswith("warning: a patch has 192 values (3 channels x model.patch_size 8 squared)")
-    assert "set model.width=192 or more" in done.stderr and len(done.stderr.splitlines()) == 1
-    for enough in ("model.width=192", "model.patch_size=4", "model.patcher=unet"):
+    assert "set model.hidden_size=192 or more" in done.stderr and len(done.stderr.splitlines()) == 1
+    for enough in ("model.hidden_size=192", "model.patch_size=4", "model.patch_embed=unet"):
         assert transfusion("config", *wide, enough).stderr == ""
 
 

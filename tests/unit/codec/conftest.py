@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {"channels": 3, "latent_channels": 4, "widths": (8, 8, 8
 def write_autoencoder(kind: Any, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """A network with random weights that all matter, pictures of 16 pixels to 4 x 4."""
     torch.manual_seed(seed)
-    codebook = {"codes": 32, "code_width": 3} if kind == "vq" else {}
+    codebook = {"codebook_size": 32, "code_width": 3} if kind == "vq" else {}
     network = new_network(kind, attention=True, image_size=16, **{**SIZES, **codebook, **changes})
     with torch.no_grad():
         for parameter in network.parameters():

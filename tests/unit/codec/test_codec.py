@@ -48,7 +48,7 @@ def test_tokens_and_pictures_are_those_of_diffusers(
     codec = open_token_codec(settings(vq_folder))
     tokens = codec.tokens(pictures)
     wanted = theirs.quantize(theirs.encode(pictures.float() / 127.5 - 1).latents)[2][2]
-    assert tokens.shape == (3, 4, 4) and torch.equal(tokens.flatten(), wanted) and codec.codes == 32
+    assert tokens.shape == (3, 4, 4) and torch.equal(tokens.flatten(), wanted) and codec.codebook_size == 32
     assert len(tokens.unique()) > 3 and torch.equal(codec.tokens(tokens.int()), tokens)
     made = theirs(pictures.float() / 127.5 - 1).sample
     # Through the token alone: diffusers adds and takes away the encoded patch on its way, which rounds.
@@ -68,7 +68,7 @@ def test_a_configuration_is_filled_in_from_the_folder(kl_folder: Path, vq_folder
     assert measured.scale == (0.18215,) and measured.fingerprint != config.codec.fingerprint
     words = ["model.family=chameleon", "codec.kind=vq", f"codec.folder={vq_folder}"]
     tokens = load_config(None, words)
-    assert tokens.codec.codes == 32
+    assert tokens.codec.codebook_size == 32
 
 
 def test_channel_statistics_are_applied_as_pipelines_do(

@@ -149,9 +149,9 @@ def loader(codec: CodecConfig, folder: Path, tokenizer: Tokenizer, family: str =
             "codec": codec.as_dict(),
             "data": {
                 "sources": [{"name": "pictures", "shards": f"{folder}/0000[01].tar"}],
-                "row_length": 320 if codec.kind == "pixels" else 96,
-                "rows": 2,
-                "max_faults": 0.5,
+                "sequence_length": 320 if codec.kind == "pixels" else 96,
+                "global_batch_size": 2,
+                "max_bad_fraction": 0.5,
             },
         }
     )
@@ -202,7 +202,7 @@ def test_tokens_stand_in_the_place_of_their_pictures(
     for one, other in zip(pictures, tokens, strict=True):
         assert torch.equal(one.patch_slot_IP, other.patch_slot_IP)
         assert torch.equal(codec.tokens(one.values), codec.tokens(other.values))
-    fewer = config.model_copy(update={"codes": int(max(group.values.max() for group in tokens))})
+    fewer = config.model_copy(update={"codebook_size": int(max(group.values.max() for group in tokens))})
     with loader(fewer, out, tokenizer, family="chameleon") as mine:
         assert sum(batch.counts.faults for batch in mine.next_step()) > 0
     with pytest.raises(UserError, match=f"made by codec {config.fingerprint}"):

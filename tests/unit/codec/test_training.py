@@ -33,7 +33,7 @@ def make(shards: Path, tmp_path: Path) -> Iterator[Callable[..., CodecTrainConfi
         none = {"perceptual_features": "none", "adversarial": 0.0}
         plain = {
             "run": {"dir": str(tmp_path / run)},
-            "network": {"widths": [8, 8, 8], "layers": 1, "latent_channels": 4, "groups": 4, "codes": 16,
+            "network": {"widths": [8, 8, 8], "layers": 1, "latent_channels": 4, "groups": 4, "codebook_size": 16,
                         "code_width": 3, "attention": False},
             "pictures": {"shards": f"{shards}/*.tar", "image_size": 16},
             "loss": none | (loss or {}),
@@ -115,7 +115,7 @@ def test_every_loss_pulls(make: Callable[..., CodecTrainConfig], kind: str, chan
         ("kl", {"network": {"latent_channels": 8}}),
         ("kl", {"network": {"groups": 2}}),
         ("kl", {"network": {"attention": True}}),
-        ("vq", {"network": {"codes": 8}}),
+        ("vq", {"network": {"codebook_size": 8}}),
         ("vq", {"network": {"code_width": 2}}),
         ("kl", {"pictures": {"channels": 1}}),
         ("kl", {"pictures": {"image_size": 32}}),

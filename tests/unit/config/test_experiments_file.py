@@ -11,12 +11,12 @@ from transfusion.config import load_config
 from transfusion.config.experiments import read_grid
 from transfusion.errors import UserError
 
-BASE = {"model": {"layers": 2, "width": 64, "heads": 4}, "data": {"row_length": 512}}
+BASE = {"model": {"layers": 2, "hidden_size": 64, "heads": 4}, "data": {"sequence_length": 512}}
 GRID = {
     "base": "base.yaml",
     "axes": {
         "model": {"plain": None, "normed": {"model.qk_norm": True}},
-        "size": {"s": {"model.layers": 1, "flops": 1e9}, "m": {"model.width": 128, "flops": 4.0e9}},
+        "size": {"s": {"model.layers": 1, "flops": 1e9}, "m": {"model.hidden_size": 128, "flops": 4.0e9}},
     },
     "seeds": [0, 3],
     "suites": ["held-out"],
@@ -38,8 +38,8 @@ def test_cells_are_the_product_of_the_axes(tmp_path: Path) -> None:
     cell = grid.cell("normed/m")
     assert cell.values == {"model": "normed", "size": "m"} and cell.flops == 4e9
     config = cell.config(["train.steps=7"])
-    assert (config.model.qk_norm, config.model.layers, config.model.width) == (True, 2, 128)
-    assert config.train.steps == 7 and config.data.row_length == 512
+    assert (config.model.qk_norm, config.model.layers, config.model.hidden_size) == (True, 2, 128)
+    assert config.train.steps == 7 and config.data.sequence_length == 512
 
 
 def test_a_cell_stands_wherever_a_configuration_may(tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ def test_defaults_are_the_papers() -> None:
     assert config.optimizer.ema_decay == 0.0
     assert config.diffusion.steps == 1000
     assert config.diffusion.image_loss_weight == 5.0
-    assert config.diffusion.understanding_timestep_limit == 500
-    assert (config.data.caption_first, config.data.caption_drop) == (0.8, 0.1)
-    assert config.data.row_length == 4096
+    assert config.diffusion.max_timestep_before_caption == 500
+    assert (config.data.caption_first, config.data.caption_dropout) == (0.8, 0.1)
+    assert config.data.sequence_length == 4096
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -45,17 +45,17 @@ def test_every_shipped_config_loads_and_says_what_it_is_for(path: Path) -> None:
 
 
 def test_overrides_and_numbers_in_scientific_notation(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.yaml", "optimizer: {learning_rate: 1e-4}\nmodel: {width: 64, heads: 4}\n")
-    config = load_config(path, ["model.width=96", "--train.steps=7", "run.name=x"])
+    path = write(tmp_path, "a.yaml", "optimizer: {learning_rate: 1e-4}\nmodel: {hidden_size: 64, heads: 4}\n")
+    config = load_config(path, ["model.hidden_size=96", "--train.steps=7", "run.name=x"])
     assert config.optimizer.learning_rate == 1e-4
-    assert (config.model.width, config.train.steps, config.run.folder) == (96, 7, "runs/x")
+    assert (config.model.hidden_size, config.train.steps, config.run.folder) == (96, 7, "runs/x")
 
 
 def test_base_files_are_merged_and_circles_refused(tmp_path: Path) -> None:
-    write(tmp_path, "base.yaml", "model: {width: 64, heads: 4}\ntrain: {steps: 5}\n")
+    write(tmp_path, "base.yaml", "model: {hidden_size: 64, heads: 4}\ntrain: {steps: 5}\n")
     path = write(tmp_path, "own.yaml", "base: base.yaml\ntrain: {steps: 9}\n")
     config = load_config(path)
-    assert (config.model.width, config.train.steps) == (64, 9)
+    assert (config.model.hidden_size, config.train.steps) == (64, 9)
     circle = write(tmp_path, "circle.yaml", "base: circle.yaml\n")
     with pytest.raises(UserError, match="circle"):
         load_config(circle)
@@ -64,11 +64,11 @@ def test_base_files_are_merged_and_circles_refused(tmp_path: Path) -> None:
 def test_all_mistakes_at_once_with_the_nearest_known_name() -> None:
     with pytest.raises(UserError) as caught:
         load_config(
-            None, ["model.widht=64", "train.steps=-1", "optimizer.betas=[2, 0.9]", "nonsense", "run=3"]
+            None, ["model.hiden_size=64", "train.steps=-1", "optimizer.betas=[2, 0.9]", "nonsense", "run=3"]
         )
     message = str(caught.value)
     assert message.startswith("5 problems")
-    assert "did you mean model.width?" in message
+    assert "did you mean model.hidden_size?" in message
     assert "train.steps" in message and "-1" in message
     assert "optimizer.betas" in message
     assert "'nonsense' is not an override" in message
@@ -79,23 +79,29 @@ def test_parts_that_do_not_fit_each_other() -> None:
     with pytest.raises(UserError, match=r"image_size 9 must be a multiple of model.patch_size"):
         load_config(None, ["codec.image_size=9"])
     with pytest.raises(UserError, match="too short for a picture"):
-        load_config(None, ["codec.image_size=64", "data.row_length=256"])
+        load_config(None, ["codec.image_size=64", "data.sequence_length=256"])
     with pytest.raises(UserError, match="needs an unconditional branch"):
-        load_config(None, ["sample.prompts=[a]", "data.caption_drop=0"])
-    with pytest.raises(UserError, match=r"model.width 100 must be an even multiple"):
-        load_config(None, ["model.width=100", "model.heads=12"])
-    with pytest.raises(UserError, match=r"multiple of model\.key_heads"):
-        load_config(None, ["model.key_heads=5"])
+        load_config(None, ["sample_grid.prompts=[a]", "data.caption_dropout=0"])
+    with pytest.raises(UserError, match=r"model.hidden_size 100 must be an even multiple"):
+        load_config(None, ["model.hidden_size=100", "model.heads=12"])
+    with pytest.raises(UserError, match=r"multiple of model\.num_kv_heads"):
+        load_config(None, ["model.num_kv_heads=5"])
 
 
 @pytest.mark.parametrize(
     ("overrides", "messages"),
     [
-        (["objective=noise", "timestep_law=logit-normal"], ["hardly ever draws the greatest timesteps"]),
-        (["objective=velocity", "timestep_shift=3"], ["timestep_shift=3 is for diffusion.objective=flow"]),
-        (["objective=flow", "loss_weight=min-snr"], ["loss_weight=min-snr is for"]),
+        (
+            ["prediction=epsilon", "timestep_sampling=logit-normal"],
+            ["hardly ever draws the greatest timesteps"],
+        ),
+        (["prediction=v", "timestep_shift=3"], ["timestep_shift=3 is for diffusion.prediction=flow"]),
+        (["prediction=flow", "loss_weight=min-snr"], ["loss_weight=min-snr is for"]),
         (["min_snr_gamma=3"], ["min_snr_gamma=3 does nothing"]),
-        (["steps=100", "timestep_law=logit-normal"], ["must not exceed diffusion.steps", "logit-normal"]),
+        (
+            ["steps=100", "timestep_sampling=logit-normal"],
+            ["must not exceed diffusion.steps", "logit-normal"],
+        ),
         (["timestep_shift=0"], ["diffusion.timestep_shift"]),
     ],
 )
@@ -107,27 +113,27 @@ def test_laws_and_weights_that_cannot_serve_an_objective(overrides: list[str], m
 
 
 @pytest.mark.parametrize(
-    ("objective", "sampler", "choice"),
+    ("prediction", "sampler", "choice"),
     [
-        ("noise", "euler", "ddpm or ddim"),
-        ("velocity", "heun", "ddpm or ddim"),
+        ("epsilon", "euler", "ddpm or ddim"),
+        ("v", "heun", "ddpm or ddim"),
         ("flow", "ddim", "euler or heun"),
     ],
 )
-def test_a_sampler_that_does_not_fit_the_objective(objective: str, sampler: str, choice: str) -> None:
+def test_a_sampler_that_does_not_fit_the_objective(prediction: str, sampler: str, choice: str) -> None:
     with pytest.raises(
-        UserError, match=rf"sample\.sampler={sampler} cannot draw with .*{objective}; choose {choice}"
+        UserError, match=rf"sample\.sampler={sampler} cannot draw with .*{prediction}; choose {choice}"
     ):
-        load_config(None, [f"diffusion.objective={objective}", f"sample.sampler={sampler}"])
+        load_config(None, [f"diffusion.prediction={prediction}", f"sample_grid.sampler={sampler}"])
     for fitting in ("auto", *choice.split(" or ")):
-        load_config(None, [f"diffusion.objective={objective}", f"sample.sampler={fitting}"])
+        load_config(None, [f"diffusion.prediction={prediction}", f"sample_grid.sampler={fitting}"])
 
 
 def test_all_that_does_not_fit_an_objective_is_told_at_once() -> None:
     wrong = [
-        "diffusion.objective=velocity",
+        "diffusion.prediction=v",
         "diffusion.timestep_shift=2",
-        "sample.sampler=heun",
+        "sample_grid.sampler=heun",
         "train.steps=-1",
     ]
     with pytest.raises(UserError) as caught:
@@ -137,30 +143,30 @@ def test_all_that_does_not_fit_an_objective_is_told_at_once() -> None:
 
 def test_parts_are_compared_even_where_values_are_wrong() -> None:
     with pytest.raises(UserError) as caught:
-        load_config(None, ["codec.image_size=7", "train.steps=-1", "model.heads=5", "model.key_heads=3"])
+        load_config(None, ["codec.image_size=7", "train.steps=-1", "model.heads=5", "model.num_kv_heads=3"])
     message = str(caught.value)
-    for word in ("train.steps", "model.heads 5", "model.key_heads 3"):
+    for word in ("train.steps", "model.heads 5", "model.num_kv_heads 3"):
         assert word in message
     with pytest.raises(UserError, match=r"image_size 7 must be a multiple"):
         load_config(None, ["codec.image_size=7", "train.steps=-1"])
 
 
 def test_the_keys_of_a_source_are_known_too() -> None:
-    with pytest.raises(UserError, match=r"did you mean data\.sources\.0\.share\?"):
-        load_config(None, ["data.sources=[{name: a, shards: x, shrae: 2}]"])
+    with pytest.raises(UserError, match=r"did you mean data\.sources\.0\.weight\?"):
+        load_config(None, ["data.sources=[{name: a, shards: x, wieght: 2}]"])
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read config"):
         load_config(tmp_path / "missing.yaml")
     with pytest.raises(UserError, match="is not YAML"):
-        load_config(write(tmp_path, "torn.yaml", "model: {width: 64"))
+        load_config(write(tmp_path, "torn.yaml", "model: {hidden_size: 64"))
     with pytest.raises(UserError, match="must hold sections"):
         load_config(write(tmp_path, "list.yaml", "- 1\n- 2\n"))
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
-    config = load_config(None, ["model.width=96", "model.heads=4", "optimizer.epsilon=1e-9"])
+    config = load_config(None, ["model.hidden_size=96", "model.heads=4", "optimizer.epsilon=1e-9"])
     path = tmp_path / "config.yaml"
     dump(config, path)
     assert load_config(path) == config
@@ -173,12 +179,12 @@ def test_every_key_is_explained() -> None:
     assert unexplained == []
 
 
-SOURCES = "data.sources=[{name: a, shards: x, share: 0.5}, {name: b, shards: y}]"
+SOURCES = "data.sources=[{name: a, shards: x, weight: 0.5}, {name: b, shards: y}]"
 
 
 def test_shares_are_numbers_or_schedules() -> None:
-    schedule = "data.sources.1.share=[{from_step: 0, share: 0}, {from_step: 100, share: 0.25}]"
-    config = load_config(None, [SOURCES, "data.sources.0.share=0.75", schedule])
+    schedule = "data.sources.1.weight=[{from_step: 0, weight: 0}, {from_step: 100, weight: 0.25}]"
+    config = load_config(None, [SOURCES, "data.sources.0.weight=0.75", schedule])
     assert [source.schedule for source in config.data.sources] == [((0, 0.75),), ((0, 0.0), (100, 0.25))]
     assert check(config.as_dict()) == config
 
@@ -186,13 +192,13 @@ def test_shares_are_numbers_or_schedules() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.sources.0.share=-1", r"data\.sources\.0\.share: input should be greater than 0, got -1"),
-        ("data.sources.0.share=[]", "must begin with 0 and rise, got"),
-        ("data.sources.0.share=[{from_step: 5, share: 1}]", r"must begin with 0 and rise, got \[5\]"),
-        ("data.sources.0.share=[{from_step: 0, share: x}]", r"data\.sources\.0\.share\.0\.share: "),
-        ("data.sources.2.share=1", "2 is no entry of a list of 2"),
+        ("data.sources.0.weight=-1", r"data\.sources\.0\.weight: input should be greater than 0, got -1"),
+        ("data.sources.0.weight=[]", "must begin with 0 and rise, got"),
+        ("data.sources.0.weight=[{from_step: 5, weight: 1}]", r"must begin with 0 and rise, got \[5\]"),
+        ("data.sources.0.weight=[{from_step: 0, weight: x}]", r"data\.sources\.0\.weight\.0\.weight: "),
+        ("data.sources.2.weight=1", "2 is no entry of a list of 2"),
         (
-            "data.sources=[{name: a, shards: x, share: [{from_step: 0, share: 0}]}]",
+            "data.sources=[{name: a, shards: x, weight: [{from_step: 0, weight: 0}]}]",
             "from step 0 on no source",
         ),
     ],
@@ -202,18 +208,10 @@ def test_shares_that_cannot_be(override: str, message: str) -> None:
         load_config(None, [SOURCES, override])
 
 
-@pytest.mark.parametrize(
-    ("value", "choice"), [(True, "block"), (False, "none"), ("attention", "attention"), ("none", "none")]
-)
-def test_what_is_recomputed_was_once_a_switch(value: object, choice: str) -> None:
-    config = Config.model_validate({"train": {"activation_checkpointing": value}})
-    assert config.train.activation_checkpointing == choice
-
-
 def test_all_that_sequence_parallelism_cannot_divide_is_told_at_once() -> None:
     with pytest.raises(UserError) as caught:
-        load_config(None, ["train.sequence_parallel=8", "model.key_heads=4", "data.row_length=4092"])
-    told = "train.sequence_parallel 8 must divide model.heads 12, model.key_heads 4, data.row_length 4092"
+        load_config(None, ["train.sequence_parallel=8", "model.num_kv_heads=4", "data.sequence_length=4092"])
+    told = "train.sequence_parallel 8 must divide model.heads 12, model.num_kv_heads 4, data.sequence_length 4092"
     assert told in str(caught.value)
     load_config(None, ["train.sequence_parallel=4"])
 

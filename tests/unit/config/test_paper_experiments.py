@@ -8,6 +8,7 @@ import pytest
 
 from transfusion.config import Config
 from transfusion.config.experiments import Grid, read_grid
+from transfusion.config.objectives import PREDICTED
 
 EXPERIMENTS = Path(__file__).parents[3] / "configs" / "experiments"
 GRIDS = sorted(path.name for path in EXPERIMENTS.glob("*.yaml") if "axes:" in path.read_text())
@@ -41,7 +42,7 @@ def test_each_table_has_its_rows() -> None:
         assert configs(name, "full").keys() == configs(name, "small").keys()
     for size, width in SIZES.items():
         for cell in (f"{size}/transfusion", f"{size}/chameleon"):
-            assert configs("table-3", "full")[cell].model.width == width
+            assert configs("table-3", "full")[cell].model.hidden_size == width
 
 
 @pytest.mark.parametrize("scale", ["full", "small"])
@@ -49,39 +50,39 @@ def test_the_rows_say_what_the_paper_says(scale: str) -> None:
     rate = {"full": 1e-4, "small": 3e-3}[scale]
     three = configs("table-3", scale)["7b/chameleon"]
     assert (three.model.family, three.codec.kind, three.optimizer.learning_rate) == ("chameleon", "vq", rate)
-    assert three.codec.codes == {"full": 16_384, "small": 1024}[scale]
+    assert three.codec.codebook_size == {"full": 16_384, "small": 1024}[scale]
     four = configs("table-4", scale)
     recipe = {
         name.partition("/")[2]: (
             len(config.data.sources),
             config.model.qk_norm,
-            config.model.norm_order,
+            config.model.norm_placement,
             config.train.z_loss,
             config.model.family,
         )
         for name, config in four.items()
     }
     assert recipe == {
-        "llama": (1, False, "before", 0.0, "transfusion"),
-        "llama-and-diffusion": (2, False, "before", 0.0, "transfusion"),
-        "llama-stabilised": (1, True, "after", 1e-5, "transfusion"),
-        "stabilised-and-image-tokens": (2, True, "after", 1e-5, "chameleon"),
+        "llama": (1, False, "pre", 0.0, "transfusion"),
+        "llama-and-diffusion": (2, False, "pre", 0.0, "transfusion"),
+        "llama-stabilised": (1, True, "post", 1e-5, "transfusion"),
+        "stabilised-and-image-tokens": (2, True, "post", 1e-5, "chameleon"),
     }
-    rows = [config.data.rows for config in four.values()]
+    rows = [config.data.global_batch_size for config in four.values()]
     assert rows[0] == rows[2] == rows[1] // 2 == rows[3] // 2
     for name, config in configs("table-5", scale).items():
-        assert f"{config.model.patcher}/{config.model.image_attention}" == name
+        assert f"{config.model.patch_embed}/{config.model.image_attention}" == name
     six = configs("table-6", scale)
     most = {"full": 1024, "small": 64}[scale]
     assert [config.patches_per_image for config in six.values()] == [
         most // side**2 for side in (1, 2, 4, 8, 2, 4, 8)
     ]
-    assert [config.model.patcher for config in six.values()] == ["linear"] * 4 + ["unet"] * 3
+    assert [config.model.patch_embed for config in six.values()] == ["linear"] * 4 + ["unet"] * 3
     for name, config in configs("table-7", scale).items():
-        assert config.model.patcher == name.partition("/")[2]
+        assert config.model.patch_embed == name.partition("/")[2]
     for name, config in configs("table-8", scale).items():
         cap = {"none": 0, "500": 500}[name.partition("/")[2]]
-        assert (config.model.patcher, config.diffusion.understanding_timestep_limit) == ("unet", cap)
+        assert (config.model.patch_embed, config.diffusion.max_timestep_before_caption) == ("unet", cap)
 
 
 def test_the_emoji_grids_spend_alike() -> None:
@@ -102,4 +103,4 @@ def test_the_emoji_grids_spend_alike() -> None:
         model, kind, _ = name.split("/")
         family = "chameleon" if model == "chameleon" else "transfusion"
         assert (config.model.family, config.model.patch_position) == (family, kind)
-        assert family == "chameleon" or config.diffusion.objective == model
+        assert family == "chameleon" or PREDICTED[config.diffusion.prediction] == model

@@ -49,9 +49,9 @@ def make_config(data: Path) -> MakeConfig:
         section: dict[str, Any] = {
             # The smaller part serves for training too: every loader of every rank indexes it anew.
             "sources": [source("digits", "held_out"), source("docs", "held_out")],
-            "held_out": [source("digits", "held_out"), source("docs", "held_out")],
-            "row_length": 256,
-            "rows": 8,
+            "validation": [source("digits", "held_out"), source("docs", "held_out")],
+            "sequence_length": 256,
+            "global_batch_size": 8,
             **changes,
         }
         return Config.model_validate(

@@ -61,7 +61,7 @@ def config(tmp_path: Path, data: Path, make_config: object) -> Config:
         {"name": "latents", "shards": f"{tmp_path}/latents/*.tar"},
         {"name": "docs", "shards": f"{data}/docs/held_out/*.tar"},
     ]
-    found: Config = make_config(sources=sources, caption_drop=0.5)  # type: ignore[operator]
+    found: Config = make_config(sources=sources, caption_dropout=0.5)  # type: ignore[operator]
     return found
 
 
@@ -88,7 +88,7 @@ def test_only_the_last_image_of_a_document_is_noised_beyond_recognition(
     (index, *_) = build_indexes(config, config.data.sources, tokenizer)
     builder, limit = (
         RowBuilder([index], RowSettings.of(config)),
-        config.diffusion.understanding_timestep_limit,
+        config.diffusion.max_timestep_before_caption,
     )
     first, last = [], []
     for sample in range(DOCUMENTS):

@@ -61,7 +61,7 @@ def truth(make_config: MakeConfig, tokenizer: Tokenizer, rows_of: RowsOf) -> tup
     return batches, states
 
 
-@pytest.mark.parametrize(("world_size", "micro_rows"), [(2, 0), (4, 0), (8, 0), (1, 3), (2, 1)])
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 0), (4, 0), (8, 0), (1, 3), (2, 1)])
 def test_any_world_size_and_micro_batch_gives_the_same_rows(
     make_config: MakeConfig,
     tokenizer: Tokenizer,
@@ -69,9 +69,9 @@ def test_any_world_size_and_micro_batch_gives_the_same_rows(
     rows_of: RowsOf,
     same: Same,
     world_size: int,
-    micro_rows: int,
+    micro_batch_size: int,
 ) -> None:
-    ranks = loaders(make_config(micro_rows=micro_rows), tokenizer, world_size)
+    ranks = loaders(make_config(micro_batch_size=micro_batch_size), tokenizer, world_size)
     for step in range(5):
         assert same(global_step(ranks, rows_of), truth[0][step])
     assert len({json.dumps(loader.state()) for loader in ranks}) == 1
@@ -178,10 +178,10 @@ def test_no_sources_and_foreign_states_are_one_line(
 ) -> None:
     with pytest.raises(UserError, match=r"data\.sources is empty"):
         Loader(make_config(), [], tokenizer, rank=0, world_size=1)
-    with pytest.raises(UserError, match=r"data\.held_out is empty"):
+    with pytest.raises(UserError, match=r"data\.validation is empty"):
         EvaluationLoader(make_config(), [], tokenizer)
     with pytest.raises(UserError, match="started with"):
-        loaders(make_config(rows=16), tokenizer, 1, json.loads(truth[1][3]))
+        loaders(make_config(global_batch_size=16), tokenizer, 1, json.loads(truth[1][3]))
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_too_many_bad_samples_are_refused_or_told(
     """Those of the index at once; those met on the way are counted, and judged by all ranks together."""
     source = SourceConfig(name="digits", shards=f"{bad_shards}/00000.tar")
     with pytest.raises(UserError, match="1 of 1000 samples are bad"):
-        Loader(make_config(max_faults=0), [source], tokenizer, rank=0, world_size=1)
+        Loader(make_config(max_bad_fraction=0), [source], tokenizer, rank=0, world_size=1)
     many: dict[str, bytes | None] = {f"0000000{number}.png": None for number in range(10, 90)}
     many |= {f"0000000{number}.json": b"{}" for number in range(10, 90)}
     damage(bad_shards / "00000.tar", many)
@@ -266,7 +266,7 @@ def test_held_out_documents_come_once_on_any_number_of_ranks(
     for world_size, rows in ((1, 0), (1, 5), (3, 2)):
         ranks = [
             EvaluationLoader(
-                config, config.data.held_out, tokenizer, rank=rank, world_size=world_size, rows=rows
+                config, config.data.validation, tokenizer, rank=rank, world_size=world_size, rows=rows
             )
             for rank in range(world_size)
         ]
@@ -279,7 +279,7 @@ def test_held_out_documents_come_once_on_any_number_of_ranks(
             assert len(batch.token_ids_BS) == (rows or 8)
     assert len(set(totals)) == 1 and totals[0][1] == 297
     index = ranks[0].indexes[1]
-    docs = EvaluationLoader(config, config.data.held_out[1:], tokenizer)
+    docs = EvaluationLoader(config, config.data.validation[1:], tokenizer)
     # Every token of every text and its <EOS> is predicted exactly once.
     assert sum(batch.counts.text_targets for batch in docs) == index.lengths.text_tokens_C.sum() + len(index)
     assert all(batch.images[0].image_weight_I.sum() == 0 for batch in docs)
@@ -289,7 +289,7 @@ def test_evaluation_is_the_same_every_time(
     make_config: MakeConfig, tokenizer: Tokenizer, rows_of: RowsOf, same: Same
 ) -> None:
     config = make_config()
-    loader = EvaluationLoader(config, config.data.held_out[:1], tokenizer)
+    loader = EvaluationLoader(config, config.data.validation[:1], tokenizer)
     assert same(rows_of(list(loader)), rows_of(list(loader)))
     levels = torch.cat([batch.images[0].timestep_I for batch in loader])
     assert levels.min() < 50 and levels.max() > 950
@@ -299,7 +299,7 @@ def test_documents_in_file_order(
     make_config: MakeConfig, tokenizer: Tokenizer, tmp_path: Path, data: Path
 ) -> None:
     config = make_config()
-    found = list(documents(config, config.data.held_out, tokenizer))
+    found = list(documents(config, config.data.validation, tokenizer))
     pairs = [document for document in found if document.source == "digits"]
     assert len(pairs) == 297 and pairs[7].key == "000000007"
     caption, image = pairs[7].segments

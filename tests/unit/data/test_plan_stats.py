@@ -23,7 +23,10 @@ from transfusion.errors import UserError
 
 HALF = ((0, 0.5),)
 SETTINGS = PlanSettings(
-    rows=8, row_length=4096, open_rows=16, variants=VariantRule(seed=0, caption_first=0.8, caption_drop=0.1)
+    rows=8,
+    sequence_length=4096,
+    packing_buffer=16,
+    variants=VariantRule(seed=0, caption_first=0.8, caption_dropout=0.1),
 )
 
 
@@ -95,7 +98,7 @@ def test_simulated_lengths_are_like_the_real_ones() -> None:
 
 
 def test_hundreds_of_millions_of_samples_take_no_memory() -> None:
-    config = load_config(None, ["data.rows=512", "data.row_length=4096"])
+    config = load_config(None, ["data.global_batch_size=512", "data.sequence_length=4096"])
     found = survey_config(config, simulate=True, ranks=64, steps=2, samples=700_000_000)
     assert found.sources["pairs"].samples == 700_000_000 and found.added_mib < 100
     assert found.images_cut == 0 and found.text_imbalance < 0.2
@@ -105,4 +108,4 @@ def test_what_cannot_be_surveyed() -> None:
     with pytest.raises(UserError, match="use --simulate"):
         survey_config(load_config(None, []))
     with pytest.raises(UserError, match="cannot be shared by 3 ranks"):
-        survey_config(load_config(None, ["data.rows=8"]), simulate=True, ranks=3)
+        survey_config(load_config(None, ["data.global_batch_size=8"]), simulate=True, ranks=3)

@@ -92,14 +92,14 @@ def make(tmp_path: Path) -> Make:
     """make(address of a folder) -> configuration; cache=... and others change section data."""
 
     def make(base: str, *, run: str = "run", texts: bool = True, cache: Any = None, **changes: Any) -> Config:
-        sources = [{"name": "pictures", "shards": f"{base}/{{00000..00009}}.tar", "window_shards": WINDOW}]
+        sources = [{"name": "pictures", "shards": f"{base}/{{00000..00009}}.tar", "shuffle_window": WINDOW}]
         if texts:
-            sources.append({"name": "texts", "shards": f"{base}/texts.jsonl", "share": 0.3})
+            sources.append({"name": "texts", "shards": f"{base}/texts.jsonl", "weight": 0.3})
         section: dict[str, Any] = {
             "sources": sources,
-            "held_out": sources[:1],
-            "row_length": 128,
-            "rows": 4,
+            "validation": sources[:1],
+            "sequence_length": 128,
+            "global_batch_size": 4,
             "cache": {**QUICK, "folder": str(tmp_path / "cache"), **(cache or {})},
             **changes,
         }
@@ -222,7 +222,7 @@ def test_an_epoch_downloads_each_shard_once_and_keeps_the_bound(
     """Ten shards through a cache of seven, windows of three, a block and open rows smaller than a window."""
     monkeypatch.setattr(packing, "_ROWS_PER_BLOCK", 8)
     bound = 7 * shard_bytes + 1000
-    config = make(web.address, texts=False, open_rows=2, cache={"gigabytes": bound / 1e9})
+    config = make(web.address, texts=False, packing_buffer=2, cache={"gigabytes": bound / 1e9})
     with loaders(config, tokenizer) as (loader,):
         web.asked.clear()
         cache, most = cache_of(loader), 0
@@ -292,7 +292,7 @@ def test_a_tiny_cache_goes_above_its_bound_by_one_step(
     web: Web, make: Make, tokenizer: Tokenizer, shard_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "_ROWS_PER_BLOCK", 8)
-    config = make(web.address, texts=False, rows=1, cache={"gigabytes": 1e-9})
+    config = make(web.address, texts=False, global_batch_size=1, cache={"gigabytes": 1e-9})
     with loaders(config, tokenizer) as (loader,):
         cache = cache_of(loader)
         cache.peak_bytes = 0
@@ -568,13 +568,13 @@ def test_held_out_sources_and_documents(
     passes = []
     for size in (1, 100 * shard_bytes):
         config = make(f"pipe:cat {folder}", cache={"gigabytes": size / 1e9})
-        loader = EvaluationLoader(config, config.data.held_out, tokenizer)
+        loader = EvaluationLoader(config, config.data.validation, tokenizer)
         passes.append([rows_of([batch]) for batch in loader])
     assert len(passes[0]) == len(passes[1]) > 5
     assert all(itertools.starmap(same, zip(*passes, strict=True)))
     pictures = sum(len(row[7]) for rows in passes[0] for row in rows if row[7].numel())
     assert pictures == SHARDS * SAMPLES
-    assert sum(1 for _ in all_documents(config, config.data.held_out, tokenizer)) == pictures
+    assert sum(1 for _ in all_documents(config, config.data.validation, tokenizer)) == pictures
 
 
 def test_the_commands_take_addresses_and_write_no_credentials(
@@ -584,7 +584,7 @@ def test_the_commands_take_addresses_and_write_no_credentials(
     shards = f"{base}/{{00000..00009}}.tar?X-Amz-Signature=hunter2"
     config = tmp_path / "some.yaml"
     config.write_text(
-        f"data:\n  tokenizer: {tokenizer.path}\n  row_length: 128\n  rows: 4\n"
+        f"data:\n  tokenizer: {tokenizer.path}\n  sequence_length: 128\n  global_batch_size: 4\n"
         f"  cache: {{folder: {tmp_path}/cache}}\n  index: {tmp_path}/index\n"
         f"  sources: [{{name: pictures, shards: '{shards}'}}]\n"
         "codec: {channels: 1, image_size: 8}\n"

@@ -98,18 +98,18 @@ def test_noise_levels(config: Config, indexes: list[SourceIndex]) -> None:
 
 
 def test_no_limit_when_it_is_zero(make_config: MakeConfig, indexes: list[SourceIndex]) -> None:
-    config = make_config({"diffusion": {"understanding_timestep_limit": 0}})
+    config = make_config({"diffusion": {"max_timestep_before_caption": 0}})
     builder = RowBuilder(indexes, RowSettings.of(config))
     rows = [builder.build((pair(indexes[0], sample, Variant.IMAGE_FIRST),)) for sample in range(200)]
     assert max(row.images[0].timestep for row in rows) > 900
 
 
-@pytest.mark.parametrize("objective", ["velocity", "flow"])
+@pytest.mark.parametrize("prediction", ["v", "flow"])
 def test_a_law_of_timesteps_and_its_limit(
-    make_config: MakeConfig, indexes: list[SourceIndex], objective: str
+    make_config: MakeConfig, indexes: list[SourceIndex], prediction: str
 ) -> None:
     """The law is a function of the hash of the sample: the row and its company do not matter."""
-    fields = {"objective": objective, "timestep_law": "logit-normal"}
+    fields = {"prediction": prediction, "timestep_sampling": "logit-normal"}
     builder = RowBuilder(indexes, RowSettings.of(make_config({"diffusion": fields})))
 
     def timesteps(variant: Variant) -> list[int]:

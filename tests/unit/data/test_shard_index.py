@@ -82,7 +82,7 @@ def test_all_that_was_found_comes_back(mixed: Path, tmp_path: Path, tokenizer: T
 
 def test_a_source_of_everything(mixed: Path, tokenizer: Tokenizer) -> None:
     source = SourceConfig(name="s", shards=str(mixed))
-    index = build_index(source, tokenizer, patches=16, row_length=128, latent_channels=1)
+    index = build_index(source, tokenizer, patches=16, sequence_length=128, latent_channels=1)
     assert index.is_pair_N.tolist() == [True, False, False, True] and index.lengths.images_N.tolist() == [
         1,
         0,
@@ -100,9 +100,11 @@ def test_a_source_of_everything(mixed: Path, tokenizer: Tokenizer) -> None:
 
 
 def test_what_does_not_fit_a_row_is_left_out(mixed: Path, tokenizer: Tokenizer) -> None:
-    def opened(row_length: int, channels: int = 1) -> SourceIndex:
+    def opened(sequence_length: int, channels: int = 1) -> SourceIndex:
         source = SourceConfig(name="s", shards=str(mixed))
-        return build_index(source, tokenizer, patches=16, row_length=row_length, latent_channels=channels)
+        return build_index(
+            source, tokenizer, patches=16, sequence_length=sequence_length, latent_channels=channels
+        )
 
     tokens = 2 * len(tokenizer.encode("the digit three"))
     whole = tokens + 3 * (16 + 2) + 2
@@ -135,7 +137,7 @@ def test_a_stale_index_is_refused_with_the_command_that_renews_it(
     job, source = IndexJob([str(mixed)], tokenizer.path), SourceConfig(name="s", shards=str(mixed))
 
     def opened() -> SourceIndex:
-        return build_index(source, tokenizer, patches=16, row_length=128, place=IndexPlace(folder=out))
+        return build_index(source, tokenizer, patches=16, sequence_length=128, place=IndexPlace(folder=out))
 
     def refused(why: str) -> None:
         with pytest.raises(
@@ -169,7 +171,7 @@ def test_training_makes_what_is_missing_and_renews_its_own(
     source = SourceConfig(name="s", shards=str(mixed))
 
     def opened(**place: Path) -> SourceIndex:
-        return build_index(source, tokenizer, patches=16, row_length=128, place=IndexPlace(**place))
+        return build_index(source, tokenizer, patches=16, sequence_length=128, place=IndexPlace(**place))
 
     opened()
     beside = mixed.with_name("00000.tar.index")
@@ -178,7 +180,7 @@ def test_training_makes_what_is_missing_and_renews_its_own(
     assert len(opened()) == 4
     # Read in another way it is another file.
     strict = source.model_copy(update={"verify": "sha256"})
-    assert len(build_index(strict, tokenizer, patches=16, row_length=128, place=IndexPlace())) < 4
+    assert len(build_index(strict, tokenizer, patches=16, sequence_length=128, place=IndexPlace())) < 4
     assert mixed.with_name("00000.tar.sha256.index").is_file()
     beside.unlink()
     monkeypatch.setattr(os, "access", lambda *_: False)
@@ -200,7 +202,7 @@ def test_a_file_of_an_earlier_version_is_made_anew_with_one_line(
     path.write_bytes(b"transfusion\x1aidx\n" + bytes(200))
     source = SourceConfig(name="s", shards=str(mixed))
     with caplog.at_level("WARNING"):
-        assert len(build_index(source, tokenizer, patches=16, row_length=128, place=place)) == 4
+        assert len(build_index(source, tokenizer, patches=16, sequence_length=128, place=place)) == 4
     (line,) = caplog.messages
     assert line == f"index files of an earlier version are made anew: 1, such as {path}"
 
@@ -224,7 +226,9 @@ def test_the_command(tmp_path: Path, data: Path) -> None:
     assert [sorted(line) for line in lines] == [["key", "offset", "reason", "shard"]] * 2
     assert [line["key"] for line in lines] == ["000010014", "000010015"]
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    limited = transfusion(spec, "--out", out, "--tokenizer", data / "tokenizer.model", "--max-faults", 0.01)
+    limited = transfusion(
+        spec, "--out", out, "--tokenizer", data / "tokenizer.model", "--max-bad-fraction", 0.01
+    )
     assert limited.returncode == 3
     kept = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".index"}
     assert kept.items() <= before.items()

@@ -67,7 +67,7 @@ def config(tmp_path: Path, tokenizer: Tokenizer, make_config: Callable[..., Conf
     write_shards([edit(number) for number in range(10)], tmp_path / "edits")
     sources = [{"name": name, "shards": f"{tmp_path}/{name}/*.tar"} for name in ("pairs", "edits")]
     sections: dict[str, Any] = {"codec": {"channels": 1, "image_sizes": SIZES}}
-    found = make_config(sections, sources=sources, held_out=sources[:1], tokenizer=str(tokenizer.path))
+    found = make_config(sections, sources=sources, validation=sources[:1], tokenizer=str(tokenizer.path))
     return found.with_vocabulary(tokenizer.vocabulary)
 
 
@@ -123,14 +123,14 @@ def test_a_plan_for_other_sizes_is_refused(config: Config, tokenizer: Tokenizer)
 
 
 def test_what_is_longer_than_a_row_depends_on_the_size(config: Config, tokenizer: Tokenizer) -> None:
-    short = config.model_copy(update={"data": config.data.model_copy(update={"row_length": 36})})
+    short = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": 36})})
     (pairs, *_) = build_indexes(short, short.data.sources[:1], tokenizer)
     assert {pairs.size(sample) for sample in range(len(pairs))} == {short.image_sizes.first}
     assert {fault.reason for fault in pairs.faults} == {"longer_than_row"} and len(pairs.faults) == 15
 
 
 def test_held_out_documents_have_their_sizes(config: Config, tokenizer: Tokenizer) -> None:
-    loader = EvaluationLoader(config, config.data.held_out, tokenizer)
+    loader = EvaluationLoader(config, config.data.validation, tokenizer)
     shapes = [
         tuple(group.values.shape[2:]) for batch in loader for group in batch.images for _ in group.values
     ]

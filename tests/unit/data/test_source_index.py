@@ -17,7 +17,7 @@ from transfusion.sequence.tokenizer import Tokenizer
 
 def test_ids_and_pictures_of_every_sample(data: Path, tokenizer: Tokenizer) -> None:
     source = SourceConfig(name="digits", shards=f"{data}/digits/held_out/*.tar")
-    index = build_index(source, tokenizer, patches=16, row_length=256)
+    index = build_index(source, tokenizer, patches=16, sequence_length=256)
     assert len(index) == 297 and index.is_pair_N.all() and not index.faults
     digits = [digit_in_caption(tokenizer.decode(index.text_ids(sample).tolist())) for sample in range(297)]
     for sample in range(0, 297, 50):
@@ -33,7 +33,7 @@ def test_ids_and_pictures_of_every_sample(data: Path, tokenizer: Tokenizer) -> N
 
 def test_texts_keep_their_white_space(data: Path, tokenizer: Tokenizer) -> None:
     source = SourceConfig(name="docs", shards=f"{data}/docs/train/*.tar")
-    index = build_index(source, tokenizer, patches=16, row_length=256)
+    index = build_index(source, tokenizer, patches=16, sequence_length=256)
     from pydoc_data.topics import topics
 
     first = topics[sorted(topics)[0]]
@@ -43,11 +43,14 @@ def test_texts_keep_their_white_space(data: Path, tokenizer: Tokenizer) -> None:
 
 def test_a_pair_longer_than_a_row_is_a_fault(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
     picture = build_index(
-        SourceConfig(name="d", shards=f"{data}/digits/held_out/*.tar"), tokenizer, patches=16, row_length=256
+        SourceConfig(name="d", shards=f"{data}/digits/held_out/*.tar"),
+        tokenizer,
+        patches=16,
+        sequence_length=256,
     ).read_picture(0)
     write_shards([{"png": picture, "txt": b"three " * 20}, {"png": picture, "txt": b"three"}], tmp_path)
     source = SourceConfig(name="s", shards=f"{tmp_path}/*.tar")
-    index = build_index(source, tokenizer, patches=16, row_length=32)
+    index = build_index(source, tokenizer, patches=16, sequence_length=32)
     assert [fault.reason for fault in index.faults] == ["longer_than_row"] and len(index) == 1
 
 
@@ -55,11 +58,11 @@ def test_of_several_captions_only_those_too_long_are_left_out(
     tmp_path: Path, data: Path, tokenizer: Tokenizer
 ) -> None:
     digits = SourceConfig(name="d", shards=f"{data}/digits/held_out/*.tar")
-    picture = build_index(digits, tokenizer, patches=16, row_length=256).read_picture(0)
+    picture = build_index(digits, tokenizer, patches=16, sequence_length=256).read_picture(0)
     facts = json.dumps({"captions": ["three " * 20, "3", "the digit 3"]}).encode()
     write_shards([{"png": picture, "txt": b"three", "json": facts}], tmp_path)
     source = SourceConfig(name="s", shards=f"{tmp_path}/*.tar")
-    index = build_index(source, tokenizer, patches=16, row_length=32)
+    index = build_index(source, tokenizer, patches=16, sequence_length=32)
     assert not index.faults
     texts = [tokenizer.decode(index.text_ids(0, caption).tolist()) for caption in range(3)]
     assert texts == ["three", "3", "the digit 3"] and index.lengths.caption_start_N.tolist() == [0, 3]
@@ -68,17 +71,19 @@ def test_of_several_captions_only_those_too_long_are_left_out(
 def test_nothing_usable_is_told_with_reasons(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_shards([{"txt": b" "}] * 3, tmp_path)
     with pytest.raises(UserError, match=r"no usable sample in 1 shards \(text_empty: 3\)"):
-        build_index(SourceConfig(name="s", shards=f"{tmp_path}/*.tar"), tokenizer, patches=16, row_length=64)
+        build_index(
+            SourceConfig(name="s", shards=f"{tmp_path}/*.tar"), tokenizer, patches=16, sequence_length=64
+        )
 
 
 def test_when_faults_are_too_many(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    assert not too_many_faults(1, 1, Config().data.max_faults)
+    assert not too_many_faults(1, 1, Config().data.max_bad_fraction)
     assert not too_many_faults(5, 20, 0.05) and too_many_faults(6, 20, 0.05)
     assert not too_many_faults(50, 1000, 0.05) and too_many_faults(51, 1000, 0.05)
     assert too_many_faults(1, 10**6, 0.0)
     write_shards([{"txt": b" "}] * 7 + [{"txt": b"text"}] * 20, tmp_path)
     index = build_index(
-        SourceConfig(name="s", shards=f"{tmp_path}/*.tar"), tokenizer, patches=16, row_length=64
+        SourceConfig(name="s", shards=f"{tmp_path}/*.tar"), tokenizer, patches=16, sequence_length=64
     )
     with pytest.raises(UserError, match=r"7 of 27 samples are bad \(text_empty: 7\)"):
         refuse_too_many([index], 0.05)

@@ -64,7 +64,7 @@ def test_a_picture_of_the_rows(config: Config, tmp_path: Path) -> None:
 def test_mask_pixels_are_the_mask() -> None:
     drafts = [draft([TextSegment((9, 9)), ImageSegment(None, 4)]), draft([TextSegment((9, 9, 9))])]
     settings = RowSettings(
-        seed=0, row_length=20, axes=1, channels=1, latent_channels=1, sizes=ImageSizes((Size(8, 8),), 1, 4),
+        seed=0, sequence_length=20, axes=1, channels=1, latent_channels=1, sizes=ImageSizes((Size(8, 8),), 1, 4),
         timesteps=10, image_first_timesteps=5,
     )  # fmt: skip
     row: Row = joined(drafts, settings, (), ())

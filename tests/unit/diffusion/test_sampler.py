@@ -27,12 +27,12 @@ def test_timesteps_run_from_the_last_down(steps: int) -> None:
     assert all(later < earlier for earlier, later in pairwise(timesteps))
 
 
-# Every sampler with every objective that it serves, and a shift.
+# Every sampler with every prediction that it serves, and a shift.
 SERVED = [
-    ("ddpm", "noise", 1.0),
-    ("ddim", "noise", 1.0),
-    ("ddpm", "velocity", 1.0),
-    ("ddim", "velocity", 1.0),
+    ("ddpm", "epsilon", 1.0),
+    ("ddim", "epsilon", 1.0),
+    ("ddpm", "v", 1.0),
+    ("ddim", "v", 1.0),
     ("euler", "flow", 1.0),
     ("euler", "flow", 3.0),
     ("heun", "flow", 1.0),
@@ -40,25 +40,23 @@ SERVED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "objective", "shift"), SERVED)
+@pytest.mark.parametrize(("name", "prediction", "shift"), SERVED)
 @pytest.mark.parametrize("steps", [1, 10, 250])
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_a_perfect_predictor_leads_to_its_picture(
-    name: Any, objective: Any, steps: int, clip: float | None, shift: float
+    name: Any, prediction: Any, steps: int, clip: float | None, shift: float
 ) -> None:
-    """Each sampler inverts its objective: told the right answer about one picture, it ends there."""
+    """Each sampler inverts its prediction: told the right answer about one picture, it ends there."""
     picture = torch.rand(2, 1, 8, 8).double() * 2 - 1
     key = torch.tensor([4, 5])
-    config = DiffusionConfig(objective=objective, timestep_shift=shift)
+    config = DiffusionConfig(prediction=prediction, timestep_shift=shift)
     schedule, calls = ImageObjective(config).schedule, []
 
     def perfect(latent: Tensor, timestep: float) -> Tensor:
         calls.append(timestep)
         signal, sigma = (factor.double() for factor in schedule.signal_and_noise(torch.tensor([timestep])))
         noise = (latent - signal * picture) / sigma
-        return {"noise": noise, "velocity": signal * noise - sigma * picture, "flow": noise - picture}[
-            objective
-        ]
+        return {"epsilon": noise, "v": signal * noise - sigma * picture, "flow": noise - picture}[prediction]
 
     sampler = build_sampler(ImageSampling(sampler=name, steps=steps), config, clip=clip)
     latent = sampler.sample(start_noise(key, (1, 8, 8)).double(), perfect, key)

@@ -41,13 +41,13 @@ def test_noised_images_keep_their_variance() -> None:
     torch.testing.assert_close(signal**2 + noise**2, torch.ones(1000), rtol=0, atol=1e-6)
 
 
-OBJECTIVES = ("noise", "velocity", "flow")
+OBJECTIVES = ("epsilon", "v", "flow")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_batch_is_noised_as_its_images_are_alone(name: Any) -> None:
     """A8: noising a batch is noising each image, with timesteps and keys that differ."""
-    objective = ImageObjective(DiffusionConfig(objective=name))
+    objective = ImageObjective(DiffusionConfig(prediction=name))
     clean = torch.rand(5, 3, 4, 4) * 2 - 1
     timestep, key = torch.tensor([0, 17, 500, 998, 999]), torch.tensor([3, 1, 2, 1, 9])
     together = objective.corrupt(clean, timestep, key)
@@ -55,7 +55,7 @@ def test_a_batch_is_noised_as_its_images_are_alone(name: Any) -> None:
         alone = objective.corrupt(clean[i : i + 1], timestep[i : i + 1], key[i : i + 1])
         assert torch.equal(together.noisy[i], alone.noisy[0])
         assert torch.equal(together.target[i], alone.target[0])
-    if name == "noise":
+    if name == "epsilon":
         assert torch.equal(together.target[1], together.target[3])
         assert torch.equal(together.target, counter_normal(key, (3, 4, 4)))
 
@@ -63,7 +63,7 @@ def test_a_batch_is_noised_as_its_images_are_alone(name: Any) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_answer_is_the_slope_of_the_path(name: Any) -> None:
     """Velocity and flow point along the path of an image; noise is the end of it."""
-    objective = ImageObjective(DiffusionConfig(objective=name))
+    objective = ImageObjective(DiffusionConfig(prediction=name))
     clean, timestep, key = torch.rand(1, 1, 4, 4).double(), torch.tensor([400]), torch.tensor([6])
     noised = objective.corrupt(clean, timestep, key)
     noise = counter_normal(key, (1, 4, 4)).double()
@@ -72,7 +72,7 @@ def test_the_answer_is_the_slope_of_the_path(name: Any) -> None:
     if name == "flow":
         assert (signal, sigma) == (pytest.approx(0.599), pytest.approx(0.401))
         torch.testing.assert_close(noised.noisy, clean.float() + sigma * noised.target)
-    if name == "velocity":
+    if name == "v":
         # The derivative by the angle of a path on the unit circle.
         angle, step = math.atan2(sigma, signal), 1e-4
         ahead, behind = (math.cos(a) * clean + math.sin(a) * noise for a in (angle + step, angle - step))
@@ -83,7 +83,7 @@ def test_the_answer_is_the_slope_of_the_path(name: Any) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_perfect_prediction_has_no_loss(name: Any, loss_weight: Any) -> None:
     """N1: the objective alone; the whole network is in model/test_losses.py."""
-    objective = ImageObjective(DiffusionConfig(objective=name, loss_weight=loss_weight))
+    objective = ImageObjective(DiffusionConfig(prediction=name, loss_weight=loss_weight))
     timestep = torch.tensor([5, 995])
     noised = objective.corrupt(torch.rand(2, 1, 8, 8), timestep, torch.tensor([1, 2]))
     loss = objective.loss(noised.target.clone(), noised.target, torch.ones(2), timestep)
@@ -91,10 +91,10 @@ def test_a_perfect_prediction_has_no_loss(name: Any, loss_weight: Any) -> None:
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-@pytest.mark.parametrize("name", ["noise", "velocity"])
+@pytest.mark.parametrize("name", ["epsilon", "v"])
 def test_min_snr_weighs_an_error_as_one_of_the_image(name: Any, gamma: float) -> None:
     """Whatever is predicted, an error counts min(SNR, gamma) times the error in x_0 that it makes."""
-    fields: dict[str, Any] = {"objective": name, "loss_weight": "min-snr", "min_snr_gamma": gamma}
+    fields: dict[str, Any] = {"prediction": name, "loss_weight": "min-snr", "min_snr_gamma": gamma}
     objective = ImageObjective(DiffusionConfig(**fields))
     timestep = torch.tensor([30, 300, 500, 800])
     noised = objective.corrupt(torch.rand(4, 1, 2, 2), timestep, torch.arange(4))
@@ -102,7 +102,7 @@ def test_min_snr_weighs_an_error_as_one_of_the_image(name: Any, gamma: float) ->
     loss = objective.loss(answer, noised.target, torch.tensor([1.0, 1.0, 0.0, 1.0]), timestep)
     signal, sigma = objective.schedule.factors(timestep)
     # The image that an answer means: x_0 = (x - sigma eps) / signal = signal x - sigma v.
-    in_image = sigma / signal * 0.01 if name == "noise" else sigma * 0.01
+    in_image = sigma / signal * 0.01 if name == "epsilon" else sigma * 0.01
     expected = (signal / sigma).square().clamp(max=gamma) * in_image.square() * 4
     torch.testing.assert_close(loss.total, expected[[0, 1, 3]].sum(), rtol=1e-3, atol=0)
     torch.testing.assert_close(loss.bucket_total_K.sum(), loss.total)

@@ -142,7 +142,7 @@ def test_pictures_as_asked_for_are_nearer_than_one_kind_of_them_or_noise(
 def test_the_sampler_and_the_guidance_are_those_that_the_model_can_have(
     judge: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"diffusion": {"objective": "flow"}, "data": {"caption_drop": 0.0}}
+    settings = {"diffusion": {"prediction": "flow"}, "data": {"caption_dropout": 0.0}}
     _, called = drawn_by("asked", judge, tmp_path, monkeypatch, **settings)
     assert (called["sampler"], called["guidance"]) == ("euler", 1.0)
 

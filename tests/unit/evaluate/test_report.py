@@ -67,7 +67,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "runs" / "first")
-    config = load_config(None, ["run.name=first", "codec.image_size=8", "sample.prompts=[a three]"])
+    config = load_config(None, ["run.name=first", "codec.image_size=8", "sample_grid.prompts=[a three]"])
     folder.create(config, arguments=["transfusion", "train", "<argument>"])
     return folder
 
@@ -216,8 +216,8 @@ def test_a_run_that_only_began_has_a_report(run: RunFolder) -> None:
     ("diffusion", "title"),
     [
         ({}, "squared error of the noise<"),
-        ({"objective": "flow"}, "squared error of the flow velocity<"),
-        ({"objective": "velocity", "loss_weight": "min-snr"}, "squared error of the velocity, by min-SNR<"),
+        ({"prediction": "flow"}, "squared error of the flow velocity<"),
+        ({"prediction": "v", "loss_weight": "min-snr"}, "squared error of the velocity, by min-SNR<"),
     ],
 )
 def test_the_image_loss_is_named_by_the_objective(

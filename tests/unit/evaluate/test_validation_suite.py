@@ -19,11 +19,11 @@ from transfusion.schema import LossTerms
     [
         ({}, "of the predicted noise, held-out p, fixed noise and timesteps"),
         (
-            {"objective": "velocity", "loss_weight": "min-snr"},
+            {"prediction": "v", "loss_weight": "min-snr"},
             "of the predicted velocity, held-out p, fixed noise and timesteps",
         ),
         (
-            {"objective": "flow", "timestep_law": "logit-normal", "timestep_shift": 3.0},
+            {"prediction": "flow", "timestep_sampling": "logit-normal", "timestep_shift": 3.0},
             "of the predicted flow velocity, held-out p, fixed noise and timesteps (logit-normal, shift 3)",
         ),
     ],
@@ -33,7 +33,7 @@ def test_the_image_loss_is_the_plain_error_and_says_of_what(
 ) -> None:
     """Weights of training are left out, and nothing else is."""
     source = SourceConfig(name="p", shards="p.tar")
-    config = Config.model_validate({"diffusion": diffusion, "data": {"held_out": [source]}})
+    config = Config.model_validate({"diffusion": diffusion, "data": {"validation": [source]}})
     used: list[Config] = []
 
     def losses(model: Any, loader: Any, config: Config, *rest: Any) -> LossTerms:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transfusion.codec import pixels as codec
-from transfusion.config import SampleConfig
+from transfusion.config import SampleGridConfig
 from transfusion.generate import ImageSampling, Pipeline
 from transfusion.generate.image_diffusion import draw
 from transfusion.schema import ImageSegment, TextSegment
@@ -149,7 +149,7 @@ def test_ranks_share_the_grid_with_equal_forwards(
     build_pipeline: Callable[..., Pipeline], ranks: int
 ) -> None:
     pipeline = build_pipeline()
-    grid = SampleConfig(prompts=["one", "two two"], per_prompt=2, steps=3, seed=4)
+    grid = SampleGridConfig(prompts=["one", "two two"], per_prompt=2, steps=3, seed=4)
     calls: list[int] = []
     run_blocks = pipeline.reader.model.run_blocks
 
@@ -172,22 +172,22 @@ def test_ranks_share_the_grid_with_equal_forwards(
 @pytest.mark.parametrize(
     ("diffusion", "named", "meant"),
     [
-        ({"objective": "velocity"}, "auto", "ddim"),
-        ({"objective": "flow"}, "auto", "euler"),
-        ({"objective": "flow"}, "heun", "heun"),
-        ({"objective": "flow", "timestep_shift": 4.0}, "auto", "euler"),
+        ({"prediction": "v"}, "auto", "ddim"),
+        ({"prediction": "flow"}, "auto", "euler"),
+        ({"prediction": "flow"}, "heun", "heun"),
+        ({"prediction": "flow", "timestep_shift": 4.0}, "auto", "euler"),
     ],
 )
 def test_the_grid_is_drawn_for_the_objective(
     build_pipeline: Callable[..., Pipeline], diffusion: Any, named: Any, meant: Any
 ) -> None:
     pipeline = build_pipeline(diffusion=diffusion)
-    (drawn,) = pipeline.sample_grid(SampleConfig(prompts=["one"], steps=3, seed=4, sampler=named))
+    (drawn,) = pipeline.sample_grid(SampleGridConfig(prompts=["one"], steps=3, seed=4, sampler=named))
     (expected,) = pipeline.sample(["one"], steps=3, seed=4, sampler=meant)
     assert torch.equal(drawn.pixels, expected.pixels)
-    plain = build_pipeline(diffusion={"objective": diffusion["objective"]})
+    plain = build_pipeline(diffusion={"prediction": diffusion["prediction"]})
     (unlike,) = plain.sample(["one"], steps=3, seed=4, sampler="ddpm" if meant == "ddim" else "euler")
-    same_settings = diffusion == {"objective": "flow"} and meant == "euler"
+    same_settings = diffusion == {"prediction": "flow"} and meant == "euler"
     assert torch.equal(drawn.pixels, unlike.pixels) == same_settings
 
 

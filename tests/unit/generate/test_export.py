@@ -62,35 +62,22 @@ def test_an_export_samples_as_its_live_model(
     assert not any(parameter.requires_grad for parameter in loaded.reader.model.parameters())
 
 
-@pytest.mark.parametrize("objective", ["velocity", "flow"])
-def test_an_export_knows_what_its_model_predicts(folder: Path, objective: str) -> None:
-    drawn = {"noise": pictures(Pipeline.from_export(folder, device="cpu"))}
+@pytest.mark.parametrize("prediction", ["v", "flow"])
+def test_an_export_knows_what_its_model_predicts(folder: Path, prediction: str) -> None:
+    drawn = {"epsilon": pictures(Pipeline.from_export(folder, device="cpu"))}
     description = json.loads((folder / export.CONFIG).read_text())
-    description["config"]["diffusion"]["objective"] = objective
+    description["config"]["diffusion"]["prediction"] = prediction
     (folder / export.CONFIG).write_text(json.dumps(description))
     pipeline = Pipeline.from_export(folder, device="cpu")
-    own, other = {"velocity": ("ddpm", "euler"), "flow": ("euler", "ddpm")}[objective]
-    drawn[objective] = pictures(pipeline)
-    assert not torch.equal(drawn["noise"], drawn[objective])
+    own, other = {"v": ("ddpm", "euler"), "flow": ("euler", "ddpm")}[prediction]
+    drawn[prediction] = pictures(pipeline)
+    assert not torch.equal(drawn["epsilon"], drawn[prediction])
     named = pipeline.sample(["a handwritten three"], steps=3, sampler=own)
-    assert torch.equal(named[0].pixels, drawn[objective])
+    assert torch.equal(named[0].pixels, drawn[prediction])
     with pytest.raises(
         UserError, match=f"'{other}' cannot draw with this model, .*velocity; choose {own} or"
     ):
         pipeline.sample(["a handwritten three"], steps=3, sampler=other)
-
-
-def test_an_export_from_before_patches_knew_their_place_is_read_as_it_was(
-    folder: Path, build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
-) -> None:
-    config, model = build_model(seed=0, patch_position="none")
-    description = json.loads((folder / export.CONFIG).read_text())
-    del description["config"]["model"]["patch_position"]
-    description["weights"] = {"weight": export.WEIGHT_FILES["weight"]}
-    (folder / export.CONFIG).write_text(json.dumps(description))
-    save_file(model.state_dict(), folder / export.WEIGHT_FILES["weight"])
-    drawn = pictures(Pipeline.from_export(folder, device="cpu"))
-    assert torch.equal(drawn, pictures(Pipeline(model, tokenizer, config, "cpu")))
 
 
 def test_raw_weights_serve_where_there_is_no_average(folder: Path) -> None:
@@ -111,7 +98,7 @@ def test_raw_weights_serve_where_there_is_no_average(folder: Path) -> None:
 def test_weights_of_another_model_are_refused(
     folder: Path, build_model: Callable[..., tuple[Config, Transfusion]]
 ) -> None:
-    _, other = build_model(width=16, heads=2)
+    _, other = build_model(hidden_size=16, heads=2)
     save_file(other.state_dict(), folder / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors holds other weights"):
         Pipeline.from_export(folder, weights="raw")

@@ -23,7 +23,7 @@ from transfusion.sequence.tokenizer import Tokenizer
 
 SIZES = ("8x8", "4x12", "12x4")
 WIDE = Size(4, 12)
-UNET: dict[str, Any] = {"patcher": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
+UNET: dict[str, Any] = {"patch_embed": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
 
 
 def talkative(build_pipeline: Callable[..., Pipeline], *, begin: float = 4.0, **fields: Any) -> Pipeline:
@@ -123,7 +123,7 @@ def test_a_picture_too_large_for_the_rest_of_the_row_is_not_begun(
     """A smaller one is: 12 patches where 16 would not fit."""
     prompt = "three kittens washed their hands"
     length = 1 + len(tokenizer.encode(prompt))
-    pipeline = talkative(build_pipeline, begin=100.0, row_length=length + 14)
+    pipeline = talkative(build_pipeline, begin=100.0, sequence_length=length + 14)
     answer = pipeline.generate([[prompt]], max_tokens=2, max_images=1, steps=2)[0]
     drawn = [tuple(part.shape[1:]) for part in answer if isinstance(part, Tensor)]
     assert drawn in ([(4, 12)], [(12, 4)])
@@ -131,7 +131,7 @@ def test_a_picture_too_large_for_the_rest_of_the_row_is_not_begun(
 
 def test_settings_for_a_grid_of_sizes(build_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = talkative(build_pipeline)
-    grid = pipeline.config.sample.model_copy(
+    grid = pipeline.config.sample_grid.model_copy(
         update={"prompts": ["one", "two"], "sizes": ("4x12", "8x8"), "steps": 2, "guidance": 1.0}
     )
     drawn = pipeline.sample_grid(grid)

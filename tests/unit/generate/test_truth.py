@@ -31,7 +31,7 @@ def assert_same_pictures(mine: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("prompt", [[""], ["a handwritten three"]])
-@pytest.mark.parametrize("fields", [{}, {"position": "2d"}, {"qk_norm": True, "key_heads": 4}])
+@pytest.mark.parametrize("fields", [{}, {"position": "2d"}, {"qk_norm": True, "num_kv_heads": 4}])
 def test_text_alone(
     build_pipeline: Callable[..., Pipeline], truth: Any, prompt: list[str], fields: dict[str, Any]
 ) -> None:
@@ -72,10 +72,10 @@ def test_interleaved(
     assert answer[1] is images[0] and answer[3] is images[1]
 
 
-UNET = {"patcher": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
+UNET = {"patch_embed": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
 
 
-VELOCITY, FLOW = ({"diffusion": {"objective": objective}} for objective in ("velocity", "flow"))
+VELOCITY, FLOW = ({"diffusion": {"prediction": prediction}} for prediction in ("v", "flow"))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ VELOCITY, FLOW = ({"diffusion": {"objective": objective}} for objective in ("vel
         *(("ddpm", {}), ("ddim", {}), ("ddim", UNET), ("ddpm", VELOCITY), ("euler", FLOW), ("heun", FLOW)),
         *(("ddim", {"patch_position": kind}) for kind in ("none", "learned")),
     ],
-    ids=["ddpm", "ddim", "unet", "velocity", "euler", "heun", "no places", "learned places"],
+    ids=["ddpm", "ddim", "unet", "v", "euler", "heun", "no places", "learned places"],
 )
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @torch.no_grad()

@@ -197,7 +197,7 @@ def test_impossible_guidance_is_an_error(build_pipeline: Callable[..., Pipeline]
 
 
 def _without_dropped_captions(config: Config) -> Config:
-    return config.model_copy(update={"data": config.data.model_copy(update={"caption_drop": 0.0})})
+    return config.model_copy(update={"data": config.data.model_copy(update={"caption_dropout": 0.0})})
 
 
 def test_guidance_without_an_unconditional_branch_is_an_error(
@@ -206,7 +206,7 @@ def test_guidance_without_an_unconditional_branch_is_an_error(
     pipeline = build_pipeline()
     pipeline.config = _without_dropped_captions(pipeline.config)
     calls = Calls(pipeline)
-    with pytest.raises(UserError, match=r"cannot be applied.*caption_drop.*use guidance 1"):
+    with pytest.raises(UserError, match=r"cannot be applied.*caption_dropout.*use guidance 1"):
         pipeline.sample(["one"], guidance=3.0)
     assert not calls.inputs
     pipeline.sample(["one"], guidance=1.0, steps=1)
@@ -259,13 +259,13 @@ def test_prompts_that_are_no_text_are_refused(build_pipeline: Callable[..., Pipe
 
 
 def test_rows_end_where_training_rows_did(build_pipeline: Callable[..., Pipeline]) -> None:
-    pipeline = build_pipeline(row_length=24)
+    pipeline = build_pipeline(sequence_length=24)
     answer = pipeline.generate([["one"]], max_tokens=1000, max_images=0)[0]
     assert len(pipeline.tokenizer.encode("one")) + 1 + len(answer[1]) == 24
-    drawing = build_pipeline(row_length=24, image=50.0)
+    drawing = build_pipeline(sequence_length=24, image=50.0)
     answer = drawing.generate([["o"]], max_tokens=1000, max_images=4, steps=1)[0]
     assert sum(isinstance(part, Tensor) for part in answer) == 1
-    with pytest.raises(UserError, match="row_length"):
+    with pytest.raises(UserError, match="sequence_length"):
         pipeline.generate([["one " * 30]])
-    with pytest.raises(UserError, match="row_length"):
+    with pytest.raises(UserError, match="sequence_length"):
         pipeline.sample(["one one one one one one one"], steps=1)

@@ -46,7 +46,7 @@ def test_an_attention_of_ones_own(build_model: Callable[..., tuple[Config, Trans
     own = Counting()
     model = Transfusion(config.model, config.codec, attend=own)
     model.load_state_dict(plain.state_dict())
-    hidden_BSD, position_BSA = inputs(config.model.width)
+    hidden_BSD, position_BSA = inputs(config.model.hidden_size)
     found = model.run_blocks(hidden_BSD, position_BSA, CAUSAL)
     torch.testing.assert_close(
         found, plain.run_blocks(hidden_BSD, position_BSA, CAUSAL), rtol=1e-5, atol=1e-4
@@ -58,7 +58,7 @@ def test_an_attention_of_ones_own(build_model: Callable[..., tuple[Config, Trans
 def test_a_cache_is_an_attention(build_model: Callable[..., tuple[Config, Transfusion]]) -> None:
     """The same states in three parts, each continuing from the keys of those before, also by one's own attention."""
     config, model = build_model()
-    hidden_BSD, position_BSA = inputs(config.model.width)
+    hidden_BSD, position_BSA = inputs(config.model.hidden_size)
     whole = model.run_blocks(hidden_BSD, position_BSA, CAUSAL)
     own = Counting()
     rows = KeyValueCache(config.model.layers, 2, 9, torch.device("cpu"), own).view()
@@ -79,6 +79,6 @@ def test_ranks_that_share_rows_take_whole_ones_plainly(
     group: Any = SequenceGroup()
     model = build(config, group)
     model.load_state_dict(plain.state_dict())
-    hidden_BSD, position_BSA = inputs(config.model.width)
+    hidden_BSD, position_BSA = inputs(config.model.hidden_size)
     found = model.run_blocks(hidden_BSD, position_BSA, CAUSAL)
     assert torch.equal(found, plain.run_blocks(hidden_BSD, position_BSA, CAUSAL))

@@ -47,29 +47,29 @@ def losses(model: nn.Module, batch: Batch, config: Config) -> tuple[LossTerms, T
 
 
 class Perfect(nn.Module):
-    """Answers with the noise itself, or what the objective asks for in its place."""
+    """Answers with the noise itself, or what the prediction asks for in its place."""
 
-    def __init__(self, objective: str) -> None:
+    def __init__(self, prediction: str) -> None:
         super().__init__()
-        self.objective = objective
+        self.prediction = prediction
 
     def forward(self, batch: Batch, noisy: Sequence[Tensor]) -> ModelOutput:
         (group,) = batch.images
         noise = counter_normal(group.noise_key_I, group.values.shape[1:])
         signal, sigma = CosineSchedule(1000).factors(group.timestep_I)
         clean = PixelCodec().encode(group.values)
-        answers = {"noise": noise, "velocity": signal * noise - sigma * clean, "flow": noise - clean}
-        return ModelOutput(torch.zeros(()), patchify(answers[self.objective], 2).flatten(0, 1))
+        answers = {"epsilon": noise, "v": signal * noise - sigma * clean, "flow": noise - clean}
+        return ModelOutput(torch.zeros(()), patchify(answers[self.prediction], 2).flatten(0, 1))
 
 
-@pytest.mark.parametrize("objective", ["noise", "velocity", "flow"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
 def test_a_perfect_prediction_has_no_image_loss(
-    build_model: Build, mixed: Callable[[Config], Batch], objective: str
+    build_model: Build, mixed: Callable[[Config], Batch], prediction: str
 ) -> None:
     """N1: a model that answers with the noise itself has a diffusion loss of exactly 0."""
     config, _ = build_model()
-    config = Config.model_validate(config.as_dict() | {"diffusion": {"objective": objective}})
-    terms, loss = losses(Perfect(objective), mixed(config), config)
+    config = Config.model_validate(config.as_dict() | {"diffusion": {"prediction": prediction}})
+    terms, loss = losses(Perfect(prediction), mixed(config), config)
     assert terms.image_sum == 0 and terms.image_count == 4 * 64 and loss == 0
     assert terms.bucket_sum_K.abs().max() == 0 and terms.bucket_count_K.sum() == 4 * 64
     assert terms.bucket_count_K.nonzero().flatten().tolist() == [0, 3, 7, 9] and TIMESTEP_BUCKETS == 10

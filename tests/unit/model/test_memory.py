@@ -31,15 +31,15 @@ def largest_allocation(work: Callable[[], object]) -> int:
 def step(
     build_model: Callable[..., tuple[Config, Transfusion]], pack: Callable[..., Batch], picture: Any
 ) -> Callable[[str, int], None]:
-    """step(attention, head_chunk): both losses and their gradients on one long row."""
+    """step(attention, loss_chunk_size): both losses and their gradients on one long row."""
 
-    def run(attention: str, head_chunk: int) -> None:
+    def run(attention: str, loss_chunk_size: int) -> None:
         config, model = build_model(
-            row_length=LENGTH, image_size=16, vocabulary=VOCABULARY, width=32, feed_forward=64
+            sequence_length=LENGTH, image_size=16, vocabulary=VOCABULARY, hidden_size=32, ffn_size=64
         )
         for block in model.blocks:
             block.attention.attend = PlainAttention(attention)
-        model.text_head.chunk = head_chunk
+        model.text_head.chunk = loss_chunk_size
         image = [ImageSegment(picture(seed, 16), PATCHES) for seed in range(3)]
         text = TextSegment(tuple(range(10, 245)))
         row = [[text, image[0]], [image[1], text], [text, image[2], TextSegment(tuple(range(10, 80)))]]

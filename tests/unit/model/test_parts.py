@@ -92,7 +92,7 @@ def test_three_axes_share_the_frequencies_out() -> None:
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
-    small = ModelConfig(vocabulary=40, layers=3, width=16, heads=2, qk_norm=True)
+    small = ModelConfig(vocabulary=40, layers=3, hidden_size=16, heads=2, qk_norm=True)
     model = Transfusion(small, CodecConfig(channels=1, image_size=8))
     initialise(model, seed=7, layers=3)
     whole = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -107,7 +107,9 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
 
 
 def test_initial_weights_have_the_sizes_they_should() -> None:
-    config = ModelConfig(vocabulary=500, layers=8, width=256, heads=4, qk_norm=True, patch_position="learned")
+    config = ModelConfig(
+        vocabulary=500, layers=8, hidden_size=256, heads=4, qk_norm=True, patch_position="learned"
+    )
     model = Transfusion(config, CodecConfig(channels=3, image_size=64))
     initialise(model, seed=0, layers=8)
     for name, parameter in model.named_parameters():
@@ -143,9 +145,9 @@ def test_counts_are_those_of_the_paper(width: int, layers: int, heads: int, mill
     config = ModelConfig(
         vocabulary=32_000,
         layers=layers,
-        width=width,
+        hidden_size=width,
         heads=heads,
-        feed_forward=-(-width * 8 // 3 // 256) * 256,
+        ffn_size=-(-width * 8 // 3 // 256) * 256,
     )
     parts = count_parameters(config, CodecConfig(channels=3, image_size=256))
     patches = parts["patch_encoder"] + parts["patch_decoder"]

@@ -26,7 +26,7 @@ ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu
 
 def built(kind: str, width: int = 12) -> PatchPosition:
     """Of images of up to 4 rows and 5 columns of patches."""
-    config = ModelConfig(width=width, heads=1, patch_size=2, patch_position=kind)  # type: ignore[arg-type]
+    config = ModelConfig(hidden_size=width, heads=1, patch_size=2, patch_position=kind)  # type: ignore[arg-type]
     module = PatchPosition(config, CodecConfig(image_sizes=("6x10", "8x2")))
     with torch.no_grad():
         for parameter in module.parameters():
@@ -102,16 +102,16 @@ def test_without_it_a_model_has_no_such_part() -> None:
     assert not [name for name, _ in model.named_parameters() if name.startswith("patch_position")]
 
 
-UNET: dict[str, Any] = {"patcher": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
+UNET: dict[str, Any] = {"patch_embed": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
 
 
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
-@pytest.mark.parametrize("patcher", [{}, UNET], ids=["linear", "unet"])
+@pytest.mark.parametrize("patch_embed", [{}, UNET], ids=["linear", "unet"])
 @torch.no_grad()
 def test_it_is_added_behind_either_encoder(
-    build_model: Callable[..., tuple[Config, Transfusion]], kind: str, patcher: dict[str, Any]
+    build_model: Callable[..., tuple[Config, Transfusion]], kind: str, patch_embed: dict[str, Any]
 ) -> None:
-    _, model = build_model(image_sizes=("8x8", "4x12"), patch_position=kind, **patcher)
+    _, model = build_model(image_sizes=("8x8", "4x12"), patch_position=kind, **patch_embed)
     latents, timestep_I = [torch.randn(2, 1, 8, 8), torch.randn(1, 1, 4, 12)], torch.tensor([3, 700, 40])
     encoding, position = model.encode_patches(latents, timestep_I), model.patch_position
     assert position is not None
@@ -134,11 +134,11 @@ def loss_after_learning(pack: Callable[..., Batch], kind: str) -> float:
     """Image loss of a model that saw this one image only, so that it can know every patch by its place."""
     config = Config.model_validate(
         {
-            "model": {"vocabulary": 320, "layers": 2, "width": 32, "heads": 2, "patch_position": kind},
+            "model": {"vocabulary": 320, "layers": 2, "hidden_size": 32, "heads": 2, "patch_position": kind},
             "codec": {"channels": 1, "image_size": 16},
-            "data": {"row_length": 160},
+            "data": {"sequence_length": 160},
             "train": {"precision": "fp32"},
-            "diffusion": {"objective": "velocity"},
+            "diffusion": {"prediction": "v"},
         }
     )
     engine, total = LocalEngine(config, ALONE), 0.0

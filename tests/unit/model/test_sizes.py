@@ -21,7 +21,7 @@ from transfusion.sequence.sizes import Size
 
 Build = Callable[..., tuple[Config, Transfusion]]
 SIZES = ("8x8", "4x12", "12x4", "8x16")
-UNET: dict[str, Any] = {"patcher": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
+UNET: dict[str, Any] = {"patch_embed": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
 
 
 def documents(config: Config) -> list[list[Segment]]:
@@ -48,11 +48,11 @@ def judged(config: Config, model: Transfusion, batch: Batch, weights: Sequence[T
 
 
 @pytest.mark.parametrize("position", ["1d", "2d"])
-@pytest.mark.parametrize("patcher", [{}, UNET])
+@pytest.mark.parametrize("patch_embed", [{}, UNET])
 def test_each_picture_of_a_row_learns_as_alone(
-    build_model: Build, pack: Callable[..., Batch], patcher: dict[str, Any], position: str
+    build_model: Build, pack: Callable[..., Batch], patch_embed: dict[str, Any], position: str
 ) -> None:
-    config, model = build_model(image_sizes=SIZES, position=position, **patcher)
+    config, model = build_model(image_sizes=SIZES, position=position, **patch_embed)
     parts, timesteps = documents(config), [3, 700, 40, 500]
     together = pack(config, [parts], timesteps=timesteps)
     assert [tuple(group.values.shape[2:]) for group in together.images] == [(4, 12), (8, 8), (8, 16), (12, 4)]

@@ -1,4 +1,4 @@
-"""The U-Net patcher: its size, what each image sees, and what each of its settings does."""
+"""The U-Net patch_embed: its size, what each image sees, and what each of its settings does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transfusion.model.unet import UNetDecoder, UNetEncoder
 from transfusion.schema import Batch, ImageSegment, TextSegment
 
 Build = Callable[..., tuple[Config, Transfusion]]
-SMALL: dict[str, Any] = {"patcher": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
+SMALL: dict[str, Any] = {"patch_embed": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 8])
@@ -28,7 +28,12 @@ def test_it_has_as_many_parameters_as_the_paper_says(
 ) -> None:
     """0.27 B within 5 %, the same for the smallest and the largest transformer (table 7)."""
     config = ModelConfig(
-        vocabulary=32_000, layers=layers, width=width, heads=heads, patcher="unet", patch_size=patch_size
+        vocabulary=32_000,
+        layers=layers,
+        hidden_size=width,
+        heads=heads,
+        patch_embed="unet",
+        patch_size=patch_size,
     )
     parts = count_parameters(config, CodecConfig(channels=3, image_size=256))
     assert abs((parts["patch_encoder"] + parts["patch_decoder"]) / 0.27e9 - 1) < 0.05
@@ -38,7 +43,11 @@ def whole(patch_size: int, **changes: Any) -> tuple[UNetEncoder, UNetDecoder]:
     """Both ways on 2 channels, every weight at work."""
     fields = {"widths": (8, 16), "layers": 1, "head_dim": 8, **changes}
     config = ModelConfig(
-        width=32, heads=4, patcher="unet", patch_size=patch_size, unet=UNetConfig.model_validate(fields)
+        hidden_size=32,
+        heads=4,
+        patch_embed="unet",
+        patch_size=patch_size,
+        unet=UNetConfig.model_validate(fields),
     )
     encoder, decoder = UNetEncoder(config, 2 * patch_size**2), UNetDecoder(config, 2 * patch_size**2)
     for parameter in (*encoder.parameters(), *decoder.parameters()):

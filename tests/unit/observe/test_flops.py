@@ -21,10 +21,10 @@ from transfusion.schema import Batch, ImageSegment, TextSegment
 def small(**train: Any) -> Config:
     return Config.model_validate(
         {
-            "model": {"vocabulary": 96, "layers": 2, "width": 64, "heads": 4, "key_heads": 2},
+            "model": {"vocabulary": 96, "layers": 2, "hidden_size": 64, "heads": 4, "num_kv_heads": 2},
             "codec": {"channels": 1, "image_size": 8},
-            "data": {"row_length": 64, "rows": 2},
-            "train": {"attention": "cpu", "precision": "fp32", "head_chunk": 7, **train},
+            "data": {"sequence_length": 64, "global_batch_size": 2},
+            "train": {"attention": "cpu", "precision": "fp32", "loss_chunk_size": 7, **train},
         }
     )
 
@@ -57,10 +57,10 @@ def counted(config: Config, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("recomputes", ["none", "block", "attention"])
-@pytest.mark.parametrize("patcher", ["linear", "unet"])
-def test_products_are_those_that_torch_counts(recomputes: str, patcher: str, batch: Batch) -> None:
+@pytest.mark.parametrize("patch_embed", ["linear", "unet"])
+def test_products_are_those_that_torch_counts(recomputes: str, patch_embed: str, batch: Batch) -> None:
     config = small(activation_checkpointing=recomputes)
-    unet = {"patcher": patcher, "unet": {"widths": (32, 64), "layers": 1, "head_dim": 16}}
+    unet = {"patch_embed": patch_embed, "unet": {"widths": (32, 64), "layers": 1, "head_dim": 16}}
     config = config.model_copy(update={"model": config.model.model_validate({**dict(config.model), **unet})})
     assert FlopModel(config).of([batch]).hardware.products == counted(config, batch)
 

@@ -14,7 +14,9 @@ from transfusion.optim.schedule import learning_rate
 
 
 def test_matrices_are_decayed_norms_biases_and_gains_are_not() -> None:
-    model = Transfusion(ModelConfig(vocabulary=16, layers=1, width=16, heads=2, qk_norm=True), CodecConfig())
+    model = Transfusion(
+        ModelConfig(vocabulary=16, layers=1, hidden_size=16, heads=2, qk_norm=True), CodecConfig()
+    )
     parameters = dict(model.named_parameters())
     decayed, plain = groups.parameter_groups(parameters, parameters, 0.1)
     names = {parameter: name for name, parameter in parameters.items()}

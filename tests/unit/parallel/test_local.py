@@ -224,16 +224,19 @@ def test_a_gpu_never_falls_back_to_the_dense_attention(monkeypatch: pytest.Monke
     widths = re.escape(str(dispatch.TRITON_HEAD_DIMS))
     with FakeTensorMode():
         with pytest.raises(
-            UserError, match=rf"head_dim is 48, they take {widths} .*model\.width 96 / model\.heads 2"
+            UserError, match=rf"head_dim is 48, they take {widths} .*model\.hidden_size 96 / model\.heads 2"
         ):
-            build_engine(small_config(model__width=96), ON_GPU)
+            build_engine(small_config(model__hidden_size=96), ON_GPU)
         # Refused only for want of DeepSpeed, which comes after.
-        for changes in ({"model__width": 96, "train__attention": "reference"}, {"model__width": 64}):
+        for changes in (
+            {"model__hidden_size": 96, "train__attention": "reference"},
+            {"model__hidden_size": 64},
+        ):
             with pytest.raises(UserError, match="needs DeepSpeed"):
                 build_engine(small_config(**changes), ON_GPU)
         monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
         with pytest.raises(UserError, match="needs DeepSpeed"):
-            build_engine(small_config(model__width=96), ON_GPU)
+            build_engine(small_config(model__hidden_size=96), ON_GPU)
 
 
 def test_the_vocabulary_must_be_known() -> None:

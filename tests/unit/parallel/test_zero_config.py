@@ -80,7 +80,7 @@ def test_settings_reach_deepspeed() -> None:
     config = small_config(
         train__precision="bf16",
         optimizer__gradient_clip=0.5,
-        data__micro_rows=3,
+        data__micro_batch_size=3,
         train__zero={
             "stage": 2,
             "prefetch_bucket_size": 1,

@@ -35,11 +35,11 @@ def config_of(name: str) -> Config:
 def test_parameters_are_the_papers(name: str) -> None:
     config = config_of(name)
     parts = count_parameters(config.model, config.codec)
-    patcher = parts["patch_encoder"] + parts["patch_decoder"]
-    llama = parts["total"] - patcher
+    patch_embed = parts["patch_encoder"] + parts["patch_decoder"]
+    llama = parts["total"] - patch_embed
     millions, percent = SIZES[name]
     assert llama == pytest.approx(1e6 * millions, rel=3e-4)
-    assert round(100 * patcher / llama, 1) == percent
+    assert round(100 * patch_embed / llama, 1) == percent
 
 
 def test_the_u_net_adds_what_the_papers_does() -> None:
@@ -53,11 +53,13 @@ def test_the_u_net_adds_what_the_papers_does() -> None:
 def test_the_recipe_is_the_papers(name: str) -> None:
     config = config_of(name)
     assert config.optimizer == OptimizerConfig(), "whose defaults are the paper's, see tests/unit/config"
-    assert config.data.row_length == 4096 and config.patches_per_image == 256
+    assert config.data.sequence_length == 4096 and config.patches_per_image == 256
     assert config.codec.latent_shape(*config.codec.sizes[0]) == (8, 32, 32)
     tokens, steps = (2**22, 500_000) if name == "7b-2t" else (2**21, 250_000)
-    assert config.data.row_length * config.data.rows == tokens and config.train.steps == steps
-    assert [source.share for source in config.data.sources] == [0.5, 0.5]
+    assert (
+        config.data.sequence_length * config.data.global_batch_size == tokens and config.train.steps == steps
+    )
+    assert [source.weight for source in config.data.sources] == [0.5, 0.5]
     assert config.diffusion.image_loss_weight == 5.0 and config.diffusion.steps == 1000
 
 

@@ -29,7 +29,7 @@ def config_of(name: str, *overrides: str) -> Config:
 @pytest.fixture(scope="module")
 def large() -> Plan:
     """7B on 8 GPUs with micro-batches that do not fit."""
-    return make_plan(config_of("7b", "data.micro_rows=8"), 8, "h100")
+    return make_plan(config_of("7b", "data.micro_batch_size=8"), 8, "h100")
 
 
 def test_a_plan_that_does_not_fit_is_told_with_a_setting_that_mends_it(large: Plan) -> None:
@@ -42,7 +42,7 @@ def test_a_plan_that_does_not_fit_is_told_with_a_setting_that_mends_it(large: Pl
 
 
 def test_what_one_setting_does_not_mend_several_do_or_more_gpus() -> None:
-    plan = make_plan(config_of("7b", "data.micro_rows=8", "data.rows=1024"), 1, "a100")
+    plan = make_plan(config_of("7b", "data.micro_batch_size=8", "data.global_batch_size=1024"), 1, "a100")
     advice = to_fit(plan)
     assert advice is not None and advice.plan.fits and len(advice.settings) > 1
     for setting in advice.settings:
@@ -113,14 +113,14 @@ def test_pictures_of_several_sizes_are_counted_each_as_what_it_is() -> None:
     [
         ("train.activation_checkpointing=block", "activations", "products"),
         ("train.activation_checkpointing=attention", "activations", "products"),
-        ("data.micro_rows=1", "activations", "exposed"),
+        ("data.micro_batch_size=1", "activations", "exposed"),
         ("train.zero.offload_optimizer=cpu", "optimizer", "optimizer"),
         ("train.sequence_parallel=2", "activations", "exposed"),
     ],
 )
 def test_what_saves_memory_costs_time(setting: str, less: str, more: str) -> None:
-    plain = make_plan(config_of("1.4b", "data.micro_rows=2"), 64)
-    saving = make_plan(config_of("1.4b", "data.micro_rows=2", setting), 64)
+    plain = make_plan(config_of("1.4b", "data.micro_batch_size=2"), 64)
+    saving = make_plan(config_of("1.4b", "data.micro_batch_size=2", setting), 64)
     assert getattr(saving.memory, less) < getattr(plain.memory, less)
     assert getattr(saving.seconds, more) > getattr(plain.seconds, more)
     assert saving.seconds.total > plain.seconds.total
@@ -160,7 +160,7 @@ def test_buckets_are_counted_as_they_fill() -> None:
 
 
 def test_rows_that_cannot_be_shared_are_told_with_numbers_that_can() -> None:
-    with pytest.raises(UserError, match=r"512 rows .* by 24 GPUs: data.rows=528 or --gpus 16"):
+    with pytest.raises(UserError, match=r"512 rows .* by 24 GPUs: data.global_batch_size=528 or --gpus 16"):
         make_plan(config_of("0.16b"), 24)
     with pytest.raises(UserError, match="in groups of 2"):
         make_plan(config_of("0.16b", "train.sequence_parallel=2"), 3)

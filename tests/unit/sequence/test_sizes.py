@@ -70,12 +70,15 @@ def test_every_size_has_a_token_of_its_own() -> None:
         (["codec.image_sizes=[32x32,32x33]"], "image_sizes: 32x33 must be a multiple of model.patch_size 2"),
         (["codec.image_sizes=[32x32,4x32]", "model.patch_size=8"], "image_sizes: 4x32 must be a multiple of"),
         (["codec.image_sizes=[32x32,2x64]"], "image_sizes: 2x64 has an aspect ratio above 20"),
-        (["codec.image_sizes=[8x8,64x64]", "data.row_length=900"], "too short for a picture of 1024 patches"),
         (
-            ["codec.image_sizes=[8x8]", "sample.sizes=[8x16]"],
+            ["codec.image_sizes=[8x8,64x64]", "data.sequence_length=900"],
+            "too short for a picture of 1024 patches",
+        ),
+        (
+            ["codec.image_sizes=[8x8]", "sample_grid.sizes=[8x16]"],
             "8x16 is no size of this model's pictures; choose 8x8",
         ),
-        (["sample.sizes=wide"], "sample.sizes: 'wide' is no size"),
+        (["sample_grid.sizes=wide"], "sample_grid.sizes: 'wide' is no size"),
     ],
 )
 def test_sizes_that_cannot_be(overrides: list[str], message: str) -> None:

@@ -17,7 +17,7 @@ UNIFORMS = hash_rng.uniform(7, np.arange(20_000))
 
 
 def law_of(diffusion: DiffusionConfig) -> TimestepLaw:
-    return TimestepLaw(diffusion.timestep_law, diffusion.timestep_shift, diffusion.steps)
+    return TimestepLaw(diffusion.timestep_sampling, diffusion.timestep_shift, diffusion.steps)
 
 
 def levels(limit: int = 1000, **fields: Any) -> np.ndarray:
@@ -42,7 +42,7 @@ def test_the_uniform_law_is_the_scaled_number(limit: int) -> None:
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
 def test_the_logit_normal_law_is_normal_in_the_logit(shift: float) -> None:
     """A shift moves the logit by its logarithm and changes nothing else."""
-    drawn = logit(levels(objective="flow", timestep_law="logit-normal", timestep_shift=shift))
+    drawn = logit(levels(prediction="flow", timestep_sampling="logit-normal", timestep_shift=shift))
     assert abs(drawn.mean() - math.log(shift)) < 0.03 and abs(drawn.std() - 1) < 0.03
     below = np.array([(drawn < math.log(shift) + z).mean() for z in (-2, -1, 0, 1, 2)])
     expected = [NormalDist().cdf(z) for z in (-2, -1, 0, 1, 2)]
@@ -50,7 +50,7 @@ def test_the_logit_normal_law_is_normal_in_the_logit(shift: float) -> None:
 
 
 def test_a_shifted_uniform_law_has_the_shifted_quantiles() -> None:
-    drawn = levels(objective="flow", timestep_shift=3.0)
+    drawn = levels(prediction="flow", timestep_shift=3.0)
     for share in (0.1, 0.5, 0.9):
         assert abs(np.quantile(drawn, share) - shifted(share, 3.0)) < 0.01
     assert shifted(0.5, 3.0) == 0.75 and shifted(shifted(0.3, 3.0), 1 / 3.0) == pytest.approx(0.3)
@@ -59,13 +59,13 @@ def test_a_shifted_uniform_law_has_the_shifted_quantiles() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"timestep_law": "logit-normal"},
+        {"timestep_sampling": "logit-normal"},
         {"timestep_shift": 3.0},
-        {"timestep_law": "logit-normal", "timestep_shift": 3.0},
+        {"timestep_sampling": "logit-normal", "timestep_shift": 3.0},
     ],
 )
 def test_a_limit_leaves_the_law_as_it_is_below(fields: dict[str, Any]) -> None:
-    whole, below = levels(objective="flow", **fields), levels(limit=500, objective="flow", **fields)
+    whole, below = levels(prediction="flow", **fields), levels(limit=500, prediction="flow", **fields)
     part = whole[whole < 0.5]
     for share in (0.1, 0.5, 0.9):
         assert abs(np.quantile(below, share) - np.quantile(part, share)) < 0.02

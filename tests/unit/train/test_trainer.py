@@ -64,14 +64,14 @@ def build_config(digits: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterator
         return Config.model_validate(
             {
                 "run": {"dir": str(tmp_path / run)},
-                "model": {"layers": 1, "width": 32, "heads": 2},
+                "model": {"layers": 1, "hidden_size": 32, "heads": 2},
                 "codec": {"channels": 1, "image_size": 8},
                 "data": {
                     "tokenizer": str(tokenizer.path),
                     "sources": [{"name": "digits", "shards": f"{digits}/*.tar"}],
-                    "row_length": 64,
-                    "rows": 4,
-                    "micro_rows": 2,
+                    "sequence_length": 64,
+                    "global_batch_size": 4,
+                    "micro_batch_size": 2,
                 },
                 "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2, "ema_decay": 0.5},
                 "train": {"steps": steps, "precision": "fp32", "engine": "local", "threads": 1, **train},
@@ -219,7 +219,7 @@ def test_too_many_bad_samples_end_the_run(
     )
     config = build_config("bad", steps=1000)
     with pytest.raises(
-        UserError, match=r"could not be read, more than data\.max_faults \(0\.05\)"
+        UserError, match=r"could not be read, more than data\.max_bad_fraction \(0\.05\)"
     ) as refused:
         run(config)
     faults, samples = (int(number) for number in re.findall(r"\d+", str(refused.value))[:2])
@@ -334,7 +334,7 @@ def test_bad_steps_in_a_row_bring_back_a_checkpoint_and_the_data_go_on(
 
     Every step is saved, two are kept: what is saved amid skipped steps is passed over, and pushes nothing out.
     """
-    config = build_config("back", steps=10, checkpoint=1, roll_back_after=3)
+    config = build_config("back", steps=10, checkpoint=1, rollback_after_skipped=3)
     interfere(monkeypatch, spoilt(6, 8, float("nan")))
     trainer = Trainer(config, ALONE)
     weights, step = {}, trainer.engine.step
@@ -371,13 +371,13 @@ def test_bad_steps_in_a_row_bring_back_a_checkpoint_and_the_data_go_on(
 def test_a_run_that_no_checkpoint_helps_ends_with_the_remedy(
     build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = build_config("helpless", steps=20, checkpoint=5, roll_back_after=2)
+    config = build_config("helpless", steps=20, checkpoint=5, rollback_after_skipped=2)
     undo = interfere(monkeypatch, spoilt(7, 99, float("inf")))
     with pytest.raises(UserError, match=r"steps 7 to 10 were all skipped.*optimizer\.learning_rate"):
         run(config)
     undo()
     assert [line["roll_backs"] for line in lines(config)][-3:] == [0, 1, 1]
-    early = build_config("early", steps=20, checkpoint=50, roll_back_after=2)
+    early = build_config("early", steps=20, checkpoint=50, rollback_after_skipped=2)
     interfere(monkeypatch, spoilt(1, 99, float("inf")))
     with pytest.raises(UserError, match="no checkpoint from before them is left"):
         run(early)
@@ -455,7 +455,7 @@ def test_out_of_memory_is_told_with_what_needs_less(
         run(config)
     told = str(refused.value)
     assert told.startswith("rank 0 ran out of memory in step 2 (CUDA out of memory)")
-    assert "data.micro_rows=1" in told and "train.precision=bf16" in told
+    assert "data.micro_batch_size=1" in told and "train.precision=bf16" in told
     folder = Path(config.run.folder)
     assert (folder / "memory" / "rank_00000.pickle").exists()
     assert (folder / "memory" / "rank_00000.txt").read_text() == "all of it"

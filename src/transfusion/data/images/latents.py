@@ -130,14 +130,14 @@ def read_latent(data: bytes) -> NDArray[np.float32]:
     return values
 
 
-def read_tokens(data: bytes, codes: int) -> NDArray[np.int32]:
-    """The tokens as int32 [h, w]. Raises SampleError, also where one is no entry of a codebook of so many codes."""
+def read_tokens(data: bytes, codebook_size: int) -> NDArray[np.int32]:
+    """The tokens as int32 [h, w]. Raises SampleError, also where one is no entry of a codebook of that size."""
     _, height, width = token_shape(data[:HEADER_BYTES], len(data))
     stream = io.BytesIO(data)
     _, columns_first, kind = _header(stream)
     values = np.frombuffer(data, kind, offset=stream.tell())
     tokens = values.reshape((height, width), order="F" if columns_first else "C").astype(np.int32, order="C")
-    if tokens.min() < 0 or tokens.max() >= codes:
+    if tokens.min() < 0 or tokens.max() >= codebook_size:
         raise SampleError("token_range")
     return tokens
 

@@ -177,7 +177,7 @@ class IndexJob(NamedTuple):
                 cache,
                 source.verify,
             )
-            for source in (*config.data.sources, *config.data.held_out)
+            for source in (*config.data.sources, *config.data.validation)
         ]
 
 
@@ -375,7 +375,7 @@ def _report(indexes: Sequence[ShardIndex], greatest_share: float, skipped: dict[
         "faults": dict(sorted(reasons.items())),
         "notes": dict(sorted(notes.items())),
         "files_skipped": skipped,
-        "max_faults": greatest_share,
+        "max_bad_fraction": greatest_share,
         "past_limit": past_limit,
         "bad_shards": bad,
         "shards": shards,

@@ -19,7 +19,7 @@ def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: To
             source,
             tokenizer,
             patches=config.patches_per_image,
-            row_length=config.data.row_length,
+            sequence_length=config.data.sequence_length,
             place=IndexPlace(folder=folder, fallback=Path(config.run.folder) / "index"),
             latent_channels=source.latent_channels or config.codec.stored_channels,
             cache=cache_of(config),

@@ -47,26 +47,26 @@ class SourceIndex:
         parts: Sequence[ShardIndex],
         *,
         patches: int,
-        row_length: int,
+        sequence_length: int,
         latent_channels: int = 0,
-        window_shards: int = 1,
+        shuffle_window: int = 1,
         sizes: ImageSizes | None = None,
         schedule: Schedule = ((0, 1.0),),
     ) -> None:
         """patches: of one image, or with `sizes` those of the size that it takes. latent_channels: of precomputed
-        latents; 0: any. window_shards: of a remote source.
+        latents; 0: any. shuffle_window: of a remote source.
 
         What cannot be cut and is longer than a row is a fault; of several captions only those too long are left out.
         """
         self.name = name
         self.shards = tuple(part.shard for part in parts)
-        self._parts, self._patches, self._row_length = tuple(parts), patches, row_length
+        self._parts, self._patches, self._sequence_length = tuple(parts), patches, sequence_length
         self._sizes = sizes if sizes and sizes.several else None
         self._image = ImageSegment(None, patches)
         self._has_latents = any(part.has_latents for part in parts)
         self._size_numbers: dict[int, NDArray[np.uint8]] = {}
         views = [
-            _View(part, self._document_patches(part, number), row_length, latent_channels)
+            _View(part, self._document_patches(part, number), sequence_length, latent_channels)
             for number, part in enumerate(parts)
         ]
         # Which samples of each shard are kept; None: all.
@@ -82,7 +82,7 @@ class SourceIndex:
             images_N=_joined([view.images_N for view in views], np.int64),
             interleaved_N=_joined([view.interleaved_N for view in views], np.bool_),
             patches=patches,
-            windows=Windows(np.diff(self._start_of_part), window_shards) if self.is_remote else None,
+            windows=Windows(np.diff(self._start_of_part), shuffle_window) if self.is_remote else None,
             patches_N=_joined([view.patches_N for view in views], np.int64) if self._sizes else None,
             image_sizes=tuple(map(str, self._sizes.sizes)) if self._sizes else (),
         )
@@ -116,7 +116,7 @@ class SourceIndex:
         first, end = part.caption_start_N.item(place), part.caption_start_N.item(place + 1)
         if end - first > 1:
             lengths = part["tokens_C"][first:end]
-            longest = self._row_length - self.image(sample).patches - PAIR_CONTROL_TOKENS
+            longest = self._sequence_length - self.image(sample).patches - PAIR_CONTROL_TOKENS
             first += int(np.flatnonzero(lengths <= longest)[caption])
         start_C = part.token_start_C
         ids: TokenIds = part["token_ids_T"][start_C.item(first) : start_C.item(first + 1)]
@@ -222,7 +222,9 @@ class _View:
     patches_N: of all images of each sample's document.
     """
 
-    def __init__(self, part: ShardIndex, patches_N: Integers, row_length: int, latent_channels: int) -> None:
+    def __init__(
+        self, part: ShardIndex, patches_N: Integers, sequence_length: int, latent_channels: int
+    ) -> None:
         self.captions_N: NDArray[Any] = part["captions_N"]
         self.tokens_C: NDArray[Any] = part["tokens_C"]
         self.images_N: NDArray[Any] = part.images_N
@@ -230,7 +232,7 @@ class _View:
         self.patches_N = patches_N
         self.kept: Integers | None = None
         self.faults = list(part.faults())
-        longest_N = row_length - TEXT_CONTROL_TOKENS - patches_N - self.images_N * IMAGE_CONTROL_TOKENS
+        longest_N = sequence_length - TEXT_CONTROL_TOKENS - patches_N - self.images_N * IMAGE_CONTROL_TOKENS
         is_cut_N = self.images_N == 0
         fits_C = np.repeat(is_cut_N, self.captions_N) | (
             self.tokens_C <= np.repeat(longest_N, self.captions_N)
@@ -257,7 +259,7 @@ def build_index(
     tokenizer: Tokenizer,
     *,
     patches: int,
-    row_length: int,
+    sequence_length: int,
     place: IndexPlace | None = None,
     latent_channels: int = 0,
     cache: CacheSettings | None = None,
@@ -282,9 +284,9 @@ def build_index(
         source.name,
         parts,
         patches=patches,
-        row_length=row_length,
+        sequence_length=sequence_length,
         latent_channels=latent_channels,
-        window_shards=source.window_shards,
+        shuffle_window=source.shuffle_window,
         sizes=sizes,
         schedule=source.schedule,
     )
@@ -302,7 +304,7 @@ def refuse_too_many(indexes: Iterable[SourceIndex], greatest_share: float) -> No
         if too_many_faults(len(harm), len(harm) + len(index), greatest_share):
             raise UserError(
                 f"source {index.name}: {len(harm)} of {len(harm) + len(index)} samples are bad{_why(harm)};"
-                f" mend the shards or raise data.max_faults ({greatest_share})"
+                f" mend the shards or raise data.max_bad_fraction ({greatest_share})"
             )
 
 

@@ -35,7 +35,7 @@ def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[ImageGroup, ...
     by_shape: dict[tuple[str, tuple[int, ...]], list[tuple[int, RowImage]]] = {}
     for number, row in enumerate(rows):
         for image in row.images:
-            first_slot = number * settings.row_length + image.first_patch
+            first_slot = number * settings.sequence_length + image.first_patch
             by_shape.setdefault((image.values_CHW.dtype.str, image.values_CHW.shape), []).append(
                 (first_slot, image)
             )

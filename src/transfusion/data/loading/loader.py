@@ -37,7 +37,7 @@ class Reading(NamedTuple):
 class Loader:
     """Endless training batches, exact at any world size and worker count, resumable at any step.
 
-    Rank r of W has rows r, r + W, r + 2 W ... of every global batch of data.rows rows.
+    Rank r of W has rows r, r + W, r + 2 W ... of every global batch of data.global_batch_size rows.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Loader:
         """Raises UserError: shards missing or too bad, rows that ranks cannot share, a foreign state."""
         if not sources:
             raise UserError("data.sources is empty; name at least one source with its shards")
-        rows_per_rank(config.data.rows, world_size)
+        rows_per_rank(config.data.global_batch_size, world_size)
         self._config, self._rank, self._world_size = config, rank, world_size
         self.indexes = build_indexes(config, sources, tokenizer)
-        refuse_too_many(self.indexes, config.data.max_faults)
+        refuse_too_many(self.indexes, config.data.max_bad_fraction)
         settings = plan_settings(config)
         self._planner = Planner([index.lengths for index in self.indexes], settings, state)
         self.fetching: PlanFetcher | None = None
@@ -104,7 +104,9 @@ class Loader:
         found = [fault for row in rows for fault in row.faults]
         self._faults.update(dict.fromkeys(found))
         self.reading = Reading(len(found), sum(row.samples for row in rows))
-        batches = [collate(part, self._settings) for part in micro_rows(rows, self._config.data.micro_rows)]
+        batches = [
+            collate(part, self._settings) for part in micro_batches(rows, self._config.data.micro_batch_size)
+        ]
         for batch in batches:
             self._totals += batch.counts
         return batches
@@ -159,12 +161,12 @@ def rows_per_rank(rows: int, world_size: int) -> int:
         below, above = rows // world_size * world_size, -(-rows // world_size) * world_size
         nearest = above if not below or above - rows <= rows - below else below
         raise UserError(
-            f"data.rows {rows} cannot be shared by {world_size} ranks; the nearest that can is {nearest}"
+            f"data.global_batch_size {rows} cannot be shared by {world_size} ranks; the nearest that can is {nearest}"
         )
     return rows // world_size
 
 
-def micro_rows(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     """Rows in runs of `size` (0: all at once)."""
     size = size or len(rows)
     return [rows[first : first + size] for first in range(0, len(rows), size)]
@@ -173,5 +175,12 @@ def micro_rows(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
 def plan_settings(config: Config) -> PlanSettings:
     """What the planner is told of the configuration."""
     data = config.data
-    rule = VariantRule(seed=config.run.seed, caption_first=data.caption_first, caption_drop=data.caption_drop)
-    return PlanSettings(rows=data.rows, row_length=data.row_length, open_rows=data.open_rows, variants=rule)
+    rule = VariantRule(
+        seed=config.run.seed, caption_first=data.caption_first, caption_dropout=data.caption_dropout
+    )
+    return PlanSettings(
+        rows=data.global_batch_size,
+        sequence_length=data.sequence_length,
+        packing_buffer=data.packing_buffer,
+        variants=rule,
+    )

@@ -153,7 +153,7 @@ class Fetcher:
             self._warned = True
             log.warning(
                 "the next %d batches read %.3g GB of remote shards, more than data.cache.gigabytes (%.3g) holds: "
-                "shards will be downloaded again and again; raise it, or lower data.sources.N.window_shards",
+                "shards will be downloaded again and again; raise it, or lower data.sources.N.shuffle_window",
                 len(self._coming),
                 size / 1e9,
                 self._settings.greatest_bytes / 1e9,

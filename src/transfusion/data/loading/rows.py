@@ -53,7 +53,7 @@ class RowSettings:
     """The part of the configuration that decides what a row holds."""
 
     seed: int
-    row_length: int
+    sequence_length: int
     axes: int
     channels: int
     latent_channels: int
@@ -61,22 +61,22 @@ class RowSettings:
     timesteps: TimestepLaw
     image_first_timesteps: int
     causal_images: bool = False
-    codes: int = 0
+    codebook_size: int = 0
 
     @classmethod
     def of(cls, config: Config) -> RowSettings:
         diffusion = config.diffusion
         return cls(
             seed=config.run.seed,
-            row_length=config.data.row_length,
+            sequence_length=config.data.sequence_length,
             axes=position_axes(config.model.position),
             channels=config.codec.channels,
             latent_channels=config.codec.depth,
             sizes=config.image_sizes,
-            timesteps=TimestepLaw(diffusion.timestep_law, diffusion.timestep_shift, diffusion.steps),
-            image_first_timesteps=diffusion.understanding_timestep_limit or diffusion.steps,
+            timesteps=TimestepLaw(diffusion.timestep_sampling, diffusion.timestep_shift, diffusion.steps),
+            image_first_timesteps=diffusion.max_timestep_before_caption or diffusion.steps,
             causal_images=config.model.image_attention == "causal",
-            codes=config.codec.codes if config.codec.kind == "vq" else 0,
+            codebook_size=config.codec.codebook_size if config.codec.kind == "vq" else 0,
         )
 
 
@@ -233,9 +233,13 @@ def read_values(
     if not index.is_latent(sample, picture):
         turned = settings.sizes.when_turned(size)
         return decode_to(data, size, turned=turned, channels=settings.channels)
-    latent: Values = read_tokens(data, settings.codes) if settings.codes else read_latent(data)
+    latent: Values = (
+        read_tokens(data, settings.codebook_size) if settings.codebook_size else read_latent(data)
+    )
     latent_shape = settings.sizes.latents(size)
-    if latent.shape != (latent_shape if settings.codes else (settings.latent_channels, *latent_shape)):
+    if latent.shape != (
+        latent_shape if settings.codebook_size else (settings.latent_channels, *latent_shape)
+    ):
         raise SampleError("latent_shape")
     return latent
 
@@ -284,7 +288,7 @@ def joined(
     """
     starts = borders(drafts)
     layout = lay_out_all(drafts, axes=settings.axes, causal_images=settings.causal_images)
-    used, length = starts[-1], settings.row_length
+    used, length = starts[-1], settings.sequence_length
     row = Row(
         token_ids_S=_padded(layout.token_ids_S, length, SpecialToken.PADDING),
         modality_S=_padded(layout.modality_S, length, Modality.PADDING),

@@ -43,15 +43,17 @@ class EvaluationLoader:
     ) -> None:
         """rows: of one batch of one rank; 0: as many as a micro-batch of training. Raises as Loader does."""
         if not sources:
-            raise UserError("data.held_out is empty; name at least one source with its shards")
+            raise UserError("data.validation is empty; name at least one source with its shards")
         self._rank, self._world_size = rank, world_size
-        self._rows = rows or config.data.micro_rows or max(1, config.data.rows // world_size)
+        self._rows = (
+            rows or config.data.micro_batch_size or max(1, config.data.global_batch_size // world_size)
+        )
         self.indexes = build_indexes(config, sources, tokenizer)
         self._settings, self._cache = RowSettings.of(config), cache_of(config)
         self._builder = RowBuilder(self.indexes, self._settings)
-        rule = VariantRule(seed=config.run.seed, caption_first=caption_first, caption_drop=0.0)
-        length = config.data.row_length
-        plan = PlanSettings(rows=self._rows, row_length=length, open_rows=_OPEN_ROWS, variants=rule)
+        rule = VariantRule(seed=config.run.seed, caption_first=caption_first, caption_dropout=0.0)
+        length = config.data.sequence_length
+        plan = PlanSettings(rows=self._rows, sequence_length=length, packing_buffer=_OPEN_ROWS, variants=rule)
         lengths = [index.lengths for index in self.indexes]
         self._plans: list[RowPlan] = list(plan_once(lengths, plan))
 

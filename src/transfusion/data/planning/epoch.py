@@ -183,11 +183,11 @@ class SourceLengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VariantRule:
-    """Shares of the variants. caption_drop is decided first, caption_first among the others."""
+    """Shares of the variants. caption_dropout is decided first, caption_first among the others."""
 
     seed: int
     caption_first: float
-    caption_drop: float
+    caption_dropout: float
 
 
 class Columns(NamedTuple):
@@ -275,7 +275,7 @@ class Deck:
     def _variants(self, epoch_D: Integers, sample_D: Integers, is_pair_D: NDArray[np.bool_]) -> Integers:
         """`Variant` of each, by hashes of (seed, source, epoch, sample)."""
         rule = self._rule
-        dropped_D = hash_rng.uniform(rule.seed, _DROP, self._key, epoch_D, sample_D) < rule.caption_drop
+        dropped_D = hash_rng.uniform(rule.seed, _DROP, self._key, epoch_D, sample_D) < rule.caption_dropout
         first_D = (
             hash_rng.uniform(rule.seed, _CAPTION_FIRST, self._key, epoch_D, sample_D) < rule.caption_first
         )

@@ -36,15 +36,15 @@ class Stream:
         cursors: Cursors,
         *,
         step: int,
-        row_length: int,
+        sequence_length: int,
         shortest_piece: int,
     ) -> None:
-        """A text longer than `row_length` is given in parts of that length, none below `shortest_piece`."""
+        """A text longer than `sequence_length` is given in parts of that length, none below `shortest_piece`."""
         shares = [share_at(source.schedule, step) for source in sources]
         total = sum(shares)
         self._names = [source.name for source in sources]
         self._tapes = [
-            _Tape(Deck(source, variants), cursors[source.name], row_length, shortest_piece)
+            _Tape(Deck(source, variants), cursors[source.name], sequence_length, shortest_piece)
             for source in sources
         ]
         # Ticks a token; a source without a share has no clock and gives nothing.
@@ -106,10 +106,10 @@ class Stream:
 class _Tape:
     """One source: where it stands, and the documents drawn ahead."""
 
-    def __init__(self, deck: Deck, cursor: Cursor, row_length: int, shortest_piece: int) -> None:
+    def __init__(self, deck: Deck, cursor: Cursor, sequence_length: int, shortest_piece: int) -> None:
         self.deck = deck
         self.draw, self.first, self.clock = cursor
-        self._row_length, self._shortest = row_length, shortest_piece
+        self._sequence_length, self._shortest = sequence_length, shortest_piece
         self._drawn = self._draw(self.draw, 0)
 
     def _draw(self, first: int, count: int) -> Columns:
@@ -148,11 +148,11 @@ class _Tape:
         begin = np.zeros_like(documents.tokens)
         begin[0] = self.first
         remaining = documents.tokens - begin
-        parts = -(-remaining // self._row_length)
+        parts = -(-remaining // self._sequence_length)
         document = np.repeat(np.arange(len(parts)), parts)
         number = np.arange(len(document)) - np.repeat(np.cumsum(parts) - parts, parts)
-        offset = number * self._row_length
-        tokens = np.minimum(self._row_length, remaining[document] - offset)
+        offset = number * self._sequence_length
+        tokens = np.minimum(self._sequence_length, remaining[document] - offset)
         # A last part that is too short takes some of the one before.
         short = np.flatnonzero((tokens < self._shortest) & (number > 0))
         tokens[short] += self._shortest

@@ -53,22 +53,22 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
-    """rows: of a global batch. open_rows: rows that wait for fitting documents at once."""
+    """rows: of a global batch. packing_buffer: rows that wait for fitting documents at once."""
 
     rows: int
-    row_length: int
-    open_rows: int
+    sequence_length: int
+    packing_buffer: int
     variants: VariantRule
 
     @property
     def shortest_piece(self) -> int:
         """A text is not cut into pieces shorter than this."""
-        return max(1, min(32, self.row_length // 8))
+        return max(1, min(32, self.sequence_length // 8))
 
     @property
     def closing_gap(self) -> int:
         """A row with fewer free tokens is done."""
-        return max(1, min(32, self.row_length // 64))
+        return max(1, min(32, self.sequence_length // 64))
 
     @property
     def batches_per_block(self) -> int:
@@ -181,14 +181,14 @@ def plan_block(sources: Sequence[Lengths], settings: PlanSettings, start: State)
         settings.variants,
         start["sources"],
         step=start["batch"],
-        row_length=settings.row_length,
+        sequence_length=settings.sequence_length,
         shortest_piece=settings.shortest_piece,
     )
     packer = _Packer(settings)
     packer.resume(_read(start, stream), len(start["open"]))
     while len(packer.done) < wanted:
         rows = wanted - len(packer.done)
-        pieces = stream.ahead(rows * settings.row_length)
+        pieces = stream.ahead(rows * settings.sequence_length)
         stream.take(pieces, packer.place(pieces, wanted))
     pieces = packer.pieces()
     following = {
@@ -232,7 +232,7 @@ class _Packer:
             self._tokens += row.tokens.tolist()
             if len(self.rows) < still_open:
                 self.rows.append(members)
-                self._free.append(self._settings.row_length - int(row.tokens.sum()))
+                self._free.append(self._settings.sequence_length - int(row.tokens.sum()))
             else:
                 self.done.append(members)
 
@@ -242,7 +242,11 @@ class _Packer:
         Best fit, else a new row, else the widest gap for a part of a text; else the fullest row is done.
         """
         settings, free, rows, done = self._settings, self._free, self.rows, self.done
-        length, open_rows, closing_gap = settings.row_length, settings.open_rows, settings.closing_gap
+        length, packing_buffer, closing_gap = (
+            settings.sequence_length,
+            settings.packing_buffer,
+            settings.closing_gap,
+        )
         given = sum(len(columns.tokens) for columns in self._given)
         cuttable = (pieces.variant == Variant.TEXT).tolist()
         columns = zip(pieces.tokens.tolist(), pieces.first.tolist(), cuttable, strict=True)
@@ -253,7 +257,7 @@ class _Packer:
             while rest:
                 part, place = rest, bisect_left(free, rest)
                 if place == len(free):
-                    if place < open_rows:
+                    if place < packing_buffer:
                         free.append(length)
                         rows.append([])
                     else:
@@ -324,7 +328,7 @@ def plan_once(sources: Sequence[Lengths], settings: PlanSettings, *, epoch: int 
             settings.variants,
             {source.name: [epoch * len(source), 0, 0]},
             step=0,
-            row_length=settings.row_length,
+            sequence_length=settings.sequence_length,
             shortest_piece=settings.shortest_piece,
         )
         pieces = stream.documents(len(source))

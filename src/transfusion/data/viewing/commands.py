@@ -35,7 +35,7 @@ def show_rows(config: Config, out: Path, *, rows: int = 4, step: int = 0) -> Non
     planner = _planner(config, indexes)
     for _ in range(step):
         # Of a batch that is passed over, no row is wanted.
-        planner.next_batch(0, config.data.rows)
+        planner.next_batch(0, config.data.global_batch_size)
     plans = planner.next_batch()[:rows]
     builder = RowBuilder(indexes, RowSettings.of(config))
     drawn = [
@@ -85,7 +85,7 @@ def _source_stats(index: SourceIndex, config: Config) -> dict[str, Any]:
         "text_lengths": {
             name: int(np.quantile(tokens_C, place, method="nearest")) for name, place in _QUANTILES.items()
         },
-        "longer_than_a_row": int((tokens_C > config.data.row_length).sum()),
+        "longer_than_a_row": int((tokens_C > config.data.sequence_length).sum()),
         "image_sizes": index.images_by_size(),
         "faults": dict(collections.Counter(fault.reason for fault in index.faults).most_common()),
     }
@@ -106,7 +106,7 @@ def describe_stats(found: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"{found['batches']:,} batches of {found['rows']:,} rows of {found['row_length']:,}: padding"
+        f"{found['batches']:,} batches of {found['rows']:,} rows of {found['sequence_length']:,}: padding"
         f" {found['padding_share']:.3%}, {found['texts_cut']:,} texts cut"
         f" ({found['texts_cut_that_fit_a_row']:,} of them would fit a row), {found['images_cut']} images cut",
         "",

@@ -132,7 +132,7 @@ class Survey:
 
     batches: int
     rows: int
-    row_length: int
+    sequence_length: int
     ranks: int
     sources: dict[str, SourceSurvey]
     tokens: int = 0
@@ -156,7 +156,7 @@ def survey(sources: Sequence[Lengths], settings: PlanSettings, *, batches: int, 
     found = Survey(
         batches=0,
         rows=settings.rows,
-        row_length=settings.row_length,
+        sequence_length=settings.sequence_length,
         ranks=ranks,
         sources={source.name: SourceSurvey(samples=len(source)) for source in sources},
     )
@@ -175,7 +175,7 @@ def survey(sources: Sequence[Lengths], settings: PlanSettings, *, batches: int, 
         start = block.following
         state_bytes = len(json.dumps({"start": start, "used": 0, "fingerprint": "0" * 12}))
         found.state_bytes = max(found.state_bytes, state_bytes)
-    found.padding_share = 1 - found.tokens / (found.batches * settings.rows * settings.row_length)
+    found.padding_share = 1 - found.tokens / (found.batches * settings.rows * settings.sequence_length)
     for each in found.sources.values():
         each.share = each.tokens / found.tokens
         each.wanted_share /= found.batches
@@ -201,7 +201,7 @@ def _look(found: Survey, block: Block, sources: Sequence[Lengths], step: int) ->
     found.images_cut += int((is_cut_P & ~is_text_P).sum())
     cut_texts_P = is_cut_P & is_text_P & is_first_P
     found.texts_cut += int(cut_texts_P.sum())
-    fits_P = pieces.whole[member_P] <= found.row_length
+    fits_P = pieces.whole[member_P] <= found.sequence_length
     found.texts_cut_that_fit_a_row += int((cut_texts_P & fits_P).sum())
     by_row_RS = np.zeros((len(block.members), len(sources)), dtype=np.int64)
     np.add.at(by_row_RS, (row_P, source_P), tokens_P)
@@ -250,7 +250,7 @@ def survey_config(
 
     Without sources it simulates half pairs and half texts. Raises UserError as training would.
     """
-    rows_per_rank(config.data.rows, ranks)
+    rows_per_rank(config.data.global_batch_size, ranks)
     sources: list[Lengths]
     if config.data.sources:
         indexes = build_indexes(config, config.data.sources, Tokenizer(config.data.tokenizer))
@@ -280,7 +280,7 @@ def describe(found: Survey) -> str:
             f" {each.wanted_share:8.4f} {each.share_error:8.5f} {each.greatest_share_error_of_a_batch:12.4f}"
         )
     facts = {
-        "batches": f"{found.batches:,} of {found.rows:,} rows of {found.row_length:,}",
+        "batches": f"{found.batches:,} of {found.rows:,} rows of {found.sequence_length:,}",
         "padding": f"{found.padding_share:.3%}",
         "texts cut": f"{found.texts_cut:,} ({found.texts_cut_that_fit_a_row:,} of them would fit a row)",
         "images cut": f"{found.images_cut}",

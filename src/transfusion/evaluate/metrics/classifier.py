@@ -102,8 +102,8 @@ def captioned_pictures(config: Config, tokenizer: Tokenizer, *, held_out: bool) 
 
     Raises UserError where there are none, or latents in their place.
     """
-    where = "data.held_out" if held_out else "data.sources"
-    sources = config.data.held_out if held_out else config.data.sources
+    where = "data.validation" if held_out else "data.sources"
+    sources = config.data.validation if held_out else config.data.sources
     values, captions = [], []
     for document in documents(config, sources, tokenizer):
         images = [part for part in document.segments if isinstance(part, ImageSegment)]
@@ -223,7 +223,7 @@ def train_from_config(config: Config, *, epochs: int = 8, say: Callable[[str], N
     tokenizer = Tokenizer(config.data.tokenizer)
     pixels_ICHW, captions = captioned_pictures(config, tokenizer, held_out=False)
     classifier = train_classifier(pixels_ICHW, captions, epochs=epochs, seed=config.run.seed, say=say)
-    if config.data.held_out:
+    if config.data.validation:
         held_out = captioned_pictures(config, tokenizer, held_out=True)
         say(f"recall of the words of held-out captions: {recall(classifier, *held_out):.3f}")
     return classifier

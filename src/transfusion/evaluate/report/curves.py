@@ -65,7 +65,7 @@ def figure(value: Any) -> str:
 
 
 def _loss_curves(lines: list[dict[str, Any]], diffusion: dict[str, Any]) -> list[Curve]:
-    predicted = PREDICTED.get(diffusion.get("objective", "noise"), "")
+    predicted = PREDICTED.get(diffusion.get("prediction", "epsilon"), "")
     weighted = ", by min-SNR" if diffusion.get("loss_weight") == "min-snr" else ""
     return _present(
         Curve(

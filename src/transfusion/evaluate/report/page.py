@@ -98,11 +98,11 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "curves": [_draw(curve) for curve in _loss_curves(lines, diffusion)],
         "held_out": any(line.get("held_out_text_loss") or line.get("held_out_image_loss") for line in lines),
         "bucket_curve": _draw_buckets(lines),
-        "predicts_noise": diffusion.get("objective", "noise") == "noise",
+        "predicts_noise": diffusion.get("prediction", "epsilon") == "epsilon",
         "machine_curves": [_draw(curve) for curve in _machine_curves(lines)],
         "grids": _grids(folder.samples),
         "grids_across": _across(folder.samples),
-        "grid_prompts": (config.get("sample") or {}).get("prompts") or [],
+        "grid_prompts": (config.get("sample_grid") or {}).get("prompts") or [],
         "generated": _generated(folder.path / "evaluation" / "generated"),
         "captions": [_captioned(folder.path, line) for line in captions[:CAPTIONS_SHOWN]],
         "captions_total": len(captions),
@@ -128,7 +128,7 @@ def _facts(
     machine = f"{len(gpus)} x {gpus[0]['name']}" if gpus else environment.get("cpu") or ""
     facts: dict[str, Any] = {
         "layers": model.get("layers"),
-        "width": model.get("width"),
+        "width": model.get("hidden_size"),
         "planned_steps": (config.get("train") or {}).get("steps"),
         "machine": machine,
         "processes": environment.get("processes"),

@@ -38,7 +38,7 @@ def digits(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     Leaves evidence under OUT/evaluation: generated/ (pictures, index.jsonl), held_out/ (pictures), captions.jsonl.
     """
     train_pixels, train_labels, _ = _pictures(pipeline, pipeline.config.data.sources)
-    test_pixels, test_labels, test_values = _pictures(pipeline, pipeline.config.data.held_out)
+    test_pixels, test_labels, test_values = _pictures(pipeline, pipeline.config.data.validation)
     folder = out / "evaluation"
     return _generation(
         pipeline, folder / "generated", train_pixels, train_labels, test_pixels, test_labels
@@ -63,7 +63,7 @@ def _generation(
     save_samples(samples, folder)
     drawn = _scaled(torch.stack([sample.pixels for sample in samples]))
     wanted = np.repeat(np.arange(len(prompts)), SAMPLES)
-    sampler = SAMPLERS[pipeline.config.diffusion.objective][0].upper()
+    sampler = SAMPLERS[pipeline.config.diffusion.prediction][0].upper()
     settings = f"{sampler} {SAMPLER_STEPS} steps, guidance {GUIDANCE:g}, seeds from 0"
     ratios = [
         _spread(drawn[wanted == digit]) / _spread(train[train_labels == digit])

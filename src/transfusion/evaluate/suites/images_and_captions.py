@@ -39,8 +39,8 @@ def pictures(pipeline: Pipeline, out: Path, *, classifier: Path) -> dict[str, Me
     held_out, captions = captioned_pictures(pipeline.config, pipeline.tokenizer, held_out=True)
     prompts = [captions[number % len(captions)] for number in range(SAMPLES)]
     config = pipeline.config
-    sampler = GRID_SAMPLER[config.diffusion.objective]
-    guided = config.data.caption_drop > 0
+    sampler = GRID_SAMPLER[config.diffusion.prediction]
+    guided = config.data.caption_dropout > 0
     guidance = GUIDANCE if guided else 1.0
     samples = pipeline.sample(
         prompts, guidance=guidance, steps=SAMPLER_STEPS, sampler=sampler, seed=0, batch=BATCH

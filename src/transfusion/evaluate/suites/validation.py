@@ -17,9 +17,9 @@ from transfusion.schema import LossTerms, TextSegment
 
 def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     """Losses on the config's held-out sources; a text's beside a bigram fitted on the training text of its name."""
-    if not pipeline.config.data.held_out:
+    if not pipeline.config.data.validation:
         raise UserError(
-            "the model's configuration names no data.held_out; train with one, or choose another --suite"
+            "the model's configuration names no data.validation; train with one, or choose another --suite"
         )
     diffusion = pipeline.config.diffusion
     # The plain error, so that models trained with other weights can be compared.
@@ -27,7 +27,7 @@ def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
         update={"diffusion": diffusion.model_copy(update={"loss_weight": "none"})}
     )
     metrics: dict[str, Metric] = {}
-    for source in pipeline.config.data.held_out:
+    for source in pipeline.config.data.validation:
         loader = EvaluationLoader(pipeline.config, [source], pipeline.tokenizer, rows=8)
         terms = held_out_losses(
             pipeline.reader.model, loader, plain, pipeline.reader.device, pipeline.reader.codec
@@ -52,7 +52,7 @@ def _image_metric(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
         return name, Metric(value=value, unit=unit, higher_is_better=False, how=how)
     diffusion = pipeline.config.diffusion
     how = (
-        f"mean squared error of the predicted {PREDICTED[diffusion.objective]}, held-out {source.name},"
+        f"mean squared error of the predicted {PREDICTED[diffusion.prediction]}, held-out {source.name},"
         f" fixed noise and timesteps{_law(diffusion)}"
     )
     return f"{source.name}_image_loss", Metric(value=value, higher_is_better=False, how=how)
@@ -61,7 +61,7 @@ def _image_metric(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
 def _law(diffusion: DiffusionConfig) -> str:
     """How the timesteps were drawn, where it is not evenly."""
     shift = "" if diffusion.timestep_shift == 1 else f"shift {diffusion.timestep_shift:g}"
-    law = "" if diffusion.timestep_law == "uniform" else diffusion.timestep_law
+    law = "" if diffusion.timestep_sampling == "uniform" else diffusion.timestep_sampling
     return f" ({', '.join(filter(None, (law, shift)))})" if law or shift else ""
 
 
