@@ -491,7 +491,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no picture: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        print("no image: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
         return
     timed = [result for result in record["results"] if result["status"] == "ok"]
     widths = sorted({result["head_dim"] for result in timed})

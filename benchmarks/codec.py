@@ -1,12 +1,12 @@
-"""What small autoencoders give back of 64 px pictures that they never saw, beside a PCA; trained where there is none.
+"""What small autoencoders give back of 64 px images that they never saw, beside a PCA; trained where there is none.
 
     .venv/bin/python benchmarks/codec.py --data DIR [--runs runs] [--components 512] [--out FILE]
 
-DIR holds train/*.tar and val/*.tar, shards of pictures. Each config of configs/codec is trained into RUNS/NAME by
+DIR holds train/*.tar and val/*.tar, shards of images. Each config of configs/codec is trained into RUNS/NAME by
 `transfusion codec train` where that folder has no finished codec: about half an hour a codec, on one core. PSNR is the
-mean of the held-out pictures' own. The PCA is fitted to the training pictures. On every held-out picture the latents,
-tokens and pictures of diffusers, loaded from the saved folder, must be ours, value for value. Writes FILE, and beside
-it a picture for each codec. Exits with 3 when the KL codec misses the bar or anything differs.
+mean of the validation images' own. The PCA is fitted to the training images. On every validation image the latents,
+tokens and images of diffusers, loaded from the saved folder, must be ours, value for value. Writes FILE, and beside
+it an image for each codec. Exits with 3 when the KL codec misses the bar or anything differs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from limits import find_device, record_head, write_json
 from transfusion.codec import open_codec, open_token_codec
+from transfusion.codec_train.images import ImageSet
 from transfusion.codec_train.measure import psnr
-from transfusion.codec_train.pictures import PictureSet
 from transfusion.codec_train.report import write_report
 from transfusion.config import CodecConfig
 from transfusion.config.checking import check_as
@@ -45,7 +45,7 @@ def trained(name: str, data: Path, runs: Path) -> Path:
     folder = runs / name / "codec"
     if not folder.is_dir():
         command = [sys.executable, "-m", "transfusion", "codec", "train", f"{ROOT}/configs/codec/{name}.yaml"]
-        command += [f"pictures.shards={data}/train/*.tar", f"pictures.held_out={data}/val/*.tar"]
+        command += [f"images.shards={data}/train/*.tar", f"images.validation={data}/val/*.tar"]
         subprocess.run([*command, f"run.dir={runs / name}"], check=True)
     return folder
 
@@ -62,11 +62,11 @@ def settings(folder: Path) -> CodecConfig:
 
 
 @torch.no_grad()
-def equal_to_diffusers(codec: CodecConfig, pictures: PictureSet) -> dict[str, bool]:
-    """Whether diffusers makes the same latents (or tokens) and pictures from the same folder, bit for bit."""
+def equal_to_diffusers(codec: CodecConfig, images: ImageSet) -> dict[str, bool]:
+    """Whether diffusers makes the same latents (or tokens) and images from the same folder, bit for bit."""
     import diffusers
 
-    found = {"encoded": True, "pictures": True}
+    found = {"encoded": True, "images": True}
     if codec.kind == "vq":
         tokens = open_token_codec(codec)
         theirs = diffusers.VQModel.from_pretrained(codec.folder, low_cpu_mem_usage=False).requires_grad_(
@@ -77,7 +77,7 @@ def equal_to_diffusers(codec: CodecConfig, pictures: PictureSet) -> dict[str, bo
         theirs = diffusers.AutoencoderKL.from_pretrained(
             codec.folder, low_cpu_mem_usage=False
         ).requires_grad_(False)
-    for values_ICHW in pictures.in_order(AT_ONCE):
+    for values_ICHW in images.in_order(AT_ONCE):
         real_ICHW = values_ICHW.float() / 127.5 - 1
         if codec.kind == "vq":
             mine = tokens.tokens(values_ICHW)
@@ -85,19 +85,19 @@ def equal_to_diffusers(codec: CodecConfig, pictures: PictureSet) -> dict[str, bo
             code = theirs.quantize.get_codebook_entry(
                 wanted.flatten(), (*wanted.shape, theirs.config.vq_embed_dim)
             )
-            made, sample = tokens.pictures(mine), theirs.decode(code, force_not_quantize=True).sample
+            made, sample = tokens.decode(mine), theirs.decode(code, force_not_quantize=True).sample
         else:
             mine = latents.encode(values_ICHW)
             factor, shift = theirs.config.scaling_factor, theirs.config.shift_factor or 0.0
             wanted = (theirs.encode(real_ICHW).latent_dist.mode() - shift) * factor
             made, sample = latents.decode(mine), theirs.decode(wanted / factor + shift).sample
         found["encoded"] &= torch.equal(mine, wanted)
-        found["pictures"] &= torch.equal(made, ((sample + 1) * 127.5).round().clamp(0, 255).byte())
+        found["images"] &= torch.equal(made, ((sample + 1) * 127.5).round().clamp(0, 255).byte())
     return found
 
 
-def pca_psnr(training: PictureSet, held_out: PictureSet, components: int) -> float:
-    """Mean PSNR of held-out pictures through the first components of the training pictures, in dB."""
+def pca_psnr(training: ImageSet, validation: ImageSet, components: int) -> float:
+    """Mean PSNR of validation images through the first components of the training images, in dB."""
     known_NF = torch.cat(list(training.in_order(AT_ONCE))).flatten(1).float()
     mean_F = known_NF.mean(0)
     torch.manual_seed(0)
@@ -107,30 +107,30 @@ def pca_psnr(training: PictureSet, held_out: PictureSet, components: int) -> flo
     )
     basis_FK = basis_FK[:, :components]
     found: list[Tensor] = []
-    for values_ICHW in held_out.in_order(AT_ONCE):
+    for values_ICHW in validation.in_order(AT_ONCE):
         flat_IF = values_ICHW.flatten(1).float() - mean_F
         made_IF = (flat_IF @ basis_FK @ basis_FK.T + mean_F).round().clamp(0, 255)
         found.append(psnr(made_IF.view_as(values_ICHW), values_ICHW))
     return torch.cat(found).mean().item()
 
 
-def judge(name: str, folder: Path, held_out: Sequence[str], picture: Path) -> dict[str, Any]:
-    """The figures of one codec; its pictures as `picture`."""
+def judge(name: str, folder: Path, validation: Sequence[str], image: Path) -> dict[str, Any]:
+    """The figures of one codec; its images as `image`."""
     codec = settings(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        found = write_report(codec, held_out, Path(scratch) / name)
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(scratch) / f"{name}.png", picture)
-    pictures = PictureSet(held_out, channels=codec.channels, image_size=codec.image_size)
-    same = equal_to_diffusers(codec, pictures)
-    pictures.close()
+        found = write_report(codec, validation, Path(scratch) / name)
+        image.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(scratch) / f"{name}.png", image)
+    images = ImageSet(validation, channels=codec.channels, image_size=codec.image_size)
+    same = equal_to_diffusers(codec, images)
+    images.close()
     record = json.loads((folder / "codec.json").read_text(encoding="utf-8"))
     made = record["environment"]
     return {
         **found._asdict(),
         "use": found.use._asdict() if found.use else None,
         "equal_to_diffusers": same,
-        "latents_a_picture": list(codec.latent_shape(codec.image_size, codec.image_size)),
+        "latents_an_image": list(codec.latent_shape(codec.image_size, codec.image_size)),
         "trained": {name: record[name] for name in ("step", "cpu_seconds", "parameters", "losses")}
         | {name: made[name] for name in ("time", "cpu", "packages")},
         "fingerprint": codec.fingerprint,
@@ -161,13 +161,13 @@ def main() -> int:
     given = parser.parse_args()
     record: dict[str, Any] = {"environment": record_head(find_device("cpu"))}
     record["environment"]["command"] = "python benchmarks/codec.py --data DIR"
-    held_out = [f"{given.data}/val/*.tar"]
+    validation = [f"{given.data}/val/*.tar"]
     codecs = record["codecs"] = {}
     for name in given.configs.split(","):
         folder = trained(name, given.data, given.runs)
-        codecs[name] = judge(name, folder, held_out, given.out.with_name(f"{given.out.stem}-{name}.png"))
+        codecs[name] = judge(name, folder, validation, given.out.with_name(f"{given.out.stem}-{name}.png"))
     size = {"channels": 3, "image_size": trained_size(folder), "workers": 2}
-    sets = [PictureSet(shards, **size) for shards in ([f"{given.data}/train/*.tar"], held_out)]
+    sets = [ImageSet(shards, **size) for shards in ([f"{given.data}/train/*.tar"], validation)]
     record["pca"] = {"components": given.components, "psnr": pca_psnr(*sets, given.components)}
     for each in sets:
         each.close()
@@ -176,7 +176,7 @@ def main() -> int:
     for name, found in codecs.items():
         cost = f"{found['trained']['step']} steps, {found['trained']['cpu_seconds'] / 60:.0f} CPU minutes"
         print(
-            f"{name:12} {found['psnr']:.2f} dB, SSIM {found['ssim']:.4f}, {found['pictures']} pictures; {cost}"
+            f"{name:12} {found['psnr']:.2f} dB, SSIM {found['ssim']:.4f}, {found['images']} images; {cost}"
         )
     print(f"{'PCA':12} {record['pca']['psnr']:.2f} dB, {given.components} components")
     for bar, reached in record["bars"].items():

@@ -2,19 +2,19 @@
 
     .venv/bin/python benchmarks/data.py --data DIR [--only planning,beyond,reading,larger] [--out FILE]
 
-DIR holds `emoji-captions/train/*.tar` (pictures with captions) and `text/train/*.jsonl`. A tokenizer of 8,000 pieces
+DIR holds `emoji-captions/train/*.tar` (images with captions) and `text/train/*.jsonl`. A tokenizer of 8,000 pieces
 is trained on them first. All times are processor time of one core, the median of several rounds, with one
 thread of torch and of OpenCV.
 
 planning    speed, padding, cuts, shares of batches and of the whole, size of the state, time to resume: half the
             tokens text, half pairs of 64 patches, rows of 4,096, global batches of 8 rows
-reading     one pass over the pictures from shards to batches, index and plan included, against the sum of what its
+reading     one pass over the images from shards to batches, index and plan included, against the sum of what its
             steps take alone with the fastest library that is installed, and against webdataset, Hugging Face datasets
             (streaming) and Megatron-Energon doing the same work in one process; those not installed are left out.
             Energon's index (`prepare`) is charged as ours is; what both take once indexed is told beside it. Ours also
-            compares the hash of each picture
+            compares the hash of each image
 
-larger      the same against its steps, with pictures as they are trained on, brought to 256 pixels: 16 of the pictures
+larger      the same against its steps, with images as they are trained on, brought to 256 pixels: 16 of the images
             set side by side, as JPEGs of 256 and of 512 and as PNGs of 288. This has the bar, for each kind
 
 beyond      planning alone as one of 512 ranks with 8 rows each, over 700 million pairs and as many texts, simulated
@@ -60,7 +60,7 @@ from transfusion.data.loading import rows
 from transfusion.data.loading.loader import Loader, plan_settings
 from transfusion.data.planning.epoch import Deck, Lengths, Variant
 from transfusion.data.planning.packing import Planner
-from transfusion.data.prepare.folders import picture_sample
+from transfusion.data.prepare.folders import image_sample
 from transfusion.data.shards.scan import texts
 from transfusion.data.shards.webdataset import Sample, expand, write_shards
 from transfusion.data.viewing.plan_stats import Survey, as_dict, survey, survey_config
@@ -68,7 +68,7 @@ from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 RESULT = Path(__file__).resolve().parent / "results" / "data.json"
 VOCABULARY, SIDE, PATCH = 8000, 64, 8
-# Of the larger pictures: how many, tiles along a side and pixels along a tile, and what they are brought to.
+# Of the larger images: how many, tiles along a side and pixels along a tile, and what they are brought to.
 MOSAICS, TILES, LARGER_SIDE, LARGER_PATCH = 512, 4, 256, 16
 LARGER = {"jpeg_256": ("jpg", 256), "jpeg_512": ("jpg", 512), "png_288": ("png", 288)}
 # Global batches of them that are read, of the many that are planned at once.
@@ -125,12 +125,12 @@ def forget() -> None:
     gc.freeze()
 
 
-def seconds_a_picture(call: Callable[[], int]) -> float:
-    """Processor time of a call over the number of pictures it returns."""
+def seconds_an_image(call: Callable[[], int]) -> float:
+    """Processor time of a call over the number of images it returns."""
     forget()
     begin = processor_time()
-    pictures = call()
-    return (processor_time() - begin) / pictures
+    images = call()
+    return (processor_time() - begin) / images
 
 
 def processor_time() -> float:
@@ -215,7 +215,7 @@ def beyond(config: Config, rounds: int) -> dict[str, Any]:
 
 
 def reading(config: Config, rounds: int) -> dict[str, Any]:
-    """Microseconds a picture: ours from shards to batches, its steps alone, and the peers. All in turn, each round."""
+    """Microseconds an image: ours from shards to batches, its steps alone, and the peers. All in turn, each round."""
     only = with_sources(config, config.data.sources[:1])
     tokenizer = Tokenizer(config.data.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +238,7 @@ def reading(config: Config, rounds: int) -> dict[str, Any]:
 
 
 def larger(config: Config, rounds: int) -> dict[str, Any]:
-    """As `reading`, of larger pictures of each kind, without the peers."""
+    """As `reading`, of larger images of each kind, without the peers."""
     tokenizer = Tokenizer(config.data.tokenizer)
     small = with_sources(config, config.data.sources[:1])
     (tiles,) = build_indexes(small, small.data.sources, tokenizer)
@@ -274,8 +274,8 @@ def microseconds(
     rounds: int,
     batches: int | None = None,
 ) -> dict[str, float]:
-    """Of a picture, the median of the rounds; `index` and `rows` are ours. batches: to read; None: a whole block."""
-    # Every picture is to be decoded each time, also where the plan of a block passes several epochs.
+    """Of an image, the median of the rounds; `index` and `rows` are ours. batches: to read; None: a whole block."""
+    # Every image is to be decoded each time, also where the plan of a block passes several epochs.
     rows._CACHE_BYTES = 0
     taken: dict[str, list[float]] = collections.defaultdict(list)
     for _ in range(rounds):
@@ -283,7 +283,7 @@ def microseconds(
         taken["index"].append(first / len(index))
         taken["rows"].append(again)
         for name, call in (steps | peers).items():
-            taken[name].append(seconds_a_picture(call))
+            taken[name].append(seconds_an_image(call))
     return {name: statistics.median(values) * 1e6 for name, values in taken.items()}
 
 
@@ -303,24 +303,24 @@ def against_the_limit(micro: Mapping[str, float], index: SourceIndex, steps: Ite
 
 
 def mosaics(index: SourceIndex, kind: str, side: int) -> Iterator[Sample]:
-    """Samples of square pictures: small ones side by side, so that there is as much to see everywhere."""
+    """Samples of square images: small ones side by side, so that there is as much to see everywhere."""
     chance, tile = random.Random(0), side // TILES
     for number in range(MOSAICS):
         mosaic = Image.new("RGBA", (side, side))
         for place in range(TILES * TILES):
-            data = index.read_picture(chance.randrange(len(index)))
-            picture = Image.open(io.BytesIO(data)).convert("RGBA").resize((tile, tile))
-            mosaic.paste(picture, (place % TILES * tile, place // TILES * tile))
+            data = index.read_image(chance.randrange(len(index)))
+            image = Image.open(io.BytesIO(data)).convert("RGBA").resize((tile, tile))
+            mosaic.paste(image, (place % TILES * tile, place // TILES * tile))
         stream = io.BytesIO()
         if kind == "jpg":
             on_white(mosaic).save(stream, "JPEG", quality=90)
         else:
             mosaic.save(stream, "PNG")
-        yield picture_sample(stream.getvalue(), kind, f"sixteen small pictures, number {number}")
+        yield image_sample(stream.getvalue(), kind, f"sixteen small images, number {number}")
 
 
 def read_all(config: Config, tokenizer: Tokenizer, batches: int | None = None) -> tuple[float, float]:
-    """Seconds to index all pictures, and seconds a picture from plan to batch over so many batches.
+    """Seconds to index all images, and seconds an image from plan to batch over so many batches.
 
     None: over one whole block of the plan. Of fewer the plan of the whole block is charged all the same.
     """
@@ -334,27 +334,27 @@ def read_all(config: Config, tokenizer: Tokenizer, batches: int | None = None) -
                 wanted = range(batches or plan_settings(fresh).batches_per_block)
                 return sum(batch.counts.images for _ in wanted for batch in loader.next_step())
 
-        return index, seconds_a_picture(read_block)
+        return index, seconds_an_image(read_block)
 
 
 def steps_alone(config: Config, index: SourceIndex, tokenizer: Tokenizer) -> dict[str, Callable[[], int]]:
-    """Each step for all pictures, when nothing else is done; each returns how many it was done for."""
-    pictures = [index.read_picture(sample) for sample in range(len(index))]
-    decode = fastest_decode(pictures)
-    decoded = [as_image(decode(data)) for data in pictures]
-    flat = [on_white(picture) for picture in decoded]
+    """Each step for all images, when nothing else is done; each returns how many it was done for."""
+    images = [index.read_image(sample) for sample in range(len(index))]
+    decode = fastest_decode(images)
+    decoded = [as_image(decode(data)) for data in images]
+    flat = [on_white(image) for image in decoded]
     resize = functools.partial(resized, side=config.codec.image_size)
-    small = [resize(picture) for picture in flat]
+    small = [resize(image) for image in flat]
     captions = list(texts(index.shards))
     facts = [
         json.dumps({"caption": text, "sha256": hashlib.sha256(data).hexdigest()}).encode()
-        for data, text in zip(pictures, captions, strict=True)
+        for data, text in zip(images, captions, strict=True)
     ]
     planner = Planner([index.lengths], plan_settings(config))
     return {
         "read": lambda: read_whole(index),
-        "check": lambda: each(lambda both: checked(*both), list(zip(pictures, facts, strict=True))),
-        "decode": lambda: each(decode, pictures),
+        "check": lambda: each(lambda both: checked(*both), list(zip(images, facts, strict=True))),
+        "decode": lambda: each(decode, images),
         "composite": lambda: each(on_white, decoded),
         "resize": lambda: each(resize, flat),
         "tokenise": lambda: len(tokenizer_of(tokenizer)(captions)),
@@ -376,10 +376,10 @@ def each(call: Callable[[Any], object], values: Sequence[Any]) -> int:
     return len(values)
 
 
-def checked(picture: bytes, facts: bytes) -> bool:
-    """The least that tells damage and a wrong picture: checksum, hash, and what KEY.json says it is."""
-    zlib.crc32(picture)
-    same: bool = hashlib.sha256(picture).hexdigest() == json.loads(facts)["sha256"]
+def checked(image: bytes, facts: bytes) -> bool:
+    """The least that tells damage and a wrong image: checksum, hash, and what KEY.json says it is."""
+    zlib.crc32(image)
+    same: bool = hashlib.sha256(image).hexdigest() == json.loads(facts)["sha256"]
     return same
 
 
@@ -395,10 +395,10 @@ def tokenizer_of(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]
     return functools.partial(tokenizer._processor.encode, num_threads=1)
 
 
-def fastest_decode(pictures: Sequence[bytes]) -> Callable[[bytes], Any]:
+def fastest_decode(images: Sequence[bytes]) -> Callable[[bytes], Any]:
     """For each kind of file Pillow, or OpenCV where it is installed, gives what Pillow gives, and is faster."""
     kinds: dict[bytes, list[bytes]] = collections.defaultdict(list)
-    for data in pictures:
+    for data in images:
         kinds[data[:2]].append(data)
     chosen = {kind: fastest_of_kind(files[:DECODED_TO_CHOOSE]) for kind, files in kinds.items()}
     return lambda data: chosen[data[:2]](data)
@@ -406,8 +406,8 @@ def fastest_decode(pictures: Sequence[bytes]) -> Callable[[bytes], Any]:
 
 def fastest_of_kind(files: list[bytes]) -> Callable[[bytes], Any]:
     def pillow(data: bytes) -> Image.Image:
-        picture = Image.open(io.BytesIO(data))
-        return picture.convert("RGB" if picture.format == "JPEG" else "RGBA")
+        image = Image.open(io.BytesIO(data))
+        return image.convert("RGB" if image.format == "JPEG" else "RGBA")
 
     try:
         import cv2
@@ -432,25 +432,25 @@ def as_image(decoded: Any) -> Image.Image:
     return decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded)
 
 
-def on_white(picture: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
     """From RGBA, or as it is. Pillow's fastest way, which gives what its alpha_composite gives."""
-    if picture.mode == "RGB":
-        return picture
-    white = Image.new("RGB", picture.size, (255, 255, 255))
-    white.paste(picture, mask=picture)
+    if image.mode == "RGB":
+        return image
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image)
     return white
 
 
-def resized(picture: Image.Image, side: int = SIDE) -> Image.Image:
-    return picture.resize((side, side), Image.Resampling.BICUBIC)
+def resized(image: Image.Image, side: int = SIDE) -> Image.Image:
+    return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def stacked(pictures: list[Image.Image]) -> int:
-    """Batches of 256 as tensors [I, C, H, W]; returns the number of pictures."""
-    for first in range(0, len(pictures), 256):
-        batch = np.stack([np.asarray(picture) for picture in pictures[first : first + 256]])
+def stacked(images: list[Image.Image]) -> int:
+    """Batches of 256 as tensors [I, C, H, W]; returns the number of images."""
+    for first in range(0, len(images), 256):
+        batch = np.stack([np.asarray(image) for image in images[first : first + 256]])
         torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
-    return len(pictures)
+    return len(images)
 
 
 # Peers: each in one process, as its documentation has it, with the same functions for a sample.
@@ -459,7 +459,7 @@ def stacked(pictures: list[Image.Image]) -> int:
 def peers_installed(
     config: Config, tokenizer: Tokenizer, folder: Path, images: int
 ) -> tuple[dict[str, Callable[[], int]], list[str]]:
-    """One pass over all pictures by each peer that is installed, and the names of those that are not.
+    """One pass over all images by each peer that is installed, and the names of those that are not.
 
     Each returns how many it gave: Energon's last batch would be filled up from its next epoch, and is left out.
     """
@@ -477,18 +477,18 @@ def peers_installed(
     return peers, missing
 
 
-def prepared(picture: Image.Image, caption: str, tokenizer: Tokenizer) -> tuple[Image.Image, list[int]]:
+def prepared(image: Image.Image, caption: str, tokenizer: Tokenizer) -> tuple[Image.Image, list[int]]:
     """What every peer does with a sample."""
-    return resized(on_white(picture.convert("RGBA"))), tokenizer.encode(caption)
+    return resized(on_white(image.convert("RGBA"))), tokenizer.encode(caption)
 
 
-def batched(pictures: list[Image.Image], ids: list[list[int]]) -> int:
-    """What every peer does with a batch: tensors of pictures and of padded ids; returns how many."""
+def batched(images: list[Image.Image], ids: list[list[int]]) -> int:
+    """What every peer does with a batch: tensors of images and of padded ids; returns how many."""
     padded = np.zeros((len(ids), max(map(len, ids))), np.int64)
     for row, text in zip(padded, ids, strict=True):
         row[: len(text)] = text
     torch.from_numpy(padded)
-    return stacked(pictures)
+    return stacked(images)
 
 
 def with_webdataset(shards: list[Path], tokenizer: Tokenizer) -> int:
@@ -505,8 +505,8 @@ def with_datasets(shards: list[Path], tokenizer: Tokenizer, cache: Path) -> int:
     import datasets
 
     def of_sample(sample: dict[str, Any]) -> dict[str, Any]:
-        picture, ids = prepared(sample["png"], sample["txt"], tokenizer)
-        return {"picture": picture, "ids": ids}
+        image, ids = prepared(sample["png"], sample["txt"], tokenizer)
+        return {"image": image, "ids": ids}
 
     data = datasets.load_dataset(
         "webdataset",
@@ -516,7 +516,7 @@ def with_datasets(shards: list[Path], tokenizer: Tokenizer, cache: Path) -> int:
         cache_dir=str(cache),
     )
     samples = data.map(of_sample, remove_columns=["json", "png", "txt", "__key__", "__url__"])
-    return sum(batched(batch["picture"], batch["ids"]) for batch in samples.iter(batch_size=256))
+    return sum(batched(batch["image"], batch["ids"]) for batch in samples.iter(batch_size=256))
 
 
 def describe_for_energon(shards: list[Path], folder: Path) -> None:

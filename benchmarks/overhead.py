@@ -57,7 +57,7 @@ class Enough(BaseException):
 
 
 def made_up(overrides: list[str], folder: Path) -> Config:
-    """A configuration whose shards, pictures and tokenizer are made up in `folder`."""
+    """A configuration whose shards, images and tokenizer are made up in `folder`."""
     random = np.random.default_rng(0)
     words = ["".join(random.choice(list("aeioumnrstl"), 6)) for _ in range(WORDS)]
     texts = [" ".join(random.choice(words, int(random.integers(40, 400)))) for _ in range(TEXTS)]

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/step.py [CONFIG] [section.key=value ...] [--steps 10] [--out FILE]
 
 Without CONFIG: the paper's 0.16b on a GPU, a tiny model on the CPU. Documents are made up (random tokens, random
-pictures) and then planned, laid out, decoded and packed by the classes that training uses; the engine is the one that
+images) and then planned, laid out, decoded and packed by the classes that training uses; the engine is the one that
 `train.engine` names. A step is what the trainer does: batches to the device, both losses, backward, clip, AdamW. Under
 torchrun every figure is of one process. Prints a summary, writes JSON, by default benchmarks/results/step.json. Exits
 with 3 when a step was skipped or a loss is not finite: such a step is not timed.
@@ -70,7 +70,7 @@ TINY = (
     "train.threads=1",
 )
 VOCABULARY = 32_000
-DOCUMENTS, PICTURES, DIFFERENT_STEPS = 512, 16, 4
+DOCUMENTS, IMAGES, DIFFERENT_STEPS = 512, 16, 4
 CONVENTIONS = ("exact", "hardware", "palm")
 FORMULAS = {
     "exact": "6 * elements of each matrix * the real positions that pass it + 12 * width * layers * visible pairs",
@@ -85,28 +85,28 @@ FORMULAS = {
 
 
 def synthetic_sources(config: Config, folder: Path) -> list[SourceIndex]:
-    """Texts of 64 to 3,000 tokens, and pictures with captions of 8 to 64, as an index of shards would list them."""
+    """Texts of 64 to 3,000 tokens, and images with captions of 8 to 64, as an index of shards would list them."""
     random = np.random.default_rng(config.run.seed)
     longest_caption = config.data.sequence_length - config.patches_per_image - PAIR_CONTROL_TOKENS
     texts = np.exp(random.uniform(math.log(64), math.log(3000), DOCUMENTS)).astype(np.int64)
     captions = random.integers(8, 65, DOCUMENTS).clip(max=max(1, longest_caption))
     return [
         _source("texts", texts, [], config, folder, random),
-        _source("pictures", captions, [png_of(config, random) for _ in range(PICTURES)], config, folder, random),
+        _source("images", captions, [png_of(config, random) for _ in range(IMAGES)], config, folder, random),
     ]  # fmt: skip
 
 
 def _source(
     name: str,
     tokens_N: np.ndarray,
-    pictures: Sequence[bytes],
+    images: Sequence[bytes],
     config: Config,
     folder: Path,
     random: np.random.Generator,
 ) -> SourceIndex:
     samples: list[dict[str, bytes]] = [{"txt": str(tokens).encode()} for tokens in tokens_N]
-    if pictures:
-        samples = [{"png": pictures[number % len(pictures)], **text} for number, text in enumerate(samples)]
+    if images:
+        samples = [{"png": images[number % len(images)], **text} for number, text in enumerate(samples)]
     (path,) = write_shards(samples, folder / name)
     shard = LocalShard(path)
     index_file = path.with_suffix(".index")
@@ -133,7 +133,7 @@ class RandomEncoder:
 
 
 def png_of(config: Config, random: np.random.Generator) -> bytes:
-    """A picture of random values, as large as the codec's."""
+    """An image of random values, as large as the codec's."""
     side = config.codec.image_size
     values = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
     stream = io.BytesIO()
@@ -142,7 +142,7 @@ def png_of(config: Config, random: np.random.Generator) -> bytes:
 
 
 def synthetic_steps(config: Config, steps: int, rank: int = 0, world_size: int = 1) -> list[list[Batch]]:
-    """This rank's micro-batches of the first `steps` global batches, half the tokens text and half pictures."""
+    """This rank's micro-batches of the first `steps` global batches, half the tokens text and half images."""
     rule = VariantRule(
         seed=config.run.seed,
         caption_first=config.data.caption_first,

@@ -15,13 +15,13 @@ RESULT = ROOT / "benchmarks" / "results" / "quickstart.json"
 BEGIN, END = "<!-- quickstart table: benchmarks/table.py -->", "<!-- end of table -->"
 ROWS = {
     "generation_accuracy": "generated digits that a classifier of real ones reads as asked",
-    "judge_accuracy_on_real": "the same classifier on real held-out digits",
-    "generation_diversity": "distance between generated pictures of a digit, over that of real ones",
-    "nearest_training_distance_generated": "distance of a generated picture to the nearest training picture",
-    "nearest_training_distance_real": "the same of a real held-out picture",
-    "caption_accuracy": "held-out pictures whose greedy caption names the right digit",
-    "text_loss_nats_per_token": "held-out text, nats a token (the bar is a bigram on the same text)",
-    "text_loss_nats_per_byte": "held-out text, nats a byte",
+    "judge_accuracy_on_real": "the same classifier on real validation digits",
+    "generation_diversity": "distance between generated images of a digit, over that of real ones",
+    "nearest_training_distance_generated": "distance of a generated image to the nearest training image",
+    "nearest_training_distance_real": "the same of a real validation image",
+    "caption_accuracy": "validation images whose greedy caption names the right digit",
+    "text_loss_nats_per_token": "validation text, nats a token (the bar is a bigram on the same text)",
+    "text_loss_nats_per_byte": "validation text, nats a byte",
     "bigram_nats_per_byte": "the bigram, nats a byte",
 }
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python campaigns/exact_batches.py [--seed 0] [--out benchmarks/results/exact-batches.json]
 
-Makes digits, coloured pictures with alpha and reference text, and writes down the global batches of 24 rows of one
+Makes digits, coloured images with alpha and reference text, and writes down the global batches of 24 rows of one
 process without workers. Then
 
     grid      every world size x every number of workers, each from a random step; with workers, one a rank is killed
@@ -42,7 +42,7 @@ from limits import record_head, write_json
 from transfusion.config import Config
 from transfusion.data.loading.loader import Loader
 from transfusion.data.loading.workers import ProcessWorkshop
-from transfusion.data.prepare.folders import picture_sample
+from transfusion.data.prepare.folders import image_sample
 from transfusion.data.prepare.prepare import prepare
 from transfusion.data.shards.scan import texts
 from transfusion.data.shards.webdataset import Sample, expand, write_shards
@@ -54,7 +54,7 @@ ROWS = 24
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 24)
 WORKERS = (0, 1, 2, 4)
 GRID_STEPS = 3
-# Widths and heights of coloured pictures, one twice as often as the others.
+# Widths and heights of coloured images, one twice as often as the others.
 COLOURED, SHAPES = 600, ((12, 12), (12, 12), (21, 13), (9, 30))
 # For processes that start on a machine that does much else.
 LONGEST_WAIT_SECONDS = 600
@@ -76,13 +76,13 @@ def make_config(folder: Path) -> Config:
     for name, kind in (("digits", "digits"), ("docs", "python-docs")):
         prepare(kind, folder / name)
     if not (folder / "colours").exists():
-        write_shards(coloured(random.Random(0)), folder / "colours" / "held_out")
+        write_shards(coloured(random.Random(0)), folder / "colours" / "validation")
     model = folder / "tokenizer.model"
     if not model.exists():
         train_tokenizer(texts(expand(f"{folder}/*/train/*.tar")), model, vocabulary=1024)
     shares = {"digits": 0.25, "colours": 0.25, "docs": 0.5}
     sources = [
-        {"name": name, "shards": f"{folder}/{name}/held_out/*.tar", "weight": share}
+        {"name": name, "shards": f"{folder}/{name}/validation/*.tar", "weight": share}
         for name, share in shares.items()
     ]
     data = {"sources": sources, "tokenizer": str(model), "sequence_length": 512, "global_batch_size": ROWS}
@@ -90,13 +90,13 @@ def make_config(folder: Path) -> Config:
 
 
 def coloured(chance: random.Random) -> Iterator[Sample]:
-    """Transparent pictures of several shapes: those of one shape in a row are resampled together."""
+    """Transparent images of several shapes: those of one shape in a row are resampled together."""
     for number in range(COLOURED):
         width, height = chance.choice(SHAPES)
         values = np.frombuffer(chance.randbytes(4 * width * height), np.uint8).reshape(height, width, 4)
         stream = io.BytesIO()
         Image.fromarray(values).save(stream, "PNG")
-        yield picture_sample(stream.getvalue(), "png", f"picture {number} of {width} by {height}")
+        yield image_sample(stream.getvalue(), "png", f"image {number} of {width} by {height}")
 
 
 def open_loader(config: Config, rank: int, world_size: int, workers: int, state: str | None) -> Loader:

@@ -1,9 +1,9 @@
-"""Damages good shards at random and reads them: never a crash, a hang, or a picture with another sample's caption.
+"""Damages good shards at random and reads them: never a crash, a hang, or an image with another sample's caption.
 
     .venv/bin/python campaigns/fuzz.py --data 'DIR/*.tar' [--times 10000] [--out FILE]
 
-The shards hold pairs, with the `sha256` of each picture in KEY.json. Each time the beginning of one is flipped, cut,
-repeated, overwritten or torn at random places, scanned twice, and every picture found good is decoded. Exits with 3
+The shards hold pairs, with the `sha256` of each image in KEY.json. Each time the beginning of one is flipped, cut,
+repeated, overwritten or torn at random places, scanned twice, and every image found good is decoded. Exits with 3
 when something went wrong.
 """
 
@@ -119,23 +119,23 @@ def judge(path: Path, data: bytes, captions: dict[str, str], counts: collections
         if isinstance(each, Fault):
             counts[each.reason] += 1
             continue
-        counts["good" if each.pictures else "text"] += 1
-        if not each.pictures:
+        counts["good" if each.images else "text"] += 1
+        if not each.images:
             # A cut along the borders of members has left a caption that nothing tells from a text.
             continue
-        stored = each.pictures[0]
+        stored = each.images[0]
         try:
             decode(data[stored.offset : stored.offset + stored.size], channels=3, image_size=32)
         except SampleError:
             counts["found bad by decoding"] += 1
         own = captions.get(_hash(data, each))
         if own != each.text and each.text in captions.values():
-            problems.append(f"{each.key}: the caption {each.text!r} is another picture's")
+            problems.append(f"{each.key}: the caption {each.text!r} is another image's")
     return problems
 
 
 def _hash(data: bytes, sample: RawSample) -> str:
-    stored = sample.pictures[0]
+    stored = sample.images[0]
     return hashlib.sha256(data[stored.offset : stored.offset + stored.size]).hexdigest()
 
 

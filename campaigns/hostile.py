@@ -121,7 +121,7 @@ def _refused(fault: Fault) -> dict[str, Any]:
 def _used(sample: RawSample, shard: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Tokenise and decode as training does."""
     ids = [token for text in sample.texts for token in tokenizer.encode(text)]
-    for stored in sample.pictures:
+    for stored in sample.images:
         with shard.open("rb") as stream:
             stream.seek(stored.offset)
             try:
@@ -130,7 +130,7 @@ def _used(sample: RawSample, shard: Path, tokenizer: Tokenizer) -> dict[str, Any
                 return {"reason": str(error), "offset": sample.offset}
     return {
         "text": sample.text if len(sample.texts) else "",
-        "size": [[stored.width, stored.height] for stored in sample.pictures],
+        "size": [[stored.width, stored.height] for stored in sample.images],
         "elements": len(sample.elements),
         "control_ids": min(ids, default=len(SpecialToken)) < len(SpecialToken),
         "notes": sample.notes,

@@ -32,7 +32,7 @@ STEPS = 9
 SETTINGS = (
     "codec.channels=1", "codec.image_size=8", "model.layers=2", "model.hidden_size=64", "model.heads=2",
     "data.tokenizer=tokenizer.model", "data.sources=[{name: digits, shards: digits/train/*.tar}]",
-    "data.validation=[{name: digits, shards: digits/held_out/*.tar}]", "data.sequence_length=128",
+    "data.validation=[{name: digits, shards: digits/validation/*.tar}]", "data.sequence_length=128",
     "data.global_batch_size=4", "data.micro_batch_size=0",
     "optimizer.warmup_steps=2", "optimizer.learning_rate=0.003", "optimizer.ema_decay=0.9",
     f"train.steps={STEPS}", "train.precision=fp32", "train.threads=1", "train.zero.persistence_threshold=0",
@@ -186,7 +186,7 @@ def half_a_file(place: Place) -> dict[str, Any]:
 
 
 def evaluation(place: Place) -> dict[str, Any]:
-    """kill -9 of the second rank amid the held-out losses of step 6."""
+    """kill -9 of the second rank amid the validation losses of step 6."""
     place.run("evaluation", 2, "evaluation")
     require(len(place.figures("evaluation")) == 5, "the line of step 6 was not written")
     return place.goes_on("evaluation", 2)
@@ -360,7 +360,7 @@ def as_rank(blow: str, arguments: list[str]) -> None:
 
         saving.write_tensors = half
     elif blow == "evaluation" and second():
-        losses = reporting.held_out_losses
+        losses = reporting.validation_losses
         times = iter(range(2))
 
         def amid(*given: Any) -> Any:
@@ -368,7 +368,7 @@ def as_rank(blow: str, arguments: list[str]) -> None:
                 in_forward(lambda: strike(signal.SIGKILL))
             return losses(*given)
 
-        reporting.held_out_losses = amid
+        reporting.validation_losses = amid
     elif blow == "full disk" and second():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, FULL_DISK_BYTES))

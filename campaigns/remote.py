@@ -2,7 +2,7 @@
 
     .venv/bin/python campaigns/remote.py [--shards 50] [--samples 1000] [--out FILE]
 
-Makes shards of captioned pictures, serves them over HTTP on this machine, and reads them through a cache of a tenth
+Makes shards of captioned images, serves them over HTTP on this machine, and reads them through a cache of a tenth
 of their bytes.
 
     traffic   bytes downloaded in one epoch over bytes of the data: windows of 2 shards, and all shards in one window,
@@ -60,7 +60,7 @@ class Place(NamedTuple):
         """A run over all shards, with a cache of its own."""
         shards = f"{web.address}/{{00000..{self.shards - 1:05d}}}.tar"
         data = {
-            "sources": [{"name": "pictures", "shards": shards, "shuffle_window": window}],
+            "sources": [{"name": "images", "shards": shards, "shuffle_window": window}],
             "tokenizer": str(self.folder / "tokenizer.model"),
             "index": str(self.folder / "index"),
             "sequence_length": 64,

@@ -3,7 +3,7 @@
     .venv/bin/python campaigns/zero_equals_one.py [--ranks 2 4] [--cases 'compiled*' ...]
 
 Batches of text and images, the same for all processes together as for the one: mixed, unequal across ranks (text
-alone beside images alone, and so on), packed, with pictures of several sizes that are not the same on all ranks, in
+alone beside images alone, and so on), packed, with images of several sizes that are not the same on all ranks, in
 four micro-batches. Rows shared by two ranks, blocks compiled and recomputed, and all of that at once. Learned places
 and none, the U-Net, stages 1 and 2, second copies (hpZ), offload. The other cases run in stage 3 with nothing kept
 gathered.
@@ -57,7 +57,7 @@ class Case:
 SHARED = {"train__sequence_parallel": 2}
 COMPILED = {"train__compile": True}
 RECOMPUTED = {"train__activation_checkpointing": "block"}
-# Ranks with other pictures, and so with more or fewer groups of them, and of other numbers of patches.
+# Ranks with other images, and so with more or fewer groups of them, and of other numbers of patches.
 SEVERAL: Stream = [("two sizes", "mixed"), ("wide", "text"), ("two sizes", "wide"), ("text", "two sizes")]
 CASES = {
     "mixed": Case(stream=[("mixed", "mixed"), ("two kinds", "mixed")]),

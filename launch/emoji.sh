@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The emoji grids of configs/experiments: their data, their runs, their tables and figure.
 #
-#   bash launch/emoji.sh prepare PICTURES TEXT KL VQ   once: PICTURES/{train,val}/*.tar, TEXT/{train,val}/*.jsonl, two codecs
+#   bash launch/emoji.sh prepare IMAGES TEXT KL VQ   once: IMAGES/{train,val}/*.tar, TEXT/{train,val}/*.jsonl, two codecs
 #   bash launch/emoji.sh scaling [section.key=value ...]
 #   bash launch/emoji.sh ablation [section.key=value ...]
 #   bash launch/emoji.sh position [section.key=value ...]
@@ -9,7 +9,7 @@
 # Run again, each goes on where it stopped. PROCESSES (default 2) runs at once, a thread each.
 set -euo pipefail
 
-usage="usage: bash launch/emoji.sh prepare PICTURES TEXT KL VQ | scaling|ablation|position [section.key=value ...]"
+usage="usage: bash launch/emoji.sh prepare IMAGES TEXT KL VQ | scaling|ablation|position [section.key=value ...]"
 [[ $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
 command="$1"
 shift
@@ -25,8 +25,8 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 DATA=data/emoji
 GRIDS=configs/experiments
-# Documents of the held-out text that are judged: all of them would cost more than the training.
-HELD_OUT=200
+# Documents of the validation text that are judged: all of them would cost more than the training.
+VALIDATION=200
 METRICS=(--metric text_loss_nats_per_byte --metric classifier_frechet --metric caption_token_f1)
 
 transfusion() {
@@ -35,19 +35,19 @@ transfusion() {
 
 prepare() {
     mkdir -p "$DATA"
-    ln -sfnT "$1" "$DATA/pictures"
+    ln -sfnT "$1" "$DATA/images"
     ln -sfnT "$2" "$DATA/text"
     ln -sfnT "$3" "$DATA/kl"
     ln -sfnT "$4" "$DATA/vq"
-    cat "$DATA"/text/val/*.jsonl | awk -v most="$HELD_OUT" 'NR <= most' > "$DATA/text_held_out.jsonl"
-    [[ -e "$DATA/tokenizer.model" ]] || transfusion tokenizer train "$DATA/pictures/train/*.tar" \
+    cat "$DATA"/text/val/*.jsonl | awk -v most="$VALIDATION" 'NR <= most' > "$DATA/text_validation.jsonl"
+    [[ -e "$DATA/tokenizer.model" ]] || transfusion tokenizer train "$DATA/images/train/*.tar" \
         "$DATA/text/train/00000.jsonl" --out "$DATA/tokenizer.model" --vocabulary 1024
     local kind
     for kind in kl vq; do
-        transfusion codec encode "$DATA/$kind" "$DATA/pictures/train/*.tar" --out "$DATA/encoded/$kind"
+        transfusion codec encode "$DATA/$kind" "$DATA/images/train/*.tar" --out "$DATA/encoded/$kind"
     done
     [[ -e "$DATA/classifier.safetensors" ]] || transfusion classifier "$GRIDS/emoji.yaml" \
-        --out "$DATA/classifier.safetensors" "data.sources.1.shards=$DATA/pictures/train/*.tar"
+        --out "$DATA/classifier.safetensors" "data.sources.1.shards=$DATA/images/train/*.tar"
 }
 
 scaling() {

@@ -117,14 +117,14 @@ if { wanted step-zero || wanted quickstart-train; } && has deepspeed && "$PYTHON
 # Sizes, on a GPU and tiny.
 sources="[{name: digits, shards: $DATA/digits/train/*.tar, share: 0.8}, "
 sources+="{name: python-docs, shards: $DATA/text/train/*.tar, share: 0.2}]"
-held_out="[{name: digits, shards: $DATA/digits/held_out/*.tar}, "
-held_out+="{name: python-docs, shards: $DATA/text/held_out/*.tar}]"
-training=("run.dir=$RUN" "data.tokenizer=$DATA/tokenizer.model" "data.sources=$sources" "data.validation=$held_out")
+validation="[{name: digits, shards: $DATA/digits/validation/*.tar}, "
+validation+="{name: python-docs, shards: $DATA/text/validation/*.tar}]"
+training=("run.dir=$RUN" "data.tokenizer=$DATA/tokenizer.model" "data.sources=$sources" "data.validation=$validation")
 if $cpu; then
     training+=(train.steps=3 train.threads=1 train.engine=local train.precision=fp32 model.layers=2 model.hidden_size=64
         model.heads=2 sample_grid.steps=2 sample_grid.per_prompt=1)
     sampling=(-n 1 --steps 2)
-    suites=(--suite held-out)
+    suites=(--suite validation)
     stepping=(--steps 3 --seconds 5)
     table=(--families transfusion causal)
     workers=()
@@ -132,7 +132,7 @@ else
     training+=(train.steps=300 train.precision=bf16 data.global_batch_size=32 checkpoint.every=300 log.every=10)
     if ! $zero; then training+=(train.engine=local); fi
     sampling=(-n 8 --steps 50)
-    suites=(--suite held-out --suite digits)
+    suites=(--suite validation --suite digits)
     stepping=(--steps 20 --seconds 20)
     table=()
     workers=()
@@ -167,7 +167,7 @@ transfusion quickstart-tokenizer 40 tokenizer train "$DATA/*/train/*.tar" --out 
     --vocabulary 1280
 transfusion quickstart-train 120 train configs/train/quickstart.yaml "${training[@]}"
 transfusion quickstart-export 30 export "$RUN" --out "$MODEL"
-transfusion quickstart-sample 40 sample "$MODEL" --out "$RUN/pictures" --cfg 3 --sampler ddim --seed 0 \
+transfusion quickstart-sample 40 sample "$MODEL" --out "$RUN/images" --cfg 3 --sampler ddim --seed 0 \
     --prompt "a handwritten three" --prompt "a handwritten seven" "${sampling[@]}"
 transfusion quickstart-evaluate 60 eval "$MODEL" --out "$RUN" "${suites[@]}"
 transfusion quickstart-report 30 report "$RUN"

@@ -25,7 +25,7 @@ CONFIG=configs/train/quickstart.yaml
 DATA=data/quickstart
 RUN=runs/quickstart
 MODEL=$RUN/export
-PICTURES=$RUN/pictures
+IMAGES=$RUN/images
 
 timings=()
 current=""
@@ -76,7 +76,7 @@ train() {
 }
 
 sample() {
-    transfusion sample "$MODEL" --out "$PICTURES" -n 8 --cfg 3 --sampler ddim --steps 50 --seed 0 \
+    transfusion sample "$MODEL" --out "$IMAGES" -n 8 --cfg 3 --sampler ddim --steps 50 --seed 0 \
         --prompt "a handwritten three" --prompt "a handwritten seven"
 }
 
@@ -89,9 +89,9 @@ stage prepare prepare
 [[ -e "$DATA/tokenizer.model" ]] || stage tokenizer train_tokenizer
 stage train train
 newer "$MODEL/config.json" "$RUN/metrics.jsonl" || stage export transfusion export "$RUN" --out "$MODEL"
-newer "$PICTURES/index.jsonl" "$MODEL/config.json" || stage sample sample
+newer "$IMAGES/index.jsonl" "$MODEL/config.json" || stage sample sample
 newer "$RUN/metrics.json" "$MODEL/config.json" \
-    || stage evaluate transfusion eval "$MODEL" --suite digits --suite held-out --out "$RUN"
+    || stage evaluate transfusion eval "$MODEL" --suite digits --suite validation --out "$RUN"
 stage report transfusion report "$RUN"
 
 printf '\n'
@@ -99,7 +99,7 @@ printf '  %s\n' "${timings[@]}"
 cat <<END
 
 Report    $ROOT/$RUN/report.html
-Pictures  $ROOT/$PICTURES
+Images  $ROOT/$IMAGES
 Metrics   $ROOT/$RUN/metrics.json
-Model     $ROOT/$MODEL   (.venv/bin/transfusion sample $MODEL --prompt "a handwritten five" --out pictures)
+Model     $ROOT/$MODEL   (.venv/bin/transfusion sample $MODEL --prompt "a handwritten five" --out images)
 END

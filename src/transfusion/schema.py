@@ -1,7 +1,7 @@
 """The types that cross module borders.
 
 Shape suffixes: B rows, S positions in a row, A position axes, I images in a group, P patches an image,
-C channels, H/W picture height and width, K timestep buckets.
+C channels, H/W image height and width, K timestep buckets.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TextSegment:
 
 @dataclass(frozen=True, slots=True)
 class ImageSegment:
-    """One picture: uint8 values [C, H, W] as decoded, its patches, how many stand in a row (0: it is square), and the
+    """One image: uint8 values [C, H, W] as decoded, its patches, how many stand in a row (0: it is square), and the
     token before them, which tells the size."""
 
     values_CHW: Any
@@ -65,7 +65,7 @@ class ImageGroup:
     values: uint8 pixels [I, C, H, W] (or float latents of that layout, or int32 tokens [I, H, W]); the codec
         turns them into latents or tokens.
     image_weight_I: float32, 1 for a real image, 0 for one that only keeps every rank's work alike.
-    patch_slot_IP: int64, flat positions (row * S + position) of its patches, row-major over the picture.
+    patch_slot_IP: int64, flat positions (row * S + position) of its patches, row-major over the image.
     timestep_I: int64 in [0, diffusion.steps); one noise level an image.
     noise_key_I: int64, key of the counter-based noise (`diffusion.noise`).
     """

@@ -24,15 +24,15 @@ PATCHES = 4
 SIDE = 4
 
 Content = Literal["mixed", "text", "image", "little text", "two kinds", "packed", "wide", "two sizes"]
-# Words of a document and the pictures that follow them: how many times as wide as high each is, and so how many times
+# Words of a document and the images that follow them: how many times as wide as high each is, and so how many times
 # PATCHES it has.
 Document = tuple[int, tuple[int, ...]]
-# The second picture of an even row stands on both sides of the row's middle.
+# The second image of an even row stands on both sides of the row's middle.
 PACKED: list[list[Document]] = [[(3, (1,)), (2, (1,)), (4, ())], [(5, ()), (6, (1,)), (3, (1,))]]
 
 
 def small_config(**changes: Any) -> Config:
-    """Two blocks of width 32 on 4x4 pictures of four patches. `changes`: dotted names with `__` for the dot."""
+    """Two blocks of width 32 on 4x4 images of four patches. `changes`: dotted names with `__` for the dot."""
     values: dict[str, Any] = {
         "run": {"seed": 7},
         "model": {"vocabulary": VOCABULARY, "layers": 2, "hidden_size": 32, "heads": 2, "ffn_size": 64},
@@ -51,10 +51,10 @@ def small_config(**changes: Any) -> Config:
 
 
 def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> Batch:
-    """Rows of one document each (packed: of three) and some padding; without pictures there is one of weight 0.
+    """Rows of one document each (packed: of three) and some padding; without images there is one of weight 0.
 
-    side: height of the pictures, which have four patches, twice as wide ones eight. two kinds: as mixed, the first
-    picture as latents. wide: one of eight patches in each row. two sizes: one of each, in turn first.
+    side: height of the images, which have four patches, twice as wide ones eight. two kinds: as mixed, the first
+    image as latents. wide: one of eight patches in each row. two sizes: one of each, in turn first.
     """
     random = torch.Generator().manual_seed(seed)
     token = torch.zeros(rows, LENGTH, dtype=torch.int64)
@@ -66,12 +66,12 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
     start_of = torch.zeros(rows, LENGTH, dtype=torch.int64)
     for row in range(rows):
         end = 0
-        for words, pictures in PACKED[row % 2] if content == "packed" else [_document(content, row)]:
+        for words, aspects in PACKED[row % 2] if content == "packed" else [_document(content, row)]:
             text = torch.randint(8, VOCABULARY, (words,), generator=random)
             document = [int(SpecialToken.BEGIN_DOCUMENT), *text.tolist()]
             start = end
             weight[row, start : start + len(document) - 1] = 1.0
-            for times in pictures:
+            for times in aspects:
                 first, patches = start + len(document) + 1, times * PATCHES
                 slots.setdefault(times, []).append(row * LENGTH + torch.arange(first, first + patches))
                 image_end[row, first : first + patches] = first + patches
@@ -132,7 +132,7 @@ def _document(content: Content, row: int) -> Document:
 
 
 def _two_kinds(group: ImageGroup) -> tuple[ImageGroup, ImageGroup]:
-    """The first picture as float latents, the others as they are."""
+    """The first image as float latents, the others as they are."""
     fields = ("values", "image_weight_I", "patch_slot_IP", "timestep_I", "noise_key_I")
     first, others = (
         replace(group, **{name: getattr(group, name)[part] for name in fields})
@@ -165,7 +165,7 @@ def join_rows(first: Batch, second: Batch) -> Batch:
 
 
 def with_broken_image(batch: Batch) -> Batch:
-    """The same batch with a picture of NaN."""
+    """The same batch with an image of NaN."""
     group = batch.images[0]
     values = torch.full(group.values.shape, float("nan"))
     return replace(batch, images=(replace(group, values=values),))

@@ -57,7 +57,7 @@ def test_the_head_is_gathered_once_however_its_targets_are_cut(pair: Findings) -
 
 
 def test_image_tokens_are_learned_as_in_one_process(pair: Findings) -> None:
-    """The Chameleon baseline, of whose ranks some have no picture; then each draws its share of three."""
+    """The Chameleon baseline, of whose ranks some have no image; then each draws its share of three."""
     for found, share in zip(pair("chameleon"), (2, 1), strict=True):
         assert found["loss"] < 1e-6
         assert found["norm"] < 1e-6
@@ -149,15 +149,15 @@ def test_evaluation_uses_the_average_and_leaves_no_trace(pair: Findings, kind: s
 
 @pytest.mark.parametrize("kind", ["defaults", "nothing kept", "unet"])
 def test_ranks_with_unequal_shares_judge_as_one_process(pair: Findings, kind: str) -> None:
-    """Three pictures on two ranks, then one, and held-out data that leave one rank nothing but padding."""
+    """Three images on two ranks, then one, and validation data that leave one rank nothing but padding."""
     assert [found["of one"] for found in pair(f"judged: {kind}")] == [1, 0]
     for found in pair(f"judged: {kind}"):
         assert found["shares"] == [2, 1]
         assert found["captions"]
         # One level of 255: latents that agree to 1e-6 may round to either side.
         assert found["greatest difference"] <= 1
-        assert found["different pictures"] == 3
-        assert found["held out"] < 1e-6
+        assert found["different images"] == 3
+        assert found["validation"] < 1e-6
         assert found["counts"] == [78.0, 64.0]
         assert found["trains on the same"]
 

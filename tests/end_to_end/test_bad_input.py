@@ -28,7 +28,7 @@ def rewrite(shard: Path, changes: dict[str, bytes]) -> None:
 
 
 def undecodable(png: bytes) -> bytes:
-    """A picture with right checksums whose pixels cannot be inflated: only decoding finds that."""
+    """An image with right checksums whose pixels cannot be inflated: only decoding finds that."""
     body = b"IDAT" + b"?" * 20
     return png[:33] + struct.pack(">I", 20) + body + struct.pack(">I", zlib.crc32(body)) + png[-12:]
 
@@ -50,7 +50,7 @@ def test_a_run_survives_bad_samples_and_names_them(workplace: Any, shards: Path,
         names = [member.name for member in archive if member.name.endswith(".png")]
         bad = undecodable(archive.extractfile(names[3]).read())  # type: ignore[union-attr]
     caption, facts = names[5].replace(".png", ".txt"), names[3].replace(".png", ".json")
-    rewrite(shard, {names[3]: bad, facts: b"{}", names[4]: b"not a picture", caption: b" \n"})
+    rewrite(shard, {names[3]: bad, facts: b"{}", names[4]: b"not an image", caption: b" \n"})
     workplace.run(
         *workplace.train(
             "runs/bad", source(shards), "train.steps=30", "data.global_batch_size=16", "data.validation=[]"
@@ -71,7 +71,7 @@ def test_too_many_bad_samples_stop_a_run(workplace: Any, shards: Path) -> None:
     for shard in shards.glob("*.tar"):
         with tarfile.open(shard) as archive:
             names = [member.name for member in archive if member.name.endswith(".png")]
-        rewrite(shard, dict.fromkeys(names[::3], b"not a picture"))
+        rewrite(shard, dict.fromkeys(names[::3], b"not an image"))
     said = workplace.run(*workplace.train("runs/too-bad", source(shards), "train.steps=3"), code=2)
     assert "Traceback" not in said and "max_bad_fraction" in said
 
@@ -111,11 +111,11 @@ def test_what_only_the_main_process_cannot_write_ends_all(workplace: Any) -> Non
 
 
 def test_bad_samples_of_all_ranks_are_judged_together(workplace: Any, shards: Path) -> None:
-    """Pictures that only decoding finds bad pass the index; each rank alone has read too few to judge."""
+    """Images that only decoding finds bad pass the index; each rank alone has read too few to judge."""
     for shard in shards.glob("*.tar"):
         with tarfile.open(shard) as archive:
-            pictures = [member for member in archive if member.name.endswith(".png")]
-            bad = {member.name: undecodable(archive.extractfile(member).read()) for member in pictures[::2]}  # type: ignore[union-attr]
+            images = [member for member in archive if member.name.endswith(".png")]
+            bad = {member.name: undecodable(archive.extractfile(member).read()) for member in images[::2]}  # type: ignore[union-attr]
         rewrite(shard, bad | {name.replace(".png", ".json"): b"{}" for name in bad})
     command = workplace.train("runs/too-torn", source(shards), "train.steps=30", "data.validation=[]")
     said = workplace.run(*command, processes=2, code=1)
@@ -129,16 +129,16 @@ def test_a_model_folder_with_a_missing_file(workplace: Any, trained: str, name: 
     model = tmp_path / "model"
     shutil.copytree(workplace.folder / trained / "export", model)
     (model / name).unlink()
-    out = tmp_path / "pictures"
+    out = tmp_path / "images"
     command = ["sample", str(model), "--prompt", "a", "--out", str(out), "--weights", "raw"]
     said = workplace.run(*command, code=2)
     assert name in said and "Traceback" not in said
     assert not out.exists()
 
 
-def test_pictures_and_guidance_that_cannot_be_used(workplace: Any, trained: str, tmp_path: Path) -> None:
+def test_images_and_guidance_that_cannot_be_used(workplace: Any, trained: str, tmp_path: Path) -> None:
     text = tmp_path / "a.png"
-    text.write_text("not a picture")
+    text.write_text("not an image")
     assert "a.png" in workplace.run("caption", f"{trained}/export", str(text), code=2)
     command = ["sample", f"{trained}/export", "--prompt", "a", "--out", str(tmp_path / "x")]
     assert "guidance" in workplace.run(*command, "--cfg", "-1", code=2)

@@ -36,10 +36,10 @@ def test_both_models_in_one_grid(transfusion: Command, tmp_path: Path) -> None:
     vq = {
         "model": {"family": "chameleon", "patch_size": 1},
         "codec": {"kind": "vq", "folder": "vq/codec"},
-        "data": {"sources": [{"name": "pictures", "shards": "vq/shards/*.tar"}], "sequence_length": 96},
+        "data": {"sources": [{"name": "images", "shards": "vq/shards/*.tar"}], "sequence_length": 96},
     }
     (tmp_path / "vq.yaml").write_text(yaml.safe_dump(vq))
-    transfusion("prepare", "own", "--out", "data", "--held-out", "0.2")
+    transfusion("prepare", "own", "--out", "data", "--validation", "0.2")
     transfusion("tokenizer", "train", "data/train/*.tar", "--out", "tokenizer.model", "--vocabulary", "275")
     for kind in ("kl", "vq"):
         codec = CODEC.replace("kind: kl", f"kind: {kind}").replace(
@@ -48,13 +48,13 @@ def test_both_models_in_one_grid(transfusion: Command, tmp_path: Path) -> None:
         (tmp_path / "codec.yaml").write_text(codec)
         transfusion("codec", "train", "codec.yaml", f"run.dir={kind}")
         transfusion("codec", "encode", f"{kind}/codec", "data/train/*.tar", "--out", f"{kind}/shards")
-    pictures = "data.sources.0.shards=data/train/*.tar"
-    transfusion("classifier", "model.yaml", "--out", "judge.safetensors", pictures, "--epochs", "3")
+    images = "data.sources.0.shards=data/train/*.tar"
+    transfusion("classifier", "model.yaml", "--out", "judge.safetensors", images, "--epochs", "3")
     assert "name its shards" in transfusion("classifier", "model.yaml", "--out", "no", code=2)
     grid = {
         "base": "model.yaml",
         "axes": {"model": {"transfusion": {}, "chameleon": {"base": "vq.yaml"}}},
-        "suites": ["held-out", "pictures", "captions"],
+        "suites": ["validation", "images", "captions"],
         "classifier": "judge.safetensors",
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
@@ -65,7 +65,7 @@ def test_both_models_in_one_grid(transfusion: Command, tmp_path: Path) -> None:
     for record in records:
         assert record["metrics"]["classifier_frechet"] > 0
         assert 0 <= record["metrics"]["caption_token_f1"] <= 1
-    assert "pictures_image_nats_per_token" in records[1]["metrics"]
+    assert "images_image_nats_per_token" in records[1]["metrics"]
     folder = "runs/chameleon.seed-0"
     transfusion("sample", f"{folder}/export", "--prompt", "a red square", "--out", "drawn", "-n", "2")
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2

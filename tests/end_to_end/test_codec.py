@@ -1,4 +1,4 @@
-"""Pictures as the latents of an autoencoder, from nothing to drawn pictures, by the commands a user would type."""
+"""Images as the latents of an autoencoder, from nothing to drawn images, by the commands a user would type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CODEC = (
     "network: {widths: [8, 8], layers: 1, latent_channels: 4, groups: 4, attention: false}\n"
     "loss: {perceptual_features: none, adversarial: 0.0}\n"
     "optimizer: {learning_rate: 3.0e-3, warmup_steps: 0}\n"
-    "pictures: {image_size: 16, shards: data/train/*.tar, held_out: data/held_out/*.tar}\n"
+    "images: {image_size: 16, shards: data/train/*.tar, validation: data/validation/*.tar}\n"
     "steps: 4\nbatch: 4\nthreads: 1\n"
 )
 MODEL = (
@@ -26,8 +26,8 @@ MODEL = (
     "codec: {kind: kl, folder: runs/codec/codec, image_size: 16}\n"
     "data:\n"
     "  tokenizer: tokenizer.model\n"
-    "  sources: [{name: pictures, shards: latents/*.tar}]\n"
-    "  held_out: [{name: pictures, shards: data/held_out/*.tar}]\n"
+    "  sources: [{name: images, shards: latents/*.tar}]\n"
+    "  validation: [{name: images, shards: data/validation/*.tar}]\n"
     "  sequence_length: 64\n"
     "  rows: 2\n"
     "train: {steps: 2, threads: 1, precision: fp32}\n"
@@ -35,7 +35,7 @@ MODEL = (
 )
 
 
-def draw_pictures(folder: Path) -> None:
+def draw_images(folder: Path) -> None:
     """Smooth colours, a caption beside each."""
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -45,11 +45,11 @@ def draw_pictures(folder: Path) -> None:
         (folder / f"{number:03d}.txt").write_text(f"colours, number {number}")
 
 
-def test_from_pictures_to_latents_to_pictures(transfusion: Command, tmp_path: Path) -> None:
-    draw_pictures(tmp_path / "own")
+def test_from_images_to_latents_to_images(transfusion: Command, tmp_path: Path) -> None:
+    draw_images(tmp_path / "own")
     (tmp_path / "codec.yaml").write_text(CODEC)
     (tmp_path / "model.yaml").write_text(MODEL)
-    transfusion("prepare", "own", "--out", "data", "--held-out", "0.3")
+    transfusion("prepare", "own", "--out", "data", "--validation", "0.3")
     transfusion("tokenizer", "train", "data/train/*.tar", "--out", "tokenizer.model", "--vocabulary", "290")
     said = transfusion("codec", "train", "codec.yaml", "run.dir=runs/codec")
     for loss in ("perceptual", "identity", "adversarial"):
@@ -57,18 +57,18 @@ def test_from_pictures_to_latents_to_pictures(transfusion: Command, tmp_path: Pa
     encode = ("codec", "encode", "runs/codec/codec", "data/train/*.tar", "--out", "latents")
     assert "there already" not in transfusion(*encode) and "there already" in transfusion(*encode)
     transfusion(
-        "codec", "report", "runs/codec/codec", "data/held_out/*.tar", "--out", "judged", "--limit", "3"
+        "codec", "report", "runs/codec/codec", "data/validation/*.tar", "--out", "judged", "--limit", "3"
     )
-    assert json.loads(Path("judged.json").read_text())["pictures"] == 3 and Path("judged.html").exists()
+    assert json.loads(Path("judged.json").read_text())["images"] == 3 and Path("judged.html").exists()
 
     transfusion("train", "model.yaml", "run.dir=runs/model")
-    # Stored latents were trained on, and held-out pictures encoded on the way.
-    assert read_metrics(Path("runs/model/metrics.jsonl"))[-1]["held_out_image_loss"] > 0
+    # Stored latents were trained on, and validation images encoded on the way.
+    assert read_metrics(Path("runs/model/metrics.jsonl"))[-1]["validation_image_loss"] > 0
     transfusion("export", "runs/model", "--out", "model")
     sample = ("sample", "model", "--prompt", "colours", "--cfg", "2", "--steps", "3", "--seed", "5", "--out")
     transfusion(*sample, "drawn")
-    with Image.open("drawn/0000.png") as picture:
-        assert (picture.size, picture.mode) == ((16, 16), "RGB")
+    with Image.open("drawn/0000.png") as image:
+        assert (image.size, image.mode) == ((16, 16), "RGB")
 
     # The export stands alone: it has the codec, and draws the same wherever the first one went.
     shutil.rmtree("runs")

@@ -27,7 +27,7 @@ def test_the_run_folder_holds_what_it_should(workplace: Any, trained: str) -> No
         assert line["loss"] > 0 and line["text_loss"] > 0 and line["image_loss"] > 0
         assert len(line["image_loss_by_timestep"]) == 10
         assert line["gradient_norm"] > 0 and line["skipped"] == 0
-    assert lines[-1]["held_out_text_loss"] > 0 and lines[-1]["held_out_image_loss"] > 0
+    assert lines[-1]["validation_text_loss"] > 0 and lines[-1]["validation_image_loss"] > 0
     # At step 0, at every save, and at the end.
     assert [path.stem for path in sorted((run / "samples").glob("*.png"))] == [
         f"step_{step:07d}" for step in (0, 3, 6, 7)
@@ -37,7 +37,7 @@ def test_the_run_folder_holds_what_it_should(workplace: Any, trained: str) -> No
 
 
 @pytest.mark.slow
-def test_sample_writes_pictures_and_an_index(workplace: Any, trained: str) -> None:
+def test_sample_writes_images_and_an_index(workplace: Any, trained: str) -> None:
     model = f"{trained}/export"
     command = [
         "sample",
@@ -51,15 +51,15 @@ def test_sample_writes_pictures_and_an_index(workplace: Any, trained: str) -> No
         "--cfg",
         "3",
     ]
-    workplace.run(*command, "--steps", "3", "--seed", "5", "--out", "pictures")
-    folder = workplace.folder / "pictures"
+    workplace.run(*command, "--steps", "3", "--seed", "5", "--out", "images")
+    folder = workplace.folder / "images"
     index = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     assert [entry["seed"] for entry in index] == [5, 6, 7, 8]
     assert [entry["prompt"] for entry in index] == ["a handwritten three"] * 2 + ["the digit 7"] * 2
     for entry in index:
-        with Image.open(folder / entry["file"]) as picture:
-            assert (picture.size, picture.mode) == ((8, 8), "L")
-    # The same seed draws the same picture, in whatever company.
+        with Image.open(folder / entry["file"]) as image:
+            assert (image.size, image.mode) == ((8, 8), "L")
+    # The same seed draws the same image, in whatever company.
     alone = ["sample", model, "--prompt", "the digit 7", "--cfg", "3", "--steps", "3", "--seed", "7"]
     workplace.run(*alone, "--out", "alone")
     assert (workplace.folder / "alone" / "0000.png").read_bytes() == (folder / "0002.png").read_bytes()
@@ -79,7 +79,7 @@ def test_caption_prints_one_object_a_line(workplace: Any, trained: str) -> None:
 
 @pytest.mark.slow
 def test_evaluation_and_report(workplace: Any, trained: str) -> None:
-    suites = ["--suite", "held-out", "--suite", "digits"]
+    suites = ["--suite", "validation", "--suite", "digits"]
     out = workplace.run("eval", f"{trained}/export", *suites, "--out", trained)
     metrics = json.loads((workplace.folder / trained / "metrics.json").read_text())
     for name in (

@@ -1,4 +1,4 @@
-"""The README's walk-through for one's own pictures, command by command, on a few pictures and steps."""
+"""The README's walk-through for one's own images, command by command, on a few images and steps."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ SMALLER = [
 ]  # fmt: skip
 
 
-def draw_pictures(folder: Path) -> None:
+def draw_images(folder: Path) -> None:
     """Coloured circles and squares of odd sizes, each with a caption beside it."""
     folder.mkdir()
     choose = random.Random(0)
     for number in range(60):
         color, shape = choose.choice(["red", "green", "blue"]), choose.choice(["circle", "square"])
-        picture = Image.new("RGB", (choose.randint(20, 60), choose.randint(20, 60)), "white")
-        pen = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (choose.randint(20, 60), choose.randint(20, 60)), "white")
+        pen = ImageDraw.Draw(image)
         (pen.ellipse if shape == "circle" else pen.rectangle)((5, 5, 18, 18), fill=color)
-        picture.save(folder / f"{number:03d}.png")
+        image.save(folder / f"{number:03d}.png")
         (folder / f"{number:03d}.txt").write_text(f"a {color} {shape}")
 
 
@@ -46,7 +46,7 @@ def commands() -> list[list[str]]:
 
 def test_the_walk_through_of_the_readme(workplace: Any, tmp_path: Path) -> None:
     place = type(workplace)(tmp_path)
-    draw_pictures(tmp_path / "FOLDER")
+    draw_images(tmp_path / "FOLDER")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "photo.jpg").write_bytes((tmp_path / "FOLDER" / "000.png").read_bytes())
     said = {}
@@ -54,7 +54,7 @@ def test_the_walk_through_of_the_readme(workplace: Any, tmp_path: Path) -> None:
         arguments = [re.sub(r"^(2048|8|100)$", lambda match: {"2048": "300", "8": "2", "100": "3"}[match[0]], part)
                      for part in command]  # fmt: skip
         if command[0] == "prepare":
-            arguments += ["--held-out", "0.2"]
+            arguments += ["--validation", "0.2"]
         if command[0] == "train":
             arguments = [part for part in arguments if not part.startswith("train.steps")] + SMALLER
         if command[0] != "doctor":
@@ -70,7 +70,7 @@ def test_the_walk_through_of_the_readme(workplace: Any, tmp_path: Path) -> None:
         "report",
         "config",
     } <= said.keys()
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+    assert len(list((tmp_path / "images").glob("*.png"))) == 2
     assert json.loads(said["caption"].splitlines()[-1])["image"] == "photo.jpg"
-    assert "pictures_image_loss" in json.loads((tmp_path / "runs/own/metrics.json").read_text())
+    assert "images_image_loss" in json.loads((tmp_path / "runs/own/metrics.json").read_text())
     assert (tmp_path / "runs/own/report.html").exists()

@@ -66,7 +66,7 @@ def test_from_nothing_to_the_report_and_on_again(checkout: Path, quickstart: Qui
     assert "two" in (run / "report.html").read_text(encoding="utf-8")
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     assert {"generation_accuracy", "caption_accuracy", "text_loss_nats_per_token"} <= set(metrics)
-    assert len((run / "pictures" / "index.jsonl").read_text(encoding="utf-8").splitlines()) == 16
+    assert len((run / "images" / "index.jsonl").read_text(encoding="utf-8").splitlines()) == 16
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
 

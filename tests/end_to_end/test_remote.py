@@ -24,7 +24,7 @@ def test_training_from_a_server(workplace: Commands) -> None:
         base = web.address.replace("http://", "http://me:hunter2@") + "/data/quickstart/digits"
         sources = [
             f"data.sources.0.shards={base}/train/{{00000..00001}}.tar?X-Amz-Signature=hunter2",
-            f"data.validation.0.shards={base}/held_out/00000.tar",
+            f"data.validation.0.shards={base}/validation/00000.tar",
         ]
         said = [workplace.run(*workplace.train("remote", *sources, "train.steps=3"))]
         asked = web.asked.total()

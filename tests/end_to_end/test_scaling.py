@@ -32,7 +32,7 @@ def write_grid(path: Path, size: dict[str, dict[str, Any]], **more: Any) -> None
 @pytest.mark.slow
 def test_a_grid_goes_on_where_it_stopped_and_is_fitted_and_drawn(workplace: Any) -> None:
     sizes = {"s": {"model.hidden_size": 32, "train.steps": 1}, "m": {"flops": BUDGET}}
-    write_grid(workplace.folder / "grid.yaml", sizes, suites=["held-out", "captions"])
+    write_grid(workplace.folder / "grid.yaml", sizes, suites=["validation", "captions"])
     command = ["scaling", "run", "grid.yaml", "--out", OUT]
     assert workplace.run(*command, "--list").split() == ["plain/s", "plain/m"]
     workplace.run(*command, "--only", "plain/m")

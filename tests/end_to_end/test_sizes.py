@@ -1,4 +1,4 @@
-"""Pictures of three shapes in one run: trained together, drawn in the shape asked for, or in the one that fits."""
+"""Images of three shapes in one run: trained together, drawn in the shape asked for, or in the one that fits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODEL = (
     "codec: {channels: 3, image_sizes: [16x16, 16x32, 32x16]}\n"
     "data:\n"
     "  tokenizer: tokenizer.model\n"
-    "  sources: [{name: pictures, shards: data/train/*.tar}]\n"
+    "  sources: [{name: images, shards: data/train/*.tar}]\n"
     "  sequence_length: 128\n"
     "  rows: 4\n"
     "  caption_first: 0.9\n"
@@ -31,7 +31,7 @@ MODEL = (
 SHAPES = {"wide red": (40, 20), "tall blue": (20, 42), "even green": (24, 25)}
 
 
-def draw_pictures(folder: Path) -> None:
+def draw_images(folder: Path) -> None:
     """One colour, a little darker or lighter each, in a shape that its caption tells."""
     folder.mkdir()
     for number in range(24):
@@ -42,10 +42,10 @@ def draw_pictures(folder: Path) -> None:
         (folder / f"{number:03d}.txt").write_text(caption)
 
 
-def test_from_pictures_of_three_shapes_to_drawn_ones(transfusion: Command, tmp_path: Path) -> None:
-    draw_pictures(tmp_path / "own")
+def test_from_images_of_three_shapes_to_drawn_ones(transfusion: Command, tmp_path: Path) -> None:
+    draw_images(tmp_path / "own")
     (tmp_path / "model.yaml").write_text(MODEL)
-    transfusion("prepare", "own", "--out", "data", "--held-out", "0.1")
+    transfusion("prepare", "own", "--out", "data", "--validation", "0.1")
     transfusion("tokenizer", "train", "data/train/*.tar", "--out", "tokenizer.model", "--vocabulary", "280")
     transfusion("train", "model.yaml", "run.dir=run")
     metrics = read_metrics(Path("run/metrics.jsonl"))
@@ -56,9 +56,9 @@ def test_from_pictures_of_three_shapes_to_drawn_ones(transfusion: Command, tmp_p
     sample = ("sample", "model", "--prompt", "wide red", "--cfg", "1", "--steps", "25", "--out")
     for size, shape in (("16x32", (32, 16)), ("32x16", (16, 32))):
         transfusion(*sample, size, "--size", size)
-        with Image.open(f"{size}/0000.png") as picture:
-            assert picture.size == shape
-            red, green, blue = np.asarray(picture).mean((0, 1))
+        with Image.open(f"{size}/0000.png") as image:
+            assert image.size == shape
+            red, green, blue = np.asarray(image).mean((0, 1))
             assert size == "32x16" or red > 1.5 * max(green, blue), (red, green, blue)
     said = transfusion(*sample, "refused", "--size", "8x8", code=2)
     assert "choose 16x16 or 16x32 or 32x16" in said and not Path("refused").exists()

@@ -36,7 +36,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def build_model() -> Callable[..., tuple[Config, Transfusion]]:
-    """build_model(**fields of ModelConfig) -> (config, model) with 8x8 grey pictures of 16 patches."""
+    """build_model(**fields of ModelConfig) -> (config, model) with 8x8 grey images of 16 patches."""
 
     def build(
         *,
@@ -111,22 +111,22 @@ def _row(
         for start, each in zip(borders(drafts), drafts, strict=False)
         for first, patches, _ in each.images
     ]
-    pictures = [
+    decoded = [
         np.asarray(segment.values_CHW)
         for document in documents
         for segment in document
         if isinstance(segment, ImageSegment)
     ]
     images = []
-    for number, (values, place) in enumerate(zip(pictures, places, strict=True), images_before):
+    for number, (values, place) in enumerate(zip(decoded, places, strict=True), images_before):
         timestep = timesteps[number] if timesteps else 10 * (number + 1)
         images.append(RowImage(values, *place, timestep, keys[number] if keys else number))
     return joined(drafts, settings, tuple(images), ())
 
 
 @pytest.fixture
-def picture() -> Callable[..., np.ndarray]:
-    """picture(seed) -> uint8 [1, 8, 8]."""
+def make_image() -> Callable[..., np.ndarray]:
+    """make_image(seed) -> uint8 [1, 8, 8]."""
 
     def make(seed: int, size: int = 8) -> np.ndarray:
         return np.random.default_rng(seed).integers(0, 256, (1, size, size), dtype=np.uint8)

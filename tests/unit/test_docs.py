@@ -71,7 +71,7 @@ def test_commands_are_taken(path: Path) -> None:
 def test_what_is_wrong_is_found() -> None:
     assert "no command" in complaint(["sampel"]) and "NoSuchOption" in complaint(["report", "x", "--what"])
     assert "MissingParameter" in complaint(["sample", "model", "--prompt", "a"])
-    assert not complaint(["sample", "model", "--prompt", "a", "-n", "N", "--out", "pictures"])
+    assert not complaint(["sample", "model", "--prompt", "a", "-n", "N", "--out", "images"])
     assert sum(1 for path in DOCUMENTS for _ in commands(path)) > 30
 
 

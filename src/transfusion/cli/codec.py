@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
 Folder = Annotated[str, typer.Argument(help="folder of an autoencoder, such as RUN/codec")]
-Shards = Annotated[list[str], typer.Argument(help="globs or brace ranges of .tar shards with pictures")]
+Shards = Annotated[list[str], typer.Argument(help="globs or brace ranges of .tar shards with images")]
 ImageSize = Annotated[
-    int, typer.Option(min=0, help="side of the square pictures; 0: what the folder was trained for")
+    int, typer.Option(min=0, help="side of the square images; 0: what the folder was trained for")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")]
 
-codec_app = typer.Typer(no_args_is_help=True, help="Image codecs: pictures to latents or tokens and back.")
+codec_app = typer.Typer(no_args_is_help=True, help="Image codecs: images to latents or tokens and back.")
 
 
 @codec_app.callback()
@@ -54,18 +54,18 @@ def encode(
     workers: Annotated[int, typer.Option(min=1, help="processes, a shard each")] = 1,
     device: Device = "cpu",
 ) -> None:
-    """Write latents (kl) or tokens (vq) of every picture beside it. Killed and run again it goes on."""
+    """Write latents (kl) or tokens (vq) of every image beside it. Killed and run again it goes on."""
     from transfusion.codec_train.encode import encode_shards
     from transfusion.data.images.latents import LatentRecord
 
     def progress(name: str, record: LatentRecord, reused: bool) -> None:
         left_out = "".join(f", left out: {count} x {reason}" for reason, count in record.left_out.items())
-        typer.echo(f"{name}: {record.encoded} pictures{' (there already)' if reused else ''}{left_out}")
+        typer.echo(f"{name}: {record.encoded} images{' (there already)' if reused else ''}{left_out}")
 
     settings = _settings(codec, image_size, size or [])
     records = encode_shards(settings, shards, out, workers=workers, device=device, progress=progress)
     total = sum(record.encoded for record in records)
-    typer.echo(f"{out}: {total} pictures in {len(records)} shards, by codec {settings.fingerprint}")
+    typer.echo(f"{out}: {total} images in {len(records)} shards, by codec {settings.fingerprint}")
 
 
 @codec_app.command()
@@ -74,13 +74,13 @@ def report(
     shards: Shards,
     out: Annotated[Path, typer.Option(help="NAME of NAME.html, NAME.png and NAME.json")],
     image_size: ImageSize = 0,
-    limit: Annotated[int, typer.Option(min=0, help="first pictures only; 0: all")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="first images only; 0: all")] = 0,
     rfid_weights: Annotated[
         Path | None, typer.Option(help="TorchScript of FID's Inception network, for rFID")
     ] = None,
     device: Device = "cpu",
 ) -> None:
-    """Measure what the codec gives back of pictures: PSNR, SSIM, rFID, and show some."""
+    """Measure what the codec gives back of images: PSNR, SSIM, rFID, and show some."""
     from transfusion.codec_train.report import write_report
 
     settings = _settings(codec, image_size)

@@ -73,7 +73,7 @@ def plan(
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Plan without reading pictures: time, memory, shares, padding, balance. data.global_batch_size is the global batch."""
+    """Plan without reading images: time, memory, shares, padding, balance. data.global_batch_size is the global batch."""
     from transfusion.config import load_config
     from transfusion.data.viewing.plan_stats import as_dict, describe, survey_config
 

@@ -96,18 +96,18 @@ def prepare(
         str, typer.Argument(help="digits, python-docs, a folder of images with captions, or a .jsonl")
     ],
     out: Annotated[Path, typer.Option(help="folder for the shards")],
-    held_out: Annotated[
+    validation: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="share kept for evaluation; default 0.02, of python-docs 0.1"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of captions and of the split")] = 0,
 ) -> None:
-    """Make webdataset shards, split into train and held_out."""
+    """Make webdataset shards, split into train and validation."""
     from transfusion.data.prepare.prepare import prepare as run
 
-    result = run(source, out, seed=seed, held_out=held_out)
+    result = run(source, out, seed=seed, validation=validation)
     state = "there already" if result.reused else "written"
-    print(f"{result.out}: {result.train} train and {result.held_out} held out, {state}")
+    print(f"{result.out}: {result.train} training and {result.validation} validation samples, {state}")
     for reason, count in result.skipped.items():
         print(f"left out: {count} x {reason}", file=sys.stderr)
 
@@ -149,7 +149,7 @@ def plan(
     gpu: Annotated[Literal["h200", "h100", "a100"], typer.Option(help="which GPU")] = "h200",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     pair_share: Annotated[
-        float, typer.Option(min=0, max=1, help="of the tokens, in pairs with a picture")
+        float, typer.Option(min=0, max=1, help="of the tokens, in pairs with an image")
     ] = 0.5,
     text_tokens: Annotated[int, typer.Option(min=3, help="tokens of a text")] = 1024,
     caption_tokens: Annotated[int, typer.Option(min=1, help="tokens of a caption")] = 32,
@@ -181,8 +181,8 @@ def export(
 def sample(
     model: Model,
     prompt: Annotated[list[str], typer.Option(help="a caption; repeat for several")],
-    out: Annotated[Path, typer.Option(help="folder for the pictures and index.jsonl")],
-    n: Annotated[int, typer.Option("-n", min=1, help="pictures a caption")] = 1,
+    out: Annotated[Path, typer.Option(help="folder for the images and index.jsonl")],
+    n: Annotated[int, typer.Option("-n", min=1, help="images a caption")] = 1,
     cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")] = 3.0,
     steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1)] = 100,
     sampler: Annotated[
@@ -191,14 +191,14 @@ def sample(
             help="how noise is removed; auto: ddpm, for a model of flow euler, which heun is for too"
         ),
     ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="picture k has seed + k")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="image k has seed + k")] = 0,
     size: Annotated[
         str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes; empty: the first of them")
     ] = "",
     weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:
-    """Draw pictures from captions."""
+    """Draw images from captions."""
     from transfusion.generate.image_files import save_samples
     from transfusion.generate.pipeline import Pipeline
 
@@ -208,7 +208,7 @@ def sample(
         prompt, per_prompt=n, guidance=cfg, steps=steps, sampler=sampler, seed=seed, size=wanted
     )
     save_samples(samples, out)
-    print(f"{out}: {len(samples)} pictures and index.jsonl")
+    print(f"{out}: {len(samples)} images and index.jsonl")
 
 
 def _size(text: str) -> Size | None:
@@ -224,18 +224,18 @@ def _size(text: str) -> Size | None:
 @app.command()
 def caption(
     model: Model,
-    images: Annotated[list[Path], typer.Argument(help="pictures")],
+    images: Annotated[list[Path], typer.Argument(help="images")],
     as_json: Annotated[bool, typer.Option("--json", help="one object a line: image, caption")] = False,
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
     weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:
-    """Describe pictures."""
-    from transfusion.generate.image_files import load_pictures
+    """Describe images."""
+    from transfusion.generate.image_files import load_images
     from transfusion.generate.pipeline import Pipeline
 
     pipeline = Pipeline.from_export(model, weights=weights, device=device)
-    captions = pipeline.caption(load_pictures(images, pipeline.config), max_tokens=max_tokens)
+    captions = pipeline.caption(load_images(images, pipeline.config), max_tokens=max_tokens)
     for image, text in zip(images, captions, strict=True):
         record = {"image": str(image), "caption": text}
         print(json.dumps(record, ensure_ascii=False) if as_json else f"{image}: {text}")
@@ -245,7 +245,7 @@ def caption(
 def evaluate(
     model: Model,
     suite: Annotated[
-        list[str] | None, typer.Option(help="held-out, digits, pictures, captions; repeat for several")
+        list[str] | None, typer.Option(help="validation, digits, images, captions; repeat for several")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for metrics.json and the evidence; default: MODEL")
@@ -253,15 +253,15 @@ def evaluate(
     weights: Weights = "auto",
     device: Device = "auto",
     classifier: Annotated[
-        Path | None, typer.Option(help="for the suite pictures: a file of `transfusion classifier`")
+        Path | None, typer.Option(help="for the suite images: a file of `transfusion classifier`")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="exit with 3 when a figure misses its bar")] = False,
 ) -> None:
-    """Measure a model on its held-out data; writes metrics.json."""
+    """Measure a model on its validation data; writes metrics.json."""
     from transfusion.evaluate.suites.run import run_suites
 
     metrics = run_suites(
-        model, suite or ["held-out"], out or model, weights=weights, device=device, classifier=classifier
+        model, suite or ["validation"], out or model, weights=weights, device=device, classifier=classifier
     )
     for name, metric in metrics.items():
         print(f"{name:32} {metric.describe()}")
@@ -272,13 +272,13 @@ def evaluate(
 @app.command()
 def classifier(
     config: Annotated[
-        Path, typer.Argument(help="a configuration, for its pictures, captions and their size")
+        Path, typer.Argument(help="a configuration, for its images, captions and their size")
     ],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
     overrides: Overrides = None,
     epochs: Annotated[int, typer.Option(min=1)] = 8,
 ) -> None:
-    """Train the small network that judges drawn pictures in `eval --suite pictures`, on the training pictures."""
+    """Train the small network that judges drawn images in `eval --suite images`, on the training images."""
     from transfusion.config import load_config
     from transfusion.evaluate.metrics.classifier import save_classifier, train_from_config
 
@@ -288,7 +288,7 @@ def classifier(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """Write report.html: one file with curves, pictures, captions, metrics and the config."""
+    """Write report.html: one file with curves, images, captions, metrics and the config."""
     from transfusion.evaluate.report.page import write_report
 
     print(write_report(run))

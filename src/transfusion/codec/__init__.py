@@ -1,4 +1,4 @@
-"""Pictures to latents or tokens and back. Reading order: interface, pixels, networks, autoencoder, quantised."""
+"""Images to latents or tokens and back. Reading order: interface, pixels, networks, autoencoder, quantised."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The KL autoencoder: latents are the means of the posterior, shifted and scaled to about unit variance.
 
-I images, C channels of the latents, H/W height and width of pictures, h/w of latents.
+I images, C channels of the latents, H/W height and width of images, h/w of latents.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class KLCodec:
 
     @torch.no_grad()
     def encode(self, values_ICHW: Tensor) -> Tensor:
-        """See `Codec.encode`. The posterior's mean, so that the same picture always has the same latents."""
+        """See `Codec.encode`. The posterior's mean, so that the same image always has the same latents."""
         if values_ICHW.is_floating_point():
             return values_ICHW.float()
         mean_IChw: Tensor = self.network.encode(pixels.encode(values_ICHW)).latent_dist.mode()
@@ -43,5 +43,5 @@ class KLCodec:
         return pixels.decode(self.network.decode(mean_IChw).sample)
 
     def settled(self, latent_IChw: Tensor) -> Tensor:
-        """The latents themselves: a detour over the picture would only lose some of them."""
+        """The latents themselves: a detour over the image would only lose some of them."""
         return latent_IChw

@@ -1,6 +1,6 @@
-"""What training and sampling see of an autoencoder: pictures to latents, or to tokens, and back.
+"""What training and sampling see of an autoencoder: images to latents, or to tokens, and back.
 
-I images, C channels of the latents, H/W height and width of pictures, h/w of latents.
+I images, C channels of the latents, H/W height and width of images, h/w of latents.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @runtime_checkable
 class Codec(Protocol):
-    """Pictures to latents and back. Frozen: it has no gradient and is no part of the network that is trained.
+    """Images to latents and back. Frozen: it has no gradient and is no part of the network that is trained.
 
     bound: latents lie in [-bound, bound]; None: anywhere.
     """
@@ -20,10 +20,10 @@ class Codec(Protocol):
     bound: float | None
 
     def encode(self, values_ICHW: Tensor) -> Tensor:
-        """uint8 pictures to fp32 latents [I, C, h, w] of about unit variance; floats are latents already."""
+        """uint8 images to fp32 latents [I, C, h, w] of about unit variance; floats are latents already."""
 
     def decode(self, latent_IChw: Tensor) -> Tensor:
-        """Latents to uint8 pictures [I, *, H, W]."""
+        """Latents to uint8 images [I, *, H, W]."""
 
     def settled(self, latent_IChw: Tensor) -> Tensor:
         """Drawn latents as they are read again: what `encode` takes, uint8 or float."""
@@ -31,12 +31,12 @@ class Codec(Protocol):
 
 @runtime_checkable
 class TokenCodec(Protocol):
-    """Pictures to tokens of a codebook with `codebook_size` entries, and back."""
+    """Images to tokens of a codebook with `codebook_size` entries, and back."""
 
     codebook_size: int
 
     def tokens(self, values_ICHW: Tensor) -> Tensor:
-        """uint8 pictures to int64 tokens [I, h, w] in [0, codebook_size); integers of three axes are tokens already."""
+        """uint8 images to int64 tokens [I, h, w] in [0, codebook_size); integers of three axes are tokens already."""
 
-    def pictures(self, token_Ihw: Tensor) -> Tensor:
-        """Tokens to uint8 pictures [I, *, H, W]."""
+    def decode(self, token_Ihw: Tensor) -> Tensor:
+        """Tokens to uint8 images [I, *, H, W]."""

@@ -82,7 +82,7 @@ def new_network(
 ) -> Network:
     """A network with weights as diffusers initialises them from torch's generator.
 
-    Each width but the last halves the picture. codebook_size, code_width: entries of the codebook of a VQModel and their
+    Each width but the last halves the image. codebook_size, code_width: entries of the codebook of a VQModel and their
     dimensions.
     """
     settings: dict[str, Any] = {

@@ -22,7 +22,7 @@ def decode(latent_ICHW: Tensor) -> Tensor:
 
 
 class PixelCodec:
-    """See `interface.Codec`. Drawn latents are read again as the picture that they became."""
+    """See `interface.Codec`. Drawn latents are read again as the image that they became."""
 
     bound: float | None = 1.0
     encode = staticmethod(encode)

@@ -1,6 +1,6 @@
-"""The VQ autoencoder: a picture is a grid of tokens, the nearest entries of a codebook.
+"""The VQ autoencoder: an image is a grid of tokens, the nearest entries of a codebook.
 
-I images, H/W height and width of pictures, h/w of tokens, C dimensions of a code.
+I images, H/W height and width of images, h/w of tokens, C dimensions of a code.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class VQCodec:
         return token_N.view(images, height, width).long()
 
     @torch.no_grad()
-    def pictures(self, token_Ihw: Tensor) -> Tensor:
-        """See `TokenCodec.pictures`."""
+    def decode(self, token_Ihw: Tensor) -> Tensor:
+        """See `TokenCodec.decode`."""
         code_width = self.network.quantize.vq_embed_dim
         code_IChw = self.network.quantize.get_codebook_entry(
             token_Ihw.reshape(-1), (*token_Ihw.shape, code_width)

@@ -1,4 +1,4 @@
-"""What shape the latents of a picture have, known before it is encoded."""
+"""What shape the latents of an image have, known before it is encoded."""
 
 from __future__ import annotations
 

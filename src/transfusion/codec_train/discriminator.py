@@ -15,7 +15,7 @@ _GREATEST_RATIO = 1e4
 
 
 class PatchDiscriminator(nn.Module):
-    """One judgement for each patch of a picture: real or made. GroupNorm, so that no picture sees its batch."""
+    """One judgement for each patch of an image: real or made. GroupNorm, so that no image sees its batch."""
 
     def __init__(self, channels: int, image_size: int) -> None:
         """As many strides as leave a map of at least 4 x 4, at most three."""
@@ -31,7 +31,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, value_ICHW: Tensor) -> Tensor:
-        """Pictures in [-1, 1] to judgements [I, 1, h, w]; above 0: real."""
+        """Images in [-1, 1] to judgements [I, 1, h, w]; above 0: real."""
         judged: Tensor = self.layers(value_ICHW)
         return judged
 

@@ -1,7 +1,7 @@
-"""Writes each picture's latents (KEY.latent.npy) or tokens (KEY.tokens.npy) beside it, shard by shard.
+"""Writes each image's latents (KEY.latent.npy) or tokens (KEY.tokens.npy) beside it, shard by shard.
 
 What is told of a shard's latents (`data.latents.LatentRecord`) is written last: a shard without it is made again.
-I images, C channels of the latents, H/W height and width of pictures, h/w of latents.
+I images, C channels of the latents, H/W height and width of images, h/w of latents.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transfusion.data.images.latents import (
     record_sizes,
 )
 from transfusion.data.shards.sample import SampleError
-from transfusion.data.shards.validate import GREATEST_MEMBER, PICTURE_EXTENSIONS
+from transfusion.data.shards.validate import GREATEST_MEMBER, IMAGE_EXTENSIONS
 from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text, remove_unfinished
@@ -43,7 +43,7 @@ from transfusion.sequence.sizes import ImageSizes
 
 _AT_ONCE = 32
 
-# uint8 pictures to what is stored of each.
+# uint8 images to what is stored of each.
 Encoder = Callable[[Tensor], NDArray[Any]]
 # Of each shard as it is done: its name, what is told of it, and whether it was there already.
 Progress = Callable[[str, LatentRecord, bool], None]
@@ -72,11 +72,11 @@ def encode_shards(
     device: str = "cpu",
     progress: Progress = lambda name, record, reused: None,
 ) -> list[LatentRecord]:
-    """Encode the pictures of `shards` into shards of the same names in `out`; their other members are copied.
+    """Encode the images of `shards` into shards of the same names in `out`; their other members are copied.
 
     Killed and run again it goes on. workers: processes, each with a codec of its own and, beyond one, one CPU thread.
     Raises UserError where shards share a name or cannot be read, where `out` is where they lie, and where it holds
-    latents of another codec or picture size.
+    latents of another codec or image size.
     """
     device = str(find_device(device))
     open_token_codec(codec) if codec.kind == "vq" else open_codec(codec)
@@ -143,24 +143,24 @@ def encode_shard(encode: Encoder, codec: CodecConfig, source: Path, target: Path
     return record
 
 
-def _encoded(pictures: Sequence[NDArray[np.uint8] | None], encode: Encoder) -> dict[int, NDArray[Any]]:
-    """What is stored of each picture, by its number; those of one shape are encoded together."""
+def _encoded(images: Sequence[NDArray[np.uint8] | None], encode: Encoder) -> dict[int, NDArray[Any]]:
+    """What is stored of each image, by its number; those of one shape are encoded together."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
-    for number, picture in enumerate(pictures):
-        if picture is not None:
-            by_shape.setdefault(picture.shape, []).append(number)
+    for number, image in enumerate(images):
+        if image is not None:
+            by_shape.setdefault(image.shape, []).append(number)
     values: dict[int, NDArray[Any]] = {}
     for numbers in by_shape.values():
-        stacked = np.stack([picture for number in numbers if (picture := pictures[number]) is not None])
+        stacked = np.stack([image for number in numbers if (image := images[number]) is not None])
         values |= zip(numbers, encode(torch.from_numpy(stacked)), strict=True)
     return values
 
 
 def _refuse(codec: CodecConfig, sources: Sequence[Path], out: Path) -> None:
     if not sources:
-        raise UserError("no .tar shard is named; name shards with pictures, such as data/train/*.tar")
+        raise UserError("no .tar shard is named; name shards with images, such as data/train/*.tar")
     if codec.kind == "pixels":
-        raise UserError("codec.kind=pixels has no latents to write: pictures are read as they are")
+        raise UserError("codec.kind=pixels has no latents to write: images are read as they are")
     names = collections.Counter(source.name for source in sources)
     name, count = names.most_common(1)[0]
     if count > 1:
@@ -231,20 +231,20 @@ def _chunks(groups: Iterator[_Group]) -> Iterator[list[_Group]]:
 def _decoded(
     group: _Group, codec: CodecConfig, left_out: collections.Counter[str]
 ) -> NDArray[np.uint8] | None:
-    """The pair's picture; None for texts, interleaved documents, and what cannot be decoded."""
-    pictures = [
+    """The pair's image; None for texts, interleaved documents, and what cannot be decoded."""
+    images = [
         data
         for member, data in group.members
-        if member.name.rpartition("/")[2].partition(".")[2].lower() in PICTURE_EXTENSIONS
+        if member.name.rpartition("/")[2].partition(".")[2].lower() in IMAGE_EXTENSIONS
     ]
-    if len(pictures) != 1:
-        left_out.update(["ambiguous_image"] * (len(pictures) > 1))
+    if len(images) != 1:
+        left_out.update(["ambiguous_image"] * (len(images) > 1))
         return None
     try:
         sizes = ImageSizes(codec.sizes, codec.downscale, 1)
         if not sizes.several:
-            return decode_to(pictures[0], sizes.first, channels=codec.channels)
-        return decode_fitting(pictures[0], sizes, channels=codec.channels)
+            return decode_to(images[0], sizes.first, channels=codec.channels)
+        return decode_fitting(images[0], sizes, channels=codec.channels)
     except SampleError as error:
         left_out[str(error)] += 1
         return None

@@ -1,4 +1,4 @@
-"""Networks whose features tell how alike two pictures look: VGG16 (LPIPS), ResNet-50, or a fixed random one.
+"""Networks whose features tell how alike two images look: VGG16 (LPIPS), ResNet-50, or a fixed random one.
 
 Weights come from files that the user names, in torchvision's names of parameters; nothing is downloaded.
 I images, C channels, h/w height and width of a layer.
@@ -42,7 +42,7 @@ class FeatureDistance(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, one_ICHW: Tensor, other_ICHW: Tensor) -> Tensor:
-        """Distance of each pair of pictures in [-1, 1], grey or colour: [I]. Gradients flow to both."""
+        """Distance of each pair of images in [-1, 1], grey or colour: [I]. Gradients flow to both."""
         pairs = zip(self._features(one_ICHW), self._features(other_ICHW), strict=True)
         distance_I = one_ICHW.new_zeros(len(one_ICHW))
         for number, (a_IChw, b_IChw) in enumerate(pairs):

@@ -1,4 +1,4 @@
-"""The losses of a codec (paper, section 4.1; Esser et al. 2021), all over pictures in [-1, 1].
+"""The losses of a codec (paper, section 4.1; Esser et al. 2021), all over images in [-1, 1].
 
 I images, C channels, H/W height and width, h/w of latents.
 """
@@ -20,7 +20,7 @@ _LEFT_AWAY = "none: this loss of the paper is left away"
 
 
 class Reconstructed(NamedTuple):
-    """made_ICHW: pictures in about [-1, 1]. bottleneck: the KL term or the codebook's, weighted.
+    """made_ICHW: images in about [-1, 1]. bottleneck: the KL term or the codebook's, weighted.
 
     encoded_NC and token_N: of a VQ autoencoder each patch before quantisation, and the entry chosen for it.
     """
@@ -75,7 +75,7 @@ class CodecLoss(nn.Module):
         return total, parts
 
     def adversarial(self, judged: Tensor, total: Tensor, last_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(weighted loss of judgements of made pictures, its adaptive weight)"""
+        """(weighted loss of judgements of made images, its adaptive weight)"""
         loss = -judged.mean()
         adaptive = loss.new_ones(())
         if self._config.adaptive:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transfusion.codec import pixels as codec_pixels
 from transfusion.codec.networks import Network
 from transfusion.codec_train import codebook
-from transfusion.codec_train.pictures import PictureSet
+from transfusion.codec_train.images import ImageSet
 
 _AT_ONCE = 32
 
@@ -21,10 +21,10 @@ _AT_ONCE = 32
 class Statistics(NamedTuple):
     """Of the posterior's means, or of the patches before quantisation; over all channels and by channel.
 
-    use: of the codebook over these pictures; None: there is none.
+    use: of the codebook over these images; None: there is none.
     """
 
-    pictures: int
+    images: int
     mean: float
     deviation: float
     channel_means: list[float]
@@ -44,7 +44,7 @@ class Statistics(NamedTuple):
 
     def describe(self) -> str:
         """One line."""
-        text = f"latents of {self.pictures} pictures have mean {self.mean:.4f} and deviation {self.deviation:.4f}"
+        text = f"latents of {self.images} images have mean {self.mean:.4f} and deviation {self.deviation:.4f}"
         if self.use is not None:
             text += (
                 f"; {100 * self.use.used:.1f} % of the codebook used, perplexity {self.use.perplexity:.0f}"
@@ -54,13 +54,13 @@ class Statistics(NamedTuple):
 
 @torch.no_grad()
 def latent_statistics(
-    network: Network, pictures: PictureSet, device: torch.device, kind: str, limit: int
+    network: Network, images: ImageSet, device: torch.device, kind: str, limit: int
 ) -> Statistics:
-    """Over the first `limit` pictures."""
+    """Over the first `limit` images."""
     parts, chosen_K = [], torch.zeros(0)
     if kind == "vq":
         chosen_K = torch.zeros(network.config.num_vq_embeddings)
-    for values_ICHW in pictures.in_order(_AT_ONCE, limit):
+    for values_ICHW in images.in_order(_AT_ONCE, limit):
         real_ICHW = codec_pixels.encode(values_ICHW.to(device))
         if kind == "vq":
             latent_IChw = network.encode(real_ICHW).latents
@@ -82,13 +82,13 @@ def latent_statistics(
 
 
 def psnr(made_ICHW: Tensor, real_ICHW: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each uint8 picture, in dB [I]; of one that is exact, that of an error of 1e-3."""
+    """Peak signal-to-noise ratio of each uint8 image, in dB [I]; of one that is exact, that of an error of 1e-3."""
     error_I = (made_ICHW.double() - real_ICHW.double()).square().mean((1, 2, 3))
     return 10 * torch.log10(255**2 / error_I.clamp(min=1e-6))
 
 
 def reconstructed(network: Network, values_ICHW: Tensor, device: torch.device | str) -> Tensor:
-    """uint8 pictures there and back, through the posterior's mean or the nearest codes."""
+    """uint8 images there and back, through the posterior's mean or the nearest codes."""
     real_ICHW = codec_pixels.encode(values_ICHW.to(device))
     encoded = network.encode(real_ICHW)
     latent_IChw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
@@ -97,11 +97,11 @@ def reconstructed(network: Network, values_ICHW: Tensor, device: torch.device | 
 
 @torch.no_grad()
 def reconstruction_psnr(
-    network: Network, pictures: PictureSet, device: torch.device, limit: int = 0
+    network: Network, images: ImageSet, device: torch.device, limit: int = 0
 ) -> float:
-    """Mean of the pictures' PSNR, in dB."""
+    """Mean of the images' PSNR, in dB."""
     found = [
         psnr(reconstructed(network, values_ICHW, device).cpu(), values_ICHW)
-        for values_ICHW in pictures.in_order(_AT_ONCE, limit)
+        for values_ICHW in images.in_order(_AT_ONCE, limit)
     ]
     return torch.cat(found).mean().item()

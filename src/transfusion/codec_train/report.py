@@ -1,4 +1,4 @@
-"""How much of pictures a codec gives back: PSNR, SSIM, rFID where weights are named, and the pictures themselves.
+"""How much of images a codec gives back: PSNR, SSIM, rFID where weights are named, and the images themselves.
 
 I images, C channels, H/W height and width, F features.
 """
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from transfusion.codec import open_codec, open_token_codec
 from transfusion.codec_train import codebook
+from transfusion.codec_train.images import ImageSet
 from transfusion.codec_train.measure import psnr
-from transfusion.codec_train.pictures import PictureSet
 from transfusion.config import CodecConfig
 from transfusion.errors import UserError
 from transfusion.files import atomic_write_text
@@ -36,9 +36,9 @@ _WINDOW, _DEVIATION, _K1, _K2 = 11, 1.5, 0.01, 0.03
 
 
 class Reconstruction(NamedTuple):
-    """Means over pictures. rfid: None without weights. use: of the codebook; None: there is none."""
+    """Means over images. rfid: None without weights. use: of the codebook; None: there is none."""
 
-    pictures: int
+    images: int
     psnr: float
     psnr_deviation: float
     ssim: float
@@ -48,8 +48,8 @@ class Reconstruction(NamedTuple):
     def describe(self) -> list[str]:
         """A line for each figure."""
         lines = [
-            f"pictures   {self.pictures}",
-            f"PSNR       {self.psnr:.2f} dB, mean of the pictures (deviation {self.psnr_deviation:.2f})",
+            f"images   {self.images}",
+            f"PSNR       {self.psnr:.2f} dB, mean of the images (deviation {self.psnr_deviation:.2f})",
             f"SSIM       {self.ssim:.4f}",
             "rFID       "
             + (f"{self.rfid:.2f}" if self.rfid is not None else "not measured: no --rfid-weights"),
@@ -77,16 +77,16 @@ def write_report(
     Raises UserError.
     """
     device = str(find_device(device))
-    pictures = PictureSet(shards, channels=codec.channels, image_size=codec.image_size, workers=2)
+    images = ImageSet(shards, channels=codec.channels, image_size=codec.image_size, workers=2)
     try:
         features = _feature_network(rfid_weights, device) if rfid_weights else None
-        found, shown = _measure(codec, pictures, features, limit, device)
+        found, shown = _measure(codec, images, features, limit, device)
     finally:
-        pictures.close()
+        images.close()
     record = {
         **found._asdict(),
         "use": found.use._asdict() if found.use else None,
-        "left_out": pictures.left_out,
+        "left_out": images.left_out,
         "codec": codec.as_dict(),
         "shards": list(shards),
         "environment": describe_environment(),
@@ -100,7 +100,7 @@ def write_report(
 
 
 def ssim(made_ICHW: Tensor, real_ICHW: Tensor) -> Tensor:
-    """Structural similarity of each uint8 picture (Wang et al. 2004), mean over channels and whole windows: [I]."""
+    """Structural similarity of each uint8 image (Wang et al. 2004), mean over channels and whole windows: [I]."""
     side = min(_WINDOW, *made_ICHW.shape[-2:])
     place = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
     bell = torch.exp(-place.square() / (2 * _DEVIATION**2))
@@ -133,24 +133,24 @@ def frechet_distance(one_IF: Tensor, other_IF: Tensor) -> float:
 
 def _measure(
     codec: CodecConfig,
-    pictures: PictureSet,
+    images: ImageSet,
     features: Callable[[Tensor], Tensor] | None,
     limit: int,
     device: str,
 ) -> tuple[Reconstruction, list[tuple[float, Tensor, Tensor]]]:
-    """The figures, and the worst, middle and best pictures as (PSNR, real, made)."""
+    """The figures, and the worst, middle and best images as (PSNR, real, made)."""
     there_and_back, chosen_K = _round_trip(codec, device)
     judged: list[tuple[float, Tensor, Tensor]] = []
     similar: list[Tensor] = []
     seen: list[tuple[Tensor, Tensor]] = []
-    for real_ICHW in pictures.in_order(_AT_ONCE, limit):
+    for real_ICHW in images.in_order(_AT_ONCE, limit):
         made_ICHW = there_and_back(real_ICHW)
         judged += zip(psnr(made_ICHW, real_ICHW).tolist(), real_ICHW, made_ICHW, strict=True)
         similar.append(ssim(made_ICHW, real_ICHW))
         if features is not None:
             seen.append((features(real_ICHW), features(made_ICHW)))
     if not judged:
-        raise UserError("no picture of these shards can be decoded; `transfusion data index` tells why")
+        raise UserError("no image of these shards can be decoded; `transfusion data index` tells why")
     figures = torch.tensor([figure for figure, _, _ in judged])
     found = Reconstruction(
         len(judged),
@@ -169,7 +169,7 @@ def _measure(
 
 
 def _round_trip(codec: CodecConfig, device: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """(pictures there and back, how often each entry of the codebook was chosen so far)"""
+    """(images there and back, how often each entry of the codebook was chosen so far)"""
     if codec.kind != "vq":
         latents = open_codec(codec, device)
         return lambda real_ICHW: latents.decode(latents.encode(real_ICHW.to(device))).cpu(), torch.zeros(0)
@@ -178,7 +178,7 @@ def _round_trip(codec: CodecConfig, device: str) -> tuple[Callable[[Tensor], Ten
     def through_tokens(real_ICHW: Tensor) -> Tensor:
         token_Ihw = tokens.tokens(real_ICHW.to(device))
         chosen_K.add_(torch.bincount(token_Ihw.flatten().cpu(), minlength=codec.codebook_size))
-        return tokens.pictures(token_Ihw).cpu()
+        return tokens.decode(token_Ihw).cpu()
 
     return through_tokens, chosen_K
 
@@ -205,7 +205,7 @@ def _feature_network(weights: Path, device: str) -> Callable[[Tensor], Tensor]:
 
 
 def _grid(shown: Sequence[tuple[float, Tensor, Tensor]]) -> np.ndarray:
-    """Rows of eight pictures, under each what the codec made of it: uint8 [H, W, C], on grey."""
+    """Rows of eight images, under each what the codec made of it: uint8 [H, W, C], on grey."""
     gap = 2
     channels, height, width = shown[0][1].shape
     rows = -(-len(shown) // _SHOWN_EACH)
@@ -236,7 +236,7 @@ def _page(found: Reconstruction, codec: CodecConfig, png: bytes) -> str:
         "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
         "img{width:100%;image-rendering:pixelated}pre{overflow:auto}</style>\n"
         f"<h1>Reconstruction by {html.escape(codec.folder or codec.kind)}</h1>\n<pre>{lines}</pre>\n"
-        "<p>Each picture above what the codec made of it: the worst, the middle and the best by PSNR.</p>\n"
-        f'<img alt="pictures and reconstructions" src="data:image/png;base64,{data}">\n'
+        "<p>Each image above what the codec made of it: the worst, the middle and the best by PSNR.</p>\n"
+        f'<img alt="images and reconstructions" src="data:image/png;base64,{data}">\n'
         f"<h2>Codec</h2>\n<pre>{facts}</pre>\n</html>\n"
     )

@@ -16,7 +16,7 @@ class NetworkConfig(Section):
     """AutoencoderKL or VQModel of diffusers; the defaults are those of the usual 84 M parameters at 8 channels."""
 
     widths: list[PositiveInt] = Field(
-        [128, 256, 512, 512], description="each but the last halves the picture"
+        [128, 256, 512, 512], description="each but the last halves the image"
     )
     layers: PositiveInt = Field(2, description="residual blocks a width")
     latent_channels: PositiveInt = Field(8, description="channels of the latents, of vq before the codebook")
@@ -38,15 +38,15 @@ class NetworkConfig(Section):
         return self
 
 
-class PicturesConfig(Section):
-    shards: str | list[str] = Field("", description="globs or brace ranges of .tar shards with pictures")
-    held_out: str | list[str] = Field(
-        "", description="shards to judge on; empty: the first 64 pictures of shards"
+class ImagesConfig(Section):
+    shards: str | list[str] = Field("", description="globs or brace ranges of .tar shards with images")
+    validation: str | list[str] = Field(
+        "", description="shards to judge on; empty: the first 64 images of shards"
     )
-    channels: Literal[1, 3] = Field(3, description="1: grey pictures, 3: colour")
-    image_size: PositiveInt = Field(256, description="side of the square picture, in pixels")
-    flip: bool = Field(True, description="mirror half of the pictures")
-    workers: PositiveInt = Field(2, description="threads that decode pictures")
+    channels: Literal[1, 3] = Field(3, description="1: grey images, 3: colour")
+    image_size: PositiveInt = Field(256, description="side of the square image, in pixels")
+    flip: bool = Field(True, description="mirror half of the images")
+    workers: PositiveInt = Field(2, description="threads that decode images")
 
 
 class LossConfig(Section):
@@ -72,7 +72,7 @@ class LossConfig(Section):
         True,
         description="weigh the discriminator also by the ratio of both gradients at the last layer (Esser)",
     )
-    kl: Weight = Field(1e-6, description="weight of the KL term, summed over a picture's latents (kl)")
+    kl: Weight = Field(1e-6, description="weight of the KL term, summed over an image's latents (kl)")
     commitment: Weight = Field(0.25, description="weight of the commitment to the codebook (vq)")
     revive_every: NonNegativeInt = Field(
         250,
@@ -115,11 +115,11 @@ class CodecTrainConfig(Section):
         "", description="folder of an autoencoder whose weights of the same name and shape to begin with"
     )
     network: NetworkConfig = NetworkConfig()
-    pictures: PicturesConfig = PicturesConfig()
+    images: ImagesConfig = ImagesConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: PositiveInt = Field(1_000_000, description="optimiser steps")
-    batch: PositiveInt = Field(32, description="pictures a step")
+    batch: PositiveInt = Field(32, description="images a step")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of activations; weights are fp32")
     threads: NonNegativeInt = Field(0, description="CPU threads; 0: all cores")
     checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")
@@ -128,11 +128,11 @@ class CodecTrainConfig(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> CodecTrainConfig:
         problems = []
-        if not self.pictures.shards:
-            problems.append("pictures.shards is empty; name shards with pictures, such as data/train/*.tar")
-        if self.pictures.image_size % self.network.downscale:
+        if not self.images.shards:
+            problems.append("images.shards is empty; name shards with images, such as data/train/*.tar")
+        if self.images.image_size % self.network.downscale:
             problems.append(
-                f"pictures.image_size {self.pictures.image_size} must be a multiple of {self.network.downscale},"
+                f"images.image_size {self.images.image_size} must be a multiple of {self.network.downscale},"
                 " what network.widths scale down by"
             )
         if problems:

@@ -22,9 +22,9 @@ from transfusion.codec import pixels as codec_pixels
 from transfusion.codec.networks import Network, load_network, new_network, parameter_count, save_network
 from transfusion.codec_train import codebook, state
 from transfusion.codec_train.discriminator import PatchDiscriminator, discriminator_loss
+from transfusion.codec_train.images import ImageSet
 from transfusion.codec_train.losses import CodecLoss, reconstruct
 from transfusion.codec_train.measure import latent_statistics, reconstruction_psnr
-from transfusion.codec_train.pictures import PictureSet
 from transfusion.codec_train.settings import CodecTrainConfig
 from transfusion.config.yaml_files import dump
 from transfusion.errors import EXIT_STOPPED_EARLY, UserError
@@ -46,7 +46,7 @@ from transfusion.schema import Decision
 
 log = logging.getLogger(__name__)
 
-# Pictures on which a checkpoint is judged, and by which latents are measured.
+# Images on which a checkpoint is judged, and by which latents are measured.
 _JUDGED, _MEASURED = 64, 1024
 CODEC, RECORD = "codec", "codec.json"
 
@@ -70,22 +70,22 @@ class CodecTrainer:
     """Network, discriminator, their optimisers, and where they stand."""
 
     def __init__(self, config: CodecTrainConfig, device: torch.device) -> None:
-        """Raises UserError for pictures, weights or a run folder that cannot be used; then nothing is written."""
+        """Raises UserError for images, weights or a run folder that cannot be used; then nothing is written."""
         self.config, self.device = config, device
         self.folder = RunFolder(Path(config.run.folder))
         start_logging(None)
-        pictures = config.pictures
-        size = {"channels": pictures.channels, "image_size": pictures.image_size}
-        self.pictures = PictureSet(pictures.shards, **size, workers=pictures.workers)
-        self.held_out = (
-            PictureSet(pictures.held_out, **size, workers=pictures.workers)
-            if pictures.held_out
-            else self.pictures
+        images = config.images
+        size = {"channels": images.channels, "image_size": images.image_size}
+        self.images = ImageSet(images.shards, **size, workers=images.workers)
+        self.validation = (
+            ImageSet(images.validation, **size, workers=images.workers)
+            if images.validation
+            else self.images
         )
         self.loss = CodecLoss(config.loss).to(device)
         torch.manual_seed(config.run.seed)
         self.network = build(config).to(device, memory_format=torch.channels_last)
-        self.discriminator = PatchDiscriminator(pictures.channels, pictures.image_size).to(device)
+        self.discriminator = PatchDiscriminator(images.channels, images.image_size).to(device)
         self.average = MovingAverage(
             list(self.network.parameters()) if config.optimizer.ema_decay else [], config.optimizer.ema_decay
         )
@@ -104,11 +104,11 @@ class CodecTrainer:
         for name, words in self.loss.describe(self.config.steps).items():
             log.info("%s loss: %s", name, words)
         log.info(
-            "%s: %s with %.2f M parameters, %d pictures, step %d to %d",
+            "%s: %s with %.2f M parameters, %d images, step %d to %d",
             self.config.run.name,
             self.config.kind,
             parameter_count(self.network) / 1e6,
-            len(self.pictures),
+            len(self.images),
             self.step,
             self.config.steps,
         )
@@ -131,8 +131,8 @@ class CodecTrainer:
         started = time.process_time()
         config = self.config
         self._set_learning_rate()
-        values_ICHW = self.pictures.batch(
-            self.step, config.batch, seed=config.run.seed, flip=config.pictures.flip
+        values_ICHW = self.images.batch(
+            self.step, config.batch, seed=config.run.seed, flip=config.images.flip
         )
         real_ICHW = codec_pixels.encode(values_ICHW.to(self.device)).contiguous(
             memory_format=torch.channels_last
@@ -245,8 +245,8 @@ class CodecTrainer:
             line |= {"codebook_used": found.used, "codebook_perplexity": found.perplexity}
         if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
             with self.averaged() as network:
-                line["held_out_psnr"] = reconstruction_psnr(network, self.held_out, self.device, _JUDGED)
-            log.info("step %d: held-out PSNR %.2f dB", self.step, line["held_out_psnr"])
+                line["validation_psnr"] = reconstruction_psnr(network, self.validation, self.device, _JUDGED)
+            log.info("step %d: validation PSNR %.2f dB", self.step, line["validation_psnr"])
         metrics.write(json.dumps(line) + "\n")
         metrics.flush()
 
@@ -274,7 +274,7 @@ class CodecTrainer:
         tensors, facts = found
         if facts["model"] != self._identity():
             raise UserError(
-                f"{self.folder.path} holds the training of another codec (kind, network or picture size differ);"
+                f"{self.folder.path} holds the training of another codec (kind, network or image size differ);"
                 " choose another run.dir"
             )
         self.step, self.seconds = facts["step"], facts["seconds"]
@@ -308,8 +308,8 @@ class CodecTrainer:
             [
                 config.kind,
                 config.network.as_dict(),
-                config.pictures.channels,
-                config.pictures.image_size,
+                config.images.channels,
+                config.images.image_size,
             ]
         )
 
@@ -326,7 +326,7 @@ class CodecTrainer:
         out = self.folder.path / CODEC
         unfinished = out.with_name(f"{CODEC}.{os.getpid()}{UNFINISHED}")
         with self.averaged() as network:
-            measured = latent_statistics(network, self.pictures, self.device, self.config.kind, _MEASURED)
+            measured = latent_statistics(network, self.images, self.device, self.config.kind, _MEASURED)
             remove_leftover(unfinished)
             save_network(network, unfinished, **measured.diffusers_config())
         record = {
@@ -335,7 +335,7 @@ class CodecTrainer:
             "parameters": parameter_count(self.network),
             "losses": self.loss.describe(self.config.steps),
             "statistics": measured.as_dict(),
-            "pictures_left_out": self.pictures.left_out,
+            "images_left_out": self.images.left_out,
             "config": self.config.as_dict(),
             "environment": describe_environment(sys.argv),
         }
@@ -346,8 +346,8 @@ class CodecTrainer:
 
     def close(self) -> None:
         """End the threads that decode."""
-        self.pictures.close()
-        self.held_out.close()
+        self.images.close()
+        self.validation.close()
         self.lock.close()
 
 
@@ -356,13 +356,13 @@ def build(config: CodecTrainConfig) -> Network:
     sizes = config.network
     network = new_network(
         config.kind,
-        channels=config.pictures.channels,
+        channels=config.images.channels,
         latent_channels=sizes.latent_channels,
         widths=sizes.widths,
         layers=sizes.layers,
         groups=sizes.groups,
         attention=sizes.attention,
-        image_size=config.pictures.image_size,
+        image_size=config.images.image_size,
         codebook_size=sizes.codebook_size,
         code_width=sizes.code_width,
     )

@@ -25,7 +25,7 @@ _DEFAULT_SCALE = 0.18215
 class CodecFacts(NamedTuple):
     """A folder's own words, under the names of the section `codec`.
 
-    channels: of pictures. downscale: pixels a side of one latent. A latent is (encoded - shift) * scale, with one
+    channels: of images. downscale: pixels a side of one latent. A latent is (encoded - shift) * scale, with one
     number for all channels or one for each. codebook_size: entries of the codebook; 0: none. weights: digest of the files.
     """
 
@@ -70,12 +70,12 @@ def read_facts(folder: str | Path) -> CodecFacts:
 
 
 def trained_size(folder: str | Path) -> int:
-    """Side of the pictures that the network was made for, as its folder tells. Raises UserError where it does not."""
+    """Side of the images that the network was made for, as its folder tells. Raises UserError where it does not."""
     try:
         return int(json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["sample_size"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"codec.folder {folder} tells no size of pictures; name one with --image-size"
+            f"codec.folder {folder} tells no size of images; name one with --image-size"
         ) from None
 
 
@@ -105,7 +105,7 @@ def folder_files(folder: str | Path) -> list[Path]:
 
 
 def codec_fingerprint(facts: CodecFacts, scale: tuple[float, ...], shift: tuple[float, ...]) -> str:
-    """Twelve hex digits that change with whatever makes other latents of the same picture."""
+    """Twelve hex digits that change with whatever makes other latents of the same image."""
     text = json.dumps([facts.kind, facts.weights, scale, shift])
     return digest(text.encode(), FINGERPRINT_BYTES)
 

@@ -39,21 +39,21 @@ class Config(Section):
     sample_grid: SampleGridConfig = SampleGridConfig()
 
     def with_vocabulary(self, pieces: int) -> Config:
-        """The configuration with a row of the embedding for each of the tokenizer's pieces and each size of pictures
+        """The configuration with a row of the embedding for each of the tokenizer's pieces and each size of images
         but the first, unless it asks for more."""
         size = max(self.model.vocabulary, pieces + len(self.codec.sizes) - 1)
         return self.model_copy(update={"model": self.model.model_copy(update={"vocabulary": size})})
 
     @property
     def image_sizes(self) -> ImageSizes:
-        """The sizes of pictures, how they are cut into patches, and what begins them: once the vocabulary is known."""
+        """The sizes of images, how they are cut into patches, and what begins them: once the vocabulary is known."""
         return ImageSizes(
             self.codec.sizes, self.codec.downscale or 1, self.model.patch_size, self.model.vocabulary
         )
 
     @property
     def patches_per_image(self) -> int:
-        """Patches of a picture of the first size."""
+        """Patches of an image of the first size."""
         return self.image_sizes.patches(self.codec.sizes[0])
 
     def warnings(self) -> list[str]:

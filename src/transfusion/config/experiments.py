@@ -9,7 +9,7 @@
       model: {transfusion: {}, chameleon: {model.family: chameleon}}
       size: {s: {model.layers: 2, flops: 1.0e12}, m: {model.layers: 4, flops: 4.0e12}}
     seeds: [0, 1, 2]                      values of run.seed; default [0]
-    suites: [held-out]                    what `transfusion eval` measures of each cell
+    suites: [validation]                    what `transfusion eval` measures of each cell
     classifier: judge.safetensors         for suites that need one
 
 `flops` in an axis value is the training budget of its cells: `train.steps` then follows from what a step costs. A cell

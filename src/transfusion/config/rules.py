@@ -63,7 +63,7 @@ def family_problems(model: ModelConfig, codec: CodecConfig, train: TrainConfig) 
 def size_problems(
     codec: CodecConfig, data: DataConfig, sample: SampleGridConfig, sizes: ImageSizes
 ) -> list[str]:
-    """What keeps pictures from being cut into patches and put into rows."""
+    """What keeps images from being cut into patches and put into rows."""
     step, problems = sizes.downscale * sizes.patch_size, []
     downscale = f" / codec.downscale {codec.downscale}" if codec.downscale else ""
     for size, name in codec.named_sizes():
@@ -73,18 +73,18 @@ def size_problems(
             )
         elif (patches := sizes.patches(size)) + 4 > data.sequence_length:
             problems.append(
-                f"data.sequence_length {data.sequence_length} is too short for a picture of"
+                f"data.sequence_length {data.sequence_length} is too short for an image of"
                 f" {patches} patches and its four control tokens"
             )
         if max(size) > GREATEST_ASPECT * min(size):
             problems.append(
-                f"codec.{name} has an aspect ratio above {GREATEST_ASPECT}; data have none such: pictures beyond"
+                f"codec.{name} has an aspect ratio above {GREATEST_ASPECT}; data have none such: images beyond"
                 " are left out"
             )
     for text in sample.sizes:
         if Size.parse(text) not in codec.sizes:
             problems.append(
-                f"sample.sizes: {text} is no size of this model's pictures; choose {sizes.named()}"
+                f"sample.sizes: {text} is no size of this model's images; choose {sizes.named()}"
             )
     return problems
 

@@ -182,7 +182,7 @@ class ModelConfig(Section):
 
 
 class CodecConfig(Section):
-    """How pictures become latents and back.
+    """How images become latents and back.
 
     What an autoencoder's folder tells is read from it when a configuration is loaded, and stored with the run.
     """
@@ -191,15 +191,15 @@ class CodecConfig(Section):
         "pixels",
         description="pixels: the scaled pixels are the latents; kl, vq: an autoencoder of latents, of tokens",
     )
-    channels: Literal[1, 3] = Field(3, description="1: grey pictures, 3: colour")
-    image_size: PositiveInt = Field(32, description="side of the square picture, in pixels")
+    channels: Literal[1, 3] = Field(3, description="1: grey images, 3: colour")
+    image_size: PositiveInt = Field(32, description="side of the square image, in pixels")
     image_sizes: Sizes = Field(
         (),
-        description="in place of image_size: HEIGHTxWIDTH of each; a picture takes the nearest aspect ratio",
+        description="in place of image_size: HEIGHTxWIDTH of each; an image takes the nearest aspect ratio",
     )
     folder: str = Field("", description="folder of the autoencoder, in diffusers' layout; not for pixels")
     latent_channels: NonNegativeInt = Field(
-        0, description="channels of the latents; 0: from the folder, for pixels those of the picture"
+        0, description="channels of the latents; 0: from the folder, for pixels those of the image"
     )
     downscale: NonNegativeInt = Field(
         0, description="pixels a side of one latent; 0: from the folder, 1 for pixels"
@@ -224,7 +224,7 @@ class CodecConfig(Section):
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """All sizes that pictures take; the first is drawn where no other is asked for."""
+        """All sizes that images take; the first is drawn where no other is asked for."""
         return tuple(map(Size.parse, self.image_sizes)) or (Size(self.image_size, self.image_size),)
 
     @property
@@ -233,7 +233,7 @@ class CodecConfig(Section):
         return 1 if self.kind == "vq" else self.depth
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """[C, h, w] of the latents of a picture of height x width pixels."""
+        """[C, h, w] of the latents of an image of height x width pixels."""
         step = self.downscale or 1
         return self.depth, height // step, width // step
 
@@ -371,7 +371,7 @@ class SourceConfig(Section):
     )
     verify: Verify = Field(
         "none",
-        description="sha256: leave out pictures and captions that are not those that KEY.json tells, by `sha256`"
+        description="sha256: leave out images and captions that are not those that KEY.json tells, by `sha256`"
         " and `caption`",
     )
     weight: WeightOrSchedule = Field(
@@ -585,9 +585,9 @@ class SampleGridConfig(Section):
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, description="captions to draw; empty: no grid"
     )
-    per_prompt: PositiveInt = Field(1, description="pictures a caption")
+    per_prompt: PositiveInt = Field(1, description="images a caption")
     sizes: Sizes = Field(
-        (), description="HEIGHTxWIDTH of the pictures, every caption in each; empty: the first of the codec's"
+        (), description="HEIGHTxWIDTH of the images, every caption in each; empty: the first of the codec's"
     )
     steps: PositiveInt = Field(50, description="sampler steps of the grid")
     sampler: SamplerName = Field(
@@ -595,4 +595,4 @@ class SampleGridConfig(Section):
         description="sampler of the grid: ddpm or ddim, for flow euler or heun; auto: ddim, for flow euler",
     )
     guidance: Annotated[float, Field(ge=0)] = Field(3.0, description="guidance scale; 1: none")
-    seed: SamplingSeed = Field(0, description="seed of the first picture; picture k has seed + k")
+    seed: SamplingSeed = Field(0, description="seed of the first image; image k has seed + k")

@@ -1,4 +1,4 @@
-"""Both losses on held-out data, every document exactly once."""
+"""Both losses on validation data, every document exactly once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from transfusion.schema import LossTerms
 
 
 @torch.no_grad()
-def held_out_losses(
+def validation_losses(
     model: nn.Module,
     loader: EvaluationLoader,
     config: Config,
     device: torch.device,
     codec: Codec | TokenCodec | None = None,
 ) -> LossTerms:
-    """This rank's loss sums over its share of the held-out data; every rank runs the same number of forwards.
+    """This rank's loss sums over its share of the validation data; every rank runs the same number of forwards.
 
-    codec: of the pictures; None: their pixels.
-    Noise and timesteps of the pictures are keyed by sample, so two checkpoints are judged on the same noise.
+    codec: of the images; None: their pixels.
+    Noise and timesteps of the images are keyed by sample, so two checkpoints are judged on the same noise.
     """
     loss = build_loss(config, codec)
     total: LossTerms | None = None
@@ -31,5 +31,5 @@ def held_out_losses(
         terms = loss.terms(model, batch.to(device)).double()
         total = terms if total is None else total.plus(terms)
     if total is None:
-        raise ValueError("the held-out data gave no batch")
+        raise ValueError("the validation data gave no batch")
     return total

@@ -1,6 +1,6 @@
-"""Pictures on disk: reading what a user names, writing samples and grids.
+"""Images on disk: reading what a user names, writing samples and grids.
 
-C channels, H/W picture height and width.
+C channels, H/W image height and width.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from transfusion.generate.pipeline import SampledImage
 from transfusion.sequence.sizes import GREATEST_ASPECT
 
 INDEX = "index.jsonl"
-# Pictures of a grid are enlarged to at least this side, pixel by pixel.
+# Images of a grid are enlarged to at least this side, pixel by pixel.
 GRID_CELL = 48
 GRID_GAP = 4
 GRID_BACKGROUND = 96
 
 
-# What a user is told of a picture that is whole, and yet none for a model.
+# What a user is told of an image that is whole, and yet none for a model.
 _UNFIT = {
     "image_aspect": f"it is more than {GREATEST_ASPECT} times as long as wide; cut it",
     "image_too_small": f"a side has fewer than {SMALLEST_SIDE} pixels; give a larger one",
@@ -37,9 +37,9 @@ _UNFIT = {
 }
 
 
-def load_pictures(paths: Sequence[Path], config: Config) -> list[Tensor]:
-    """Read pictures as uint8 [C, H, W], each of the size that it takes. Raises UserError naming the first bad one."""
-    pictures = []
+def load_images(paths: Sequence[Path], config: Config) -> list[Tensor]:
+    """Read images as uint8 [C, H, W], each of the size that it takes. Raises UserError naming the first bad one."""
+    images = []
     for path in paths:
         try:
             data = path.read_bytes()
@@ -48,14 +48,14 @@ def load_pictures(paths: Sequence[Path], config: Config) -> list[Tensor]:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         except SampleError as error:
             reason = str(error)
-            remedy = _UNFIT.get(reason, "give a JPEG, PNG or WebP picture")
+            remedy = _UNFIT.get(reason, "give a JPEG, PNG or WebP image")
             raise UserError(f"{path}: {reason}; {remedy}") from None
-        pictures.append(torch.from_numpy(values))
-    return pictures
+        images.append(torch.from_numpy(values))
+    return images
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:
-    """uint8 [C, H, W] as a grey or colour picture."""
+    """uint8 [C, H, W] as a grey or colour image."""
     values = pixels_CHW.cpu().numpy()
     return Image.fromarray(values[0] if values.shape[0] == 1 else values.transpose(1, 2, 0))
 
@@ -75,11 +75,11 @@ def save_samples(samples: Sequence[SampledImage], out: Path) -> None:
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         atomic_write_text(out / INDEX, "".join(lines))
     except OSError as error:
-        raise UserError(f"cannot write pictures to {out}: {error.strerror}; name another folder") from None
+        raise UserError(f"cannot write images to {out}: {error.strerror}; name another folder") from None
 
 
 def write_grid(samples: Sequence[SampledImage], path: Path, config: SampleGridConfig) -> None:
-    """One picture: a column for each prompt, config.per_prompt rows for each size, enlarged so that it can be seen."""
+    """One image: a column for each prompt, config.per_prompt rows for each size, enlarged so that it can be seen."""
     if not samples:
         return
     heights, widths = zip(*(sample.pixels.shape[1:] for sample in samples), strict=True)

@@ -1,6 +1,6 @@
-"""Draws pictures with whichever model there is: by diffusion of latents, or token by token.
+"""Draws images with whichever model there is: by diffusion of latents, or token by token.
 
-I images, C channels, H/W picture height and width.
+I images, C channels, H/W image height and width.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Drawn(NamedTuple):
     settled: Tensor
 
 
-def draw_pictures(
+def draw_images(
     reader: Reader,
     prefixes: KeyValueCache,
     rows: Sequence[int],
@@ -38,6 +38,6 @@ def draw_pictures(
     codec = reader.codec
     if isinstance(codec, TokenCodec):
         token_Ihw = draw_tokens(reader, prefixes, rows, keys, sampling)
-        return Drawn(codec.pictures(token_Ihw), token_Ihw)
+        return Drawn(codec.decode(token_Ihw), token_Ihw)
     latent_ICHW = image_diffusion.draw(reader, prefixes, rows, keys, sampling, config)
     return Drawn(codec.decode(latent_ICHW), codec.settled(latent_ICHW))

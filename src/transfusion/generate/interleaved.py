@@ -16,14 +16,14 @@ from transfusion.config import DiffusionConfig
 from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.image_diffusion import ImageSampling
-from transfusion.generate.image_generation import draw_pictures
+from transfusion.generate.image_generation import draw_images
 from transfusion.generate.runner import Reader
 from transfusion.generate.text_sampling import TextSampling, choose, restrict
 from transfusion.schema import Segment, SpecialToken, TextSegment
 from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer
 
-# A picture is uint8 [C, H, W].
+# An image is uint8 [C, H, W].
 Part = str | Tensor
 
 # Images of one row draw from keys this far apart: the first has the row's own seed, as a single image would.
@@ -81,7 +81,7 @@ class Conversation:
     ) -> None:
         self.reader, self.tokenizer, self.diffusion = reader, tokenizer, diffusion
         self.text, self.image, self.limits = text, image, limits
-        # Of drawn pictures, by what begins them.
+        # Of drawn images, by what begins them.
         self._begun = {
             token: size for token, size in reader.sizes.begun.items() if image.size in (None, size)
         }
@@ -113,8 +113,8 @@ class Conversation:
         most = max(map(self.reader.sizes.patches, self._begun.values()))
         new = self.limits.tokens + self.limits.images * (most + 2)
         cache = self.reader.cache(len(prompts), min(max(counts) + new, self.limits.length))
-        pictures = [part for parts in prompts for part in parts if isinstance(part, Tensor)]
-        return cache, self.reader.read(cache.view(), self.reader.prefix_block(layouts, counts, pictures))
+        images = [part for parts in prompts for part in parts if isinstance(part, Tensor)]
+        return cache, self.reader.read(cache.view(), self.reader.prefix_block(layouts, counts, images))
 
     def _segments(self, parts: Sequence[Part]) -> list[Segment]:
         return [
@@ -166,7 +166,7 @@ class Conversation:
         return chosen
 
     def _draw(self, rows: list[_Row], waiting: list[int], cache: KeyValueCache, state_BD: Tensor) -> None:
-        """Images of one size for waiting rows, read again as the pictures they became; updates states in place."""
+        """Images of one size for waiting rows, read again as the images they became; updates states in place."""
         size = rows[waiting[0]].size
         assert size is not None
         waiting = [place for place in waiting if rows[place].size == size]
@@ -175,10 +175,10 @@ class Conversation:
             self.image.seed + row.number + row.images * _IMAGE_KEY_STRIDE
             for row in (rows[place] for place in waiting)
         ]
-        drawn = draw_pictures(self.reader, cache, waiting, keys, image, self.diffusion)
-        for place, picture in zip(waiting, drawn.pixels_ICHW.cpu(), strict=True):
+        drawn = draw_images(self.reader, cache, waiting, keys, image, self.diffusion)
+        for place, pixels_CHW in zip(waiting, drawn.pixels_ICHW.cpu(), strict=True):
             row = rows[place]
-            row.parts.append(picture)
+            row.parts.append(pixels_CHW)
             row.images += 1
             room = cache.lengths[place] + self.reader.sizes.patches(size) + 1 < self.limits.length
             row.phase = _Phase.SPEAKING if room else _Phase.DONE

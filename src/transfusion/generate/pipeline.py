@@ -1,6 +1,6 @@
-"""The model as its user meets it: draw pictures, caption pictures, continue any mixture of both.
+"""The model as its user meets it: draw images, caption images, continue any mixture of both.
 
-C channels, H/W picture height and width, I pictures.
+C channels, H/W image height and width, I images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transfusion.config.objectives import GRID_SAMPLER, SamplerName
 from transfusion.errors import UserError
 from transfusion.generate import image_diffusion, text_sampling
 from transfusion.generate.image_diffusion import ImageSampling
-from transfusion.generate.image_generation import draw_pictures
+from transfusion.generate.image_generation import draw_images
 from transfusion.generate.interleaved import Conversation, Limits, Part
 from transfusion.generate.load import Weights, load_model
 from transfusion.generate.runner import Reader
@@ -35,7 +35,7 @@ from transfusion.tokens import MAX_SAMPLING_SEED
 
 @dataclass(frozen=True, slots=True)
 class SampledImage:
-    """One drawn picture, uint8 [C, H, W] on the CPU, and the caption and seed that give it again."""
+    """One drawn image, uint8 [C, H, W] on the CPU, and the caption and seed that give it again."""
 
     pixels: Tensor
     prompt: str
@@ -90,7 +90,7 @@ class Pipeline:
         batch: int = 64,
         size: Size | None = None,
     ) -> list[SampledImage]:
-        """Pictures of captions, `per_prompt` of each, in order; picture k of the call has seed `seed + k`.
+        """Images of captions, `per_prompt` of each, in order; image k of the call has seed `seed + k`.
 
         size: one of the model's, None: the first. Raises UserError for settings out of range, and where guidance is
         asked for and has no meaning.
@@ -103,7 +103,7 @@ class Pipeline:
 
     @torch.no_grad()
     def sample_grid(self, grid: SampleGridConfig, *, rank: int = 0, ranks: int = 1) -> list[SampledImage]:
-        """This rank's share of the grid: pictures rank, rank + ranks, ... of what `sample` gives for each size.
+        """This rank's share of the grid: images rank, rank + ranks, ... of what `sample` gives for each size.
 
         Every rank runs the same number of forwards: one with a shorter share draws the last again.
         """
@@ -123,14 +123,14 @@ class Pipeline:
             )
             self._check_sampling(sampling, wanted)
             seeds = [seed + number for number in drawn]
-            pictures = self._draw([wanted[number] for number in drawn], seeds, sampling, share)
-            found += [picture for picture, number in zip(pictures, mine, strict=True) if number < len(wanted)]
+            images = self._draw([wanted[number] for number in drawn], seeds, sampling, share)
+            found += [image for image, number in zip(images, mine, strict=True) if number < len(wanted)]
         return found
 
     @torch.no_grad()
     def caption(
         self,
-        pictures: Tensor | Sequence[Tensor],
+        images: Tensor | Sequence[Tensor],
         *,
         max_tokens: int = 64,
         temperature: float = 0.0,
@@ -138,12 +138,12 @@ class Pipeline:
         seed: int = 0,
         batch: int = 256,
     ) -> list[str]:
-        """The text after each picture (uint8 [C, H, W] of one of the model's sizes), up to its end.
+        """The text after each image (uint8 [C, H, W] of one of the model's sizes), up to its end.
 
         Raises UserError.
         """
         answers = self.generate(
-            [[picture] for picture in pictures],
+            [[image] for image in images],
             max_tokens=max_tokens,
             max_images=0,
             temperature=temperature,
@@ -169,11 +169,11 @@ class Pipeline:
         batch: int = 64,
         size: Size | None = None,
     ) -> list[list[Part]]:
-        """Each prompt, its parts untouched, followed by what the model goes on with: texts and pictures.
+        """Each prompt, its parts untouched, followed by what the model goes on with: texts and images.
 
         A row ends at <EOS>, after max_tokens new tokens, or at data.sequence_length. Row r draws its text and its
-        first picture from seed + r. size: of drawn pictures, as for `sample`. Raises UserError for settings or
-        pictures that do not fit.
+        first image from seed + r. size: of drawn images, as for `sample`. Raises UserError for settings or
+        images that do not fit.
         """
         text = TextSampling(temperature=temperature, top_p=top_p, seed=seed)
         image = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=size)
@@ -197,7 +197,7 @@ class Pipeline:
     def _draw(
         self, prompts: list[str], seeds: list[int], sampling: ImageSampling, batch: int
     ) -> list[SampledImage]:
-        """`batch` pictures at a time, each from its own seed."""
+        """`batch` images at a time, each from its own seed."""
         drawn = []
         for start in range(0, len(prompts), batch):
             part, keys = prompts[start : start + batch], seeds[start : start + batch]
@@ -208,9 +208,9 @@ class Pipeline:
             cache = self.reader.cache(len(distinct), max(counts))
             self.reader.read(cache.view(), self.reader.prefix_block(layouts, counts))
             rows = [distinct.index(prompt) for prompt in part]
-            made = draw_pictures(self.reader, cache, rows, keys, sampling, self.config.diffusion)
-            pictures = made.pixels_ICHW.cpu()
-            drawn += [SampledImage(*item) for item in zip(pictures, part, keys, strict=True)]
+            made = draw_images(self.reader, cache, rows, keys, sampling, self.config.diffusion)
+            images = made.pixels_ICHW.cpu()
+            drawn += [SampledImage(*item) for item in zip(images, part, keys, strict=True)]
         return drawn
 
     def _caption_first(self, prompt: str, size: Size | None) -> Layout:
@@ -222,25 +222,25 @@ class Pipeline:
         if sampling.guidance != 1 and "" in prompts:
             raise UserError(
                 f"guidance {sampling.guidance} cannot be applied to an empty prompt: there is nothing to"
-                " guide by; use guidance 1 for pictures without a caption"
+                " guide by; use guidance 1 for images without a caption"
             )
         for prompt in set(prompts):
             _check_text(prompt)
             length = len(self._caption_first(prompt, sampling.size))
             if length > self.config.data.sequence_length:
                 raise UserError(
-                    f"a prompt and its picture take {length} positions, more than data.sequence_length"
+                    f"a prompt and its image take {length} positions, more than data.sequence_length"
                     f" {self.config.data.sequence_length}: {prompt[:60]!r}"
                 )
 
     def _check_parts(self, prompt: Sequence[Part]) -> None:
-        shapes = self.reader.picture_shapes
+        shapes = self.reader.image_shapes
         for part in prompt:
             if isinstance(part, str):
                 _check_text(part)
             elif part.dtype != torch.uint8 or part.shape not in shapes:
                 raise UserError(
-                    f"a picture must be uint8 of shape {' or '.join(str(list(shape)) for shape in shapes)},"
+                    f"an image must be uint8 of shape {' or '.join(str(list(shape)) for shape in shapes)},"
                     f" got {part.dtype} of shape {list(part.shape)}"
                 )
 

@@ -1,9 +1,9 @@
-"""The network as generation uses it: blocks of tokens and pictures behind cached rows.
+"""The network as generation uses it: blocks of tokens and images behind cached rows.
 
 Every rule of the sequence comes from `data.sequence`; what is read here is what training laid out.
 
 R rows, S positions of a block, A position axes, P patches an image, D width, V vocabulary, I images,
-C channels, H/W picture height and width.
+C channels, H/W image height and width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transfusion.schema import ImageSegment, Segment, SpecialToken
 from transfusion.sequence.layout import Layout, image_segment, lay_out, position_axes
 from transfusion.sequence.sizes import Size
 
-# Finished and prompted pictures are read as what they are: the least noise that training knows.
+# Finished and prompted images are read as what they are: the least noise that training knows.
 CLEAN_TIMESTEP = 0
 
 
@@ -33,7 +33,7 @@ class Block:
     """What rows read next, padded to the longest.
 
     token_ids_RS and position_RSA: int64. end_RS: int64, up to where each position sees, counted from the
-    row's length before. counts: real positions of each row. pictures: those in the block, a tensor [I, C, H, W] for
+    row's length before. counts: real positions of each row. images: those in the block, a tensor [I, C, H, W] for
     each shape, uint8 or their latents (float); patch_slot_N: int64, flat positions (row * S + position) of their
     patches, in the same order. place: where each row reads one image token, the grid of these images and the number
     of the token.
@@ -43,7 +43,7 @@ class Block:
     position_RSA: Tensor
     end_RS: Tensor
     counts: list[int]
-    pictures: tuple[Tensor, ...] = ()
+    images: tuple[Tensor, ...] = ()
     patch_slot_N: Tensor | None = None
     place: tuple[Grid, int] | None = None
 
@@ -57,7 +57,7 @@ class Reader:
         self.model, self.device, self.codec = model, device, codec
         self.sizes = config.image_sizes
         self.axes = position_axes(config.model.position)
-        self.picture_shapes = [(config.codec.channels, *size) for size in self.sizes.sizes]
+        self.image_shapes = [(config.codec.channels, *size) for size in self.sizes.sizes]
         self._latent_channels = config.codec.depth
         # An image at the earliest place it can stand, after <BOS> <BOI>, and the <EOI> behind it.
         self.causal_images = config.model.image_attention == "causal"
@@ -79,11 +79,11 @@ class Reader:
         return KeyValueCache(self.model.config.layers, rows, max_length, self.device, self.model.attend)
 
     def image(self, size: Size, values: Tensor | None = None) -> ImageSegment:
-        """A picture of this size, as a part of a document."""
+        """An image of this size, as a part of a document."""
         return image_segment(self.sizes, size, values)
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
-        """[C, H, W] of the latents of a picture of this size."""
+        """[C, H, W] of the latents of an image of this size."""
         return self._latent_channels, *self.sizes.latents(size)
 
     def image_positions(self, starts: Sequence[int], size: Size) -> Tensor:
@@ -105,9 +105,9 @@ class Reader:
         return cache
 
     def prefix_block(
-        self, layouts: Sequence[Layout], counts: Sequence[int], pictures: Sequence[Tensor] = ()
+        self, layouts: Sequence[Layout], counts: Sequence[int], images: Sequence[Tensor] = ()
     ) -> Block:
-        """The first `counts` positions of each document, and the pictures (uint8 [C, H, W]) in them."""
+        """The first `counts` positions of each document, and the images (uint8 [C, H, W]) in them."""
         longest = max(counts)
         ids_RS = np.full((len(layouts), longest), SpecialToken.PADDING, dtype=np.int64)
         position_RSA = np.zeros((len(layouts), longest, self.axes), dtype=np.int64)
@@ -121,15 +121,15 @@ class Reader:
                 if first < count:
                     slots.append(row * longest + torch.arange(first, first + patches))
         by_shape: dict[torch.Size, list[int]] = {}
-        for number, picture in enumerate(pictures):
-            by_shape.setdefault(picture.shape, []).append(number)
+        for number, image in enumerate(images):
+            by_shape.setdefault(image.shape, []).append(number)
         groups = list(by_shape.values())
         return Block(
             torch.from_numpy(ids_RS).to(self.device),
             torch.from_numpy(position_RSA).to(self.device),
             torch.from_numpy(end_RS).to(self.device),
             list(counts),
-            tuple(torch.stack([pictures[number] for number in group]).to(self.device) for group in groups),
+            tuple(torch.stack([images[number] for number in group]).to(self.device) for group in groups),
             torch.cat([slots[number] for group in groups for number in group]).to(self.device)
             if groups
             else None,
@@ -142,7 +142,7 @@ class Reader:
         return Block(ids_R1, position_R11.expand(-1, -1, self.axes), torch.ones_like(ids_R1), [1] * len(ids))
 
     def image_block(self, pixels_ICHW: Tensor, starts: Sequence[int]) -> Block:
-        """One finished picture a row, its first patch at running position `starts`, and its <EOI>."""
+        """One finished image a row, its first patch at running position `starts`, and its <EOI>."""
         size = self.sizes.of(pixels_ICHW[0])
         assert size is not None
         layout = self._image_layouts[size]
@@ -168,7 +168,7 @@ class Reader:
             grid, number = block.place
             hidden_RSD = self.model.at_their_places(hidden_RSD.flatten(0, 1), [grid], number)[:, None]
         if block.patch_slot_N is not None:
-            image_ND = self._embed_images(block.pictures).to(hidden_RSD.dtype)
+            image_ND = self._embed_images(block.images).to(hidden_RSD.dtype)
             flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, image_ND)
             hidden_RSD = flat.view_as(hidden_RSD)
         mask = rows.mask(block.end_RS)
@@ -178,7 +178,7 @@ class Reader:
         return self.model.norm(hidden_RSD[torch.arange(len(last_R), device=self.device), last_R])
 
     def _embed_images(self, groups: Sequence[Tensor]) -> Tensor:
-        """Pictures, or settled images, a tensor for each shape, as the network reads them: [N, D], in order."""
+        """Images, or settled images, a tensor for each shape, as the network reads them: [N, D], in order."""
         codec = self.codec
         if isinstance(codec, TokenCodec):
             tokens = [codec.tokens(values_ICHW) for values_ICHW in groups]

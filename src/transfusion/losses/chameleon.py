@@ -10,10 +10,10 @@ from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
 
 
 class TokenLoss:
-    """Next-token loss of one batch over the tokens of texts and of pictures alike, as sums and counts."""
+    """Next-token loss of one batch over the tokens of texts and of images alike, as sums and counts."""
 
     def __init__(self, codec: TokenCodec) -> None:
-        """codec: of the pictures in the batches. It stays outside of what is trained."""
+        """codec: of the images in the batches. It stays outside of what is trained."""
         self.codec = codec
 
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:

@@ -70,7 +70,7 @@ class Chameleon(Trunk):
         """Losses of a batch. tokens: for each image group int64 [I, h, w].
 
         A token of an image is predicted at the position before it, the first one at <BOI>. An image of weight 0,
-        which stands alone in a batch without pictures, is neither read nor predicted.
+        which stands alone in a batch without images, is neither read nor predicted.
         """
         slot_N = torch.cat([group.patch_slot_IP.flatten() for group in batch.images])
         image_id_N = self.image_ids(torch.cat([token_Ihw.flatten() for token_Ihw in tokens]))

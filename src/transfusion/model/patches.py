@@ -69,7 +69,7 @@ def unpatchify(patch_IPE: Tensor, channels: int, height: int, width: int, size: 
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
 
 
-def pictures(patch_NE: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def unpatchify_groups(patch_NE: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Patch values, group after group, as images [I, C, H, W] of the shapes of `like`."""
     values = patch_NE.shape[1]
     parts = patch_NE.split([latent_ICHW.numel() // values for latent_ICHW in like])

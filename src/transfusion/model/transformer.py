@@ -31,7 +31,7 @@ PATCHERS: dict[str, tuple[type[PatchEncoder | UNetEncoder], type[PatchDecoder | 
 
 class ModelOutput(NamedTuple):
     """text_sum: fp32 nats summed over the text targets. noise_NE: the prediction of all patches, group after group;
-    `patches.pictures` makes images of it. Two tensors, whatever the batch holds: see `patches`.
+    `patches.images` makes images of it. Two tensors, whatever the batch holds: see `patches`.
     """
 
     text_sum: Tensor
@@ -128,7 +128,7 @@ class Transfusion(Trunk):
         return Encoding(self.at_their_places(patch_ND, grids), timestep_I, grids, tuple(skips))
 
     def decode_patches(self, state_ND: Tensor, encoding: Encoding) -> Tensor:
-        """Final states of the patches to their predicted values [N, E]; `patches.pictures` makes images of them."""
+        """Final states of the patches to their predicted values [N, E]; `patches.images` makes images of them."""
         predicted_NE: Tensor = self._recomputed(
             self.patch_decoder, state_ND, encoding.timestep_I, encoding.grids, encoding.skips
         )

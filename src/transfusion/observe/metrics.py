@@ -25,7 +25,7 @@ class StepMetrics:
     skipped: steps so far whose update was left out. roll_backs: times so far that a former checkpoint was
     brought back. gradient_norms: of this step, by module, where log.gradient_norms asks for them.
     faults: samples so far that could not be read.
-    held_out_*: known at checkpoints only.
+    validation_*: known at checkpoints only.
     """
 
     step: int
@@ -48,8 +48,8 @@ class StepMetrics:
     gemm_share: float | None = None
     roll_backs: int = 0
     gradient_norms: dict[str, float] | None = None
-    held_out_text_loss: float | None = None
-    held_out_image_loss: float | None = None
+    validation_text_loss: float | None = None
+    validation_image_loss: float | None = None
 
 
 class MetricsLog:

@@ -42,4 +42,4 @@ class Record:
         """The sample grid of a step, which `write` puts into a file."""
         path = self._folder.grid(step)
         write(path)
-        self._sink.picture(step, path)
+        self._sink.image(step, path)

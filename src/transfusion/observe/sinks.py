@@ -40,7 +40,7 @@ class Sink(Protocol):
 
     def write(self, line: Mapping[str, Any]) -> None: ...
 
-    def picture(self, step: int, path: Path) -> None: ...
+    def image(self, step: int, path: Path) -> None: ...
 
     def close(self) -> None: ...
 
@@ -51,7 +51,7 @@ class NoSink:
     def write(self, line: Mapping[str, Any]) -> None:
         return
 
-    def picture(self, step: int, path: Path) -> None:
+    def image(self, step: int, path: Path) -> None:
         return
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class WandbSink:
         """Log one line; empty values are left out."""
         self._run.log(panel_values(line))
 
-    def picture(self, step: int, path: Path) -> None:
+    def image(self, step: int, path: Path) -> None:
         """Log a sample grid."""
         self._run.log({"step": step, "samples": self._image(str(path), caption=f"step {step}")})
 

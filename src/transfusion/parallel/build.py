@@ -19,7 +19,7 @@ def build_engine(config: Config, environment: Environment, codec: Codec | TokenC
     """The engine that `train.engine` names, with freshly initialised weights.
 
     auto: ZeRO with more than one process or on a GPU, else local. `config.model.vocabulary` must be set.
-    codec: of the pictures; None: their pixels.
+    codec: of the images; None: their pixels.
     Called by all ranks together. Raises UserError on every rank, before anything is built: for the local
     engine in several processes, ZeRO without DeepSpeed, rows that the processes cannot share, and an attention that
     cannot run here.

@@ -29,9 +29,9 @@ class GlobalCounts(NamedTuple):
 def global_counts(batches: Sequence[Batch], codec: CodecConfig | None = None) -> GlobalCounts:
     """Count what this rank's micro-batches of one step hold and sum it over all ranks, in one collective.
 
-    codec: of the pictures; None: their pixels.
+    codec: of the images; None: their pixels.
     """
-    # float64: a global batch of pictures has more elements than float32 counts exactly.
+    # float64: a global batch of images has more elements than float32 counts exactly.
     text = torch.stack([batch.text_weight_BS.sum(dtype=torch.float64) for batch in batches]).sum()
     image = torch.stack(
         [

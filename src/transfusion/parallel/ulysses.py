@@ -2,7 +2,7 @@
 
 Before the attention an all-to-all gives every rank all positions of its share of the heads, after it another gives
 back all heads of its slice. Nothing else of a block looks across positions. Images are dealt out whole, since their
-noise, and what encodes and decodes them, is of the picture: an image's patches travel between the rank that has the
+noise, and what encodes and decodes them, is of the image: an image's patches travel between the rank that has the
 image and the ranks that have its positions.
 
 B rows, S positions, H query heads, K key heads, E head dimension, R ranks of a group, I images, P patches an image,

@@ -175,12 +175,12 @@ def _run(
 class _NothingEncoded:
     """In the place of a codec of tokens: as many as there are latents, which were made before training."""
 
-    codes = 1
+    codebook_size = 1
 
     def tokens(self, values_ICHW: Tensor) -> Tensor:
         return values_ICHW[:, 0].long()
 
-    def pictures(self, token_Ihw: Tensor) -> Tensor:
+    def decode(self, token_Ihw: Tensor) -> Tensor:
         raise NotImplementedError("nothing is drawn while memory is counted")
 
 

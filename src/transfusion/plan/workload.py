@@ -1,7 +1,7 @@
 """How a step is shared among GPUs, and what it is expected to hold before any data are read.
 
 Documents of two kinds: texts of one length, and pairs of one image with a caption of one length, until rows are full.
-Where pictures have several sizes, each has as many.
+Where images have several sizes, each has as many.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _uneven(config: Config, gpus: int, sequence_ranks: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """The documents assumed. pair_share: of the tokens, in pairs with a picture (the paper: half).
+    """The documents assumed. pair_share: of the tokens, in pairs with an image (the paper: half).
 
     text_tokens, caption_tokens: of a text with its two control tokens, and of a caption without them.
     """

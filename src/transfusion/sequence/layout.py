@@ -5,7 +5,7 @@
     image first     <BOS> <BOI> patches <EOI> caption <EOS>
     caption dropped <BOS> <BOI> patches <EOI> <EOS>
 
-Any order of texts and images works the same way. Where pictures have several sizes, <BOI> is another token for each.
+Any order of texts and images works the same way. Where images have several sizes, <BOI> is another token for each.
 Shape suffixes: S positions of the document, A position axes.
 """
 
@@ -78,7 +78,7 @@ def position_axes(position: str) -> int:
 
 
 def image_segment(sizes: ImageSizes, size: Size, values: Any = None) -> ImageSegment:
-    """A picture of this size."""
+    """An image of this size."""
     return ImageSegment(values, sizes.patches(size), sizes.grid(size)[1], sizes.begins_with(size))
 
 
@@ -118,7 +118,7 @@ def draft(segments: Sequence[Segment], *, finished: bool = True) -> Draft:
 
 
 def draft_pair(caption_ids: NDArray[np.integer] | None, image: ImageSegment, *, caption_first: bool) -> Draft:
-    """A picture with its caption, or without one (None): as `draft`, of which most documents are this kind."""
+    """An image with its caption, or without one (None): as `draft`, of which most documents are this kind."""
     tokens, shape = _image_tokens(image.begin, image.patches), (image.patches, _columns(image))
     if caption_ids is None:
         return Draft(np.concatenate([_BOS, tokens, _EOS]), _PADDING, ((2, *shape),), False)

@@ -1,6 +1,6 @@
-"""Sizes that pictures take: which one of several a picture takes, and how many patches that makes.
+"""Sizes that images take: which one of several an image takes, and how many patches that makes.
 
-I pictures, K sizes, C channels, H/W height and width of pictures, h/w of latents.
+I images, K sizes, C channels, H/W height and width of images, h/w of latents.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from transfusion.tokens import SpecialToken
 
 Integers = NDArray[np.int64]
 
-# Of the longer side to the shorter one; pictures and sizes beyond are refused.
+# Of the longer side to the shorter one; images and sizes beyond are refused.
 GREATEST_ASPECT = 20
 _FORM = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 
 class Size(NamedTuple):
-    """Of a picture, in pixels."""
+    """Of an image, in pixels."""
 
     height: int
     width: int
@@ -47,9 +47,9 @@ class Size(NamedTuple):
 
 
 def nearest(sizes: Sequence[Size], height_I: NDArray[Any], width_I: NDArray[Any]) -> Integers:
-    """Numbers [I] of the sizes with the aspect ratio nearest to that of each picture.
+    """Numbers [I] of the sizes with the aspect ratio nearest to that of each image.
 
-    Among sizes of one ratio the area nearest to the picture's decides, then the order. Distances are quotients of whole
+    Among sizes of one ratio the area nearest to the image's decides, then the order. Distances are quotients of whole
     numbers, so that every machine chooses alike.
     """
     size_K2 = np.array(sizes, np.int64)
@@ -72,7 +72,7 @@ class ImageSizes:
     """The sizes of a configuration, and how they are cut: the one place that says so.
 
     downscale: pixels a side of one latent. patch_size: latents a side of one patch. vocabulary: ids of the model, whose
-    last ones begin pictures.
+    last ones begin images.
     """
 
     sizes: tuple[Size, ...]
@@ -94,32 +94,32 @@ class ImageSizes:
         return " or ".join(map(str, self.sizes))
 
     def latents(self, size: Size) -> tuple[int, int]:
-        """Height and width of the latents of such a picture."""
+        """Height and width of the latents of such an image."""
         return size.height // self.downscale, size.width // self.downscale
 
     def grid(self, size: Size) -> tuple[int, int]:
-        """Rows and columns of patches of such a picture."""
+        """Rows and columns of patches of such an image."""
         height, width = self.latents(size)
         return height // self.patch_size, width // self.patch_size
 
     def patches(self, size: Size) -> int:
-        """Patches of such a picture."""
+        """Patches of such an image."""
         rows, columns = self.grid(size)
         return rows * columns
 
     @functools.cached_property
     def begun(self) -> dict[int, Size]:
-        """By the token that begins a picture, the size of it: <BOI> for the first, the last ids for the others.
+        """By the token that begins an image, the size of it: <BOI> for the first, the last ids for the others.
 
-        So a model that speaks chooses the size as it chooses words, and a picture has as many positions as with one.
+        So a model that speaks chooses the size as it chooses words, and an image has as many positions as with one.
         """
         if self.several and not self.vocabulary:
-            raise ValueError("model.vocabulary must be known before pictures of several sizes begin")
+            raise ValueError("model.vocabulary must be known before images of several sizes begin")
         others = range(self.vocabulary - len(self.sizes) + 1, self.vocabulary)
         return dict(zip((int(SpecialToken.BEGIN_IMAGE), *others), self.sizes, strict=True))
 
     def begins_with(self, size: Size) -> int:
-        """The token that begins such a picture."""
+        """The token that begins such an image."""
         return self._begins[size]
 
     @functools.cached_property
@@ -128,12 +128,12 @@ class ImageSizes:
 
     @property
     def most_patches(self) -> int:
-        """Of a picture of the greatest size."""
+        """Of an image of the greatest size."""
         return max(map(self.patches, self.sizes))
 
     @functools.cached_property
     def patches_K(self) -> Integers:
-        """Patches of a picture of each size."""
+        """Patches of an image of each size."""
         return np.array([self.patches(size) for size in self.sizes], np.int64)
 
     def of(self, values: Any) -> Size | None:
@@ -146,12 +146,12 @@ class ImageSizes:
         size = Size(height, width) if pixels else Size(height * self.downscale, width * self.downscale)
         return size if size in self.sizes else None
 
-    def for_picture(self, height: int, width: int) -> Size:
-        """The size that a picture takes."""
+    def for_image(self, height: int, width: int) -> Size:
+        """The size that an image takes."""
         return self.sizes[int(nearest(self.sizes, np.array([height]), np.array([width]))[0])]
 
     def when_turned(self, size: Size) -> Size:
-        """What a picture of this size takes where it was stored on its side: it has as many patches."""
+        """What an image of this size takes where it was stored on its side: it has as many patches."""
         return self._turned[size]
 
     @functools.cached_property
@@ -159,7 +159,7 @@ class ImageSizes:
         return {size: size.turned if size.turned in self.sizes else size for size in self.sizes}
 
     def numbers(self, height_I: NDArray[Any], width_I: NDArray[Any], is_latent_I: NDArray[Any]) -> Integers:
-        """Numbers [I] of the sizes of stored pictures and latents, by the height and width that they have there.
+        """Numbers [I] of the sizes of stored images and latents, by the height and width that they have there.
 
         Latents of no size count as the first: whoever reads them tells.
         """

@@ -46,7 +46,7 @@ class RunParts:
         self.engine: Engine = build_engine(self.config, here, self.codec)
         self.state = resume(self.folder.path, self.engine) or self._begin()
         self.loader = together(self._open_loader)
-        self.held_out = together(self._open_held_out) if config.data.validation else None
+        self.validation = together(self._open_validation) if config.data.validation else None
         together(self._create_folder)
         self.saver = Saver(
             self.folder.path,
@@ -84,7 +84,7 @@ class RunParts:
         ranks = {"rank": sequence.data_rank, "world_size": sequence.data_world_size}
         return Loader(self.config, self.config.data.sources, self.tokenizer, state=state, **ranks)
 
-    def _open_held_out(self) -> EvaluationLoader:
+    def _open_validation(self) -> EvaluationLoader:
         ranks = {"rank": self.here.rank, "world_size": self.here.world_size}
         return EvaluationLoader(self.config, self.config.data.validation, self.tokenizer, **ranks)
 

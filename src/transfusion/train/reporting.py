@@ -1,4 +1,4 @@
-"""What a run tells of itself: lines of metrics, held-out losses, the sample grid, samples that were left out."""
+"""What a run tells of itself: lines of metrics, validation losses, the sample grid, samples that were left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from transfusion.evaluate.validation_losses import held_out_losses
+from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.image_files import write_grid
 from transfusion.generate.pipeline import Pipeline
 from transfusion.observe.losses import MeanLosses
@@ -66,22 +66,22 @@ class Reporter:
         self._terms += terms
         self._images += sum(batch.counts.images for batch in batches)
 
-    def line(self, result: StepResult, *, held_out: bool) -> None:
-        """Sum the losses over steps and ranks and write a line of metrics. held_out: measure these losses too."""
+    def line(self, result: StepResult, *, validation: bool) -> None:
+        """Sum the losses over steps and ranks and write a line of metrics. validation: measure these losses too."""
         parts = self.parts
-        parts.watchdog.note("held-out losses and metrics", parts.state.step)
+        parts.watchdog.note("validation losses and metrics", parts.state.step)
         losses = MeanLosses.over_ranks(
             self._terms, parts.config, parts.utilisation.take(), images=self._images
         )
         self._terms, self._images = [], 0
         parts.state.images += losses.images
-        judged = self._held_out_losses() if held_out else None
+        judged = self._validation_losses() if validation else None
         line = self._metrics(result, losses, judged)
         seconds_left = parts.clock.seconds_left(parts.config.train.steps - parts.state.step)
         together(lambda: self._record.write(line, seconds_left=seconds_left) if self._record else None)
 
     def grid(self) -> None:
-        """The fixed-seed pictures, each rank drawing its share with the same number of forwards."""
+        """The fixed-seed images, each rank drawing its share with the same number of forwards."""
         parts, sample = self.parts, self.parts.config.sample_grid
         if not sample.prompts:
             return
@@ -89,11 +89,11 @@ class Reporter:
         with parts.clock.pause(), parts.engine.evaluation(self._best_weights()) as module:
             pipeline = Pipeline(module, parts.tokenizer, parts.config, parts.engine.device, parts.codec)
             mine = pipeline.sample_grid(sample, rank=parts.here.rank, ranks=parts.here.world_size)
-            pictures = [picture for part in gather(mine) for picture in part]
-        pictures.sort(key=lambda picture: picture.seed)
+            images = [image for part in gather(mine) for image in part]
+        images.sort(key=lambda image: image.seed)
 
         def write(path: Path) -> None:
-            write_grid(pictures, path, sample)
+            write_grid(images, path, sample)
 
         together(lambda: self._record.grid(parts.state.step, write) if self._record else None)
 
@@ -129,16 +129,16 @@ class Reporter:
             data_wait=lap.shares.get("data", 0.0),
             **asdict(shares),
             memory_gib=peak_gib(parts.engine.device),
-            held_out_text_loss=judged.text if judged else None,
-            held_out_image_loss=judged.image if judged else None,
+            validation_text_loss=judged.text if judged else None,
+            validation_image_loss=judged.image if judged else None,
         )
 
-    def _held_out_losses(self) -> MeanLosses | None:
+    def _validation_losses(self) -> MeanLosses | None:
         parts = self.parts
-        if parts.held_out is None:
+        if parts.validation is None:
             return None
         with parts.clock.pause(), parts.engine.evaluation(self._best_weights()) as module:
-            terms = held_out_losses(module, parts.held_out, parts.config, parts.engine.device, parts.codec)
+            terms = validation_losses(module, parts.validation, parts.config, parts.engine.device, parts.codec)
             return MeanLosses.over_ranks([terms], parts.config)
 
     def _best_weights(self) -> Weights:

@@ -91,7 +91,7 @@ class Trainer:
                 if saves:
                     self.limit.save_begins()
                 if logs and result is not None:
-                    self.reporter.line(result, held_out=saves)
+                    self.reporter.line(result, validation=saves)
                 if saves:
                     self._save()
                 if decision == Decision.SAVE_AND_STOP and not at_end:

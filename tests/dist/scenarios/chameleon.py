@@ -1,4 +1,4 @@
-"""The Chameleon baseline on ranks of which some have no picture."""
+"""The Chameleon baseline on ranks of which some have no image."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Levels:
     def tokens(self, values_ICHW: torch.Tensor) -> torch.Tensor:
         return (torch.nn.functional.avg_pool2d(values_ICHW.float(), 2)[:, 0] / 16).long()
 
-    def pictures(self, token_Ihw: torch.Tensor) -> torch.Tensor:
+    def decode(self, token_Ihw: torch.Tensor) -> torch.Tensor:
         wide = token_Ihw.repeat_interleave(2, 1).repeat_interleave(2, 2)
         return (wide * 16 + 8).to(torch.uint8)[:, None]
 
 
 def chameleon(here: Environment) -> dict[str, Any]:
-    """Image tokens on ranks with many pictures and with none: the same gathers, the loss of one process."""
+    """Image tokens on ranks with many images and with none: the same gathers, the loss of one process."""
     codec = {"kind": "vq", "folder": "-", "latent_channels": 3, "downscale": 2, "codebook_size": 16}
     changes = {f"codec__{name}": value for name, value in codec.items()}
     config = small_config(

@@ -39,9 +39,9 @@ STREAM: list[tuple[Content, Content]] = [
     ("two sizes", "text"),
     ("wide", "two sizes"),
 ]
-# Vectors of rows and columns for all pictures of the stream.
+# Vectors of rows and columns for all images of the stream.
 LEARNED_PLACES = {"model__patch_position": "learned", "codec__image_sizes": ("4x4", "4x8")}
-# Pictures of 8 x 8 pixels, latents of 4 x 4 in two channels.
+# Images of 8 x 8 pixels, latents of 4 x 4 in two channels.
 LATENTS = {
     "kind": "kl", "folder": "none", "channels": 1, "image_size": 8, "latent_channels": 2, "downscale": 2,
 }  # fmt: skip
@@ -96,7 +96,7 @@ def losses(terms: LossTerms) -> list[float]:
 
 def over_ranks(terms: LossTerms) -> LossTerms:
     """The terms summed over all ranks."""
-    # Copies: the terms of held-out data are float64 already.
+    # Copies: the terms of validation data are float64 already.
     summed = [term.to(torch.float64, copy=True) for term in terms]
     for term in summed:
         dist.all_reduce(term)

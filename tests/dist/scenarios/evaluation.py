@@ -1,4 +1,4 @@
-"""Sampling and held-out losses of ranks with unequal shares, beside one process."""
+"""Sampling and validation losses of ranks with unequal shares, beside one process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scenarios.common import (
     whole_weights,
 )
 from transfusion.config import SampleGridConfig
-from transfusion.evaluate.validation_losses import held_out_losses
+from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.pipeline import Pipeline
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
@@ -41,7 +41,7 @@ class Letters:
 
 
 def padding_alone(batch: Batch) -> Batch:
-    """The batch of a rank whose share of the held-out documents has run out."""
+    """The batch of a rank whose share of the validation documents has run out."""
     everywhere = batch.token_ids_BS.shape
     bound = torch.zeros(everywhere, dtype=torch.int32)
     group = batch.images[0]
@@ -59,7 +59,7 @@ def padding_alone(batch: Batch) -> Batch:
 
 
 def judged_in_training(here: Environment, changes: dict[str, Any]) -> dict[str, Any]:
-    """Grid and held-out losses as the trainer takes them, beside one process with the same weights."""
+    """Grid and validation losses as the trainer takes them, beside one process with the same weights."""
     config = small_config(optimizer__ema_decay=0.5, **changes)
     engine, undisturbed, plain = (
         ZeroEngine(config, here),
@@ -85,22 +85,22 @@ def judged_in_training(here: Environment, changes: dict[str, Any]) -> dict[str, 
         # Nothing is left for the second rank, which must take part in the forwards all the same.
         single = grid.model_copy(update={"prompts": ["one"]})
         of_one = pipeline.sample_grid(single, rank=here.rank, ranks=2)
-        terms = held_out_losses(model, shares[here.rank], config, here.device)
+        terms = validation_losses(model, shares[here.rank], config, here.device)
     with plain.evaluation("ema") as model:
         wanted = Pipeline(model, Letters(), config, here.device).sample_grid(grid)
-        wanted_terms = held_out_losses(model, [*shares[0], *shares[1]], config, here.device)
+        wanted_terms = validation_losses(model, [*shares[0], *shares[1]], config, here.device)
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, mine)
-    pictures = sorted(everyone[0] + everyone[1], key=lambda picture: picture.seed)
-    pairs = list(zip(pictures, wanted, strict=True))
+    images = sorted(everyone[0] + everyone[1], key=lambda image: image.seed)
+    pairs = list(zip(images, wanted, strict=True))
     trained_on = [train(each, here.rank, range(4, 7)) for each in (engine, undisturbed)]
     return {
         "shares": [len(share) for share in everyone],
         "of one": len(of_one),
         "captions": [[a.prompt, a.seed] for a, _ in pairs] == [[b.prompt, b.seed] for _, b in pairs],
         "greatest difference": max(int((a.pixels.int() - b.pixels.int()).abs().max()) for a, b in pairs),
-        "different pictures": len({picture.pixels.numpy().tobytes() for picture in pictures}),
-        "held out": difference(terms, wanted_terms),
+        "different images": len({image.pixels.numpy().tobytes() for image in images}),
+        "validation": difference(terms, wanted_terms),
         "counts": [float(count) for count in over_ranks(terms)[1:4:2]],
         "trains on the same": trained_on[0] == trained_on[1],
     }

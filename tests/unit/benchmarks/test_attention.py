@@ -160,11 +160,11 @@ def test_families_fill_their_rows(family: str, size: int) -> None:
         assert all(one[1] <= other[0] for one, other in itertools.pairwise(images))
 
 
-def test_the_picture_shows_what_was_timed(tmp_path: Path) -> None:
+def test_the_image_shows_what_was_timed(tmp_path: Path) -> None:
     record = attention.run(options(lengths=[64, 128], families=["transfusion", "causal"]))
     attention.draw(record, tmp_path / "attention.png")
-    with Image.open(tmp_path / "attention.png") as picture:
-        assert picture.width > 500 and picture.height > 400
+    with Image.open(tmp_path / "attention.png") as image:
+        assert image.width > 500 and image.height > 400
     attention.draw(record | {"results": []}, tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
 

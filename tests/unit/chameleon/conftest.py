@@ -1,4 +1,4 @@
-"""A small Chameleon, a codec of tokens that is a formula, and pictures that it keeps exactly."""
+"""A small Chameleon, a codec of tokens that is a formula, and images that it keeps exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transfusion.model.initialise import initialise
 from transfusion.schema import Batch, Segment
 
 CODES = 16
-# Of 8 x 8 pictures in squares of 2 x 2.
+# Of 8 x 8 images in squares of 2 x 2.
 TOKENS = 16
 
 
@@ -29,15 +29,15 @@ class Squares:
             return values_ICHW.long()
         return (torch.nn.functional.avg_pool2d(values_ICHW.float(), 2)[:, 0] / 16).long().clamp(max=15)
 
-    def pictures(self, token_Ihw: Tensor) -> Tensor:
+    def decode(self, token_Ihw: Tensor) -> Tensor:
         wide = token_Ihw.repeat_interleave(2, 1).repeat_interleave(2, 2)
         return (wide * 16 + 8).to(torch.uint8)[:, None]
 
 
-def flat_picture(seed: int) -> Tensor:
+def flat_image(seed: int) -> Tensor:
     """uint8 [1, 8, 8] that the codec gives back exactly."""
     token_Ihw = torch.randint(0, CODES, (1, 4, 4), generator=torch.Generator().manual_seed(seed))
-    return Squares().pictures(token_Ihw)[0]
+    return Squares().decode(token_Ihw)[0]
 
 
 def values_of(**sections: dict[str, Any]) -> dict[str, Any]:

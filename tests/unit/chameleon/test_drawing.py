@@ -18,7 +18,7 @@ from transfusion.schema import ImageSegment, Segment, SpecialToken, TextSegment
 from transfusion.sequence.layout import image_segment, lay_out
 from transfusion.sequence.sizes import Size
 
-from .conftest import TOKENS, Squares, flat_picture
+from .conftest import TOKENS, Squares, flat_image
 
 Build = Callable[..., tuple[Config, Chameleon]]
 
@@ -78,7 +78,7 @@ class Truth:
 
 
 def pixels_of(tokens: list[int]) -> Tensor:
-    return Squares().pictures(torch.tensor(tokens).view(1, 4, 4))[0]
+    return Squares().decode(torch.tensor(tokens).view(1, 4, 4))[0]
 
 
 @pytest.mark.parametrize(("guidance", "position"), [(1.0, "1d"), (3.0, "2d")])
@@ -104,16 +104,16 @@ def test_a_wide_image(build: Build, tokenizer: Any) -> None:
     (drawn,) = pipeline.sample(["a handwritten three"], guidance=3.0, seed=3, size=Size(4, 12))
     segment = TextSegment(tuple(tokenizer.encode(drawn.prompt)))
     expected = Truth(pipeline).draw([segment], [], 3, 3.0, wide)
-    assert torch.equal(drawn.pixels, Squares().pictures(torch.tensor(expected).view(1, 2, 6))[0])
+    assert torch.equal(drawn.pixels, Squares().decode(torch.tensor(expected).view(1, 2, 6))[0])
 
 
 def test_images_behind_images_and_text_behind_them(build: Build, tokenizer: Any) -> None:
-    """A prompt with a picture, then a drawn one, then greedy text: every token as without a cache."""
+    """A prompt with an image, then a drawn one, then greedy text: every token as without a cache."""
     config, model = build()
     pipeline = Pipeline(model, tokenizer, config, "cpu", Squares())
     head = model.text_head
     original = head.weight.detach().clone()
-    given = flat_picture(7)
+    given = flat_image(7)
     known = Squares().tokens(given[None]).flatten().tolist()
     prompt_ids = tuple(tokenizer.encode("one"))
     answer = None

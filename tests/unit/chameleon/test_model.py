@@ -27,15 +27,15 @@ from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.schema import Batch, ImageSegment, TextSegment
 
-from .conftest import TOKENS, Squares, flat_picture, values_of
+from .conftest import TOKENS, Squares, flat_image, values_of
 
 Build = Callable[..., tuple[Config, Chameleon]]
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 
 
 def pairs(pack: Any, config: Config) -> Batch:
-    """Two rows: caption and picture and text; picture and caption, and a picture alone."""
-    first, second, third = (ImageSegment(flat_picture(seed).numpy(), TOKENS) for seed in (1, 2, 3))
+    """Two rows: caption and image and text; image and caption, and an image alone."""
+    first, second, third = (ImageSegment(flat_image(seed).numpy(), TOKENS) for seed in (1, 2, 3))
     return pack(
         config,
         [
@@ -46,7 +46,7 @@ def pairs(pack: Any, config: Config) -> Batch:
 
 
 def ids_of(batch: Batch, config: Config) -> Tensor:
-    """Token ids of the rows with the pictures' own in their places, made one by one."""
+    """Token ids of the rows with the images' own in their places, made one by one."""
     ids = batch.token_ids_BS.clone()
     for group in batch.images:
         for image, slots in zip(Squares().tokens(group.values), group.patch_slot_IP, strict=True):
@@ -56,7 +56,7 @@ def ids_of(batch: Batch, config: Config) -> Tensor:
 
 
 def embedded(model: Chameleon, ids: Tensor, batch: Batch) -> Tensor:
-    """Embeddings of the rows, with the tokens of pictures at their places."""
+    """Embeddings of the rows, with the tokens of images at their places."""
     hidden_BSD = model.embedding(ids)
     slots = batch.images[0].patch_slot_IP
     flat = hidden_BSD.flatten(0, 1)
@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_every_token_from_those_before(build: Build, pack: A
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_without_pictures_is_a_batch_of_text(build: Build, pack: Any) -> None:
+def test_a_batch_without_images_is_a_batch_of_text(build: Build, pack: Any) -> None:
     """Its image of weight 0 stands on tokens of text, which it must leave alone."""
     config, model = build()
     batch = pack(config, [[[TextSegment((9, 10, 11, 12))]]])
@@ -139,36 +139,36 @@ def test_text_has_the_logits_of_a_transfusion_with_the_same_weights(build: Build
     assert one.shape[-1] == config.model.vocabulary + 16
 
 
-def test_it_learns_pictures_and_captions_by_heart(tokenizer: Any, pack: Any) -> None:
-    """Both ways, through the engine and the pipeline: captions drawn as their pictures, pictures told as captions."""
+def test_it_learns_images_and_captions_by_heart(tokenizer: Any, pack: Any) -> None:
+    """Both ways, through the engine and the pipeline: captions drawn as their images, images told as captions."""
     config = Config.model_validate(
         values_of(optimizer={"learning_rate": 1e-2}, model={"vocabulary": tokenizer.vocabulary})
     )
     engine = LocalEngine(config, ALONE, Squares())
     captions = ["a handwritten three", "the digit seven"]
-    pictures = [flat_picture(1), flat_picture(2)]
+    images = [flat_image(1), flat_image(2)]
     rows = []
-    for caption, picture in zip(captions, pictures, strict=True):
+    for caption, pixels in zip(captions, images, strict=True):
         text = TextSegment(tuple(tokenizer.encode(caption)))
-        image = ImageSegment(picture.numpy(), TOKENS)
+        image = ImageSegment(pixels.numpy(), TOKENS)
         rows += [[[text, image]], [[image, text]], [[image]]]
     batch = pack(config, rows)
     counts = global_counts([batch], config.codec)
     for step in range(140):
         terms = engine.forward_backward(batch, counts)
         assert not engine.step(1e-2 if step < 110 else 1e-3).read().skipped
-    # What no model can know: which of two pictures begins, in four rows; which of two captions begins, or whether
-    # a picture does, in two each.
+    # What no model can know: which of two images begins, in four rows; which of two captions begins, or whether
+    # an image does, in two each.
     image_floor, text_floor = 4 * math.log(2), 2 * math.log(4) + 2 * math.log(2)
     assert image_floor - 0.01 < float(terms.image_sum) < image_floor + 0.5
     assert text_floor - 0.01 < float(terms.text_sum) < text_floor + 0.5
     with engine.evaluation("raw") as module:
         pipeline = Pipeline(module, tokenizer, config, "cpu", Squares())
         drawn = pipeline.sample(captions, per_prompt=2, guidance=2.0, seed=5)
-        told = pipeline.caption(torch.stack(pictures))
+        told = pipeline.caption(torch.stack(images))
     assert told == captions
     for sample in drawn:
-        assert torch.equal(sample.pixels, pictures[captions.index(sample.prompt)])
+        assert torch.equal(sample.pixels, images[captions.index(sample.prompt)])
 
 
 def test_the_switch_brings_the_recipe_and_keeps_what_is_said() -> None:

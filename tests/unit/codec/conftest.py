@@ -1,4 +1,4 @@
-"""Tiny autoencoders as diffusers saves them, and shards of pictures."""
+"""Tiny autoencoders as diffusers saves them, and shards of images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {"channels": 3, "latent_channels": 4, "widths": (8, 8, 8
 
 
 def write_autoencoder(kind: Any, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """A network with random weights that all matter, pictures of 16 pixels to 4 x 4."""
+    """A network with random weights that all matter, images of 16 pixels to 4 x 4."""
     torch.manual_seed(seed)
     codebook = {"codebook_size": 32, "code_width": 3} if kind == "vq" else {}
     network = new_network(kind, attention=True, image_size=16, **{**SIZES, **codebook, **changes})
@@ -64,14 +64,14 @@ def settings() -> Callable[..., CodecConfig]:
 
 
 @pytest.fixture
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     """uint8 [3, 3, 16, 16]"""
     return torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards of six pictures of smooth colours, the last of which cannot be decoded, and a text."""
+    """Two shards of six images of smooth colours, the last of which cannot be decoded, and a text."""
     folder = tmp_path_factory.mktemp("shards")
     random = np.random.default_rng(0)
 
@@ -80,7 +80,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         corners = random.integers(0, 256, (2, 2, 3), dtype=np.uint8)
         Image.fromarray(corners).resize((16, 16), Image.Resampling.BILINEAR).save(stream, "PNG")
         data = stream.getvalue()
-        caption = f"picture {number}"
+        caption = f"image {number}"
         return {
             "json": json.dumps({"caption": caption}).encode(),
             # Its head is whole, its pixels are not.
@@ -89,5 +89,5 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
 
     samples = [sample(number) for number in range(12)]
-    write_shards([*samples, {"txt": b"a text without a picture"}], folder, per_shard=6)
+    write_shards([*samples, {"txt": b"a text without an image"}], folder, per_shard=6)
     return folder

@@ -19,40 +19,40 @@ from transfusion.errors import UserError
 
 
 @torch.no_grad()
-def test_latents_and_pictures_are_those_of_diffusers(
-    kl_folder: Path, settings: Callable[..., CodecConfig], pictures: torch.Tensor
+def test_latents_and_images_are_those_of_diffusers(
+    kl_folder: Path, settings: Callable[..., CodecConfig], images: torch.Tensor
 ) -> None:
     from diffusers import AutoencoderKL
 
     # With gradients on, attention is computed by another kernel.
     theirs = AutoencoderKL.from_pretrained(str(kl_folder)).requires_grad_(False)
     codec = open_codec(settings(kl_folder))
-    latents = codec.encode(pictures)
-    mean = theirs.encode(pictures.float() / 127.5 - 1).latent_dist.mode()
+    latents = codec.encode(images)
+    mean = theirs.encode(images.float() / 127.5 - 1).latent_dist.mode()
     assert latents.shape == (3, 4, 4, 4) and torch.equal(latents, (mean - 0.25) * 0.5)
     given = torch.randn(3, 4, 4, 4)
     made = ((theirs.decode(given / 0.5 + 0.25).sample + 1) * 127.5).round().clamp(0, 255).byte()
     assert torch.equal(codec.decode(given), made)
-    # Precomputed latents pass as they are, and drawn ones are read again without a detour over the picture.
+    # Precomputed latents pass as they are, and drawn ones are read again without a detour over the image.
     assert torch.equal(codec.encode(given.half()), given.half().float()) and codec.settled(given) is given
     assert codec.bound is None and not any(each.requires_grad for each in codec.network.parameters())  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def test_tokens_and_pictures_are_those_of_diffusers(
-    vq_folder: Path, settings: Callable[..., CodecConfig], pictures: torch.Tensor
+def test_tokens_and_images_are_those_of_diffusers(
+    vq_folder: Path, settings: Callable[..., CodecConfig], images: torch.Tensor
 ) -> None:
     from diffusers import VQModel
 
     theirs = VQModel.from_pretrained(str(vq_folder))
     codec = open_token_codec(settings(vq_folder))
-    tokens = codec.tokens(pictures)
-    wanted = theirs.quantize(theirs.encode(pictures.float() / 127.5 - 1).latents)[2][2]
+    tokens = codec.tokens(images)
+    wanted = theirs.quantize(theirs.encode(images.float() / 127.5 - 1).latents)[2][2]
     assert tokens.shape == (3, 4, 4) and torch.equal(tokens.flatten(), wanted) and codec.codebook_size == 32
     assert len(tokens.unique()) > 3 and torch.equal(codec.tokens(tokens.int()), tokens)
-    made = theirs(pictures.float() / 127.5 - 1).sample
+    made = theirs(images.float() / 127.5 - 1).sample
     # Through the token alone: diffusers adds and takes away the encoded patch on its way, which rounds.
-    difference = codec.pictures(tokens).int() - ((made + 1) * 127.5).round().clamp(0, 255).int()
+    difference = codec.decode(tokens).int() - ((made + 1) * 127.5).round().clamp(0, 255).int()
     assert difference.abs().max() <= 1
 
 
@@ -72,16 +72,16 @@ def test_a_configuration_is_filled_in_from_the_folder(kl_folder: Path, vq_folder
 
 
 def test_channel_statistics_are_applied_as_pipelines_do(
-    kl_folder: Path, settings: Callable[..., CodecConfig], tmp_path: Path, pictures: torch.Tensor
+    kl_folder: Path, settings: Callable[..., CodecConfig], tmp_path: Path, images: torch.Tensor
 ) -> None:
     folder = Path(shutil.copytree(kl_folder, tmp_path / "kl"))
     values = json.loads((folder / "config.json").read_text())
     mean, deviation = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 4.0, 8.0]
     values |= {"latents_mean": mean, "latents_std": deviation}
     (folder / "config.json").write_text(json.dumps(values))
-    raw = open_codec(settings(kl_folder)).encode(pictures) / 0.5 + 0.25
+    raw = open_codec(settings(kl_folder)).encode(images) / 0.5 + 0.25
     wanted = (raw - torch.tensor(mean).view(4, 1, 1)) * 0.5 / torch.tensor(deviation).view(4, 1, 1)
-    torch.testing.assert_close(open_codec(settings(folder)).encode(pictures), wanted)
+    torch.testing.assert_close(open_codec(settings(folder)).encode(images), wanted)
 
 
 def test_all_that_does_not_fit_is_told_at_once(kl_folder: Path) -> None:
@@ -156,25 +156,25 @@ def test_published_numbers_of_channels_load(
     tmp_path: Path,
     write_folder: Callable[..., Path],
     settings: Callable[..., CodecConfig],
-    pictures: torch.Tensor,
+    images: torch.Tensor,
     channels: int,
 ) -> None:
     folder = write_folder("kl", tmp_path / "kl", latent_channels=channels, widths=(8, 16))
     config = settings(folder)
     assert config.latent_shape(16, 16) == (channels, 8, 8)
-    assert open_codec(config).encode(pictures).shape == (3, channels, 8, 8)
+    assert open_codec(config).encode(images).shape == (3, channels, 8, 8)
 
 
 def test_fetch_writes_a_folder_of_our_own(
-    kl_folder: Path, settings: Callable[..., CodecConfig], tmp_path: Path, pictures: torch.Tensor
+    kl_folder: Path, settings: Callable[..., CodecConfig], tmp_path: Path, images: torch.Tensor
 ) -> None:
     from transfusion.codec.networks import fetch_network
 
     (tmp_path / "published").mkdir()
     shutil.copytree(kl_folder, tmp_path / "published" / "vae")
     fetch_network(str(tmp_path / "published"), "kl", tmp_path / "mine", subfolder="vae")
-    mine = open_codec(settings(tmp_path / "mine")).encode(pictures)
-    assert torch.equal(mine, open_codec(settings(kl_folder)).encode(pictures))
+    mine = open_codec(settings(tmp_path / "mine")).encode(images)
+    assert torch.equal(mine, open_codec(settings(kl_folder)).encode(images))
     with pytest.raises(UserError, match="nowhere cannot be fetched"):
         fetch_network(str(tmp_path / "nowhere"), "kl", tmp_path / "other")
     assert not (tmp_path / "other").exists()

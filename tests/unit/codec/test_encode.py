@@ -1,4 +1,4 @@
-"""Latents beside pictures: complete, resumable, the same by many processes, and refused when another codec's."""
+"""Latents beside images: complete, resumable, the same by many processes, and refused when another codec's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def members(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def test_latents_stand_beside_their_pictures(
+def test_latents_stand_beside_their_images(
     shards: Path, kl_folder: Path, settings: Settings, tmp_path: Path
 ) -> None:
     config = settings(kl_folder)
@@ -50,22 +50,22 @@ def test_latents_stand_beside_their_pictures(
     assert {name: data for name, data in after.items() if name not in added} == before and len(added) == 11
     codec = open_codec(config)
     for name in added:
-        picture = decode(before[name.replace("latent.npy", "png")], channels=3, image_size=16)
+        image = decode(before[name.replace("latent.npy", "png")], channels=3, image_size=16)
         stored = np.load(io.BytesIO(after[name]))
-        wanted = codec.encode(torch.from_numpy(picture)[None])[0].numpy()
+        wanted = codec.encode(torch.from_numpy(image)[None])[0].numpy()
         assert stored.dtype == np.float16
         np.testing.assert_allclose(stored, wanted, rtol=2e-3, atol=2e-3)
 
 
-def test_tokens_stand_beside_their_pictures(
+def test_tokens_stand_beside_their_images(
     shards: Path, vq_folder: Path, settings: Settings, tmp_path: Path
 ) -> None:
     encode_shards(settings(vq_folder), [f"{shards}/00000.tar"], tmp_path / "out")
     after, codec = members(tmp_path / "out"), open_token_codec(settings(vq_folder))
-    picture = decode(after["000000003.png"], channels=3, image_size=16)
+    image = decode(after["000000003.png"], channels=3, image_size=16)
     stored = np.load(io.BytesIO(after["000000003.tokens.npy"]))
     assert stored.dtype == np.uint16 and stored.shape == (4, 4)
-    assert np.array_equal(stored, codec.tokens(torch.from_numpy(picture)[None])[0].numpy())
+    assert np.array_equal(stored, codec.tokens(torch.from_numpy(image)[None])[0].numpy())
 
 
 def test_a_killed_encoding_goes_on(
@@ -148,7 +148,7 @@ def loader(codec: CodecConfig, folder: Path, tokenizer: Tokenizer, family: str =
             "model": {"patch_size": 1, "family": family},
             "codec": codec.as_dict(),
             "data": {
-                "sources": [{"name": "pictures", "shards": f"{folder}/0000[01].tar"}],
+                "sources": [{"name": "images", "shards": f"{folder}/0000[01].tar"}],
                 "sequence_length": 320 if codec.kind == "pixels" else 96,
                 "global_batch_size": 2,
                 "max_bad_fraction": 0.5,
@@ -171,7 +171,7 @@ def test_latents_of_another_codec_are_refused(
     for other, told in (
         (rescaled, f"made by codec {config.fingerprint}, not by {rescaled.fingerprint}"),
         (CodecConfig(image_size=16), f"{config.fingerprint}, not by codec.kind=pixels"),
-        (settings(kl_folder, image_size=32), "pictures of 16x16 pixels, and the configuration has 32x32"),
+        (settings(kl_folder, image_size=32), "images of 16x16 pixels, and the configuration has 32x32"),
     ):
         with pytest.raises(UserError, match=told):
             loader(other, out, tokenizer)
@@ -181,10 +181,10 @@ def test_latents_of_another_codec_are_refused(
         loader(config, out, tokenizer)
 
 
-def test_tokens_stand_in_the_place_of_their_pictures(
+def test_tokens_stand_in_the_place_of_their_images(
     shards: Path, vq_folder: Path, settings: Settings, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """A Chameleon's batches from tokens are those from pictures, encoded; another codec's are refused."""
+    """A Chameleon's batches from tokens are those from images, encoded; another codec's are refused."""
     config, out = settings(vq_folder), tmp_path / "out"
     encode_shards(config, [f"{shards}/0000[01].tar"], out)
     codec = open_token_codec(config)
@@ -195,11 +195,11 @@ def test_tokens_stand_in_the_place_of_their_pictures(
         groups = [group for batch in batches for group in batch.images]
         found.append(groups)
         assert global_counts(batches, config).image == 16 * sum(len(group.values) for group in groups)
-    pictures, tokens = found
-    assert {group.values.dtype for group in pictures} == {torch.uint8}
+    images, tokens = found
+    assert {group.values.dtype for group in images} == {torch.uint8}
     assert {group.values.dtype for group in tokens} == {torch.int32}
     assert tokens[0].values.shape[1:] == (4, 4)
-    for one, other in zip(pictures, tokens, strict=True):
+    for one, other in zip(images, tokens, strict=True):
         assert torch.equal(one.patch_slot_IP, other.patch_slot_IP)
         assert torch.equal(codec.tokens(one.values), codec.tokens(other.values))
     fewer = config.model_copy(update={"codebook_size": int(max(group.values.max() for group in tokens))})
@@ -231,16 +231,16 @@ def test_bad_tokens_have_their_reason(array: Any, reason: str) -> None:
 def test_latents_of_several_sizes(
     kl_folder: Path, settings: Settings, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """Each picture at the size that it takes; trained on as such, in one batch; refused where sizes are others."""
+    """Each image at the size that it takes; trained on as such, in one batch; refused where sizes are others."""
     shapes = {"wide": (30, 15), "tall": (17, 34), "even": (20, 20)}
     samples = []
     for number, (name, shape) in enumerate(list(shapes.items()) * 4):
         stream = io.BytesIO()
         Image.new("RGB", shape, (20 * number, 100, 50)).save(stream, "PNG")
         samples.append({"png": stream.getvalue(), "txt": name.encode()})
-    write_shards(samples, tmp_path / "pictures")
+    write_shards(samples, tmp_path / "images")
     config = settings(kl_folder, image_sizes=["16x16", "16x32", "32x16"])
-    (record,) = encode_shards(config, [f"{tmp_path}/pictures/*.tar"], tmp_path / "out")
+    (record,) = encode_shards(config, [f"{tmp_path}/images/*.tar"], tmp_path / "out")
     assert record.encoded == 12 and read_record(next((tmp_path / "out").glob("*.tar"))) == record
     stored = {
         name: np.load(io.BytesIO(data))
@@ -251,10 +251,10 @@ def test_latents_of_several_sizes(
     for number, (name, latent) in enumerate(sorted(stored.items())):
         assert latent.shape == latent_shapes[number % 3], name
         _, height, width = latent.shape
-        picture = np.broadcast_to(
+        image = np.broadcast_to(
             np.array([20 * number, 100, 50], np.uint8)[:, None, None], (3, 4 * height, 4 * width)
         )
-        alone = codec.encode(torch.from_numpy(picture.copy())[None])[0].numpy()
+        alone = codec.encode(torch.from_numpy(image.copy())[None])[0].numpy()
         np.testing.assert_allclose(latent, alone, rtol=5e-3, atol=5e-3)
     with loader(config, tmp_path / "out", tokenizer) as opened:
         (batch,) = opened.next_step()
@@ -262,8 +262,8 @@ def test_latents_of_several_sizes(
     for others in (["16x16"], ["16x16", "16x32", "32x32"]):
         other = settings(kl_folder, image_sizes=others)
         with pytest.raises(
-            UserError, match="are of pictures of 16x16, 16x32, 32x16 pixels, and the configuration has"
+            UserError, match="are of images of 16x16, 16x32, 32x16 pixels, and the configuration has"
         ):
             loader(other, tmp_path / "out", tokenizer)
         with pytest.raises(UserError, match="at 16x16, 16x32, 32x16 pixels, not of"):
-            encode_shards(other, [f"{tmp_path}/pictures/*.tar"], tmp_path / "out")
+            encode_shards(other, [f"{tmp_path}/images/*.tar"], tmp_path / "out")

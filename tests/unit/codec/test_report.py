@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from transfusion.cli.codec import codec_app
 from transfusion.codec import open_codec
+from transfusion.codec_train.images import ImageSet
 from transfusion.codec_train.measure import psnr
-from transfusion.codec_train.pictures import PictureSet
 from transfusion.codec_train.report import frechet_distance, ssim, write_report
 from transfusion.config import CodecConfig
 from transfusion.errors import UserError
@@ -25,7 +25,7 @@ Settings = Callable[..., CodecConfig]
 
 
 class _Means(torch.nn.Module):
-    """In the place of the Inception network: three features a picture."""
+    """In the place of the Inception network: three features an image."""
 
     def forward(self, value: Tensor, return_features: bool) -> Tensor:
         assert return_features and value.dtype == torch.uint8
@@ -39,7 +39,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_psnr_is_that_of_each_picture() -> None:
+def test_psnr_is_that_of_each_image() -> None:
     real = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
     made = real.clone()
     made[0, 0, 0, 0] = 16
@@ -85,17 +85,17 @@ def test_a_report_holds_what_was_measured(
 ) -> None:
     config, out = settings(kl_folder), tmp_path / "deep" / "judged"
     found = write_report(config, [f"{shards}/*.tar"], out, rfid_weights=features)
-    pictures = PictureSet([f"{shards}/*.tar"], channels=3, image_size=16)
-    real, codec = torch.cat(list(pictures.in_order(32))), open_codec(config)
-    pictures.close()
+    images = ImageSet([f"{shards}/*.tar"], channels=3, image_size=16)
+    real, codec = torch.cat(list(images.in_order(32))), open_codec(config)
+    images.close()
     made = codec.decode(codec.encode(real))
-    assert found.pictures == 11 and found.psnr == pytest.approx(psnr(made, real).mean().item())
+    assert found.images == 11 and found.psnr == pytest.approx(psnr(made, real).mean().item())
     assert found.ssim == pytest.approx(ssim(made, real).mean().item())
     means = [each.double().mean((2, 3)) for each in (real, made)]
     assert found.rfid == pytest.approx(frechet_distance(*means)) and found.rfid > 1
     record = json.loads(out.with_suffix(".json").read_text())
     assert (record["psnr"], record["left_out"]) == (found.psnr, 1)
-    # Two rows of pairs, the worst picture first and above what was made of it.
+    # Two rows of pairs, the worst image first and above what was made of it.
     grid = np.asarray(Image.open(out.with_suffix(".png")))
     worst = real[psnr(made, real).argmin()].permute(1, 2, 0).numpy()
     assert grid.shape == (2 * (2 * 16 + 6), 8 * 18 + 2, 3) and np.array_equal(grid[2:18, 2:18], worst)
@@ -112,12 +112,12 @@ def test_the_commands_take_what_they_say(
 
     every = f"{shards}/0000[01].tar"
     said = run("report", vq_folder, every, "--out", tmp_path / "vq", "--limit", "4", "--image-size", "8")
-    assert "pictures   4" in said and "rFID       not measured" in said and "dead entries, perplexity" in said
+    assert "images   4" in said and "rFID       not measured" in said and "dead entries, perplexity" in said
     assert json.loads((tmp_path / "vq.json").read_text())["codec"]["image_size"] == 8
     run("report", kl_folder, every, "--out", tmp_path / "kl", "--rfid-weights", features)
     assert json.loads((tmp_path / "kl.json").read_text())["rfid"] > 0
     said = run("encode", kl_folder, every, "--out", tmp_path / "latents", "--image-size", "8")
-    assert "11 pictures in 2 shards" in said and "left out: 1 x image_corrupt" in said
+    assert "11 images in 2 shards" in said and "left out: 1 x image_corrupt" in said
     assert json.loads((tmp_path / "latents" / "00000_latents.json").read_text())["image_size"] == 8
     run(
         "fetch",

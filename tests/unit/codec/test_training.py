@@ -35,7 +35,7 @@ def make(shards: Path, tmp_path: Path) -> Iterator[Callable[..., CodecTrainConfi
             "run": {"dir": str(tmp_path / run)},
             "network": {"widths": [8, 8, 8], "layers": 1, "latent_channels": 4, "groups": 4, "codebook_size": 16,
                         "code_width": 3, "attention": False},
-            "pictures": {"shards": f"{shards}/*.tar", "image_size": 16},
+            "images": {"shards": f"{shards}/*.tar", "image_size": 16},
             "loss": none | (loss or {}),
             "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "ema_decay": 0.5},
             "steps": 4, "batch": 4, "threads": 1, "checkpoint_every": 2, "log_every": 1,
@@ -117,9 +117,9 @@ def test_every_loss_pulls(make: Callable[..., CodecTrainConfig], kind: str, chan
         ("kl", {"network": {"attention": True}}),
         ("vq", {"network": {"codebook_size": 8}}),
         ("vq", {"network": {"code_width": 2}}),
-        ("kl", {"pictures": {"channels": 1}}),
-        ("kl", {"pictures": {"image_size": 32}}),
-        ("kl", {"pictures": {"flip": False}}),
+        ("kl", {"images": {"channels": 1}}),
+        ("kl", {"images": {"image_size": 32}}),
+        ("kl", {"images": {"flip": False}}),
         ("kl", {"optimizer": {"learning_rate": 1e-3}}),
         ("kl", {"optimizer": {"warmup_steps": 9}}),
         ("kl", {"optimizer": {"decay_steps": 4}}),
@@ -183,18 +183,18 @@ def test_a_training_may_begin_with_weights_and_judge_on_others(
 ) -> None:
     assert train_codec(make("first")) == 0
     start = str(make("first").run.folder) + "/codec"
-    own = {"shards": f"{shards}/00000.tar", "held_out": f"{shards}/00001.tar", "image_size": 16}
-    trainer = CodecTrainer(make("second", start=start, pictures=own), CPU)
+    own = {"shards": f"{shards}/00000.tar", "validation": f"{shards}/00001.tar", "image_size": 16}
+    trainer = CodecTrainer(make("second", start=start, images=own), CPU)
     begun, given = trainer.network.state_dict(), load_file(Path(start) / WEIGHTS)
     assert all(torch.equal(begun[name], value) for name, value in given.items())
-    assert len(trainer.pictures) == 6 and len(trainer.held_out) == 5
-    one, other = (next(each.in_order(1)) for each in (trainer.pictures, trainer.held_out))
+    assert len(trainer.images) == 6 and len(trainer.validation) == 5
+    one, other = (next(each.in_order(1)) for each in (trainer.images, trainer.validation))
     assert not torch.equal(one, other)
     trainer.close()
     strange = {"widths": [4, 20], "groups": 2, "latent_channels": 5, "layers": 1}
     grey = {"shards": f"{shards}/*.tar", "image_size": 16, "channels": 1}
     with pytest.raises(UserError, match="has no weight of the same name and shape"):
-        CodecTrainer(make("third", start=start, network=strange, pictures=grey), CPU)
+        CodecTrainer(make("third", start=start, network=strange, images=grey), CPU)
 
 
 def test_steps_between_lines_and_checkpoints(make: Callable[..., CodecTrainConfig]) -> None:
@@ -207,7 +207,7 @@ def test_steps_between_lines_and_checkpoints(make: Callable[..., CodecTrainConfi
         torch.set_num_threads(threads)
     folder = Path(config.run.folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 5] and all("held_out_psnr" in line for line in lines)
+    assert [line["step"] for line in lines] == [3, 5] and all("validation_psnr" in line for line in lines)
     # The two newest are kept.
     assert [path.stem for path in sorted((folder / "checkpoints").iterdir())] == [
         "step_00000004",
@@ -232,25 +232,25 @@ def test_the_folder_is_measured_and_loads(
     folder = Path(config.run.folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
-    assert lines[-1]["held_out_psnr"] > lines[1]["held_out_psnr"] + 1
+    assert lines[-1]["validation_psnr"] > lines[1]["validation_psnr"] + 1
     rates = [line["learning_rate"] for line in lines]
     assert rates[0] == pytest.approx(1.5e-3) and rates[15] == pytest.approx(3e-3) and rates[-1] < 4e-4
     record = json.loads((folder / "codec" / "codec.json").read_text())
-    assert record["losses"]["perceptual"].startswith("none") and record["pictures_left_out"] == 1
+    assert record["losses"]["perceptual"].startswith("none") and record["images_left_out"] == 1
     trainer = CodecTrainer(config, CPU)
-    pictures = torch.cat(list(trainer.pictures.in_order(8)))
+    images = torch.cat(list(trainer.images.in_order(8)))
     trainer.close()
-    latents = open_codec(settings(folder / "codec")).encode(pictures)
+    latents = open_codec(settings(folder / "codec")).encode(images)
     assert latents.mean().abs() < 1e-4 and abs(latents.std() - 1) < 1e-4
 
 
 def test_batches_depend_on_seed_and_step_alone(make: Callable[..., CodecTrainConfig]) -> None:
     trainer = CodecTrainer(make(), CPU)
-    chosen = [trainer.pictures.batch(step, 4, seed=0, flip=True) for step in (0, 1, 2, 1)]
+    chosen = [trainer.images.batch(step, 4, seed=0, flip=True) for step in (0, 1, 2, 1)]
     assert torch.equal(chosen[1], chosen[3]) and not torch.equal(chosen[0], chosen[1])
-    plain = [trainer.pictures.batch(step, 4, seed=0, flip=False) for step in range(3)]
-    # An epoch of twelve has every picture; the one that cannot be decoded is stood in for by the next.
-    assert len({bytes(picture.numpy()) for batch in plain for picture in batch}) == 11
+    plain = [trainer.images.batch(step, 4, seed=0, flip=False) for step in range(3)]
+    # An epoch of twelve has every image; the one that cannot be decoded is stood in for by the next.
+    assert len({bytes(image.numpy()) for batch in plain for image in batch}) == 11
     turned = [
         torch.equal(*pair)
         for one, other in zip(chosen[:3], plain, strict=True)
@@ -355,8 +355,8 @@ def test_moco_weights_are_read_and_others_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"pictures": {"shards": ""}}, r"pictures\.shards is empty"),
-        ({"pictures": {"shards": "x.tar", "image_size": 18}}, "multiple of 4"),
+        ({"images": {"shards": ""}}, r"images\.shards is empty"),
+        ({"images": {"shards": "x.tar", "image_size": 18}}, "multiple of 4"),
         ({"loss": {"perceptual_features": "vgg16"}}, r"needs loss\.perceptual_weights"),
         ({"loss": {"identity_weights": "moco.pth"}}, r"set loss\.identity_features=resnet50"),
         ({"network": {"widths": [8], "groups": 3}}, r"multiples of network\.groups 3"),

@@ -19,7 +19,7 @@ GRID = {
         "size": {"s": {"model.layers": 1, "flops": 1e9}, "m": {"model.hidden_size": 128, "flops": 4.0e9}},
     },
     "seeds": [0, 3],
-    "suites": ["held-out"],
+    "suites": ["validation"],
 }
 
 
@@ -34,7 +34,7 @@ def written(folder: Path, grid: dict) -> Path:
 def test_cells_are_the_product_of_the_axes(tmp_path: Path) -> None:
     grid = read_grid(written(tmp_path, GRID))
     assert [cell.name for cell in grid.cells] == ["plain/s", "plain/m", "normed/s", "normed/m"]
-    assert grid.seeds == (0, 3) and grid.suites == ("held-out",)
+    assert grid.seeds == (0, 3) and grid.suites == ("validation",)
     cell = grid.cell("normed/m")
     assert cell.values == {"model": "normed", "size": "m"} and cell.flops == 4e9
     config = cell.config(["train.steps=7"])

@@ -78,7 +78,7 @@ def test_all_mistakes_at_once_with_the_nearest_known_name() -> None:
 def test_parts_that_do_not_fit_each_other() -> None:
     with pytest.raises(UserError, match=r"image_size 9 must be a multiple of model.patch_size"):
         load_config(None, ["codec.image_size=9"])
-    with pytest.raises(UserError, match="too short for a picture"):
+    with pytest.raises(UserError, match="too short for an image"):
         load_config(None, ["codec.image_size=64", "data.sequence_length=256"])
     with pytest.raises(UserError, match="needs an unconditional branch"):
         load_config(None, ["sample_grid.prompts=[a]", "data.caption_dropout=0"])

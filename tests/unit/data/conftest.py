@@ -48,8 +48,8 @@ def make_config(data: Path) -> MakeConfig:
 
         section: dict[str, Any] = {
             # The smaller part serves for training too: every loader of every rank indexes it anew.
-            "sources": [source("digits", "held_out"), source("docs", "held_out")],
-            "validation": [source("digits", "held_out"), source("docs", "held_out")],
+            "sources": [source("digits", "validation"), source("docs", "validation")],
+            "validation": [source("digits", "validation"), source("docs", "validation")],
             "sequence_length": 256,
             "global_batch_size": 8,
             **changes,

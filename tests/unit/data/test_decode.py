@@ -1,4 +1,4 @@
-"""Pictures of every kind to uint8, and what is refused."""
+"""Images of every kind to uint8, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from transfusion.data.images.decode import decode
 from transfusion.data.shards.sample import SampleError
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, kind, **options)
+    image.save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -29,9 +29,9 @@ def grey(values: object, dtype: str = "uint8") -> Image.Image:
 
 def test_the_right_size_is_untouched() -> None:
     values = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    picture = decode(encoded(Image.fromarray(values)), channels=1, image_size=8)
-    assert picture.shape == (1, 8, 8) and picture.dtype == np.uint8
-    assert np.array_equal(picture[0], values)
+    image = decode(encoded(Image.fromarray(values)), channels=1, image_size=8)
+    assert image.shape == (1, 8, 8) and image.dtype == np.uint8
+    assert np.array_equal(image[0], values)
     colour = decode(encoded(Image.fromarray(values)), channels=3, image_size=8)
     assert np.array_equal(colour, np.stack([values] * 3))
 
@@ -43,34 +43,34 @@ def test_other_sizes_are_cropped_to_the_centre() -> None:
 
 
 def test_transparency_is_white() -> None:
-    picture = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
-    assert decode(encoded(picture), channels=3, image_size=4).min() == 255
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert decode(encoded(image), channels=3, image_size=4).min() == 255
     palette = Image.new("P", (4, 4))
     palette.info["transparency"] = 0
     assert decode(encoded(palette, transparency=0), channels=3, image_size=4).min() == 255
 
 
 def test_sixteen_bits_lose_the_lower_eight() -> None:
-    picture = decode(encoded(grey([[0, 256], [0x7FFF, 0xFFFF]], "uint16")), channels=1, image_size=2)
-    assert picture[0].tolist() == [[0, 1], [127, 255]]
+    image = decode(encoded(grey([[0, 256], [0x7FFF, 0xFFFF]], "uint16")), channels=1, image_size=2)
+    assert image[0].tolist() == [[0, 1], [127, 255]]
 
 
 def test_orientation_is_applied() -> None:
-    picture = Image.new("RGB", (4, 4))
-    picture.putpixel((0, 0), (255, 255, 255))
+    image = Image.new("RGB", (4, 4))
+    image.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
     exif[0x0112] = 3
-    turned = decode(encoded(picture, exif=exif), channels=3, image_size=4)
+    turned = decode(encoded(image, exif=exif), channels=3, image_size=4)
     assert turned[0, 3, 3] == 255 and turned[0, 0, 0] == 0
 
 
 def test_formats_go_by_content() -> None:
-    picture = Image.new("RGB", (4, 4), (200, 0, 0))
+    image = Image.new("RGB", (4, 4), (200, 0, 0))
     for kind in ("JPEG", "PNG", "WEBP"):
-        assert decode(encoded(picture, kind), channels=3, image_size=4).shape == (3, 4, 4)
+        assert decode(encoded(image, kind), channels=3, image_size=4).shape == (3, 4, 4)
     for kind in ("GIF", "BMP", "TIFF"):
         with pytest.raises(SampleError, match="image_corrupt"):
-            decode(encoded(picture, kind), channels=3, image_size=4)
+            decode(encoded(image, kind), channels=3, image_size=4)
 
 
 def test_damage_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,10 +91,10 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyP
 def test_on_white_is_exact() -> None:
     """Every value under every alpha, rounded to the nearest."""
     value, alpha = np.meshgrid(np.arange(256), np.arange(256))
-    picture = np.stack([value, value, value, alpha], -1).astype(np.uint8)
+    image = np.stack([value, value, value, alpha], -1).astype(np.uint8)
     wanted = np.rint((value * alpha + 255 * (255 - alpha)) / 255)
-    assert np.array_equal(decode(encoded(Image.fromarray(picture)), channels=3, image_size=256)[1], wanted)
-    assert np.array_equal(decode(encoded(Image.fromarray(picture)), channels=1, image_size=256)[0], wanted)
+    assert np.array_equal(decode(encoded(Image.fromarray(image)), channels=3, image_size=256)[1], wanted)
+    assert np.array_equal(decode(encoded(Image.fromarray(image)), channels=1, image_size=256)[0], wanted)
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:

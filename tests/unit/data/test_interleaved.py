@@ -35,7 +35,7 @@ def png(shade: int) -> bytes:
 
 
 def edit(number: int) -> dict[str, bytes]:
-    """Picture, instruction, picture; every fourth shows its first picture again."""
+    """Image, instruction, image; every fourth shows its first image again."""
     elements = [
         {"type": "image", "image": "img0.png"},
         {"type": "text", "text": "the digit " * (1 + number % 5)},
@@ -59,7 +59,7 @@ def config(tmp_path: Path, data: Path, make_config: object) -> Config:
     sources = [
         {"name": "edits", "shards": f"{tmp_path}/edits/*.tar"},
         {"name": "latents", "shards": f"{tmp_path}/latents/*.tar"},
-        {"name": "docs", "shards": f"{data}/docs/held_out/*.tar"},
+        {"name": "docs", "shards": f"{data}/docs/validation/*.tar"},
     ]
     found: Config = make_config(sources=sources, caption_dropout=0.5)  # type: ignore[operator]
     return found
@@ -67,10 +67,10 @@ def config(tmp_path: Path, data: Path, make_config: object) -> Config:
 
 def test_a_row_of_an_interleaved_document(config: Config, tokenizer: Tokenizer) -> None:
     (index, *_) = build_indexes(config, config.data.sources, tokenizer)
-    segments, pictures = index.segments(4)
+    segments, images = index.segments(4)
     layout = lay_out(segments)
     assert (
-        pictures == [0, 1, 0] and len(layout) == int(index.lengths.text_tokens_C[4]) + 3 * (PATCHES + 2) + 2
+        images == [0, 1, 0] and len(layout) == int(index.lengths.text_tokens_C[4]) + 3 * (PATCHES + 2) + 2
     )
     piece = Piece(0, 0, 4, 0, len(layout), int(Variant.INTERLEAVED))
     row = RowBuilder([index], RowSettings.of(config)).build((piece,))
@@ -102,15 +102,15 @@ def test_only_the_last_image_of_a_document_is_noised_beyond_recognition(
     assert max(first) < limit <= max(last)
 
 
-def test_a_picture_that_cannot_be_had_silences_its_document(
+def test_an_image_that_cannot_be_had_silences_its_document(
     config: Config, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (index, *_) = build_indexes(config, config.data.sources, tokenizer)
-    read = SourceIndex.read_picture
+    read = SourceIndex.read_image
     monkeypatch.setattr(
         SourceIndex,
-        "read_picture",
-        lambda self, sample, picture, *shards: b"" if picture else read(self, sample, picture),
+        "read_image",
+        lambda self, sample, image, *shards: b"" if image else read(self, sample, image),
     )
     lengths = [len(lay_out(index.segments(sample)[0])) for sample in range(2)]
     plan = tuple(

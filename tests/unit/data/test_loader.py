@@ -186,7 +186,7 @@ def test_no_sources_and_foreign_states_are_one_line(
 
 @pytest.fixture
 def bad_shards(data: Path, tmp_path: Path) -> Path:
-    """Digits with a torn shard, an empty caption, and a picture that only decoding finds bad."""
+    """Digits with a torn shard, an empty caption, and an image that only decoding finds bad."""
     shutil.copytree(data / "digits/train", tmp_path, dirs_exist_ok=True)
     torn = tmp_path / "00001.tar"
     torn.write_bytes(torn.read_bytes()[: 1024 * 1024 - 512])
@@ -199,7 +199,7 @@ def bad_shards(data: Path, tmp_path: Path) -> Path:
 
 
 def damage(shard: Path, changes: dict[str, bytes | None]) -> None:
-    """Replace members; None makes a picture whose pixels cannot be inflated though its checksums are right."""
+    """Replace members; None makes an image whose pixels cannot be inflated though its checksums are right."""
     with tarfile.open(shard) as archive:
         members = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
     with tarfile.open(shard, "w") as archive:
@@ -254,11 +254,11 @@ def test_too_many_bad_samples_are_refused_or_told(
         readings.append(loader.reading)
     faults, samples = (sum(counts) for counts in zip(*readings, strict=True))
     assert faults == sum(batch.counts.faults for batch in batches) > 20
-    # Every sample of this source has a picture, which the batch holds or lacks.
+    # Every sample of this source has an image, which the batch holds or lacks.
     assert samples == faults + sum(batch.counts.images for batch in batches)
 
 
-def test_held_out_documents_come_once_on_any_number_of_ranks(
+def test_validation_documents_come_once_on_any_number_of_ranks(
     make_config: MakeConfig, tokenizer: Tokenizer
 ) -> None:
     config = make_config()

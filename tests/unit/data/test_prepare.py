@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from transfusion.data.images.decode import decode
 from transfusion.data.prepare.digits import digit_in_caption
-from transfusion.data.prepare.prepare import cut_off_end, held_out_digits, prepare
+from transfusion.data.prepare.prepare import cut_off_end, prepare, validation_digits
 from transfusion.data.shards.scan import RawSample, scan
 from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
@@ -27,31 +27,31 @@ def read(folder: Path) -> list[RawSample]:
 
 def test_digits_are_the_scans_with_fitting_captions(data: Path) -> None:
     scans = load_digits()
-    train, held = read(data / "digits/train"), read(data / "digits/held_out")
+    train, held = read(data / "digits/train"), read(data / "digits/validation")
     assert (len(train), len(held)) == (1500, 297)
-    split = held_out_digits(scans.target, 0)
-    shards = expand(f"{data}/digits/held_out/*.tar")
+    split = validation_digits(scans.target, 0)
+    shards = expand(f"{data}/digits/validation/*.tar")
     assert len(shards) == 1
     stored = shards[0].read_bytes()
     for sample, image, label in zip(held, scans.images[split], scans.target[split], strict=True):
         assert digit_in_caption(sample.text) == label
-        (picture,) = sample.pictures
-        values = decode(stored[picture.offset :][: picture.size], channels=1, image_size=8)
+        (stored_image,) = sample.images
+        values = decode(stored[stored_image.offset :][: stored_image.size], channels=1, image_size=8)
         assert np.array_equal(values[0], np.round(image * 255 / 16).astype(np.uint8))
 
 
 def test_digits_are_split_alike() -> None:
     labels = load_digits().target
-    held = held_out_digits(labels, 0)
+    held = validation_digits(labels, 0)
     assert held.sum() == 297
     assert np.abs(np.bincount(labels[held]) - np.bincount(labels) * 297 / 1797).max() < 1
-    assert (held != held_out_digits(labels, 1)).any()
+    assert (held != validation_digits(labels, 1)).any()
 
 
-def test_json_tells_whether_picture_and_caption_belong_together(data: Path) -> None:
+def test_json_tells_whether_image_and_caption_belong_together(data: Path) -> None:
     import webdataset
 
-    shards = [str(path) for path in expand(f"{data}/digits/held_out/*.tar")]
+    shards = [str(path) for path in expand(f"{data}/digits/validation/*.tar")]
     for sample in webdataset.WebDataset(shards, shardshuffle=False):
         facts = json.loads(sample["json"])
         assert facts["sha256"] == hashlib.sha256(sample["png"]).hexdigest()
@@ -59,11 +59,11 @@ def test_json_tells_whether_picture_and_caption_belong_together(data: Path) -> N
         assert (facts["width"], facts["height"]) == (8, 8)
 
 
-def test_reference_text_is_complete_and_a_tenth_is_held_out(data: Path) -> None:
+def test_reference_text_is_complete_and_a_tenth_is_validation(data: Path) -> None:
     from pydoc_data.topics import topics
 
     train = "".join(sample.text for sample in read(data / "docs/train"))
-    held = "".join(sample.text for sample in read(data / "docs/held_out"))
+    held = "".join(sample.text for sample in read(data / "docs/validation"))
     assert train + held == "".join(topics[name] for name in sorted(topics))
     assert abs(len(held) / len(train + held) - 0.1) < 0.01
 
@@ -80,7 +80,7 @@ def test_a_second_run_changes_nothing_and_a_third_folder_has_the_same_bytes(
 ) -> None:
     out = tmp_path / "digits"
     first = prepare("digits", out)
-    assert not first.reused and (first.train, first.held_out) == (1500, 297)
+    assert not first.reused and (first.train, first.validation) == (1500, 297)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert prepare("digits", out).reused
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
@@ -102,22 +102,22 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits", "out"]
 
 
-def test_a_folder_of_pictures(tmp_path: Path) -> None:
-    source, out = tmp_path / "pictures", tmp_path / "out"
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    source, out = tmp_path / "images", tmp_path / "out"
     (source / "sub").mkdir(parents=True)
     for number in range(40):
         path = source / ("sub" if number % 2 else ".") / f"{number}.png"
         Image.new("RGB", (9, 8), (number, 0, 0)).save(path)
-        path.with_suffix(".txt").write_text(f"picture {number}\n")
+        path.with_suffix(".txt").write_text(f"image {number}\n")
     (source / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     (source / "torn.txt").write_text("torn")
     (source / "alone.webp").write_bytes(b"x")
     (source / "0.txt").write_text("  ")
-    result = prepare(str(source), out, held_out=0.25)
+    result = prepare(str(source), out, validation=0.25)
     assert result.skipped == {"image_truncated": 1, "caption_missing": 1, "caption_empty": 1}
-    train, held = read(out / "train"), read(out / "held_out")
-    assert len(train) + len(held) == 39 == result.train + result.held_out and 2 <= len(held) <= 20
-    assert {sample.text for sample in train + held} == {f"picture {number}" for number in range(1, 40)}
+    train, held = read(out / "train"), read(out / "validation")
+    assert len(train) + len(held) == 39 == result.train + result.validation and 2 <= len(held) <= 20
+    assert {sample.text for sample in train + held} == {f"image {number}" for number in range(1, 40)}
     record = json.loads((out / "prepared.json").read_text())
     assert ["torn.jpg", "image_truncated"] in record["skipped_samples"]
 
@@ -126,16 +126,16 @@ def test_lines_of_text(tmp_path: Path) -> None:
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(200)) + "{broken\n")
     result = prepare(str(source), tmp_path / "out")
-    assert result.train + result.held_out == 200 and result.skipped == {"json_invalid": 1}
-    assert 0 < result.held_out < 15
+    assert result.train + result.validation == 200 and result.skipped == {"json_invalid": 1}
+    assert 0 < result.validation < 15
 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere.jsonl"])
 def test_unknown_sources_are_one_line(source: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; name digits, python-docs"):
         prepare(str(tmp_path / source), tmp_path / "out")
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         prepare(str(tmp_path), tmp_path / "out")
     with pytest.raises(UserError, match="fixed split"):
-        prepare("digits", tmp_path / "out", held_out=0.5)
+        prepare("digits", tmp_path / "out", validation=0.5)
     assert not list(tmp_path.iterdir())

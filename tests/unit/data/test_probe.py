@@ -1,4 +1,4 @@
-"""Pictures judged without decoding: whole, cut, lying, too large, too small, and those that explode."""
+"""Images judged without decoding: whole, cut, lying, too large, too small, and those that explode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion.data.images.probe import PictureFacts, probe
+from transfusion.data.images.probe import ImageFacts, probe
 from transfusion.data.shards.sample import SampleError
 
 
@@ -51,9 +51,9 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_and_cuts(kind: str) -> None:
     data = KINDS[kind]
-    assert probe(data) == PictureFacts(64, 48)
+    assert probe(data) == ImageFacts(64, 48)
     # Four kilobytes of something else behind the end do no harm.
-    assert probe(data + b"x" * 4096) == PictureFacts(64, 48)
+    assert probe(data + b"x" * 4096) == ImageFacts(64, 48)
     for length in range(len(data)):
         if length % 7 == 0 or length < 60 or length > len(data) - 4:
             told = reason(data[:length])
@@ -115,7 +115,7 @@ def test_metadata_that_do_not() -> None:
         chunk(b"zTXt", b"Comment\0\0no deflate stream"),
         chunk(b"iTXt", b"Comment\0\0\0en\0words\0plain"),
     ]
-    assert probe(png(8, 8, *harmless)) == PictureFacts(8, 8)
+    assert probe(png(8, 8, *harmless)) == ImageFacts(8, 8)
 
 
 def test_animations_are_told() -> None:
@@ -123,7 +123,7 @@ def test_animations_are_told() -> None:
     for kind in ("PNG", "WEBP"):
         stream = io.BytesIO()
         frames[0].save(stream, kind, save_all=True, append_images=frames[1:])
-        assert probe(stream.getvalue()) == PictureFacts(8, 8, animated=True)
+        assert probe(stream.getvalue()) == ImageFacts(8, 8, animated=True)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])

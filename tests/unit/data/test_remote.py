@@ -61,7 +61,7 @@ QUICK = {"attempts": 3, "timeout": 20.0, "pause": 0.01, "connections": 2}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten shards of thirty captioned pictures each, and a .jsonl of texts."""
+    """Ten shards of thirty captioned images each, and a .jsonl of texts."""
     folder, generator = tmp_path_factory.mktemp("served"), np.random.default_rng(0)
 
     def samples() -> Iterator[dict[str, bytes]]:
@@ -92,7 +92,7 @@ def make(tmp_path: Path) -> Make:
     """make(address of a folder) -> configuration; cache=... and others change section data."""
 
     def make(base: str, *, run: str = "run", texts: bool = True, cache: Any = None, **changes: Any) -> Config:
-        sources = [{"name": "pictures", "shards": f"{base}/{{00000..00009}}.tar", "shuffle_window": WINDOW}]
+        sources = [{"name": "images", "shards": f"{base}/{{00000..00009}}.tar", "shuffle_window": WINDOW}]
         if texts:
             sources.append({"name": "texts", "shards": f"{base}/texts.jsonl", "weight": 0.3})
         section: dict[str, Any] = {
@@ -262,7 +262,7 @@ def test_rows_that_nothing_fits_do_not_hold_their_shards(
         plans = loader.fetching._planner.rest_of_block()
         block = {need for batch in plans for need in shards_of(batch, loader.indexes)}
         after = list(loader.fetching._after(block))
-        draw = loader.fetching._planner.draws_after_block()["pictures"]
+        draw = loader.fetching._planner.draws_after_block()["images"]
         deck = loader.fetching._lines[0]._deck
         coming = [(0, shard) for _, shard in itertools.islice(deck.shards_ahead(draw), 2 * WINDOW)]
         begun = shards_of(loader.fetching._planner.rows_after_block(), loader.indexes)
@@ -359,7 +359,7 @@ def test_a_dead_server_makes_faults_that_keep_their_place(
         faults = 0
         for step in range(6):
             rows = global_step(ranks, rows_of)
-            # Positions, documents and masks are those of the whole stream; only the pictures are silent.
+            # Positions, documents and masks are those of the whole stream; only the images are silent.
             for row, whole in zip(rows, truth[0][step], strict=True):
                 assert all(torch.equal(row[field], whole[field]) for field in (2, 5, 6))
                 assert not len(row[7])
@@ -562,7 +562,7 @@ def test_killed_in_mid_download(cleared_by: str, web: Web, folder: Path, tmp_pat
     assert alive.used_bytes() == contents.size
 
 
-def test_held_out_sources_and_documents(
+def test_validation_sources_and_documents(
     folder: Path, make: Make, tokenizer: Tokenizer, rows_of: RowsOf, same: Same, shard_bytes: int
 ) -> None:
     passes = []
@@ -572,9 +572,9 @@ def test_held_out_sources_and_documents(
         passes.append([rows_of([batch]) for batch in loader])
     assert len(passes[0]) == len(passes[1]) > 5
     assert all(itertools.starmap(same, zip(*passes, strict=True)))
-    pictures = sum(len(row[7]) for rows in passes[0] for row in rows if row[7].numel())
-    assert pictures == SHARDS * SAMPLES
-    assert sum(1 for _ in all_documents(config, config.data.validation, tokenizer)) == pictures
+    images = sum(len(row[7]) for rows in passes[0] for row in rows if row[7].numel())
+    assert images == SHARDS * SAMPLES
+    assert sum(1 for _ in all_documents(config, config.data.validation, tokenizer)) == images
 
 
 def test_the_commands_take_addresses_and_write_no_credentials(
@@ -586,7 +586,7 @@ def test_the_commands_take_addresses_and_write_no_credentials(
     config.write_text(
         f"data:\n  tokenizer: {tokenizer.path}\n  sequence_length: 128\n  global_batch_size: 4\n"
         f"  cache: {{folder: {tmp_path}/cache}}\n  index: {tmp_path}/index\n"
-        f"  sources: [{{name: pictures, shards: '{shards}'}}]\n"
+        f"  sources: [{{name: images, shards: '{shards}'}}]\n"
         "codec: {channels: 1, image_size: 8}\n"
         f"run: {{dir: {tmp_path}/run}}\n"
     )

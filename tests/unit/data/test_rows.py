@@ -131,10 +131,10 @@ def test_a_sample_that_cannot_be_read_keeps_its_place(
     settings = RowSettings.of(config)
     plan = tuple(pair(indexes[0], sample, Variant.CAPTION_FIRST) for sample in range(3))
     good = RowBuilder(indexes, settings).build(plan)
-    read = SourceIndex.read_picture
+    read = SourceIndex.read_image
     monkeypatch.setattr(
         SourceIndex,
-        "read_picture",
+        "read_image",
         lambda self, sample, *rest: b"torn" if sample == 1 else read(self, sample),
     )
     row = RowBuilder(indexes, settings).build(plan)
@@ -194,27 +194,27 @@ def test_colour_and_positions_in_two_dimensions(make_config: MakeConfig, indexes
 def test_faults_stand_in_the_order_of_the_row(
     config: Config, indexes: list[SourceIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those found in reading and those found in decoding; of a document the first picture's."""
+    """Those found in reading and those found in decoding; of a document the first image's."""
     wrong: dict[tuple[int, int], bytes | OSError] = {
         (0, 0): b"torn", (1, 0): OSError(5, "gone"), (2, 0): b"torn", (3, 0): b"torn", (3, 1): OSError(5, "gone"),
     }  # fmt: skip
-    read = SourceIndex.read_picture
+    read = SourceIndex.read_image
 
-    def damaged(self: SourceIndex, sample: int, picture: int = 0, *rest: object) -> bytes:
-        found = wrong.get((sample, picture))
+    def damaged(self: SourceIndex, sample: int, image: int = 0, *rest: object) -> bytes:
+        found = wrong.get((sample, image))
         if isinstance(found, OSError):
             raise found
         return found or read(self, sample)
 
-    monkeypatch.setattr(SourceIndex, "read_picture", damaged)
+    monkeypatch.setattr(SourceIndex, "read_image", damaged)
     builder = RowBuilder(indexes, RowSettings.of(config))
     monkeypatch.setattr(builder, "_numbers", lambda piece: (0, 1) if piece.sample == 3 else (0,))
-    pictures, faults = builder._pictures(tuple(pair(indexes[0], n, Variant.CAPTION_FIRST) for n in range(5)))
+    images, faults = builder._decode(tuple(pair(indexes[0], n, Variant.CAPTION_FIRST) for n in range(5)))
     assert [fault.reason for fault in faults] == [
         "image_corrupt", "unreadable shard (gone)", "image_corrupt", "image_corrupt",
     ]  # fmt: skip
     assert [fault.key for fault in faults] == [indexes[0].key(sample) for sample in range(4)]
-    assert pictures.keys() == {4}
+    assert images.keys() == {4}
 
 
 def test_a_vanished_shard_is_a_fault(
@@ -223,6 +223,6 @@ def test_a_vanished_shard_is_a_fault(
     def missing(self: SourceIndex, sample: int, *rest: object) -> bytes:
         return (tmp_path / "gone.tar").read_bytes()
 
-    monkeypatch.setattr(SourceIndex, "read_picture", missing)
+    monkeypatch.setattr(SourceIndex, "read_image", missing)
     row = RowBuilder(indexes, RowSettings.of(config)).build((pair(indexes[0], 0, Variant.CAPTION_FIRST),))
     assert row.faults[0].reason.startswith("unreadable shard") and not row.images

@@ -78,7 +78,7 @@ def shard(path: Path, members: Sequence[tuple[str, bytes] | bytes], *, end: byte
     return path
 
 
-def picture(shade: int = 7, size: tuple[int, int] = (8, 8), kind: str = "PNG", **options: object) -> bytes:
+def make_image(shade: int = 7, size: tuple[int, int] = (8, 8), kind: str = "PNG", **options: object) -> bytes:
     stream = io.BytesIO()
     Image.new("L", size, shade).save(stream, kind, **options)
     return stream.getvalue()
@@ -87,7 +87,7 @@ def picture(shade: int = 7, size: tuple[int, int] = (8, 8), kind: str = "PNG", *
 def pair(
     key: str, caption: bytes = b"a caption", image: bytes | None = None
 ) -> list[tuple[str, bytes] | bytes]:
-    return [(f"{key}.png", picture() if image is None else image), (f"{key}.txt", caption)]
+    return [(f"{key}.png", make_image() if image is None else image), (f"{key}.txt", caption)]
 
 
 def reasons(path: Path, verify: Verify = "none") -> list[str]:
@@ -110,14 +110,14 @@ def test_pairs_and_texts(tmp_path: Path) -> None:
         *pair("a", b" a caption\n"),
         ("b.txt", b"  a text\n"),
         ("sub/c.json", json.dumps({"caption": "in json"}).encode()),
-        ("sub/c.JPG", picture()),
+        ("sub/c.JPG", make_image()),
     ]
     path = shard(tmp_path / "s.tar", members)
     one, text, other = scan(path)
     assert isinstance(one, RawSample) and isinstance(other, RawSample)
     assert (one.key, one.text, other.key, other.text) == ("a", "a caption", "sub/c", "in json")
-    (stored,) = one.pictures
-    assert path.read_bytes()[stored.offset :][: stored.size] == picture()
+    (stored,) = one.images
+    assert path.read_bytes()[stored.offset :][: stored.size] == make_image()
     assert (stored.width, stored.height, stored.latent_channels) == (8, 8, 0)
     # A text document keeps its white space; it is part of it.
     assert text == RawSample("b", ("  a text\n",), offset=2048)
@@ -135,10 +135,10 @@ def test_pairs_and_texts(tmp_path: Path) -> None:
         (None, {"captions": ["b", "c"]}, ("b", "c")),
     ],
 )
-def test_a_picture_may_have_several_captions(
+def test_an_image_may_have_several_captions(
     tmp_path: Path, txt: str | None, facts: object, captions: tuple[str, ...]
 ) -> None:
-    members: list[tuple[str, bytes] | bytes] = [("a.png", picture()), ("a.json", json.dumps(facts).encode())]
+    members: list[tuple[str, bytes] | bytes] = [("a.png", make_image()), ("a.json", json.dumps(facts).encode())]
     members += [("a.txt", txt.encode())] if txt else []
     assert only(shard(tmp_path / "s.tar", members)).texts == captions
 
@@ -146,31 +146,31 @@ def test_a_picture_may_have_several_captions(
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ([("a.png", b"not a picture"), ("a.txt", b"c")], "image_corrupt"),
+        ([("a.png", b"not an image"), ("a.txt", b"c")], "image_corrupt"),
         ([("a.png", b""), ("a.txt", b"c")], "image_empty"),
-        ([("a.png", picture()), ("a.txt", b" \n ")], "caption_empty"),
-        ([("a.png", picture()), ("a.txt", b"\xff\xfe")], "text_encoding"),
-        ([("a.png", picture()), ("a.txt", b"x" * 65_537)], "text_oversize"),
-        ([("a.png", picture()), ("a.txt", b"c\0")], "text_control"),
-        ([("a.png", picture())], "caption_missing"),
-        ([("a.png", picture()), ("a.json", b"{}")], "caption_missing"),
-        ([("a.png", picture()), ("a.json", b'{"caption": null}')], "caption_missing"),
-        ([("a.png", picture()), ("a.json", b'{"caption": "\\ud800"}')], "text_encoding"),
-        ([("a.png", picture()), ("a.json", b"{")], "json_invalid"),
-        ([("a.png", picture()), ("a.json", b'["x"]')], "json_invalid"),
+        ([("a.png", make_image()), ("a.txt", b" \n ")], "caption_empty"),
+        ([("a.png", make_image()), ("a.txt", b"\xff\xfe")], "text_encoding"),
+        ([("a.png", make_image()), ("a.txt", b"x" * 65_537)], "text_oversize"),
+        ([("a.png", make_image()), ("a.txt", b"c\0")], "text_control"),
+        ([("a.png", make_image())], "caption_missing"),
+        ([("a.png", make_image()), ("a.json", b"{}")], "caption_missing"),
+        ([("a.png", make_image()), ("a.json", b'{"caption": null}')], "caption_missing"),
+        ([("a.png", make_image()), ("a.json", b'{"caption": "\\ud800"}')], "text_encoding"),
+        ([("a.png", make_image()), ("a.json", b"{")], "json_invalid"),
+        ([("a.png", make_image()), ("a.json", b'["x"]')], "json_invalid"),
         *(
-            ([("a.png", picture()), ("a.json", b'{"caption": "a"}' + behind)], "json_invalid")
+            ([("a.png", make_image()), ("a.json", b'{"caption": "a"}' + behind)], "json_invalid")
             for behind in (b"\x0c", b"\xc2\xa0", b"\x1f", b" {}")
         ),
-        ([("a.png", picture()), ("a.json", b"[" * 100_000)], "json_invalid"),
-        ([("a.png", picture()), ("a.json", b'{"n": ' + b"9" * 100_000 + b"}")], "json_invalid"),
-        ([("a.png", picture()), ("a.json", b" " * 2_000_001)], "text_oversize"),
+        ([("a.png", make_image()), ("a.json", b"[" * 100_000)], "json_invalid"),
+        ([("a.png", make_image()), ("a.json", b'{"n": ' + b"9" * 100_000 + b"}")], "json_invalid"),
+        ([("a.png", make_image()), ("a.json", b" " * 2_000_001)], "text_oversize"),
         ([("a.txt", b"c"), ("a.json", b"{}")], "image_missing"),
         ([("a.txt", b"   ")], "text_empty"),
         ([("a.txt", b"x" * 2_000_001)], "text_oversize"),
         ([("a.cls", b"3")], "image_missing"),
-        ([("a.png", picture()), ("a.jpg", picture()), ("a.txt", b"c")], "ambiguous_image"),
-        ([("a.png", picture()), ("a.PNG", picture()), ("a.txt", b"c")], "duplicate_member"),
+        ([("a.png", make_image()), ("a.jpg", make_image()), ("a.txt", b"c")], "ambiguous_image"),
+        ([("a.png", make_image()), ("a.PNG", make_image()), ("a.txt", b"c")], "duplicate_member"),
         ([member("a.png", b"", kind=b"2", link=b"/etc/passwd"), ("a.txt", b"c")], "member_type"),
         ([member("a.png", b"", kind=b"1", link=b"b.png"), ("a.txt", b"c")], "member_type"),
         ([member("a.txt", b"", kind=b"3")], "member_type"),
@@ -254,13 +254,13 @@ def test_a_torn_tar_gives_what_is_whole(tmp_path: Path) -> None:
 def test_reading_goes_on_behind_damage(tmp_path: Path) -> None:
     whole = bytearray(shard(tmp_path / "whole.tar", PAIRS).read_bytes())
     path = tmp_path / "torn.tar"
-    # The header of b.png: b.txt, which is left, is the caption of a picture and no text.
+    # The header of b.png: b.txt, which is left, is the caption of an image and no text.
     path.write_bytes(whole[:2048] + b"?" * 512 + whole[2560:])
     assert reasons(path) == ["a", "b: tar_bad_header", "c"]
     # The same by zeros, which look like the end of an archive.
     path.write_bytes(whole[:2048] + bytes(1024) + whole[3072:])
     assert reasons(path) == ["a", "b: tar_trailing_data", "c"]
-    # One bit of a name: without the checksum, b's picture would be another's.
+    # One bit of a name: without the checksum, b's image would be another's.
     path.write_bytes(whole[:2048] + b"c" + whole[2049:])
     assert reasons(path) == ["a", "b: tar_bad_header", "c"]
     # What looks like a member inside a member's data stands at no border of blocks.
@@ -318,22 +318,22 @@ def test_what_is_no_tar_is_one_fault(tmp_path: Path) -> None:
         assert reasons(path) == [f": {reason}"]
 
 
-def test_a_hash_that_belongs_to_another_picture(tmp_path: Path) -> None:
+def test_a_hash_that_belongs_to_another_image(tmp_path: Path) -> None:
     """Compared where it is asked for, and nowhere else: a downloader may have stated hashes of the originals."""
 
     def hashed(key: str, of: bytes) -> list[tuple[str, bytes] | bytes]:
         facts = {"caption": "c", "sha256": hashlib.sha256(of).hexdigest().upper()}
-        return [(f"{key}.json", json.dumps(facts).encode()), (f"{key}.png", picture())]
+        return [(f"{key}.json", json.dumps(facts).encode()), (f"{key}.png", make_image())]
 
-    members = [*hashed("a", b"other"), *hashed("b", picture()), *pair("c"), ("d.txt", b"a text")]
+    members = [*hashed("a", b"other"), *hashed("b", make_image()), *pair("c"), ("d.txt", b"a text")]
     path = shard(tmp_path / "s.tar", members)
     assert reasons(path) == ["a", "b", "c", "d"]
     assert reasons(path, "sha256") == ["a: image_other", "b", "c: hash_missing", "d"]
 
 
-def test_a_caption_that_belongs_to_another_picture(tmp_path: Path) -> None:
+def test_a_caption_that_belongs_to_another_image(tmp_path: Path) -> None:
     def stated(key: str, text: str, other: str) -> list[tuple[str, bytes] | bytes]:
-        facts = {"caption": other, "sha256": hashlib.sha256(picture()).hexdigest()}
+        facts = {"caption": other, "sha256": hashlib.sha256(make_image()).hexdigest()}
         return [(f"{key}.json", json.dumps(facts).encode()), *pair(key, text.encode())]
 
     path = shard(
@@ -353,11 +353,11 @@ TEXT, IMAGE = {"type": "text", "text": "some text"}, {"type": "image", "image": 
 def test_an_interleaved_document(tmp_path: Path) -> None:
     other = {"type": "image", "image": "img1.png"}
     document = interleaved(other, TEXT, IMAGE, {"type": "text", "text": " more"}, other)
-    members = [("a.img0.png", picture()), ("a.json", document), ("a.img1.png", picture(9, (16, 8)))]
+    members = [("a.img0.png", make_image()), ("a.json", document), ("a.img1.png", make_image(9, (16, 8)))]
     found = only(shard(tmp_path / "s.tar", members))
     assert found.texts == ("some text", " more") and found.elements == (-1, 0, -2, 1, -1)
-    assert [(stored.width, stored.height) for stored in found.pictures] == [(16, 8), (8, 8)]
-    members = [("a.img0.png", picture()), ("a.json", interleaved(TEXT))]
+    assert [(stored.width, stored.height) for stored in found.images] == [(16, 8), (8, 8)]
+    members = [("a.img0.png", make_image()), ("a.json", interleaved(TEXT))]
     assert only(shard(tmp_path / "s.tar", members)).notes == ("interleaved_unused_image",)
 
 
@@ -381,12 +381,12 @@ def test_an_interleaved_document(tmp_path: Path) -> None:
     ],
 )
 def test_interleaved_documents_that_are_none(tmp_path: Path, document: bytes, reason: str) -> None:
-    members = [("a.img0.png", picture()), ("a.json", document), *pair("b")]
+    members = [("a.img0.png", make_image()), ("a.json", document), *pair("b")]
     assert reasons(shard(tmp_path / "s.tar", members)) == [f"a: {reason}", "b"]
 
 
-def test_one_broken_picture_takes_its_document_along(tmp_path: Path) -> None:
-    members = [("a.json", interleaved(TEXT, IMAGE)), ("a.img0.png", picture()[:-20])]
+def test_one_broken_image_takes_its_document_along(tmp_path: Path) -> None:
+    members = [("a.json", interleaved(TEXT, IMAGE)), ("a.img0.png", make_image()[:-20])]
     assert reasons(shard(tmp_path / "s.tar", members)) == ["a: image_truncated"]
 
 
@@ -399,10 +399,10 @@ def latent(values: np.ndarray, **options: bool) -> bytes:
 def test_latents(tmp_path: Path) -> None:
     values = np.ones((4, 2, 3), np.float16)
     members = [("a.latent.npy", latent(values)), ("a.txt", b"c"), ("b.npy", latent(values)), ("b.txt", b"c")]
-    # Beside a picture, an array that does not call itself a latent may be anything.
-    members += [("c.jpg", picture()), ("c.npy", b"an embedding"), ("c.txt", b"c")]
+    # Beside an image, an array that does not call itself a latent may be anything.
+    members += [("c.jpg", make_image()), ("c.npy", b"an embedding"), ("c.txt", b"c")]
     path = shard(tmp_path / "s.tar", members)
-    assert [found.pictures[0].latent_channels for found in scan(path)] == [4, 4, 0]  # type: ignore[union-attr]
+    assert [found.images[0].latent_channels for found in scan(path)] == [4, 4, 0]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_what_is_mended_is_noted(tmp_path: Path) -> None:
         *pair("a", b"\xef\xbb\xbfa\r\ncat\r\n"),
         *pair("b", b"a\x07\x1b cat"),
         *pair("c"), ("c.json", b"{"),
-        ("d.png", picture()), ("d.json", b' \t{"caption": "NaN is read", "score": NaN}\r\n'),
+        ("d.png", make_image()), ("d.json", b' \t{"caption": "NaN is read", "score": NaN}\r\n'),
     ]  # fmt: skip
     found = list(scan(shard(tmp_path / "s.tar", members)))
     assert [(one.text, one.notes) for one in found if isinstance(one, RawSample)] == [
@@ -476,7 +476,7 @@ def test_random_damage_never_ends_a_run_nor_mixes_samples(tmp_path: Path) -> Non
     rng = random.Random(5)
     members: list[tuple[str, bytes] | bytes] = []
     for number in range(12):
-        image = picture(10 * number, (8 + number, 9))
+        image = make_image(10 * number, (8 + number, 9))
         facts = {"caption": f"number {number}", "sha256": hashlib.sha256(image).hexdigest()}
         members += [(f"{number}.json", json.dumps(facts).encode()), (f"{number}.png", image)]
     good = shard(tmp_path / "good.tar", members).read_bytes()
@@ -497,8 +497,8 @@ def test_random_damage_never_ends_a_run_nor_mixes_samples(tmp_path: Path) -> Non
         found = list(scan(path, "sha256"))
         assert found == list(scan(path, "sha256"))
         for one in found:
-            if isinstance(one, RawSample) and one.pictures:
-                number = one.pictures[0].width - 8
-                assert one.pictures[0].height == 9
-                # Random bytes may have fallen into a caption, but it is never that of another picture.
+            if isinstance(one, RawSample) and one.images:
+                number = one.images[0].width - 8
+                assert one.images[0].height == 9
+                # Random bytes may have fallen into a caption, but it is never that of another image.
                 assert one.text == f"number {number}" or one.text not in [f"number {n}" for n in range(12)]

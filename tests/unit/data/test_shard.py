@@ -50,7 +50,7 @@ class Counted:
 
 
 def test_a_shard_of_ones_own(tmp_path: Path, tokenizer: Tokenizer, data: Path) -> None:
-    (path,) = write_shards([{"png": b"no picture", "txt": b"a"}, {"txt": b"a text"}], tmp_path / "shards")
+    (path,) = write_shards([{"png": b"no image", "txt": b"a"}, {"txt": b"a text"}], tmp_path / "shards")
     shard = Counted(path)
     as_shard: Shard = shard
     place = IndexPlace(folder=tmp_path / "index").path(as_shard)

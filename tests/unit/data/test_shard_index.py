@@ -29,7 +29,7 @@ from transfusion.schema import ImageSegment, TextSegment
 from transfusion.sequence.tokenizer import Tokenizer
 
 
-def picture(shade: int) -> bytes:
+def make_image(shade: int) -> bytes:
     stream = io.BytesIO()
     Image.new("L", (8, 8), shade).save(stream, "PNG")
     return stream.getvalue()
@@ -49,10 +49,10 @@ def mixed(tmp_path: Path) -> Path:
     latent = io.BytesIO()
     np.save(latent, np.zeros((1, 8, 8), np.float16))
     samples = [
-        {"png": picture(1), "json": json.dumps({"captions": ["three", "the digit 3"]}).encode()},
+        {"png": make_image(1), "json": json.dumps({"captions": ["three", "the digit 3"]}).encode()},
         {"txt": b"a text"},
         {"txt": b" "},
-        {"img0.png": picture(2), "img1.png": picture(3), "json": document(SECOND, TEXT, FIRST, TEXT, SECOND)},
+        {"img0.png": make_image(2), "img1.png": make_image(3), "json": document(SECOND, TEXT, FIRST, TEXT, SECOND)},
         {"latent.npy": latent.getvalue(), "txt": b"four"},
     ]
     (shard,) = write_shards(samples, tmp_path / "mixed")
@@ -66,7 +66,7 @@ def test_all_that_was_found_comes_back(mixed: Path, tmp_path: Path, tokenizer: T
     index.verify()
     assert [index.key(sample) for sample in range(4)] == ["000000000", "000000001", "000000003", "000000004"]
     assert index["captions_N"].tolist() == [2, 1, 1, 1] and index.images_N.tolist() == [1, 0, 3, 1]
-    assert index.read_picture(0) == picture(1) and index.read_picture(2, 0) == picture(3)
+    assert index.read_image(0) == make_image(1) and index.read_image(2, 0) == make_image(3)
     assert [index.is_latent(sample) for sample in (0, 2, 3)] == [False, False, True]
     tokens = len(tokenizer.encode("the digit three"))
     assert index.elements(2) == [-1, tokens, -2, tokens, -1] and index.elements(0) == []
@@ -89,8 +89,8 @@ def test_a_source_of_everything(mixed: Path, tokenizer: Tokenizer) -> None:
         3,
         1,
     ]
-    segments, pictures = index.segments(2)
-    assert pictures == [0, 1, 0]
+    segments, images = index.segments(2)
+    assert images == [0, 1, 0]
     assert [type(segment) for segment in segments] == [ImageSegment, TextSegment] * 2 + [ImageSegment]
     texts = [segment.token_ids for segment in segments if isinstance(segment, TextSegment)]
     assert [tokenizer.decode(ids) for ids in texts] == ["the digit three"] * 2

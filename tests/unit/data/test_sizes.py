@@ -1,4 +1,4 @@
-"""Pictures of several sizes on their way from shards through plan and rows into batches."""
+"""Images of several sizes on their way from shards through plan and rows into batches."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from transfusion.schema import ImageSegment, SpecialToken
 from transfusion.sequence.tokenizer import Tokenizer
 
 SIZES = ["8x8", "8x16", "16x8"]
-# Stored height and width, and the size that such a picture takes; the last is stored on its side.
+# Stored height and width, and the size that such an image takes; the last is stored on its side.
 SHAPES = {(20, 21): "8x8", (10, 24): "8x16", (30, 14): "16x8", (9, 12): "8x8", (11, 21): "16x8"}
 
 
 def stored(number: int) -> tuple[bytes, str]:
-    """A picture and the size that it takes: top row black where it is upright, all else its number's shade."""
+    """An image and the size that it takes: top row black where it is upright, all else its number's shade."""
     (height, width), size = list(SHAPES.items())[number % len(SHAPES)]
-    picture, turned = Image.new("L", (width, height), 60 + number), number % len(SHAPES) == 4
+    image, turned = Image.new("L", (width, height), 60 + number), number % len(SHAPES) == 4
     exif = Image.Exif()
     if turned:
         exif[0x0112] = 6
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", exif=exif)
+    image.save(stream, "JPEG", exif=exif)
     return stream.getvalue(), size
 
 
@@ -47,7 +47,7 @@ def pair(number: int) -> dict[str, bytes]:
 
 
 def edit(number: int) -> dict[str, bytes]:
-    """Two pictures of different sizes, the first one twice."""
+    """Two images of different sizes, the first one twice."""
     elements: list[dict[str, str]] = [
         {"type": "image", "image": "img0.jpg"},
         {"type": "text", "text": "the digit"},
@@ -111,7 +111,7 @@ def test_any_world_size_and_workers_give_the_same_rows(
 
 
 def test_a_plan_for_other_sizes_is_refused(config: Config, tokenizer: Tokenizer) -> None:
-    """Also where every document keeps its length: what a picture of the second size is has changed."""
+    """Also where every document keeps its length: what an image of the second size is has changed."""
     with Loader(config, config.data.sources, tokenizer, rank=0, world_size=1) as loader:
         state = loader.state()
     for sizes in (["8x8"], ["8x8", "8x16"], ["8x8", "16x8", "8x16"]):
@@ -129,7 +129,7 @@ def test_what_is_longer_than_a_row_depends_on_the_size(config: Config, tokenizer
     assert {fault.reason for fault in pairs.faults} == {"longer_than_row"} and len(pairs.faults) == 15
 
 
-def test_held_out_documents_have_their_sizes(config: Config, tokenizer: Tokenizer) -> None:
+def test_validation_documents_have_their_sizes(config: Config, tokenizer: Tokenizer) -> None:
     loader = EvaluationLoader(config, config.data.validation, tokenizer)
     shapes = [
         tuple(group.values.shape[2:]) for batch in loader for group in batch.images for _ in group.values
@@ -144,12 +144,12 @@ def test_rows_are_shown_with_their_sizes(config: Config, tmp_path: Path) -> None
     assert "pairs: 10 images of 8x16" in describe_stats(stats_config(config, steps=1))
 
 
-def test_a_stored_picture_keeps_its_middle(config: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_stored_image_keeps_its_middle(config: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Cut to the shape of the size, evenly on both sides, then scaled."""
-    picture = np.full((10, 40), 200, np.uint8)
-    picture[:, :10] = picture[:, 30:] = 0
+    image = np.full((10, 40), 200, np.uint8)
+    image[:, :10] = image[:, 30:] = 0
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "PNG")
+    Image.fromarray(image).save(stream, "PNG")
     write_shards([{"png": stream.getvalue(), "txt": b"the digit"}], tmp_path / "wide")
     source = config.data.sources[0].model_copy(update={"shards": f"{tmp_path}/wide/*.tar"})
     (index,) = build_indexes(config, [source], tokenizer)

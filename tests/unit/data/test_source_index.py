@@ -15,8 +15,8 @@ from transfusion.errors import UserError
 from transfusion.sequence.tokenizer import Tokenizer
 
 
-def test_ids_and_pictures_of_every_sample(data: Path, tokenizer: Tokenizer) -> None:
-    source = SourceConfig(name="digits", shards=f"{data}/digits/held_out/*.tar")
+def test_ids_and_images_of_every_sample(data: Path, tokenizer: Tokenizer) -> None:
+    source = SourceConfig(name="digits", shards=f"{data}/digits/validation/*.tar")
     index = build_index(source, tokenizer, patches=16, sequence_length=256)
     assert len(index) == 297 and index.is_pair_N.all() and not index.faults
     digits = [digit_in_caption(tokenizer.decode(index.text_ids(sample).tolist())) for sample in range(297)]
@@ -27,7 +27,7 @@ def test_ids_and_pictures_of_every_sample(data: Path, tokenizer: Tokenizer) -> N
             ids = index.text_ids(sample, caption)
             assert len(ids) == index.lengths.text_tokens_C[first + caption] > 0
             assert digit_in_caption(tokenizer.decode(ids.tolist())) == digits[sample]
-        assert index.read_picture(sample).startswith(b"\x89PNG")
+        assert index.read_image(sample).startswith(b"\x89PNG")
     assert index.text_ids(0).dtype == "uint16"
 
 
@@ -42,13 +42,13 @@ def test_texts_keep_their_white_space(data: Path, tokenizer: Tokenizer) -> None:
 
 
 def test_a_pair_longer_than_a_row_is_a_fault(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
-    picture = build_index(
-        SourceConfig(name="d", shards=f"{data}/digits/held_out/*.tar"),
+    image = build_index(
+        SourceConfig(name="d", shards=f"{data}/digits/validation/*.tar"),
         tokenizer,
         patches=16,
         sequence_length=256,
-    ).read_picture(0)
-    write_shards([{"png": picture, "txt": b"three " * 20}, {"png": picture, "txt": b"three"}], tmp_path)
+    ).read_image(0)
+    write_shards([{"png": image, "txt": b"three " * 20}, {"png": image, "txt": b"three"}], tmp_path)
     source = SourceConfig(name="s", shards=f"{tmp_path}/*.tar")
     index = build_index(source, tokenizer, patches=16, sequence_length=32)
     assert [fault.reason for fault in index.faults] == ["longer_than_row"] and len(index) == 1
@@ -57,10 +57,10 @@ def test_a_pair_longer_than_a_row_is_a_fault(tmp_path: Path, data: Path, tokeniz
 def test_of_several_captions_only_those_too_long_are_left_out(
     tmp_path: Path, data: Path, tokenizer: Tokenizer
 ) -> None:
-    digits = SourceConfig(name="d", shards=f"{data}/digits/held_out/*.tar")
-    picture = build_index(digits, tokenizer, patches=16, sequence_length=256).read_picture(0)
+    digits = SourceConfig(name="d", shards=f"{data}/digits/validation/*.tar")
+    image = build_index(digits, tokenizer, patches=16, sequence_length=256).read_image(0)
     facts = json.dumps({"captions": ["three " * 20, "3", "the digit 3"]}).encode()
-    write_shards([{"png": picture, "txt": b"three", "json": facts}], tmp_path)
+    write_shards([{"png": image, "txt": b"three", "json": facts}], tmp_path)
     source = SourceConfig(name="s", shards=f"{tmp_path}/*.tar")
     index = build_index(source, tokenizer, patches=16, sequence_length=32)
     assert not index.faults

@@ -39,7 +39,7 @@ def test_a_page_holds_the_rows_of_the_batch(config: Config, tokenizer: Tokenizer
             loader.next_step()
         (batch,) = loader.next_step()
     here = (batch.images[0].patch_slot_IP[:, 0] < 3 * 256).sum()
-    assert text.count('class="picture"') == here > 0 and text.count("<section>") == 3
+    assert text.count('class="image"') == here > 0 and text.count("<section>") == 3
     tokens = [int((row != 2).sum()) for row in batch.modality_BS[:3]]
     assert all(f"{used:,} of 256 positions" in text for used in tokens)
     # Nothing is fetched from elsewhere, and no text of the data becomes markup.
@@ -49,7 +49,7 @@ def test_a_page_holds_the_rows_of_the_batch(config: Config, tokenizer: Tokenizer
     assert first_text.split()[1] in shown
 
 
-def test_a_picture_of_the_rows(config: Config, tmp_path: Path) -> None:
+def test_an_image_of_the_rows(config: Config, tmp_path: Path) -> None:
     show_rows(config, tmp_path / "rows.png", rows=2)
     with Image.open(tmp_path / "rows.png") as image:
         assert image.size[0] > 1000

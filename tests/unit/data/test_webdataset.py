@@ -14,7 +14,7 @@ from transfusion.errors import UserError
 
 
 def samples(count: int = 5) -> list[Sample]:
-    return [{"txt": b"caption %d" % n, "png": b"picture %d" % n, "json": b"{}"} for n in range(count)]
+    return [{"txt": b"caption %d" % n, "png": b"image %d" % n, "json": b"{}"} for n in range(count)]
 
 
 def test_layout_and_keys(tmp_path: Path) -> None:

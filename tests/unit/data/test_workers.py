@@ -19,15 +19,15 @@ LENGTH = 4096
 
 
 class Builder:
-    """Stands in for a RowBuilder: a row of random arrays with so many pictures."""
+    """Stands in for a RowBuilder: a row of random arrays with so many count."""
 
-    def build(self, pictures: int) -> Row:
-        if pictures < 0:
+    def build(self, count: int) -> Row:
+        if count < 0:
             raise ValueError("no such row")
-        random = np.random.default_rng(pictures)
+        random = np.random.default_rng(count)
         images = tuple(
             RowImage(random.integers(0, 256, (3, 64, 64), dtype=np.uint8), 66 * number, 64, number, number)
-            for number in range(pictures)
+            for number in range(count)
         )
         return Row(
             token_ids_S=random.integers(0, 1 << 40, LENGTH),
@@ -39,7 +39,7 @@ class Builder:
             end_key_S=random.integers(0, 99, LENGTH, dtype=np.int32),
             images=images,
             faults=(Fault("00000.tar", "key", "truncated"),),
-            samples=pictures,
+            samples=count,
         )
 
 
@@ -48,14 +48,14 @@ def test_arrays_travel_through_shared_memory() -> None:
     theirs = _Arena(os.dup(ours._descriptor))
     kept = []
     # Larger and smaller in turn, so that the memory grows and is used again.
-    for pictures in (1, 40, 0, 2):
-        answer = _attempt(Builder(), pictures, theirs)  # type: ignore[arg-type]
+    for count in (1, 40, 0, 2):
+        answer = _attempt(Builder(), count, theirs)  # type: ignore[arg-type]
         assert isinstance(answer, _Packed)
-        assert len(answer.rest) < 200 * pictures + 2000 and answer.borders[-1] > LENGTH * 50
-        kept.append((pictures, pickle.loads(answer.rest, buffers=ours.read(answer.borders))))
-    for pictures, row in kept:
+        assert len(answer.rest) < 200 * count + 2000 and answer.borders[-1] > LENGTH * 50
+        kept.append((count, pickle.loads(answer.rest, buffers=ours.read(answer.borders))))
+    for count, row in kept:
         # The first row is still what it was after others were written over its place.
-        assert pickle.dumps(row) == pickle.dumps(Builder().build(pictures))
+        assert pickle.dumps(row) == pickle.dumps(Builder().build(count))
         assert row.token_ids_S.flags.writeable
     ours.close()
     theirs.close()

@@ -43,11 +43,11 @@ SERVED = [
 @pytest.mark.parametrize(("name", "prediction", "shift"), SERVED)
 @pytest.mark.parametrize("steps", [1, 10, 250])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_perfect_predictor_leads_to_its_picture(
+def test_a_perfect_predictor_leads_to_its_image(
     name: Any, prediction: Any, steps: int, clip: float | None, shift: float
 ) -> None:
-    """Each sampler inverts its prediction: told the right answer about one picture, it ends there."""
-    picture = torch.rand(2, 1, 8, 8).double() * 2 - 1
+    """Each sampler inverts its prediction: told the right answer about one image, it ends there."""
+    image = torch.rand(2, 1, 8, 8).double() * 2 - 1
     key = torch.tensor([4, 5])
     config = DiffusionConfig(prediction=prediction, timestep_shift=shift)
     schedule, calls = ImageObjective(config).schedule, []
@@ -55,12 +55,12 @@ def test_a_perfect_predictor_leads_to_its_picture(
     def perfect(latent: Tensor, timestep: float) -> Tensor:
         calls.append(timestep)
         signal, sigma = (factor.double() for factor in schedule.signal_and_noise(torch.tensor([timestep])))
-        noise = (latent - signal * picture) / sigma
-        return {"epsilon": noise, "v": signal * noise - sigma * picture, "flow": noise - picture}[prediction]
+        noise = (latent - signal * image) / sigma
+        return {"epsilon": noise, "v": signal * noise - sigma * image, "flow": noise - image}[prediction]
 
     sampler = build_sampler(ImageSampling(sampler=name, steps=steps), config, clip=clip)
     latent = sampler.sample(start_noise(key, (1, 8, 8)).double(), perfect, key)
-    torch.testing.assert_close(latent, picture, rtol=0, atol=2e-3)
+    torch.testing.assert_close(latent, image, rtol=0, atol=2e-3)
     assert calls[0] == 999 and len(calls) == (2 * steps - 1 if name == "heun" else steps)
 
 
@@ -94,7 +94,7 @@ def test_a_shift_spends_more_steps_on_noise() -> None:
     assert moved.timesteps == pytest.approx([999, 899, 749, 499])
 
 
-def test_clipping_bounds_every_picture() -> None:
+def test_clipping_bounds_every_image() -> None:
     sampler = DDPM(SCHEDULE, 20, clip=1.0)
     key = torch.tensor([0])
     latent = start_noise(key, (1, 4, 4))
@@ -133,15 +133,15 @@ def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
 def test_an_error_at_pure_noise_does_not_reach_unbounded_latents(name: Any, steps: int) -> None:
     """Latents of an autoencoder have none. At the first timestep a noise that is a little wrong is divided by 5e-5."""
     sampler = build_sampler(ImageSampling(sampler=name, steps=steps), DiffusionConfig(), clip=None)
-    picture = torch.linspace(-2, 2, 64).view(1, 1, 8, 8).double()
+    image = torch.linspace(-2, 2, 64).view(1, 1, 8, 8).double()
     wrong = torch.linspace(1, -1, 64).view(1, 1, 8, 8).double()
 
     def nearly(latent_ICHW: Tensor, timestep: float) -> Tensor:
         alpha_bar = SCHEDULE.alpha_bar_T[int(timestep)].double()
-        noise = (latent_ICHW - alpha_bar.sqrt() * picture) / (1 - alpha_bar).sqrt()
+        noise = (latent_ICHW - alpha_bar.sqrt() * image) / (1 - alpha_bar).sqrt()
         return noise + 0.05 * wrong if timestep == 999 else noise
 
-    # Right afterwards, it ends at the picture; on the way nothing may be far from noise and picture.
+    # Right afterwards, it ends at the image; on the way nothing may be far from noise and image.
     seen: list[float] = []
 
     def watched(latent_ICHW: Tensor, timestep: float) -> Tensor:
@@ -150,5 +150,5 @@ def test_an_error_at_pure_noise_does_not_reach_unbounded_latents(name: Any, step
 
     key = torch.tensor([3])
     latent = sampler.sample(start_noise(key, (1, 8, 8)).double(), watched, key)
-    torch.testing.assert_close(latent, picture, rtol=0, atol=5e-3)
+    torch.testing.assert_close(latent, image, rtol=0, atol=5e-3)
     assert max(seen) < 6

@@ -1,4 +1,4 @@
-"""The judge learns to read words off pictures, and the suites around it answer what they say."""
+"""The judge learns to read words off images, and the suites around it answer what they say."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def judge() -> Classifier:
     return train_classifier(*coloured(240), epochs=6, say=lambda line: None)
 
 
-def test_the_classifier_reads_words_off_pictures_it_has_not_seen(judge: Classifier) -> None:
+def test_the_classifier_reads_words_off_images_it_has_not_seen(judge: Classifier) -> None:
     pixels, captions = coloured(40)
     assert sorted(judge.words) == sorted(COLOURS)
     assert recall(judge, pixels, captions) > 0.95
@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_classifier_and_a_file_gives_it_back(
     save_classifier(judge, tmp_path / "judge.safetensors")
     loaded = load_classifier(tmp_path / "judge.safetensors")
     pixels, _ = coloured(8)
-    assert loaded.pictures == 240
+    assert loaded.images == 240
     assert (
         frechet_distance(loaded.reference, gaussian_of(features_of(judge, coloured(240)[0]).numpy())) < 1e-6
     )
@@ -97,7 +97,7 @@ def drawn_by(
     what: str, judge: Classifier, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """What the suite says of a pipeline that draws what is asked for, always red, or noise; and how it was called."""
-    held_out, training = coloured(40), coloured(240)
+    validation, training = coloured(40), coloured(240)
     called: dict[str, Any] = {}
 
     def sample(prompts: list[str], **options: Any) -> list[SampledImage]:
@@ -111,21 +111,21 @@ def drawn_by(
         }[what]
         return [SampledImage(choose(prompt), prompt, number) for number, prompt in enumerate(prompts)]
 
-    def pictures(config: Any, tokenizer: Any, *, held_out: bool) -> Any:
-        assert held_out
+    def images(config: Any, tokenizer: Any, *, validation: bool) -> Any:
+        assert validation
         return coloured(40)
 
-    monkeypatch.setattr(images_and_captions, "captioned_pictures", pictures)
+    monkeypatch.setattr(images_and_captions, "captioned_images", images)
     save_path = folder / "judge.safetensors"
     save_classifier(judge, save_path)
     config = Config.model_validate(settings)
     pipeline: Any = SimpleNamespace(config=config, tokenizer=None, sample=sample)
-    metrics = images_and_captions.pictures(pipeline, folder, classifier=save_path)
-    assert called["prompts"][: len(held_out[1])] == held_out[1]
+    metrics = images_and_captions.images(pipeline, folder, classifier=save_path)
+    assert called["prompts"][: len(validation[1])] == validation[1]
     return {name: metric.value for name, metric in metrics.items()}, called
 
 
-def test_pictures_as_asked_for_are_nearer_than_one_kind_of_them_or_noise(
+def test_images_as_asked_for_are_nearer_than_one_kind_of_them_or_noise(
     judge: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (asked, called), (red, _), (noise, _) = (
@@ -134,7 +134,7 @@ def test_pictures_as_asked_for_are_nearer_than_one_kind_of_them_or_noise(
     assert len(called["prompts"]) == 1000 and called["guidance"] == 3.0 and called["sampler"] == "ddim"
     distances = [found["classifier_frechet"] for found in (asked, red, noise)]
     assert distances[0] < 0.1 * min(distances[1:])
-    assert asked["classifier_frechet_of_held_out"] < 0.1 * min(distances[1:])
+    assert asked["classifier_frechet_of_validation"] < 0.1 * min(distances[1:])
     assert asked["classifier_word_recall"] > 0.95 and red["classifier_word_recall"] < 0.3
     assert len(list((tmp_path / "evaluation" / "drawn").glob("*.png"))) == 64
 
@@ -147,10 +147,10 @@ def test_the_sampler_and_the_guidance_are_those_that_the_model_can_have(
     assert (called["sampler"], called["guidance"]) == ("euler", 1.0)
 
 
-def test_captions_are_scored_against_their_own_pictures(
+def test_captions_are_scored_against_their_own_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images_and_captions, "captioned_pictures", lambda *_, **__: coloured(4))
+    monkeypatch.setattr(images_and_captions, "captioned_images", lambda *_, **__: coloured(4))
     said = ["a red square", "square", "", "a grey square"]
     pipeline: Any = SimpleNamespace(config=None, tokenizer=None, caption=lambda pixels, **_: said)
     metric = images_and_captions.captions(pipeline, tmp_path)["caption_token_f1"]

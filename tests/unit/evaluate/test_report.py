@@ -48,12 +48,12 @@ def log_steps(folder: RunFolder, steps: range) -> None:
                     tokens_per_second=1e4,
                     data_wait=0.0,
                     memory_gib=1.0,
-                    held_out_text_loss=2.0 if step % 10 == 0 else None,
+                    validation_text_loss=2.0 if step % 10 == 0 else None,
                 )
             )
 
 
-def picture(path: Path, *, size: int = 8, colour: bool = False) -> None:
+def make_image(path: Path, *, size: int = 8, colour: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(size).integers(0, 256, (size, size, 3) if colour else (size, size))
     Image.fromarray(values.astype(np.uint8)).save(path)
@@ -76,20 +76,20 @@ def run(tmp_path: Path) -> RunFolder:
 def whole_run(run: RunFolder) -> RunFolder:
     log_steps(run, range(1, 41))
     for step in range(0, 100, 10):
-        picture(run.grid(step), size=40)
+        make_image(run.grid(step), size=40)
     evaluation = run.path / "evaluation"
     write_lines(
         evaluation / "generated" / "index.jsonl",
         [{"file": f"{k}.png", "prompt": HOSTILE if k < 3 else "a two", "seed": k} for k in range(15)],
     )
     for k in range(15):
-        picture(evaluation / "generated" / f"{k}.png")
-    picture(evaluation / "held_out" / "0.png")
+        make_image(evaluation / "generated" / f"{k}.png")
+    make_image(evaluation / "validation" / "0.png")
     write_lines(
         evaluation / "captions.jsonl",
         [
             {
-                "image": "evaluation/held_out/0.png",
+                "image": "evaluation/validation/0.png",
                 "caption": HOSTILE if k == 0 else "a one",
                 "expected": "a two",
                 "correct": k % 10 != 0,
@@ -180,11 +180,11 @@ def test_what_was_measured_stands_in_it(whole_run: RunFolder) -> None:
     text = " ".join(read(write_report(whole_run.path)).text.split())
     assert "40,000 tokens and 400 images in 40 of 250,000 steps" in text
     assert "1 step was skipped" in text and "2 samples could not be read" in text
-    assert "Dots: held-out data" in text
+    assert "Dots: validation data" in text
     assert "0.97" in text and "at least 0.95" in text and "by an SVC" in text and "met" in text
     assert "below 3.1" in text and "missed" in text
     assert "54 of 60 are right" in text
-    assert "10 of 12" in text, "of a prompt's pictures the first are shown and all are counted"
+    assert "10 of 12" in text, "of a prompt's images the first are shown and all are counted"
     assert "Image loss by timestep" in text and "80 to 90 %" in text
     assert "<argument>" in text
     assert "gradient_clip: 1.0" in text
@@ -240,7 +240,7 @@ def test_one_step_and_no_config_are_enough(tmp_path: Path) -> None:
 def test_broken_parts_are_left_out(whole_run: RunFolder) -> None:
     (whole_run.path / "metrics.json").write_text('{"torn')
     (whole_run.path / "evaluation" / "captions.jsonl").write_bytes(b'{"image": "no.png", "capt\xff')
-    whole_run.grid(0).write_text("not a picture")
+    whole_run.grid(0).write_text("not an image")
     (whole_run.path / "evaluation" / "generated" / "0.png").unlink()
     with open(whole_run.metrics, "a") as file:
         file.write('{"step": 41, "lo')
@@ -268,24 +268,24 @@ def decoded(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def test_small_pictures_grow_without_blur(tmp_path: Path) -> None:
-    picture(tmp_path / "small.png")
+def test_small_images_grow_without_blur(tmp_path: Path) -> None:
+    make_image(tmp_path / "small.png")
     grown = np.asarray(decoded(data_uri(tmp_path / "small.png")))
     assert grown.shape == (96, 96)
     small = np.asarray(Image.open(tmp_path / "small.png"))
     assert (grown == small.repeat(12, 0).repeat(12, 1)).all()
 
 
-def test_large_pictures_shrink(tmp_path: Path) -> None:
-    picture(tmp_path / "large.png", size=512, colour=True)
+def test_large_images_shrink(tmp_path: Path) -> None:
+    make_image(tmp_path / "large.png", size=512, colour=True)
     uri = data_uri(tmp_path / "large.png")
     assert uri.startswith("data:image/jpeg") and max(decoded(uri).size) == 128
     assert data_uri(tmp_path / "missing.png") == ""
 
 
-def test_a_run_of_large_pictures_stays_below_three_megabytes(run: RunFolder) -> None:
+def test_a_run_of_large_images_stays_below_three_megabytes(run: RunFolder) -> None:
     folder = run.path / "evaluation" / "generated"
-    picture(folder / "one.png", size=256, colour=True)
+    make_image(folder / "one.png", size=256, colour=True)
     write_lines(folder / "index.jsonl", [{"file": "one.png", "prompt": str(k // 10)} for k in range(400)])
     assert write_report(run.path).stat().st_size < 3_000_000
 

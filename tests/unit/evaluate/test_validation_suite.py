@@ -1,4 +1,4 @@
-"""The held-out suite: what the image loss is the error of."""
+"""The validation suite: what the image loss is the error of."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from transfusion.schema import LossTerms
 @pytest.mark.parametrize(
     ("diffusion", "said"),
     [
-        ({}, "of the predicted noise, held-out p, fixed noise and timesteps"),
+        ({}, "of the predicted noise, validation p, fixed noise and timesteps"),
         (
             {"prediction": "v", "loss_weight": "min-snr"},
-            "of the predicted velocity, held-out p, fixed noise and timesteps",
+            "of the predicted velocity, validation p, fixed noise and timesteps",
         ),
         (
             {"prediction": "flow", "timestep_sampling": "logit-normal", "timestep_shift": 3.0},
-            "of the predicted flow velocity, held-out p, fixed noise and timesteps (logit-normal, shift 3)",
+            "of the predicted flow velocity, validation p, fixed noise and timesteps (logit-normal, shift 3)",
         ),
     ],
 )
@@ -41,10 +41,10 @@ def test_the_image_loss_is_the_plain_error_and_says_of_what(
         zero = torch.zeros(())
         return LossTerms(zero, zero, torch.tensor(3.0), torch.tensor(4.0), torch.zeros(10), torch.zeros(10))
 
-    monkeypatch.setattr(validation, "held_out_losses", losses)
+    monkeypatch.setattr(validation, "validation_losses", losses)
     monkeypatch.setattr(validation, "EvaluationLoader", lambda *_, **__: None)
     reader = SimpleNamespace(model=None, device=None, codec=None)
     pipeline: Any = SimpleNamespace(config=config, reader=reader, tokenizer=None)
-    metric = validation.held_out(pipeline, Path())["p_image_loss"]
+    metric = validation.validation(pipeline, Path())["p_image_loss"]
     assert metric.value == 0.75 and metric.how == f"mean squared error {said}"
     assert used[0].diffusion.as_dict() == {**config.diffusion.as_dict(), "loss_weight": "none"}

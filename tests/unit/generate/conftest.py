@@ -16,7 +16,7 @@ from transfusion.diffusion.noise import counter_normal
 from transfusion.generate import Pipeline
 from transfusion.generate.image_diffusion import ImageSampling, build_sampler
 from transfusion.model import Transfusion
-from transfusion.model.patches import Encoding, pictures
+from transfusion.model.patches import Encoding, unpatchify_groups
 from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken, TextSegment
 from transfusion.sequence.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ class Truth:
         firsts = [first - back for back in self._distances(segments)]
         states = torch.cat([state_SD[start : start + 16] for start in firsts])
         predicted_NE = self.model.decode_patches(states, encoding)
-        return pictures(predicted_NE, [torch.stack(list(latents))])[0][-1:]
+        return unpatchify_groups(predicted_NE, [torch.stack(list(latents))])[0][-1:]
 
     @staticmethod
     def _distances(segments: Sequence[Segment]) -> list[int]:
@@ -140,7 +140,7 @@ class Truth:
         seed: int = 0,
         **drawing: Any,
     ) -> tuple[list[int], list[Tensor]]:
-        """Greedy continuation: all new ids, <BOI> and <EOS> among them, and the new pictures."""
+        """Greedy continuation: all new ids, <BOI> and <EOS> among them, and the new images."""
         segments: list[Segment] = []
         clean: list[Tensor] = []
         for part in parts:
@@ -150,29 +150,29 @@ class Truth:
                 segments.append(ImageSegment(None, 16))
                 clean.append(codec.encode(part))
         ids: list[int] = []
-        pictures: list[Tensor] = []
+        images: list[Tensor] = []
         said = 0
         while said < max_tokens:
             state_SD = self.states(segments, clean, [0] * len(clean))
             length = 1 + sum(len(s.token_ids) if isinstance(s, TextSegment) else 18 for s in segments)
             logit_V = self.model.text_head(state_SD[length - 1 : length])[0]
             allowed = [SpecialToken.END_DOCUMENT, *range(len(SpecialToken), self.tokenizer.vocabulary)]
-            if len(pictures) < max_images:
+            if len(images) < max_images:
                 allowed.append(SpecialToken.BEGIN_IMAGE)
             token = max(allowed, key=lambda token: logit_V[token].item())
             ids.append(int(token))
             if token == SpecialToken.END_DOCUMENT:
                 break
             if token == SpecialToken.BEGIN_IMAGE:
-                key = seed + (len(pictures) << 32)
-                picture = codec.decode(self.draw(segments, clean, key, **drawing))
-                pictures.append(picture)
-                clean.append(codec.encode(picture))
+                key = seed + (len(images) << 32)
+                image = codec.decode(self.draw(segments, clean, key, **drawing))
+                images.append(image)
+                clean.append(codec.encode(image))
                 segments.append(ImageSegment(None, 16))
             else:
                 said += 1
                 segments.append(TextSegment((int(token),)))
-        return ids, pictures
+        return ids, images
 
 
 @pytest.fixture

@@ -29,11 +29,11 @@ def assert_same_answers(mine: list[str | Tensor], theirs: list[str | Tensor]) ->
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_of_mixed_prompts_is_answered_as_each_alone(
-    build_pipeline: Callable[..., Pipeline], picture: Any, guidance: float, temperature: float
+    build_pipeline: Callable[..., Pipeline], make_image: Any, guidance: float, temperature: float
 ) -> None:
     """A4: batched is single, with and without guidance, in mixed phases."""
     pipeline = build_pipeline(image=3.0, end=2.0)
-    one, two = (torch.from_numpy(picture(seed)) for seed in (1, 2))
+    one, two = (torch.from_numpy(make_image(seed)) for seed in (1, 2))
     prompts: list[list[str | Tensor]] = [
         ["a handwritten three"],
         [one, "and", two],
@@ -61,12 +61,12 @@ def test_a_batch_of_mixed_prompts_is_answered_as_each_alone(
             assert_same_answers(mine, theirs)
 
 
-def test_prompted_pictures_come_back_untouched(build_pipeline: Callable[..., Pipeline], picture: Any) -> None:
-    """A5: the pictures of ragged prompts are the ones that are returned."""
+def test_prompted_images_come_back_untouched(build_pipeline: Callable[..., Pipeline], make_image: Any) -> None:
+    """A5: the images of ragged prompts are the ones that are returned."""
     pipeline = build_pipeline(image=1.0, end=1.0)
     prompts = [
-        [torch.from_numpy(picture(3))],
-        ["text", torch.from_numpy(picture(4)), torch.from_numpy(picture(5)), "more"],
+        [torch.from_numpy(make_image(3))],
+        ["text", torch.from_numpy(make_image(4)), torch.from_numpy(make_image(5)), "more"],
     ]
     copies = [[part.clone() if isinstance(part, Tensor) else part for part in prompt] for prompt in prompts]
     answers = pipeline.generate(prompts, max_tokens=4, max_images=1, steps=2)
@@ -76,21 +76,21 @@ def test_prompted_pictures_come_back_untouched(build_pipeline: Callable[..., Pip
             assert torch.equal(before, after) if isinstance(before, Tensor) else before == after
 
 
-def test_every_row_stops_on_its_own(build_pipeline: Callable[..., Pipeline], picture: Any) -> None:
+def test_every_row_stops_on_its_own(build_pipeline: Callable[..., Pipeline], make_image: Any) -> None:
     """N13: a row ends when its own text does, not its batch's."""
     pipeline = build_pipeline(end=4.0)
-    pictures = torch.stack([torch.from_numpy(picture(seed)) for seed in range(12)])
-    captions = pipeline.caption(pictures, max_tokens=20, temperature=1.0, seed=7)
+    images = torch.stack([torch.from_numpy(make_image(seed)) for seed in range(12)])
+    captions = pipeline.caption(images, max_tokens=20, temperature=1.0, seed=7)
     lengths = {len(caption) for caption in captions}
     assert len(lengths) > 3 and min(lengths) < 20
     for number in (0, 5, 11):
         alone = pipeline.caption(
-            pictures[number : number + 1], max_tokens=20, temperature=1.0, seed=7 + number
+            images[number : number + 1], max_tokens=20, temperature=1.0, seed=7 + number
         )
         assert alone == [captions[number]]
 
 
-def test_rows_that_have_ended_cost_nothing(build_pipeline: Callable[..., Pipeline], picture: Any) -> None:
+def test_rows_that_have_ended_cost_nothing(build_pipeline: Callable[..., Pipeline], make_image: Any) -> None:
     pipeline = build_pipeline(end=2.0)
     seen: list[int] = []
     run_blocks = pipeline.reader.model.run_blocks
@@ -100,13 +100,13 @@ def test_rows_that_have_ended_cost_nothing(build_pipeline: Callable[..., Pipelin
         return run_blocks(hidden_BSD, *rest)
 
     pipeline.reader.model.run_blocks = counting  # type: ignore[method-assign]
-    pictures = torch.stack([torch.from_numpy(picture(seed)) for seed in range(12)])
-    captions = pipeline.caption(pictures, max_tokens=20, temperature=1.0, seed=7)
+    images = torch.stack([torch.from_numpy(make_image(seed)) for seed in range(12)])
+    captions = pipeline.caption(images, max_tokens=20, temperature=1.0, seed=7)
     # The tokens of a caption are read once each, the last of a full one not at all.
     assert sum(seen[1:]) == sum(min(len(caption), 19) for caption in captions)
 
 
-def test_picture_k_has_seed_plus_k(build_pipeline: Callable[..., Pipeline]) -> None:
+def test_image_k_has_seed_plus_k(build_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = build_pipeline()
     prompts, settings = ["one", "two two two two", "three"], {"steps": 5, "guidance": 2.0}
     drawn = pipeline.sample(prompts, per_prompt=2, seed=10, **settings)
@@ -191,10 +191,10 @@ def test_the_grid_is_drawn_for_the_objective(
     assert torch.equal(drawn.pixels, unlike.pixels) == same_settings
 
 
-def test_a_drawn_picture_is_read_as_the_picture_that_is_returned(
+def test_a_drawn_image_is_read_as_the_image_that_is_returned(
     build_pipeline: Callable[..., Pipeline],
 ) -> None:
-    """What is said after a drawn picture is what would be said had the user given that picture."""
+    """What is said after a drawn image is what would be said had the user given that image."""
     pipeline = build_pipeline(image=9.0)
     answer = pipeline.generate([["three"]], max_tokens=8, max_images=1, steps=4)[0]
     place = next(i for i, part in enumerate(answer) if isinstance(part, Tensor))

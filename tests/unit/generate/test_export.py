@@ -43,7 +43,7 @@ def folder(
     return tmp_path
 
 
-def pictures(pipeline: Pipeline) -> torch.Tensor:
+def images(pipeline: Pipeline) -> torch.Tensor:
     return pipeline.sample(["a handwritten three"], steps=3)[0].pixels
 
 
@@ -51,26 +51,26 @@ def test_an_export_samples_as_its_live_model(
     folder: Path, build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
 ) -> None:
     raw, average = (
-        pictures(Pipeline(model, tokenizer, config, "cpu"))
+        images(Pipeline(model, tokenizer, config, "cpu"))
         for config, model in (build_model(seed=0), build_model(seed=1))
     )
     assert not torch.equal(raw, average)
     loaded = Pipeline.from_export(folder, device="cpu")
-    assert torch.equal(pictures(loaded), average)
-    assert torch.equal(pictures(Pipeline.from_export(folder, weights="ema", device="cpu")), average)
-    assert torch.equal(pictures(Pipeline.from_export(folder, weights="raw", device="cpu")), raw)
+    assert torch.equal(images(loaded), average)
+    assert torch.equal(images(Pipeline.from_export(folder, weights="ema", device="cpu")), average)
+    assert torch.equal(images(Pipeline.from_export(folder, weights="raw", device="cpu")), raw)
     assert not any(parameter.requires_grad for parameter in loaded.reader.model.parameters())
 
 
 @pytest.mark.parametrize("prediction", ["v", "flow"])
 def test_an_export_knows_what_its_model_predicts(folder: Path, prediction: str) -> None:
-    drawn = {"epsilon": pictures(Pipeline.from_export(folder, device="cpu"))}
+    drawn = {"epsilon": images(Pipeline.from_export(folder, device="cpu"))}
     description = json.loads((folder / export.CONFIG).read_text())
     description["config"]["diffusion"]["prediction"] = prediction
     (folder / export.CONFIG).write_text(json.dumps(description))
     pipeline = Pipeline.from_export(folder, device="cpu")
     own, other = {"v": ("ddpm", "euler"), "flow": ("euler", "ddpm")}[prediction]
-    drawn[prediction] = pictures(pipeline)
+    drawn[prediction] = images(pipeline)
     assert not torch.equal(drawn["epsilon"], drawn[prediction])
     named = pipeline.sample(["a handwritten three"], steps=3, sampler=own)
     assert torch.equal(named[0].pixels, drawn[prediction])
@@ -86,8 +86,8 @@ def test_raw_weights_serve_where_there_is_no_average(folder: Path) -> None:
     (folder / export.CONFIG).write_text(json.dumps(description))
     (folder / removed).unlink()
     assert torch.equal(
-        pictures(Pipeline.from_export(folder, device="cpu")),
-        pictures(Pipeline.from_export(folder, weights="raw", device="cpu")),
+        images(Pipeline.from_export(folder, device="cpu")),
+        images(Pipeline.from_export(folder, weights="raw", device="cpu")),
     )
     with pytest.raises(UserError, match="choose auto, raw or ema"):
         Pipeline.from_export(folder, weights="latest")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Pictures of several sizes: drawn as asked for, or as the model itself begins them, and read again as they are."""
+"""Images of several sizes: drawn as asked for, or as the model itself begins them, and read again as they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transfusion.diffusion.noise import counter_normal
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline, image_diffusion
 from transfusion.generate.image_diffusion import ImageSampling
-from transfusion.model.patches import pictures
+from transfusion.model.patches import unpatchify_groups
 from transfusion.schema import Batch, TextSegment
 from transfusion.sequence.layout import image_segment
 from transfusion.sequence.sizes import Size
@@ -27,7 +27,7 @@ UNET: dict[str, Any] = {"patch_embed": "unet", "unet": {"widths": [8, 16], "laye
 
 
 def talkative(build_pipeline: Callable[..., Pipeline], *, begin: float = 4.0, **fields: Any) -> Pipeline:
-    """It leans by `begin` towards pictures, of all sizes alike."""
+    """It leans by `begin` towards images, of all sizes alike."""
     pipeline = build_pipeline(end=1.0, image_sizes=SIZES, **fields)
     pipeline.reader.model.text_head.bias_V[list(pipeline.reader.sizes.begun)] = begin  # type: ignore[index,operator]
     return pipeline
@@ -35,7 +35,7 @@ def talkative(build_pipeline: Callable[..., Pipeline], *, begin: float = 4.0, **
 
 @pytest.mark.parametrize("fields", [{}, {"position": "2d"}, UNET])
 @torch.no_grad()
-def test_a_picture_is_drawn_as_it_was_trained(
+def test_an_image_is_drawn_as_it_was_trained(
     build_pipeline: Callable[..., Pipeline],
     pack: Callable[..., Batch],
     monkeypatch: pytest.MonkeyPatch,
@@ -53,7 +53,7 @@ def test_a_picture_is_drawn_as_it_was_trained(
         encoding = model.encode_patches([noise], torch.tensor([500]))
         hidden_BSD = model.run_blocks(model.embed(batch, encoding.patch_ND), batch.position_BSA, batch.mask)
         state_PD = model.norm(hidden_BSD[0])[batch.images[0].patch_slot_IP[0]]
-        return pictures(model.decode_patches(state_PD, encoding), [noise])[0]
+        return unpatchify_groups(model.decode_patches(state_PD, encoding), [noise])[0]
 
     caption = "a handwritten three"
     wanted = trained(None) + 3 * (trained(caption) - trained(None))
@@ -79,7 +79,7 @@ def test_the_size_that_is_asked_for(build_pipeline: Callable[..., Pipeline]) -> 
         assert drawn == [(1, *size)] * 2
     assert pipeline.sample(["seven"], steps=2)[0].pixels.shape == (1, 8, 8)
     with pytest.raises(
-        UserError, match="size 8x16 is none of this model's pictures; choose 8x8 or 4x12 or 12x4"
+        UserError, match="size 8x16 is none of this model's images; choose 8x8 or 4x12 or 12x4"
     ):
         pipeline.sample(["seven"], size=Size(8, 16))
 
@@ -117,7 +117,7 @@ def test_the_model_chooses_sizes_and_a_batch_of_them_is_answered_as_each_alone(
     assert len(shapes) == 3, "want all sizes"
 
 
-def test_a_picture_too_large_for_the_rest_of_the_row_is_not_begun(
+def test_an_image_too_large_for_the_rest_of_the_row_is_not_begun(
     build_pipeline: Callable[..., Pipeline], tokenizer: Tokenizer
 ) -> None:
     """A smaller one is: 12 patches where 16 would not fit."""

@@ -23,7 +23,7 @@ def split(answer: list[str | Tensor], prompt_parts: int) -> tuple[str, list[Tens
     return "".join(p for p in new if isinstance(p, str)), [p for p in new if isinstance(p, Tensor)]
 
 
-def assert_same_pictures(mine: list[Tensor], theirs: list[Tensor]) -> None:
+def assert_same_images(mine: list[Tensor], theirs: list[Tensor]) -> None:
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
         # One level of 255: rounding to whole levels of latents that agree to 1e-4.
@@ -54,21 +54,21 @@ def test_text_alone(
 def test_interleaved(
     build_pipeline: Callable[..., Pipeline],
     truth: Any,
-    picture: Any,
+    make_image: Any,
     guidance: float,
     fields: dict[str, Any],
 ) -> None:
-    """A3: text, image, text, image, text, then generation of both: ids exact, pictures the same."""
+    """A3: text, image, text, image, text, then generation of both: ids exact, images the same."""
     pipeline = build_pipeline(image=10.0, **fields)
-    images = [torch.from_numpy(picture(seed)) for seed in (1, 2)]
+    images = [torch.from_numpy(make_image(seed)) for seed in (1, 2)]
     prompt = ["one", images[0], "two", images[1], "three"]
     drawing = {**DRAWING, "guidance": guidance}
-    ids, pictures = truth(pipeline).generate(prompt, max_tokens=8, max_images=2, seed=5, **drawing)
+    ids, expected = truth(pipeline).generate(prompt, max_tokens=8, max_images=2, seed=5, **drawing)
     answer = pipeline.generate([prompt], max_tokens=8, max_images=2, seed=5, **drawing)[0]
     text, drawn = split(answer, 5)
     assert len(drawn) == 2
     assert text == pipeline.tokenizer.decode(ids)
-    assert_same_pictures(drawn, pictures)
+    assert_same_images(drawn, expected)
     assert answer[1] is images[0] and answer[3] is images[1]
 
 
@@ -91,7 +91,7 @@ VELOCITY, FLOW = ({"diffusion": {"prediction": prediction}} for prediction in ("
 def test_latents_behind_a_mixed_prompt(
     build_pipeline: Callable[..., Pipeline],
     truth: Any,
-    picture: Any,
+    make_image: Any,
     sampler: Any,
     fields: dict[str, Any],
     guidance: float,
@@ -99,7 +99,7 @@ def test_latents_behind_a_mixed_prompt(
     """A3: latents to 1e-4."""
     pipeline = build_pipeline(**fields)
     reader = pipeline.reader
-    given = torch.from_numpy(picture(6))
+    given = torch.from_numpy(make_image(6))
     segments = [TextSegment((9, 10)), ImageSegment(None, 16), TextSegment((11, 12, 13))]
     layout = lay_out([*segments, ImageSegment(None, 16)])
     count = layout.images[1][0]
@@ -114,12 +114,12 @@ def test_latents_behind_a_mixed_prompt(
 
 @torch.no_grad()
 def test_a_finished_image_is_read_clean(
-    build_pipeline: Callable[..., Pipeline], truth: Any, picture: Any
+    build_pipeline: Callable[..., Pipeline], truth: Any, make_image: Any
 ) -> None:
     """The state after <EOI> is that of a full forward with the clean image at timestep 0, not the noisy one."""
     pipeline = build_pipeline()
     reader = pipeline.reader
-    finished = torch.from_numpy(picture(6))
+    finished = torch.from_numpy(make_image(6))
     segments = [TextSegment((9, 10, 11)), ImageSegment(None, 16)]
     layout = lay_out(segments, finished=False)
     first = layout.images[0][0]
@@ -147,4 +147,4 @@ def test_captioned_images(
         segment = TextSegment(tuple(pipeline.tokenizer.encode(prompts[number])))
         expected = truth(pipeline).draw([segment], [], 3 + number, **drawing)
         assert (image.prompt, image.seed) == (prompts[number], 3 + number)
-        assert_same_pictures([image.pixels], [codec.decode(expected)])
+        assert_same_images([image.pixels], [codec.decode(expected)])

@@ -111,7 +111,7 @@ def test_a_finished_image_is_read_once_more_with_its_end(build_pipeline: Callabl
     assert calls.sizes[1:] == [(2, 1), *[(2, 16)] * 4, (2, 17), (2, 1), (2, 1)]
 
 
-def test_the_cache_is_written_in_place(build_pipeline: Callable[..., Pipeline], picture: Any) -> None:
+def test_the_cache_is_written_in_place(build_pipeline: Callable[..., Pipeline], make_image: Any) -> None:
     pipeline = build_pipeline()
     seen: set[int] = set()
     write = CacheRows.write
@@ -123,14 +123,14 @@ def test_the_cache_is_written_in_place(build_pipeline: Callable[..., Pipeline], 
 
     CacheRows.write = spying  # type: ignore[method-assign]
     try:
-        pipeline.caption(torch.from_numpy(picture(0))[None], max_tokens=10)
+        pipeline.caption(torch.from_numpy(make_image(0))[None], max_tokens=10)
     finally:
         CacheRows.write = write  # type: ignore[method-assign]
     assert len(seen) == 2 * pipeline.config.model.layers
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 8), (1, 16)])
-def test_every_drawn_picture_has_the_configured_size(
+def test_every_drawn_image_has_the_configured_size(
     build_pipeline: Callable[..., Pipeline], channels: int, size: int
 ) -> None:
     """N5: a model of this version draws one size, that of its configuration, whatever a prompt asks for."""
@@ -143,15 +143,15 @@ def test_every_drawn_picture_has_the_configured_size(
     answers = pipeline.generate([["one"], ["16,16"]], max_tokens=2, max_images=2, steps=2)
     said = [part for answer in answers for part in answer if isinstance(part, Tensor)]
     assert len(said) == 4
-    assert {tuple(picture.shape) for picture in drawn + said} == {(channels, size, size)}
-    with pytest.raises(UserError, match="a picture must be uint8"):
+    assert {tuple(image.shape) for image in drawn + said} == {(channels, size, size)}
+    with pytest.raises(UserError, match="an image must be uint8"):
         pipeline.generate([[torch.zeros(channels, 2 * size, size, dtype=torch.uint8)]])
 
 
 def test_bf16_generates(
-    build_pipeline: Callable[..., Pipeline], picture: Any, monkeypatch: pytest.MonkeyPatch
+    build_pipeline: Callable[..., Pipeline], make_image: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network in bf16, as trained with train.precision=bf16: pictures and captions, the same each time."""
+    """A network in bf16, as trained with train.precision=bf16: images and captions, the same each time."""
     plain, pipeline = build_pipeline(end=1.0), build_pipeline(end=1.0)
     pipeline.reader.model.bfloat16()
     predicted: list[Tensor] = []
@@ -179,10 +179,10 @@ def test_bf16_generates(
         assert one.pixels.shape == (1, 8, 8) and one.pixels.dtype == torch.uint8
         assert torch.equal(one.pixels, other.pixels)
         assert (one.pixels.float() - reference.pixels.float()).abs().mean() < 20
-    pictures = torch.stack([torch.from_numpy(picture(seed)) for seed in range(3)])
+    images = torch.stack([torch.from_numpy(make_image(seed)) for seed in range(3)])
     for temperature in (0.0, 1.0):
         captions, repeated = (
-            pipeline.caption(pictures, max_tokens=12, temperature=temperature) for _ in range(2)
+            pipeline.caption(images, max_tokens=12, temperature=temperature) for _ in range(2)
         )
         assert captions == repeated and len(captions) == 3 and any(captions)
 
@@ -241,12 +241,12 @@ def test_settings_out_of_range_are_named(
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 9), (3, 8, 8), (8, 8)])
-def test_pictures_of_another_shape_are_refused(
+def test_images_of_another_shape_are_refused(
     build_pipeline: Callable[..., Pipeline], shape: Sequence[int]
 ) -> None:
-    with pytest.raises(UserError, match="a picture must be uint8"):
+    with pytest.raises(UserError, match="an image must be uint8"):
         build_pipeline().generate([[torch.zeros(*shape, dtype=torch.uint8)]])
-    with pytest.raises(UserError, match="a picture must be uint8"):
+    with pytest.raises(UserError, match="an image must be uint8"):
         build_pipeline().caption(torch.zeros(1, 1, 8, 8))
 
 

@@ -25,11 +25,11 @@ Build = Callable[..., tuple[Config, Transfusion]]
 
 
 @pytest.fixture
-def mixed(pack: Callable[..., Batch], picture: Any) -> Callable[[Config], Batch]:
+def mixed(pack: Callable[..., Batch], make_image: Any) -> Callable[[Config], Batch]:
     """Text, caption first, image first and two images in one document, in two rows."""
 
     def make(config: Config) -> Batch:
-        image = [ImageSegment(picture(seed), 16) for seed in range(4)]
+        image = [ImageSegment(make_image(seed), 16) for seed in range(4)]
         text = [TextSegment(tuple(range(10 * n, 10 * n + 6))) for n in range(1, 6)]
         rows = [
             [[text[0]], [text[1], image[0]]],
@@ -110,11 +110,11 @@ def test_each_loss_has_a_gradient_on_every_parameter_it_should(
 
 @pytest.mark.parametrize("kind", ["text", "images"])
 def test_batches_of_one_modality_train(
-    build_model: Build, pack: Callable[..., Batch], picture: Any, kind: str
+    build_model: Build, pack: Callable[..., Batch], make_image: Any, kind: str
 ) -> None:
     """N8: batches of text alone and of images alone train, with a gradient on every parameter."""
     config, model = build_model()
-    text, image = [TextSegment((9, 10, 11, 12))], [ImageSegment(picture(0), 16)]
+    text, image = [TextSegment((9, 10, 11, 12))], [ImageSegment(make_image(0), 16)]
     batch = pack(config, [[text, text]] if kind == "text" else [[image, image], [image]])
     terms, loss = losses(model, batch, config)
     assert (terms.image_count == 0) == (kind == "text") and (terms.text_count == 0) == (kind == "images")
@@ -128,7 +128,7 @@ def test_batches_of_one_modality_train(
 
 
 def test_a_weightless_image_changes_nothing(
-    build_model: Build, pack: Callable[..., Batch], picture: Any
+    build_model: Build, pack: Callable[..., Batch], make_image: Any
 ) -> None:
     """What a rank without images carries must not be seen by its text."""
     config, model = build_model()

@@ -29,7 +29,7 @@ def largest_allocation(work: Callable[[], object]) -> int:
 
 @pytest.fixture
 def step(
-    build_model: Callable[..., tuple[Config, Transfusion]], pack: Callable[..., Batch], picture: Any
+    build_model: Callable[..., tuple[Config, Transfusion]], pack: Callable[..., Batch], make_image: Any
 ) -> Callable[[str, int], None]:
     """step(attention, loss_chunk_size): both losses and their gradients on one long row."""
 
@@ -40,7 +40,7 @@ def step(
         for block in model.blocks:
             block.attention.attend = PlainAttention(attention)
         model.text_head.chunk = loss_chunk_size
-        image = [ImageSegment(picture(seed, 16), PATCHES) for seed in range(3)]
+        image = [ImageSegment(make_image(seed, 16), PATCHES) for seed in range(3)]
         text = TextSegment(tuple(range(10, 245)))
         row = [[text, image[0]], [image[1], text], [text, image[2], TextSegment(tuple(range(10, 80)))]]
         batch = pack(config, [row])

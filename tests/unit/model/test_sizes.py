@@ -1,4 +1,4 @@
-"""A row with pictures of several sizes: each is learned from as if it stood alone."""
+"""A row with images of several sizes: each is learned from as if it stood alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNET: dict[str, Any] = {"patch_embed": "unet", "unet": {"widths": [8, 16], "laye
 
 
 def documents(config: Config) -> list[list[Segment]]:
-    """One picture of each size, 4x12 and 12x4 of as many patches, between texts and alone."""
+    """One image of each size, 4x12 and 12x4 of as many patches, between texts and alone."""
     text, random = TextSegment((9, 10, 11)), np.random.default_rng(0)
     images = [
         image_segment(config.image_sizes, size, random.integers(0, 256, (1, *size), dtype=np.uint8))
@@ -49,7 +49,7 @@ def judged(config: Config, model: Transfusion, batch: Batch, weights: Sequence[T
 
 @pytest.mark.parametrize("position", ["1d", "2d"])
 @pytest.mark.parametrize("patch_embed", [{}, UNET])
-def test_each_picture_of_a_row_learns_as_alone(
+def test_each_image_of_a_row_learns_as_alone(
     build_model: Build, pack: Callable[..., Batch], patch_embed: dict[str, Any], position: str
 ) -> None:
     config, model = build_model(image_sizes=SIZES, position=position, **patch_embed)
@@ -62,7 +62,7 @@ def test_each_picture_of_a_row_learns_as_alone(
     for number, (part, timestep) in enumerate(zip(parts, timesteps, strict=True)):
         single = pack(config, [[part]], timesteps=[timestep], keys=[number])
         alone.append(judged(config, model, single, [torch.ones(1)]))
-        # This picture alone of the row; the texts count there too.
+        # This image alone of the row; the texts count there too.
         place = [tuple(group.values.shape[2:]) for group in together.images].index(
             tuple(single.images[0].values.shape[2:])
         )
@@ -74,12 +74,12 @@ def test_each_picture_of_a_row_learns_as_alone(
     for found, parts_of_it in zip(whole, zip(*alone, strict=True), strict=True):
         wanted = torch.stack(parts_of_it).sum(0)
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
-    # The mean is over elements, as among pictures of one size.
+    # The mean is over elements, as among images of one size.
     assert global_counts([together], config.codec).image == whole[2] == 8 * 8 + 2 * 4 * 12 + 8 * 16
 
 
-def test_the_token_before_a_picture_tells_its_size(build_model: Build, pack: Callable[..., Batch]) -> None:
-    """And is learned: where a text goes on with a picture, which one is a target."""
+def test_the_token_before_an_image_tells_its_size(build_model: Build, pack: Callable[..., Batch]) -> None:
+    """And is learned: where a text goes on with an image, which one is a target."""
     config, _ = build_model(image_sizes=SIZES)
     batch = pack(config, [documents(config)])
     begins = {size: config.image_sizes.begins_with(Size.parse(size)) for size in SIZES}

@@ -110,10 +110,10 @@ def test_every_setting_and_both_timesteps_matter() -> None:
 
 
 @pytest.fixture
-def mixed(pack: Callable[..., Batch], picture: Any) -> Callable[[Config], Batch]:
+def mixed(pack: Callable[..., Batch], make_image: Any) -> Callable[[Config], Batch]:
     def make(config: Config) -> Batch:
         patches = config.patches_per_image
-        image, text = [ImageSegment(picture(n), patches) for n in range(2)], TextSegment((9, 10, 11))
+        image, text = [ImageSegment(make_image(n), patches) for n in range(2)], TextSegment((9, 10, 11))
         return pack(config, [[[text, image[0]]], [[image[1], text]]], timesteps=[3, 700])
 
     return make
@@ -137,7 +137,7 @@ def test_every_parameter_has_a_gradient(
 def test_it_learns_from_its_initial_weights(
     build_model: Build, mixed: Callable[[Config], Batch], patch_size: int
 ) -> None:
-    """One patch of the whole picture too: what the transformer cannot know comes by the skips."""
+    """One patch of the whole image too: what the transformer cannot know comes by the skips."""
     config, model = build_model(patch_size=patch_size, **SMALL)
     initialise(model, seed=0, layers=config.model.layers)
     objective, batch, history = MixedLoss(config.diffusion), mixed(config), []

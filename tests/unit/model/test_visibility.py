@@ -13,7 +13,7 @@ from transfusion.codec import pixels as codec
 from transfusion.config import Config
 from transfusion.losses.transfusion import MixedLoss
 from transfusion.model import Transfusion
-from transfusion.model.patches import patchify, pictures, unpatchify
+from transfusion.model.patches import patchify, unpatchify, unpatchify_groups
 from transfusion.schema import Batch, ImageSegment, LossTerms, Segment, TextSegment
 from transfusion_kernels.verification.testing import relative_error
 
@@ -25,7 +25,7 @@ KINDS = [{}, {"position": "2d"}, {"timestep_embedding": "patch", "qk_norm": True
 
 @torch.no_grad()
 def states(model: Transfusion, batch: Batch) -> Tensor:
-    """Final states [B, S, D] of a batch whose pictures are read as they are."""
+    """Final states [B, S, D] of a batch whose images are read as they are."""
     latents = [codec.encode(group.values) for group in batch.images]
     timestep_I = torch.cat([group.timestep_I for group in batch.images])
     hidden_BSD = model.embed(batch, model.encode_patches(latents, timestep_I).patch_ND)
@@ -36,48 +36,48 @@ def states(model: Transfusion, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("fields", KINDS)
 @torch.no_grad()
 def test_patches_know_their_place(
-    build_model: Build, pack: Pack, picture: Any, fields: dict[str, Any]
+    build_model: Build, pack: Pack, make_image: Any, fields: dict[str, Any]
 ) -> None:
     """N2: shuffled patches are not predicted as the same patches in their places."""
     config, model = build_model(**fields)
-    batch = pack(config, [[[TextSegment((9, 10)), ImageSegment(picture(0), 16)]]])
+    batch = pack(config, [[[TextSegment((9, 10)), ImageSegment(make_image(0), 16)]]])
     latent = codec.encode(batch.images[0].values)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     shuffled = unpatchify(patchify(latent, 2)[:, order], 1, 8, 8, 2)
     (prediction,), (of_shuffled,) = (
-        pictures(model(batch, [noisy]).noise_NE, [noisy]) for noisy in (latent, shuffled)
+        unpatchify_groups(model(batch, [noisy]).noise_NE, [noisy]) for noisy in (latent, shuffled)
     )
     put_back = unpatchify(patchify(of_shuffled, 2)[:, order.argsort()], 1, 8, 8, 2)
     assert (prediction - put_back).abs().max() > 0.01 * prediction.abs().max()
 
 
-def test_images_never_see_what_comes_later(build_model: Build, pack: Pack, picture: Any) -> None:
+def test_images_never_see_what_comes_later(build_model: Build, pack: Pack, make_image: Any) -> None:
     """N7: neither later text nor a later image reaches an image."""
     config, model = build_model()
 
-    def document(later_text: Sequence[int], later_picture: int) -> list[Segment]:
+    def document(later_text: Sequence[int], later_image: int) -> list[Segment]:
         return [
             TextSegment((9, 10, 11)),
-            ImageSegment(picture(0), 16),
+            ImageSegment(make_image(0), 16),
             TextSegment(tuple(later_text)),
-            ImageSegment(picture(later_picture), 16),
+            ImageSegment(make_image(later_image), 16),
         ]
 
     plain = states(model, pack(config, [[document((20, 21), 1)]]))[0]
     other_text = states(model, pack(config, [[document((20, 99), 1)]]))[0]
-    other_picture = states(model, pack(config, [[document((20, 21), 2)]]))[0]
+    other_image = states(model, pack(config, [[document((20, 21), 2)]]))[0]
     # <BOS> 3 tokens <BOI> 16 patches <EOI> 2 tokens <BOI> 16 patches <EOI> <EOS>
     first, text, second = slice(5, 21), slice(22, 24), slice(25, 41)
-    for changed, unseen in ((other_text, 23), (other_picture, 25)):
+    for changed, unseen in ((other_text, 23), (other_image, 25)):
         torch.testing.assert_close(changed[:unseen], plain[:unseen], rtol=0, atol=1e-6)
         assert ((changed[second] - plain[second]).abs().amax(1) > 1e-4).all()
-    assert torch.equal(plain[first], other_picture[first])
+    assert torch.equal(plain[first], other_image[first])
     assert text.stop == second.start - 1
 
 
-def test_every_patch_sees_every_patch_of_its_image(build_model: Build, pack: Pack, picture: Any) -> None:
+def test_every_patch_sees_every_patch_of_its_image(build_model: Build, pack: Pack, make_image: Any) -> None:
     config, model = build_model(layers=1)
-    values = picture(0)
+    values = make_image(0)
     changed = values.copy()
     changed[0, 7, 7] ^= 128
     plain, other = (
@@ -92,11 +92,11 @@ def test_every_patch_sees_every_patch_of_its_image(build_model: Build, pack: Pac
 @pytest.mark.parametrize("fields", KINDS)
 @torch.no_grad()
 def test_packed_documents_are_read_as_each_alone(
-    build_model: Build, pack: Pack, picture: Any, fields: dict[str, Any]
+    build_model: Build, pack: Pack, make_image: Any, fields: dict[str, Any]
 ) -> None:
     """A12: final states and logits of packed documents; their losses below."""
     config, model = build_model(**fields)
-    image = [ImageSegment(picture(seed), 16) for seed in range(4)]
+    image = [ImageSegment(make_image(seed), 16) for seed in range(4)]
     documents: list[list[Segment]] = [
         [TextSegment(tuple(range(20, 31)))],
         [TextSegment((12, 13)), image[0]],
@@ -123,11 +123,11 @@ def test_packed_documents_are_read_as_each_alone(
 @pytest.mark.parametrize("fields", KINDS)
 @torch.no_grad()
 def test_packed_documents_lose_what_they_lose_alone(
-    build_model: Build, pack: Pack, picture: Any, fields: dict[str, Any]
+    build_model: Build, pack: Pack, make_image: Any, fields: dict[str, Any]
 ) -> None:
     """A12: the losses of packed rows are the sums of those of the documents, each in a row of its own."""
     config, model = build_model(**fields)
-    image = [ImageSegment(picture(seed), 16) for seed in range(4)]
+    image = [ImageSegment(make_image(seed), 16) for seed in range(4)]
     documents: list[tuple[list[Segment], list[int], list[int]]] = [
         ([TextSegment(tuple(range(20, 31)))], [], []),
         ([TextSegment((12, 13)), image[0]], [5], [70]),
@@ -154,12 +154,12 @@ def test_packed_documents_lose_what_they_lose_alone(
     assert together.text_count == 12 + 4 + 44 and together.image_count == 4 * 64
 
 
-def test_two_axes_leave_text_as_it_is(build_model: Build, pack: Pack, picture: Any) -> None:
+def test_two_axes_leave_text_as_it_is(build_model: Build, pack: Pack, make_image: Any) -> None:
     (plain_config, plain), (config, model) = build_model(), build_model(position="2d")
     model.load_state_dict(plain.state_dict())
     text = TextSegment(tuple(range(20, 50)))
     assert torch.equal(states(model, pack(config, [[[text]]])), states(plain, pack(plain_config, [[[text]]])))
-    document = [TextSegment((9, 10)), ImageSegment(picture(0), 16)]
+    document = [TextSegment((9, 10)), ImageSegment(make_image(0), 16)]
     difference = states(model, pack(config, [[document]])) - states(plain, pack(plain_config, [[document]]))
     # <BOS> 2 tokens <BOI> as before, patches elsewhere.
     assert difference[0, :4].abs().max() == 0 and difference[0, 4:20].abs().max() > 1e-3

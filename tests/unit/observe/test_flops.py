@@ -30,9 +30,9 @@ def small(**train: Any) -> Config:
 
 
 @pytest.fixture
-def batch(pack: Callable[..., Batch], picture: Any) -> Batch:
+def batch(pack: Callable[..., Batch], make_image: Any) -> Batch:
     """Two rows of 64 with an image each, a document border and padding."""
-    image = [ImageSegment(picture(seed, 8), 16) for seed in range(2)]
+    image = [ImageSegment(make_image(seed, 8), 16) for seed in range(2)]
     text = TextSegment(tuple(range(10, 30)))
     return pack(small(), [[[text, image[0]], [TextSegment((10, 11, 12))]], [[image[1], text]]])
 

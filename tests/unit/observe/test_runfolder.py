@@ -115,7 +115,7 @@ def test_the_quarantine_grows_and_names_each_sample_once(
     folder = RunFolder(tmp_path)
     folder.add_to_quarantine([])
     assert not folder.quarantine.exists()
-    first, second = Fault("a.tar", "1", "empty caption"), Fault("a.tar", "é", "not a picture")
+    first, second = Fault("a.tar", "1", "empty caption"), Fault("a.tar", "é", "not an image")
     folder.add_to_quarantine([first, first])
     # A later start, which has met only the second so far.
     folder.add_to_quarantine([second])

@@ -61,7 +61,7 @@ def test_off_by_default_and_then_a_no_op(tmp_path: Path) -> None:
     sink = open_sink(load_config(None, ["codec.image_size=8"]), RunFolder(tmp_path), attempt=1)
     assert isinstance(sink, NoSink)
     sink.write(LINE)
-    sink.picture(0, tmp_path / "none.png")
+    sink.image(0, tmp_path / "none.png")
     sink.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -97,7 +97,7 @@ def test_the_users_mode_wins(tmp_path: Path, fake: SimpleNamespace) -> None:
 def test_the_step_axis_is_ours(tmp_path: Path, fake: SimpleNamespace) -> None:
     sink = open_sink(ON, RunFolder(tmp_path), attempt=1)
     sink.write(LINE)
-    sink.picture(3, tmp_path / "grid.png")
+    sink.image(3, tmp_path / "grid.png")
     sink.close()
     assert ("*", "step") in fake.run.axes
     assert fake.run.logged[0] == {

@@ -85,7 +85,7 @@ def test_counts_are_those_of_the_batches() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_broken_picture_skips_the_step(precision: str) -> None:
+def test_a_broken_image_skips_the_step(precision: str) -> None:
     engine = LocalEngine(small_config(train__precision=precision, optimizer__ema_decay=0.5), ALONE)
     train_step(engine, [make_batch("mixed", 0)])
     before = state_of(engine)

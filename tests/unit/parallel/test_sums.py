@@ -6,7 +6,7 @@ import pytest
 import torch
 from handmade import make_batch, small_config
 
-from transfusion.evaluate.validation_losses import held_out_losses
+from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.losses.transfusion import MixedLoss
 from transfusion.observe.losses import MeanLosses
 from transfusion.schema import TIMESTEP_BUCKETS, LossTerms
@@ -31,9 +31,9 @@ def test_an_interval_of_steps() -> None:
     assert (found.images, found.also) == (images, [0.5])
 
 
-def test_held_out_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_data(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([LARGE, 1.0, 1.0])
     monkeypatch.setattr(MixedLoss, "terms", lambda *_: terms(next(values)))
     batches = [make_batch("text", seed) for seed in range(3)]
-    total = held_out_losses(torch.nn.Identity(), batches, small_config(), torch.device("cpu"))  # type: ignore[arg-type]
+    total = validation_losses(torch.nn.Identity(), batches, small_config(), torch.device("cpu"))  # type: ignore[arg-type]
     assert float(total.text_sum) == LARGE + 2

@@ -87,7 +87,7 @@ def test_half_of_the_tokens_are_pairs() -> None:
     )
 
 
-def test_pictures_of_several_sizes_are_counted_each_as_what_it_is() -> None:
+def test_images_of_several_sizes_are_counted_each_as_what_it_is() -> None:
     """As many of each size; patches, pairs that see each other, and memory follow from the shapes."""
     sizes = "codec.image_sizes=[256x256,256x384,384x256]"
     load = Mixture().workload(config_of("0.16b", sizes), rows=8)

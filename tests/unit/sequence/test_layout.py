@@ -18,7 +18,7 @@ BOS, EOS, BOI, EOI, PATCH = (
     )
 )
 CAPTION = TextSegment((50, 51))
-PICTURE = ImageSegment(None, 4)
+IMAGE = ImageSegment(None, 4)
 
 
 def learned(segments: list[Segment]) -> list[tuple[int, int]]:
@@ -31,7 +31,7 @@ def learned(segments: list[Segment]) -> list[tuple[int, int]]:
 
 
 def test_caption_first() -> None:
-    layout = lay_out([CAPTION, PICTURE])
+    layout = lay_out([CAPTION, IMAGE])
     assert layout.token_ids_S.tolist() == [BOS, 50, 51, BOI, PATCH, PATCH, PATCH, PATCH, EOI, EOS]
     assert layout.target_ids_S.tolist()[:-1] == layout.token_ids_S.tolist()[1:]
     assert layout.text_weight_S.tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 1, 0]
@@ -43,12 +43,12 @@ def test_caption_first() -> None:
 
 
 def test_causal_images() -> None:
-    layout = lay_out([CAPTION, PICTURE], causal_images=True)
+    layout = lay_out([CAPTION, IMAGE], causal_images=True)
     assert layout.end_key_S.tolist() == list(range(1, 11)) and layout.images == ((4, 4),)
 
 
 def test_image_first() -> None:
-    layout = lay_out([PICTURE, CAPTION])
+    layout = lay_out([IMAGE, CAPTION])
     assert layout.token_ids_S.tolist() == [BOS, BOI, PATCH, PATCH, PATCH, PATCH, EOI, 50, 51, EOS]
     assert layout.text_weight_S.tolist() == [1, 0, 0, 0, 0, 0, 1, 1, 1, 0]
     assert layout.end_key_S.tolist() == [1, 2, 6, 6, 6, 6, 7, 8, 9, 10]
@@ -57,18 +57,18 @@ def test_image_first() -> None:
 def test_what_is_predicted() -> None:
     """N6: the target is the next token. <BOI> and <EOS> are learned, patches and <EOI> never, and nothing where
     the input is <BOI>, a patch or <EOS>."""
-    assert learned([CAPTION, PICTURE]) == [(BOS, 50), (50, 51), (51, BOI), (EOI, EOS)]
-    assert learned([PICTURE, CAPTION]) == [(BOS, BOI), (EOI, 50), (50, 51), (51, EOS)]
+    assert learned([CAPTION, IMAGE]) == [(BOS, 50), (50, 51), (51, BOI), (EOI, EOS)]
+    assert learned([IMAGE, CAPTION]) == [(BOS, BOI), (EOI, 50), (50, 51), (51, EOS)]
     assert learned([CAPTION]) == [(BOS, 50), (50, 51), (51, EOS)]
-    both = learned([PICTURE, CAPTION, PICTURE, TextSegment((60,))])
+    both = learned([IMAGE, CAPTION, IMAGE, TextSegment((60,))])
     assert both == [(BOS, BOI), (EOI, 50), (50, 51), (51, BOI), (EOI, 60), (60, EOS)]
 
 
 def test_a_dropped_caption_is_the_unconditional_prefix_and_has_no_text_loss() -> None:
-    layout = lay_out([PICTURE])
+    layout = lay_out([IMAGE])
     assert layout.token_ids_S.tolist() == [BOS, BOI, PATCH, PATCH, PATCH, PATCH, EOI, EOS]
     assert not layout.text_weight_S.any()
-    prefix = lay_out([PICTURE], finished=False)
+    prefix = lay_out([IMAGE], finished=False)
     assert prefix.token_ids_S.tolist() == layout.token_ids_S.tolist()[:-1]
     for name in ("position_SA", "end_key_S", "modality_S"):
         assert np.array_equal(getattr(prefix, name), getattr(layout, name)[:-1])
@@ -81,7 +81,7 @@ def test_an_unfinished_document_predicts_nothing_after_its_end() -> None:
 
 
 def test_positions_with_rows_and_columns() -> None:
-    layout = lay_out([CAPTION, PICTURE], axes=3)
+    layout = lay_out([CAPTION, IMAGE], axes=3)
     assert layout.position_SA[:4].tolist() == [[p, p, p] for p in range(4)]
     assert layout.position_SA[4:8].tolist() == [[4, 4, 4], [4, 4, 5], [4, 5, 4], [4, 5, 5]]
     # The running position goes on as in one dimension.

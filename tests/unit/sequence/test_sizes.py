@@ -1,4 +1,4 @@
-"""Which size a picture takes, what begins it, and what a configuration refuses."""
+"""Which size an image takes, what begins it, and what a configuration refuses."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SIZES = (Size(32, 32), Size(32, 64), Size(64, 32), Size(64, 64))
         (7, 100, "32x64"),  # beyond all of them
     ],
 )
-def test_a_picture_takes_the_nearest_ratio_then_the_nearest_area(
+def test_an_image_takes_the_nearest_ratio_then_the_nearest_area(
     height: int, width: int, chosen: str
 ) -> None:
     sizes = SIZES if height != 100 else SIZES[:3]
-    assert str(ImageSizes(sizes, 1, 2).for_picture(height, width)) == chosen
+    assert str(ImageSizes(sizes, 1, 2).for_image(height, width)) == chosen
 
 
 def test_of_equals_the_first_is_taken() -> None:
@@ -72,11 +72,11 @@ def test_every_size_has_a_token_of_its_own() -> None:
         (["codec.image_sizes=[32x32,2x64]"], "image_sizes: 2x64 has an aspect ratio above 20"),
         (
             ["codec.image_sizes=[8x8,64x64]", "data.sequence_length=900"],
-            "too short for a picture of 1024 patches",
+            "too short for an image of 1024 patches",
         ),
         (
             ["codec.image_sizes=[8x8]", "sample_grid.sizes=[8x16]"],
-            "8x16 is no size of this model's pictures; choose 8x8",
+            "8x16 is no size of this model's images; choose 8x8",
         ),
         (["sample_grid.sizes=wide"], "sample_grid.sizes: 'wide' is no size"),
     ],

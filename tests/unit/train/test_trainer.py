@@ -45,7 +45,7 @@ class Killed(BaseException):
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     prepare("digits", folder / "digits")
-    return folder / "digits" / "held_out"
+    return folder / "digits" / "validation"
 
 
 @pytest.fixture
@@ -211,10 +211,10 @@ def test_too_many_bad_samples_end_the_run(
     build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fewer than a hundred samples are judged as if they were a hundred."""
-    read = SourceIndex.read_picture
+    read = SourceIndex.read_image
     monkeypatch.setattr(
         SourceIndex,
-        "read_picture",
+        "read_image",
         lambda self, sample, *rest: b"torn" if sample % 5 == 0 else read(self, sample),
     )
     config = build_config("bad", steps=1000)
@@ -226,7 +226,7 @@ def test_too_many_bad_samples_end_the_run(
     found = lines(config)
     assert faults > 0.05 * max(samples, 100) and len(found) > 1
     assert found[-1]["faults"] <= 0.05 * max(samples, 100)
-    monkeypatch.setattr(SourceIndex, "read_picture", read)
+    monkeypatch.setattr(SourceIndex, "read_image", read)
     again = build_config("good", steps=2)
     assert run(again) == 0 and lines(again)[-1]["faults"] == 0
 

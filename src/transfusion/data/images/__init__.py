@@ -1,1 +1,1 @@
-"""Pictures as stored: their facts without decoding, their pixels, their latents."""
+"""Images as stored: their facts without decoding, their pixels, their latents."""

@@ -27,14 +27,14 @@ HEADER_BYTES = 4096
 _TYPES, _TOKEN_TYPES = ("float16", "float32"), ("uint16", "int32")
 # What the index knows tokens by: channels of a latent that is a number.
 TOKEN_CHANNELS = 1
-# Extensions of what a codec writes beside a picture.
+# Extensions of what a codec writes beside an image.
 LATENTS, TOKENS = "latent.npy", "tokens.npy"
 
 
 class LatentRecord(NamedTuple):
-    """Of one shard: the codec's fingerprint, the size of the pictures, how many have latents, which do not and why.
+    """Of one shard: the codec's fingerprint, the size of the images, how many have latents, which do not and why.
 
-    source, source_bytes: the shard that the pictures came from. image_size: side of square pictures; 0: they have
+    source, source_bytes: the shard that the images came from. image_size: side of square images; 0: they have
     other sizes, `image_sizes`.
     """
 
@@ -49,7 +49,7 @@ class LatentRecord(NamedTuple):
 
     @property
     def sizes(self) -> frozenset[Size]:
-        """Sizes of the pictures."""
+        """Sizes of the images."""
         return frozenset(map(Size.parse, self.image_sizes)) or frozenset([Size(*[self.image_size] * 2)])
 
 
@@ -75,7 +75,7 @@ def read_record(shard: Path) -> LatentRecord | None:
 
 
 def refuse_other_latents(shard: Path, codec: CodecConfig, source: str) -> None:
-    """Raise UserError where the latents of a shard are of another codec or picture size than the configuration's.
+    """Raise UserError where the latents of a shard are of another codec or image size than the configuration's.
 
     Under codec.kind=pixels latents of unknown origin are taken as they are; with an autoencoder they are refused.
     """
@@ -89,12 +89,12 @@ def refuse_other_latents(shard: Path, codec: CodecConfig, source: str) -> None:
     elif record.sizes != set(codec.sizes):
         made = ", ".join(sorted(map(str, record.sizes)))
         problem = (
-            f"are of pictures of {made} pixels, and the configuration has {', '.join(map(str, codec.sizes))}"
+            f"are of images of {made} pixels, and the configuration has {', '.join(map(str, codec.sizes))}"
         )
     else:
         return
     raise UserError(
-        f"source {source}: the latents in {shard} {problem}; name the shards of the pictures, or encode them again"
+        f"source {source}: the latents in {shard} {problem}; name the shards of the images, or encode them again"
         " with `transfusion codec encode`"
     )
 

@@ -1,4 +1,4 @@
-"""What a picture's bytes tell without decoding it: format, size, whether it is whole, and whether it is a bomb.
+"""What an image's bytes tell without decoding it: format, size, whether it is whole, and whether it is a bomb.
 
 A walk over the markers of a JPEG, the chunks of a PNG (with their checksums) or of a WebP costs a fraction of
 decoding and holds nothing but the bytes themselves.
@@ -30,7 +30,7 @@ _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _COMPRESSED = {b"zTXt": 1, b"iCCP": 1}
 
 
-class PictureFacts(NamedTuple):
+class ImageFacts(NamedTuple):
     """Size as stored (before any rotation), and whether it holds more than one frame."""
 
     width: int
@@ -38,7 +38,7 @@ class PictureFacts(NamedTuple):
     animated: bool = False
 
 
-def probe(data: bytes) -> PictureFacts:
+def probe(data: bytes) -> ImageFacts:
     """Facts of a JPEG, PNG or WebP, by content. Raises SampleError: broken, cut short, or outside the limits."""
     if not data:
         raise SampleError("image_empty")
@@ -54,7 +54,7 @@ def probe(data: bytes) -> PictureFacts:
     raise SampleError("image_corrupt")
 
 
-def _checked(width: int, height: int, *, animated: bool = False) -> PictureFacts:
+def _checked(width: int, height: int, *, animated: bool = False) -> ImageFacts:
     if not width or not height:
         raise SampleError("image_corrupt")
     if width * height > GREATEST_PIXELS:
@@ -63,10 +63,10 @@ def _checked(width: int, height: int, *, animated: bool = False) -> PictureFacts
         raise SampleError("image_too_small")
     if max(width, height) > GREATEST_ASPECT * min(width, height):
         raise SampleError("image_aspect")
-    return PictureFacts(width, height, animated)
+    return ImageFacts(width, height, animated)
 
 
-def _png(data: bytes) -> PictureFacts:
+def _png(data: bytes) -> ImageFacts:
     facts, position, animated, has_pixels = None, len(_PNG), False, False
     view, size = memoryview(data), len(data)
     while position + CHUNK.size <= size:
@@ -114,7 +114,7 @@ def _refuse_bomb(kind: bytes, body: bytes) -> None:
         raise SampleError("image_metadata_bomb")
 
 
-def _jpeg(data: bytes) -> PictureFacts:
+def _jpeg(data: bytes) -> ImageFacts:
     facts, position = None, 2
     while position + 4 <= len(data):
         if data[position] != 0xFF:
@@ -145,7 +145,7 @@ def _jpeg(data: bytes) -> PictureFacts:
     raise SampleError("image_truncated")
 
 
-def _webp(data: bytes) -> PictureFacts:
+def _webp(data: bytes) -> ImageFacts:
     facts, position, animated, has_pixels = None, 12, False, False
     end = 8 + int.from_bytes(data[4:8], "little")
     while position + 8 <= min(end, len(data)):
@@ -175,7 +175,7 @@ def _webp(data: bytes) -> PictureFacts:
         raise SampleError("image_truncated")
     if not has_pixels:
         raise SampleError("image_corrupt")
-    return PictureFacts(facts.width, facts.height, animated)
+    return ImageFacts(facts.width, facts.height, animated)
 
 
 def _big(data: bytes, position: int) -> int:

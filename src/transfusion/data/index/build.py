@@ -165,7 +165,7 @@ class IndexJob(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> list[IndexJob]:
-        """All sources of a configuration, held-out ones too."""
+        """All sources of a configuration, validation ones too."""
         if not config.data.sources:
             raise UserError("data.sources is empty; name at least one source with its shards")
         tokenizer = Path(config.data.tokenizer)
@@ -389,11 +389,11 @@ def is_problem_of_shard(fault: Fault) -> bool:
 
 
 def _kinds(index: ShardIndex) -> dict[str, int]:
-    interleaved, pictures = index["elements_N"] > 0, index["pictures_N"] > 0
+    interleaved, images = index["elements_N"] > 0, index["stored_images_N"] > 0
     return {
         "interleaved": int(interleaved.sum()),
-        "pairs": int((pictures & ~interleaved).sum()),
-        "texts": int((~pictures & ~interleaved).sum()),
+        "pairs": int((images & ~interleaved).sum()),
+        "texts": int((~images & ~interleaved).sum()),
         "tokens": len(index["token_ids_T"]),
     }
 

@@ -12,7 +12,7 @@ from transfusion.sequence.tokenizer import Tokenizer
 
 
 def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> list[SourceIndex]:
-    """The index of each source, for rows and pictures of this configuration; missing files of it are made."""
+    """The index of each source, for rows and images of this configuration; missing files of it are made."""
     folder = Path(config.data.index) if config.data.index else None
     return [
         build_index(

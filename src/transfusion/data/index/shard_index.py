@@ -1,7 +1,7 @@
 """The index file of one shard: where its good samples stand, how long they are, and what was left out and why.
 
 Columns in the narrowest type that holds them, in a safetensors file (`columns_file`) that is mapped, not read.
-Shape suffixes: N good samples, C their texts and captions, T tokens of these, I stored pictures, E elements of
+Shape suffixes: N good samples, C their texts and captions, T tokens of these, I stored images, E elements of
 interleaved documents, F faults.
 """
 
@@ -40,8 +40,8 @@ _VERSION = 1
 # How files of earlier versions began.
 _FORMER_MAGIC = b"transfusion\x1aidx\n"
 _COLUMNS = (
-    "key_bytes_N", "offset_N", "captions_N", "pictures_N", "elements_N", "tokens_C", "picture_offset_I",
-    "picture_size_I", "picture_width_I", "picture_height_I", "latent_channels_I", "element_E", "fault_key_bytes_F",
+    "key_bytes_N", "offset_N", "captions_N", "stored_images_N", "elements_N", "tokens_C", "image_offset_I",
+    "image_size_I", "image_width_I", "image_height_I", "latent_channels_I", "element_E", "fault_key_bytes_F",
     "fault_offset_F", "fault_reason_F",
 )  # fmt: skip
 # Letters that are tokenised together, and token ids that are written together.
@@ -117,7 +117,7 @@ class ShardIndex:
             made = "with another tokenizer" if stated["tokenizer"] else "without a tokenizer"
             raise Stale(f"it was made {made}")
         if stated["policy"] != prints.policy:
-            raise Stale("it was made by other rules for pictures and texts")
+            raise Stale("it was made by other rules for images and texts")
         if (self.shard.is_remote and self._changed.exists()) or self.shard.has_changed(stated):
             raise Stale("the shard has changed since")
 
@@ -148,8 +148,8 @@ class ShardIndex:
         return _borders(self["tokens_C"])
 
     @cached_property
-    def picture_start_N(self) -> Integers:
-        return _borders(self["pictures_N"])
+    def image_start_N(self) -> Integers:
+        return _borders(self["stored_images_N"])
 
     @cached_property
     def element_start_N(self) -> Integers:
@@ -161,32 +161,32 @@ class ShardIndex:
 
     @property
     def images_N(self) -> Integers:
-        """Images in each sample's document: the same picture may stand in it several times."""
+        """Images in each sample's document: the same image may stand in it several times."""
         if not self["element_E"].size:
-            return self["pictures_N"].astype(np.int64)
+            return self["stored_images_N"].astype(np.int64)
         negative = np.concatenate([[0], np.cumsum(self["element_E"] < 0)])
         in_elements_N = negative[self.element_start_N[1:]] - negative[self.element_start_N[:-1]]
-        return np.where(self["elements_N"] > 0, in_elements_N, self["pictures_N"]).astype(np.int64)
+        return np.where(self["elements_N"] > 0, in_elements_N, self["stored_images_N"]).astype(np.int64)
 
     def key(self, sample: int) -> str:
         """Key of a good sample."""
         return _text(self["keys"], self._key_start_N, sample)
 
     def elements(self, sample: int) -> list[int]:
-        """In reading order t >= 0: the next t tokens of the text; -1 - p: picture p. Empty for pairs and texts."""
+        """In reading order t >= 0: the next t tokens of the text; -1 - p: image p. Empty for pairs and texts."""
         elements: list[int] = self["element_E"][slice(*self.element_start_N[sample : sample + 2])].tolist()
         return elements
 
-    def read_picture(self, sample: int, picture: int = 0, shards: OpenShards | None = None) -> bytes:
-        """Bytes of a picture or latent, as they are now in the shard; a remote one is fetched. Raises OSError.
+    def read_image(self, sample: int, image_number: int = 0, shards: OpenShards | None = None) -> bytes:
+        """Bytes of an image or latent, as they are now in the shard; a remote one is fetched. Raises OSError.
 
         shards: open ones, where several are read.
         """
         if shards is None:
             with OpenShards() as alone:
-                return self.read_picture(sample, picture, alone)
-        place = self.picture_start_N.item(sample) + picture
-        size, offset = self["picture_size_I"].item(place), self["picture_offset_I"].item(place)
+                return self.read_image(sample, image_number, alone)
+        place = self.image_start_N.item(sample) + image_number
+        size, offset = self["image_size_I"].item(place), self["image_offset_I"].item(place)
         return os.pread(shards.descriptor(self), size, offset)
 
     def open(self) -> int:
@@ -226,11 +226,11 @@ class ShardIndex:
 
     @cached_property
     def has_latents(self) -> bool:
-        """Whether any of the shard's are latents, not pictures."""
+        """Whether any of the shard's are latents, not images."""
         return bool(self["latent_channels_I"].any())
 
-    def is_latent(self, sample: int, picture: int = 0) -> bool:
-        return bool(self["latent_channels_I"].item(self.picture_start_N.item(sample) + picture))
+    def is_latent(self, sample: int, image_number: int = 0) -> bool:
+        return bool(self["latent_channels_I"].item(self.image_start_N.item(sample) + image_number))
 
     def fault(self, sample: int, reason: str) -> Fault:
         """A fault of a good sample, found later."""
@@ -256,7 +256,7 @@ class ShardIndex:
 
 
 class OpenShards:
-    """Shards opened once for several pictures, and closed together."""
+    """Shards opened once for several images, and closed together."""
 
     def __init__(self) -> None:
         self._descriptors: dict[int, int] = {}
@@ -349,13 +349,13 @@ class _Collector:
         put["key_bytes_N"].append(len(key))
         put["offset_N"].append(found.offset)
         put["captions_N"].append(len(ids))
-        put["pictures_N"].append(len(found.pictures))
+        put["stored_images_N"].append(len(found.images))
         put["elements_N"].append(len(found.elements))
-        for stored in found.pictures:
-            put["picture_offset_I"].append(stored.offset)
-            put["picture_size_I"].append(stored.size)
-            put["picture_width_I"].append(stored.width)
-            put["picture_height_I"].append(stored.height)
+        for stored in found.images:
+            put["image_offset_I"].append(stored.offset)
+            put["image_size_I"].append(stored.size)
+            put["image_width_I"].append(stored.width)
+            put["image_height_I"].append(stored.height)
             put["latent_channels_I"].append(stored.latent_channels)
         for text in ids:
             put["tokens_C"].append(len(text))

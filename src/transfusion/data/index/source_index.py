@@ -97,7 +97,7 @@ class SourceIndex:
 
     @property
     def is_pair_N(self) -> NDArray[np.bool_]:
-        """A picture with captions."""
+        """An image with captions."""
         is_pair_N: NDArray[np.bool_] = (self.lengths.images_N > 0) & ~self.lengths.interleaved_N
         return is_pair_N
 
@@ -123,31 +123,31 @@ class SourceIndex:
         return ids
 
     def segments(self, sample: int) -> tuple[list[Segment], list[int]]:
-        """An interleaved document without its pixels, and for each image in it the number of its picture."""
+        """An interleaved document without its pixels, and for each image in it the number of its image."""
         part, place = self._place(sample)
-        ids, segments, pictures, first = self.text_ids(sample).tolist(), list[Segment](), list[int](), 0
+        ids, segments, images, first = self.text_ids(sample).tolist(), list[Segment](), list[int](), 0
         for element in part.elements(place):
             if element < 0:
                 segments.append(self.image(sample, -1 - element))
-                pictures.append(-1 - element)
+                images.append(-1 - element)
             else:
                 segments.append(TextSegment(tuple(ids[first : first + element])))
                 first += element
-        return segments, pictures
+        return segments, images
 
-    def image(self, sample: int, picture: int = 0) -> ImageSegment:
-        """One of the sample's pictures as planned, without its pixels."""
+    def image(self, sample: int, image_number: int = 0) -> ImageSegment:
+        """One of the sample's images as planned, without its pixels."""
         if self._sizes is None:
             return self._image
-        size = self.size(sample, picture)
+        size = self.size(sample, image_number)
         return image_segment(self._sizes, size) if size else self._image
 
-    def size(self, sample: int, picture: int = 0) -> Size | None:
-        """The size that one of the sample's pictures takes; None: there is only one."""
+    def size(self, sample: int, image_number: int = 0) -> Size | None:
+        """The size that one of the sample's images takes; None: there is only one."""
         if self._sizes is None:
             return None
         number, part, place = self._located(sample)
-        return self._sizes.sizes[self._numbers(part, number)[part.picture_start_N[place] + picture]]
+        return self._sizes.sizes[self._numbers(part, number)[part.image_start_N[place] + image_number]]
 
     def images_by_size(self) -> dict[str, int]:
         """Stored images, those of documents left out among them, by the size that they take; empty: there is one."""
@@ -158,9 +158,9 @@ class SourceIndex:
         return {str(size): count for size, count in zip(self._sizes.sizes, counts_K, strict=True)}
 
     def _numbers(self, part: ShardIndex, number: int) -> NDArray[np.uint8]:
-        """Of each stored picture of a shard the number of its size."""
+        """Of each stored image of a shard the number of its size."""
         if self._sizes is not None and number not in self._size_numbers:
-            shape = part["picture_height_I"], part["picture_width_I"], part["latent_channels_I"] > 0
+            shape = part["image_height_I"], part["image_width_I"], part["latent_channels_I"] > 0
             self._size_numbers[number] = self._sizes.numbers(*shape).astype(np.uint8)
         return self._size_numbers[number]
 
@@ -169,31 +169,31 @@ class SourceIndex:
         if self._sizes is None:
             return part.images_N * self._patches
         patches_I = self._sizes.patches_K[self._numbers(part, number)]
-        stored_N = np.diff(_sums(patches_I)[part.picture_start_N])
+        stored_N = np.diff(_sums(patches_I)[part.image_start_N])
         element_E = part["element_E"].astype(np.int64)
         if not element_E.size:
             return stored_N
-        # The same picture may stand in a document several times.
-        picture_E = np.repeat(part.picture_start_N[:-1], part["elements_N"]) - 1 - element_E
+        # The same image may stand in a document several times.
+        image_E = np.repeat(part.image_start_N[:-1], part["elements_N"]) - 1 - element_E
         shown_E = np.zeros_like(element_E)
-        shown_E[element_E < 0] = patches_I[picture_E[element_E < 0]]
+        shown_E[element_E < 0] = patches_I[image_E[element_E < 0]]
         shown_N = np.diff(_sums(shown_E)[part.element_start_N])
         return np.where(part["elements_N"] > 0, shown_N, stored_N)
 
-    def read_picture(self, sample: int, picture: int = 0, shards: OpenShards | None = None) -> bytes:
-        """Bytes of one of the sample's pictures or latents, as they are now in the shard. Raises OSError.
+    def read_image(self, sample: int, image_number: int = 0, shards: OpenShards | None = None) -> bytes:
+        """Bytes of one of the sample's images or latents, as they are now in the shard. Raises OSError.
 
         shards: open ones, where several are read.
         """
         part, place = self._place(sample)
-        return part.read_picture(place, picture, shards)
+        return part.read_image(place, image_number, shards)
 
-    def is_latent(self, sample: int, picture: int = 0) -> bool:
-        """Whether these are latents, not a picture."""
+    def is_latent(self, sample: int, image_number: int = 0) -> bool:
+        """Whether these are latents, not an image."""
         if not self._has_latents:
             return False
         part, place = self._place(sample)
-        return part.is_latent(place, picture)
+        return part.is_latent(place, image_number)
 
     def fault(self, sample: int, reason: str) -> Fault:
         """A fault of this sample, found when it was read."""
@@ -239,7 +239,7 @@ class _View:
         )
         channels_I = part["latent_channels_I"]
         strange_I = (channels_I > 0) & (channels_I != latent_channels) & (latent_channels > 0)
-        strange = set(np.repeat(np.arange(len(part)), part["pictures_N"])[strange_I].tolist())
+        strange = set(np.repeat(np.arange(len(part)), part["stored_images_N"])[strange_I].tolist())
         fits_C &= ~np.repeat(np.isin(np.arange(len(part)), list(strange)), self.captions_N)
         if not fits_C.all():
             self._leave_out(part, fits_C, strange)

@@ -40,7 +40,7 @@ Needs = tuple[Need, ...]
 
 
 def shards_of(plans: Iterable[RowPlan], indexes: Sequence[SourceIndex]) -> Needs:
-    """The remote shards that these rows read pictures from; texts stand in the index."""
+    """The remote shards that these rows read images from; texts stand in the index."""
     found: dict[Need, None] = {}
     for number, index in enumerate(indexes):
         if index.lengths.windows is not None:

@@ -1,7 +1,7 @@
-"""One planned row as arrays: its documents laid out, its pictures decoded, its random numbers drawn.
+"""One planned row as arrays: its documents laid out, its images decoded, its random numbers drawn.
 
 Stateless: the same plan gives the same row, in whichever process.
-Shape suffixes: S positions of the row, A position axes, C channels, H/W picture height and width.
+Shape suffixes: S positions of the row, A position axes, C channels, H/W image height and width.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from transfusion.sequence.sizes import ImageSizes
 from transfusion.sequence.timesteps import TimestepLaw
 
 _TIMESTEP, _NOISE = name_hash("timestep"), name_hash("noise")
-# Decoded pictures are kept up to this size: a small data set is then decoded once, not once an epoch.
+# Decoded images are kept up to this size: a small data set is then decoded once, not once an epoch.
 _CACHE_BYTES = 64 << 20
 # <EOI> and <EOS>.
 _AFTER_LAST_IMAGE = 2
 # uint8 pixels or float32 latents, [C, H, W], or int32 tokens [H, W].
 Values = NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int32]
-# Of a picture, latents or tokens: source, sample, number among the sample's.
+# Of an image, latents or tokens: source, sample, number among the sample's.
 Place = tuple[int, int, int]
 
 
@@ -117,36 +117,36 @@ class RowBuilder:
 
     def build(self, plan: RowPlan) -> Row:
         """The planned row. A sample that cannot be read keeps its place, silenced, as a fault of the row."""
-        pictures, faults = self._pictures(plan)
-        drafts = [self._draft(piece, pictures.get(number, ())) for number, piece in enumerate(plan)]
-        bad = [number for number, piece in enumerate(plan) if _has_images(piece) and number not in pictures]
-        images = self._images(plan, drafts, pictures)
+        decoded, faults = self._decode(plan)
+        drafts = [self._draft(piece, decoded.get(number, ())) for number, piece in enumerate(plan)]
+        bad = [number for number, piece in enumerate(plan) if _has_images(piece) and number not in decoded]
+        images = self._images(plan, drafts, decoded)
         return joined(drafts, self._settings, images, faults, silenced=bad)
 
     def empty(self) -> Row:
         """A row of padding alone."""
         return self.build(())
 
-    def _draft(self, piece: Piece, pictures: Sequence[Values]) -> Draft:
-        """pictures: its images; none of a piece whose images could not be had."""
+    def _draft(self, piece: Piece, values: Sequence[Values]) -> Draft:
+        """values: of its images; none of a piece whose images could not be had."""
         index = self._indexes[piece.source]
         if piece.variant == Variant.TEXT:
             return draft_text(index.text_ids(piece.sample, piece.caption), piece.first, piece.tokens)
         if piece.variant == Variant.INTERLEAVED:
             segments = index.segments(piece.sample)[0]
-            return draft(with_values(segments, pictures, self._settings.sizes) if pictures else segments)
+            return draft(with_values(segments, values, self._settings.sizes) if values else segments)
         caption, image = index.text_ids(piece.sample, piece.caption), index.image(piece.sample)
-        if pictures and self._settings.sizes.several:
-            image = _cut(pictures[0], image, self._settings.sizes)
+        if values and self._settings.sizes.several:
+            image = _cut(values[0], image, self._settings.sizes)
         return draft_pair(
             None if piece.variant == Variant.CAPTION_DROPPED else caption,
             image,
             caption_first=piece.variant == Variant.CAPTION_FIRST,
         )
 
-    def _pictures(self, plan: RowPlan) -> tuple[dict[int, list[Values]], tuple[Fault, ...]]:
+    def _decode(self, plan: RowPlan) -> tuple[dict[int, list[Values]], tuple[Fault, ...]]:
         """The images of each piece by its number, and the faults of those pieces whose images could not be had."""
-        pictures: dict[int, list[Values]] = {}
+        decoded: dict[int, list[Values]] = {}
         faults: list[Fault] = []
         with OpenShards() as shards:
             for number, piece in enumerate(plan):
@@ -154,24 +154,24 @@ class RowBuilder:
                     continue
                 index = self._indexes[piece.source]
                 try:
-                    pictures[number] = [
-                        self._values((piece.source, piece.sample, picture), shards)
-                        for picture in self._numbers(piece)
+                    decoded[number] = [
+                        self._values((piece.source, piece.sample, image_number), shards)
+                        for image_number in self._numbers(piece)
                     ]
                 except SampleError as error:
                     faults.append(index.fault(piece.sample, str(error)))
                 except OSError as error:
                     faults.append(index.fault(piece.sample, f"unreadable shard ({error.strerror})"))
-        return pictures, tuple(faults)
+        return decoded, tuple(faults)
 
     def _numbers(self, piece: Piece) -> Sequence[int]:
-        """For each image of the piece the number of its picture among the sample's."""
+        """For each image of the piece the number of its image among the sample's."""
         if piece.variant != Variant.INTERLEAVED:
             return (0,)
         return self._indexes[piece.source].segments(piece.sample)[1]
 
     def _values(self, place: Place, shards: OpenShards) -> Values:
-        """A picture or latents, remembered while there is room. Raises SampleError and OSError."""
+        """An image or latents, remembered while there is room. Raises SampleError and OSError."""
         if (values := self._cache.get(place)) is None:
             source, sample, number = place
             values = read_values(self._indexes[source], sample, number, self._settings, shards)
@@ -181,12 +181,12 @@ class RowBuilder:
         return values
 
     def _images(
-        self, plan: RowPlan, drafts: Sequence[Draft], pictures: dict[int, list[Values]]
+        self, plan: RowPlan, drafts: Sequence[Draft], decoded: dict[int, list[Values]]
     ) -> tuple[RowImage, ...]:
-        if not pictures:
+        if not decoded:
             return ()
         starts = borders(drafts)
-        places = [(number, image) for number, values in pictures.items() for image in range(len(values))]
+        places = [(number, image) for number, values in decoded.items() for image in range(len(values))]
         understood = [
             sum(drafts[number].images[image][:2]) + _AFTER_LAST_IMAGE < len(drafts[number].token_ids_S)
             for number, image in places
@@ -194,7 +194,7 @@ class RowBuilder:
         timesteps, noise_keys = self._random([plan[number] for number, _ in places], places, understood)
         return tuple(
             RowImage(
-                pictures[number][image],
+                decoded[number][image],
                 starts[number] + drafts[number].images[image][0],
                 drafts[number].images[image][1],
                 *drawn,
@@ -222,15 +222,15 @@ class RowBuilder:
 
 
 def read_values(
-    index: SourceIndex, sample: int, picture: int, settings: RowSettings, shards: OpenShards | None = None
+    index: SourceIndex, sample: int, image_number: int, settings: RowSettings, shards: OpenShards | None = None
 ) -> Values:
-    """One of the sample's pictures as pixels, or its latents or tokens. Raises SampleError and OSError.
+    """One of the sample's images as pixels, or its latents or tokens. Raises SampleError and OSError.
 
     shards: open ones, where several are read.
     """
-    data = index.read_picture(sample, picture, shards)
-    size = index.size(sample, picture) or settings.sizes.first
-    if not index.is_latent(sample, picture):
+    data = index.read_image(sample, image_number, shards)
+    size = index.size(sample, image_number) or settings.sizes.first
+    if not index.is_latent(sample, image_number):
         turned = settings.sizes.when_turned(size)
         return decode_to(data, size, turned=turned, channels=settings.channels)
     latent: Values = (
@@ -245,18 +245,18 @@ def read_values(
 
 
 def pair_segments(caption_ids: Sequence[int], image: ImageSegment, variant: int) -> list[Segment]:
-    """Segments of a picture with its caption, in the order of the variant."""
+    """Segments of an image with its caption, in the order of the variant."""
     caption = TextSegment(tuple(caption_ids))
     if variant == Variant.CAPTION_DROPPED:
         return [image]
     return [caption, image] if variant == Variant.CAPTION_FIRST else [image, caption]
 
 
-def with_values(segments: Sequence[Segment], pictures: Sequence[Values], sizes: ImageSizes) -> list[Segment]:
-    """The document with its pictures, in order, each cut as its values are: one may have been turned upright."""
-    values = iter(pictures)
+def with_values(segments: Sequence[Segment], values: Sequence[Values], sizes: ImageSizes) -> list[Segment]:
+    """The document with its images, in order, each cut as its values are: one may have been turned upright."""
+    remaining = iter(values)
     return [
-        _cut(next(values), segment, sizes) if isinstance(segment, ImageSegment) else segment
+        _cut(next(remaining), segment, sizes) if isinstance(segment, ImageSegment) else segment
         for segment in segments
     ]
 

@@ -1,4 +1,4 @@
-"""Held-out data: every document exactly once, the same on any number of ranks."""
+"""Validation data: every document exactly once, the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPEN_ROWS = 256
 
 
 class EvaluationLoader:
-    """Batches over held-out sources; each pass gives the same ones, and every rank the same number of them.
+    """Batches over validation sources; each pass gives the same ones, and every rank the same number of them.
 
     No caption is dropped, and `caption_first` of the pairs have their caption first: by default all, so that
     images are judged at every noise level and captions without having seen the image.
@@ -87,9 +87,9 @@ def documents(
     *,
     faults: list[Fault] | None = None,
 ) -> Iterator[Document]:
-    """Every document of the sources in file order: a text, or a picture after its caption.
+    """Every document of the sources in file order: a text, or an image after its caption.
 
-    A picture that cannot be decoded is left out, and added to `faults` when that is given.
+    An image that cannot be decoded is left out, and added to `faults` when that is given.
     """
     for index in build_indexes(config, sources, tokenizer):
         for sample in range(len(index)):
@@ -103,8 +103,8 @@ def documents(
 def _document(index: SourceIndex, sample: int, config: Config) -> Document:
     settings = RowSettings.of(config)
     if index.lengths.interleaved_N[sample]:
-        segments, pictures = index.segments(sample)
-        values = [read_values(index, sample, picture, settings) for picture in pictures]
+        segments, images = index.segments(sample)
+        values = [read_values(index, sample, image, settings) for image in images]
         segments = with_values(segments, values, settings.sizes)
     elif index.lengths.images_N[sample]:
         values = [read_values(index, sample, 0, settings)]

@@ -1,1 +1,1 @@
-"""Shards of real data for trying things: digits, documentation, folders of pictures."""
+"""Shards of real data for trying things: digits, documentation, folders of images."""

@@ -1,4 +1,4 @@
-"""A user's own data as samples for shards: a folder of captioned pictures, or a .jsonl of texts."""
+"""A user's own data as samples for shards: a folder of captioned images, or a .jsonl of texts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transfusion.data.images.probe import probe
 from transfusion.data.planning import hash_rng
 from transfusion.data.shards.sample import Fault, RawSample, SampleError
 from transfusion.data.shards.scan import scan
-from transfusion.data.shards.validate import PICTURE_EXTENSIONS
+from transfusion.data.shards.validate import IMAGE_EXTENSIONS
 from transfusion.data.shards.webdataset import Sample
 from transfusion.errors import UserError
 from transfusion.files import name_hash, sha256
 
-_HELD_OUT = name_hash("held out")
+_SPLIT = name_hash("held out")
 
 
 @dataclass(slots=True)
@@ -29,49 +29,49 @@ class Collection:
 
     identity: dict[str, Any]
     train: Iterable[Sample]
-    held_out: Iterable[Sample]
+    validation: Iterable[Sample]
     skipped: list[Fault] = field(default_factory=list)
 
 
-def is_held_out(key: str, seed: int, share: float) -> bool:
+def is_validation(key: str, seed: int, share: float) -> bool:
     """Whether the sample with this key is held out: decided by a hash, so it stays when others come or go."""
-    return bool(hash_rng.uniform(seed, _HELD_OUT, name_hash(key))[0] < share)
+    return bool(hash_rng.uniform(seed, _SPLIT, name_hash(key))[0] < share)
 
 
-def picture_sample(picture: bytes, extension: str, caption: str, **facts: Any) -> Sample:
-    """Members of a pair: picture, caption, and a KEY.json that can tell whether they belong together.
+def image_sample(image: bytes, extension: str, caption: str, **facts: Any) -> Sample:
+    """Members of a pair: image, caption, and a KEY.json that can tell whether they belong together.
 
     facts: more for KEY.json; `captions` there lists further wordings.
     """
-    facts = {"caption": caption, **facts, "sha256": sha256(picture)}
+    facts = {"caption": caption, **facts, "sha256": sha256(image)}
     return {
-        extension: picture,
+        extension: image,
         "txt": caption.encode(),
         "json": json.dumps(facts, ensure_ascii=False).encode(),
     }
 
 
-def collect_folder(folder: Path, *, seed: int, held_out: float) -> Collection:
-    """Pictures below the folder, each with the caption in a .txt file of the same name beside it."""
-    pictures = sorted(
-        (path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in PICTURE_EXTENSIONS),
+def collect_folder(folder: Path, *, seed: int, validation: float) -> Collection:
+    """Images below the folder, each with the caption in a .txt file of the same name beside it."""
+    images = sorted(
+        (path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS),
         key=lambda path: path.relative_to(folder).as_posix(),
     )
-    if not pictures:
-        raise UserError(f"{folder} holds no pictures ({', '.join(PICTURE_EXTENSIONS)}); name another folder")
-    files = [file for picture in pictures for file in (picture, picture.with_suffix(".txt"))]
+    if not images:
+        raise UserError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}); name another folder")
+    files = [file for image in images for file in (image, image.with_suffix(".txt"))]
     listing = [_signature(file, folder) for file in files if file.is_file()]
-    collection = Collection({"kind": "folder", "files": listing, "seed": seed, "held_out": held_out}, (), ())
+    collection = Collection({"kind": "folder", "files": listing, "seed": seed, "validation": validation}, (), ())
     parts: dict[bool, list[Path]] = {True: [], False: []}
-    for path in pictures:
+    for path in images:
         key = path.relative_to(folder).with_suffix("").as_posix()
-        parts[is_held_out(key, seed, held_out)].append(path)
-    collection.train = _pictures(parts[False], folder, collection.skipped)
-    collection.held_out = _pictures(parts[True], folder, collection.skipped)
+        parts[is_validation(key, seed, validation)].append(path)
+    collection.train = _images(parts[False], folder, collection.skipped)
+    collection.validation = _images(parts[True], folder, collection.skipped)
     return collection
 
 
-def _pictures(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iterator[Sample]:
+def _images(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iterator[Sample]:
     for path in paths:
         name = path.relative_to(folder).as_posix()
         try:
@@ -89,28 +89,28 @@ def _pictures(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iter
         else:
             if caption:
                 extension = path.suffix.lower().lstrip(".")
-                yield picture_sample(
+                yield image_sample(
                     data, extension, caption, file=name, width=facts.width, height=facts.height
                 )
             else:
                 skipped.append(Fault(folder.name, name, "caption_empty"))
 
 
-def collect_lines(path: Path, *, seed: int, held_out: float) -> Collection:
+def collect_lines(path: Path, *, seed: int, validation: float) -> Collection:
     """Texts in the `text` field of the lines of a .jsonl file."""
-    identity = {"kind": "jsonl", "files": [_signature(path, path.parent)], "seed": seed, "held_out": held_out}
+    identity = {"kind": "jsonl", "files": [_signature(path, path.parent)], "seed": seed, "validation": validation}
     collection = Collection(identity, (), ())
 
     def split(wanted: bool) -> Iterator[Sample]:
         for found in scan(path):
-            if is_held_out(found.key, seed, held_out) != wanted:
+            if is_validation(found.key, seed, validation) != wanted:
                 continue
             if isinstance(found, RawSample):
                 yield {"txt": found.text.encode()}
             else:
                 collection.skipped.append(found)
 
-    collection.train, collection.held_out = split(False), split(True)
+    collection.train, collection.validation = split(False), split(True)
     return collection
 
 

@@ -1,4 +1,4 @@
-"""Real data to webdataset shards: OUT/train, OUT/held_out and OUT/prepared.json, whole or not at all.
+"""Real data to webdataset shards: OUT/train, OUT/validation and OUT/prepared.json, whole or not at all.
 
 The only importer of scikit-learn (handwritten digits) and pydoc_data (the reference text inside CPython).
 """
@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from transfusion.data.prepare.digits import captions_for
-from transfusion.data.prepare.folders import Collection, collect_folder, collect_lines, picture_sample
+from transfusion.data.prepare.folders import Collection, collect_folder, collect_lines, image_sample
 from transfusion.data.shards.webdataset import Sample, sample_key, write_shards
 from transfusion.errors import UserError
 from transfusion.files import fingerprint, unfinished_path
 
-TRAIN, HELD_OUT, RECORD = "train", "held_out", "prepared.json"
-HELD_OUT_DIGITS = 297
-_HELD_OUT_DOCS = 0.1
-_HELD_OUT_OTHERS = 0.02
+TRAIN, VALIDATION, RECORD = "train", "validation", "prepared.json"
+VALIDATION_DIGITS = 297
+_VALIDATION_DOCS = 0.1
+_VALIDATION_OTHERS = 0.02
 # Raised whenever the same source would give other shards.
 _FORMAT = 3
 
@@ -41,26 +41,26 @@ class PrepareResult:
 
     out: Path
     train: int
-    held_out: int
+    validation: int
     skipped: dict[str, int]
     reused: bool
 
 
-def prepare(source: str, out: Path, *, seed: int = 0, held_out: float | None = None) -> PrepareResult:
+def prepare(source: str, out: Path, *, seed: int = 0, validation: float | None = None) -> PrepareResult:
     """Write the shards of a source, or find that they are there already.
 
-    source: `digits`, `python-docs`, a folder of pictures with .txt captions, or a .jsonl file of texts.
-    held_out: share kept for evaluation (default 0.1 of python-docs' characters, else 0.02 of the samples; the
+    source: `digits`, `python-docs`, a folder of images with .txt captions, or a .jsonl file of texts.
+    validation: share kept for evaluation (default 0.1 of python-docs' characters, else 0.02 of the samples; the
     digits have a fixed split). Raises UserError for an unknown source, or when `out` holds something else.
     """
-    collection = _collect(source, seed, held_out)
+    collection = _collect(source, seed, validation)
     mark = fingerprint({"format": _FORMAT, **collection.identity})
     if existing := _existing(out, mark):
         return existing
     with _unfinished(out) as folder:
         counts = {
             TRAIN: _write(collection.train, folder / TRAIN),
-            HELD_OUT: _write(collection.held_out, folder / HELD_OUT),
+            VALIDATION: _write(collection.validation, folder / VALIDATION),
         }
         if not counts[TRAIN]:
             raise UserError(f"{source} has no usable sample{_reasons(collection)}")
@@ -70,27 +70,27 @@ def prepare(source: str, out: Path, *, seed: int = 0, held_out: float | None = N
         (folder / RECORD).write_text(
             json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-    return PrepareResult(out, counts[TRAIN], counts[HELD_OUT], skipped, reused=False)
+    return PrepareResult(out, counts[TRAIN], counts[VALIDATION], skipped, reused=False)
 
 
-def _collect(source: str, seed: int, held_out: float | None) -> Collection:
-    if held_out is not None and not 0 <= held_out < 1:
-        raise UserError(f"held-out share must be at least 0 and below 1, got {held_out}")
+def _collect(source: str, seed: int, validation: float | None) -> Collection:
+    if validation is not None and not 0 <= validation < 1:
+        raise UserError(f"validation share must be at least 0 and below 1, got {validation}")
     if source == "digits":
-        if held_out is not None:
+        if validation is not None:
             raise UserError(
-                f"the digits have a fixed split of {HELD_OUT_DIGITS} held out; leave the share away"
+                f"the digits have a fixed split of {VALIDATION_DIGITS} held out; leave the share away"
             )
         return collect_digits(seed)
     if source == "python-docs":
-        return collect_python_docs(_HELD_OUT_DOCS if held_out is None else held_out)
-    path, share = Path(source), _HELD_OUT_OTHERS if held_out is None else held_out
+        return collect_python_docs(_VALIDATION_DOCS if validation is None else validation)
+    path, share = Path(source), _VALIDATION_OTHERS if validation is None else validation
     if path.is_dir():
-        return collect_folder(path, seed=seed, held_out=share)
+        return collect_folder(path, seed=seed, validation=share)
     if path.is_file() and path.suffix == ".jsonl":
-        return collect_lines(path, seed=seed, held_out=share)
+        return collect_lines(path, seed=seed, validation=share)
     what = "is neither a folder nor a .jsonl file" if path.exists() else "does not exist"
-    raise UserError(f"{source} {what}; name digits, python-docs, a folder of pictures or a .jsonl file")
+    raise UserError(f"{source} {what}; name digits, python-docs, a folder of images or a .jsonl file")
 
 
 def collect_digits(seed: int) -> Collection:
@@ -101,22 +101,22 @@ def collect_digits(seed: int) -> Collection:
         raise UserError("the digits come with scikit-learn; pip install scikit-learn") from None
     scans = load_digits()
     labels: NDArray[np.int64] = scans.target
-    held = held_out_digits(labels, seed)
+    held = validation_digits(labels, seed)
     # Scans have 17 grey levels, 0 to 16.
-    pictures = np.round(scans.images * (255 / 16)).astype(np.uint8)
-    identity = {"kind": "digits", "seed": seed, "held_out": HELD_OUT_DIGITS, "count": len(labels)}
+    images = np.round(scans.images * (255 / 16)).astype(np.uint8)
+    identity = {"kind": "digits", "seed": seed, "validation": VALIDATION_DIGITS, "count": len(labels)}
     return Collection(
-        identity, _digits(pictures[~held], labels[~held]), _digits(pictures[held], labels[held])
+        identity, _digits(images[~held], labels[~held]), _digits(images[held], labels[held])
     )
 
 
-def held_out_digits(labels: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
+def validation_digits(labels: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
     """Which scans are held out: of each digit its share, the first in a seeded permutation."""
     order = np.random.RandomState(seed).permutation(len(labels))
-    exact = np.bincount(labels) * (HELD_OUT_DIGITS / len(labels))
+    exact = np.bincount(labels) * (VALIDATION_DIGITS / len(labels))
     wanted = np.floor(exact).astype(int)
     # What rounding down leaves goes to the digits that lost most by it.
-    most_short = np.argsort(wanted - exact, kind="stable")[: HELD_OUT_DIGITS - wanted.sum()]
+    most_short = np.argsort(wanted - exact, kind="stable")[: VALIDATION_DIGITS - wanted.sum()]
     wanted[most_short] += 1
     held = np.zeros(len(labels), dtype=bool)
     for digit, count in enumerate(wanted):
@@ -124,22 +124,22 @@ def held_out_digits(labels: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
     return held
 
 
-def _digits(pictures: NDArray[np.uint8], labels: NDArray[np.int64]) -> Iterator[Sample]:
-    for number, (picture, label) in enumerate(zip(pictures, labels.tolist(), strict=True)):
-        height, width = picture.shape
+def _digits(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Iterator[Sample]:
+    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        height, width = image.shape
         stream = io.BytesIO()
-        Image.fromarray(picture).save(stream, format="PNG")
+        Image.fromarray(image).save(stream, format="PNG")
         captions = captions_for(label, sample_key(number))
         facts = {"captions": captions, "label": label, "width": width, "height": height}
-        yield picture_sample(stream.getvalue(), "png", captions[0], **facts)
+        yield image_sample(stream.getvalue(), "png", captions[0], **facts)
 
 
-def collect_python_docs(held_out: float) -> Collection:
+def collect_python_docs(validation: float) -> Collection:
     """The reference text inside the running CPython: a document a topic; the last characters are held out."""
     from pydoc_data.topics import topics
 
-    train, held = cut_off_end([topics[name] for name in sorted(topics)], held_out)
-    identity = {"kind": "python-docs", "held_out": held_out, "python": platform.python_version()}
+    train, held = cut_off_end([topics[name] for name in sorted(topics)], validation)
+    identity = {"kind": "python-docs", "validation": validation, "python": platform.python_version()}
     identity["text"] = fingerprint(topics)
     return Collection(
         identity, [{"txt": text.encode()} for text in train], [{"txt": text.encode()} for text in held]
@@ -187,7 +187,7 @@ def _existing(out: Path, mark: str) -> PrepareResult | None:
     if record.get("fingerprint") != mark:
         holds = f"another preparation ({record['source']})" if "source" in record else "other files"
         raise UserError(f"{out} holds {holds}; choose another folder, or remove it first")
-    return PrepareResult(out, record[TRAIN], record[HELD_OUT], record["skipped"], reused=True)
+    return PrepareResult(out, record[TRAIN], record[VALIDATION], record["skipped"], reused=True)
 
 
 @contextlib.contextmanager

@@ -395,9 +395,9 @@ def _is_free(stream: IO[str]) -> bool:
 
 def _advice(error: DownloadFailed, attempts: int) -> str:
     if isinstance(error, ShardChanged):
-        return f"{error.strerror}; its pictures count as bad samples: index it again and start a new run"
+        return f"{error.strerror}; its images count as bad samples: index it again and start a new run"
     return (
-        f"{error.strerror} ({attempts} tries); its pictures count as bad samples: check the address and the network,"
+        f"{error.strerror} ({attempts} tries); its images count as bad samples: check the address and the network,"
         " or raise data.cache.attempts"
     )
 

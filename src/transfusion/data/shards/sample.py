@@ -33,10 +33,10 @@ class Fault:
     offset: int = 0
 
 
-class StoredPicture(NamedTuple):
-    """Where a picture stands in the shard, and its width and height as stored.
+class StoredImage(NamedTuple):
+    """Where an image stands in the shard, and its width and height as stored.
 
-    latent_channels: of a precomputed latent; 0: a picture.
+    latent_channels: of a precomputed latent; 0: an image.
     """
 
     offset: int
@@ -47,16 +47,16 @@ class StoredPicture(NamedTuple):
 
 
 class RawSample(NamedTuple):
-    """A text, a picture with captions, or an interleaved document.
+    """A text, an image with captions, or an interleaved document.
 
     texts: the text; the captions, of which one is chosen each epoch (listed twice, chosen twice as often); or the
     texts of an interleaved document. elements: of an interleaved document only, in reading order: t >= 0 is
-    texts[t], and -1 - p is pictures[p]. notes: what was mended or overlooked, to be counted.
+    texts[t], and -1 - p is images[p]. notes: what was mended or overlooked, to be counted.
     """
 
     key: str
     texts: tuple[str, ...]
-    pictures: tuple[StoredPicture, ...] = ()
+    images: tuple[StoredImage, ...] = ()
     elements: tuple[int, ...] = ()
     offset: int = 0
     notes: tuple[str, ...] = ()

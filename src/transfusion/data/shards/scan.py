@@ -29,7 +29,7 @@ from transfusion.data.shards.sample import (
     json_object,
 )
 from transfusion.data.shards.tar import TarWalk
-from transfusion.data.shards.validate import PICTURE_EXTENSIONS, Group, Judge
+from transfusion.data.shards.validate import IMAGE_EXTENSIONS, Group, Judge
 
 SHARD_EXTENSIONS = (".tar", ".jsonl")
 GREATEST_NAME = 255
@@ -58,7 +58,7 @@ def is_shard(path: _Named) -> bool:
 def scan(path: Path, verify: Verify = "none") -> Iterator[RawSample | Fault]:
     """Samples and faults of a .tar shard or a .jsonl file, in file order; what is wrong with the shard comes last.
 
-    verify: sha256: a picture must be the one whose `sha256` stands in its KEY.json, and KEY.txt say what `caption`
+    verify: sha256: an image must be the one whose `sha256` stands in its KEY.json, and KEY.txt say what `caption`
     there says. A downloader may have stated the hash of the original, so this is for shards whose writer did not.
     Raises OSError.
     """
@@ -168,7 +168,7 @@ def _survey(groups: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | 
 
 
 def _kinds(group: Group) -> int:
-    """A bit for each kind of member: all pictures are one kind."""
+    """A bit for each kind of member: all images are one kind."""
     kinds = 0
     for extension in group.members:
         kinds |= _kind(extension)
@@ -177,7 +177,7 @@ def _kinds(group: Group) -> int:
 
 @functools.lru_cache(_EXTENSIONS_KEPT)
 def _kind(extension: str) -> int:
-    return 1 if extension in PICTURE_EXTENSIONS else 2 << zlib.crc32(extension.encode()) % 61
+    return 1 if extension in IMAGE_EXTENSIONS else 2 << zlib.crc32(extension.encode()) % 61
 
 
 def _groups(walk: TarWalk) -> Iterator[Group]:

@@ -15,7 +15,7 @@ from transfusion.data.shards.sample import (
     DOCUMENT_BYTES,
     RawSample,
     SampleError,
-    StoredPicture,
+    StoredImage,
     caption,
     document,
     json_object,
@@ -24,14 +24,14 @@ from transfusion.data.shards.sample import (
 from transfusion.data.shards.tar import NO_END_MARKER, Member, Window
 from transfusion.files import sha256
 
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 GREATEST_MEMBER = 1 << 26
 GREATEST_ELEMENTS = 256
 
 # Of the head of a file and its size: [C, h, w] of what is stored there.
 ShapeOf = Callable[[bytes, int], tuple[int, int, int]]
 
-_ELEMENT_PICTURE = re.compile(rf"img\d{{1,6}}\.(?:{'|'.join(PICTURE_EXTENSIONS)})")
+_ELEMENT_IMAGE = re.compile(rf"img\d{{1,6}}\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 
 @dataclass(slots=True)
@@ -80,22 +80,22 @@ class Judge:
             # Where a shard merely ends early, what is missing tells more than that it ended.
             hidden = group.damage not in ("", NO_END_MARKER)
             raise SampleError(group.damage if hidden else str(error)) from None
-        if group.damage and not found.pictures:
-            # A text alone may be the caption of a picture that is gone.
+        if group.damage and not found.images:
+            # A text alone may be the caption of an image that is gone.
             raise SampleError(group.damage)
         return found
 
     def _read(self, group: Group) -> RawSample:
         members = group.members
-        pictures = [name for name in PICTURE_EXTENSIONS if name in members]
-        if len(pictures) > 1:
+        images = [name for name in IMAGE_EXTENSIONS if name in members]
+        if len(images) > 1:
             raise SampleError("ambiguous_image")
         if LATENTS in members:
             return self._pair(group, members[LATENTS], shape=latent_shape)
         if TOKENS in members:
             return self._pair(group, members[TOKENS], shape=token_shape)
-        if pictures:
-            return self._pair(group, members[pictures[0]])
+        if images:
+            return self._pair(group, members[images[0]])
         if "npy" in members:
             return self._pair(group, members["npy"], shape=latent_shape)
         if "json" in members:
@@ -110,7 +110,7 @@ class Judge:
         return RawSample(group.key, (text,), offset=group.offset, notes=tuple(notes))
 
     def _pair(self, group: Group, member: Member, *, shape: ShapeOf | None = None) -> RawSample:
-        """shape: of latents or tokens; None: the member is a picture."""
+        """shape: of latents or tokens; None: the member is an image."""
         notes: list[str] = []
         facts: dict[str, Any] = {}
         if "json" in group.members:
@@ -127,10 +127,10 @@ class Judge:
                 group.key, captions, (self._latent(member, shape),), offset=group.offset, notes=tuple(notes)
             )
         data = self._bytes(member)
-        picture = self._picture(member, data, notes)
+        image = self._image(member, data, notes)
         if self._verify:
             _refuse_other(data, facts.get("sha256"))
-        return RawSample(group.key, captions, (picture,), offset=group.offset, notes=tuple(notes))
+        return RawSample(group.key, captions, (image,), offset=group.offset, notes=tuple(notes))
 
     def _captions(self, group: Group, facts: dict[str, Any], notes: list[str]) -> tuple[str, ...]:
         """The captions listed in `captions`, with the one of KEY.txt, or else of `caption`, among them."""
@@ -170,7 +170,7 @@ class Judge:
             if not isinstance(value, str):
                 raise SampleError("interleaved_element")
             if kind == "image":
-                if not _ELEMENT_PICTURE.fullmatch(value) or value not in group.members:
+                if not _ELEMENT_IMAGE.fullmatch(value) or value not in group.members:
                     raise SampleError("interleaved_ref")
                 order.append(-1 - names.setdefault(value, len(names)))
             elif value:
@@ -180,22 +180,22 @@ class Judge:
             raise SampleError("interleaved_empty")
         if sum(map(len, texts)) > DOCUMENT_BYTES:
             raise SampleError("text_oversize")
-        if any(_ELEMENT_PICTURE.fullmatch(name) and name not in names for name in group.members):
+        if any(_ELEMENT_IMAGE.fullmatch(name) and name not in names for name in group.members):
             notes.append("interleaved_unused_image")
         shown = [group.members[name] for name in names]
-        pictures = tuple(self._picture(member, self._bytes(member), notes) for member in shown)
-        return RawSample(group.key, tuple(texts), pictures, tuple(order), group.offset, tuple(notes))
+        images = tuple(self._image(member, self._bytes(member), notes) for member in shown)
+        return RawSample(group.key, tuple(texts), images, tuple(order), group.offset, tuple(notes))
 
-    def _picture(self, member: Member, data: bytes, notes: list[str]) -> StoredPicture:
+    def _image(self, member: Member, data: bytes, notes: list[str]) -> StoredImage:
         facts = probe(data)
         if facts.animated:
             notes.append("image_animated")
-        return StoredPicture(member.start, member.size, facts.width, facts.height)
+        return StoredImage(member.start, member.size, facts.width, facts.height)
 
-    def _latent(self, member: Member, shape: ShapeOf) -> StoredPicture:
+    def _latent(self, member: Member, shape: ShapeOf) -> StoredImage:
         head = self._window.read(member.start, min(member.size, HEADER_BYTES))
         channels, height, width = shape(head, member.size)
-        return StoredPicture(member.start, member.size, width, height, channels)
+        return StoredImage(member.start, member.size, width, height, channels)
 
     def _facts(self, group: Group) -> dict[str, Any]:
         member = group.members["json"]
@@ -212,11 +212,11 @@ class Judge:
         return self._window.read(member.start, member.size)
 
 
-def _refuse_other(picture: bytes, stated: object) -> None:
-    """Raise SampleError for a picture that is not the one whose SHA-256 KEY.json states."""
+def _refuse_other(image: bytes, stated: object) -> None:
+    """Raise SampleError for an image that is not the one whose SHA-256 KEY.json states."""
     if not isinstance(stated, str):
         raise SampleError("hash_missing")
-    if sha256(picture) != stated.lower():
+    if sha256(image) != stated.lower():
         raise SampleError("image_other")
 
 

@@ -15,7 +15,7 @@ from transfusion.data.loading.loader import plan_settings
 from transfusion.data.loading.rows import RowBuilder, RowSettings
 from transfusion.data.planning.packing import Planner
 from transfusion.data.viewing.plan_stats import as_dict, survey
-from transfusion.data.viewing.row_page import DrawnRow, page, picture
+from transfusion.data.viewing.row_page import DrawnRow, overview, page
 from transfusion.errors import UserError
 from transfusion.sequence.tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ def show_rows(config: Config, out: Path, *, rows: int = 4, step: int = 0) -> Non
         for plan in plans
     ]
     if out.suffix == ".png":
-        picture(drawn).save(out)
+        overview(drawn).save(out)
     else:
         title = f"Rows 0 to {len(drawn) - 1} of global batch {step}"
         out.write_text(page(drawn, tokenizer, title), encoding="utf-8")

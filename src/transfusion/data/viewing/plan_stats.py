@@ -30,14 +30,14 @@ _QUANTILES = 4096
 # Without an index to go by: mean, and deviation of the logarithm.
 _CAPTION_TOKENS, _TEXT_TOKENS = (16.0, 0.6), (600.0, 1.2)
 _MANY = 700_000_000
-_LENGTH, _PICTURE = name_hash("simulated length"), name_hash("simulated picture")
+_LENGTH, _IMAGE = name_hash("simulated length"), name_hash("simulated image")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedLengths:
     """A source of any size: a sample's length is a hash that looks up a quantile, so none of them is stored.
 
-    quantiles_Q: ascending token counts of texts or captions. pairs: share of samples with a picture.
+    quantiles_Q: ascending token counts of texts or captions. pairs: share of samples with an image.
     """
 
     name: str
@@ -64,8 +64,8 @@ class SimulatedLengths:
         return tokens
 
     def image_tokens(self, sample_D: Integers) -> Integers:
-        has_picture_D = hash_rng.uniform(_PICTURE, name_hash(self.name), sample_D) < self.pairs
-        return np.where(has_picture_D, self.patches, 0)
+        has_image_D = hash_rng.uniform(_IMAGE, name_hash(self.name), sample_D) < self.pairs
+        return np.where(has_image_D, self.patches, 0)
 
     def interleaved(self, sample_D: Integers) -> np.ndarray:
         return np.zeros(len(sample_D), bool)

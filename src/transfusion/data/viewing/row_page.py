@@ -1,6 +1,6 @@
 """Rows as they enter a batch, drawn: tokens, images, borders of documents, and the mask.
 
-`page` gives one HTML file that needs no other, `picture` the same at a glance as an image.
+`page` gives one HTML file that needs no other, `overview` the same at a glance as an image.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Span:
 
 
 def page(rows: Sequence[DrawnRow], tokenizer: Tokenizer, title: str) -> str:
-    """HTML of the rows, pictures and all inside it."""
+    """HTML of the rows, images and all inside it."""
     sections = "".join(_section(number, drawn, tokenizer) for number, drawn in enumerate(rows))
     legend = "".join(
         f'<span class="key"><i style="background:{colour}"></i>{html.escape(name)}</span>'
@@ -150,7 +150,7 @@ def _chips(token_ids: NDArray[np.int64], weights: NDArray[np.float32], tokenizer
         if token < len(SpecialToken):
             yield f'<b class="control{silent}">{_NAMES[SpecialToken(token)]}</b>'
         elif token >= tokenizer.vocabulary:
-            # Begins a picture of another size than the first; the picture shows which.
+            # Begins an image of another size than the first; the image shows which.
             yield f'<b class="control{silent}">{_NAMES[SpecialToken.BEGIN_IMAGE]}</b>'
         else:
             yield f'<span class="token{silent}">{html.escape(piece.replace(_LINE_END, _SHOWN_LINE_END))}</span>'
@@ -159,11 +159,11 @@ def _chips(token_ids: NDArray[np.int64], weights: NDArray[np.float32], tokenizer
 def _figure(image: RowImage) -> str:
     height, width = image.values_CHW.shape[1:]
     noise = f"{height} x {width}, {image.patches} patches, noise level {image.timestep}"
-    return f'<img class="picture" src="{_png(_as_image(image))}" title="{noise}" alt="{noise}">'
+    return f'<img class="image" src="{_png(_as_image(image))}" title="{noise}" alt="{noise}">'
 
 
 def _as_image(image: RowImage) -> Image.Image:
-    """The picture; of latents or tokens, their first three channels, spread over the whole range."""
+    """The image; of latents or tokens, their first three channels, spread over the whole range."""
     values = np.asarray(image.values_CHW)
     if values.ndim == 2:
         values = values[None]
@@ -203,8 +203,8 @@ def _png(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def picture(rows: Sequence[DrawnRow]) -> Image.Image:
-    """The rows at a glance: above the band of each its pictures where they stand, beside it its mask."""
+def overview(rows: Sequence[DrawnRow]) -> Image.Image:
+    """The rows at a glance: above the band of each its images where they stand, beside it its mask."""
     width, height, mask, margin = 1240, 150, 118, 16
     canvas = Image.new("RGB", (width, margin + height * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -268,6 +268,6 @@ article{border-left:3px solid #1d2733;padding:2px 0 2px 12px;margin:0 0 14px}
 .control{font-size:10px;background:#1d2733;color:#fff;border-radius:3px;padding:2px 5px;margin:0 3px;vertical-align:1px}
 .control.silent{background:#8a94a0}
 .gap{font-size:11px;color:#66717d;margin:0 8px;font-weight:400;font-style:italic}
-.picture{height:72px;border:2px solid #e08e45;border-radius:4px;vertical-align:middle;margin:2px 3px}
+.image{height:72px;border:2px solid #e08e45;border-radius:4px;vertical-align:middle;margin:2px 3px}
 .fault{color:#a33;margin:0 0 8px}
 """

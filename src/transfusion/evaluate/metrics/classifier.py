@@ -1,11 +1,11 @@
-"""A small network that reads words off pictures; its features judge drawn pictures.
+"""A small network that reads words off images; its features judge drawn images.
 
-It is trained on the training pictures of one data set, to tell which of the commonest words of the captions a picture
-has. The same file judges every model of an experiment; it holds what the training pictures' features are together, so
-that nobody reads those pictures again. Its distances are its own: they are no FID, and compare with no figure from
+It is trained on the training images of one data set, to tell which of the commonest words of the captions an image
+has. The same file judges every model of an experiment; it holds what the training images' features are together, so
+that nobody reads those images again. Its distances are its own: they are no FID, and compare with no figure from
 elsewhere.
 
-I pictures, C channels, H/W height and width, F features, K words.
+I images, C channels, H/W height and width, F features, K words.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMAT = "transfusion classifier"
 FEATURES = 64
 WIDTHS = (32, 64, 128)
 MOST_WORDS = 128
-FEWEST_PICTURES = 20
+FEWEST_IMAGES = 20
 BATCH = 64
 LEARNING_RATE = 2e-3
 _LARGEST_SHIFT = 2
@@ -42,7 +42,7 @@ _LARGEST_SHIFT = 2
 class Classifier(nn.Module):
     """Three strided convolutions, the mean over places, FEATURES numbers, and a logit for each word.
 
-    pictures, mean_F, covariance_FF: how many it was trained on, and their features as a Gaussian.
+    images, mean_F, covariance_FF: how many it was trained on, and their features as a Gaussian.
     """
 
     mean_F: Tensor
@@ -57,17 +57,17 @@ class Classifier(nn.Module):
         self.body = nn.Sequential(*layers)
         self.to_features = nn.Linear(WIDTHS[-1], FEATURES)
         self.to_words = nn.Linear(FEATURES, len(words))
-        self.pictures = 0
+        self.images = 0
         self.register_buffer("mean_F", torch.zeros(FEATURES, dtype=torch.float64))
         self.register_buffer("covariance_FF", torch.zeros(FEATURES, FEATURES, dtype=torch.float64))
 
     @property
     def reference(self) -> Gaussian:
-        """Of the features of the training pictures."""
+        """Of the features of the training images."""
         return Gaussian(self.mean_F.numpy(), self.covariance_FF.numpy())
 
     def features(self, pixels_ICHW: Tensor) -> Tensor:
-        """Features [I, F] of uint8 pictures [I, C, H, W]."""
+        """Features [I, F] of uint8 images [I, C, H, W]."""
         places = self.body(pixels_ICHW.float() / 127.5 - 1.0)
         return self.to_features(places.mean((2, 3)))
 
@@ -93,17 +93,17 @@ def common_words(captions: Iterable[str]) -> list[str]:
     for caption in captions:
         counts.update(set(words_of(caption)))
         total += 1
-    told = [word for word, count in counts.most_common() if FEWEST_PICTURES <= count <= 0.9 * total]
+    told = [word for word, count in counts.most_common() if FEWEST_IMAGES <= count <= 0.9 * total]
     return told[:MOST_WORDS]
 
 
-def captioned_pictures(config: Config, tokenizer: Tokenizer, *, held_out: bool) -> tuple[Tensor, list[str]]:
-    """uint8 [I, C, H, W] and captions of the single pictures of a configuration's sources, in file order.
+def captioned_images(config: Config, tokenizer: Tokenizer, *, validation: bool) -> tuple[Tensor, list[str]]:
+    """uint8 [I, C, H, W] and captions of the single images of a configuration's sources, in file order.
 
     Raises UserError where there are none, or latents in their place.
     """
-    where = "data.validation" if held_out else "data.sources"
-    sources = config.data.validation if held_out else config.data.sources
+    where = "data.validation" if validation else "data.sources"
+    sources = config.data.validation if validation else config.data.sources
     values, captions = [], []
     for document in documents(config, sources, tokenizer):
         images = [part for part in document.segments if isinstance(part, ImageSegment)]
@@ -111,7 +111,7 @@ def captioned_pictures(config: Config, tokenizer: Tokenizer, *, held_out: bool) 
             values.append(torch.as_tensor(images[0].values_CHW))
             if values[-1].dtype != torch.uint8:
                 raise UserError(
-                    f"{where} has latents at {document.key}, and a picture is needed; name its shards"
+                    f"{where} has latents at {document.key}, and an image is needed; name its shards"
                 )
             captions.append(
                 "".join(
@@ -121,7 +121,7 @@ def captioned_pictures(config: Config, tokenizer: Tokenizer, *, held_out: bool) 
                 )
             )
     if not values:
-        raise UserError(f"{where} names no pictures with captions")
+        raise UserError(f"{where} names no images with captions")
     return torch.stack(values), captions
 
 
@@ -133,11 +133,11 @@ def train_classifier(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> Classifier:
-    """A classifier of these pictures; AdamW, pictures shifted by up to two pixels. Raises UserError without words."""
+    """A classifier of these images; AdamW, images shifted by up to two pixels. Raises UserError without words."""
     words = common_words(captions)
     if len(words) < 2:
         raise UserError(
-            f"the captions have no two words that stand at {FEWEST_PICTURES} pictures or more and not at nearly"
+            f"the captions have no two words that stand at {FEWEST_IMAGES} images or more and not at nearly"
             " all of them: there is nothing to learn a classifier from"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -158,11 +158,11 @@ def train_classifier(
             optimizer.step()
             schedule.step()
             total += float(loss.detach()) * len(chosen)
-        say(f"epoch {epoch + 1} of {epochs}: {total / len(pixels_ICHW):.4f} nats a word and picture")
+        say(f"epoch {epoch + 1} of {epochs}: {total / len(pixels_ICHW):.4f} nats a word and image")
     mean, covariance = gaussian_of(features_of(classifier, pixels_ICHW).numpy())
     classifier.mean_F.copy_(torch.from_numpy(mean))
     classifier.covariance_FF.copy_(torch.from_numpy(covariance))
-    classifier.pictures = len(pixels_ICHW)
+    classifier.images = len(pixels_ICHW)
     return classifier.eval()
 
 
@@ -178,11 +178,11 @@ def recall(classifier: Classifier, pixels_ICHW: Tensor, captions: Sequence[str])
 
 @torch.no_grad()
 def features_of(classifier: Classifier, pixels_ICHW: Tensor) -> Tensor:
-    """float32 [I, F]. Raises UserError for pictures of another size than the classifier's."""
+    """float32 [I, F]. Raises UserError for images of another size than the classifier's."""
     if tuple(pixels_ICHW.shape[1:]) != (classifier.channels, classifier.image_size, classifier.image_size):
         raise UserError(
             f"the classifier reads {classifier.channels} x {classifier.image_size} x {classifier.image_size}, the"
-            f" pictures are {' x '.join(map(str, pixels_ICHW.shape[1:]))}; train one of their size"
+            f" images are {' x '.join(map(str, pixels_ICHW.shape[1:]))}; train one of their size"
         )
     return torch.cat([classifier.features(part) for part in pixels_ICHW.split(BATCH)])
 
@@ -193,7 +193,7 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
         "words": classifier.words,
         "channels": classifier.channels,
         "image_size": classifier.image_size,
-        "pictures": classifier.pictures,
+        "images": classifier.images,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "classifier": json.dumps(facts)}
@@ -210,7 +210,7 @@ def load_classifier(path: Path) -> Classifier:
         facts = json.loads(metadata["classifier"])
         classifier = Classifier(facts["words"], facts["channels"], facts["image_size"])
         classifier.load_state_dict(weights)
-        classifier.pictures = facts["pictures"]
+        classifier.images = facts["images"]
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
         raise UserError(
             f"{path} is no classifier; `transfusion classifier CONFIG --out {path}` makes one"
@@ -219,18 +219,18 @@ def load_classifier(path: Path) -> Classifier:
 
 
 def train_from_config(config: Config, *, epochs: int = 8, say: Callable[[str], None] = print) -> Classifier:
-    """A classifier of a configuration's training pictures, seeded by run.seed; says its recall on held-out ones."""
+    """A classifier of a configuration's training images, seeded by run.seed; says its recall on validation ones."""
     tokenizer = Tokenizer(config.data.tokenizer)
-    pixels_ICHW, captions = captioned_pictures(config, tokenizer, held_out=False)
+    pixels_ICHW, captions = captioned_images(config, tokenizer, validation=False)
     classifier = train_classifier(pixels_ICHW, captions, epochs=epochs, seed=config.run.seed, say=say)
     if config.data.validation:
-        held_out = captioned_pictures(config, tokenizer, held_out=True)
-        say(f"recall of the words of held-out captions: {recall(classifier, *held_out):.3f}")
+        validation = captioned_images(config, tokenizer, validation=True)
+        say(f"recall of the words of validation captions: {recall(classifier, *validation):.3f}")
     return classifier
 
 
 def _shifted(pixels_ICHW: Tensor, generator: torch.Generator) -> Tensor:
-    """The pictures moved by up to _LARGEST_SHIFT pixels each way, all alike, their borders repeated."""
+    """The images moved by up to _LARGEST_SHIFT pixels each way, all alike, their borders repeated."""
     down, right = torch.randint(0, 2 * _LARGEST_SHIFT + 1, (2,), generator=generator).tolist()
     wide = nn.functional.pad(pixels_ICHW.float(), (_LARGEST_SHIFT,) * 4, mode="replicate")
     _, _, height, width = pixels_ICHW.shape

@@ -1,6 +1,6 @@
 """The curves of a report, as inline SVG.
 
-Colours are names of CSS variables, so that one picture serves light, dark and paper.
+Colours are names of CSS variables, so that one image serves light, dark and paper.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def _loss_curves(lines: list[dict[str, Any]], diffusion: dict[str, Any]) -> list
         Curve(
             "Text loss, nats a token",
             [("", TEXT, _series(lines, "text_loss"))],
-            marked=_series(lines, "held_out_text_loss"),
+            marked=_series(lines, "validation_text_loss"),
         ),
         Curve(
             f"Image loss, squared error of the {predicted}{weighted}",
             [("", IMAGE, _series(lines, "image_loss"))],
-            marked=_series(lines, "held_out_image_loss"),
+            marked=_series(lines, "validation_image_loss"),
         ),
         Curve("Total loss, as weighted", [("", TOTAL, _series(lines, "loss"))]),
     )

@@ -33,12 +33,12 @@ from transfusion.observe.runfolder import RunFolder
 
 GRIDS_SHOWN = 6
 PROMPTS_SHOWN = 20
-PICTURES_A_PROMPT = 10
+IMAGES_A_PROMPT = 10
 CAPTIONS_SHOWN = 40
 WRONG_CAPTIONS_SHOWN = 20
-# Small pictures are enlarged to about this many pixels a side; large ones are made smaller, for the page is
+# Small images are enlarged to about this many pixels a side; large ones are made smaller, for the page is
 # to stay below 3 MB.
-PICTURE_SIDE = 96
+IMAGE_SIDE = 96
 LARGEST_SIDE = 128
 LARGEST_GRID = 900
 SMALLEST_GRID = 256
@@ -46,8 +46,8 @@ JPEG_QUALITY = 80
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture for the page: a data: URI, its caption, and whether it is marked right or wrong."""
+class Figure:
+    """An image for the page: a data: URI, its caption, and whether it is marked right or wrong."""
 
     uri: str
     caption: str = ""
@@ -96,7 +96,7 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "facts": _facts(lines, config, environment),
         "metrics": _metrics(_json(folder.path / "metrics.json")),
         "curves": [_draw(curve) for curve in _loss_curves(lines, diffusion)],
-        "held_out": any(line.get("held_out_text_loss") or line.get("held_out_image_loss") for line in lines),
+        "validation": any(line.get("validation_text_loss") or line.get("validation_image_loss") for line in lines),
         "bucket_curve": _draw_buckets(lines),
         "predicts_noise": diffusion.get("prediction", "epsilon") == "epsilon",
         "machine_curves": [_draw(curve) for curve in _machine_curves(lines)],
@@ -199,17 +199,17 @@ def _entry(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-# ---- pictures ------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------
 
 
-def _grids(samples: Path) -> list[Picture]:
+def _grids(samples: Path) -> list[Figure]:
     """The first grid, the last, and some evenly between."""
     files = sorted(samples.glob("step_*.png"), key=_step_of)
     if len(files) > GRIDS_SHOWN:
         chosen = np.linspace(0, len(files) - 1, GRIDS_SHOWN).round().astype(int)
         files = [files[index] for index in chosen]
     found = [(file, data_uri(file, smallest=SMALLEST_GRID, largest=LARGEST_GRID)) for file in files]
-    return [Picture(uri, f"step {_step_of(file):,}") for file, uri in found if uri]
+    return [Figure(uri, f"step {_step_of(file):,}") for file, uri in found if uri]
 
 
 def _across(samples: Path) -> int:
@@ -227,16 +227,16 @@ def _step_of(file: Path) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def _generated(folder: Path) -> list[tuple[str, list[Picture], int]]:
-    """For each prompt in order: its first pictures as listed, none picked, and how many there are."""
+def _generated(folder: Path) -> list[tuple[str, list[Figure], int]]:
+    """For each prompt in order: its first images as listed, none picked, and how many there are."""
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for line in _jsonl(folder / "index.jsonl"):
         by_prompt.setdefault(str(line.get("prompt", "")), []).append(line)
     shown = []
     for prompt, lines in list(by_prompt.items())[:PROMPTS_SHOWN]:
         found = [
-            Picture(uri, f"seed {line.get('seed', '?')}")
-            for line in lines[:PICTURES_A_PROMPT]
+            Figure(uri, f"seed {line.get('seed', '?')}")
+            for line in lines[:IMAGES_A_PROMPT]
             if (uri := data_uri(folder / str(line.get("file", ""))))
         ]
         if found:
@@ -244,8 +244,8 @@ def _generated(folder: Path) -> list[tuple[str, list[Picture], int]]:
     return shown
 
 
-def _captioned(folder: Path, line: dict[str, Any]) -> Picture:
-    return Picture(
+def _captioned(folder: Path, line: dict[str, Any]) -> Figure:
+    return Figure(
         uri=data_uri(folder / str(line.get("image", ""))),
         caption=str(line.get("caption", "")),
         expected="" if line.get("expected") is None else str(line["expected"]),
@@ -253,25 +253,25 @@ def _captioned(folder: Path, line: dict[str, Any]) -> Picture:
     )
 
 
-def data_uri(file: Path, *, smallest: int = PICTURE_SIDE, largest: int = LARGEST_SIDE) -> str:
-    """A picture as a data: URI, with sides between `smallest` and `largest`; "" if it cannot be read."""
+def data_uri(file: Path, *, smallest: int = IMAGE_SIDE, largest: int = LARGEST_SIDE) -> str:
+    """An image as a data: URI, with sides between `smallest` and `largest`; "" if it cannot be read."""
     try:
         with Image.open(file) as opened:
-            picture = opened.convert("L" if opened.mode in ("1", "L", "I", "I;16") else "RGB")
+            image = opened.convert("L" if opened.mode in ("1", "L", "I", "I;16") else "RGB")
     except (OSError, UnidentifiedImageError, ValueError):
         return ""
-    longest = max(picture.size)
+    longest = max(image.size)
     if longest < smallest:
         factor = -(-smallest // longest)
-        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     elif longest > largest:
-        picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+        image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    if longest >= LARGEST_SIDE and picture.mode == "RGB":
-        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    if longest >= LARGEST_SIDE and image.mode == "RGB":
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
         kind = "jpeg"
     else:
-        picture.save(buffer, "PNG", optimize=True)
+        image.save(buffer, "PNG", optimize=True)
         kind = "png"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 

@@ -1,6 +1,6 @@
 """The handwritten digits: does a generated digit look like the one asked for, does a caption name the right one?
 
-I pictures, E pixels a picture.
+I images, E pixels an image.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MOST_CAPTION_TOKENS = 32
 
 
 def digits(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
-    """Generation judged by a classifier of real digits, diversity, and captions of the held-out pictures.
+    """Generation judged by a classifier of real digits, diversity, and captions of the validation images.
 
-    Leaves evidence under OUT/evaluation: generated/ (pictures, index.jsonl), held_out/ (pictures), captions.jsonl.
+    Leaves evidence under OUT/evaluation: generated/ (images, index.jsonl), validation/ (images), captions.jsonl.
     """
-    train_pixels, train_labels, _ = _pictures(pipeline, pipeline.config.data.sources)
-    test_pixels, test_labels, test_values = _pictures(pipeline, pipeline.config.data.validation)
+    train_pixels, train_labels, _ = _images(pipeline, pipeline.config.data.sources)
+    test_pixels, test_labels, test_values = _images(pipeline, pipeline.config.data.validation)
     folder = out / "evaluation"
     return _generation(
         pipeline, folder / "generated", train_pixels, train_labels, test_pixels, test_labels
@@ -74,38 +74,38 @@ def _generation(
         "generation_accuracy": Metric(
             value=float((judge.predict(drawn) == wanted).mean()),
             bar=GENERATION_BAR,
-            how=f"SVC(gamma=0.2), trained on {len(train)} real pictures, reads {SAMPLES} samples of {classes}; "
+            how=f"SVC(gamma=0.2), trained on {len(train)} real images, reads {SAMPLES} samples of {classes}; "
             f"{settings}",
         ),
         "judge_accuracy_on_real": Metric(
             value=float((judge.predict(test) == test_labels).mean()),
-            how=f"the same SVC on the {len(test)} real held-out pictures",
+            how=f"the same SVC on the {len(test)} real validation images",
         ),
         "generation_diversity": Metric(
             value=float(np.mean(ratios)),
             bar=DIVERSITY_BAR,
-            how="mean distance between two generated pictures of a digit over that of real ones, mean over digits",
+            how="mean distance between two generated images of a digit over that of real ones, mean over digits",
         ),
         "nearest_training_distance_generated": Metric(
             value=_nearest(drawn, train),
-            how="mean distance of a generated picture to the nearest training picture",
+            how="mean distance of a generated image to the nearest training image",
         ),
         "nearest_training_distance_real": Metric(
             value=_nearest(test, train),
-            how="the same of real held-out pictures: much below it would be copying",
+            how="the same of real validation images: much below it would be copying",
         ),
     }
 
 
 def _captions(pipeline: Pipeline, folder: Path, values: torch.Tensor, labels: Labels) -> dict[str, Metric]:
     captions = pipeline.caption(values, max_tokens=MOST_CAPTION_TOKENS)
-    pictures = folder / "held_out"
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = folder / "validation"
+    images.mkdir(parents=True, exist_ok=True)
     lines, correct = [], 0
     for number, (caption, label) in enumerate(zip(captions, labels.tolist(), strict=True)):
         right = digit_in_caption(caption) == label
         correct += right
-        path = pictures / f"{number:04d}.png"
+        path = images / f"{number:04d}.png"
         to_image(values[number]).save(path)
         record = {
             "image": path.relative_to(folder.parent).as_posix(),
@@ -119,13 +119,13 @@ def _captions(pipeline: Pipeline, folder: Path, values: torch.Tensor, labels: La
         "caption_accuracy": Metric(
             value=correct / len(captions),
             bar=CAPTION_BAR,
-            how=f"greedy captions of the {len(captions)} held-out pictures that name exactly the right digit",
+            how=f"greedy captions of the {len(captions)} validation images that name exactly the right digit",
         )
     }
 
 
-def _pictures(pipeline: Pipeline, sources: list[SourceConfig]) -> tuple[Pixels, Labels, torch.Tensor]:
-    """Pixels in [0, 1] [I, E], digits [I] and uint8 values [I, C, H, W] of the sources' pictures."""
+def _images(pipeline: Pipeline, sources: list[SourceConfig]) -> tuple[Pixels, Labels, torch.Tensor]:
+    """Pixels in [0, 1] [I, E], digits [I] and uint8 values [I, C, H, W] of the sources' images."""
     values, labels = [], []
     for document in documents(pipeline.config, sources, pipeline.tokenizer):
         images = [part for part in document.segments if isinstance(part, ImageSegment)]
@@ -140,7 +140,7 @@ def _pictures(pipeline: Pipeline, sources: list[SourceConfig]) -> tuple[Pixels, 
             labels.append(digit)
     if len(set(labels)) < len(DIGIT_WORDS):
         raise UserError(
-            f"the digits suite needs captioned pictures of all ten digits, found {len(set(labels))};"
+            f"the digits suite needs captioned images of all ten digits, found {len(set(labels))};"
             " it is for models trained on `transfusion prepare digits`"
         )
     stacked = torch.stack(values)
@@ -152,13 +152,13 @@ def _scaled(values_ICHW: torch.Tensor) -> Pixels:
 
 
 def _distances(left: Pixels, right: Pixels) -> Pixels:
-    """Euclidean distances between all pictures, [len(left), len(right)]."""
+    """Euclidean distances between all images, [len(left), len(right)]."""
     squared = (left**2).sum(1)[:, None] + (right**2).sum(1)[None] - 2 * left @ right.T
     return np.sqrt(squared.clip(min=0.0))
 
 
 def _spread(pixels: Pixels) -> float:
-    """Mean distance between two different pictures."""
+    """Mean distance between two different images."""
     upper = np.triu_indices(len(pixels), k=1)
     return float(_distances(pixels, pixels)[upper].mean())
 

@@ -1,4 +1,4 @@
-"""Suites for any captioned pictures: what is drawn from held-out captions, what is said of held-out pictures."""
+"""Suites for any captioned images: what is drawn from validation captions, what is said of validation images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from transfusion.config.objectives import GRID_SAMPLER
 from transfusion.evaluate.metrics.classifier import (
-    captioned_pictures,
+    captioned_images,
     features_of,
     load_classifier,
     recall,
@@ -30,13 +30,13 @@ BATCH = 128
 MOST_CAPTION_TOKENS = 32
 
 
-def pictures(pipeline: Pipeline, out: Path, *, classifier: Path) -> dict[str, Metric]:
-    """Pictures drawn from the held-out captions against the classifier's training pictures, in its eyes.
+def images(pipeline: Pipeline, out: Path, *, classifier: Path) -> dict[str, Metric]:
+    """Images drawn from the validation captions against the classifier's training images, in its eyes.
 
     Leaves the first of them under OUT/evaluation/drawn. Raises UserError as the classifier and the data do.
     """
     judge = load_classifier(classifier)
-    held_out, captions = captioned_pictures(pipeline.config, pipeline.tokenizer, held_out=True)
+    validation, captions = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
     prompts = [captions[number % len(captions)] for number in range(SAMPLES)]
     config = pipeline.config
     sampler = GRID_SAMPLER[config.diffusion.prediction]
@@ -48,20 +48,20 @@ def pictures(pipeline: Pipeline, out: Path, *, classifier: Path) -> dict[str, Me
     save_samples(samples[:SAMPLES_KEPT], out / "evaluation" / "drawn")
     drawn = torch.stack([sample.pixels for sample in samples])
     settings = (
-        f"{SAMPLES} pictures of the held-out captions in turn ({sampler} {SAMPLER_STEPS} steps, guidance"
+        f"{SAMPLES} images of the validation captions in turn ({sampler} {SAMPLER_STEPS} steps, guidance"
         f" {guidance:g}, seeds from 0)"
     )
     features = f"the features of {classifier.name} (no FID: its own small network)"
-    real_ones = f"the {len(held_out)} real held-out pictures"
-    between = f"{features} of {{}} and of the {judge.pictures} training pictures"
+    real_ones = f"the {len(validation)} real validation images"
+    between = f"{features} of {{}} and of the {judge.images} training images"
     return {
         "classifier_frechet": Metric(
             value=frechet_distance(gaussian_of(features_of(judge, drawn).numpy()), judge.reference),
             higher_is_better=False,
             how=f"Fréchet distance between {between.format(settings)}",
         ),
-        "classifier_frechet_of_held_out": Metric(
-            value=frechet_distance(gaussian_of(features_of(judge, held_out).numpy()), judge.reference),
+        "classifier_frechet_of_validation": Metric(
+            value=frechet_distance(gaussian_of(features_of(judge, validation).numpy()), judge.reference),
             higher_is_better=False,
             how=f"the same between {between.format(real_ones)}: what can be reached",
         ),
@@ -69,17 +69,17 @@ def pictures(pipeline: Pipeline, out: Path, *, classifier: Path) -> dict[str, Me
             value=recall(judge, drawn, prompts),
             how=f"share of the captions' words that {classifier.name} ranks first in {settings}",
         ),
-        "classifier_word_recall_of_held_out": Metric(
-            value=recall(judge, held_out, captions),
+        "classifier_word_recall_of_validation": Metric(
+            value=recall(judge, validation, captions),
             how=f"the same on {real_ones}",
         ),
     }
 
 
 def captions(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
-    """Greedy captions of the held-out pictures against theirs; leaves OUT/evaluation/said.jsonl."""
-    held_out, expected = captioned_pictures(pipeline.config, pipeline.tokenizer, held_out=True)
-    said = pipeline.caption(held_out, max_tokens=MOST_CAPTION_TOKENS)
+    """Greedy captions of the validation images against theirs; leaves OUT/evaluation/said.jsonl."""
+    validation, expected = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
+    said = pipeline.caption(validation, max_tokens=MOST_CAPTION_TOKENS)
     scores = [token_f1(one, other) for one, other in zip(said, expected, strict=True)]
     folder = out / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def captions(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     return {
         "caption_token_f1": Metric(
             value=fmean(scores),
-            how=f"F1 of the words of greedy captions of the {len(said)} held-out pictures, mean over pictures",
+            how=f"F1 of the words of greedy captions of the {len(said)} validation images, mean over images",
         )
     }
 

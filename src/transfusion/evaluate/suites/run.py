@@ -12,7 +12,7 @@ import torch
 
 from transfusion.errors import UserError
 from transfusion.evaluate.metrics.metric import Metric
-from transfusion.evaluate.suites.validation import held_out
+from transfusion.evaluate.suites.validation import validation
 from transfusion.files import atomic_write_text
 from transfusion.generate.pipeline import Pipeline, Weights
 
@@ -33,18 +33,18 @@ def run_suites(
 ) -> dict[str, Metric]:
     """Run suites on an exported model; writes OUT/metrics.json (added to what is there) and OUT/evaluation/.
 
-    classifier: for the suite `pictures`. Raises UserError for an unknown suite, or when the model's held-out data is
+    classifier: for the suite `images`. Raises UserError for an unknown suite, or when the model's validation data is
     not to be found.
     """
     from transfusion.evaluate.suites.digits import digits
-    from transfusion.evaluate.suites.images_and_captions import captions, pictures
+    from transfusion.evaluate.suites.images_and_captions import captions, images
 
-    suites: dict[str, Suite] = {"held-out": held_out, "digits": digits, "captions": captions}
+    suites: dict[str, Suite] = {"validation": validation, "digits": digits, "captions": captions}
     if classifier is not None:
-        suites["pictures"] = functools.partial(pictures, classifier=classifier)
-    elif "pictures" in names:
+        suites["images"] = functools.partial(images, classifier=classifier)
+    elif "images" in names:
         raise UserError(
-            "the suite pictures needs --classifier; `transfusion classifier CONFIG --out FILE` makes one"
+            "the suite images needs --classifier; `transfusion classifier CONFIG --out FILE` makes one"
         )
     unknown = [name for name in names if name not in suites]
     if unknown:

@@ -1,4 +1,4 @@
-"""The suite of held-out losses: images by the diffusion error, texts beside a bigram."""
+"""The suite of validation losses: images by the diffusion error, texts beside a bigram."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transfusion.data.loading.validation import EvaluationLoader, documents
 from transfusion.errors import UserError
 from transfusion.evaluate.metrics.bigram import Bigram
 from transfusion.evaluate.metrics.metric import Metric
-from transfusion.evaluate.validation_losses import held_out_losses
+from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.pipeline import Pipeline
 from transfusion.schema import LossTerms, TextSegment
 
 
-def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
-    """Losses on the config's held-out sources; a text's beside a bigram fitted on the training text of its name."""
+def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
+    """Losses on the config's validation sources; a text's beside a bigram fitted on the training text of its name."""
     if not pipeline.config.data.validation:
         raise UserError(
             "the model's configuration names no data.validation; train with one, or choose another --suite"
@@ -29,7 +29,7 @@ def held_out(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     for source in pipeline.config.data.validation:
         loader = EvaluationLoader(pipeline.config, [source], pipeline.tokenizer, rows=8)
-        terms = held_out_losses(
+        terms = validation_losses(
             pipeline.reader.model, loader, plain, pipeline.reader.device, pipeline.reader.codec
         )
         if float(terms.image_count):
@@ -47,12 +47,12 @@ def _image_metric(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
     """Name and metric of the image loss of either model family, which are no measures of each other."""
     value = float(terms.image_sum / terms.image_count)
     if pipeline.config.model.family == "chameleon":
-        how = f"cross entropy over the image tokens of held-out {source.name}, captions first"
+        how = f"cross entropy over the image tokens of validation {source.name}, captions first"
         name, unit = f"{source.name}_image_nats_per_token", "nats/token"
         return name, Metric(value=value, unit=unit, higher_is_better=False, how=how)
     diffusion = pipeline.config.diffusion
     how = (
-        f"mean squared error of the predicted {PREDICTED[diffusion.prediction]}, held-out {source.name},"
+        f"mean squared error of the predicted {PREDICTED[diffusion.prediction]}, validation {source.name},"
         f" fixed noise and timesteps{_law(diffusion)}"
     )
     return f"{source.name}_image_loss", Metric(value=value, higher_is_better=False, how=how)
@@ -87,7 +87,7 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
         unit="nats/token",
         bar=bar,
         higher_is_better=False,
-        how=f"cross entropy over the {tokens} tokens of held-out {source.name}, <EOS> included; bar: the bigram",
+        how=f"cross entropy over the {tokens} tokens of validation {source.name}, <EOS> included; bar: the bigram",
     )
     metrics["text_loss_nats_per_byte"] = Metric(
         value=total / size, unit="nats/byte", higher_is_better=False, how=f"the same over its {size} bytes"

@@ -1,4 +1,4 @@
-"""The pictures of shards at one size, in an order that depends on seed and step alone.
+"""The images of shards at one size, in an order that depends on seed and step alone.
 
 I images, C channels, H/W height and width.
 """
@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion.data.images.decode import Picture, decode
+from transfusion.data.images.decode import PixelArray, decode
 from transfusion.data.shards.sample import Fault, RawSample, SampleError
 from transfusion.data.shards.scan import scan
 from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
 
-# Decoded pictures are kept up to this size.
+# Decoded images are kept up to this size.
 _KEPT_BYTES = 1 << 30
-# A picture that cannot be decoded is replaced by the next that can; so many in a row are no accident.
+# An image that cannot be decoded is replaced by the next that can; so many in a row are no accident.
 _GREATEST_RUN = 100
 
 
@@ -33,13 +33,13 @@ class _Place(NamedTuple):
     size: int
 
 
-class PictureSet:
-    """Pictures of webdataset shards by number, decoded when asked for."""
+class ImageSet:
+    """Images of webdataset shards by number, decoded when asked for."""
 
     def __init__(
         self, shards: str | Sequence[str], *, channels: int, image_size: int, workers: int = 1
     ) -> None:
-        """Reads the heads of all members once. Raises UserError where there are no shards or no pictures."""
+        """Reads the heads of all members once. Raises UserError where there are no shards or no images."""
         self._paths = expand(shards)
         self._channels, self._image_size = channels, image_size
         self._places: list[_Place] = []
@@ -48,8 +48,8 @@ class PictureSet:
             if path.suffix == ".tar":
                 self._look_through(number, path)
         if not self._places:
-            raise UserError(f"{_shown(self._paths)} holds no picture; name .tar shards with pictures")
-        self._kept: dict[int, Picture] = {}
+            raise UserError(f"{_shown(self._paths)} holds no image; name .tar shards with images")
+        self._kept: dict[int, PixelArray] = {}
         self._kept_bytes = 0
         self._undecodable: set[int] = set()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
@@ -58,8 +58,8 @@ class PictureSet:
     def _look_through(self, number: int, path: Path) -> None:
         for found in scan(path):
             if isinstance(found, RawSample):
-                pictures = (picture for picture in found.pictures if not picture.latent_channels)
-                self._places += [_Place(number, picture.offset, picture.size) for picture in pictures]
+                images = (image for image in found.images if not image.latent_channels)
+                self._places += [_Place(number, image.offset, image.size) for image in images]
             elif isinstance(found, Fault) and found.reason.startswith("image_"):
                 self._damaged += 1
 
@@ -68,11 +68,11 @@ class PictureSet:
 
     @property
     def left_out(self) -> int:
-        """Pictures that are damaged, by their structure or, as far as they were asked for, in the decoder's eyes."""
+        """Images that are damaged, by their structure or, as far as they were asked for, in the decoder's eyes."""
         return self._damaged + len(self._undecodable)
 
     def batch(self, step: int, size: int, *, seed: int, flip: bool) -> Tensor:
-        """The pictures of a step, uint8 [I, C, H, W]: each epoch has every picture once, in an order of its own."""
+        """The images of a step, uint8 [I, C, H, W]: each epoch has every image once, in an order of its own."""
         numbers = [self._number(step * size + place, seed) for place in range(size)]
         values_ICHW = torch.from_numpy(np.stack(list(self._pool.map(self._good, numbers))))
         if flip:
@@ -81,11 +81,11 @@ class PictureSet:
         return values_ICHW
 
     def in_order(self, size: int, limit: int = 0) -> Iterator[Tensor]:
-        """All pictures that can be decoded (at most `limit`, 0: all), `size` at a time."""
+        """All images that can be decoded (at most `limit`, 0: all), `size` at a time."""
         end = min(limit or len(self), len(self))
         for first in range(0, end, size):
-            found = self._pool.map(self._picture, range(first, min(first + size, end)))
-            good = [picture for picture in found if picture is not None]
+            found = self._pool.map(self._image, range(first, min(first + size, end)))
+            good = [image for image in found if image is not None]
             if good:
                 yield torch.from_numpy(np.stack(good))
 
@@ -99,28 +99,28 @@ class PictureSet:
     _order_of: tuple[int, int] = (-1, -1)
     _order_N: np.ndarray = np.empty(0, np.int64)
 
-    def _good(self, number: int) -> Picture:
+    def _good(self, number: int) -> PixelArray:
         for following in range(_GREATEST_RUN):
-            picture = self._picture((number + following) % len(self))
-            if picture is not None:
-                return picture
-        raise UserError(f"{_GREATEST_RUN} pictures of {_shown(self._paths)} in a row cannot be decoded")
+            image = self._image((number + following) % len(self))
+            if image is not None:
+                return image
+        raise UserError(f"{_GREATEST_RUN} images of {_shown(self._paths)} in a row cannot be decoded")
 
-    def _picture(self, number: int) -> Picture | None:
+    def _image(self, number: int) -> PixelArray | None:
         kept = self._kept.get(number)
         if kept is not None:
             return kept
         place = self._places[number]
         try:
             data = os.pread(self._descriptor(place.shard), place.size, place.start)
-            picture = decode(data, channels=self._channels, image_size=self._image_size)
+            image = decode(data, channels=self._channels, image_size=self._image_size)
         except SampleError:
             self._undecodable.add(number)
             return None
-        if self._kept_bytes + picture.nbytes <= _KEPT_BYTES:
-            self._kept[number] = picture
-            self._kept_bytes += picture.nbytes
-        return picture
+        if self._kept_bytes + image.nbytes <= _KEPT_BYTES:
+            self._kept[number] = image
+            self._kept_bytes += image.nbytes
+        return image
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._descriptors:
