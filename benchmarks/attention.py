@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from limits import DTYPES, Timer, find_device, measure_limits, record_head, tflops, write_json
 from transfusion_kernels import IntervalMask, explain, interval_attention
 from transfusion_kernels.attention.cpu_plan import make_plan
-from verify import GREATEST_ERROR, Attend, exact_results, verify
+from verify import MAX_ERROR, Attend, exact_results, verify
 
 RESULT = Path(__file__).resolve().parent / "results" / "attention.json"
 WRONG_OR_FAILED = 3
@@ -367,7 +367,7 @@ def run(
         "environment": record_head(options.device),
         "formulas": FORMULAS,
         "limits": table.limits.as_dict(),
-        "greatest_error": dict(zip(("tensor", "row"), GREATEST_ERROR[options.dtype], strict=True)),
+        "max_error": dict(zip(("tensor", "row"), MAX_ERROR[options.dtype], strict=True)),
         "results": [],
     }
     peak = table.limits.gemm_tflops[options.dtype]

@@ -114,7 +114,7 @@ def pca_psnr(training: ImageSet, validation: ImageSet, components: int) -> float
     return torch.cat(found).mean().item()
 
 
-def judge(name: str, folder: Path, validation: Sequence[str], image: Path) -> dict[str, Any]:
+def measure_codec(name: str, folder: Path, validation: Sequence[str], image: Path) -> dict[str, Any]:
     """The figures of one codec; its images as `image`."""
     codec = settings(folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -165,7 +165,9 @@ def main() -> int:
     codecs = record["codecs"] = {}
     for name in given.configs.split(","):
         folder = trained(name, given.data, given.runs)
-        codecs[name] = judge(name, folder, validation, given.out.with_name(f"{given.out.stem}-{name}.png"))
+        codecs[name] = measure_codec(
+            name, folder, validation, given.out.with_name(f"{given.out.stem}-{name}.png")
+        )
     size = {"channels": 3, "image_size": trained_size(folder), "workers": 2}
     sets = [ImageSet(shards, **size) for shards in ([f"{given.data}/train/*.tar"], validation)]
     record["pca"] = {"components": given.components, "psnr": pca_psnr(*sets, given.components)}
@@ -175,9 +177,7 @@ def main() -> int:
     write_json(record, given.out)
     for name, found in codecs.items():
         cost = f"{found['trained']['step']} steps, {found['trained']['cpu_seconds'] / 60:.0f} CPU minutes"
-        print(
-            f"{name:12} {found['psnr']:.2f} dB, SSIM {found['ssim']:.4f}, {found['images']} images; {cost}"
-        )
+        print(f"{name:12} {found['psnr']:.2f} dB, SSIM {found['ssim']:.4f}, {found['images']} images; {cost}")
     print(f"{'PCA':12} {record['pca']['psnr']:.2f} dB, {given.components} components")
     for bar, reached in record["bars"].items():
         print(f"{'reached' if reached else 'MISSED':12} {bar}")

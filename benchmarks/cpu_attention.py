@@ -37,7 +37,7 @@ BARS: dict[str, dict[str, float]] = {
     "packed-512": {"under dense": 4.0},
     "packed-64": {"under dense": 4.0},
 }
-GREATEST_MASK_SHARE = 0.01
+MAX_MASK_SHARE = 0.01
 
 
 def contenders(mask: IntervalMask) -> dict[str, Attend]:
@@ -130,8 +130,8 @@ def mask_building(rounds: int) -> dict[str, Any]:
     return {
         "milliseconds": {name: statistics.median(times) for name, times in taken.items()},
         "share_of_a_layers_forward": share,
-        "bar": GREATEST_MASK_SHARE,
-        "reached": share < GREATEST_MASK_SHARE,
+        "bar": MAX_MASK_SHARE,
+        "reached": share < MAX_MASK_SHARE,
     }
 
 

@@ -58,12 +58,12 @@ from transfusion.data.index.open import build_indexes
 from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.loading import rows
 from transfusion.data.loading.loader import Loader, plan_settings
-from transfusion.data.planning.epoch import Deck, Lengths, Variant
+from transfusion.data.planning.epoch import EpochOrder, Lengths, Variant
 from transfusion.data.planning.packing import Planner
 from transfusion.data.prepare.folders import image_sample
 from transfusion.data.shards.scan import texts
 from transfusion.data.shards.webdataset import Sample, expand, write_shards
-from transfusion.data.viewing.plan_stats import Survey, as_dict, survey, survey_config
+from transfusion.data.viewing.plan_stats import Survey, as_dict, measure_config, measure_plan
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 RESULT = Path(__file__).resolve().parent / "results" / "data.json"
@@ -148,7 +148,7 @@ def planning(config: Config, rounds: int) -> dict[str, Any]:
         index.lengths for index, source in zip(indexes, config.data.sources, strict=True)
     ]
     settings = plan_settings(config)
-    found: list[Survey] = [survey(lengths, settings, batches=BATCHES) for _ in range(rounds)]
+    found: list[Survey] = [measure_plan(lengths, settings, batches=BATCHES) for _ in range(rounds)]
     text = found[0].sources["text"]
     return {
         "tokens": found[0].tokens,
@@ -160,7 +160,7 @@ def planning(config: Config, rounds: int) -> dict[str, Any]:
         "tokens_dropped": tokens_dropped(lengths, config, found[0]),
         "text_share": text.share,
         "text_share_error": text.share_error,
-        "text_share_error_of_a_batch": text.greatest_share_error_of_a_batch,
+        "text_share_error_of_a_batch": text.max_share_error_of_a_batch,
         "state_bytes": found[0].state_bytes,
         "resume_seconds": resume_seconds(lengths, config),
     }
@@ -173,7 +173,7 @@ def tokens_dropped(lengths: list[Lengths], config: Config, found: Survey) -> int
         planner.next_batch(0, config.data.global_batch_size)
     start = planner.state()["start"]
     assert planner.state()["used"] == 0
-    decks = [Deck(source, plan_settings(config).variants) for source in lengths]
+    decks = [EpochOrder(source, plan_settings(config).variants) for source in lengths]
     drawn = 0
     for deck in decks:
         draw, first, _ = start["sources"][deck.source.name]
@@ -205,7 +205,7 @@ def resume_seconds(lengths: list[Lengths], config: Config, points: int = 20) -> 
 def beyond(config: Config, rounds: int) -> dict[str, Any]:
     """`transfusion data plan --simulate`, the fastest round."""
     found = [
-        survey_config(load_config(None, ["data.global_batch_size=4096"]), simulate=True, ranks=512, steps=4)
+        measure_config(load_config(None, ["data.global_batch_size=4096"]), simulate=True, ranks=512, steps=4)
         for _ in range(rounds)
     ]
     return as_dict(min(found, key=lambda each: each.plan_ms_per_batch))

@@ -26,7 +26,7 @@ from transfusion.observe.environment import describe_environment
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CUDA_MATRICES, CPU_MATRICES = (4096, 8192, 16384), (256, 512, 1024)
 CUDA_COPIES_MIB, CPU_COPIES_MIB = (256, 1024, 4096), (16, 64)
-FEWEST_CALLS, MOST_CALLS = 3, 200
+MIN_CALLS, MAX_CALLS = 3, 200
 # Written before each timed call on a GPU. Larger than any cache, and long enough at it that the host has launched
 # what is timed before the device comes to it.
 FLUSHED_BYTES = 1 << 30
@@ -53,7 +53,7 @@ class Timer:
         call()
         self.wait()
         once = max(time.perf_counter() - begin, 1e-6)
-        calls = min(max(int(seconds / once), FEWEST_CALLS), MOST_CALLS)
+        calls = min(max(int(seconds / once), MIN_CALLS), MAX_CALLS)
         times = self._on_cuda(call, calls, cold) if self.device.type == "cuda" else _on_cpu(call, calls)
         return statistics.median(times)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from transfusion.config import Config, load_config
-from transfusion.plan import Mixture, Plan, make_plan
+from transfusion.plan import DocumentMix, Plan, make_plan
 from transfusion.plan.advice import applied
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "train"
@@ -141,7 +141,7 @@ def _row(settings: Sequence[str], plan: Plan, first: float) -> str:
 
 def published() -> Iterator[str]:
     """Runs of others beside what the plan says of them."""
-    text_only = Mixture(pair_share=0.0, text_tokens=8192)
+    text_only = DocumentMix(pair_share=0.0, text_tokens=8192)
     yield "| who | GPUs | tokens/s a GPU, published | planned | published / planned |"
     yield "|---|---|---|---|---|"
     for run in PUBLISHED:

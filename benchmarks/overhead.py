@@ -30,7 +30,7 @@ from limits import find_device, record_head, write_json
 from step import png_of
 from transfusion.config import Config, load_config
 from transfusion.data.shards.webdataset import write_shards
-from transfusion.losses.transfusion import MixedLoss
+from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.parallel import environment
 from transfusion.schema import Batch
 from transfusion.sequence.tokenizer import train_tokenizer
@@ -75,7 +75,7 @@ def made_up(overrides: list[str], folder: Path) -> Config:
 def bare_loop(model: nn.Module, config: Config) -> Callable[[list[Batch]], None]:
     """One step on some micro-batches, with nothing around it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=config.optimizer.betas)
-    loss = MixedLoss(config.diffusion)
+    loss = TransfusionLoss(config.diffusion)
 
     def step(batches: list[Batch]) -> None:
         for batch in batches:

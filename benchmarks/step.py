@@ -42,7 +42,7 @@ from transfusion.data.shards.webdataset import write_shards
 from transfusion.model.count import count_parameters
 from transfusion.observe.flops import FlopModel, Work
 from transfusion.observe.memory import peak_gib
-from transfusion.observe.utilisation import published_tflops
+from transfusion.observe.utilization import published_tflops
 from transfusion.parallel import environment
 from transfusion.parallel.build import build_engine
 from transfusion.parallel.counts import global_counts

@@ -15,7 +15,7 @@ RESULT = ROOT / "benchmarks" / "results" / "quickstart.json"
 BEGIN, END = "<!-- quickstart table: benchmarks/table.py -->", "<!-- end of table -->"
 ROWS = {
     "generation_accuracy": "generated digits that a classifier of real ones reads as asked",
-    "judge_accuracy_on_real": "the same classifier on real validation digits",
+    "classifier_accuracy_on_real": "the same classifier on real validation digits",
     "generation_diversity": "distance between generated images of a digit, over that of real ones",
     "nearest_training_distance_generated": "distance of a generated image to the nearest training image",
     "nearest_training_distance_real": "the same of a real validation image",

@@ -21,7 +21,7 @@ from transfusion_kernels.verification.testing import poisoned_memory, relative_e
 
 # Rounding leaves errors well below these, a tile with the wrong mask well above: of a whole tensor (norm of the
 # difference over norm), and of its worst row, so that a few wrong rows among many do not hide.
-GREATEST_ERROR = {"bf16": (2e-2, 0.15), "fp16": (5e-3, 0.05), "fp32": (1e-4, 1e-3)}
+MAX_ERROR = {"bf16": (2e-2, 0.15), "fp16": (5e-3, 0.05), "fp32": (1e-4, 1e-3)}
 RESULT_NAMES = ("out", "dq", "dk", "dv")
 REFERENCE_BLOCK = 256
 
@@ -85,8 +85,8 @@ def verify(
         for name, result, true in zip(RESULT_NAMES, results, exact, strict=True)
     }
     rows = [_worst_row(result, true) for result, true in zip(results, exact, strict=True)]
-    greatest, greatest_row = GREATEST_ERROR[dtype]
-    right = all(error <= greatest for error in errors.values()) and all(row <= greatest_row for row in rows)
+    greatest, max_row = MAX_ERROR[dtype]
+    right = all(error <= greatest for error in errors.values()) and all(row <= max_row for row in rows)
     return Verdict(errors, max(rows, key=lambda row: math.inf if math.isnan(row) else row), right)
 
 

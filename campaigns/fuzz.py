@@ -61,7 +61,7 @@ def main() -> int:
             path.write_bytes(data)
             begin = time.process_time()
             try:
-                problems = judge(path, bytes(data), captions, counts)
+                problems = check(path, bytes(data), captions, counts)
             except Exception as error:
                 problems = [f"{type(error).__name__}: {error}"]
             slowest = max(slowest, time.process_time() - begin)
@@ -109,7 +109,7 @@ def damage(data: bytearray, rng: random.Random) -> str:
     return kind
 
 
-def judge(path: Path, data: bytes, captions: dict[str, str], counts: collections.Counter[str]) -> list[str]:
+def check(path: Path, data: bytes, captions: dict[str, str], counts: collections.Counter[str]) -> list[str]:
     """What is wrong with the way this shard is read."""
     problems = []
     found = list(scan(path, "sha256"))

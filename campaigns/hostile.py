@@ -26,7 +26,7 @@ from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 from transfusion.tokens import SpecialToken
 
 ROOT = Path(__file__).resolve().parents[1]
-GREATEST_MIB = 300
+MAX_MIB = 300
 KEPT = ("time", "python", "platform", "cpu", "cpu_count", "packages", "git", "transfusion")
 
 
@@ -42,11 +42,11 @@ def main() -> int:
     if arguments.shard:
         print(json.dumps(read(arguments.shard, Tokenizer(arguments.tokenizer))))
         return 0
-    return judge(arguments.data, arguments.out)
+    return check(arguments.data, arguments.out)
 
 
-def judge(data: Path, out: Path) -> int:
-    """Judge every case and write the record; returns the exit code."""
+def check(data: Path, out: Path) -> int:
+    """Check every case and write the record; returns the exit code."""
     manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
     wrong: list[str] = []
     cases, peak = 0, 0.0
@@ -71,12 +71,12 @@ def judge(data: Path, out: Path) -> int:
                 wrong.append(f"{name}: reading it ended with {done.returncode}: {done.stderr[-300:]}")
                 continue
             found = json.loads(done.stdout)
-            wrong += [f"{name}: {problem}" for problem in judge_shard(facts, found)]
+            wrong += [f"{name}: {problem}" for problem in check_shard(facts, found)]
             cases += len(facts["samples"]) + ("shard_reason" in facts)
             peak = max(peak, found["peak_mib"])
-        wrong += judge_index(data, manifest, Path(folder), tokenizer)
-    if peak > GREATEST_MIB:
-        wrong.append(f"a process held {peak:.0f} MiB of at most {GREATEST_MIB}")
+        wrong += check_index(data, manifest, Path(folder), tokenizer)
+    if peak > MAX_MIB:
+        wrong.append(f"a process held {peak:.0f} MiB of at most {MAX_MIB}")
     # Imported here, since it brings torch along, which no process that reads shards needs.
     from transfusion.observe.environment import describe_environment
 
@@ -137,7 +137,7 @@ def _used(sample: RawSample, shard: Path, tokenizer: Tokenizer) -> dict[str, Any
     }
 
 
-def judge_shard(facts: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def check_shard(facts: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """What is not as the manifest asks."""
     wrong = []
     by_key: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
@@ -149,12 +149,12 @@ def judge_shard(facts: dict[str, Any], found: dict[str, Any]) -> list[str]:
     known = {case["key"] for case in facts["samples"]}
     wrong += [f"{key!r} is in no manifest" for key in by_key if key and key not in known]
     for case in facts["samples"]:
-        problem = judge_case(case, by_key[case["key"]])
+        problem = check_case(case, by_key[case["key"]])
         wrong += [f"{case['key']!r} ({case['case']}): {problem}"] if problem else []
     return wrong
 
 
-def judge_case(case: dict[str, Any], outcomes: list[dict[str, Any]]) -> str:
+def check_case(case: dict[str, Any], outcomes: list[dict[str, Any]]) -> str:
     """The problem with one case; empty when there is none."""
     good = [outcome for outcome in outcomes if "reason" not in outcome]
     bad = [outcome for outcome in outcomes if "reason" in outcome]
@@ -181,12 +181,12 @@ def judge_case(case: dict[str, Any], outcomes: list[dict[str, Any]]) -> str:
     for outcome in outcomes:
         if outcome["seconds"] > case.get("max_s", 60):
             return f"took {outcome['seconds']:.2f} s"
-        if outcome["growth_mib"] > case.get("max_mem_mb", GREATEST_MIB):
+        if outcome["growth_mib"] > case.get("max_mem_mb", MAX_MIB):
             return f"took {outcome['growth_mib']:.0f} MiB"
     return ""
 
 
-def judge_index(data: Path, manifest: dict[str, Any], folder: Path, tokenizer: Path) -> list[str]:
+def check_index(data: Path, manifest: dict[str, Any], folder: Path, tokenizer: Path) -> list[str]:
     """Index everything twice: exit code, counters, quarantine, and the same files both times."""
     wrong, written = [], []
     for name in ("first", "second"):

@@ -42,7 +42,7 @@ SETTINGS = (
 LONGER = ("train.steps=120", "checkpoint.every=7")
 COMPARED = ("loss", "text_loss", "image_loss", "image_loss_by_timestep", "gradient_norm", "tokens", "images")
 # A lost rank must have ended the others by then.
-MOST_SECONDS = 120.0
+MAX_SECONDS = 120.0
 # Of other numbers of processes, where sums are rounded in another order.
 CLOSE = 1e-4
 # More than the first line of metrics, less than a rank's part of a checkpoint.
@@ -160,7 +160,7 @@ def require(holds: bool, claim: str) -> None:
 def one_rank(place: Place) -> dict[str, Any]:
     """kill -9 of the second rank in the forward pass of step 5."""
     ended = place.run("one-rank", 2, "one rank")
-    require(ended.code != 0 and ended.seconds_after < MOST_SECONDS, "the other rank ends in time")
+    require(ended.code != 0 and ended.seconds_after < MAX_SECONDS, "the other rank ends in time")
     return {"seconds_to_end": round(ended.seconds_after, 1), **place.goes_on("one-rank", 2)}
 
 
@@ -225,7 +225,7 @@ def frozen_rank(place: Place, *more: str) -> dict[str, Any]:
     )
     require("rank 0 ends: it waited for another rank" in ended.printed, "and ends itself")
     ended_after = (place.folder / "runs/frozen/ended").stat().st_mtime - struck
-    require(ended_after < MOST_SECONDS, f"within two minutes, not {ended_after:.0f} s")
+    require(ended_after < MAX_SECONDS, f"within two minutes, not {ended_after:.0f} s")
     seconds = {
         "seconds_to_files": round(told.stat().st_mtime - struck, 1),
         "seconds_to_end": round(ended_after, 1),
@@ -378,12 +378,12 @@ def as_rank(blow: str, arguments: list[str]) -> None:
 
 def in_forward(does: Callable[[], None] | None) -> None:
     """Do it when the next loss of this process is computed; None: make that loss NaN."""
-    from transfusion.losses.transfusion import MixedLoss
+    from transfusion.losses.transfusion import TransfusionLoss
 
-    honest = MixedLoss.terms
+    honest = TransfusionLoss.terms
 
-    def terms(self: MixedLoss, model: Any, batch: Any) -> Any:
-        MixedLoss.terms = honest  # type: ignore[method-assign]
+    def terms(self: TransfusionLoss, model: Any, batch: Any) -> Any:
+        TransfusionLoss.terms = honest  # type: ignore[method-assign]
         found = honest(self, model, batch)
         if does is not None:
             does()
@@ -392,7 +392,7 @@ def in_forward(does: Callable[[], None] | None) -> None:
             text_sum=found.text_sum * float("nan"), image_sum=found.image_sum * float("nan")
         )
 
-    MixedLoss.terms = terms  # type: ignore[method-assign]
+    TransfusionLoss.terms = terms  # type: ignore[method-assign]
 
 
 def campaign(place: Place, names: list[str], points: int) -> Iterator[tuple[str, dict[str, Any]]]:

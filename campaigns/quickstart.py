@@ -22,8 +22,8 @@ from transfusion.observe.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "runs" / "quickstart"
-MOST_SECONDS = 600
-MOST_GIB = 4.0
+MAX_SECONDS = 600
+MAX_GIB = 4.0
 KEPT = ("time", "python", "platform", "cpu", "cpu_count", "gpus", "packages", "git", "transfusion")
 STAGE = re.compile(r"^  (\S+)\s+(\d+) s$", re.MULTILINE)
 
@@ -59,10 +59,10 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     missed = [name for name, metric in metrics.items() if metric["passed"] is False]
-    if seconds > MOST_SECONDS:
-        missed.append(f"{seconds} s of at most {MOST_SECONDS}")
-    if record["peak_memory_gib"] >= MOST_GIB:
-        missed.append(f"{record['peak_memory_gib']} GiB of less than {MOST_GIB}")
+    if seconds > MAX_SECONDS:
+        missed.append(f"{seconds} s of at most {MAX_SECONDS}")
+    if record["peak_memory_gib"] >= MAX_GIB:
+        missed.append(f"{record['peak_memory_gib']} GiB of less than {MAX_GIB}")
     print("missed: " + ", ".join(missed) if missed else "every bar reached")
     return 3 if missed else 0
 

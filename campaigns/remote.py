@@ -101,7 +101,7 @@ def make_place(folder: Path, web: Web, shards: int, samples: int) -> Place:
     train_tokenizer(list(CAPTIONS) * 20, folder / "tokenizer.model", vocabulary=320)
     place = Place(folder, shards, shards * samples, sum(path.stat().st_size for path in paths))
     config = place.config(web, run="indexing", window=WINDOW, cache_bytes=1 << 40, connections=4)
-    write_index(IndexJob.of(config), folder / "index", greatest_share=0)
+    write_index(IndexJob.of(config), folder / "index", max_share=0)
     return place
 
 

@@ -67,7 +67,7 @@ def main() -> int:
         "environment": {name: environment[name] for name in KEPT},
         "seconds": round(time.perf_counter() - begin),
         "masks": options.seeds,
-        "greatest_error": worst,
+        "max_error": worst,
         "bar": BAR,
         "mutants": {name: how or "missed" for name, how in found.items()},
     }

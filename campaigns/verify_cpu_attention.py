@@ -40,8 +40,8 @@ WIDTHS = (32, 64, 96, 128, 256)
 LAYOUTS = ("heads first", "positions first", "fused")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADS = 8
-GREATEST_ERROR = 5e-6
-GREATEST_RATIO = 1.5
+MAX_ERROR = 5e-6
+MAX_RATIO = 1.5
 # The gradients of q and k are 0 where every query has one key, a difference of numbers as large as q and k: an error
 # there is held against those.
 VANISHES = 1e-9
@@ -88,7 +88,7 @@ def errors(case: Case) -> tuple[dict[str, float], dict[str, float]]:
 
 def misses(found: dict[str, float], dense: dict[str, float]) -> list[str]:
     """Which tensors miss their bar. NaN misses every bar."""
-    bars = {name: GREATEST_RATIO * dense[name] if dense else GREATEST_ERROR for name in RESULT_NAMES}
+    bars = {name: MAX_RATIO * dense[name] if dense else MAX_ERROR for name in RESULT_NAMES}
     return [name for name in RESULT_NAMES if not found[name] <= bars[name]]
 
 
@@ -189,7 +189,7 @@ def main() -> int:
         "command": "python campaigns/verify_cpu_attention.py",
         "environment": {name: environment[name] for name in KEPT},
         "seconds": round(time.perf_counter() - begin),
-        "bars": {"fp32": GREATEST_ERROR, "bf16, over dense attention's": GREATEST_RATIO},
+        "bars": {"fp32": MAX_ERROR, "bf16, over dense attention's": MAX_RATIO},
         "product": {
             "families": list(families(LENGTHS[0])),
             "lengths": LENGTHS,

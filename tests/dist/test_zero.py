@@ -88,8 +88,8 @@ def test_rows_that_cannot_be_shared_are_refused(pair: Findings) -> None:
         assert told == [
             "train.sequence_parallel 4: the number of processes, 2, must be a multiple of it; start another number,"
             " or set it to 1",
-            "train.sequence_parallel 2: data.global_batch_size 3 must be a multiple of the 2 groups of ranks; start another"
-            " number, or set it to 1",
+            "train.sequence_parallel 2: data.global_batch_size 3 must be a multiple of the 2 groups of ranks; start"
+            " another number, or set it to 1",
             "ranks that share rows have read different ones: a shard was readable for some of them only",
         ]
 

@@ -49,13 +49,13 @@ def test_both_models_in_one_grid(transfusion: Command, tmp_path: Path) -> None:
         transfusion("codec", "train", "codec.yaml", f"run.dir={kind}")
         transfusion("codec", "encode", f"{kind}/codec", "data/train/*.tar", "--out", f"{kind}/shards")
     images = "data.sources.0.shards=data/train/*.tar"
-    transfusion("classifier", "model.yaml", "--out", "judge.safetensors", images, "--epochs", "3")
+    transfusion("classifier", "model.yaml", "--out", "classifier.safetensors", images, "--epochs", "3")
     assert "name its shards" in transfusion("classifier", "model.yaml", "--out", "no", code=2)
     grid = {
         "base": "model.yaml",
         "axes": {"model": {"transfusion": {}, "chameleon": {"base": "vq.yaml"}}},
         "suites": ["validation", "images", "captions"],
-        "classifier": "judge.safetensors",
+        "classifier": "classifier.safetensors",
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     run = ("scaling", "run", "grid.yaml", "--out", "runs")

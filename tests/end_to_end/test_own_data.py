@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SMALLER = [
-    "model.layers=1", "model.hidden_size=64", "model.heads=2", "data.global_batch_size=2", "data.micro_batch_size=2", "train.steps=2",
-    "train.precision=fp32", "train.threads=1",
+    "model.layers=1", "model.hidden_size=64", "model.heads=2", "data.global_batch_size=2", "data.micro_batch_size=2",
+    "train.steps=2", "train.precision=fp32", "train.threads=1",
 ]  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def logits(engine: LocalEngine, ids_BS: Tensor) -> Tensor:
     end = torch.arange(1, length + 1, dtype=torch.int32).expand(rows, -1)
     position = torch.arange(length).expand(rows, -1)[..., None]
     hidden = model.run_blocks(model.embedding(ids_BS), position, IntervalMask(torch.zeros_like(end), end))
-    return model.text_head(model.norm(hidden))
+    return model.lm_head(model.norm(hidden))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -100,7 +100,7 @@ def test_without_a_tokenizer_rows_go_by_their_number(tmp_path: Path, vocabulary:
     config = config_of(vocabulary)
     engine, drawn = started(tmp_path, config), LocalEngine(config, ALONE)
     same = min(vocabulary, VOCABULARY)
-    for ours, its in (("embedding", theirs.model.embed_tokens), ("text_head", theirs.lm_head)):
+    for ours, its in (("embedding", theirs.model.embed_tokens), ("lm_head", theirs.lm_head)):
         weight = engine.masters[f"{ours}.weight"]
         assert torch.equal(weight[:same], its.weight[:same])
         assert torch.equal(weight[same:], drawn.masters[f"{ours}.weight"][same:])
@@ -121,10 +121,10 @@ def test_with_a_tokenizer_rows_go_by_the_bytes_of_pieces(tmp_path: Path, byte_le
     pieces = [b"<PAD>", b"<BOS>", b"<EOS>", b"\xc3", b" the", b"zebra", b"a"]
     config = config_of(8)
     engine, drawn = started(tmp_path, config, pieces), LocalEngine(config, ALONE)
-    weight, its = engine.masters["text_head.weight"], theirs.lm_head.weight
+    weight, its = engine.masters["lm_head.weight"], theirs.lm_head.weight
     rows = {int(SpecialToken.BEGIN_DOCUMENT): 1, 3: 11, 4: 10, 6: 12}
     for row in range(8):
-        wanted = its[rows[row]] if row in rows else drawn.masters["text_head.weight"][row]
+        wanted = its[rows[row]] if row in rows else drawn.masters["lm_head.weight"][row]
         assert torch.equal(weight[row], wanted), row
 
 

@@ -60,7 +60,7 @@ def models(request: pytest.FixtureRequest) -> tuple[Transfusion, Any]:
     weights = {
         "model.embed_tokens.weight": ours.embedding.weight,
         "model.norm.weight": ours.norm.weight,
-        "lm_head.weight": ours.text_head.weight,
+        "lm_head.weight": ours.lm_head.weight,
     }
     for layer, block in enumerate(ours.blocks):
         for mine, its in PARTS.items():
@@ -80,7 +80,7 @@ def ours_logits(
     mask = IntervalMask(first_S.expand(rows, -1), torch.from_numpy(layout.end_key_S).int().expand(rows, -1))
     position_BSA = torch.from_numpy(layout.position_SA).expand(rows, -1, -1)
     hidden_BSD = model.run_blocks(model.embedding(ids_BS), position_BSA, mask)
-    return model.text_head(model.norm(hidden_BSD))
+    return model.lm_head(model.norm(hidden_BSD))
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def test_loss_of_text(models: tuple[Transfusion, Any]) -> None:
         hidden = ours.run_blocks(
             ours.embedding(ids), position_BSA, IntervalMask(torch.zeros_like(end_BS), end_BS)
         )
-        total = ours.text_head(ours.norm(hidden)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        total = ours.lm_head(ours.norm(hidden)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         expected = theirs(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(total / 78, expected, rtol=2e-6, atol=0)
 

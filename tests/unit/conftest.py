@@ -16,7 +16,7 @@ from transfusion.data.loading.rows import Row, RowImage, RowSettings, borders, j
 from transfusion.model import Transfusion
 from transfusion.model.initialise import initialise
 from transfusion.schema import Batch, ImageSegment, Segment
-from transfusion.sequence.layout import draft
+from transfusion.sequence.layout import tokenize_document
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 VOCABULARY = 320
@@ -105,10 +105,10 @@ def _row(
     keys: Sequence[int] | None,
 ) -> Row:
     """What the loader makes of planned documents, for documents, noise levels and noise keys given by hand."""
-    drafts = [draft(document) for document in documents]
+    tokenized = [tokenize_document(document) for document in documents]
     places = [
         (start + first, patches)
-        for start, each in zip(borders(drafts), drafts, strict=False)
+        for start, each in zip(borders(tokenized), tokenized, strict=False)
         for first, patches, _ in each.images
     ]
     decoded = [
@@ -121,7 +121,7 @@ def _row(
     for number, (values, place) in enumerate(zip(decoded, places, strict=True), images_before):
         timestep = timesteps[number] if timesteps else 10 * (number + 1)
         images.append(RowImage(values, *place, timestep, keys[number] if keys else number))
-    return joined(drafts, settings, tuple(images), ())
+    return joined(tokenized, settings, tuple(images), ())
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from transfusion_kernels.attention.tiles import Tile, all_registers
 # Below two programs a processor some wait for memory that others could be loading.
 PROGRAMS_PER_PROCESSOR = 2
 # A part shorter than this costs more to merge than it saves.
-FEWEST_KEYS_OF_A_PART = 256
-MOST_PARTS = 64
+MIN_KEYS_OF_A_PART = 256
+MAX_PARTS = 64
 PROCESSORS_OF_THE_INTERPRETER = 16
 
 
@@ -134,7 +134,7 @@ def _register_limit(tile: Tile, padded_width: int) -> dict[str, int]:
 def parts_for(programs: int, num_keys: int, processors: int) -> int:
     """How many parts to take the keys in, given how many programs one part makes: from sizes that the host knows."""
     wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, programs)
-    return max(1, min(wanted, num_keys // FEWEST_KEYS_OF_A_PART, MOST_PARTS)) if programs < processors else 1
+    return max(1, min(wanted, num_keys // MIN_KEYS_OF_A_PART, MAX_PARTS)) if programs < processors else 1
 
 
 @cache

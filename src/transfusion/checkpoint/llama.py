@@ -20,7 +20,7 @@ from torch import Tensor
 from transfusion.checkpoint.llama_vocabulary import pieces_of_folder
 from transfusion.config import Config, ModelConfig
 from transfusion.errors import UserError
-from transfusion.parallel.collectives import together
+from transfusion.parallel.collectives import raise_together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT, Shard
 from transfusion.sequence.tokenizer import Tokenizer
@@ -31,9 +31,9 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-VOCABULARY = ("embedding.weight", "text_head.weight")
+VOCABULARY = ("embedding.weight", "lm_head.weight")
 # Ours -> theirs; rotary pairs are the same, (i, i + E/2).
-OUTSIDE = {"embedding.weight": EMBEDDING, "text_head.weight": HEAD, "norm.weight": "model.norm.weight"}
+OUTSIDE = {"embedding.weight": EMBEDDING, "lm_head.weight": HEAD, "norm.weight": "model.norm.weight"}
 IN_BLOCK = {
     "attention_norm": "input_layernorm",
     "feed_forward_norm": "post_attention_layernorm",
@@ -56,9 +56,9 @@ def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None
     embedding, and is trained apart from it. Called by all ranks together. Raises UserError, on every rank: files that
     are missing or damaged, and a `model` section that means another network, with the values to set.
     """
-    llama = together(lambda: Llama(folder, engine.config))
-    row_V = together(lambda: _rows(folder, llama, engine.config.model.vocabulary, tokenizer))
-    together(lambda: _fill(engine.shards(), llama, row_V))
+    llama = raise_together(lambda: Llama(folder, engine.config))
+    row_V = raise_together(lambda: _rows(folder, llama, engine.config.model.vocabulary, tokenizer))
+    raise_together(lambda: _fill(engine.shards(), llama, row_V))
     engine.shards_written(0)
     found = int((row_V >= 0).sum())
     log.info("weights of %s; %d of %d rows of the vocabulary are its own", folder, found, len(row_V))
@@ -169,7 +169,7 @@ def _our_names(model: ModelConfig) -> Iterator[str]:
 def _their_name(name: str, tied: bool) -> str | None:
     """A Llama's name for one of our parameters; None where it has none."""
     if name in OUTSIDE:
-        return EMBEDDING if tied and name == "text_head.weight" else OUTSIDE[name]
+        return EMBEDDING if tied and name == "lm_head.weight" else OUTSIDE[name]
     first, _, rest = name.partition(".")
     if first != "blocks":
         return None

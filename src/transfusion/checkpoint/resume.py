@@ -14,7 +14,7 @@ from torch import Tensor
 from transfusion.checkpoint import layout
 from transfusion.checkpoint.layout import Manifest
 from transfusion.errors import UserError
-from transfusion.parallel.collectives import from_main, together
+from transfusion.parallel.collectives import broadcast_from_main, raise_together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT, Shard
 from transfusion.schema import TrainState
@@ -67,7 +67,7 @@ def resume(run_folder: str | Path, engine: Engine) -> TrainState | None:
     Raises UserError as `load` does.
     """
     # One rank looks for all: on shared storage another may still be shown a former list of files.
-    folder = from_main(lambda: layout.find_latest(run_folder))
+    folder = broadcast_from_main(lambda: layout.find_latest(run_folder))
     return None if folder is None else load(folder, engine)
 
 
@@ -77,8 +77,8 @@ def newest_good(run_folder: str | Path) -> Path:
         if not layout.read_manifest(folder).state.get("bad_steps", 0):
             return folder
     raise UserError(
-        "too many steps in a row were skipped (train.rollback_after_skipped), and no checkpoint from before them is left;"
-        " lower optimizer.learning_rate, look at the newest data, or save more often (checkpoint.every)"
+        "too many steps in a row were skipped (train.rollback_after_skipped), and no checkpoint from before them is"
+        " left; lower optimizer.learning_rate, look at the newest data, or save more often (checkpoint.every)"
     )
 
 
@@ -90,9 +90,9 @@ def load(folder: str | Path, engine: Engine) -> TrainState:
     UserError, on every rank, for a damaged checkpoint and for one of another model.
     """
     folder = Path(folder)
-    manifest = together(lambda: _checked(folder, engine))
+    manifest = raise_together(lambda: _checked(folder, engine))
     reader = SliceReader(folder, manifest)
-    together(lambda: _fill(engine.shards(), reader))
+    raise_together(lambda: _fill(engine.shards(), reader))
     engine.shards_written(manifest.updates)
     return TrainState(**manifest.state)
 

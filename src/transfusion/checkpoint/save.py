@@ -30,7 +30,7 @@ from transfusion.files import (
     replace_folder,
     sync_folder,
 )
-from transfusion.parallel.collectives import describe, together
+from transfusion.parallel.collectives import describe, raise_together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.parameter_shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
 from transfusion.schema import TrainState
@@ -71,7 +71,7 @@ class Saver:
     def __init__(
         self, run_folder: str | Path, engine: Engine, *, keep: int, archive_interval: int = 0
     ) -> None:
-        """keep: how many of the newest stay; with them stay all whose step is a multiple of `archive_interval`, if not 0."""
+        """keep: how many of the newest stay. So do those whose step is a multiple of `archive_interval`, if not 0."""
         self._run_folder, self._engine = run_folder, engine
         self._keep, self._archive_interval = keep, archive_interval
         self._copies: dict[str, Tensor] = {}
@@ -165,7 +165,7 @@ class Saver:
 
 
 def _together(work: Callable[[], T], folder: Path) -> T:
-    """`together`, with errors that tell what was to be saved."""
+    """`raise_together`, with errors that tell what was to be saved."""
 
     def part() -> T:
         try:
@@ -175,7 +175,7 @@ def _together(work: Callable[[], T], folder: Path) -> T:
                 f"cannot save {folder}: {describe(error)}; free space or set another run.dir"
             ) from error
 
-    return together(part)
+    return raise_together(part)
 
 
 def _prepare(unfinished: Path) -> None:

@@ -73,15 +73,15 @@ def plan(
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Plan without reading images: time, memory, shares, padding, balance. data.global_batch_size is the global batch."""
+    """Plan without reading images: time, memory, shares, padding, balance, by data.global_batch_size."""
     from transfusion.config import load_config
-    from transfusion.data.viewing.plan_stats import as_dict, describe, survey_config
+    from transfusion.data.viewing.plan_stats import as_dict, describe, measure_config
 
     words = overrides or []
     if spec is not None and "=" in spec.name and not spec.exists():
         spec, words = None, [str(spec), *words]
     config = load_config(spec, words)
-    found = survey_config(config, simulate=simulate, ranks=ranks, steps=steps, samples=samples)
+    found = measure_config(config, simulate=simulate, ranks=ranks, steps=steps, samples=samples)
     print(json.dumps(as_dict(found)) if as_json else describe(found))
 
 
@@ -118,7 +118,7 @@ def index_shards(
         jobs = [IndexJob(spec, tokenizer, verify=verify)]
     with _byte_bar("index") as progress:
         limit = DataConfig().max_bad_fraction if max_bad_fraction is None else max_bad_fraction
-        report = write_index(jobs, out, greatest_share=limit, processes=workers, progress=progress)
+        report = write_index(jobs, out, max_share=limit, processes=workers, progress=progress)
     for line in report.describe():
         typer.echo(line)
     for shard in report.bad_shards:

@@ -13,9 +13,9 @@ from transfusion.parallel.cluster import Bandwidth
 from transfusion.parallel.environment import Environment
 
 # Names and times of files come from the machines' clocks; make, tar and object stores compare them.
-MOST_SKEW = 1.0
+MAX_SKEW = 1.0
 # Below it gathers of ZeRO-3 take longer than the computation they feed (docs/distributed.md).
-LEAST_GPU_GB_S = 5.0
+MIN_GPU_GB_S = 5.0
 EXIT_UNFIT = 2
 
 
@@ -89,7 +89,7 @@ def _versions(versions: Sequence[dict[str, str]], hosts: Sequence[str]) -> Itera
 def _clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Iterator[Finding]:
     rank = max(range(len(offsets)), key=lambda rank: abs(offsets[rank]))
     text = f"at most {abs(offsets[rank]) * 1e3:.1f} ms apart"
-    if abs(offsets[rank]) <= MOST_SKEW:
+    if abs(offsets[rank]) <= MAX_SKEW:
         yield Finding("clocks", "good", text)
     else:
         text = f"{hosts[rank]} (rank {rank}) is {offsets[rank]:+.1f} s off {hosts[0]}"
@@ -119,7 +119,7 @@ def _bandwidths(found: Sequence[Bandwidth], *, gpu: bool) -> Iterator[Finding]:
             f"{each.bytes / 2**20:g} MiB {each.milliseconds:.2f} ms {each.bus_gb_s:.2f} GB/s"
             for each in sizes
         )
-        slow = gpu and sizes[-1].bus_gb_s < LEAST_GPU_GB_S
+        slow = gpu and sizes[-1].bus_gb_s < MIN_GPU_GB_S
         remedy = (
             "look at NCCL_DEBUG=INFO: NCCL_SOCKET_IFNAME and NCCL_IB_HCA name the fast network"
             if slow

@@ -159,10 +159,10 @@ def plan(
 
     # The autoencoder need not be there yet.
     resolved = load_config(config, overrides or [], reads_codec=False)
-    from transfusion.plan import Mixture, make_plan, report, warnings
+    from transfusion.plan import DocumentMix, make_plan, report, warnings
 
-    mixture = Mixture(pair_share=pair_share, text_tokens=text_tokens, caption_tokens=caption_tokens)
-    made = make_plan(resolved, gpus, gpu, mixture)
+    document_mix = DocumentMix(pair_share=pair_share, text_tokens=text_tokens, caption_tokens=caption_tokens)
+    made = make_plan(resolved, gpus, gpu, document_mix)
     print(json.dumps({**made.as_dict(), "warnings": warnings(made)}, indent=2) if as_json else report(made))
 
 
@@ -271,9 +271,7 @@ def evaluate(
 
 @app.command()
 def classifier(
-    config: Annotated[
-        Path, typer.Argument(help="a configuration, for its images, captions and their size")
-    ],
+    config: Annotated[Path, typer.Argument(help="a configuration, for its images, captions and their size")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
     overrides: Overrides = None,
     epochs: Annotated[int, typer.Option(min=1)] = 8,

@@ -42,6 +42,6 @@ class KLCodec:
         mean_IChw = latent_IChw.float() / self._scale_C11 + self._shift_C11
         return pixels.decode(self.network.decode(mean_IChw).sample)
 
-    def settled(self, latent_IChw: Tensor) -> Tensor:
+    def as_context(self, latent_IChw: Tensor) -> Tensor:
         """The latents themselves: a detour over the image would only lose some of them."""
         return latent_IChw

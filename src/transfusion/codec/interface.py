@@ -25,7 +25,7 @@ class Codec(Protocol):
     def decode(self, latent_IChw: Tensor) -> Tensor:
         """Latents to uint8 images [I, *, H, W]."""
 
-    def settled(self, latent_IChw: Tensor) -> Tensor:
+    def as_context(self, latent_IChw: Tensor) -> Tensor:
         """Drawn latents as they are read again: what `encode` takes, uint8 or float."""
 
 

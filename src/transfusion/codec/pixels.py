@@ -27,4 +27,4 @@ class PixelCodec:
     bound: float | None = 1.0
     encode = staticmethod(encode)
     decode = staticmethod(decode)
-    settled = staticmethod(decode)
+    as_context = staticmethod(decode)

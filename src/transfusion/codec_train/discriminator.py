@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_WIDTH, _GREATEST, _GROUPS = 64, 512, 8
+_WIDTH, _MAX_WIDTH, _GROUPS = 64, 512, 8
 # A ratio of gradients beyond this is no judgement but a vanished denominator.
-_GREATEST_RATIO = 1e4
+_MAX_RATIO = 1e4
 
 
 class PatchDiscriminator(nn.Module):
@@ -23,7 +23,7 @@ class PatchDiscriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(channels, _WIDTH, 4, 2, padding=1), nn.LeakyReLU(0.2)]
         before, side = _WIDTH, image_size // 2
         while side >= 16 and before < 4 * _WIDTH:
-            width = min(2 * before, _GREATEST)
+            width = min(2 * before, _MAX_WIDTH)
             layers += [nn.Conv2d(before, width, 4, 2, padding=1, bias=False), nn.GroupNorm(_GROUPS, width)]
             layers.append(nn.LeakyReLU(0.2))
             before, side = width, side // 2
@@ -49,4 +49,4 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Te
     (of_reconstruction,) = torch.autograd.grad(reconstruction, last_weight, retain_graph=True)
     (of_adversarial,) = torch.autograd.grad(adversarial, last_weight, retain_graph=True)
     ratio = of_reconstruction.norm() / (of_adversarial.norm() + 1e-4)
-    return ratio.clamp(0, _GREATEST_RATIO).detach()
+    return ratio.clamp(0, _MAX_RATIO).detach()

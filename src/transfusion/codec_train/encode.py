@@ -34,7 +34,7 @@ from transfusion.data.images.latents import (
     record_sizes,
 )
 from transfusion.data.shards.sample import SampleError
-from transfusion.data.shards.validate import GREATEST_MEMBER, IMAGE_EXTENSIONS
+from transfusion.data.shards.validate import IMAGE_EXTENSIONS, MAX_MEMBER
 from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text, remove_unfinished
@@ -211,7 +211,7 @@ def _groups(reader: tarfile.TarFile) -> Iterator[_Group]:
         stem, _, extension = file.partition(".")
         key = f"{folder}/{stem}" if folder else stem
         # What no reader of shards takes is not carried along.
-        if not member.isfile() or member.size > GREATEST_MEMBER or extension.lower() in (LATENTS, TOKENS):
+        if not member.isfile() or member.size > MAX_MEMBER or extension.lower() in (LATENTS, TOKENS):
             continue
         if key != group.key:
             if group.members:
@@ -242,7 +242,7 @@ def _decoded(
         return None
     try:
         sizes = ImageSizes(codec.sizes, codec.downscale, 1)
-        if not sizes.several:
+        if not sizes.is_multi_size:
             return decode_to(images[0], sizes.first, channels=codec.channels)
         return decode_fitting(images[0], sizes, channels=codec.channels)
     except SampleError as error:

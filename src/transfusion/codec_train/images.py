@@ -24,7 +24,7 @@ from transfusion.errors import UserError
 # Decoded images are kept up to this size.
 _KEPT_BYTES = 1 << 30
 # An image that cannot be decoded is replaced by the next that can; so many in a row are no accident.
-_GREATEST_RUN = 100
+_MAX_RUN = 100
 
 
 class _Place(NamedTuple):
@@ -100,11 +100,11 @@ class ImageSet:
     _order_N: np.ndarray = np.empty(0, np.int64)
 
     def _good(self, number: int) -> PixelArray:
-        for following in range(_GREATEST_RUN):
+        for following in range(_MAX_RUN):
             image = self._image((number + following) % len(self))
             if image is not None:
                 return image
-        raise UserError(f"{_GREATEST_RUN} images of {_shown(self._paths)} in a row cannot be decoded")
+        raise UserError(f"{_MAX_RUN} images of {_shown(self._paths)} in a row cannot be decoded")
 
     def _image(self, number: int) -> PixelArray | None:
         kept = self._kept.get(number)

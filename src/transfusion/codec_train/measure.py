@@ -96,9 +96,7 @@ def reconstructed(network: Network, values_ICHW: Tensor, device: torch.device | 
 
 
 @torch.no_grad()
-def reconstruction_psnr(
-    network: Network, images: ImageSet, device: torch.device, limit: int = 0
-) -> float:
+def reconstruction_psnr(network: Network, images: ImageSet, device: torch.device, limit: int = 0) -> float:
     """Mean of the images' PSNR, in dB."""
     found = [
         psnr(reconstructed(network, values_ICHW, device).cpu(), values_ICHW)

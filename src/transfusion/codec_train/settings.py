@@ -15,9 +15,7 @@ Weight = Annotated[float, Field(ge=0)]
 class NetworkConfig(Section):
     """AutoencoderKL or VQModel of diffusers; the defaults are those of the usual 84 M parameters at 8 channels."""
 
-    widths: list[PositiveInt] = Field(
-        [128, 256, 512, 512], description="each but the last halves the image"
-    )
+    widths: list[PositiveInt] = Field([128, 256, 512, 512], description="each but the last halves the image")
     layers: PositiveInt = Field(2, description="residual blocks a width")
     latent_channels: PositiveInt = Field(8, description="channels of the latents, of vq before the codebook")
     groups: PositiveInt = Field(32, description="groups of each GroupNorm; every width is a multiple")

@@ -78,9 +78,7 @@ class CodecTrainer:
         size = {"channels": images.channels, "image_size": images.image_size}
         self.images = ImageSet(images.shards, **size, workers=images.workers)
         self.validation = (
-            ImageSet(images.validation, **size, workers=images.workers)
-            if images.validation
-            else self.images
+            ImageSet(images.validation, **size, workers=images.workers) if images.validation else self.images
         )
         self.loss = CodecLoss(config.loss).to(device)
         torch.manual_seed(config.run.seed)
@@ -89,7 +87,10 @@ class CodecTrainer:
         self.average = MovingAverage(
             list(self.network.parameters()) if config.optimizer.ema_decay else [], config.optimizer.ema_decay
         )
-        self.optimizer, self.judge_optimizer = self._adam(self.network), self._adam(self.discriminator)
+        self.optimizer, self.discriminator_optimizer = (
+            self._adam(self.network),
+            self._adam(self.discriminator),
+        )
         self.step = 0
         # CPU seconds of the steps so far: what a busy machine does not change.
         self.seconds = 0.0
@@ -138,14 +139,14 @@ class CodecTrainer:
             memory_format=torch.channels_last
         )
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.step)
-        judges = config.loss.adversarial > 0 and self.step >= config.loss.adversarial_from
+        has_discriminator = config.loss.adversarial > 0 and self.step >= config.loss.adversarial_from
         self.network.train()
         with self._precision():
             found = reconstruct(self.network, real_ICHW, config, generator)
         total, parts = self.loss(found.made_ICHW, real_ICHW)
         parts |= found.parts
         objective = total + found.bottleneck
-        if judges:
+        if has_discriminator:
             self.discriminator.requires_grad_(False)
             weighted, parts["adaptive"] = self.loss.adversarial(
                 self.discriminator(found.made_ICHW), total, self.network.decoder.conv_out.weight
@@ -159,20 +160,20 @@ class CodecTrainer:
             if self.average.averages:
                 self.average.update()
         parts["gradient_norm"] = norm
-        if judges:
-            parts["discriminator"] = self._judge_step(real_ICHW, found.made_ICHW.detach())
+        if has_discriminator:
+            parts["discriminator"] = self._discriminator_step(real_ICHW, found.made_ICHW.detach())
         if found.token_N is not None and found.encoded_NC is not None:
             self._count(found.token_N, found.encoded_NC, generator)
         self.step += 1
         self.seconds += time.process_time() - started
         return {name: part.detach() for name, part in parts.items()}
 
-    def _judge_step(self, real_ICHW: Tensor, made_ICHW: Tensor) -> Tensor:
+    def _discriminator_step(self, real_ICHW: Tensor, made_ICHW: Tensor) -> Tensor:
         self.discriminator.requires_grad_(True)
         loss = discriminator_loss(self.discriminator(real_ICHW), self.discriminator(made_ICHW))
-        self.judge_optimizer.zero_grad(set_to_none=True)
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.judge_optimizer.step()
+        self.discriminator_optimizer.step()
         return loss
 
     def _count(self, token_N: Tensor, encoded_NC: Tensor, generator: torch.Generator) -> None:
@@ -215,7 +216,7 @@ class CodecTrainer:
         left = self.config.steps - self.step
         if left <= optimizer.decay_steps:
             rate *= 0.01 + 0.99 * left / optimizer.decay_steps
-        for adam in (self.optimizer, self.judge_optimizer):
+        for adam in (self.optimizer, self.discriminator_optimizer):
             for group in adam.param_groups:
                 group["lr"] = rate
 
@@ -254,7 +255,7 @@ class CodecTrainer:
         tensors: dict[str, Tensor] = {}
         for prefix, module, adam in (
             ("network", self.network, self.optimizer),
-            ("discriminator", self.discriminator, self.judge_optimizer),
+            ("discriminator", self.discriminator, self.discriminator_optimizer),
         ):
             tensors |= {f"{prefix}/weight/{name}": value for name, value in module.state_dict().items()}
             tensors |= state.optimiser_tensors(prefix, module, adam)
@@ -281,7 +282,7 @@ class CodecTrainer:
         for number, (prefix, module, adam) in enumerate(
             (
                 ("network", self.network, self.optimizer),
-                ("discriminator", self.discriminator, self.judge_optimizer),
+                ("discriminator", self.discriminator, self.discriminator_optimizer),
             )
         ):
             start = f"{prefix}/weight/"
@@ -299,7 +300,7 @@ class CodecTrainer:
     def _updates(self) -> list[int]:
         return [
             max((int(each["step"]) for each in adam.state.values() if "step" in each), default=0)
-            for adam in (self.optimizer, self.judge_optimizer)
+            for adam in (self.optimizer, self.discriminator_optimizer)
         ]
 
     def _identity(self) -> str:

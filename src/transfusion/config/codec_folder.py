@@ -26,7 +26,7 @@ class CodecFacts(NamedTuple):
     """A folder's own words, under the names of the section `codec`.
 
     channels: of images. downscale: pixels a side of one latent. A latent is (encoded - shift) * scale, with one
-    number for all channels or one for each. codebook_size: entries of the codebook; 0: none. weights: digest of the files.
+    number for all channels or one for each. codebook_size: its entries; 0: none. weights: digest of the files.
     """
 
     kind: Literal["kl", "vq"]

@@ -13,7 +13,7 @@ from transfusion.config.sections import (
     SampleGridConfig,
     TrainConfig,
 )
-from transfusion.sequence.sizes import GREATEST_ASPECT, ImageSizes, Size
+from transfusion.sequence.sizes import MAX_ASPECT, ImageSizes, Size
 
 # The recipe of the Chameleon baseline (paper, section 4.2 and appendix; Chameleon, section 2.3).
 CHAMELEON_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -76,16 +76,14 @@ def size_problems(
                 f"data.sequence_length {data.sequence_length} is too short for an image of"
                 f" {patches} patches and its four control tokens"
             )
-        if max(size) > GREATEST_ASPECT * min(size):
+        if max(size) > MAX_ASPECT * min(size):
             problems.append(
-                f"codec.{name} has an aspect ratio above {GREATEST_ASPECT}; data have none such: images beyond"
+                f"codec.{name} has an aspect ratio above {MAX_ASPECT}; data have none such: images beyond"
                 " are left out"
             )
     for text in sample.sizes:
         if Size.parse(text) not in codec.sizes:
-            problems.append(
-                f"sample.sizes: {text} is no size of this model's images; choose {sizes.named()}"
-            )
+            problems.append(f"sample.sizes: {text} is no size of this model's images; choose {sizes.named()}")
     return problems
 
 

@@ -313,8 +313,8 @@ class DiffusionConfig(Section):
             found.append("diffusion.max_timestep_before_caption must not exceed diffusion.steps")
         if self.timestep_sampling == "logit-normal" and self.prediction == "epsilon":
             found.append(
-                "diffusion.timestep_sampling=logit-normal hardly ever draws the greatest timesteps, where a noise prediction"
-                " says least about the image and sampling begins; use it with diffusion.prediction=v or flow"
+                "diffusion.timestep_sampling=logit-normal hardly ever draws the greatest timesteps, where a noise"
+                " prediction says least about the image and sampling begins; use it with diffusion.prediction=v or flow"
             )
         if self.timestep_shift != 1 and self.prediction != "flow":
             found.append(

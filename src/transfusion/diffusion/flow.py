@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from transfusion.diffusion.sampler import Predict
+from transfusion.diffusion.sampler import Denoiser
 from transfusion.sequence.timesteps import shifted
 
 
@@ -28,20 +28,20 @@ class Euler:
         # Level (t + 1) / train_steps belongs to timestep t; levels between those of training are asked for as such.
         self.timesteps = [max(0.0, sigma * train_steps - 1) for sigma in self.sigmas[:-1]]
 
-    def sample(self, latent_ICHW: Tensor, predict: Predict, key_I: Tensor) -> Tensor:
+    def sample(self, latent_ICHW: Tensor, predict: Denoiser, key_I: Tensor) -> Tensor:
         """Clean latents from start noise; no noise is drawn on the way."""
         for index in range(len(self.timesteps)):
             latent_ICHW = self.step(index, latent_ICHW, predict)
         return latent_ICHW
 
-    def step(self, index: int, latent_ICHW: Tensor, predict: Predict) -> Tensor:
+    def step(self, index: int, latent_ICHW: Tensor, predict: Denoiser) -> Tensor:
         """Latents at sigma `index` + 1 from those at sigma `index`."""
         return latent_ICHW + self._width(index) * self._velocity(index, latent_ICHW, predict)
 
     def _width(self, index: int) -> float:
         return self.sigmas[index + 1] - self.sigmas[index]
 
-    def _velocity(self, index: int, latent_ICHW: Tensor, predict: Predict) -> Tensor:
+    def _velocity(self, index: int, latent_ICHW: Tensor, predict: Denoiser) -> Tensor:
         velocity = predict(latent_ICHW, self.timesteps[index])
         if self.clip is None:
             return velocity
@@ -53,7 +53,7 @@ class Euler:
 class Heun(Euler):
     """Steps of the second order (Karras et al., 2022, algorithm 1): two calls each, one in the last."""
 
-    def step(self, index: int, latent_ICHW: Tensor, predict: Predict) -> Tensor:
+    def step(self, index: int, latent_ICHW: Tensor, predict: Denoiser) -> Tensor:
         width, first = self._width(index), self._velocity(index, latent_ICHW, predict)
         reached = latent_ICHW + width * first
         if index + 1 == len(self.timesteps):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion.noise import counter_normal
-from transfusion.diffusion.schedule import CosineSchedule, Schedule, StraightPath
+from transfusion.diffusion.schedule import CosineSchedule, RectifiedFlowSchedule, Schedule
 from transfusion.schema import TIMESTEP_BUCKETS
 
 
@@ -43,7 +43,9 @@ class ImageObjective:
     def __init__(self, config: DiffusionConfig) -> None:
         self.predicts = config.prediction
         self.schedule: Schedule = (
-            StraightPath(config.steps) if config.prediction == "flow" else CosineSchedule(config.steps)
+            RectifiedFlowSchedule(config.steps)
+            if config.prediction == "flow"
+            else CosineSchedule(config.steps)
         )
         self.min_snr_gamma = config.min_snr_gamma if config.loss_weight == "min-snr" else None
 

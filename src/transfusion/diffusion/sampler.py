@@ -15,19 +15,19 @@ from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.schedule import CosineSchedule
 
 # The network under guidance: its answer to latents [I, C, H, W] at one timestep, which may lie between two of training.
-Predict = Callable[[Tensor, float], Tensor]
+Denoiser = Callable[[Tensor, float], Tensor]
 
 # Streams of the counter-based noise: 0 is the start, 1 + i the noise added by step i.
 START_STREAM = 0
 # Below this alpha_bar (a hundredth of the image's scale) a predicted noise says nothing of an image that has no bound:
 # its error would be divided by next to nothing.
-NOTHING_LEFT = 1e-4
+MIN_ALPHA_BAR = 1e-4
 
 
 class Sampler(Protocol):
     """A way from pure noise to an image."""
 
-    def sample(self, latent_ICHW: Tensor, predict: Predict, key_I: Tensor) -> Tensor:
+    def sample(self, latent_ICHW: Tensor, denoise: Denoiser, key_I: Tensor) -> Tensor:
         """Clean latents from start noise; noise on the way is drawn from the keys."""
 
 
@@ -36,7 +36,7 @@ def spaced_timesteps(train_steps: int, steps: int) -> list[int]:
     return [round(train_steps - i * train_steps / steps) - 1 for i in range(steps)]
 
 
-class _Spaced:
+class SpacedSampler:
     """What the samplers share: timesteps, and the image and noise that an answer means."""
 
     def __init__(
@@ -46,25 +46,25 @@ class _Spaced:
         *,
         predicts: Literal["epsilon", "v"] = "epsilon",
         clip: float | None = None,
-        least_alpha_bar: float = 0.0,
+        min_alpha_bar: float = 0.0,
     ) -> None:
         """clip: bound of the clean latents at each step, for latents with a known range such as pixels.
 
-        least_alpha_bar: below it a predicted noise is not asked for the image, which is taken for the mean, 0; with 0,
+        min_alpha_bar: below it a predicted noise is not asked for the image, which is taken for the mean, 0; with 0,
         the sampler of the papers.
         """
         if not 1 <= steps <= schedule.steps:
             raise ValueError(f"steps must lie in [1, {schedule.steps}], got {steps}")
         self.timesteps = spaced_timesteps(schedule.steps, steps)
-        self.predicts, self.clip, self.least_alpha_bar = predicts, clip, least_alpha_bar
+        self.predicts, self.clip, self.min_alpha_bar = predicts, clip, min_alpha_bar
         self._alpha_bar_T = schedule.alpha_bar_T
 
-    def sample(self, latent_ICHW: Tensor, predict: Predict, key_I: Tensor) -> Tensor:
+    def sample(self, latent_ICHW: Tensor, denoise: Denoiser, key_I: Tensor) -> Tensor:
         for index, timestep in enumerate(self.timesteps):
-            latent_ICHW = self.step(index, latent_ICHW, predict(latent_ICHW, timestep), key_I)
+            latent_ICHW = self.step(index, latent_ICHW, denoise(latent_ICHW, timestep), key_I)
         return latent_ICHW
 
-    def step(self, index: int, latent_ICHW: Tensor, answer_ICHW: Tensor, key_I: Tensor) -> Tensor:
+    def step(self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor, key_I: Tensor) -> Tensor:
         """Latents after step `index`, from those before it and the network's answer to them."""
         raise NotImplementedError
 
@@ -74,31 +74,31 @@ class _Spaced:
         last = index + 1 == len(self.timesteps)
         return here, torch.ones(()) if last else self._alpha_bar_T[self.timesteps[index + 1]]
 
-    def _clean(self, latent: Tensor, answer: Tensor, alpha_bar: Tensor, following: Tensor) -> Tensor:
+    def _clean(self, latent: Tensor, output: Tensor, alpha_bar: Tensor, following: Tensor) -> Tensor:
         if self.predicts == "v":
-            clean = alpha_bar.sqrt() * latent - (1 - alpha_bar).sqrt() * answer
-        elif alpha_bar < self.least_alpha_bar and following < 1:
+            clean = alpha_bar.sqrt() * latent - (1 - alpha_bar).sqrt() * output
+        elif alpha_bar < self.min_alpha_bar and following < 1:
             clean = torch.zeros_like(latent)
         else:
-            clean = (latent - (1 - alpha_bar).sqrt() * answer) / alpha_bar.sqrt()
+            clean = (latent - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()
         return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
 
-    def _noise(self, latent: Tensor, answer: Tensor, clean: Tensor, alpha_bar: Tensor) -> Tensor:
+    def _noise(self, latent: Tensor, output: Tensor, clean: Tensor, alpha_bar: Tensor) -> Tensor:
         if self.clip is not None:
             return (latent - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
         if self.predicts == "v":
-            return alpha_bar.sqrt() * answer + (1 - alpha_bar).sqrt() * latent
-        return answer
+            return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * latent
+        return output
 
 
-class DDPM(_Spaced):
+class DDPM(SpacedSampler):
     """Ancestral sampling with the posterior variance (Ho et al., 2020, eq. 6 and 7)."""
 
-    def step(self, index: int, latent_ICHW: Tensor, answer_ICHW: Tensor, key_I: Tensor) -> Tensor:
+    def step(self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor, key_I: Tensor) -> Tensor:
         here, following = self._alpha_bars(index)
         alpha = here / following
         beta = 1 - alpha
-        clean = self._clean(latent_ICHW, answer_ICHW, here, following)
+        clean = self._clean(latent_ICHW, output_ICHW, here, following)
         of_clean, of_latent = following.sqrt() * beta, alpha.sqrt() * (1 - following)
         mean = of_clean / (1 - here) * clean + of_latent / (1 - here) * latent_ICHW
         if index + 1 == len(self.timesteps):
@@ -108,13 +108,13 @@ class DDPM(_Spaced):
         return mean + variance.clamp(min=1e-20).sqrt() * fresh
 
 
-class DDIM(_Spaced):
+class DDIM(SpacedSampler):
     """Deterministic sampling (Song et al., 2021, eq. 12 with sigma = 0)."""
 
-    def step(self, index: int, latent_ICHW: Tensor, answer_ICHW: Tensor, key_I: Tensor) -> Tensor:
+    def step(self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor, key_I: Tensor) -> Tensor:
         here, following = self._alpha_bars(index)
-        clean = self._clean(latent_ICHW, answer_ICHW, here, following)
-        noise = self._noise(latent_ICHW, answer_ICHW, clean, here)
+        clean = self._clean(latent_ICHW, output_ICHW, here, following)
+        noise = self._noise(latent_ICHW, output_ICHW, clean, here)
         return following.sqrt() * clean + (1 - following).sqrt() * noise
 
 

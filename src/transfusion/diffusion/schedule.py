@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 OFFSET = 0.008
-LARGEST_BETA = 0.999
+MAX_BETA = 0.999
 
 
 class Schedule(ABC):
@@ -49,7 +49,7 @@ class CosineSchedule(Schedule):
         return alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
 
 
-class StraightPath(Schedule):
+class RectifiedFlowSchedule(Schedule):
     """Rectified flow (Liu et al., 2023): 1 - sigma and sigma, with sigma = (t + 1) / steps."""
 
     def __init__(self, steps: int = 1000) -> None:
@@ -67,5 +67,5 @@ def _alpha_bar(steps: int) -> Tensor:
     def survival(time: float) -> float:
         return math.cos((time + OFFSET) / (1 + OFFSET) * math.pi / 2) ** 2
 
-    betas = [min(1 - survival((t + 1) / steps) / survival(t / steps), LARGEST_BETA) for t in range(steps)]
+    betas = [min(1 - survival((t + 1) / steps) / survival(t / steps), MAX_BETA) for t in range(steps)]
     return torch.cumprod(1.0 - torch.tensor(betas, dtype=torch.float32), dim=0)

@@ -18,11 +18,11 @@ from transfusion.config import Config, DiffusionConfig
 from transfusion.config.objectives import PREDICTED, SAMPLERS, SamplerName
 from transfusion.diffusion.flow import Euler, Heun
 from transfusion.diffusion.guidance import guide
-from transfusion.diffusion.sampler import DDIM, DDPM, NOTHING_LEFT, Sampler, start_noise
+from transfusion.diffusion.sampler import DDIM, DDPM, MIN_ALPHA_BAR, Sampler, start_noise
 from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
-from transfusion.generate.runner import Reader
+from transfusion.generate.runner import ModelRunner
 from transfusion.model import Transfusion
 from transfusion.model.patches import unpatchify
 from transfusion.sequence.sizes import Size
@@ -79,12 +79,12 @@ def build_sampler(sampling: ImageSampling, config: DiffusionConfig, *, clip: flo
         predicts=config.prediction,
         clip=clip,
         # With a bound, the bound holds the error.
-        least_alpha_bar=NOTHING_LEFT if clip is None else 0.0,
+        min_alpha_bar=MIN_ALPHA_BAR if clip is None else 0.0,
     )
 
 
 def draw(
-    reader: Reader,
+    runner: ModelRunner,
     prefixes: KeyValueCache,
     rows: Sequence[int],
     keys: Sequence[int],
@@ -96,23 +96,23 @@ def draw(
     The model is called on the image blocks alone, both branches of the guidance in one batch, and once on the
     unconditional prefix. `prefixes` stays as it is.
     """
-    model, codec = reader.model, reader.codec
+    model, codec = runner.model, runner.codec
     assert isinstance(model, Transfusion) and isinstance(codec, Codec)
-    images, guided, size = len(rows), sampling.guidance != 1, sampling.size or reader.sizes.first
-    patches, latent_shape = reader.sizes.patches(size), reader.latent_shape(size)
+    images, guided, size = len(rows), sampling.guidance != 1, sampling.size or runner.sizes.first
+    patches, latent_shape = runner.sizes.patches(size), runner.latent_shape(size)
     parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
     if guided:
-        parts.append((reader.unconditional(size), [0] * images))
+        parts.append((runner.unconditional(size), [0] * images))
     longest = max(cache.lengths[row] for cache, chosen in parts for row in chosen)
     view = KeyValueCache.gathered(parts, longest + patches).view()
-    position_RPA = reader.image_positions(view.lengths, size)[:, :patches]
-    mask = view.mask(reader.image_ends(len(position_RPA), patches))
+    position_RPA = runner.image_positions(view.lengths, size)[:, :patches]
+    mask = view.mask(runner.image_ends(len(position_RPA), patches))
 
     def predict(latent_ICHW: Tensor, timestep: float) -> Tensor:
-        timestep_I = torch.full((images,), timestep, device=reader.device)
+        timestep_I = torch.full((images,), timestep, device=runner.device)
         encoding = model.encode_patches([latent_ICHW], timestep_I)
         if guided:
-            encoding = encoding.twice()
+            encoding = encoding.repeat_for_guidance()
         patches_RPD = encoding.patch_ND.unflatten(0, (-1, patches))
         hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
         predicted_NE = model.decode_patches(model.norm(hidden_RPD).flatten(0, 1), encoding)
@@ -122,6 +122,6 @@ def draw(
         conditional, unconditional = answer_RCHW.chunk(2)
         return guide(conditional, unconditional, sampling.guidance)
 
-    key_I = torch.tensor(keys, device=reader.device)
+    key_I = torch.tensor(keys, device=runner.device)
     sampler = build_sampler(sampling, config, clip=codec.bound)
     return sampler.sample(start_noise(key_I, latent_shape), predict, key_I)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from transfusion.config import Config, SampleGridConfig
 from transfusion.data.images.decode import decode_fitting
-from transfusion.data.images.probe import GREATEST_PIXELS, SMALLEST_SIDE
+from transfusion.data.images.probe import MAX_PIXELS, MIN_SIDE
 from transfusion.data.shards.sample import SampleError
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text
 from transfusion.generate.pipeline import SampledImage
-from transfusion.sequence.sizes import GREATEST_ASPECT
+from transfusion.sequence.sizes import MAX_ASPECT
 
 INDEX = "index.jsonl"
 # Images of a grid are enlarged to at least this side, pixel by pixel.
@@ -31,9 +31,9 @@ GRID_BACKGROUND = 96
 
 # What a user is told of an image that is whole, and yet none for a model.
 _UNFIT = {
-    "image_aspect": f"it is more than {GREATEST_ASPECT} times as long as wide; cut it",
-    "image_too_small": f"a side has fewer than {SMALLEST_SIDE} pixels; give a larger one",
-    "image_too_large": f"it has more than {GREATEST_PIXELS // 10**6} million pixels; give a smaller one",
+    "image_aspect": f"it is more than {MAX_ASPECT} times as long as wide; cut it",
+    "image_too_small": f"a side has fewer than {MIN_SIDE} pixels; give a larger one",
+    "image_too_large": f"it has more than {MAX_PIXELS // 10**6} million pixels; give a smaller one",
 }
 
 

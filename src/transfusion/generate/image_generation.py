@@ -16,18 +16,18 @@ from transfusion.generate import image_diffusion
 from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.image_diffusion import ImageSampling
 from transfusion.generate.image_tokens import draw_tokens
-from transfusion.generate.runner import Reader
+from transfusion.generate.runner import ModelRunner
 
 
 class Drawn(NamedTuple):
-    """pixels_ICHW: uint8. settled: the same images as the reader takes them again."""
+    """pixels_ICHW: uint8. as_context: the same images as the reader takes them again."""
 
     pixels_ICHW: Tensor
-    settled: Tensor
+    as_context: Tensor
 
 
 def draw_images(
-    reader: Reader,
+    runner: ModelRunner,
     prefixes: KeyValueCache,
     rows: Sequence[int],
     keys: Sequence[int],
@@ -35,9 +35,9 @@ def draw_images(
     config: DiffusionConfig,
 ) -> Drawn:
     """Image i continues row rows[i] of `prefixes`, from the random numbers of keys[i]; `prefixes` stays as it is."""
-    codec = reader.codec
+    codec = runner.codec
     if isinstance(codec, TokenCodec):
-        token_Ihw = draw_tokens(reader, prefixes, rows, keys, sampling)
+        token_Ihw = draw_tokens(runner, prefixes, rows, keys, sampling)
         return Drawn(codec.decode(token_Ihw), token_Ihw)
-    latent_ICHW = image_diffusion.draw(reader, prefixes, rows, keys, sampling, config)
-    return Drawn(codec.decode(latent_ICHW), codec.settled(latent_ICHW))
+    latent_ICHW = image_diffusion.draw(runner, prefixes, rows, keys, sampling, config)
+    return Drawn(codec.decode(latent_ICHW), codec.as_context(latent_ICHW))

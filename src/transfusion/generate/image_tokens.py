@@ -14,7 +14,7 @@ from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.noise import counter_normal
 from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.image_diffusion import ImageSampling
-from transfusion.generate.runner import Block, Reader
+from transfusion.generate.runner import ModelInput, ModelRunner
 from transfusion.model.patches import Grid
 
 # Keeps these draws apart from those of samplers and of text.
@@ -22,7 +22,7 @@ TOKEN_STREAM = 1 << 21
 
 
 def draw_tokens(
-    reader: Reader,
+    runner: ModelRunner,
     prefixes: KeyValueCache,
     rows: Sequence[int],
     keys: Sequence[int],
@@ -33,36 +33,36 @@ def draw_tokens(
     Guidance is applied to the logits of the image tokens; steps and sampler of `sampling` have no meaning here. The
     model is called once a token, both branches of the guidance in one batch. `prefixes` stays as it is.
     """
-    images, guided, size = len(rows), sampling.guidance != 1, sampling.size or reader.sizes.first
-    patches = reader.sizes.patches(size)
+    images, guided, size = len(rows), sampling.guidance != 1, sampling.size or runner.sizes.first
+    patches = runner.sizes.patches(size)
     parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
     if guided:
-        parts.append((reader.unconditional(size), [0] * images))
+        parts.append((runner.unconditional(size), [0] * images))
     longest = max(cache.lengths[row] for cache, chosen in parts for row in chosen)
     cache = KeyValueCache.gathered(parts, longest + patches)
     # <BOI> is read once more, for the state that the first token is drawn from.
     cache.lengths = [length - 1 for length in cache.lengths]
     view = cache.view()
-    begin = reader.token_block([reader.sizes.begins_with(size)] * len(cache.lengths), cache.lengths)
-    state_RD = reader.read(view, begin)
-    position_RPA = reader.image_positions(view.lengths, size)
-    key_I = torch.tensor(keys, device=reader.device)
-    grid = Grid(len(view.lengths), *reader.sizes.grid(size))
+    begin = runner.token_block([runner.sizes.begin_token(size)] * len(cache.lengths), cache.lengths)
+    state_RD = runner.read(view, begin)
+    position_RPA = runner.image_positions(view.lengths, size)
+    key_I = torch.tensor(keys, device=runner.device)
+    grid = Grid(len(view.lengths), *runner.sizes.grid(size))
     drawn: list[Tensor] = []
     for place in range(patches):
-        logit_RK = reader.image_logits(state_RD)
+        logit_RK = runner.image_logits(state_RD)
         if guided:
             conditional, unconditional = logit_RK.chunk(2)
             logit_RK = guide(conditional, unconditional, sampling.guidance)
         token_I = choose_token(logit_RK, key_I, place)
         drawn.append(token_I)
         if place + 1 < patches:
-            id_R1 = reader.image_ids(torch.cat((token_I, token_I)) if guided else token_I)[:, None]
+            id_R1 = runner.image_ids(torch.cat((token_I, token_I)) if guided else token_I)[:, None]
             here_R1A = position_RPA[:, place : place + 1]
             ones = [1] * len(id_R1)
-            block = Block(id_R1, here_R1A, torch.ones_like(id_R1), ones, place=(grid, place))
-            state_RD = reader.read(view, block)
-    return torch.stack(drawn, 1).unflatten(1, reader.sizes.latents(size))
+            block = ModelInput(id_R1, here_R1A, torch.ones_like(id_R1), ones, place=(grid, place))
+            state_RD = runner.read(view, block)
+    return torch.stack(drawn, 1).unflatten(1, runner.sizes.latents(size))
 
 
 def choose_token(logit_IK: Tensor, key_I: Tensor, place: int) -> Tensor:

@@ -17,8 +17,8 @@ from transfusion.errors import UserError
 from transfusion.generate.cache import KeyValueCache
 from transfusion.generate.image_diffusion import ImageSampling
 from transfusion.generate.image_generation import draw_images
-from transfusion.generate.runner import Reader
-from transfusion.generate.text_sampling import TextSampling, choose, restrict
+from transfusion.generate.runner import ModelRunner
+from transfusion.generate.text_sampling import TextSampling, mask_logits, sample_token
 from transfusion.schema import Segment, SpecialToken, TextSegment
 from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ class Limits:
 
 
 class _Phase(enum.Enum):
-    SPEAKING = enum.auto()
+    DECODING = enum.auto()
     WAITS_FOR_IMAGE = enum.auto()
     DONE = enum.auto()
 
@@ -50,7 +50,7 @@ class _Row:
     """One answer in the making. `number` is its place in the request, which its random draws depend on."""
 
     number: int
-    phase: _Phase = _Phase.SPEAKING
+    phase: _Phase = _Phase.DECODING
     parts: list[list[int] | Tensor] = field(default_factory=list)
     tokens: int = 0
     images: int = 0
@@ -66,12 +66,12 @@ class _Row:
         self.tokens += 1
 
 
-class Conversation:
+class InterleavedGenerator:
     """Continues a batch of prompts, ragged and of any mixture."""
 
     def __init__(
         self,
-        reader: Reader,
+        runner: ModelRunner,
         tokenizer: Tokenizer,
         diffusion: DiffusionConfig,
         *,
@@ -79,11 +79,13 @@ class Conversation:
         image: ImageSampling,
         limits: Limits,
     ) -> None:
-        self.reader, self.tokenizer, self.diffusion = reader, tokenizer, diffusion
+        self.runner, self.tokenizer, self.diffusion = runner, tokenizer, diffusion
         self.text, self.image, self.limits = text, image, limits
         # Of drawn images, by what begins them.
-        self._begun = {
-            token: size for token, size in reader.sizes.begun.items() if image.size in (None, size)
+        self._size_by_begin_token = {
+            token: size
+            for token, size in runner.sizes.size_by_begin_token.items()
+            if image.size in (None, size)
         }
 
     def run(self, prompts: Sequence[Sequence[Part]], first_row: int) -> list[list[Part]]:
@@ -91,11 +93,11 @@ class Conversation:
         rows = [_Row(first_row + place) for place in range(len(prompts))]
         cache, state_BD = self._read_prompts(prompts)
         while True:
-            speaking = [place for place, row in enumerate(rows) if row.phase is _Phase.SPEAKING]
+            decoding = [place for place, row in enumerate(rows) if row.phase is _Phase.DECODING]
             waiting = [place for place, row in enumerate(rows) if row.phase is _Phase.WAITS_FOR_IMAGE]
             # Images wait until no row speaks, so that as many as possible are drawn in one batch.
-            if speaking:
-                self._speak(rows, speaking, cache, state_BD)
+            if decoding:
+                self._decode_step(rows, decoding, cache, state_BD)
             elif waiting:
                 self._draw(rows, waiting, cache, state_BD)
             else:
@@ -103,38 +105,40 @@ class Conversation:
 
     def _read_prompts(self, prompts: Sequence[Sequence[Part]]) -> tuple[KeyValueCache, Tensor]:
         """The cache that holds the prompts, and the state [B, D] that the first new tokens are read from."""
-        layouts = [self.reader.lay_out(self._segments(parts), finished=False) for parts in prompts]
+        layouts = [self.runner.lay_out(self._segments(parts), finished=False) for parts in prompts]
         counts = [len(layout) for layout in layouts]
         if max(counts) >= self.limits.length:
             raise UserError(
                 f"a prompt of {max(counts)} tokens and patches leaves no room in rows of {self.limits.length}"
                 " (data.sequence_length)"
             )
-        most = max(map(self.reader.sizes.patches, self._begun.values()))
+        most = max(map(self.runner.sizes.patches, self._size_by_begin_token.values()))
         new = self.limits.tokens + self.limits.images * (most + 2)
-        cache = self.reader.cache(len(prompts), min(max(counts) + new, self.limits.length))
+        cache = self.runner.cache(len(prompts), min(max(counts) + new, self.limits.length))
         images = [part for parts in prompts for part in parts if isinstance(part, Tensor)]
-        return cache, self.reader.read(cache.view(), self.reader.prefix_block(layouts, counts, images))
+        return cache, self.runner.read(cache.view(), self.runner.prefix_block(layouts, counts, images))
 
     def _segments(self, parts: Sequence[Part]) -> list[Segment]:
         return [
-            self.reader.image(Size(*part.shape[1:]), part)
+            self.runner.image(Size(*part.shape[1:]), part)
             if isinstance(part, Tensor)
             else TextSegment(tuple(self.tokenizer.encode(part)))
             for part in parts
         ]
 
-    def _speak(self, rows: list[_Row], speaking: list[int], cache: KeyValueCache, state_BD: Tensor) -> None:
+    def _decode_step(
+        self, rows: list[_Row], decoding: list[int], cache: KeyValueCache, state_BD: Tensor
+    ) -> None:
         """One token for each speaking row; updates the rows' states in place."""
-        lengths = [cache.lengths[place] for place in speaking]
-        chosen = self._choose([rows[place] for place in speaking], lengths, state_BD[speaking])
+        lengths = [cache.lengths[place] for place in decoding]
+        chosen = self._sample_tokens([rows[place] for place in decoding], lengths, state_BD[decoding])
         reading = []
-        for place, token in zip(speaking, chosen, strict=True):
+        for place, token in zip(decoding, chosen, strict=True):
             row = rows[place]
             if token == SpecialToken.END_DOCUMENT:
                 row.phase = _Phase.DONE
-            elif token in self._begun:
-                row.phase, row.size = _Phase.WAITS_FOR_IMAGE, self._begun[token]
+            elif token in self._size_by_begin_token:
+                row.phase, row.size = _Phase.WAITS_FOR_IMAGE, self._size_by_begin_token[token]
             else:
                 row.say(token)
                 if row.tokens == self.limits.tokens or cache.lengths[place] + 1 >= self.limits.length:
@@ -144,11 +148,11 @@ class Conversation:
         if reading:
             places = [place for place, _ in reading]
             view = cache.view(places)
-            block = self.reader.token_block([token for _, token in reading], view.lengths)
-            state_BD[places] = self.reader.read(view, block)
+            block = self.runner.token_block([token for _, token in reading], view.lengths)
+            state_BD[places] = self.runner.read(view, block)
 
-    def _choose(self, rows: list[_Row], lengths: list[int], state_RD: Tensor) -> list[int]:
-        patches_K = [self.reader.sizes.patches(size) for size in self._begun.values()]
+    def _sample_tokens(self, rows: list[_Row], lengths: list[int], state_RD: Tensor) -> list[int]:
+        patches_K = [self.runner.sizes.patches(size) for size in self._size_by_begin_token.values()]
         image_allowed_RK = torch.tensor(
             [
                 [
@@ -159,10 +163,12 @@ class Conversation:
             ],
             device=state_RD.device,
         )
-        logit_RV = self.reader.logits(state_RD)
-        logit_RV = restrict(logit_RV, self.tokenizer.vocabulary, list(self._begun), image_allowed_RK)
+        logit_RV = self.runner.logits(state_RD)
+        logit_RV = mask_logits(
+            logit_RV, self.tokenizer.vocabulary, list(self._size_by_begin_token), image_allowed_RK
+        )
         numbers, indices = [row.number for row in rows], [row.tokens + row.images for row in rows]
-        chosen: list[int] = choose(logit_RV, self.text, numbers, indices).tolist()
+        chosen: list[int] = sample_token(logit_RV, self.text, numbers, indices).tolist()
         return chosen
 
     def _draw(self, rows: list[_Row], waiting: list[int], cache: KeyValueCache, state_BD: Tensor) -> None:
@@ -175,15 +181,15 @@ class Conversation:
             self.image.seed + row.number + row.images * _IMAGE_KEY_STRIDE
             for row in (rows[place] for place in waiting)
         ]
-        drawn = draw_images(self.reader, cache, waiting, keys, image, self.diffusion)
+        drawn = draw_images(self.runner, cache, waiting, keys, image, self.diffusion)
         for place, pixels_CHW in zip(waiting, drawn.pixels_ICHW.cpu(), strict=True):
             row = rows[place]
             row.parts.append(pixels_CHW)
             row.images += 1
-            room = cache.lengths[place] + self.reader.sizes.patches(size) + 1 < self.limits.length
-            row.phase = _Phase.SPEAKING if room else _Phase.DONE
+            room = cache.lengths[place] + self.runner.sizes.patches(size) + 1 < self.limits.length
+            row.phase = _Phase.DECODING if room else _Phase.DONE
         view = cache.view(waiting)
-        state_BD[waiting] = self.reader.read(view, self.reader.image_block(drawn.settled, view.lengths))
+        state_BD[waiting] = self.runner.read(view, self.runner.image_block(drawn.as_context, view.lengths))
 
     def _answer(self, row: _Row) -> list[Part]:
         return [part if isinstance(part, Tensor) else self.tokenizer.decode(part) for part in row.parts]

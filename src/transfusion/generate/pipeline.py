@@ -20,9 +20,9 @@ from transfusion.errors import UserError
 from transfusion.generate import image_diffusion, text_sampling
 from transfusion.generate.image_diffusion import ImageSampling
 from transfusion.generate.image_generation import draw_images
-from transfusion.generate.interleaved import Conversation, Limits, Part
+from transfusion.generate.interleaved import InterleavedGenerator, Limits, Part
 from transfusion.generate.load import Weights, load_model
-from transfusion.generate.runner import Reader
+from transfusion.generate.runner import ModelRunner
 from transfusion.generate.text_sampling import TextSampling
 from transfusion.model import Network
 from transfusion.parallel.environment import find_device
@@ -60,7 +60,7 @@ class Pipeline:
         config = config.with_vocabulary(tokenizer.vocabulary)
         self.tokenizer, self.config = tokenizer, config
         codec = open_any_codec(config.codec, device) if codec is None else codec
-        self.reader = Reader(model, config, torch.device(device), codec)
+        self.runner = ModelRunner(model, config, torch.device(device), codec)
 
     @classmethod
     def from_export(
@@ -186,12 +186,12 @@ class Pipeline:
         for prompt in prompts:
             self._check_parts(prompt)
         limits = Limits(tokens=max_tokens, images=max_images, length=self.config.data.sequence_length)
-        conversation = Conversation(
-            self.reader, self.tokenizer, self.config.diffusion, text=text, image=image, limits=limits
+        generator = InterleavedGenerator(
+            self.runner, self.tokenizer, self.config.diffusion, text=text, image=image, limits=limits
         )
         answers: list[list[Part]] = []
         for start in range(0, len(prompts), batch):
-            answers += conversation.run(prompts[start : start + batch], start)
+            answers += generator.run(prompts[start : start + batch], start)
         return [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
 
     def _draw(
@@ -205,17 +205,17 @@ class Pipeline:
             layouts = [self._caption_first(prompt, sampling.size) for prompt in distinct]
             # Up to where the patches begin: <BOS> caption <BOI>.
             counts = [layout.images[0][0] for layout in layouts]
-            cache = self.reader.cache(len(distinct), max(counts))
-            self.reader.read(cache.view(), self.reader.prefix_block(layouts, counts))
+            cache = self.runner.cache(len(distinct), max(counts))
+            self.runner.read(cache.view(), self.runner.prefix_block(layouts, counts))
             rows = [distinct.index(prompt) for prompt in part]
-            made = draw_images(self.reader, cache, rows, keys, sampling, self.config.diffusion)
+            made = draw_images(self.runner, cache, rows, keys, sampling, self.config.diffusion)
             images = made.pixels_ICHW.cpu()
             drawn += [SampledImage(*item) for item in zip(images, part, keys, strict=True)]
         return drawn
 
     def _caption_first(self, prompt: str, size: Size | None) -> Layout:
         caption = TextSegment(tuple(self.tokenizer.encode(prompt)))
-        return self.reader.lay_out([caption, self.reader.image(size or self.reader.sizes.first)])
+        return self.runner.lay_out([caption, self.runner.image(size or self.runner.sizes.first)])
 
     def _check_sampling(self, sampling: ImageSampling, prompts: Sequence[str]) -> None:
         image_diffusion.check(sampling, self.config)
@@ -234,7 +234,7 @@ class Pipeline:
                 )
 
     def _check_parts(self, prompt: Sequence[Part]) -> None:
-        shapes = self.reader.image_shapes
+        shapes = self.runner.image_shapes
         for part in prompt:
             if isinstance(part, str):
                 _check_text(part)

@@ -29,7 +29,7 @@ CLEAN_TIMESTEP = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class ModelInput:
     """What rows read next, padded to the longest.
 
     token_ids_RS and position_RSA: int64. end_RS: int64, up to where each position sees, counted from the
@@ -48,7 +48,7 @@ class Block:
     place: tuple[Grid, int] | None = None
 
 
-class Reader:
+class ModelRunner:
     """Reads blocks into caches and answers with states and logits; holds no state of its own."""
 
     def __init__(
@@ -106,7 +106,7 @@ class Reader:
 
     def prefix_block(
         self, layouts: Sequence[Layout], counts: Sequence[int], images: Sequence[Tensor] = ()
-    ) -> Block:
+    ) -> ModelInput:
         """The first `counts` positions of each document, and the images (uint8 [C, H, W]) in them."""
         longest = max(counts)
         ids_RS = np.full((len(layouts), longest), SpecialToken.PADDING, dtype=np.int64)
@@ -124,7 +124,7 @@ class Reader:
         for number, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(number)
         groups = list(by_shape.values())
-        return Block(
+        return ModelInput(
             torch.from_numpy(ids_RS).to(self.device),
             torch.from_numpy(position_RSA).to(self.device),
             torch.from_numpy(end_RS).to(self.device),
@@ -135,13 +135,15 @@ class Reader:
             else None,
         )
 
-    def token_block(self, ids: Sequence[int], starts: Sequence[int]) -> Block:
+    def token_block(self, ids: Sequence[int], starts: Sequence[int]) -> ModelInput:
         """One token a row, at running positions `starts`."""
         ids_R1 = torch.tensor(ids, device=self.device)[:, None]
         position_R11 = torch.tensor(starts, device=self.device)[:, None, None]
-        return Block(ids_R1, position_R11.expand(-1, -1, self.axes), torch.ones_like(ids_R1), [1] * len(ids))
+        return ModelInput(
+            ids_R1, position_R11.expand(-1, -1, self.axes), torch.ones_like(ids_R1), [1] * len(ids)
+        )
 
-    def image_block(self, pixels_ICHW: Tensor, starts: Sequence[int]) -> Block:
+    def image_block(self, pixels_ICHW: Tensor, starts: Sequence[int]) -> ModelInput:
         """One finished image a row, its first patch at running position `starts`, and its <EOI>."""
         size = self.sizes.of(pixels_ICHW[0])
         assert size is not None
@@ -152,7 +154,7 @@ class Reader:
         end_S = torch.from_numpy(layout.end_key_S[first:]).to(self.device) - first
         row_start_R1 = torch.arange(rows, device=self.device)[:, None] * count
         slot_RP = row_start_R1 + torch.arange(patches, device=self.device)
-        return Block(
+        return ModelInput(
             ids_S.expand(rows, -1),
             self.image_positions(starts, size),
             end_S.expand(rows, -1),
@@ -161,7 +163,7 @@ class Reader:
             slot_RP.flatten(),
         )
 
-    def read(self, rows: CacheRows, block: Block) -> Tensor:
+    def read(self, rows: CacheRows, block: ModelInput) -> Tensor:
         """Read the block into the cache; returns the final state [R, D] of each row's last real position."""
         hidden_RSD = self.model.embedding(block.token_ids_RS)
         if block.place is not None:
@@ -200,4 +202,4 @@ class Reader:
 
     def logits(self, state_RD: Tensor) -> Tensor:
         """fp32 logits [R, V] of the token after each state."""
-        return self.model.text_head(state_RD).float()
+        return self.model.lm_head(state_RD).float()

@@ -40,7 +40,9 @@ def check(sampling: TextSampling) -> None:
         raise UserError(f"top_p {sampling.top_p} must lie in (0, 1]; 1 keeps every token")
 
 
-def restrict(logit_RV: Tensor, vocabulary: int, begins_K: Sequence[int], image_allowed_RK: Tensor) -> Tensor:
+def mask_logits(
+    logit_RV: Tensor, vocabulary: int, begins_K: Sequence[int], image_allowed_RK: Tensor
+) -> Tensor:
     """Logits with minus infinity for what cannot stand next.
 
     Of the control tokens only <EOS> may be chosen, and those that begin images where image_allowed_RK (bool) says so;
@@ -54,7 +56,9 @@ def restrict(logit_RV: Tensor, vocabulary: int, begins_K: Sequence[int], image_a
     return logit_RV.masked_fill(forbidden_RV, -math.inf)
 
 
-def choose(logit_RV: Tensor, sampling: TextSampling, row_R: Sequence[int], index_R: Sequence[int]) -> Tensor:
+def sample_token(
+    logit_RV: Tensor, sampling: TextSampling, row_R: Sequence[int], index_R: Sequence[int]
+) -> Tensor:
     """The next token of each row, int64 [R].
 
     row_R: the row's number in the request; index_R: how many tokens it has chosen before. The draw depends on

@@ -6,19 +6,19 @@ from torch import Tensor
 
 from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
-from transfusion.losses.chameleon import TokenLoss
-from transfusion.losses.transfusion import MixedLoss
+from transfusion.losses.chameleon import ChameleonLoss
+from transfusion.losses.transfusion import TransfusionLoss
 
 
-def build_loss(config: Config, codec: Codec | TokenCodec | None) -> MixedLoss | TokenLoss:
+def build_loss(config: Config, codec: Codec | TokenCodec | None) -> TransfusionLoss | ChameleonLoss:
     """The loss of the configuration's model family. codec: that of the configuration; None: pixels are latents."""
     if config.model.family == "chameleon":
         if codec is None or isinstance(codec, Codec):
             raise ValueError("the token loss needs the configuration's codec of tokens")
-        return TokenLoss(codec)
+        return ChameleonLoss(codec)
     if isinstance(codec, TokenCodec):
         raise ValueError("the diffusion loss needs a codec of latents")
-    return MixedLoss(config.diffusion, codec)
+    return TransfusionLoss(config.diffusion, codec)
 
 
 def training_loss(loss: Tensor) -> Tensor:

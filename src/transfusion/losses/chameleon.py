@@ -9,7 +9,7 @@ from transfusion.codec import TokenCodec
 from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
 
 
-class TokenLoss:
+class ChameleonLoss:
     """Next-token loss of one batch over the tokens of texts and of images alike, as sums and counts."""
 
     def __init__(self, codec: TokenCodec) -> None:

@@ -13,7 +13,7 @@ from transfusion.model.patches import unpatchify_groups
 from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
 
 
-class MixedLoss:
+class TransfusionLoss:
     """Next-token loss and diffusion loss of one batch (paper, eq. 4), as sums and counts."""
 
     def __init__(self, config: DiffusionConfig, codec: Codec | None = None) -> None:
@@ -32,7 +32,7 @@ class MixedLoss:
         device = batch.token_ids_BS.device
         image_sum, image_count = torch.zeros((), device=device), torch.zeros((), device=device)
         bucket_sum, bucket_count = (torch.zeros(TIMESTEP_BUCKETS, device=device) for _ in range(2))
-        predictions = unpatchify_groups(output.noise_NE, [images.noisy for images in noised])
+        predictions = unpatchify_groups(output.prediction_NE, [images.noisy for images in noised])
         for group, images, prediction in zip(batch.images, noised, predictions, strict=True):
             loss = self.objective.loss(prediction, images.target, group.image_weight_I, group.timestep_I)
             image_sum, image_count = image_sum + loss.total, image_count + loss.count

@@ -20,7 +20,7 @@ from transfusion.model.patches import Grid
 from transfusion_kernels import IntervalMask
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     """Families build these parts themselves, each in its own order."""
 
     config: ModelConfig
@@ -30,7 +30,7 @@ class Trunk(nn.Module):
     patch_position: PatchPosition | None
     blocks: nn.ModuleList
     norm: nn.RMSNorm
-    text_head: TextHead
+    lm_head: TextHead
 
     def at_their_places(self, patch_ND: Tensor, grids: Sequence[Grid], at: int | None = None) -> Tensor:
         """Patches, or image tokens, told where in their images they stand; see `PatchPosition.forward`."""

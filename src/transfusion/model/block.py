@@ -24,7 +24,7 @@ class FeedForward(nn.Module):
         return self.down(nn.functional.silu(self.gate(x_BSD)) * self.up(x_BSD))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """The unit that ZeRO-3 gathers, that is compiled, and that is recomputed under checkpointing."""
 
     def __init__(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from transfusion.config import CodecConfig, ModelConfig
 from transfusion.model.attention import WHOLE_ROWS, Attend, Sharing
-from transfusion.model.backbone import Trunk
-from transfusion.model.block import Block
+from transfusion.model.backbone import Backbone
+from transfusion.model.block import TransformerBlock
 from transfusion.model.heads import TextHead
 from transfusion.model.patch_position import PatchPosition
 from transfusion.model.patches import Grid
@@ -32,7 +32,7 @@ class TokenOutput(NamedTuple):
     image_sum: Tensor
 
 
-class Chameleon(Trunk):
+class Chameleon(Backbone):
     """Embeds text and image tokens into one row, runs the blocks, and predicts both from one head."""
 
     def __init__(
@@ -60,10 +60,11 @@ class Chameleon(Trunk):
         self.embedding = nn.Embedding(both, config.hidden_size)
         recomputes_attention = activation_checkpointing == "attention"
         self.blocks = nn.ModuleList(
-            Block(config, attend, recomputes_attention=recomputes_attention) for _ in range(config.layers)
+            TransformerBlock(config, attend, recomputes_attention=recomputes_attention)
+            for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.text_head = TextHead(config.hidden_size, both, loss_chunk_size, z_loss)
+        self.lm_head = TextHead(config.hidden_size, both, loss_chunk_size, z_loss)
         self.patch_position = None if config.patch_position == "none" else PatchPosition(config, codec)
 
     def forward(self, batch: Batch, tokens: Sequence[Tensor]) -> TokenOutput:
@@ -90,7 +91,7 @@ class Chameleon(Trunk):
         learned_N = torch.nonzero_static(batch.text_weight_BS.flatten(), size=texts).squeeze(1)
         source_N = torch.cat((learned_N, slot_N - 1))
         target_N = torch.cat((batch.target_ids_BS.flatten()[learned_N], image_id_N))
-        total, nats_N = self.text_head(flat[source_N], target_N, each=True)
+        total, nats_N = self.lm_head(flat[source_N], target_N, each=True)
         return TokenOutput(total, nats_N[:texts].sum(), nats_N[texts:].sum())
 
     def image_ids(self, tokens: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def initial_value(name: str, parameter: Tensor, *, seed: int, layers: int) -> Te
         return torch.ones(parameter.shape)
     if in_unet and name.endswith(ADDED_BY_A_UNET):
         return torch.zeros(parameter.shape)
-    generator = torch.Generator().manual_seed(name_hash(f"{seed}/{name}") >> 1)
+    # The head keeps the key that it began with, so that recorded runs come out the same.
+    key = name.replace("lm_head.", "text_head.")
+    generator = torch.Generator().manual_seed(name_hash(f"{seed}/{key}") >> 1)
     deviation = STANDARD_DEVIATION
     if in_unet:
         deviation = parameter[0].numel() ** -0.5

@@ -45,7 +45,7 @@ class Encoding(NamedTuple):
     grids: tuple[Grid, ...]
     skips: tuple[Tensor, ...]
 
-    def twice(self) -> Encoding:
+    def repeat_for_guidance(self) -> Encoding:
         """The same images of one group once more behind themselves, as both branches of guidance need them."""
         ((images, rows, columns),) = self.grids
         return Encoding(

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import CodecConfig, ModelConfig
 from transfusion.model.attention import WHOLE_ROWS, Attend, Sharing
-from transfusion.model.backbone import Trunk
-from transfusion.model.block import Block
+from transfusion.model.backbone import Backbone
+from transfusion.model.block import TransformerBlock
 from transfusion.model.heads import TextHead
 from transfusion.model.patch_position import PatchPosition
 from transfusion.model.patches import Encoding, Grid, PatchDecoder, PatchEncoder, patchify
@@ -30,15 +30,16 @@ PATCHERS: dict[str, tuple[type[PatchEncoder | UNetEncoder], type[PatchDecoder | 
 
 
 class ModelOutput(NamedTuple):
-    """text_sum: fp32 nats summed over the text targets. noise_NE: the prediction of all patches, group after group;
-    `patches.images` makes images of it. Two tensors, whatever the batch holds: see `patches`.
+    """text_sum: fp32 nats summed over the text targets. prediction_NE: of all patches, group after group.
+
+    `patches.unpatchify_groups` makes images of it. Two tensors, whatever the batch holds: see `patches`.
     """
 
     text_sum: Tensor
-    noise_NE: Tensor
+    prediction_NE: Tensor
 
 
-class Transfusion(Trunk):
+class Transfusion(Backbone):
     """Embeds text and patches into one row, runs the blocks, and reads both kinds of output off it."""
 
     def __init__(
@@ -66,10 +67,11 @@ class Transfusion(Trunk):
         self.patch_encoder = encoder(config, patch_values)
         recomputes_attention = activation_checkpointing == "attention"
         self.blocks = nn.ModuleList(
-            Block(config, attend, recomputes_attention=recomputes_attention) for _ in range(config.layers)
+            TransformerBlock(config, attend, recomputes_attention=recomputes_attention)
+            for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.text_head = TextHead(config.hidden_size, config.vocabulary, loss_chunk_size, z_loss)
+        self.lm_head = TextHead(config.hidden_size, config.vocabulary, loss_chunk_size, z_loss)
         self.patch_decoder = decoder(config, patch_values)
         self.patch_position = None if config.patch_position == "none" else PatchPosition(config, codec)
 
@@ -85,7 +87,7 @@ class Transfusion(Trunk):
         # The count is known on the host, so nothing waits for the device to tell it.
         weight = batch.text_weight_BS.flatten()
         learned_N = torch.nonzero_static(weight, size=batch.counts.text_targets).squeeze(1)
-        text_sum = self.text_head(flat[learned_N], batch.target_ids_BS.flatten()[learned_N])
+        text_sum = self.lm_head(flat[learned_N], batch.target_ids_BS.flatten()[learned_N])
         return ModelOutput(text_sum, self.decode_patches(self._states_of_patches(flat, batch), encoding))
 
     def embed(self, batch: Batch, patch_ND: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ class Transfusion(Trunk):
         return Encoding(self.at_their_places(patch_ND, grids), timestep_I, grids, tuple(skips))
 
     def decode_patches(self, state_ND: Tensor, encoding: Encoding) -> Tensor:
-        """Final states of the patches to their predicted values [N, E]; `patches.images` makes images of them."""
+        """Final states of the patches to their predicted values [N, E]; `patches.unpatchify_groups` makes images of them."""
         predicted_NE: Tensor = self._recomputed(
             self.patch_decoder, state_ND, encoding.timestep_I, encoding.grids, encoding.skips
         )

@@ -15,7 +15,7 @@ SHARE_OF_FIRST_SAVE = 0.05
 
 
 @dataclass(frozen=True)
-class Lap:
+class Interval:
     """The time between two log lines, pauses left out. shares: of `seconds`, by the name of the span."""
 
     seconds: float
@@ -79,11 +79,11 @@ class Clock:
         self._lap_tokens += tokens
         self._step_times.append(self.active_seconds)
 
-    def lap(self) -> Lap:
+    def interval(self) -> Interval:
         """Figures since the last call, and a new lap."""
         end = self.active_seconds
         seconds = end - self._lap_start
-        lap = Lap(
+        interval = Interval(
             seconds=seconds,
             steps=self._lap_steps,
             tokens_per_second=self._lap_tokens / seconds if seconds > 0 else None,
@@ -91,7 +91,7 @@ class Clock:
         )
         self._lap_start, self._lap_steps, self._lap_tokens = end, 0, 0
         self._lap_spans = defaultdict(float)
-        return lap
+        return interval
 
     def seconds_left(self, steps_left: int) -> float | None:
         """Seconds until `steps_left` more steps are done; None before the first step of this start.

@@ -108,7 +108,7 @@ class FlopModel:
         model = config.model
         self.pair = model.heads * model.head_dim * model.layers
         self.blocks = _matrices(self._model.blocks)
-        self.text_head = _matrices(self._model.text_head)
+        self.lm_head = _matrices(self._model.lm_head)
         self.recomputes = config.train.activation_checkpointing
         self.recomputed = _recomputed(self._model, self.recomputes)
         self.counted = sum(p.numel() for p in self._model.parameters()) - self._model.embedding.weight.numel()
@@ -121,7 +121,7 @@ class FlopModel:
         real = sum(self.image_operations(each.shape) * each.real for each in load.images)
         again = self.recomputes == "block"
         carried = sum(self.image_operations(each.shape, again) * each.carried for each in load.images)
-        head = 6 * self.text_head * (load.text_targets + self._image_targets(load))
+        head = 6 * self.lm_head * (load.text_targets + self._image_targets(load))
         scores = 14 if self.recomputes == "none" else 18
         return Work(
             exact=Operations(6 * self.blocks * load.tokens + head + real, 12 * self.pair * load.pairs),

@@ -26,18 +26,18 @@ class MeanLosses:
     total: float
     image_by_timestep: list[float | None]
     images: int
-    also: list[float] = field(default_factory=list)
+    extra_sums: list[float] = field(default_factory=list)
 
     @classmethod
     def over_ranks(
-        cls, parts: Sequence[LossTerms], config: Config, also: Sequence[float] = (), *, images: int = 0
+        cls, parts: Sequence[LossTerms], config: Config, extra_sums: Sequence[float] = (), *, images: int = 0
     ) -> MeanLosses:
         """Add up the parts of all ranks, in one collective; all ranks get the same answer.
 
-        also: other figures to be added up over the ranks on the way, as many on each. images: of this rank.
+        extra_sums: other figures to be added up over the ranks on the way, as many on each. images: of this rank.
         """
         summed = functools.reduce(LossTerms.plus, (part.double() for part in parts))
-        figures = torch.tensor([*also, images], dtype=torch.float64, device=summed.text_sum.device)
+        figures = torch.tensor([*extra_sums, images], dtype=torch.float64, device=summed.text_sum.device)
         flat = torch.cat([*(term.reshape(-1) for term in summed), figures])
         if dist.is_initialized() and dist.get_world_size() > 1:
             flat = flat.to(group_device())
@@ -58,7 +58,7 @@ class MeanLosses:
             total=total,
             image_by_timestep=[_ratio(a, b) for a, b in zip(buckets[:half], buckets[half:], strict=True)],
             images=int(all_images),
-            also=sums,
+            extra_sums=sums,
         )
 
 

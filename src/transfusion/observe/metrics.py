@@ -21,7 +21,7 @@ class StepMetrics:
 
     image_loss_by_timestep: one value a bucket of timesteps. tokens, images: seen since the run's first step.
     data_wait: share of the time since the last line that was spent waiting for data. memory_gib: peak.
-    mfu, hfu, mfu_palm, gemm_share: see `utilisation.Shares`; a mean over the ranks.
+    mfu, hfu, mfu_palm, gemm_share: see `utilization.Utilization`; a mean over the ranks.
     skipped: steps so far whose update was left out. roll_backs: times so far that a former checkpoint was
     brought back. gradient_norms: of this step, by module, where log.gradient_norms asks for them.
     faults: samples so far that could not be read.

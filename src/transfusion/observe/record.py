@@ -10,7 +10,7 @@ from transfusion.config import Config
 from transfusion.observe.metrics import MetricsLog, StepMetrics
 from transfusion.observe.progress import Progress
 from transfusion.observe.runfolder import RunFolder
-from transfusion.observe.sinks import open_sink
+from transfusion.observe.sinks import open_metric_logger
 
 
 class Record:
@@ -22,8 +22,10 @@ class Record:
     def __enter__(self) -> Record:
         with ExitStack() as stack:
             self._metrics = stack.enter_context(MetricsLog(self._folder.metrics))
-            self._sink = open_sink(self._config, self._folder, attempt=self._metrics.attempt)
-            stack.callback(self._sink.close)
+            self._metric_logger = open_metric_logger(
+                self._config, self._folder, attempt=self._metrics.attempt
+            )
+            stack.callback(self._metric_logger.close)
             progress = Progress(self._config.train.steps, first_step=self._first_step)
             self._progress = stack.enter_context(progress)
             self._stack = stack.pop_all()
@@ -35,11 +37,11 @@ class Record:
     def write(self, metrics: StepMetrics, *, seconds_left: float | None) -> None:
         """One line of metrics, everywhere."""
         line = self._metrics.append(metrics)
-        self._sink.write(line)
+        self._metric_logger.write(line)
         self._progress.update(line, seconds_left=seconds_left)
 
     def grid(self, step: int, write: Callable[[Path], None]) -> None:
         """The sample grid of a step, which `write` puts into a file."""
         path = self._folder.grid(step)
         write(path)
-        self._sink.image(step, path)
+        self._metric_logger.image(step, path)

@@ -35,7 +35,7 @@ PANELS = {
 }
 
 
-class Sink(Protocol):
+class MetricLogger(Protocol):
     """Takes lines as they stand in metrics.jsonl."""
 
     def write(self, line: Mapping[str, Any]) -> None: ...
@@ -58,7 +58,7 @@ class NoSink:
         return
 
 
-class WandbSink:
+class WandbLogger:
     """One wandb run for all starts of a run.
 
     wandb's own step only grows and belongs to its process, so a resumed run would lose what it repeats; hence a
@@ -83,7 +83,7 @@ class WandbSink:
         self._run.finish()
 
 
-def open_sink(config: Config, folder: RunFolder, *, attempt: int) -> Sink:
+def open_metric_logger(config: Config, folder: RunFolder, *, attempt: int) -> MetricLogger:
     """The sink that `config.log` asks for. Raises UserError if wandb is asked for and not installed.
 
     wandb writes below `folder`, offline unless the user's environment or wandb settings name a mode. A resumed run
@@ -104,7 +104,7 @@ def open_sink(config: Config, folder: RunFolder, *, attempt: int) -> Sink:
         settings=wandb.Settings(save_code=False, disable_git=True, disable_job_creation=True, console="off"),
     )
     logger.info("wandb run %s, %s", run.id, "offline" if run.offline else run.url)
-    return WandbSink(run, wandb.Image)
+    return WandbLogger(run, wandb.Image)
 
 
 def _id_of(folder: RunFolder) -> str:
@@ -115,7 +115,7 @@ def _id_of(folder: RunFolder) -> str:
 
 
 def refuse_missing_sink(config: Config) -> None:
-    """Raise UserError where `open_sink` would, before a run has written anything."""
+    """Raise UserError where `open_metric_logger` would, before a run has written anything."""
     if config.log.wandb:
         _import_wandb()
 

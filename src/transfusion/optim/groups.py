@@ -49,17 +49,17 @@ def runs_fused(device: torch.device) -> bool:
 
 
 def is_fused(optimizer: torch.optim.AdamW) -> bool:
-    """Whether `judge_on_device` works for it."""
+    """Whether `clip_and_skip` works for it."""
     return bool(optimizer.defaults["fused"])
 
 
-def judge_on_device(optimizer: torch.optim.AdamW, norm: Tensor, largest_norm: float, clip: float) -> Tensor:
+def clip_and_skip(optimizer: torch.optim.AdamW, norm: Tensor, max_norm: float, clip: float) -> Tensor:
     """Let the fused AdamW's next steps clip to the global norm `clip`, or do nothing where they are to be skipped.
 
     norm: 0-dim, of the whole gradient. Returns whether they will be skipped, 0-dim bool: the norm is not finite, or
-    greater than `largest_norm`. Nothing is read by the host.
+    greater than `max_norm`. Nothing is read by the host.
     """
-    skipped = ~norm.isfinite() | (norm > largest_norm)
+    skipped = ~norm.isfinite() | (norm > max_norm)
     # The names by which AdamW takes what torch.amp's scaler leaves it; gradients are divided by the scale.
     optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
     optimizer.grad_scale = ((norm.float() + 1e-6) / clip).clamp(min=1.0)  # type: ignore[attr-defined]

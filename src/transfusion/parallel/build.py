@@ -7,7 +7,7 @@ import torch
 from transfusion.codec import Codec, TokenCodec
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.parallel.collectives import together
+from transfusion.parallel.collectives import raise_together
 from transfusion.parallel.deepspeed_patches import import_deepspeed
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.environment import Environment
@@ -27,8 +27,8 @@ def build_engine(config: Config, environment: Environment, codec: Codec | TokenC
     kind = config.train.engine
     if kind == "auto":
         kind = "zero" if environment.world_size > 1 or environment.device.type == "cuda" else "local"
-    together(lambda: refuse_unshared(config, environment.world_size))
-    together(lambda: _refuse_attention(config, environment.device))
+    raise_together(lambda: refuse_unshared(config, environment.world_size))
+    raise_together(lambda: _refuse_attention(config, environment.device))
     if kind == "local":
         if environment.world_size > 1:
             raise UserError(
@@ -41,7 +41,7 @@ def build_engine(config: Config, environment: Environment, codec: Codec | TokenC
     from transfusion.parallel.zero import ZeroEngine
 
     # Building it takes collectives, which a rank without DeepSpeed would never join.
-    together(import_deepspeed)
+    raise_together(import_deepspeed)
     return ZeroEngine(config, environment, codec)
 
 

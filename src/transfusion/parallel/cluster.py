@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from transfusion.files import atomic_write_text
-from transfusion.parallel.collectives import from_main, gather, group_device
+from transfusion.parallel.collectives import broadcast_from_main, gather, group_device
 from transfusion.parallel.environment import Environment
 
 PACKAGES = ("transfusion", "torch", "deepspeed", "triton", "numpy", "safetensors", "sentencepiece")
@@ -61,7 +61,7 @@ def clock_offsets(here: Environment) -> list[float]:
         trips = [_trip(here, other) for _ in range(REPEATS)]
         # Of a round trip the middle is the moment at which the other looked at its clock.
         offsets.append(min(trips)[1])
-    return from_main(lambda: offsets)
+    return broadcast_from_main(lambda: offsets)
 
 
 def _trip(here: Environment, other: int) -> tuple[float, float]:
@@ -126,7 +126,7 @@ def storage_problems(here: Environment, folder: Path) -> list[str]:
     Each rank writes a file under another name and renames it, as checkpoints are written, and waits for the files
     of all others.
     """
-    name = from_main(lambda: f".doctor-{secrets.token_hex(4)}")
+    name = broadcast_from_main(lambda: f".doctor-{secrets.token_hex(4)}")
     place = folder / name
     problem = _share(here, place) or ""
     problems = gather(problem)

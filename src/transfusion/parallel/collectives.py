@@ -28,7 +28,7 @@ class Agreement(NamedTuple):
     counts: tuple[int, ...]
 
 
-def agree(decision: Decision, *counts: int) -> Agreement:
+def reduce_decision(decision: Decision, *counts: int) -> Agreement:
     """Take the most urgent decision of all ranks and the sums of their counts, the same on every rank.
 
     Every rank must call it with as many counts. One collective between hosts, which waits for no GPU; without a
@@ -43,7 +43,7 @@ def agree(decision: Decision, *counts: int) -> Agreement:
     return Agreement(Decision(int(table[:, 0].max())), tuple(table[:, 1:].sum(0).tolist()))
 
 
-def together(work: Callable[[], T]) -> T:
+def raise_together(work: Callable[[], T]) -> T:
     """Do this rank's part and return its result, once all ranks have done theirs.
 
     Every rank must call it, and `work` may hold no collective: a rank that fails does not reach it. Where the
@@ -62,11 +62,11 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
-def from_main(work: Callable[[], T]) -> T:
-    """What `work` gives on the main process, on every rank. Errors as those of `together`."""
+def broadcast_from_main(work: Callable[[], T]) -> T:
+    """What `work` gives on the main process, on every rank. Errors as those of `raise_together`."""
     if not _is_shared():
-        return together(work)
-    answer = [together(lambda: work() if dist.get_rank() == 0 else None)]
+        return raise_together(work)
+    answer = [raise_together(lambda: work() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
     found: T = answer[0]  # type: ignore[assignment]
     return found

@@ -68,7 +68,7 @@ def clip_and_skip_on_device(zero: Any, adamw: torch.optim.AdamW, largest: float)
     Yields a list that holds the norm and whether the step was skipped, once it was made.
     """
     home = sys.modules[type(zero).__module__]
-    judge, judged = home.is_invalid_grad_norm, []
+    original, decided = home.is_invalid_grad_norm, []
 
     def norms() -> list[Tensor]:
         # As DeepSpeed's own, but that one copies a constant to the device for each group, which waits for it.
@@ -80,15 +80,15 @@ def clip_and_skip_on_device(zero: Any, adamw: torch.optim.AdamW, largest: float)
         if dist.get_world_size() > 1:
             dist.all_reduce(total)
         norm = total.sum().sqrt()
-        judged.extend([norm, groups.judge_on_device(adamw, norm, largest, zero.clip_grad)])
+        decided.extend([norm, groups.clip_and_skip(adamw, norm, largest, zero.clip_grad)])
         return [norm]
 
     home.is_invalid_grad_norm = lambda norm: False  # type: ignore[attr-defined]
     zero._get_norm_groups, zero.unscale_and_clip_grads = norms, lambda group, norm: None
     try:
-        yield judged
+        yield decided
     finally:
-        home.is_invalid_grad_norm = judge  # type: ignore[attr-defined]
+        home.is_invalid_grad_norm = original  # type: ignore[attr-defined]
         del zero._get_norm_groups, zero.unscale_and_clip_grads
 
 
@@ -104,10 +104,10 @@ def refuse_norms_above(zero: Any, largest: float) -> Iterator[list[float]]:
         return
     # Stages and dtypes have optimisers of their own; each asks this function of its module.
     home = sys.modules[type(zero).__module__]
-    judge = home.is_invalid_grad_norm
+    original = home.is_invalid_grad_norm
 
     def is_invalid(norm: Any) -> bool:
-        if judge(norm):
+        if original(norm):
             return True
         if float(norm) > largest:
             refused.append(float(norm))
@@ -117,4 +117,4 @@ def refuse_norms_above(zero: Any, largest: float) -> Iterator[list[float]]:
     try:
         yield refused
     finally:
-        home.is_invalid_grad_norm = judge  # type: ignore[attr-defined]
+        home.is_invalid_grad_norm = original  # type: ignore[attr-defined]

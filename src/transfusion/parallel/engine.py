@@ -42,11 +42,11 @@ class Engine(Protocol):
         """Add the gradient of one micro-batch. Returns this rank's own sums, detached, on its device."""
 
     def step(
-        self, learning_rate: float, *, largest_norm: float = math.inf, module_norms: bool = False
+        self, learning_rate: float, *, max_norm: float = math.inf, module_norms: bool = False
     ) -> PendingResult:
         """Clip by the global norm and update, or skip on all ranks if the gradient of any is not finite.
 
-        largest_norm: skip too where the global norm is greater. module_norms: tell the norm of each module.
+        max_norm: skip too where the global norm is greater. module_norms: tell the norm of each module.
         """
 
     def evaluation(self, weights: Weights) -> AbstractContextManager[Network]:

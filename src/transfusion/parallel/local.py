@@ -84,7 +84,7 @@ class LocalEngine:
         return terms.detached()
 
     def step(
-        self, learning_rate: float, *, largest_norm: float = math.inf, module_norms: bool = False
+        self, learning_rate: float, *, max_norm: float = math.inf, module_norms: bool = False
     ) -> PendingResult:
         """See `Engine.step`."""
         masters, clip = list(self.masters.values()), self.config.optimizer.gradient_clip
@@ -92,12 +92,12 @@ class LocalEngine:
         norms = self._module_norms() if module_norms else None
         groups.set_learning_rate(self.optimizer, learning_rate)
         if groups.is_fused(self.optimizer):
-            skipped = groups.judge_on_device(self.optimizer, norm, largest_norm, clip)
+            skipped = groups.clip_and_skip(self.optimizer, norm, max_norm, clip)
             self.optimizer.step()
             self.average.update(unless=skipped)
             self._refresh()
         else:
-            skipped = ~norm.isfinite() | (norm > largest_norm)
+            skipped = ~norm.isfinite() | (norm > max_norm)
             if not skipped:
                 torch.nn.utils.clip_grads_with_norm_(masters, clip, norm)
                 self.optimizer.step()

@@ -13,7 +13,7 @@ from transfusion.parallel.collectives import group_device
 from transfusion.parallel.parameter_shards import module_of
 
 
-class Piece(NamedTuple):
+class FlatSlice(NamedTuple):
     """Where a rank's slice of a parameter lies: elements of flat tensor `flat` from `offset` on."""
 
     flat: int
@@ -33,16 +33,16 @@ class ModuleNorms:
         self,
         optimizer: torch.optim.Optimizer,
         flats: Sequence[Tensor],
-        pieces: Mapping[str, Piece],
+        slices: Mapping[str, FlatSlice],
         names: Sequence[str],
     ) -> None:
         """flats: the tensors that the optimiser steps; pieces: what of them is what; names: of all parameters."""
         self._modules = list(dict.fromkeys(map(module_of, names)))
         self._flats = list(flats)
         self._parts: list[list[tuple[int, int, int]]] = [[] for _ in flats]
-        for name, piece in pieces.items():
+        for name, flat_slice in slices.items():
             number = self._modules.index(module_of(name))
-            self._parts[piece.flat].append((number, piece.offset, piece.length))
+            self._parts[flat_slice.flat].append((number, flat_slice.offset, flat_slice.length))
         self._squares: Tensor | None = None
         optimizer.register_step_pre_hook(self._add)
 

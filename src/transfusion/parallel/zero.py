@@ -29,7 +29,7 @@ from transfusion.parallel.deepspeed_patches import (
 )
 from transfusion.parallel.engine import Weights
 from transfusion.parallel.environment import Environment, join_group
-from transfusion.parallel.module_norms import ModuleNorms, Piece
+from transfusion.parallel.module_norms import FlatSlice, ModuleNorms
 from transfusion.parallel.parameter_shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
 from transfusion.parallel.step_result import PendingResult, UpdateCount
 from transfusion.parallel.ulysses import SequenceGroup
@@ -62,12 +62,12 @@ class ZeroEngine:
             compile_blocks(model)
         self.flats = _flat_weights(self.zero, self.stage)
         groups.create_moments(self.adamw, self.flats)
-        self.pieces = {
-            name: piece
+        self.slices = {
+            name: flat_slice
             for name, parameter in model.named_parameters()
-            if (piece := _locate(self.zero, self.stage, parameter, described[name].numel(), self.rank))
+            if (flat_slice := _locate(self.zero, self.stage, parameter, described[name].numel(), self.rank))
         }
-        self.norms = ModuleNorms(self.adamw, self.flats, self.pieces, list(self.shapes))
+        self.norms = ModuleNorms(self.adamw, self.flats, self.slices, list(self.shapes))
         self._initialise()
         self.averages = config.optimizer.ema_decay > 0
         self.average = MovingAverage(self.flats if self.averages else [], config.optimizer.ema_decay)
@@ -87,7 +87,7 @@ class ZeroEngine:
         return terms.detached()
 
     def step(
-        self, learning_rate: float, *, largest_norm: float = math.inf, module_norms: bool = False
+        self, learning_rate: float, *, max_norm: float = math.inf, module_norms: bool = False
     ) -> PendingResult:
         """See `Engine.step`.
 
@@ -98,12 +98,12 @@ class ZeroEngine:
         self.norms.begin(wanted=module_norms)
         on_device = groups.is_fused(self.adamw) and self.stage == 3 and not self.zero.offload_optimizer
         if on_device:
-            with clip_and_skip_on_device(self.zero, self.adamw, largest_norm) as judged:
+            with clip_and_skip_on_device(self.zero, self.adamw, max_norm) as decided:
                 self.engine.step()
-            norm, skipped = judged
+            norm, skipped = decided
             self.average.update(unless=skipped)
         else:
-            with refuse_norms_above(self.zero, largest_norm) as refused:
+            with refuse_norms_above(self.zero, max_norm) as refused:
                 self.engine.step()
             applied = self.engine.was_step_applied()
             if applied:
@@ -131,7 +131,7 @@ class ZeroEngine:
     def shards(self) -> list[Shard]:
         """See `Engine.shards`."""
         shards = []
-        for name, (flat, offset, start, length) in self.pieces.items():
+        for name, (flat, offset, start, length) in self.slices.items():
             state = self.adamw.state[self.flats[flat]]
             values = {
                 WEIGHT: self.flats[flat].detach(),
@@ -171,7 +171,7 @@ class ZeroEngine:
     @torch.no_grad()
     def _initialise(self) -> None:
         # The fp32 shards are filled, not the network, so that bf16 runs too start from unrounded weights.
-        for name, (flat, offset, start, length) in self.pieces.items():
+        for name, (flat, offset, start, length) in self.slices.items():
             shape = torch.empty(self.shapes[name], device="meta")
             value = initial_value(name, shape, seed=self.config.run.seed, layers=self.config.model.layers)
             self.flats[flat].narrow(0, offset, length).copy_(value.flatten()[start : start + length])
@@ -219,16 +219,16 @@ def _flat_weights(zero: Any, stage: int) -> list[Tensor]:
     return list(getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition)
 
 
-def _locate(zero: Any, stage: int, parameter: nn.Parameter, elements: int, rank: int) -> Piece | None:
+def _locate(zero: Any, stage: int, parameter: nn.Parameter, elements: int, rank: int) -> FlatSlice | None:
     """This rank's slice of a parameter, None where it has none."""
     if stage == 3:
         flat, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = rank * size
         # The last slices are padded to equal sizes; padding is nobody's.
         length = min(size, elements - start)
-        return Piece(flat, offset, start, length) if length > 0 else None
+        return FlatSlice(flat, offset, start, length) if length > 0 else None
     fragment = parameter._hp_mapping  # type: ignore[attr-defined]
     if fragment is None:
         return None
     part, place = fragment.lp_fragment_address, fragment.hp_fragment_address
-    return Piece(fragment.param_group_index, place.start, part.start, part.numel)
+    return FlatSlice(fragment.param_group_index, place.start, part.start, part.numel)

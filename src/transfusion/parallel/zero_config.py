@@ -12,7 +12,7 @@ from transfusion.config import Config, ZeroConfig
 # The units that ZeRO-3 gathers at once and whose missing gradients it fills with zeros. Inside of them ranks may do
 # different things: a U-Net calls its layers once for each group of images that the batch holds.
 LEAF_MODULES = [
-    "transfusion.model.block.Block",
+    "transfusion.model.block.TransformerBlock",
     "transfusion.model.unet.UNetEncoder",
     "transfusion.model.unet.UNetDecoder",
 ]

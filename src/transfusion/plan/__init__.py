@@ -2,6 +2,6 @@
 
 from transfusion.plan.prediction import Plan, make_plan
 from transfusion.plan.report import report, warnings
-from transfusion.plan.workload import Mixture
+from transfusion.plan.workload import DocumentMix
 
-__all__ = ["Mixture", "Plan", "make_plan", "report", "warnings"]
+__all__ = ["DocumentMix", "Plan", "make_plan", "report", "warnings"]

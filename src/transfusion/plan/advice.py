@@ -14,7 +14,7 @@ from transfusion.plan.prediction import Plan, make_plan
 
 # A setting is worth telling from this gain of speed on.
 WORTH_TELLING = 1.05
-MOST_GPUS = 1024
+MAX_GPUS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ def to_fit(plan: Plan) -> Advice | None:
         if advice and advice.plan.fits:
             return _fewest(plan, advice)
     gpus = plan.division.gpus
-    while (gpus := gpus * 2) <= MOST_GPUS:
+    while (gpus := gpus * 2) <= MAX_GPUS:
         advice = _tried(plan, list(together.values()), gpus)
         if advice and advice.plan.fits:
             return _fewest(plan, advice)
     return None
 
 
-def to_hasten(plan: Plan) -> list[Advice]:
+def suggest_speedups(plan: Plan) -> list[Advice]:
     """Settings, each for itself, with which a plan that fits still does and is faster; the best first."""
     tried = [advice for setting in _hasteners(plan) if (advice := _tried(plan, [setting]))]
     least = WORTH_TELLING * plan.tokens_per_second
@@ -102,7 +102,7 @@ def _tried(plan: Plan, settings: Sequence[str], gpus: int | None = None) -> Advi
     try:
         config = applied(plan.config, settings)
         return Advice(
-            told, make_plan(config, gpus or plan.division.gpus, plan.gpu.name.lower(), plan.mixture)
+            told, make_plan(config, gpus or plan.division.gpus, plan.gpu.name.lower(), plan.document_mix)
         )
     except (UserError, ValueError):
         return None

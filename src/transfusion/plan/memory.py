@@ -78,7 +78,7 @@ def zero_memory(config: Config, network: Network, trace: Trace, ranks: int) -> M
         small = elements - network.larger_than(zero.persistence_threshold)
         ahead = zero.max_live_parameters + zero.prefetch_bucket_size
         # One rank alone has nothing to gather.
-        live = min(elements, max(ahead, network.largest_gather)) - small if ranks > 1 else 0
+        live = min(elements, max(ahead, network.max_gather)) - small if ranks > 1 else 0
         kept = Memory(parameters=width * (part + small), optimizer=states * part, gradients=FP32 * part)
         if zero.hpz_partition_size > 1:
             kept = replace(kept, parameters=kept.parameters + width * elements // zero.hpz_partition_size)

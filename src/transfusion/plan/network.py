@@ -39,7 +39,7 @@ class Network:
         return max(self.sizes)
 
     @property
-    def largest_gather(self) -> int:
+    def max_gather(self) -> int:
         """The most that ZeRO-3 gathers at once: a block, or what is outside of them and largest."""
         return max(self.block, *self.outside)
 

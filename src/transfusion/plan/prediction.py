@@ -14,16 +14,16 @@ from transfusion.plan.memory import Memory, compute_dtype, load_of_rank, local_m
 from transfusion.plan.network import Network, with_vocabulary
 from transfusion.plan.speed import Seconds, step_seconds
 from transfusion.plan.tracing import Trace, trace_step
-from transfusion.plan.workload import Division, Mixture
+from transfusion.plan.workload import Division, DocumentMix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is predicted of a run. load, work: of one rank's micro-batch. mixture: the documents assumed."""
+    """What is predicted of a run. load, work: of one rank's micro-batch. document_mix: the documents assumed."""
 
     config: Config
     gpu: Gpu
-    mixture: Mixture
+    document_mix: DocumentMix
     division: Division
     network: Network
     load: Workload
@@ -64,7 +64,7 @@ class Plan:
             "run": self.config.run.name,
             "gpu": self.gpu.name,
             "gpus": self.division.gpus,
-            "assumed_documents": asdict(self.mixture),
+            "assumed_documents": asdict(self.document_mix),
             "parameters": {**self.network.parts, "total": self.network.elements},
             "division": asdict(self.division),
             "micro_batch_of_a_rank": {
@@ -88,21 +88,21 @@ class Plan:
         }
 
 
-def make_plan(config: Config, gpus: int, gpu: str = "h200", mixture: Mixture | None = None) -> Plan:
+def make_plan(config: Config, gpus: int, gpu: str = "h200", document_mix: DocumentMix | None = None) -> Plan:
     """Predict a run. Raises UserError where the rows of a step cannot be shared by so many GPUs."""
-    config, mixture, kind = with_vocabulary(config), mixture or Mixture(), GPUS[gpu]
+    config, document_mix, kind = with_vocabulary(config), document_mix or DocumentMix(), GPUS[gpu]
     division = Division.of(config, gpus)
-    load = load_of_rank(mixture.workload(config, division.micro_batch_size), division.sequence_ranks)
+    load = load_of_rank(document_mix.workload(config, division.micro_batch_size), division.sequence_ranks)
     local = config.train.engine == "local"
     network = Network.of(config)
     trace = _trace(_traced_part(config), load, division.micro_batches > 1, local)
     communication = Communication() if local else communicate(config, division, network, load.positions, kind)
     flops = FlopModel(config)
-    work, head = flops.work(load), 2.0 * flops.text_head * load.text_targets
+    work, head = flops.work(load), 2.0 * flops.lm_head * load.text_targets
     return Plan(
         config=config,
         gpu=kind,
-        mixture=mixture,
+        document_mix=document_mix,
         division=division,
         network=network,
         load=load,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from transfusion.observe.progress import duration
-from transfusion.plan.advice import to_fit, to_hasten
+from transfusion.plan.advice import suggest_speedups, to_fit
 from transfusion.plan.machines import GIB, MIB
 from transfusion.plan.prediction import Plan
 
@@ -34,7 +34,7 @@ def warnings(plan: Plan) -> list[str]:
         if advice:
             remedy = f"set {advice}: {gib(advice.plan.memory.total)}, {advice.plan.tokens_per_second:,.0f} tokens/s"
         return [*found, f"{lacking}; {remedy}"]
-    hastened = to_hasten(plan)
+    hastened = suggest_speedups(plan)
     if plan.seconds.exposed > MUCH_WAITING * plan.seconds.total:
         remedy = "more rows a micro-batch, or fewer GPUs, would wait less"
         if hastened:
@@ -57,7 +57,7 @@ def gib(size: float) -> str:
 
 def _figures(plan: Plan) -> Iterator[str]:
     config, division, network = plan.config, plan.division, plan.network
-    documents = plan.mixture
+    documents = plan.document_mix
     yield f"{config.run.name} on {division.gpus} {plan.gpu.name}: a prediction, not a measurement"
     yield (
         f"assumed: {documents.pair_share:.0%} of the tokens in pairs (captions of {documents.caption_tokens} tokens),"

@@ -269,7 +269,7 @@ def _recount_gradient(live: LiveBytes) -> Callable[[Tensor], None]:
 
 def _count_logits(model: nn.Module, live: LiveBytes) -> None:
     """Count what the text head makes, its gradients among it, as logits."""
-    head = model.get_submodule("text_head")
+    head = model.get_submodule("lm_head")
 
     def begin(*_: Any) -> None:
         live.kind = LOGITS

@@ -67,7 +67,7 @@ def _uneven(config: Config, gpus: int, sequence_ranks: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mixture:
+class DocumentMix:
     """The documents assumed. pair_share: of the tokens, in pairs with an image (the paper: half).
 
     text_tokens, caption_tokens: of a text with its two control tokens, and of a caption without them.

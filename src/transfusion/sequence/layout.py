@@ -79,14 +79,14 @@ def position_axes(position: str) -> int:
 
 def image_segment(sizes: ImageSizes, size: Size, values: Any = None) -> ImageSegment:
     """An image of this size."""
-    return ImageSegment(values, sizes.patches(size), sizes.grid(size)[1], sizes.begins_with(size))
+    return ImageSegment(values, sizes.patches(size), sizes.grid(size)[1], sizes.begin_token(size))
 
 
 def _columns(image: ImageSegment) -> int:
     return image.columns or math.isqrt(image.patches)
 
 
-class Draft(NamedTuple):
+class TokenizedDocument(NamedTuple):
     """The tokens of one document, or of a piece of one, before the rules are applied.
 
     following: the token behind the last. images: (first patch, patches, patches in a row of them).
@@ -99,7 +99,7 @@ class Draft(NamedTuple):
     learns_text: bool
 
 
-def draft(segments: Sequence[Segment], *, finished: bool = True) -> Draft:
+def tokenize_document(segments: Sequence[Segment], *, finished: bool = True) -> TokenizedDocument:
     """A document of texts and images between <BOS> and <EOS>; see `lay_out`."""
     parts = [_BOS]
     images, length, learns_text = [], 1, False
@@ -114,26 +114,28 @@ def draft(segments: Sequence[Segment], *, finished: bool = True) -> Draft:
             learns_text = True
     if finished:
         parts.append(_EOS)
-    return Draft(np.concatenate(parts), _PADDING, tuple(images), learns_text)
+    return TokenizedDocument(np.concatenate(parts), _PADDING, tuple(images), learns_text)
 
 
-def draft_pair(caption_ids: NDArray[np.integer] | None, image: ImageSegment, *, caption_first: bool) -> Draft:
-    """An image with its caption, or without one (None): as `draft`, of which most documents are this kind."""
+def draft_pair(
+    caption_ids: NDArray[np.integer] | None, image: ImageSegment, *, caption_first: bool
+) -> TokenizedDocument:
+    """An image with its caption, or without one (None): as `tokenize_document`. Most are such."""
     tokens, shape = _image_tokens(image.begin, image.patches), (image.patches, _columns(image))
     if caption_ids is None:
-        return Draft(np.concatenate([_BOS, tokens, _EOS]), _PADDING, ((2, *shape),), False)
+        return TokenizedDocument(np.concatenate([_BOS, tokens, _EOS]), _PADDING, ((2, *shape),), False)
     parts = [_BOS, caption_ids, tokens, _EOS] if caption_first else [_BOS, tokens, caption_ids, _EOS]
     first_patch = 2 + len(caption_ids) if caption_first else 2
-    return Draft(np.concatenate(parts), _PADDING, ((first_patch, *shape),), True)
+    return TokenizedDocument(np.concatenate(parts), _PADDING, ((first_patch, *shape),), True)
 
 
-def draft_text(token_ids: NDArray[np.integer], first: int, tokens: int) -> Draft:
+def tokenize_text(token_ids: NDArray[np.integer], first: int, tokens: int) -> TokenizedDocument:
     """A piece of a text document; see `lay_out_text`."""
     end = first + tokens
     inside = token_ids[max(first - 1, 0) : end].astype(np.int64)
     before = _BOS if first == 0 else _BOS[:0]
     piece = np.concatenate([before, inside, _EOS, [_PADDING]])[: tokens + 1]
-    return Draft(piece[:-1], int(piece[-1]), (), True)
+    return TokenizedDocument(piece[:-1], int(piece[-1]), (), True)
 
 
 def lay_out(
@@ -144,7 +146,9 @@ def lay_out(
     finished=False leaves <EOS> out: the prefix of a generation, whose last token has no target. A document
     without text (a dropped caption) has no text loss: it only teaches what an image is.
     """
-    return lay_out_all([draft(segments, finished=finished)], axes=axes, causal_images=causal_images)
+    return lay_out_all(
+        [tokenize_document(segments, finished=finished)], axes=axes, causal_images=causal_images
+    )
 
 
 def lay_out_text(token_ids: NDArray[np.integer], first: int, tokens: int, *, axes: int = 1) -> Layout:
@@ -152,24 +156,26 @@ def lay_out_text(token_ids: NDArray[np.integer], first: int, tokens: int, *, axe
 
     A piece that ends inside the document still learns its last token's true successor.
     """
-    return lay_out_all([draft_text(token_ids, first, tokens)], axes=axes)
+    return lay_out_all([tokenize_text(token_ids, first, tokens)], axes=axes)
 
 
-def lay_out_all(drafts: Sequence[Draft], *, axes: int = 1, causal_images: bool = False) -> Layout:
+def lay_out_all(
+    tokenized: Sequence[TokenizedDocument], *, axes: int = 1, causal_images: bool = False
+) -> Layout:
     """Documents one after another: targets, weights, positions and bounds of all at once.
 
     causal_images: a patch does not see the later ones of its image.
     """
-    lengths = [len(each.token_ids_S) for each in drafts]
+    lengths = [len(each.token_ids_S) for each in tokenized]
     starts = list(itertools.accumulate(lengths, initial=0))
-    token_ids_S = np.concatenate([_BOS[:0], *(each.token_ids_S for each in drafts)])
-    target_ids_S = np.concatenate([token_ids_S[1:], _BOS[: len(drafts[:1])]])
-    target_ids_S[np.array(starts[1:], np.int64) - 1] = [each.following for each in drafts]
+    token_ids_S = np.concatenate([_BOS[:0], *(each.token_ids_S for each in tokenized)])
+    target_ids_S = np.concatenate([token_ids_S[1:], _BOS[: len(tokenized[:1])]])
+    target_ids_S[np.array(starts[1:], np.int64) - 1] = [each.following for each in tokenized]
     kind_S = np.minimum(token_ids_S, _TEXT)
     weight_S = _LEARNED_FROM[kind_S] * _LEARNED_AS[np.minimum(target_ids_S, _TEXT)]
     end_key_S = np.arange(1, starts[-1] + 1, dtype=np.int32)
     images = []
-    for start, length, each in zip(starts, lengths, drafts, strict=False):
+    for start, length, each in zip(starts, lengths, tokenized, strict=False):
         if not each.learns_text:
             weight_S[start : start + length] = 0
         for first, patches, columns in each.images:

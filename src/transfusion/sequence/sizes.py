@@ -19,7 +19,7 @@ from transfusion.tokens import SpecialToken
 Integers = NDArray[np.int64]
 
 # Of the longer side to the shorter one; images and sizes beyond are refused.
-GREATEST_ASPECT = 20
+MAX_ASPECT = 20
 _FORM = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 
@@ -86,7 +86,7 @@ class ImageSizes:
         return self.sizes[0]
 
     @property
-    def several(self) -> bool:
+    def is_multi_size(self) -> bool:
         return len(self.sizes) > 1
 
     def named(self) -> str:
@@ -108,26 +108,26 @@ class ImageSizes:
         return rows * columns
 
     @functools.cached_property
-    def begun(self) -> dict[int, Size]:
+    def size_by_begin_token(self) -> dict[int, Size]:
         """By the token that begins an image, the size of it: <BOI> for the first, the last ids for the others.
 
         So a model that speaks chooses the size as it chooses words, and an image has as many positions as with one.
         """
-        if self.several and not self.vocabulary:
+        if self.is_multi_size and not self.vocabulary:
             raise ValueError("model.vocabulary must be known before images of several sizes begin")
         others = range(self.vocabulary - len(self.sizes) + 1, self.vocabulary)
         return dict(zip((int(SpecialToken.BEGIN_IMAGE), *others), self.sizes, strict=True))
 
-    def begins_with(self, size: Size) -> int:
+    def begin_token(self, size: Size) -> int:
         """The token that begins such an image."""
         return self._begins[size]
 
     @functools.cached_property
     def _begins(self) -> dict[Size, int]:
-        return {size: token for token, size in self.begun.items()}
+        return {size: token for token, size in self.size_by_begin_token.items()}
 
     @property
-    def most_patches(self) -> int:
+    def max_patches(self) -> int:
         """Of an image of the greatest size."""
         return max(map(self.patches, self.sizes))
 
@@ -150,7 +150,7 @@ class ImageSizes:
         """The size that an image takes."""
         return self.sizes[int(nearest(self.sizes, np.array([height]), np.array([width]))[0])]
 
-    def when_turned(self, size: Size) -> Size:
+    def rotated(self, size: Size) -> Size:
         """What an image of this size takes where it was stored on its side: it has as many patches."""
         return self._turned[size]
 

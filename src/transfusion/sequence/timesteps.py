@@ -9,7 +9,7 @@ from typing import Literal
 
 _NORMAL = NormalDist()
 # Half of the spacing of the uniform numbers, in the place of 0, whose quantile is infinite.
-_LEAST = 2.0**-54
+_MIN_SHARE = 2.0**-54
 
 
 def shifted(level: float, shift: float) -> float:
@@ -41,7 +41,7 @@ class TimestepLaw:
     def _level(self, share: float) -> float:
         """The level below which this share of all levels lies."""
         if self.law == "logit-normal":
-            share = 1 / (1 + math.exp(-_NORMAL.inv_cdf(max(share, _LEAST))))
+            share = 1 / (1 + math.exp(-_NORMAL.inv_cdf(max(share, _MIN_SHARE))))
         return shifted(share, self.shift)
 
     def _share_below(self, level: float) -> float:

@@ -16,9 +16,9 @@ from transfusion.observe.clock import Clock, TimeLimit
 from transfusion.observe.console import start_logging
 from transfusion.observe.runfolder import RunFolder
 from transfusion.observe.sinks import refuse_missing_sink
-from transfusion.observe.utilisation import Utilisation
+from transfusion.observe.utilization import OperationMeter
 from transfusion.parallel.build import build_engine
-from transfusion.parallel.collectives import together
+from transfusion.parallel.collectives import raise_together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.environment import Environment
 from transfusion.schema import TrainState
@@ -37,17 +37,17 @@ class RunParts:
         self.folder = RunFolder(Path(config.run.folder))
         start_logging(None, rank=here.rank)
         # A run that is under way must not be read either: its checkpoints come and go.
-        self.lock = together(lambda: self.folder.lock_existing() if here.is_main else None)
-        self.tokenizer = together(lambda: Tokenizer(config.data.tokenizer))
+        self.lock = raise_together(lambda: self.folder.lock_existing() if here.is_main else None)
+        self.tokenizer = raise_together(lambda: Tokenizer(config.data.tokenizer))
         self.config = config.with_vocabulary(self.tokenizer.vocabulary)
-        together(self._check)
+        raise_together(self._check)
         # Frozen and whole on every rank, outside of what the engine shards and trains.
-        self.codec = together(lambda: open_any_codec(config.codec, here.device))
+        self.codec = raise_together(lambda: open_any_codec(config.codec, here.device))
         self.engine: Engine = build_engine(self.config, here, self.codec)
         self.state = resume(self.folder.path, self.engine) or self._begin()
-        self.loader = together(self._open_loader)
-        self.validation = together(self._open_validation) if config.data.validation else None
-        together(self._create_folder)
+        self.loader = raise_together(self._open_loader)
+        self.validation = raise_together(self._open_validation) if config.data.validation else None
+        raise_together(self._create_folder)
         self.saver = Saver(
             self.folder.path,
             self.engine,
@@ -61,7 +61,7 @@ class RunParts:
             exit_seconds=self._patience(),
             samples=self.loader.samples,
         )
-        self.utilisation = Utilisation(self.config, here.device)
+        self.operation_meter = OperationMeter(self.config, here.device)
         self.clock = Clock()
 
     def _check(self) -> None:

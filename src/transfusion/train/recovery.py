@@ -10,7 +10,7 @@ from transfusion.checkpoint.resume import load, newest_good
 from transfusion.errors import UserError
 from transfusion.observe.losses import MeanLosses
 from transfusion.optim.schedule import learning_rate
-from transfusion.parallel.collectives import from_main
+from transfusion.parallel.collectives import broadcast_from_main
 from transfusion.parallel.step_result import PendingResult
 from transfusion.schema import LossTerms, StepResult
 from transfusion.train.parts import RunParts
@@ -44,7 +44,7 @@ class Recovery:
         # The same on all ranks, so all judge alike.
         loss, limits = MeanLosses.over_ranks(terms, config).total, self.spikes.limits()
         largest = -math.inf if loss > limits.loss else limits.norm
-        pending = engine.step(rate, largest_norm=largest, module_norms=norms)
+        pending = engine.step(rate, max_norm=largest, module_norms=norms)
         self._unread.append(pending)
         result = pending.read()
         if result.skipped:
@@ -93,7 +93,7 @@ class Recovery:
         parts.watchdog.note("bringing back a checkpoint", parts.state.step)
         parts.saver.finish()
         with parts.clock.pause():
-            folder = from_main(lambda: newest_good(parts.folder.path))
+            folder = broadcast_from_main(lambda: newest_good(parts.folder.path))
             former = load(folder, parts.engine)
         parts.state.roll_backs += 1
         log.warning(

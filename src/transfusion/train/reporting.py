@@ -15,7 +15,7 @@ from transfusion.observe.memory import peak_gib
 from transfusion.observe.metrics import StepMetrics
 from transfusion.observe.record import Record
 from transfusion.optim.schedule import learning_rate
-from transfusion.parallel.collectives import gather, together
+from transfusion.parallel.collectives import gather, raise_together
 from transfusion.parallel.engine import Weights
 from transfusion.schema import Batch, LossTerms, StepResult
 from transfusion.train.parts import RunParts
@@ -37,7 +37,7 @@ class Reporter:
     def __enter__(self) -> Reporter:
         record = Record(self.parts.config, self.parts.folder, self.parts.state.step)
         is_main = self.parts.here.is_main
-        self._record = together(lambda: self._open.enter_context(record) if is_main else None)
+        self._record = raise_together(lambda: self._open.enter_context(record) if is_main else None)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -71,14 +71,14 @@ class Reporter:
         parts = self.parts
         parts.watchdog.note("validation losses and metrics", parts.state.step)
         losses = MeanLosses.over_ranks(
-            self._terms, parts.config, parts.utilisation.take(), images=self._images
+            self._terms, parts.config, parts.operation_meter.take(), images=self._images
         )
         self._terms, self._images = [], 0
         parts.state.images += losses.images
-        judged = self._validation_losses() if validation else None
-        line = self._metrics(result, losses, judged)
+        measured = self._validation_losses() if validation else None
+        line = self._metrics(result, losses, measured)
         seconds_left = parts.clock.seconds_left(parts.config.train.steps - parts.state.step)
-        together(lambda: self._record.write(line, seconds_left=seconds_left) if self._record else None)
+        raise_together(lambda: self._record.write(line, seconds_left=seconds_left) if self._record else None)
 
     def grid(self) -> None:
         """The fixed-seed images, each rank drawing its share with the same number of forwards."""
@@ -95,7 +95,7 @@ class Reporter:
         def write(path: Path) -> None:
             write_grid(images, path, sample)
 
-        together(lambda: self._record.grid(parts.state.step, write) if self._record else None)
+        raise_together(lambda: self._record.grid(parts.state.step, write) if self._record else None)
 
     def quarantine(self) -> None:
         """One line for each sample left out so far, by the index or by any rank at run time."""
@@ -105,12 +105,14 @@ class Reporter:
         mine = parts.loader.faults() if parts.engine.sequence.rank == 0 else []
         found = gather(mine if parts.here.is_main else mine[indexed:])
         faults = [fault for part in found for fault in part]
-        together(lambda: parts.folder.add_to_quarantine(faults) if parts.here.is_main else None)
+        raise_together(lambda: parts.folder.add_to_quarantine(faults) if parts.here.is_main else None)
 
-    def _metrics(self, result: StepResult, losses: MeanLosses, judged: MeanLosses | None) -> StepMetrics:
+    def _metrics(self, result: StepResult, losses: MeanLosses, measured: MeanLosses | None) -> StepMetrics:
         parts, state, config = self.parts, self.parts.state, self.parts.config
-        lap = parts.clock.lap()
-        shares = parts.utilisation.shares(losses.also, lap.seconds, parts.here.world_size)
+        interval = parts.clock.interval()
+        utilization = parts.operation_meter.utilization(
+            losses.extra_sums, interval.seconds, parts.here.world_size
+        )
         return StepMetrics(
             step=state.step,
             loss=losses.total,
@@ -125,12 +127,12 @@ class Reporter:
             faults=state.faults,
             tokens=state.tokens,
             images=state.images,
-            tokens_per_second=lap.tokens_per_second,
-            data_wait=lap.shares.get("data", 0.0),
-            **asdict(shares),
+            tokens_per_second=interval.tokens_per_second,
+            data_wait=interval.shares.get("data", 0.0),
+            **asdict(utilization),
             memory_gib=peak_gib(parts.engine.device),
-            validation_text_loss=judged.text if judged else None,
-            validation_image_loss=judged.image if judged else None,
+            validation_text_loss=measured.text if measured else None,
+            validation_image_loss=measured.image if measured else None,
         )
 
     def _validation_losses(self) -> MeanLosses | None:
@@ -138,7 +140,9 @@ class Reporter:
         if parts.validation is None:
             return None
         with parts.clock.pause(), parts.engine.evaluation(self._best_weights()) as module:
-            terms = validation_losses(module, parts.validation, parts.config, parts.engine.device, parts.codec)
+            terms = validation_losses(
+                module, parts.validation, parts.config, parts.engine.device, parts.codec
+            )
             return MeanLosses.over_ranks([terms], parts.config)
 
     def _best_weights(self) -> Weights:

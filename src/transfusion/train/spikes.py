@@ -7,7 +7,7 @@ import statistics
 from typing import NamedTuple
 
 # A median of fewer steps says little.
-FEWEST = 16
+MIN_STEPS = 16
 
 
 class Limits(NamedTuple):
@@ -32,7 +32,7 @@ class SpikeDetector:
 
     def limits(self) -> Limits:
         """Infinite until there are enough good steps to compare with."""
-        if not self.on or len(self._recent) < min(FEWEST, self._window):
+        if not self.on or len(self._recent) < min(MIN_STEPS, self._window):
             return Limits(math.inf, math.inf)
         losses, norms = zip(*self._recent, strict=True)
         return Limits(self._factor * statistics.median(losses), self._factor * statistics.median(norms))

@@ -10,7 +10,7 @@ from transfusion.data.index.source_index import too_many_faults
 from transfusion.errors import EXIT_STOPPED_EARLY, UserError
 from transfusion.observe.profiling import profiled
 from transfusion.parallel import environment
-from transfusion.parallel.collectives import Signals, agree, together
+from transfusion.parallel.collectives import Signals, raise_together, reduce_decision
 from transfusion.parallel.counts import global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.schema import Batch, Decision
@@ -111,7 +111,7 @@ class Trainer:
             self.train_step()
         self.limit.step_ends()
         if trace is not None:
-            together(write)
+            raise_together(write)
             log.info("trace of step %d: %s", step, trace)
 
     def train_step(self) -> None:
@@ -122,7 +122,9 @@ class Trainer:
         self.watchdog.note(LOADER, state.step, alike=alike)
         with self.clock.span("data"):
             # Together: the loader processes of a single rank may have died.
-            batches = [engine.sequence.share(batch).to(engine.device) for batch in together(self._next_step)]
+            batches = [
+                engine.sequence.share(batch).to(engine.device) for batch in raise_together(self._next_step)
+            ]
         self.watchdog.note("forward and backward", state.step, alike=alike)
         counts = global_counts(batches, self.config.codec)
         terms = [engine.forward_backward(batch, counts) for batch in batches]
@@ -138,7 +140,7 @@ class Trainer:
     def _next_step(self) -> list[Batch]:
         """This rank's micro-batches, on the host, where they are counted."""
         batches = self.loader.next_step()
-        self.parts.utilisation.note(batches)
+        self.parts.operation_meter.note(batches)
         return batches
 
     def _time_is_up(self) -> Decision:
@@ -154,7 +156,7 @@ class Trainer:
         self.watchdog.note("agreement of all ranks", state.step, alike=self.clock.steps > 1)
         # What several ranks read together counts once.
         reading = self.loader.reading if self.engine.sequence.rank == 0 else (0, 0)
-        decision, (faults, samples, written) = agree(mine, *reading, int(self.saver.written))
+        decision, (faults, samples, written) = reduce_decision(mine, *reading, int(self.saver.written))
         state.faults += faults
         state.samples += samples
         if written == self.here.world_size:

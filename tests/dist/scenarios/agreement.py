@@ -16,7 +16,7 @@ from handmade import (
 
 from transfusion.errors import UserError
 from transfusion.parallel.build import build_engine
-from transfusion.parallel.collectives import agree
+from transfusion.parallel.collectives import reduce_decision
 from transfusion.parallel.counts import global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.ulysses import SequenceGroup
@@ -44,7 +44,7 @@ def refused_sharing(here: Environment) -> list[str]:
 
 def agreement(here: Environment) -> dict[str, Any]:
     decision = Decision.SAVE_AND_STOP if here.rank == 1 else Decision.CONTINUE
-    result = agree(decision, 3 + here.rank, 10**12)
+    result = reduce_decision(decision, 3 + here.rank, 10**12)
     content: Content = "image" if here.rank else "text"
     counts = global_counts([make_batch(content, 1), make_batch(content, 2)])
     expected = counts_of([make_batch(kind, seed) for kind in ("text", "image") for seed in (1, 2)])

@@ -61,7 +61,7 @@ class Halves:
     def decode(self, latent_IChw: torch.Tensor) -> torch.Tensor:
         raise AssertionError("training encodes alone")
 
-    settled = decode
+    as_context = decode
 
 
 def stream_batches(step: int, config: Config, ranks: int = 2, stream: Stream = STREAM) -> list[Batch]:
@@ -124,7 +124,7 @@ def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
     mine = [(shard.name, shard.start, shard.shape, shard.values) for shard in engine.shards()]
     dist.all_gather_object(parts, mine)
     whole: dict[str, torch.Tensor] = {}
-    for name, start, shape, values in (piece for part in parts for piece in part):
+    for name, start, shape, values in (stored for part in parts for stored in part):
         for kind, tensor in values.items():
             target = whole.setdefault(f"{kind}/{name}", torch.full((torch.Size(shape).numel(),), torch.nan))
             target[start : start + tensor.numel()] = tensor

@@ -141,7 +141,7 @@ def nothing_is_read(config: Config, here: Environment) -> dict[str, Any]:
     _, skipped = train_step(fused, broken)
     for batch in batches:
         fused.forward_backward(batch, counts)
-    too_large = fused.step(1e-3, largest_norm=result.gradient_norm / 100).read()
+    too_large = fused.step(1e-3, max_norm=result.gradient_norm / 100).read()
     untouched = same_state(before, state_of(fused))
     _, good = train_step(fused, batches)
     return {

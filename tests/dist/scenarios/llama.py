@@ -59,7 +59,7 @@ def from_llama(changes: dict[str, Any], here: Environment, folder: Path) -> dict
     batches = stream_batches(0, config)
     terms, _ = train_step(zero, [batches[here.rank]])
     wanted, _ = train_step(plain, batches, counts=counts_of(batches))
-    taken = plain.masters["text_head.weight"].numel()
+    taken = plain.masters["lm_head.weight"].numel()
     return {
         "same": all(
             torch.equal(got[f"{kind}/{name}"], value.flatten())

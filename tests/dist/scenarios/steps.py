@@ -115,7 +115,7 @@ def evaluation(config: Config, here: Environment) -> dict[str, Any]:
                 hidden = model.norm(model.run_blocks(hidden, batch.position_BSA, batch.mask))
                 slots = batch.images[0].patch_slot_IP.flatten()
                 model.decode_patches(hidden.flatten(0, 1)[slots], encoding)
-                model.text_head(hidden.flatten(0, 1))
+                model.lm_head(hidden.flatten(0, 1))
         found[f"{weights} state untouched"] = same_state(before, state_of(engine))
     found["trains on the same"] = train(engine, here.rank, range(3, 6)) == train(
         undisturbed, here.rank, range(3, 6)
@@ -160,7 +160,7 @@ def told_norms(config: Config, here: Environment) -> dict[str, Any]:
     before = state_of(zero)
     batches = stream_batches(3, config)
     zero.forward_backward(batches[here.rank], counts_of(batches))
-    refused = zero.step(1e-3, largest_norm=wanted.gradient_norm / 100, module_norms=True).read()
+    refused = zero.step(1e-3, max_norm=wanted.gradient_norm / 100, module_norms=True).read()
     untouched = same_state(before, state_of(zero))
     _, after = train_step(zero, [batches[here.rank]])
     return {

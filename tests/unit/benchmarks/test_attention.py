@@ -116,8 +116,8 @@ def test_one_wrong_row_of_many_is_seen_where_the_whole_tensor_hides_it() -> None
     verdict = verify.verify(
         lambda q, k, v: right(q, k, v) * keeps[..., None], inputs, exact, "bf16", poison=False
     )
-    assert max(verdict.errors.values()) < verify.GREATEST_ERROR["bf16"][0]
-    assert verdict.worst_row > verify.GREATEST_ERROR["bf16"][1] and not verdict.right
+    assert max(verdict.errors.values()) < verify.MAX_ERROR["bf16"][0]
+    assert verdict.worst_row > verify.MAX_ERROR["bf16"][1] and not verdict.right
     assert verify.verify(right, inputs, exact, "bf16", poison=False).right
 
 

@@ -13,7 +13,7 @@ import data
 import exact_batches
 from transfusion.data.index.open import build_indexes
 from transfusion.data.loading.loader import plan_settings
-from transfusion.data.viewing.plan_stats import survey
+from transfusion.data.viewing.plan_stats import measure_plan
 from transfusion.sequence.tokenizer import Tokenizer
 
 
@@ -21,7 +21,7 @@ def test_every_token_is_accounted_for(tmp_path: Path) -> None:
     config = exact_batches.make_config(tmp_path)
     indexes = build_indexes(config, config.data.sources, Tokenizer(config.data.tokenizer))
     lengths = [index.lengths for index in indexes]
-    found = survey(lengths, plan_settings(config), batches=64)
+    found = measure_plan(lengths, plan_settings(config), batches=64)
     assert data.tokens_dropped(lengths, config, found) == 0
     assert data.tokens_dropped(lengths, config, dataclasses.replace(found, tokens=found.tokens - 7)) == 7
 

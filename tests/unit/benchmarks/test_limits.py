@@ -35,7 +35,7 @@ def test_speeds_count_what_must_be_done() -> None:
 def test_a_time_is_the_median_of_several_calls_after_two_that_warm_up() -> None:
     calls: list[None] = []
     assert limits.Timer(CPU).median_ms(lambda: calls.append(None), 0.0) >= 0
-    assert len(calls) == 2 + limits.FEWEST_CALLS
+    assert len(calls) == 2 + limits.MIN_CALLS
 
 
 def test_results_are_written_whole(tmp_path: Path) -> None:

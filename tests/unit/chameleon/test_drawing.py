@@ -27,7 +27,7 @@ class Truth:
     """One row, no cache, no batch: everything read again for each token."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        self.model, self.config = pipeline.reader.model, pipeline.config
+        self.model, self.config = pipeline.runner.model, pipeline.config
 
     @torch.no_grad()
     def states(self, segments: Sequence[Segment], tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -74,7 +74,7 @@ class Truth:
 
     def _logits(self, segments: Sequence[Segment], tokens: Sequence[Sequence[int]], place: int) -> Tensor:
         state = self.states(segments, tokens)[place : place + 1]
-        return self.model.text_head(state)[0, self.config.model.vocabulary :].detach()
+        return self.model.lm_head(state)[0, self.config.model.vocabulary :].detach()
 
 
 def pixels_of(tokens: list[int]) -> Tensor:
@@ -111,7 +111,7 @@ def test_images_behind_images_and_text_behind_them(build: Build, tokenizer: Any)
     """A prompt with an image, then a drawn one, then greedy text: every token as without a cache."""
     config, model = build()
     pipeline = Pipeline(model, tokenizer, config, "cpu", Squares())
-    head = model.text_head
+    head = model.lm_head
     original = head.weight.detach().clone()
     given = flat_image(7)
     known = Squares().tokens(given[None]).flatten().tolist()

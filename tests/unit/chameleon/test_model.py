@@ -16,7 +16,7 @@ from transfusion.config.checking import check
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline
 from transfusion.losses.build import build_loss
-from transfusion.losses.chameleon import TokenLoss
+from transfusion.losses.chameleon import ChameleonLoss
 from transfusion.model import Chameleon, Transfusion
 from transfusion.model.build import build_model
 from transfusion.model.embedding import rotary_angles
@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_every_token_from_those_before(build: Build, pack: A
     batch = pairs(pack, config)
     ids = ids_of(batch, config)
     hidden = model.run_blocks(embedded(model, ids, batch), batch.position_BSA, batch.mask)
-    logit_BSV = model.text_head(model.norm(hidden))
+    logit_BSV = model.lm_head(model.norm(hidden))
     log_normaliser = logit_BSV.logsumexp(-1)
     following = torch.cat((ids[:, 1:], ids[:, :1]), 1)
     nats = log_normaliser - logit_BSV.gather(-1, following[..., None]).squeeze(-1)
@@ -80,7 +80,7 @@ def test_the_loss_is_that_of_every_token_from_those_before(build: Build, pack: A
     plain = (nats + 0.01 * log_normaliser.square())[is_text | is_image].mean()
     wanted = torch.autograd.grad(plain, list(model.parameters()))
 
-    loss = TokenLoss(Squares())
+    loss = ChameleonLoss(Squares())
     terms = loss.terms(model, batch)
     counts = global_counts([batch], config.codec)
     assert (counts.text, counts.image) == (is_text.sum(), 3 * TOKENS)
@@ -97,10 +97,10 @@ def test_a_batch_without_images_is_a_batch_of_text(build: Build, pack: Any) -> N
     """Its image of weight 0 stands on tokens of text, which it must leave alone."""
     config, model = build()
     batch = pack(config, [[[TextSegment((9, 10, 11, 12))]]])
-    terms = TokenLoss(Squares()).terms(model, batch)
+    terms = ChameleonLoss(Squares()).terms(model, batch)
     assert (float(terms.image_sum), float(terms.image_count), float(terms.text_count)) == (0, 0, 5)
     state = model.norm(model.run_blocks(model.embedding(batch.token_ids_BS), batch.position_BSA, batch.mask))
-    total = model.text_head(state[0, :5], batch.target_ids_BS[0, :5])
+    total = model.lm_head(state[0, :5], batch.target_ids_BS[0, :5])
     torch.testing.assert_close(terms.text_sum, total)
 
 
@@ -124,13 +124,13 @@ def test_text_has_the_logits_of_a_transfusion_with_the_same_weights(build: Build
     config, model = build()
     plain = Transfusion(config.model, CodecConfig(channels=1, image_size=8))
     weights = model.state_dict()
-    for name in ("embedding.weight", "text_head.weight"):
+    for name in ("embedding.weight", "lm_head.weight"):
         weights[name] = weights[name][: config.model.vocabulary]
     missing, unexpected = plain.load_state_dict(weights, strict=False)
     assert not unexpected and all(name.startswith("patch_") for name in missing)
     batch = pack(config, [[[TextSegment((9, 10, 11, 12))]]])
     one, other = (
-        each.text_head(
+        each.lm_head(
             each.norm(each.run_blocks(each.embedding(batch.token_ids_BS), batch.position_BSA, batch.mask))
         )
         for each in (model, plain)
@@ -218,7 +218,7 @@ def test_operations_are_those_that_torch_counts(build: Build, pack: Any) -> None
     def addmm_(_: Any, a: Any, b: Any, **__: Any) -> int:
         return 2 * a[0] * a[1] * b[1]
 
-    loss = TokenLoss(Squares())
+    loss = ChameleonLoss(Squares())
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
         terms = loss.terms(model, batch)
         loss.combine(terms, terms.text_count, terms.image_count).backward()
@@ -248,4 +248,4 @@ def test_the_z_loss_reaches_the_head_of_either_family(family: str) -> None:
     if family == "transfusion":
         values["codec"] = {"channels": 1, "image_size": 8}
     with torch.device("meta"):
-        assert build_model(Config.model_validate(values)).text_head.z_loss == 0.5
+        assert build_model(Config.model_validate(values)).lm_head.z_loss == 0.5

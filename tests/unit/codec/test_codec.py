@@ -34,7 +34,7 @@ def test_latents_and_images_are_those_of_diffusers(
     made = ((theirs.decode(given / 0.5 + 0.25).sample + 1) * 127.5).round().clamp(0, 255).byte()
     assert torch.equal(codec.decode(given), made)
     # Precomputed latents pass as they are, and drawn ones are read again without a detour over the image.
-    assert torch.equal(codec.encode(given.half()), given.half().float()) and codec.settled(given) is given
+    assert torch.equal(codec.encode(given.half()), given.half().float()) and codec.as_context(given) is given
     assert codec.bound is None and not any(each.requires_grad for each in codec.network.parameters())  # type: ignore[attr-defined]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transfusion.config import Config
 from transfusion.data.loading.loader import Loader
 from transfusion.data.remote.cache import CacheSettings, RemoteShard, ShardCache
-from transfusion.data.remote.download import Contents
+from transfusion.data.remote.download import ShardDigest
 from transfusion.sequence.tokenizer import Tokenizer
 
 
@@ -25,6 +25,6 @@ def run_rank(config: Config, tokenizer: Path, rank: int, steps: int, results: An
         results.put((json.dumps(loader.state()), len(loader.faults()), peak))
 
 
-def fetch(address: str, contents: Contents, settings: CacheSettings) -> None:
+def fetch(address: str, contents: ShardDigest, settings: CacheSettings) -> None:
     """Download one shard into a cache."""
     ShardCache(settings).fetch(RemoteShard(address, settings), contents)

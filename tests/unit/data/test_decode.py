@@ -83,7 +83,7 @@ def test_damage_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "GREATEST_PIXELS", 15)
+    monkeypatch.setattr(module, "MAX_PIXELS", 15)
     with pytest.raises(SampleError, match="image_too_large"):
         decode(encoded(Image.new("L", (4, 4))), channels=1, image_size=4)
 

@@ -19,7 +19,7 @@ from transfusion.data.loading.loader import Loader
 from transfusion.data.loading.rows import RowBuilder, RowSettings
 from transfusion.data.loading.validation import documents
 from transfusion.data.planning.epoch import Variant
-from transfusion.data.planning.packing import Piece
+from transfusion.data.planning.packing import DocumentSpan
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.schema import ImageSegment, Modality
 from transfusion.sequence.layout import lay_out
@@ -69,10 +69,8 @@ def test_a_row_of_an_interleaved_document(config: Config, tokenizer: Tokenizer) 
     (index, *_) = build_indexes(config, config.data.sources, tokenizer)
     segments, images = index.segments(4)
     layout = lay_out(segments)
-    assert (
-        images == [0, 1, 0] and len(layout) == int(index.lengths.text_tokens_C[4]) + 3 * (PATCHES + 2) + 2
-    )
-    piece = Piece(0, 0, 4, 0, len(layout), int(Variant.INTERLEAVED))
+    assert images == [0, 1, 0] and len(layout) == int(index.lengths.text_tokens_C[4]) + 3 * (PATCHES + 2) + 2
+    piece = DocumentSpan(0, 0, 4, 0, len(layout), int(Variant.INTERLEAVED))
     row = RowBuilder([index], RowSettings.of(config)).build((piece,))
     assert [int(image.values_CHW.max()) for image in row.images] == [4, 104, 4]
     assert [image.first_patch for image in row.images] == [first for first, _ in layout.images]
@@ -94,7 +92,7 @@ def test_only_the_last_image_of_a_document_is_noised_beyond_recognition(
     for sample in range(DOCUMENTS):
         for epoch in range(8):
             tokens = len(lay_out(index.segments(sample)[0]))
-            piece = Piece(0, epoch, sample, 0, tokens, int(Variant.INTERLEAVED))
+            piece = DocumentSpan(0, epoch, sample, 0, tokens, int(Variant.INTERLEAVED))
             *before, after = (image.timestep for image in builder.build((piece,)).images)
             # The last image of every fourth is followed by nothing either.
             first += before
@@ -114,7 +112,7 @@ def test_an_image_that_cannot_be_had_silences_its_document(
     )
     lengths = [len(lay_out(index.segments(sample)[0])) for sample in range(2)]
     plan = tuple(
-        Piece(0, 0, sample, 0, length, int(Variant.INTERLEAVED)) for sample, length in enumerate(lengths)
+        DocumentSpan(0, 0, sample, 0, length, int(Variant.INTERLEAVED)) for sample, length in enumerate(lengths)
     )
     row = RowBuilder([index], RowSettings.of(config)).build(plan)
     assert not row.images and not row.text_weight_S.any() and (row.modality_S == Modality.PADDING).all()

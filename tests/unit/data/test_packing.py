@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transfusion.data.planning.epoch import Deck, SourceLengths, Variant, VariantRule, Windows
-from transfusion.data.planning.packing import Piece, Planner, PlanSettings, RowPlan, deal, plan_once
+from transfusion.data.planning.epoch import EpochOrder, SourceLengths, Variant, VariantRule, Windows
+from transfusion.data.planning.packing import (
+    DocumentSpan,
+    Planner,
+    PlanSettings,
+    RowPlan,
+    balanced_order,
+    plan_once,
+)
 from transfusion.errors import UserError
 
 PATCHES = 16
@@ -50,10 +57,10 @@ def settings(rows: int = 8, sequence_length: int = 512, seed: int = 0) -> PlanSe
     return PlanSettings(rows=rows, sequence_length=sequence_length, packing_buffer=16, variants=rule)
 
 
-def length(source: SourceLengths, piece: Piece) -> int:
-    text = int(source.text_tokens_C[source.caption_start_N[piece.sample] + piece.caption])
+def length(source: SourceLengths, span: DocumentSpan) -> int:
+    text = int(source.text_tokens_C[source.caption_start_N[span.sample] + span.caption])
     return {Variant.TEXT: text + 2, Variant.CAPTION_DROPPED: PATCHES + 4}.get(
-        Variant(piece.variant), text + PATCHES + 4
+        Variant(span.variant), text + PATCHES + 4
     )
 
 
@@ -63,11 +70,11 @@ def check_rows(
     """No row is too long, pairs are whole, parts of texts join without gap; returns tokens by document."""
     parts: dict[tuple[int, int, int], list[tuple[int, int]]] = collections.defaultdict(list)
     for row in rows:
-        assert 0 < sum(piece.tokens for piece in row) <= sequence_length
-        for piece in row:
-            if piece.variant != Variant.TEXT:
-                assert piece.first == 0 and piece.tokens == length(given[piece.source], piece)
-            parts[piece.source, piece.epoch, piece.sample].append((piece.first, piece.tokens))
+        assert 0 < sum(span.tokens for span in row) <= sequence_length
+        for span in row:
+            if span.variant != Variant.TEXT:
+                assert span.first == 0 and span.tokens == length(given[span.source], span)
+            parts[span.source, span.epoch, span.sample].append((span.first, span.tokens))
     totals = {}
     for document, found in parts.items():
         assert len({first for first, _ in found}) == len(found), "a part was given twice"
@@ -91,7 +98,7 @@ def test_every_document_exactly_once_an_epoch() -> None:
             drawn = {sample: tokens for (s, e, sample), tokens in totals.items() if (s, e) == (number, epoch)}
             assert sorted(drawn) == list(range(len(source)))
         whole = [document for document in totals if document[0] == number and document[1] < epochs]
-        documents = Deck(source, RULE).documents(np.arange(epochs * len(source)))
+        documents = EpochOrder(source, RULE).documents(np.arange(epochs * len(source)))
         columns = (documents.epoch.tolist(), documents.sample.tolist(), documents.tokens.tolist())
         tokens = {(epoch, sample): length for epoch, sample, length in zip(*columns, strict=True)}
         assert all(totals[d] == tokens[d[1:]] for d in whole)
@@ -101,18 +108,18 @@ def waiting_rows(given: list[SourceLengths], start: dict[str, Any]) -> list[RowP
     """Rows that the state of a block's start holds."""
     rows = []
     for row in start["open"] + start["ready"]:
-        pieces = []
+        spans = []
         for part in row:
             code, first, tokens = part if isinstance(part, list) else (part, 0, 0)
             behind, number = divmod(code, len(given))
             draw = start["sources"][given[number].name][0] - behind
-            columns = Deck(given[number], RULE).documents(np.array([draw]))
+            columns = EpochOrder(given[number], RULE).documents(np.array([draw]))
             found = columns._make(column.item() for column in columns)
             length = tokens or found.whole
-            pieces.append(
-                Piece(number, found.epoch, found.sample, first, length, found.variant, found.caption)
+            spans.append(
+                DocumentSpan(number, found.epoch, found.sample, first, length, found.variant, found.caption)
             )
-        rows.append(tuple(pieces))
+        rows.append(tuple(spans))
     return rows
 
 
@@ -124,8 +131,8 @@ def test_shares_of_tokens_and_padding(share: float) -> None:
     for _ in range(64 * 4):
         batch = planner.next_batch()
         tokens = np.zeros(2)
-        for piece in (piece for row in batch for piece in row):
-            tokens[piece.source] += piece.tokens
+        for span in (span for row in batch for span in row):
+            tokens[span.source] += span.tokens
         totals += tokens
         used += int(tokens.sum())
         shares.append(tokens[1] / tokens.sum())
@@ -139,9 +146,9 @@ def test_texts_are_not_cut_short() -> None:
     planner = Planner(sources(), settings())
     given = sources()
     for _ in range(128):
-        for piece in (piece for row in planner.next_batch() for piece in row):
-            whole = piece.tokens == length(given[piece.source], piece)
-            assert whole or piece.tokens >= settings().shortest_piece
+        for span in (span for row in planner.next_batch() for span in row):
+            whole = span.tokens == length(given[span.source], span)
+            assert whole or span.tokens >= settings().min_span
 
 
 def test_any_batch_can_be_resumed_from_a_small_state() -> None:
@@ -170,15 +177,15 @@ def test_ranks_get_about_the_same_text() -> None:
     planner = Planner(sources(), settings(rows=24))
     for _ in range(40):
         batch = planner.next_batch()
-        text = [sum(piece.tokens for piece in row if piece.variant == Variant.TEXT) for row in batch]
+        text = [sum(span.tokens for span in row if span.variant == Variant.TEXT) for row in batch]
         for ranks in (2, 3, 4):
             sums = [sum(text[rank::ranks]) for rank in range(ranks)]
             assert max(sums) - min(sums) < 0.35 * sum(text) / ranks
 
 
 def test_variants_follow_their_shares_and_epochs_differ() -> None:
-    deck = Deck(sources(pairs=20_000)[0], RULE)
-    first, second = (deck.documents(epoch * 20_000 + np.arange(20_000)) for epoch in range(2))
+    epoch_order = EpochOrder(sources(pairs=20_000)[0], RULE)
+    first, second = (epoch_order.documents(epoch * 20_000 + np.arange(20_000)) for epoch in range(2))
     shares = np.bincount(first.variant, minlength=4) / 20_000
     assert abs(shares[Variant.CAPTION_DROPPED] - 0.1) < 0.01
     assert abs(shares[Variant.CAPTION_FIRST] - 0.9 * 0.8) < 0.015
@@ -189,8 +196,8 @@ def test_variants_follow_their_shares_and_epochs_differ() -> None:
 
 
 def test_captions_are_chosen_evenly_and_anew_each_epoch() -> None:
-    deck = Deck(sources(pairs=20_000)[0], RULE)
-    drawn = [deck.documents(epoch * 20_000 + np.arange(20_000)) for epoch in range(2)]
+    epoch_order = EpochOrder(sources(pairs=20_000)[0], RULE)
+    drawn = [epoch_order.documents(epoch * 20_000 + np.arange(20_000)) for epoch in range(2)]
     first, second = (epoch.caption[np.argsort(epoch.sample)] for epoch in drawn)
     assert np.allclose(np.bincount(first) / 20_000, 1 / CAPTIONS, atol=0.015)
     assert abs((first == second).mean() - 1 / CAPTIONS) < 0.015
@@ -225,8 +232,8 @@ def test_shares_change_at_their_step() -> None:
     for _ in range(300):
         states.append(json.dumps(planner.state()))
         tokens = np.zeros(2)
-        for piece in (piece for row in planner.next_batch() for piece in row):
-            tokens[piece.source] += piece.tokens
+        for span in (span for row in planner.next_batch() for span in row):
+            tokens[span.source] += span.tokens
         shares.append(tokens[1] / tokens.sum())
     # Rows that were open at a change still have what was drawn before.
     assert max(shares[:70]) == 0
@@ -246,8 +253,8 @@ def test_a_source_that_was_rare_is_not_held_back() -> None:
         planner.next_batch(0, 8)
     tokens = np.zeros(2)
     for _ in range(8):
-        for piece in (piece for row in planner.next_batch() for piece in row):
-            tokens[piece.source] += piece.tokens
+        for span in (span for row in planner.next_batch() for span in row):
+            tokens[span.source] += span.tokens
     assert abs(tokens[1] / tokens.sum() - 0.5) < 0.05
 
 
@@ -255,27 +262,29 @@ def test_what_was_drawn_never_drifts_from_the_shares() -> None:
     """Clocks go on from block to block: at any block's end no source is ahead by more than a row or so."""
     given = sources()
     planner = Planner(given, settings())
-    decks = [Deck(source, RULE) for source in given]
+    epoch_orders = [EpochOrder(source, RULE) for source in given]
     for block in range(1, 21):
         for _ in range(64):
             planner.next_batch(0, 8)
         start = planner.state()["start"]
         assert start["batch"] == 64 * block
         drawn = []
-        for deck in decks:
-            draw, first, _ = start["sources"][deck.source.name]
-            drawn.append(int(deck.documents(np.arange(draw)).tokens.sum()) + first)
+        for epoch_order in epoch_orders:
+            draw, first, _ = start["sources"][epoch_order.source.name]
+            drawn.append(int(epoch_order.documents(np.arange(draw)).tokens.sum()) + first)
         assert abs(drawn[0] - drawn[1]) <= 2 * 512
 
 
 def test_the_poorest_batch_is_dealt_the_richest_row() -> None:
     text = np.arange(64 * 8)
-    order = deal(text, 8, turn=0)
+    order = balanced_order(text, 8, turn=0)
     assert sorted(order.tolist()) == text.tolist()
     sums = text[order].reshape(64, 8).sum(1)
     assert sums.max() - sums.min() <= 64
     # Among equals the turn decides, so that blocks do not all serve the same batch first.
-    assert (deal(np.zeros(64, np.int64), 1, turn=0) != deal(np.zeros(64, np.int64), 1, turn=1)).any()
+    assert (
+        balanced_order(np.zeros(64, np.int64), 1, turn=0) != balanced_order(np.zeros(64, np.int64), 1, turn=1)
+    ).any()
 
 
 def test_ranks_are_given_their_own_rows() -> None:
@@ -310,7 +319,7 @@ def test_the_stream_of_local_sources_stays_what_it_is() -> None:
     planner = Planner(given, settings(seed=5))
     digest = hashlib.sha256()
     for _ in range(70):
-        batch = [[tuple(map(int, piece)) for piece in row] for row in planner.next_batch()]
+        batch = [[tuple(map(int, span)) for span in row] for row in planner.next_batch()]
         digest.update(repr(batch).encode())
     assert (planner.state()["fingerprint"], digest.hexdigest()[:16]) == ("2a1cbb702ded", "0c49aca3cee8a144")
     windowed = dataclasses.replace(given[0], windows=Windows(np.full(10, 50), 3))

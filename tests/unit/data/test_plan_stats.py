@@ -15,9 +15,9 @@ from transfusion.data.viewing.plan_stats import (
     as_dict,
     describe,
     lognormal_lengths,
+    measure_config,
+    measure_plan,
     simulated,
-    survey,
-    survey_config,
 )
 from transfusion.errors import UserError
 
@@ -47,28 +47,28 @@ def real() -> list[SourceLengths]:
 
 
 def test_it_counts_what_the_rows_hold() -> None:
-    found = survey(real(), SETTINGS, batches=64, ranks=4)
+    found = measure_plan(real(), SETTINGS, batches=64, ranks=4)
     planner = Planner(real(), SETTINGS)
     tokens: collections.Counter[str] = collections.Counter()
-    pieces, worst, cut, imbalance = 0, 0.0, 0, []
+    spans, worst, cut, imbalance = 0, 0.0, 0, []
     lengths = real()[1].text_tokens_C + 2
     for _ in range(64):
         batch = planner.next_batch()
         here: collections.Counter[str] = collections.Counter()
         text = [0] * 4
         for number, row in enumerate(batch):
-            for piece in row:
-                pieces += 1
-                here[("pairs", "texts")[piece.source]] += piece.tokens
-                is_text = piece.variant == Variant.TEXT
-                text[number % 4] += piece.tokens * is_text
-                cut += is_text and piece.first == 0 and piece.tokens < lengths[piece.sample]
+            for span in row:
+                spans += 1
+                here[("pairs", "texts")[span.source]] += span.tokens
+                is_text = span.variant == Variant.TEXT
+                text[number % 4] += span.tokens * is_text
+                cut += is_text and span.first == 0 and span.tokens < lengths[span.sample]
         worst = max(worst, abs(here["texts"] / here.total() - 0.5))
         imbalance.append(max(text) / (sum(text) / 4) - 1)
         tokens += here
-    assert found.batches == 64 and found.pieces == pieces and found.tokens == tokens.total()
+    assert found.batches == 64 and found.spans == spans and found.tokens == tokens.total()
     assert {name: each.tokens for name, each in found.sources.items()} == dict(tokens)
-    assert found.sources["texts"].greatest_share_error_of_a_batch == pytest.approx(worst)
+    assert found.sources["texts"].max_share_error_of_a_batch == pytest.approx(worst)
     assert found.texts_cut == cut and found.text_imbalance == pytest.approx(np.mean(imbalance))
     assert found.padding_share == pytest.approx(1 - tokens.total() / (64 * 8 * 4096))
     assert json.loads(json.dumps(as_dict(found)))["sources"]["pairs"]["samples"] == 6000
@@ -77,11 +77,11 @@ def test_it_counts_what_the_rows_hold() -> None:
 
 def test_the_bars_of_packing() -> None:
     """Rows of 4,096, half text: at most 0.5 % of padding, no image cut, and the shares of batches and of the whole."""
-    found = survey(real(), SETTINGS, batches=640)
+    found = measure_plan(real(), SETTINGS, batches=640)
     assert found.tokens > 20_000_000
     assert found.padding_share < 0.005 and found.images_cut == 0
     for each in found.sources.values():
-        assert each.share_error < 0.001 and each.greatest_share_error_of_a_batch < 0.03
+        assert each.share_error < 0.001 and each.max_share_error_of_a_batch < 0.03
     assert found.state_bytes < 6_000
 
 
@@ -99,13 +99,13 @@ def test_simulated_lengths_are_like_the_real_ones() -> None:
 
 def test_hundreds_of_millions_of_samples_take_no_memory() -> None:
     config = load_config(None, ["data.global_batch_size=512", "data.sequence_length=4096"])
-    found = survey_config(config, simulate=True, ranks=64, steps=2, samples=700_000_000)
+    found = measure_config(config, simulate=True, ranks=64, steps=2, samples=700_000_000)
     assert found.sources["pairs"].samples == 700_000_000 and found.added_mib < 100
     assert found.images_cut == 0 and found.text_imbalance < 0.2
 
 
 def test_what_cannot_be_surveyed() -> None:
     with pytest.raises(UserError, match="use --simulate"):
-        survey_config(load_config(None, []))
+        measure_config(load_config(None, []))
     with pytest.raises(UserError, match="cannot be shared by 3 ranks"):
-        survey_config(load_config(None, ["data.global_batch_size=8"]), simulate=True, ranks=3)
+        measure_config(load_config(None, ["data.global_batch_size=8"]), simulate=True, ranks=3)

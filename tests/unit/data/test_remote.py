@@ -37,7 +37,7 @@ from transfusion.data.planning import packing
 from transfusion.data.planning.epoch import Windows
 from transfusion.data.remote import download
 from transfusion.data.remote.cache import CacheSettings, RemoteShard, ShardCache
-from transfusion.data.remote.download import Contents, DownloadFailed, ShardChanged, Stopped
+from transfusion.data.remote.download import DownloadFailed, ShardChanged, ShardDigest, Stopped
 from transfusion.data.shards.webdataset import open_address, write_shards
 from transfusion.errors import UserError
 from transfusion.files import digest
@@ -263,8 +263,8 @@ def test_rows_that_nothing_fits_do_not_hold_their_shards(
         block = {need for batch in plans for need in shards_of(batch, loader.indexes)}
         after = list(loader.fetching._after(block))
         draw = loader.fetching._planner.draws_after_block()["images"]
-        deck = loader.fetching._lines[0]._deck
-        coming = [(0, shard) for _, shard in itertools.islice(deck.shards_ahead(draw), 2 * WINDOW)]
+        epoch_order = loader.fetching._schedules[0]._epoch_order
+        coming = [(0, shard) for _, shard in itertools.islice(epoch_order.shards_ahead(draw), 2 * WINDOW)]
         begun = shards_of(loader.fetching._planner.rows_after_block(), loader.indexes)
         assert set(begun) - block, "no row was left behind: the test shows nothing"
         assert after[: len(set(begun) & block)] == [need for need in begun if need in block]
@@ -426,10 +426,10 @@ def settings_of(folder: Path, size: int, **changes: Any) -> CacheSettings:
     )
 
 
-def shard_of(path: Path, settings: CacheSettings) -> tuple[RemoteShard, Contents]:
+def shard_of(path: Path, settings: CacheSettings) -> tuple[RemoteShard, ShardDigest]:
     data = path.read_bytes()
     checksum = digest(data)
-    return RemoteShard(f"pipe:cat {path}", settings), Contents(len(data), checksum)
+    return RemoteShard(f"pipe:cat {path}", settings), ShardDigest(len(data), checksum)
 
 
 def test_least_recently_used_goes_first_and_what_is_held_stays(
@@ -443,15 +443,15 @@ def test_least_recently_used_goes_first_and_what_is_held_stays(
         assert one.fetch(*shards[number])
         os.utime(tmp_path / names[number], (number, number))
     assert one.fetch(*shards[0])  # used again, so the second is now the oldest
-    other.hold("plan", [names[2]])
+    other.pin("plan", [names[2]])
     assert one.fetch(*shards[3])
     present = lambda: {number for number in range(6) if (tmp_path / names[number]).exists()}  # noqa: E731
     assert present() == {0, 2, 3}
-    one.hold("plan", [names[0], names[3]])
+    one.pin("plan", [names[0], names[3]])
     # All are held, by one or the other: what may wait waits, and what must come comes.
     assert not one.fetch(*shards[4], must=False) and present() == {0, 2, 3}
     assert one.fetch(*shards[4]) and present() == {0, 2, 3, 4}
-    other.hold("plan", [])
+    other.pin("plan", [])
     one.trim()
     assert present() == {0, 3, 4} and one.peak_bytes == 4 * shard_bytes
     # A copy of the wrong size is none.

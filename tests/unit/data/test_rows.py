@@ -16,7 +16,7 @@ from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.loading.collate import collate
 from transfusion.data.loading.rows import Row, RowBuilder, RowSettings
 from transfusion.data.planning.epoch import Variant
-from transfusion.data.planning.packing import Piece
+from transfusion.data.planning.packing import DocumentSpan
 from transfusion.schema import ImageSegment, Modality, SpecialToken
 from transfusion.sequence.layout import lay_out
 from transfusion.sequence.tokenizer import Tokenizer
@@ -34,23 +34,23 @@ def indexes(config: Config, tokenizer: Tokenizer) -> list[SourceIndex]:
     return build_indexes(config, config.data.sources, tokenizer)
 
 
-def pair(index: SourceIndex, sample: int, variant: Variant, epoch: int = 0) -> Piece:
+def pair(index: SourceIndex, sample: int, variant: Variant, epoch: int = 0) -> DocumentSpan:
     caption = 1
     text = 0 if variant == Variant.CAPTION_DROPPED else len(index.text_ids(sample, caption))
-    return Piece(0, epoch, sample, 0, text + 20, variant, caption)
+    return DocumentSpan(0, epoch, sample, 0, text + 20, variant, caption)
 
 
 def test_a_row_of_every_variant(config: Config, indexes: list[SourceIndex]) -> None:
     builder = RowBuilder(indexes, RowSettings.of(config))
     plan = (
         pair(indexes[0], 0, Variant.CAPTION_FIRST),
-        Piece(1, 0, 0, 50, 40, Variant.TEXT),
+        DocumentSpan(1, 0, 0, 50, 40, Variant.TEXT),
         pair(indexes[0], 1, Variant.IMAGE_FIRST),
         pair(indexes[0], 2, Variant.CAPTION_DROPPED),
     )
     row = builder.build(plan)
-    used = sum(piece.tokens for piece in plan)
-    starts = np.cumsum([0, *(piece.tokens for piece in plan)])
+    used = sum(span.tokens for span in plan)
+    starts = np.cumsum([0, *(span.tokens for span in plan)])
     assert row.samples == 4 and not row.faults and len(row.images) == 3
     assert (row.modality_S[used:] == Modality.PADDING).all() and (
         row.modality_S[:used] < Modality.PADDING
@@ -174,7 +174,9 @@ def test_a_batch_without_images_carries_one_of_weight_zero(
 ) -> None:
     settings = RowSettings.of(config)
     builder = RowBuilder(indexes, settings)
-    row: Row = builder.build((Piece(1, 0, 0, 0, 100, Variant.TEXT),)) if kind == "text" else builder.empty()
+    row: Row = (
+        builder.build((DocumentSpan(1, 0, 0, 0, 100, Variant.TEXT),)) if kind == "text" else builder.empty()
+    )
     batch = collate([row], settings)
     (group,) = batch.images
     assert group.image_weight_I.tolist() == [0.0] and group.patch_slot_IP.tolist() == [list(range(16))]
@@ -208,7 +210,7 @@ def test_faults_stand_in_the_order_of_the_row(
 
     monkeypatch.setattr(SourceIndex, "read_image", damaged)
     builder = RowBuilder(indexes, RowSettings.of(config))
-    monkeypatch.setattr(builder, "_numbers", lambda piece: (0, 1) if piece.sample == 3 else (0,))
+    monkeypatch.setattr(builder, "_numbers", lambda span: (0, 1) if span.sample == 3 else (0,))
     images, faults = builder._decode(tuple(pair(indexes[0], n, Variant.CAPTION_FIRST) for n in range(5)))
     assert [fault.reason for fault in faults] == [
         "image_corrupt", "unreadable shard (gone)", "image_corrupt", "image_corrupt",

@@ -138,7 +138,10 @@ def test_pairs_and_texts(tmp_path: Path) -> None:
 def test_an_image_may_have_several_captions(
     tmp_path: Path, txt: str | None, facts: object, captions: tuple[str, ...]
 ) -> None:
-    members: list[tuple[str, bytes] | bytes] = [("a.png", make_image()), ("a.json", json.dumps(facts).encode())]
+    members: list[tuple[str, bytes] | bytes] = [
+        ("a.png", make_image()),
+        ("a.json", json.dumps(facts).encode()),
+    ]
     members += [("a.txt", txt.encode())] if txt else []
     assert only(shard(tmp_path / "s.tar", members)).texts == captions
 

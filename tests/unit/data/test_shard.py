@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transfusion.data.index.build import IndexPlace
-from transfusion.data.index.shard_index import Prints, ShardIndex, Stale, index_shard
+from transfusion.data.index.build import IndexLocation
+from transfusion.data.index.shard_index import IndexFingerprint, ShardIndex, StaleIndex, index_shard
 from transfusion.data.shards.shard import Facts, LocalShard, Shard
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.sequence.tokenizer import Tokenizer
@@ -53,18 +53,18 @@ def test_a_shard_of_ones_own(tmp_path: Path, tokenizer: Tokenizer, data: Path) -
     (path,) = write_shards([{"png": b"no image", "txt": b"a"}, {"txt": b"a text"}], tmp_path / "shards")
     shard = Counted(path)
     as_shard: Shard = shard
-    place = IndexPlace(folder=tmp_path / "index").path(as_shard)
+    place = IndexLocation(folder=tmp_path / "index").path(as_shard)
     assert place.name == f"{path.name}.0123.index"
     place.parent.mkdir()
     index_shard(as_shard, place, tokenizer)
     index = ShardIndex(place, as_shard)
-    index.check(Prints.of(tokenizer))
+    index.check(IndexFingerprint.of(tokenizer))
     assert len(index) == 1 and [fault.reason for fault in index.faults()] == ["image_corrupt"]
     os.close(index.open())
     assert shard.opened == 1
     shard.version = 2
-    with contextlib.suppress(Stale):
-        index.check(Prints.of(tokenizer))
+    with contextlib.suppress(StaleIndex):
+        index.check(IndexFingerprint.of(tokenizer))
         raise AssertionError("a changed shard was taken")
 
 

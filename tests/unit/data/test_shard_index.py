@@ -18,8 +18,8 @@ from PIL import Image
 
 from transfusion.config import SourceConfig
 from transfusion.data.index import build
-from transfusion.data.index.build import IndexJob, IndexPlace, write_index
-from transfusion.data.index.shard_index import Prints, ShardIndex, Stale, index_shard
+from transfusion.data.index.build import IndexJob, IndexLocation, write_index
+from transfusion.data.index.shard_index import IndexFingerprint, ShardIndex, StaleIndex, index_shard
 from transfusion.data.index.source_index import SourceIndex, build_index
 from transfusion.data.shards.sample import Fault
 from transfusion.data.shards.shard import LocalShard
@@ -52,7 +52,11 @@ def mixed(tmp_path: Path) -> Path:
         {"png": make_image(1), "json": json.dumps({"captions": ["three", "the digit 3"]}).encode()},
         {"txt": b"a text"},
         {"txt": b" "},
-        {"img0.png": make_image(2), "img1.png": make_image(3), "json": document(SECOND, TEXT, FIRST, TEXT, SECOND)},
+        {
+            "img0.png": make_image(2),
+            "img1.png": make_image(3),
+            "json": document(SECOND, TEXT, FIRST, TEXT, SECOND),
+        },
         {"latent.npy": latent.getvalue(), "txt": b"four"},
     ]
     (shard,) = write_shards(samples, tmp_path / "mixed")
@@ -62,7 +66,7 @@ def mixed(tmp_path: Path) -> Path:
 def test_all_that_was_found_comes_back(mixed: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     index_shard(LocalShard(mixed), tmp_path / "a.index", tokenizer)
     index = ShardIndex(tmp_path / "a.index", LocalShard(mixed))
-    index.check(Prints.of(tokenizer))
+    index.check(IndexFingerprint.of(tokenizer))
     index.verify()
     assert [index.key(sample) for sample in range(4)] == ["000000000", "000000001", "000000003", "000000004"]
     assert index["captions_N"].tolist() == [2, 1, 1, 1] and index.images_N.tolist() == [1, 0, 3, 1]
@@ -123,10 +127,10 @@ def test_damage_is_found(where: int, mixed: Path, tmp_path: Path, tokenizer: Tok
     data = bytearray(path.read_bytes())
     data[where] ^= 255
     path.write_bytes(data)
-    with pytest.raises(Stale):
+    with pytest.raises(StaleIndex):
         ShardIndex(path, LocalShard(mixed)).verify()
     path.write_bytes(data[:-10])
-    with pytest.raises(Stale):
+    with pytest.raises(StaleIndex):
         ShardIndex(path, LocalShard(mixed))
 
 
@@ -137,17 +141,19 @@ def test_a_stale_index_is_refused_with_the_command_that_renews_it(
     job, source = IndexJob([str(mixed)], tokenizer.path), SourceConfig(name="s", shards=str(mixed))
 
     def opened() -> SourceIndex:
-        return build_index(source, tokenizer, patches=16, sequence_length=128, place=IndexPlace(folder=out))
+        return build_index(
+            source, tokenizer, patches=16, sequence_length=128, place=IndexLocation(folder=out)
+        )
 
     def refused(why: str) -> None:
         with pytest.raises(
             UserError, match=rf"stale: .*{why}.*renew it with `transfusion data index .*--out {out}"
         ):
             opened()
-        write_index([job], out, greatest_share=1)
+        write_index([job], out, max_share=1)
         opened()
 
-    write_index([job._replace(tokenizer=None)], out, greatest_share=1)
+    write_index([job._replace(tokenizer=None)], out, max_share=1)
     refused("without a tokenizer")
     # A copy with another time is the same shard; another byte is not.
     os.utime(mixed, (1, 1))
@@ -161,7 +167,7 @@ def test_a_stale_index_is_refused_with_the_command_that_renews_it(
         stream.write(bytes(512))
     os.utime(mixed, (2, 2))
     refused("the shard has changed")
-    monkeypatch.setattr("transfusion.data.images.probe.SMALLEST_SIDE", 4)
+    monkeypatch.setattr("transfusion.data.images.probe.MIN_SIDE", 4)
     refused("other rules")
 
 
@@ -171,7 +177,7 @@ def test_training_makes_what_is_missing_and_renews_its_own(
     source = SourceConfig(name="s", shards=str(mixed))
 
     def opened(**place: Path) -> SourceIndex:
-        return build_index(source, tokenizer, patches=16, sequence_length=128, place=IndexPlace(**place))
+        return build_index(source, tokenizer, patches=16, sequence_length=128, place=IndexLocation(**place))
 
     opened()
     beside = mixed.with_name("00000.tar.index")
@@ -180,7 +186,7 @@ def test_training_makes_what_is_missing_and_renews_its_own(
     assert len(opened()) == 4
     # Read in another way it is another file.
     strict = source.model_copy(update={"verify": "sha256"})
-    assert len(build_index(strict, tokenizer, patches=16, sequence_length=128, place=IndexPlace())) < 4
+    assert len(build_index(strict, tokenizer, patches=16, sequence_length=128, place=IndexLocation())) < 4
     assert mixed.with_name("00000.tar.sha256.index").is_file()
     beside.unlink()
     monkeypatch.setattr(os, "access", lambda *_: False)
@@ -196,7 +202,7 @@ def test_a_file_of_an_earlier_version_is_made_anew_with_one_line(
     mixed: Path, tokenizer: Tokenizer, tmp_path: Path, given: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also in a folder that was named, where what is stale is otherwise refused."""
-    place = IndexPlace(folder=tmp_path / "index" if given else None)
+    place = IndexLocation(folder=tmp_path / "index" if given else None)
     path = place.path(LocalShard(mixed))
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"transfusion\x1aidx\n" + bytes(200))
@@ -240,7 +246,7 @@ def test_killed_and_run_again_it_goes_on(tmp_path: Path, tokenizer: Tokenizer) -
     write_shards([{"txt": b"word " * 1000}] * 160, tmp_path / "shards", per_shard=20)
     out, job = tmp_path / "out", IndexJob([str(tmp_path / "shards" / "*.tar")], tokenizer.path)
     whole = tmp_path / "whole"
-    write_index([job], whole, greatest_share=1)
+    write_index([job], whole, max_share=1)
     command = [sys.executable, "-m", "transfusion", "data", "index", job.specs[0], "--out", str(out)]
     process = subprocess.Popen([*command, "--tokenizer", str(tokenizer.path), "--workers", "1"])
     while not list(out.glob("*.index")) and process.poll() is None:
@@ -248,7 +254,7 @@ def test_killed_and_run_again_it_goes_on(tmp_path: Path, tokenizer: Tokenizer) -
     process.send_signal(signal.SIGKILL)
     process.wait()
     made = {path: path.stat().st_mtime_ns for path in out.glob("*.index")}
-    write_index([job], out, greatest_share=1, processes=2)
+    write_index([job], out, max_share=1, processes=2)
     assert made and all(path.stat().st_mtime_ns == when for path, when in made.items())
     names = {path.name for path in whole.iterdir()}
     assert {path.name for path in out.iterdir()} == names and len(names) == 8 + 3

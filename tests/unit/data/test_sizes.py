@@ -18,7 +18,7 @@ from transfusion.data.loading.loader import Loader
 from transfusion.data.loading.rows import RowBuilder, RowSettings
 from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.data.planning.epoch import Variant
-from transfusion.data.planning.packing import Piece
+from transfusion.data.planning.packing import DocumentSpan
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.data.viewing.commands import describe_stats, show_rows, stats_config
 from transfusion.errors import UserError
@@ -37,9 +37,9 @@ def stored(number: int) -> tuple[bytes, str]:
     exif = Image.Exif()
     if turned:
         exif[0x0112] = 6
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", exif=exif)
-    return stream.getvalue(), size
+    mixture = io.BytesIO()
+    image.save(mixture, "JPEG", exif=exif)
+    return mixture.getvalue(), size
 
 
 def pair(number: int) -> dict[str, bytes]:
@@ -86,12 +86,12 @@ def test_what_is_planned_is_what_stands_in_a_row(config: Config, tokenizer: Toke
             assert index.lengths.patches_N[sample] == patches
             tokens = int(index.lengths.text_tokens_C[sample]) + patches + 2 * len(wanted) + 2
             variant = Variant.INTERLEAVED if source else Variant.CAPTION_FIRST
-            row = builder.build((Piece(source, 0, sample, 0, tokens, variant, 0),))
+            row = builder.build((DocumentSpan(source, 0, sample, 0, tokens, variant, 0),))
             assert [f"{i.values_CHW.shape[1]}x{i.values_CHW.shape[2]}" for i in row.images] == wanted
             assert sum(image.patches for image in row.images) == patches
             for image in row.images:
                 before = int(row.token_ids_S[image.first_patch - 1])
-                assert (sizes.begun[before].height, sizes.begun[before].width) == image.values_CHW.shape[1:]
+                assert tuple(sizes.size_by_begin_token[before]) == image.values_CHW.shape[1:]
             assert (
                 row.token_ids_S[tokens - 1] == SpecialToken.END_DOCUMENT
                 and not row.token_ids_S[tokens:].any()
@@ -148,14 +148,14 @@ def test_a_stored_image_keeps_its_middle(config: Config, tokenizer: Tokenizer, t
     """Cut to the shape of the size, evenly on both sides, then scaled."""
     image = np.full((10, 40), 200, np.uint8)
     image[:, :10] = image[:, 30:] = 0
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    write_shards([{"png": stream.getvalue(), "txt": b"the digit"}], tmp_path / "wide")
+    mixture = io.BytesIO()
+    Image.fromarray(image).save(mixture, "PNG")
+    write_shards([{"png": mixture.getvalue(), "txt": b"the digit"}], tmp_path / "wide")
     source = config.data.sources[0].model_copy(update={"shards": f"{tmp_path}/wide/*.tar"})
     (index,) = build_indexes(config, [source], tokenizer)
     segment = index.image(0)
     assert isinstance(segment, ImageSegment) and (segment.patches, segment.columns) == (32, 8)
     row = RowBuilder([index], RowSettings.of(config)).build(
-        (Piece(0, 0, 0, 0, 60, Variant.CAPTION_FIRST, 0),)
+        (DocumentSpan(0, 0, 0, 0, 60, Variant.CAPTION_FIRST, 0),)
     )
     assert row.images[0].values_CHW.shape == (1, 8, 16) and (row.images[0].values_CHW == 200).all()

@@ -18,7 +18,7 @@ from transfusion.data.viewing.commands import describe_stats, show_rows, stats_c
 from transfusion.data.viewing.row_page import _mask_pixels
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, TextSegment
-from transfusion.sequence.layout import draft
+from transfusion.sequence.layout import tokenize_document
 from transfusion.sequence.sizes import ImageSizes, Size
 from transfusion.sequence.tokenizer import Tokenizer
 
@@ -62,12 +62,15 @@ def test_an_image_of_the_rows(config: Config, tmp_path: Path) -> None:
 
 
 def test_mask_pixels_are_the_mask() -> None:
-    drafts = [draft([TextSegment((9, 9)), ImageSegment(None, 4)]), draft([TextSegment((9, 9, 9))])]
+    tokenized = [
+        tokenize_document([TextSegment((9, 9)), ImageSegment(None, 4)]),
+        tokenize_document([TextSegment((9, 9, 9))]),
+    ]
     settings = RowSettings(
         seed=0, sequence_length=20, axes=1, channels=1, latent_channels=1, sizes=ImageSizes((Size(8, 8),), 1, 4),
         timesteps=10, image_first_timesteps=5,
     )  # fmt: skip
-    row: Row = joined(drafts, settings, (), ())
+    row: Row = joined(tokenized, settings, (), ())
     pixels = _mask_pixels(row, 20)
     place = np.arange(20)
     seen = (place >= row.first_key_S[:, None]) & (place < row.end_key_S[:, None])

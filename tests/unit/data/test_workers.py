@@ -12,7 +12,7 @@ import pytest
 
 from transfusion.data.loading import workers
 from transfusion.data.loading.rows import Row, RowImage
-from transfusion.data.loading.workers import _Arena, _attempt, _Packed, _work
+from transfusion.data.loading.workers import _attempt, _Packed, _SharedBuffer, _work
 from transfusion.data.shards.sample import Fault
 
 LENGTH = 4096
@@ -44,8 +44,8 @@ class Builder:
 
 
 def test_arrays_travel_through_shared_memory() -> None:
-    ours = _Arena()
-    theirs = _Arena(os.dup(ours._descriptor))
+    ours = _SharedBuffer()
+    theirs = _SharedBuffer(os.dup(ours._descriptor))
     kept = []
     # Larger and smaller in turn, so that the memory grows and is used again.
     for count in (1, 40, 0, 2):
@@ -67,20 +67,20 @@ def test_a_worker_keeps_opencv_to_one_thread() -> None:
     opencv.setNumThreads(3)
     ours, theirs = multiprocessing.Pipe()
     ours.close()
-    arena, handler = _Arena(), signal.getsignal(signal.SIGINT)
+    buffer, handler = _SharedBuffer(), signal.getsignal(signal.SIGINT)
     try:
-        _work(theirs, arena, Builder())  # type: ignore[arg-type]
+        _work(theirs, buffer, Builder())  # type: ignore[arg-type]
         assert opencv.getNumThreads() == 1
     finally:
         signal.signal(signal.SIGINT, handler)
         opencv.setNumThreads(before)
-        arena.close()
+        buffer.close()
 
 
 def test_a_failure_is_the_answer() -> None:
-    arena = _Arena()
-    assert isinstance(_attempt(Builder(), -1, arena), ValueError)  # type: ignore[arg-type]
-    arena.close()
+    buffer = _SharedBuffer()
+    assert isinstance(_attempt(Builder(), -1, buffer), ValueError)  # type: ignore[arg-type]
+    buffer.close()
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -88,7 +88,7 @@ def test_memory_has_no_name(named: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     """With memfd_create and without it."""
     if not named:
         monkeypatch.delattr(workers.os, "memfd_create", raising=False)
-    arena = _Arena()
-    borders = arena.write([memoryview(b"abc"), memoryview(b""), memoryview(b"de")])
-    assert arena.read(borders) == [b"abc", b"", b"de"]
-    arena.close()
+    buffer = _SharedBuffer()
+    borders = buffer.write([memoryview(b"abc"), memoryview(b""), memoryview(b"de")])
+    assert buffer.read(borders) == [b"abc", b"", b"de"]
+    buffer.close()

@@ -40,32 +40,33 @@ def coloured(count: int) -> tuple[torch.Tensor, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Classifier:
+def classifier() -> Classifier:
     return train_classifier(*coloured(240), epochs=6, say=lambda line: None)
 
 
-def test_the_classifier_reads_words_off_images_it_has_not_seen(judge: Classifier) -> None:
+def test_the_classifier_reads_words_off_images_it_has_not_seen(classifier: Classifier) -> None:
     pixels, captions = coloured(40)
-    assert sorted(judge.words) == sorted(COLOURS)
-    assert recall(judge, pixels, captions) > 0.95
-    assert recall(judge, pixels, captions[1:] + captions[:1]) < 0.2
+    assert sorted(classifier.words) == sorted(COLOURS)
+    assert recall(classifier, pixels, captions) > 0.95
+    assert recall(classifier, pixels, captions[1:] + captions[:1]) < 0.2
 
 
 def test_the_same_seed_gives_the_same_classifier_and_a_file_gives_it_back(
-    judge: Classifier, tmp_path: Path
+    classifier: Classifier, tmp_path: Path
 ) -> None:
     again = train_classifier(*coloured(240), epochs=6, say=lambda line: None)
-    save_classifier(judge, tmp_path / "judge.safetensors")
-    loaded = load_classifier(tmp_path / "judge.safetensors")
+    save_classifier(classifier, tmp_path / "classifier.safetensors")
+    loaded = load_classifier(tmp_path / "classifier.safetensors")
     pixels, _ = coloured(8)
     assert loaded.images == 240
     assert (
-        frechet_distance(loaded.reference, gaussian_of(features_of(judge, coloured(240)[0]).numpy())) < 1e-6
+        frechet_distance(loaded.reference, gaussian_of(features_of(classifier, coloured(240)[0]).numpy()))
+        < 1e-6
     )
     for other in (again, loaded):
-        assert torch.equal(features_of(judge, pixels), features_of(other, pixels))
+        assert torch.equal(features_of(classifier, pixels), features_of(other, pixels))
     with pytest.raises(UserError, match="train one of their size"):
-        features_of(judge, pixels[:, :, :8, :8])
+        features_of(classifier, pixels[:, :, :8, :8])
     (tmp_path / "other").write_bytes(b"nothing")
     with pytest.raises(UserError, match="no classifier"):
         load_classifier(tmp_path / "other")
@@ -94,7 +95,7 @@ def test_token_f1_by_hand(said: str, expected: str, score: float) -> None:
 
 
 def drawn_by(
-    what: str, judge: Classifier, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
+    what: str, classifier: Classifier, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """What the suite says of a pipeline that draws what is asked for, always red, or noise; and how it was called."""
     validation, training = coloured(40), coloured(240)
@@ -116,34 +117,34 @@ def drawn_by(
         return coloured(40)
 
     monkeypatch.setattr(images_and_captions, "captioned_images", images)
-    save_path = folder / "judge.safetensors"
-    save_classifier(judge, save_path)
+    save_path = folder / "classifier.safetensors"
+    save_classifier(classifier, save_path)
     config = Config.model_validate(settings)
     pipeline: Any = SimpleNamespace(config=config, tokenizer=None, sample=sample)
-    metrics = images_and_captions.images(pipeline, folder, classifier=save_path)
+    metrics = images_and_captions.images(pipeline, folder, classifier_path=save_path)
     assert called["prompts"][: len(validation[1])] == validation[1]
     return {name: metric.value for name, metric in metrics.items()}, called
 
 
 def test_images_as_asked_for_are_nearer_than_one_kind_of_them_or_noise(
-    judge: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (asked, called), (red, _), (noise, _) = (
-        drawn_by(what, judge, tmp_path, monkeypatch) for what in ("asked", "red", "noise")
+        drawn_by(what, classifier, tmp_path, monkeypatch) for what in ("asked", "red", "noise")
     )
     assert len(called["prompts"]) == 1000 and called["guidance"] == 3.0 and called["sampler"] == "ddim"
     distances = [found["classifier_frechet"] for found in (asked, red, noise)]
     assert distances[0] < 0.1 * min(distances[1:])
     assert asked["classifier_frechet_of_validation"] < 0.1 * min(distances[1:])
     assert asked["classifier_word_recall"] > 0.95 and red["classifier_word_recall"] < 0.3
-    assert len(list((tmp_path / "evaluation" / "drawn").glob("*.png"))) == 64
+    assert len(list((tmp_path / "evaluation" / "generated").glob("*.png"))) == 64
 
 
 def test_the_sampler_and_the_guidance_are_those_that_the_model_can_have(
-    judge: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"diffusion": {"prediction": "flow"}, "data": {"caption_dropout": 0.0}}
-    _, called = drawn_by("asked", judge, tmp_path, monkeypatch, **settings)
+    _, called = drawn_by("asked", classifier, tmp_path, monkeypatch, **settings)
     assert (called["sampler"], called["guidance"]) == ("euler", 1.0)
 
 
@@ -155,5 +156,5 @@ def test_captions_are_scored_against_their_own_images(
     pipeline: Any = SimpleNamespace(config=None, tokenizer=None, caption=lambda pixels, **_: said)
     metric = images_and_captions.captions(pipeline, tmp_path)["caption_token_f1"]
     assert metric.value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
-    lines = (tmp_path / "evaluation" / "said.jsonl").read_text().splitlines()
+    lines = (tmp_path / "evaluation" / "captions.jsonl").read_text().splitlines()
     assert json.loads(lines[1]) == {"caption": "square", "expected": "A green square.", "f1": 0.5}

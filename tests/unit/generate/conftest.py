@@ -50,7 +50,7 @@ def build_pipeline(
         bias_V = torch.full((config.model.vocabulary,), -50.0)
         bias_V[[tokenizer.encode(letter)[0] for letter in LETTERS]] = 0.0
         bias_V[SpecialToken.BEGIN_IMAGE], bias_V[SpecialToken.END_DOCUMENT] = image, end
-        model.text_head = Leaning(model.text_head, bias_V)  # type: ignore[assignment]
+        model.lm_head = Leaning(model.lm_head, bias_V)  # type: ignore[assignment]
         return Pipeline(model, tokenizer, config, "cpu")
 
     return build
@@ -60,7 +60,7 @@ class Truth:
     """What generation must equal, by the training forward alone: `model.embed`, `run_blocks`, no cache."""
 
     def __init__(self, pipeline: Pipeline, pack: Callable[..., Batch]) -> None:
-        self.config, self.model = pipeline.config, pipeline.reader.model
+        self.config, self.model = pipeline.config, pipeline.runner.model
         self.tokenizer, self._pack = pipeline.tokenizer, pack
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class Truth:
         while said < max_tokens:
             state_SD = self.states(segments, clean, [0] * len(clean))
             length = 1 + sum(len(s.token_ids) if isinstance(s, TextSegment) else 18 for s in segments)
-            logit_V = self.model.text_head(state_SD[length - 1 : length])[0]
+            logit_V = self.model.lm_head(state_SD[length - 1 : length])[0]
             allowed = [SpecialToken.END_DOCUMENT, *range(len(SpecialToken), self.tokenizer.vocabulary)]
             if len(images) < max_images:
                 allowed.append(SpecialToken.BEGIN_IMAGE)

@@ -61,7 +61,9 @@ def test_a_batch_of_mixed_prompts_is_answered_as_each_alone(
             assert_same_answers(mine, theirs)
 
 
-def test_prompted_images_come_back_untouched(build_pipeline: Callable[..., Pipeline], make_image: Any) -> None:
+def test_prompted_images_come_back_untouched(
+    build_pipeline: Callable[..., Pipeline], make_image: Any
+) -> None:
     """A5: the images of ragged prompts are the ones that are returned."""
     pipeline = build_pipeline(image=1.0, end=1.0)
     prompts = [
@@ -84,22 +86,20 @@ def test_every_row_stops_on_its_own(build_pipeline: Callable[..., Pipeline], mak
     lengths = {len(caption) for caption in captions}
     assert len(lengths) > 3 and min(lengths) < 20
     for number in (0, 5, 11):
-        alone = pipeline.caption(
-            images[number : number + 1], max_tokens=20, temperature=1.0, seed=7 + number
-        )
+        alone = pipeline.caption(images[number : number + 1], max_tokens=20, temperature=1.0, seed=7 + number)
         assert alone == [captions[number]]
 
 
 def test_rows_that_have_ended_cost_nothing(build_pipeline: Callable[..., Pipeline], make_image: Any) -> None:
     pipeline = build_pipeline(end=2.0)
     seen: list[int] = []
-    run_blocks = pipeline.reader.model.run_blocks
+    run_blocks = pipeline.runner.model.run_blocks
 
     def counting(hidden_BSD: Tensor, *rest: Any) -> Tensor:
         seen.append(hidden_BSD.shape[0] * hidden_BSD.shape[1])
         return run_blocks(hidden_BSD, *rest)
 
-    pipeline.reader.model.run_blocks = counting  # type: ignore[method-assign]
+    pipeline.runner.model.run_blocks = counting  # type: ignore[method-assign]
     images = torch.stack([torch.from_numpy(make_image(seed)) for seed in range(12)])
     captions = pipeline.caption(images, max_tokens=20, temperature=1.0, seed=7)
     # The tokens of a caption are read once each, the last of a full one not at all.
@@ -125,18 +125,18 @@ def test_image_k_has_seed_plus_k(build_pipeline: Callable[..., Pipeline]) -> Non
 def test_latents_of_a_batch_are_those_of_each_alone(build_pipeline: Callable[..., Pipeline]) -> None:
     """A4: latents to 1e-4."""
     pipeline = build_pipeline()
-    reader = pipeline.reader
+    runner = pipeline.runner
     texts = [(), (9, 10, 11), tuple(range(20, 60))]
     layouts = [lay_out([TextSegment(ids), ImageSegment(None, 16)]) for ids in texts]
     counts = [layout.images[0][0] for layout in layouts]
     sampling = ImageSampling(guidance=3.0, steps=6)
 
     def latents(chosen: list[int]) -> Tensor:
-        cache = reader.cache(len(chosen), max(counts[i] for i in chosen))
-        block = reader.prefix_block([layouts[i] for i in chosen], [counts[i] for i in chosen])
-        reader.read(cache.view(), block)
+        cache = runner.cache(len(chosen), max(counts[i] for i in chosen))
+        block = runner.prefix_block([layouts[i] for i in chosen], [counts[i] for i in chosen])
+        runner.read(cache.view(), block)
         return draw(
-            reader, cache, range(len(chosen)), [70 + i for i in chosen], sampling, pipeline.config.diffusion
+            runner, cache, range(len(chosen)), [70 + i for i in chosen], sampling, pipeline.config.diffusion
         )
 
     together = latents([0, 1, 2])
@@ -151,13 +151,13 @@ def test_ranks_share_the_grid_with_equal_forwards(
     pipeline = build_pipeline()
     grid = SampleGridConfig(prompts=["one", "two two"], per_prompt=2, steps=3, seed=4)
     calls: list[int] = []
-    run_blocks = pipeline.reader.model.run_blocks
+    run_blocks = pipeline.runner.model.run_blocks
 
     def counting(*inputs: Any) -> Tensor:
         calls[-1] += 1
         return run_blocks(*inputs)
 
-    pipeline.reader.model.run_blocks = counting  # type: ignore[method-assign]
+    pipeline.runner.model.run_blocks = counting  # type: ignore[method-assign]
     shares = []
     for rank in range(ranks):
         calls.append(0)

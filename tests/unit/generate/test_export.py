@@ -59,7 +59,7 @@ def test_an_export_samples_as_its_live_model(
     assert torch.equal(images(loaded), average)
     assert torch.equal(images(Pipeline.from_export(folder, weights="ema", device="cpu")), average)
     assert torch.equal(images(Pipeline.from_export(folder, weights="raw", device="cpu")), raw)
-    assert not any(parameter.requires_grad for parameter in loaded.reader.model.parameters())
+    assert not any(parameter.requires_grad for parameter in loaded.runner.model.parameters())
 
 
 @pytest.mark.parametrize("prediction", ["v", "flow"])

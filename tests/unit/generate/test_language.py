@@ -6,17 +6,17 @@ import math
 
 import torch
 
-from transfusion.generate.text_sampling import TextSampling, choose, restrict
+from transfusion.generate.text_sampling import TextSampling, mask_logits, sample_token
 from transfusion.schema import SpecialToken
 
 
 def _draws(logit_V: torch.Tensor, sampling: TextSampling, count: int) -> torch.Tensor:
-    chosen = choose(logit_V.expand(count, -1), sampling, range(count), [0] * count)
+    chosen = sample_token(logit_V.expand(count, -1), sampling, range(count), [0] * count)
     return torch.bincount(chosen, minlength=len(logit_V)) / count
 
 
 def test_only_text_and_two_control_tokens_can_be_chosen() -> None:
-    logit_RV = restrict(torch.zeros(2, 40), 30, [4], torch.tensor([[True], [False]]))
+    logit_RV = mask_logits(torch.zeros(2, 40), 30, [4], torch.tensor([[True], [False]]))
     allowed = [logit_V.isfinite().nonzero().flatten().tolist() for logit_V in logit_RV]
     text = list(range(len(SpecialToken), 30))
     assert allowed == [
@@ -25,17 +25,17 @@ def test_only_text_and_two_control_tokens_can_be_chosen() -> None:
     ]
     control = torch.full((200, 40), 0.0)
     control[:, : len(SpecialToken)] = 9.0
-    restricted = restrict(control, 30, [4], torch.zeros(200, 1, dtype=torch.bool))
+    restricted = mask_logits(control, 30, [4], torch.zeros(200, 1, dtype=torch.bool))
     sampling = TextSampling(temperature=5.0)
-    chosen = set(choose(restricted, sampling, range(200), [0] * 200).tolist())
+    chosen = set(sample_token(restricted, sampling, range(200), [0] * 200).tolist())
     assert chosen <= {int(SpecialToken.END_DOCUMENT), *text}
 
 
 def test_greedy_takes_the_likeliest() -> None:
     logit_RV = torch.randn(5, 50)
-    assert torch.equal(choose(logit_RV, TextSampling(), range(5), [0] * 5), logit_RV.argmax(-1))
+    assert torch.equal(sample_token(logit_RV, TextSampling(), range(5), [0] * 5), logit_RV.argmax(-1))
     cold = TextSampling(temperature=1e-4)
-    assert torch.equal(choose(logit_RV, cold, range(5), [0] * 5), logit_RV.argmax(-1))
+    assert torch.equal(sample_token(logit_RV, cold, range(5), [0] * 5), logit_RV.argmax(-1))
 
 
 def test_tokens_come_as_often_as_they_are_likely() -> None:
@@ -69,9 +69,9 @@ def test_a_draw_depends_on_seed_row_and_number_of_the_token() -> None:
     logit_RV = torch.zeros(4, 1000)
     settings = TextSampling(temperature=1.0, seed=5)
     rows, indices = [0, 1, 1, 2], [0, 0, 1, 0]
-    together = choose(logit_RV, settings, rows, indices)
+    together = sample_token(logit_RV, settings, rows, indices)
     for i in range(4):
-        assert choose(logit_RV[:1], settings, rows[i : i + 1], indices[i : i + 1]) == together[i]
+        assert sample_token(logit_RV[:1], settings, rows[i : i + 1], indices[i : i + 1]) == together[i]
     assert len(set(together.tolist())) == 4
     shifted = TextSampling(temperature=1.0, seed=6)
-    assert choose(logit_RV[:1], shifted, [0], [0]) == together[1]
+    assert sample_token(logit_RV[:1], shifted, [0], [0]) == together[1]

@@ -29,7 +29,7 @@ UNET: dict[str, Any] = {"patch_embed": "unet", "unet": {"widths": [8, 16], "laye
 def talkative(build_pipeline: Callable[..., Pipeline], *, begin: float = 4.0, **fields: Any) -> Pipeline:
     """It leans by `begin` towards images, of all sizes alike."""
     pipeline = build_pipeline(end=1.0, image_sizes=SIZES, **fields)
-    pipeline.reader.model.text_head.bias_V[list(pipeline.reader.sizes.begun)] = begin  # type: ignore[index,operator]
+    pipeline.runner.model.lm_head.bias_V[list(pipeline.runner.sizes.size_by_begin_token)] = begin  # type: ignore[index,operator]
     return pipeline
 
 
@@ -43,7 +43,7 @@ def test_an_image_is_drawn_as_it_was_trained(
 ) -> None:
     """Behind a caption and without one, by the training forward alone: the token before it, its shape, its places."""
     pipeline = talkative(build_pipeline, **fields)
-    config, model = pipeline.config, pipeline.reader.model
+    config, model = pipeline.config, pipeline.runner.model
     noise = counter_normal(torch.tensor([7]), (1, *WIDE))
 
     def trained(caption: str | None) -> Tensor:

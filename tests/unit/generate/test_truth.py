@@ -98,15 +98,15 @@ def test_latents_behind_a_mixed_prompt(
 ) -> None:
     """A3: latents to 1e-4."""
     pipeline = build_pipeline(**fields)
-    reader = pipeline.reader
+    runner = pipeline.runner
     given = torch.from_numpy(make_image(6))
     segments = [TextSegment((9, 10)), ImageSegment(None, 16), TextSegment((11, 12, 13))]
     layout = lay_out([*segments, ImageSegment(None, 16)])
     count = layout.images[1][0]
-    cache = reader.cache(1, count)
-    reader.read(cache.view(), reader.prefix_block([layout], [count], [given]))
+    cache = runner.cache(1, count)
+    runner.read(cache.view(), runner.prefix_block([layout], [count], [given]))
     sampling = ImageSampling(guidance=guidance, steps=4, sampler=sampler)
-    latent = draw(reader, cache, [0], [21], sampling, pipeline.config.diffusion)[0]
+    latent = draw(runner, cache, [0], [21], sampling, pipeline.config.diffusion)[0]
     settings = {"guidance": guidance, "steps": 4, "sampler": sampler}
     expected = truth(pipeline).draw(segments, [codec.encode(given)], 21, **settings)
     torch.testing.assert_close(latent, expected, rtol=0, atol=1e-4)
@@ -118,15 +118,15 @@ def test_a_finished_image_is_read_clean(
 ) -> None:
     """The state after <EOI> is that of a full forward with the clean image at timestep 0, not the noisy one."""
     pipeline = build_pipeline()
-    reader = pipeline.reader
+    runner = pipeline.runner
     finished = torch.from_numpy(make_image(6))
     segments = [TextSegment((9, 10, 11)), ImageSegment(None, 16)]
     layout = lay_out(segments, finished=False)
     first = layout.images[0][0]
-    cache = reader.cache(1, len(layout))
-    reader.read(cache.view(), reader.prefix_block([layout], [first]))
-    draw(reader, cache, [0], [21], ImageSampling(steps=3), pipeline.config.diffusion)
-    state_RD = reader.read(cache.view(), reader.image_block(finished[None], cache.lengths))
+    cache = runner.cache(1, len(layout))
+    runner.read(cache.view(), runner.prefix_block([layout], [first]))
+    draw(runner, cache, [0], [21], ImageSampling(steps=3), pipeline.config.diffusion)
+    state_RD = runner.read(cache.view(), runner.image_block(finished[None], cache.lengths))
     clean = truth(pipeline).states(segments, [codec.encode(finished)], [0])[len(layout) - 1]
     noisy = truth(pipeline).states(segments, [codec.encode(finished)], [300])[len(layout) - 1]
     torch.testing.assert_close(state_RD[0], clean, rtol=0, atol=1e-5)

@@ -26,13 +26,13 @@ class Calls:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []
-        run_blocks = pipeline.reader.model.run_blocks
+        run_blocks = pipeline.runner.model.run_blocks
 
         def spying(hidden_BSD: Tensor, position_BSA: Tensor, mask: Any, layers: Any) -> Tensor:
             self.inputs.append((hidden_BSD.clone(), position_BSA.clone(), mask.end_key.clone()))
             return run_blocks(hidden_BSD, position_BSA, mask, layers)
 
-        pipeline.reader.model.run_blocks = spying  # type: ignore[method-assign]
+        pipeline.runner.model.run_blocks = spying  # type: ignore[method-assign]
 
     @property
     def sizes(self) -> list[tuple[int, ...]]:
@@ -75,7 +75,7 @@ def test_the_unconditional_branch_is_a_dropped_caption_of_training(
         axes=position_axes(position),
     )
     hidden_BSD, position_BSA, end_BS = calls.inputs[1]
-    expected_BSD = pipeline.reader.model.embedding(torch.from_numpy(trained.token_ids_S[:2]))[None]
+    expected_BSD = pipeline.runner.model.embedding(torch.from_numpy(trained.token_ids_S[:2]))[None]
     assert torch.equal(hidden_BSD, expected_BSD)
     assert torch.equal(position_BSA[0], torch.from_numpy(trained.position_SA[:2]))
     assert end_BS[0].tolist() == trained.end_key_S[:2].tolist()
@@ -153,10 +153,10 @@ def test_bf16_generates(
 ) -> None:
     """A network in bf16, as trained with train.precision=bf16: images and captions, the same each time."""
     plain, pipeline = build_pipeline(end=1.0), build_pipeline(end=1.0)
-    pipeline.reader.model.bfloat16()
+    pipeline.runner.model.bfloat16()
     predicted: list[Tensor] = []
     guided: list[Tensor] = []
-    decode = pipeline.reader.model.decode_patches
+    decode = pipeline.runner.model.decode_patches
 
     def decoding(state_ND: Tensor, encoding: Encoding) -> Tensor:
         predicted.append(decode(state_ND, encoding))
@@ -168,7 +168,7 @@ def test_bf16_generates(
 
     prompts, settings = ["a handwritten three", "seven"], {"steps": 6, "guidance": 3.0, "seed": 2}
     exact = plain.sample(prompts, **settings)
-    monkeypatch.setattr(pipeline.reader.model, "decode_patches", decoding)
+    monkeypatch.setattr(pipeline.runner.model, "decode_patches", decoding)
     monkeypatch.setattr(image_diffusion, "guide", guiding)
     drawn, again = (pipeline.sample(prompts, **settings) for _ in range(2))
     # The network rounds; what is made of its answers does not.

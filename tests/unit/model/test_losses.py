@@ -15,7 +15,7 @@ from transfusion.codec.pixels import PixelCodec
 from transfusion.config import Config
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.schedule import CosineSchedule
-from transfusion.losses.transfusion import MixedLoss
+from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.model import ModelOutput, Transfusion
 from transfusion.model.initialise import initialise
 from transfusion.model.patches import patchify
@@ -41,7 +41,7 @@ def mixed(pack: Callable[..., Batch], make_image: Any) -> Callable[[Config], Bat
 
 
 def losses(model: nn.Module, batch: Batch, config: Config) -> tuple[LossTerms, Tensor]:
-    objective = MixedLoss(config.diffusion)
+    objective = TransfusionLoss(config.diffusion)
     terms = objective.terms(model, batch)
     return terms, objective.combine(terms, terms.text_count, terms.image_count)
 
@@ -85,7 +85,7 @@ def test_an_untrained_decoder_predicts_nothing(build_model: Build, mixed: Callab
 
 
 # The parameters that each loss cannot reach.
-BLIND = {"text": ("patch_decoder.",), "image": ("text_head.",)}
+BLIND = {"text": ("patch_decoder.",), "image": ("lm_head.",)}
 
 
 @pytest.mark.parametrize("loss", ["text", "image"])
@@ -104,7 +104,7 @@ def test_each_loss_has_a_gradient_on_every_parameter_it_should(
         else:
             assert gradient is not None and gradient.isfinite().all(), name
             assert gradient.abs().max() > 0, name
-            if gradient.dim() == 2 and "embedding" not in name and "text_head" not in name:
+            if gradient.dim() == 2 and "embedding" not in name and "lm_head" not in name:
                 assert (gradient.abs().amax(1) > 0).all(), f"{name}: a row has no gradient"
 
 
@@ -120,7 +120,7 @@ def test_batches_of_one_modality_train(
     assert (terms.image_count == 0) == (kind == "text") and (terms.text_count == 0) == (kind == "images")
     loss.backward()
     assert loss.isfinite()
-    unused = ("patch_encoder.", "patch_position.", "patch_decoder.") if kind == "text" else ("text_head.",)
+    unused = ("patch_encoder.", "patch_position.", "patch_decoder.") if kind == "text" else ("lm_head.",)
     for name, parameter in model.named_parameters():
         # Zero, not None: every rank reduces the gradients of every parameter.
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transfusion.config import Config
-from transfusion.losses.transfusion import MixedLoss
+from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.model import Transfusion
 from transfusion.parallel.counts import global_counts
 from transfusion.schema import Batch, Segment, TextSegment
@@ -39,7 +39,7 @@ def judged(config: Config, model: Transfusion, batch: Batch, weights: Sequence[T
     model.zero_grad()
     groups = zip(batch.images, weights, strict=True)
     batch = replace(batch, images=tuple(replace(group, image_weight_I=weight) for group, weight in groups))
-    terms = MixedLoss(config.diffusion).terms(model, batch)
+    terms = TransfusionLoss(config.diffusion).terms(model, batch)
     (terms.text_sum + terms.image_sum).backward()
     gradient = torch.cat(
         [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
@@ -82,7 +82,7 @@ def test_the_token_before_an_image_tells_its_size(build_model: Build, pack: Call
     """And is learned: where a text goes on with an image, which one is a target."""
     config, _ = build_model(image_sizes=SIZES)
     batch = pack(config, [documents(config)])
-    begins = {size: config.image_sizes.begins_with(Size.parse(size)) for size in SIZES}
+    begins = {size: config.image_sizes.begin_token(Size.parse(size)) for size in SIZES}
     assert len(set(begins.values())) == 4 and max(begins.values()) == config.model.vocabulary - 1
     for group in batch.images:
         height, width = group.values.shape[2:]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from transfusion.config import CodecConfig, Config, ModelConfig, UNetConfig
-from transfusion.losses.transfusion import MixedLoss
+from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.model import Transfusion
 from transfusion.model.count import count_parameters
 from transfusion.model.initialise import initialise
@@ -125,11 +125,11 @@ def test_every_parameter_has_a_gradient(
 ) -> None:
     config, model = build_model(**SMALL)
     model.recomputes_blocks = checkpointing
-    objective = MixedLoss(config.diffusion)
+    objective = TransfusionLoss(config.diffusion)
     terms = objective.terms(model, mixed(config))
     terms.image_sum.backward()
     for name, parameter in model.named_parameters():
-        if not name.startswith("text_head."):
+        if not name.startswith("lm_head."):
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
@@ -140,7 +140,7 @@ def test_it_learns_from_its_initial_weights(
     """One patch of the whole image too: what the transformer cannot know comes by the skips."""
     config, model = build_model(patch_size=patch_size, **SMALL)
     initialise(model, seed=0, layers=config.model.layers)
-    objective, batch, history = MixedLoss(config.diffusion), mixed(config), []
+    objective, batch, history = TransfusionLoss(config.diffusion), mixed(config), []
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(30):
         optimiser.zero_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transfusion.codec import pixels as codec
 from transfusion.config import Config
-from transfusion.losses.transfusion import MixedLoss
+from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.model import Transfusion
 from transfusion.model.patches import patchify, unpatchify, unpatchify_groups
 from transfusion.schema import Batch, ImageSegment, LossTerms, Segment, TextSegment
@@ -45,7 +45,7 @@ def test_patches_know_their_place(
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     shuffled = unpatchify(patchify(latent, 2)[:, order], 1, 8, 8, 2)
     (prediction,), (of_shuffled,) = (
-        unpatchify_groups(model(batch, [noisy]).noise_NE, [noisy]) for noisy in (latent, shuffled)
+        unpatchify_groups(model(batch, [noisy]).prediction_NE, [noisy]) for noisy in (latent, shuffled)
     )
     put_back = unpatchify(patchify(of_shuffled, 2)[:, order.argsort()], 1, 8, 8, 2)
     assert (prediction - put_back).abs().max() > 0.01 * prediction.abs().max()
@@ -115,7 +115,7 @@ def test_packed_documents_are_read_as_each_alone(
             here = packed_states[row, start : start + batch.counts.tokens]
             # As a whole: single elements differ by the rounding of products of other shapes, by processor.
             assert relative_error(here, alone) < 1e-6
-            assert relative_error(model.text_head(here), model.text_head(alone)) < 1e-6
+            assert relative_error(model.lm_head(here), model.lm_head(alone)) < 1e-6
             start += batch.counts.tokens
     assert packed_states[:, -1].isfinite().all()
 
@@ -134,7 +134,7 @@ def test_packed_documents_lose_what_they_lose_alone(
         ([image[1]], [50], [71]),
         ([image[2], TextSegment((14,)), image[3], TextSegment(tuple(range(30, 70)))], [500, 950], [72, 73]),
     ]
-    loss = MixedLoss(config.diffusion)
+    loss = TransfusionLoss(config.diffusion)
     contents = [document for document, _, _ in documents]
     packed = pack(
         config,

@@ -29,11 +29,11 @@ def test_a_lap_tells_speed_and_shares() -> None:
         with clock.span("step"):
             hand.move(3.0)
         clock.step_done(tokens=100)
-    lap = clock.lap()
-    assert lap.seconds == pytest.approx(8.0)
-    assert lap.steps == 2
-    assert lap.tokens_per_second == pytest.approx(25.0)
-    assert lap.shares == pytest.approx({"data_wait": 0.25, "step": 0.75})
+    interval = clock.interval()
+    assert interval.seconds == pytest.approx(8.0)
+    assert interval.steps == 2
+    assert interval.tokens_per_second == pytest.approx(25.0)
+    assert interval.shares == pytest.approx({"data_wait": 0.25, "step": 0.75})
 
 
 def test_a_lap_starts_empty_and_an_empty_one_has_no_speed() -> None:
@@ -42,11 +42,11 @@ def test_a_lap_starts_empty_and_an_empty_one_has_no_speed() -> None:
     with clock.span("data_wait"):
         hand.move(1.0)
     clock.step_done(tokens=10)
-    clock.lap()
-    assert clock.lap().tokens_per_second is None
+    clock.interval()
+    assert clock.interval().tokens_per_second is None
     hand.move(2.0)
-    lap = clock.lap()
-    assert lap.shares == {} and lap.tokens_per_second == 0 and lap.steps == 0
+    interval = clock.interval()
+    assert interval.shares == {} and interval.tokens_per_second == 0 and interval.steps == 0
 
 
 def test_pauses_count_for_nothing_also_inside_a_span_and_nested() -> None:
@@ -59,10 +59,10 @@ def test_pauses_count_for_nothing_also_inside_a_span_and_nested() -> None:
     clock.step_done(tokens=50)
     with clock.pause():
         hand.move(100.0)
-    lap = clock.lap()
-    assert lap.seconds == pytest.approx(2.0)
-    assert lap.shares["step"] == pytest.approx(1.0)
-    assert lap.tokens_per_second == pytest.approx(25.0)
+    interval = clock.interval()
+    assert interval.seconds == pytest.approx(2.0)
+    assert interval.shares["step"] == pytest.approx(1.0)
+    assert interval.tokens_per_second == pytest.approx(25.0)
 
 
 def test_a_span_counts_also_when_it_fails() -> None:
@@ -71,7 +71,7 @@ def test_a_span_counts_also_when_it_fails() -> None:
     with pytest.raises(KeyError), clock.span("step"):
         hand.move(1.0)
         raise KeyError
-    assert clock.lap().shares["step"] == pytest.approx(1.0)
+    assert clock.interval().shares["step"] == pytest.approx(1.0)
 
 
 def test_time_left_needs_a_step_of_this_start() -> None:

@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.config import Config
-from transfusion.losses.transfusion import MixedLoss
+from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.model.build import build_model
 from transfusion.observe.flops import FlopModel, Operations, Work, Workload
-from transfusion.observe.utilisation import Utilisation
+from transfusion.observe.utilization import OperationMeter
 from transfusion.schema import Batch, ImageSegment, TextSegment
 
 
@@ -47,7 +47,7 @@ def counted(config: Config, batch: Batch) -> int:
     model = build_model(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    loss = MixedLoss(config.diffusion)
+    loss = TransfusionLoss(config.diffusion)
     # What a U-Net attends to is counted by torch where it is made of products.
     products = sdpa_kernel(SDPBackend.MATH)
     with products, FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
@@ -92,14 +92,14 @@ def test_a_batch_on_the_host_tells_its_latents_before_they_are_made(batch: Batch
 
 def test_shares_are_of_all_ranks_and_what_nobody_publishes_is_not_told(batch: Batch) -> None:
     config = small()
-    utilisation = Utilisation(config, torch.device("cpu"))
-    utilisation.note([batch, batch])
-    operations = utilisation.take()
+    meter = OperationMeter(config, torch.device("cpu"))
+    meter.note([batch, batch])
+    operations = meter.take()
     work = FlopModel(config).of([batch, batch])
     assert operations == [work.exact.total, work.hardware.total, work.palm.total]
-    assert utilisation.take() == [0.0, 0.0, 0.0]
-    one = utilisation.shares(operations, 2.0, ranks=1)
-    two = utilisation.shares([2 * each for each in operations], 1.0, ranks=4)
+    assert meter.take() == [0.0, 0.0, 0.0]
+    one = meter.utilization(operations, 2.0, ranks=1)
+    two = meter.utilization([2 * each for each in operations], 1.0, ranks=4)
     assert one == two and one.mfu is None and one.gemm_share is not None and one.gemm_share > 0
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from transfusion.config import load_config
 from transfusion.errors import UserError
-from transfusion.observe import open_sink
+from transfusion.observe import open_metric_logger
 from transfusion.observe.runfolder import RunFolder
 from transfusion.observe.sinks import NoSink, panel_values, refuse_missing_sink
 
@@ -58,18 +58,20 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_off_by_default_and_then_a_no_op(tmp_path: Path) -> None:
-    sink = open_sink(load_config(None, ["codec.image_size=8"]), RunFolder(tmp_path), attempt=1)
-    assert isinstance(sink, NoSink)
-    sink.write(LINE)
-    sink.image(0, tmp_path / "none.png")
-    sink.close()
+    metric_logger = open_metric_logger(
+        load_config(None, ["codec.image_size=8"]), RunFolder(tmp_path), attempt=1
+    )
+    assert isinstance(metric_logger, NoSink)
+    metric_logger.write(LINE)
+    metric_logger.image(0, tmp_path / "none.png")
+    metric_logger.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_wandb_is_told_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        open_sink(ON, RunFolder(tmp_path), attempt=1)
+        open_metric_logger(ON, RunFolder(tmp_path), attempt=1)
     with pytest.raises(UserError, match="pip install wandb"):
         refuse_missing_sink(ON)
     refuse_missing_sink(load_config(None, ["codec.image_size=8"]))
@@ -77,12 +79,12 @@ def test_a_missing_wandb_is_told_with_the_remedy(tmp_path: Path, monkeypatch: py
 
 def test_every_start_goes_on_with_one_wandb_run(tmp_path: Path, fake: SimpleNamespace) -> None:
     for attempt in (1, 2):
-        open_sink(ON, RunFolder(tmp_path), attempt=attempt)
+        open_metric_logger(ON, RunFolder(tmp_path), attempt=attempt)
     first, second = fake.calls
     assert (first["project"], first["name"]) == ("ours", "first")
     assert first["id"] == second["id"] and second["resume"] == "allow"
     (tmp_path / "other").mkdir()
-    open_sink(ON, RunFolder(tmp_path / "other"), attempt=1)
+    open_metric_logger(ON, RunFolder(tmp_path / "other"), attempt=1)
     assert fake.calls[2]["id"] != first["id"]
     assert first["mode"] == "offline"
     assert first["settings"]["save_code"] is False
@@ -90,15 +92,15 @@ def test_every_start_goes_on_with_one_wandb_run(tmp_path: Path, fake: SimpleName
 
 def test_the_users_mode_wins(tmp_path: Path, fake: SimpleNamespace) -> None:
     fake.setup = lambda: SimpleNamespace(settings=SimpleNamespace(model_fields_set={"mode"}))
-    open_sink(ON, RunFolder(tmp_path), attempt=1)
+    open_metric_logger(ON, RunFolder(tmp_path), attempt=1)
     assert fake.calls[0]["mode"] is None
 
 
 def test_the_step_axis_is_ours(tmp_path: Path, fake: SimpleNamespace) -> None:
-    sink = open_sink(ON, RunFolder(tmp_path), attempt=1)
-    sink.write(LINE)
-    sink.image(3, tmp_path / "grid.png")
-    sink.close()
+    metric_logger = open_metric_logger(ON, RunFolder(tmp_path), attempt=1)
+    metric_logger.write(LINE)
+    metric_logger.image(3, tmp_path / "grid.png")
+    metric_logger.close()
     assert ("*", "step") in fake.run.axes
     assert fake.run.logged[0] == {
         "step": 3,
@@ -122,8 +124,8 @@ def test_the_real_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.Monke
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    sink = open_sink(ON, RunFolder(tmp_path), attempt=1)
+    metric_logger = open_metric_logger(ON, RunFolder(tmp_path), attempt=1)
     for step in (1, 2, 1):
-        sink.write({**LINE, "step": step})
-    sink.close()
+        metric_logger.write({**LINE, "step": step})
+    metric_logger.close()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from transfusion.errors import UserError
-from transfusion.parallel.collectives import Signals, agree, from_main, gather, together
+from transfusion.parallel.collectives import (
+    Signals,
+    broadcast_from_main,
+    gather,
+    raise_together,
+    reduce_decision,
+)
 from transfusion.schema import Decision
 
 # Three ranks; "work" fails on the ranks that the test names. Each writes down what it saw.
@@ -22,7 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
 from transfusion.errors import UserError
-from transfusion.parallel.collectives import from_main, gather, together
+from transfusion.parallel.collectives import broadcast_from_main, gather, raise_together
 folder, rank, failing = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 dist.init_process_group(
     "gloo", store=dist.FileStore(str(folder / "store"), 3), rank=rank, world_size=3,
@@ -40,7 +46,7 @@ def tried(call):
         return call()
     except UserError as error:
         return str(error)
-seen = [tried(lambda: together(work)), tried(lambda: from_main(work)), gather(rank)]
+seen = [tried(lambda: raise_together(work)), tried(lambda: broadcast_from_main(work)), gather(rank)]
 (folder / f"seen_{rank}.json").write_text(json.dumps(seen))
 # Threads of gloo that outlive it abort the process, now and then.
 dist.destroy_process_group()
@@ -48,16 +54,16 @@ dist.destroy_process_group()
 
 
 def test_alone_everyone_agrees() -> None:
-    assert agree(Decision.SAVE_AND_STOP, 3, 4) == (Decision.SAVE_AND_STOP, (3, 4))
-    assert together(lambda: 3) == from_main(lambda: 3) == 3
+    assert reduce_decision(Decision.SAVE_AND_STOP, 3, 4) == (Decision.SAVE_AND_STOP, (3, 4))
+    assert raise_together(lambda: 3) == broadcast_from_main(lambda: 3) == 3
     assert gather("mine") == ["mine"]
 
 
 def test_alone_an_error_of_the_system_is_told_with_its_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^No such file or directory \({tmp_path}/gone\)$"):
-        together((tmp_path / "gone").read_bytes)
+        raise_together((tmp_path / "gone").read_bytes)
     with pytest.raises(ZeroDivisionError):
-        together(lambda: 1 // 0)
+        raise_together(lambda: 1 // 0)
 
 
 @pytest.mark.dist

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfusion.errors import UserError
 from transfusion.losses.build import training_loss
-from transfusion.losses.transfusion import MixedLoss
+from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.model.build import build_model
 from transfusion.model.initialise import initialise
 from transfusion.optim import groups
@@ -42,7 +42,7 @@ def test_three_steps_equal_a_loop_written_out() -> None:
     engine = LocalEngine(config, ALONE)
     model = build_model(config)
     initialise(model, seed=config.run.seed, layers=config.model.layers)
-    loss = MixedLoss(config.diffusion)
+    loss = TransfusionLoss(config.diffusion)
     moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()}
     for step, rate in enumerate((1e-3, 3e-3, 2e-3), start=1):
         batches = [make_batch("mixed", step), make_batch("text", 10 + step)]
@@ -124,7 +124,7 @@ def test_the_fused_optimiser_asks_the_host_nothing(precision: str, monkeypatch: 
     assert reads.places != []
     _, broken = train_step(fused, [with_broken_image(make_batch("mixed", 2))])
     fused.forward_backward(batch, global_counts([batch]))
-    too_large = fused.step(1e-3, largest_norm=0.5).read()
+    too_large = fused.step(1e-3, max_norm=0.5).read()
     assert broken.skipped and broken.gradient_norm == float("inf")
     assert too_large.skipped and too_large.gradient_norm > 0.5
     assert same_state(before, state_of(fused))

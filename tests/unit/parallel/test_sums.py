@@ -7,7 +7,7 @@ import torch
 from handmade import make_batch, small_config
 
 from transfusion.evaluate.validation_losses import validation_losses
-from transfusion.losses.transfusion import MixedLoss
+from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.observe.losses import MeanLosses
 from transfusion.schema import TIMESTEP_BUCKETS, LossTerms
 
@@ -28,12 +28,12 @@ def test_an_interval_of_steps() -> None:
         [part._replace(text_count=torch.tensor(1.0)) for part in parts], config, [0.5], images=images
     )
     assert found.text == (LARGE + 8) / 9
-    assert (found.images, found.also) == (images, [0.5])
+    assert (found.images, found.extra_sums) == (images, [0.5])
 
 
 def test_validation_data(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([LARGE, 1.0, 1.0])
-    monkeypatch.setattr(MixedLoss, "terms", lambda *_: terms(next(values)))
+    monkeypatch.setattr(TransfusionLoss, "terms", lambda *_: terms(next(values)))
     batches = [make_batch("text", seed) for seed in range(3)]
     total = validation_losses(torch.nn.Identity(), batches, small_config(), torch.device("cpu"))  # type: ignore[arg-type]
     assert float(total.text_sum) == LARGE + 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from handmade import small_config
 
-from transfusion.model.block import Block
+from transfusion.model.block import TransformerBlock
 from transfusion.model.unet import UNetDecoder, UNetEncoder
 from transfusion.parallel.zero_config import LEAF_MODULES, deepspeed_config
 
@@ -58,7 +58,7 @@ GOLDEN = {
         "log_trace_cache_warnings": False,
         "leaf_module": {
             "classes": [
-                "transfusion.model.block.Block",
+                "transfusion.model.block.TransformerBlock",
                 "transfusion.model.unet.UNetEncoder",
                 "transfusion.model.unet.UNetDecoder",
             ]
@@ -133,7 +133,7 @@ def test_offload_and_secondary_copies_reach_deepspeed() -> None:
 
 
 def test_the_leaf_modules_exist() -> None:
-    modules = (Block, UNetEncoder, UNetDecoder)
+    modules = (TransformerBlock, UNetEncoder, UNetDecoder)
     assert [f"{module.__module__}.{module.__qualname__}" for module in modules] == LEAF_MODULES
 
 

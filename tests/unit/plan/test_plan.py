@@ -14,10 +14,10 @@ from transfusion.cli.main import app
 from transfusion.config import Config, load_config
 from transfusion.errors import UserError
 from transfusion.plan import Plan, make_plan, report, warnings
-from transfusion.plan.advice import applied, to_fit, to_hasten
+from transfusion.plan.advice import applied, suggest_speedups, to_fit
 from transfusion.plan.communication import count_reductions
 from transfusion.plan.machines import GPUS
-from transfusion.plan.workload import Mixture
+from transfusion.plan.workload import DocumentMix
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "train"
 
@@ -54,7 +54,7 @@ def test_what_one_setting_does_not_mend_several_do_or_more_gpus() -> None:
 def test_what_would_be_faster_is_faster(large: Plan) -> None:
     plan = make_plan(config_of("0.16b", "train.compile=false"), 8)
     (warning,) = warnings(plan)
-    best = to_hasten(plan)[0]
+    best = suggest_speedups(plan)[0]
     assert str(best) in warning and best.plan.fits
     assert best.plan.tokens_per_second >= 1.05 * plan.tokens_per_second
 
@@ -77,7 +77,7 @@ def test_parts_add_up(large: Plan) -> None:
 
 def test_half_of_the_tokens_are_pairs() -> None:
     config = config_of("0.16b")
-    load = Mixture().workload(config, rows=8)
+    load = DocumentMix().workload(config, rows=8)
     pair = 256 + 32 + 4
     (images,) = load.images
     assert images.real == round(8 * 4096 / 2 / pair) and images.shape == (8, 32, 32)
@@ -90,7 +90,7 @@ def test_half_of_the_tokens_are_pairs() -> None:
 def test_images_of_several_sizes_are_counted_each_as_what_it_is() -> None:
     """As many of each size; patches, pairs that see each other, and memory follow from the shapes."""
     sizes = "codec.image_sizes=[256x256,256x384,384x256]"
-    load = Mixture().workload(config_of("0.16b", sizes), rows=8)
+    load = DocumentMix().workload(config_of("0.16b", sizes), rows=8)
     assert [each.shape for each in load.images] == [(8, 32, 32), (8, 32, 48), (8, 48, 32)]
     counts = [each.real for each in load.images]
     pairs = [patches + 32 + 4 for patches in (256, 384, 384)]
@@ -129,13 +129,18 @@ def test_what_saves_memory_costs_time(setting: str, less: str, more: str) -> Non
 def test_communication_is_that_of_stage_and_keeping() -> None:
     """Under stage 3 weights are gathered once where they are kept, twice where not; hpZ keeps the second near."""
     weights = 2 * 6_756_515_873
-    twice = make_plan(config_of("7b"), 64).communication
+    repeat_for_guidance = make_plan(config_of("7b"), 64).communication
     once = make_plan(config_of("7b", "train.zero.max_live_parameters=10000000000", *REUSE), 64).communication
     near = make_plan(config_of("7b", "train.zero.hpz_partition_size=8"), 64).communication
     second = make_plan(config_of("7b", "train.zero.stage=2"), 64).communication
-    assert twice.gathered == pytest.approx(2 * weights, rel=0.001) and once.gathered * 2 == twice.gathered
-    assert twice.reduced == once.reduced == second.reduced == 2 * weights
-    assert once.seconds_of_micro_batch < near.seconds_of_micro_batch < twice.seconds_of_micro_batch
+    assert (
+        repeat_for_guidance.gathered == pytest.approx(2 * weights, rel=0.001)
+        and once.gathered * 2 == repeat_for_guidance.gathered
+    )
+    assert repeat_for_guidance.reduced == once.reduced == second.reduced == 2 * weights
+    assert (
+        once.seconds_of_micro_batch < near.seconds_of_micro_batch < repeat_for_guidance.seconds_of_micro_batch
+    )
     assert second.gathered == 0 and second.after_step == weights
     assert make_plan(config_of("0.16b"), 1).communication.seconds_of_micro_batch == 0
 

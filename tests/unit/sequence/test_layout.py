@@ -88,7 +88,7 @@ def test_positions_with_rows_and_columns() -> None:
     assert layout.position_SA[8:].tolist() == [[8, 8, 8], [9, 9, 9]]
 
 
-def test_pieces_of_a_text_archive_interval_target() -> None:
+def test_pieces_of_a_text_keep_every_target() -> None:
     ids = np.arange(100, 130, dtype=np.uint16)
     whole = lay_out([TextSegment(tuple(ids.tolist()))])
     for cuts in ([32], [1, 31], [10, 10, 12], [31, 1]):

@@ -29,9 +29,7 @@ SIZES = (Size(32, 32), Size(32, 64), Size(64, 32), Size(64, 64))
         (7, 100, "32x64"),  # beyond all of them
     ],
 )
-def test_an_image_takes_the_nearest_ratio_then_the_nearest_area(
-    height: int, width: int, chosen: str
-) -> None:
+def test_an_image_takes_the_nearest_ratio_then_the_nearest_area(height: int, width: int, chosen: str) -> None:
     sizes = SIZES if height != 100 else SIZES[:3]
     assert str(ImageSizes(sizes, 1, 2).for_image(height, width)) == chosen
 
@@ -52,14 +50,16 @@ def test_every_size_has_a_token_of_its_own() -> None:
     config = load_config(None, ["codec.image_sizes=[32x32,32x48,48x32]"])
     assert config.image_sizes.first == Size(32, 32) and config.patches_per_image == 256
     with pytest.raises(ValueError, match="vocabulary must be known"):
-        config.image_sizes.begins_with(Size(32, 48))
+        config.image_sizes.begin_token(Size(32, 48))
     for pieces, asked, rows in ((320, 0, 322), (320, 400, 400), (320, 320, 322)):
         model = config.model.model_copy(update={"vocabulary": asked})
         known = config.model_copy(update={"model": model}).with_vocabulary(pieces)
         assert known.model.vocabulary == rows and known.with_vocabulary(pieces) == known
-        assert list(known.image_sizes.begun) == [SpecialToken.BEGIN_IMAGE, rows - 2, rows - 1]
+        assert list(known.image_sizes.size_by_begin_token) == [SpecialToken.BEGIN_IMAGE, rows - 2, rows - 1]
     plain = Config().with_vocabulary(320)
-    assert plain.model.vocabulary == 320 and list(plain.image_sizes.begun) == [SpecialToken.BEGIN_IMAGE]
+    assert plain.model.vocabulary == 320 and list(plain.image_sizes.size_by_begin_token) == [
+        SpecialToken.BEGIN_IMAGE
+    ]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from transfusion.config import Config
 from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.prepare.prepare import prepare
 from transfusion.errors import UserError
-from transfusion.losses.transfusion import MixedLoss
+from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.observe.clock import TimeLimit
 from transfusion.observe.console import start_logging
 from transfusion.observe.metrics import read_metrics
@@ -110,16 +110,16 @@ def interfere(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[int, LossTerms], LossTerms]
 ) -> Callable[[], None]:
     """Let `change` see the number of each micro-batch from now on and replace its losses; returns the undoing."""
-    honest = MixedLoss.terms
+    honest = TransfusionLoss.terms
     micro_batches = 0
 
-    def terms(self: MixedLoss, model: Any, batch: Batch) -> LossTerms:
+    def terms(self: TransfusionLoss, model: Any, batch: Batch) -> LossTerms:
         nonlocal micro_batches
         micro_batches += 1
         return change(micro_batches, honest(self, model, batch))
 
-    monkeypatch.setattr(MixedLoss, "terms", terms)
-    return lambda: monkeypatch.setattr(MixedLoss, "terms", honest)
+    monkeypatch.setattr(TransfusionLoss, "terms", terms)
+    return lambda: monkeypatch.setattr(TransfusionLoss, "terms", honest)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -428,7 +428,7 @@ def test_telemetry_of_chosen_steps(build_config: Callable[..., Config]) -> None:
             "patch_encoder",
             "blocks.0",
             "norm",
-            "text_head",
+            "lm_head",
             "patch_decoder",
             "patch_position",
         ]

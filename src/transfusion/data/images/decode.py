@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from transfusion.data.images.probe import CHECKSUM, CHUNK, GREATEST_PIXELS, probe
+from transfusion.data.images.probe import CHECKSUM, CHUNK, MAX_PIXELS, probe
 from transfusion.data.shards.sample import SampleError
 from transfusion.sequence.sizes import ImageSizes, Size
 
@@ -26,7 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 
 _PNG, _PNG_HEAD, _GREY, _PALETTE = b"\x89PNG\r\n\x1a\n", 33, 0, 3
 # Pixels. Compositing would take three times the memory of a larger image, where Pillow is as fast.
-_GREATEST_FOR_OPENCV = 1 << 22
+_MAX_FOR_OPENCV = 1 << 22
 # Values of a pixel that has alpha.
 _WITH_ALPHA = 4
 # Colours of a palette, and how far each is transparent.
@@ -57,7 +57,7 @@ def decode_fitting(data: bytes, sizes: ImageSizes, *, channels: int) -> PixelArr
     """As `decode_to`, to the size that such an image takes."""
     facts = probe(data)
     size = sizes.for_image(facts.height, facts.width)
-    return decode_to(data, size, turned=sizes.when_turned(size), channels=channels)
+    return decode_to(data, size, turned=sizes.rotated(size), channels=channels)
 
 
 def decode_to(data: bytes, size: Size, *, turned: Size | None = None, channels: int) -> PixelArray:
@@ -85,7 +85,7 @@ def _by_pillow(data: bytes) -> tuple[Image.Image, bool]:
         # Pillow's limit on pixels is not ours, and odd metadata are no matter.
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > GREATEST_PIXELS:
+        if image.width * image.height > MAX_PIXELS:
             raise SampleError("image_too_large")
         image.load()
         on_its_side = False
@@ -104,7 +104,7 @@ def _by_opencv(data: bytes) -> PixelArray | None:
     if opencv is None or len(data) < _PNG_HEAD or not data.startswith(_PNG):
         return None
     pixels, bits, kind = int.from_bytes(data[16:20]) * int.from_bytes(data[20:24]), data[24], data[25]
-    if pixels > _GREATEST_FOR_OPENCV or kind == _GREY or (bits != 8 and kind != _PALETTE):
+    if pixels > _MAX_FOR_OPENCV or kind == _GREY or (bits != 8 and kind != _PALETTE):
         return None
     if not _is_plain(data):
         return None

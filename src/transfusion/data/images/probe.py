@@ -11,12 +11,12 @@ import zlib
 from typing import NamedTuple
 
 from transfusion.data.shards.sample import SampleError
-from transfusion.sequence.sizes import GREATEST_ASPECT as GREATEST_ASPECT
+from transfusion.sequence.sizes import MAX_ASPECT as MAX_ASPECT
 
-GREATEST_PIXELS = 50_000_000
-SMALLEST_SIDE = 8
+MAX_PIXELS = 50_000_000
+MIN_SIDE = 8
 # Pillow refuses more in one text or profile, so more is refused here, before it is decoded.
-GREATEST_METADATA = 1 << 20
+MAX_METADATA = 1 << 20
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 # Of a PNG: length and kind of a chunk, and its checksum.
@@ -57,11 +57,11 @@ def probe(data: bytes) -> ImageFacts:
 def _checked(width: int, height: int, *, animated: bool = False) -> ImageFacts:
     if not width or not height:
         raise SampleError("image_corrupt")
-    if width * height > GREATEST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise SampleError("image_too_large")
-    if min(width, height) < SMALLEST_SIDE:
+    if min(width, height) < MIN_SIDE:
         raise SampleError("image_too_small")
-    if max(width, height) > GREATEST_ASPECT * min(width, height):
+    if max(width, height) > MAX_ASPECT * min(width, height):
         raise SampleError("image_aspect")
     return ImageFacts(width, height, animated)
 
@@ -106,11 +106,11 @@ def _refuse_bomb(kind: bytes, body: bytes) -> None:
         rest = rest[_COMPRESSED[kind] :]
     inflater = zlib.decompressobj()
     try:
-        inflated = inflater.decompress(rest, GREATEST_METADATA)
+        inflated = inflater.decompress(rest, MAX_METADATA)
     except zlib.error:
         # Not needed for the pixels, and decoders pass over it.
         return
-    if len(inflated) >= GREATEST_METADATA:
+    if len(inflated) >= MAX_METADATA:
         raise SampleError("image_metadata_bomb")
 
 

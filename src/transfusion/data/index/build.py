@@ -24,9 +24,9 @@ from transfusion.config import CacheConfig, Config
 from transfusion.config.sections import Verify
 from transfusion.data.index.shard_index import (
     FormerIndex,
-    Prints,
+    IndexFingerprint,
     ShardIndex,
-    Stale,
+    StaleIndex,
     index_shard,
     is_former,
 )
@@ -51,11 +51,11 @@ _SUFFIX = ".index"
 # Fewer bytes than these are read before a process has started.
 _WORTH_PROCESSES = 1 << 26
 # Fewer samples than this say nothing about a share of bad ones: a run never dies of the first.
-_FEWEST_TO_JUDGE = 100
+_MIN_SAMPLES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IndexPlace:
+class IndexLocation:
     """Where index files are kept.
 
     folder: all of them; one that is stale there is refused. None: each beside its shard, or in `fallback` where that
@@ -97,7 +97,7 @@ def find_shards(specs: str | Sequence[str], cache: CacheSettings) -> list[Shard]
 
 
 def open_indexes(
-    shards: Sequence[Shard], tokenizer: Tokenizer, place: IndexPlace, verify: Verify = "none"
+    shards: Sequence[Shard], tokenizer: Tokenizer, place: IndexLocation, verify: Verify = "none"
 ) -> list[ShardIndex]:
     """The index of each shard; what is missing is made first, by one process of all that ask at once.
 
@@ -113,13 +113,13 @@ def open_indexes(
     return [ShardIndex(order.path, order.shard) for order in orders]
 
 
-def _is_there(order: _Order, place: IndexPlace) -> bool:
+def _is_there(order: _Order, place: IndexLocation) -> bool:
     """Whether the index file stands there and fits. Raises UserError for a stale one in `place.folder`."""
     try:
-        ShardIndex(order.path, order.shard).check(Prints.of(order.encoder))
+        ShardIndex(order.path, order.shard).check(IndexFingerprint.of(order.encoder))
     except (FileNotFoundError, FormerIndex):
         return False
-    except Stale as why:
+    except StaleIndex as why:
         if place.folder is None:
             return False
         words = ["transfusion", "data", "index", order.shard.siblings, "--out", str(place.folder)]
@@ -185,17 +185,17 @@ def write_index(
     jobs: Sequence[IndexJob],
     out: Path,
     *,
-    greatest_share: float,
+    max_share: float,
     processes: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> IndexReport:
     """Index all shards of the jobs into `out`, with counters.json and quarantine.jsonl; run again, it goes on.
 
-    greatest_share: of bad samples. processes: 0: one a core, or only this one for little. progress: called with
+    max_share: of bad samples. processes: 0: one a core, or only this one for little. progress: called with
     (bytes done, bytes to do).
     Raises UserError when a spec names nothing, or no shard.
     """
-    place = IndexPlace(folder=out)
+    place = IndexLocation(folder=out)
     orders: dict[Path, _Order] = {}
     skipped: collections.Counter[str] = collections.Counter()
     for job in jobs:
@@ -213,7 +213,7 @@ def write_index(
         _tell_of_former(order.path for order in work)
         _make(work, processes=processes, progress=progress)
         indexes = [ShardIndex(order.path, order.shard) for order in orders.values()]
-        report = _report(indexes, greatest_share, dict(sorted(skipped.items())))
+        report = _report(indexes, max_share, dict(sorted(skipped.items())))
         _write_lines(out / QUARANTINE, (fault for index in indexes for fault in index.faults()))
         _write_lines(out / COUNTERS, [report.counters])
     return report
@@ -240,17 +240,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def too_many_faults(faults: int, samples: int, greatest_share: float) -> bool:
+def too_many_faults(faults: int, samples: int, max_share: float) -> bool:
     """Whether more than this share of the samples (good and bad) is bad."""
-    return faults > greatest_share * max(samples, _FEWEST_TO_JUDGE)
+    return faults > max_share * max(samples, _MIN_SAMPLES)
 
 
 def _is_whole(order: _Order) -> bool:
     try:
         index = ShardIndex(order.path, order.shard)
-        index.check(Prints.of(order.encoder))
+        index.check(IndexFingerprint.of(order.encoder))
         index.verify()
-    except (FileNotFoundError, Stale):
+    except (FileNotFoundError, StaleIndex):
         return False
     return True
 
@@ -343,7 +343,7 @@ def _loaded(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def _report(indexes: Sequence[ShardIndex], greatest_share: float, skipped: dict[str, int]) -> IndexReport:
+def _report(indexes: Sequence[ShardIndex], max_share: float, skipped: dict[str, int]) -> IndexReport:
     names = collections.Counter(index.shard.name for index in indexes)
     reasons: collections.Counter[str] = collections.Counter()
     notes: collections.Counter[str] = collections.Counter()
@@ -361,21 +361,21 @@ def _report(indexes: Sequence[ShardIndex], greatest_share: float, skipped: dict[
             "faults": dict(sorted(here.items())),
             "problems": sorted({fault.reason for fault in faults if is_problem_of_shard(fault)}),
         }
-        if harm > greatest_share * (len(index) + harm):
+        if harm > max_share * (len(index) + harm):
             bad.append(name)
         reasons.update(here)
         notes.update(index.notes)
         kinds.update(_kinds(index))
         samples += len(index)
         damaged += harm
-    past_limit = too_many_faults(damaged, samples + damaged, greatest_share)
+    past_limit = too_many_faults(damaged, samples + damaged, max_share)
     counters = {
         "samples": samples,
         **{kind: kinds[kind] for kind in _KINDS},
         "faults": dict(sorted(reasons.items())),
         "notes": dict(sorted(notes.items())),
         "files_skipped": skipped,
-        "max_bad_fraction": greatest_share,
+        "max_bad_fraction": max_share,
         "past_limit": past_limit,
         "bad_shards": bad,
         "shards": shards,

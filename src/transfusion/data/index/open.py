@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transfusion.config import Config, SourceConfig
-from transfusion.data.index.build import IndexPlace, cache_of
+from transfusion.data.index.build import IndexLocation, cache_of
 from transfusion.data.index.source_index import SourceIndex, build_index
 from transfusion.sequence.tokenizer import Tokenizer
 
@@ -20,7 +20,7 @@ def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: To
             tokenizer,
             patches=config.patches_per_image,
             sequence_length=config.data.sequence_length,
-            place=IndexPlace(folder=folder, fallback=Path(config.run.folder) / "index"),
+            place=IndexLocation(folder=folder, fallback=Path(config.run.folder) / "index"),
             latent_channels=source.latent_channels or config.codec.stored_channels,
             cache=cache_of(config),
             codec=config.codec,

@@ -62,29 +62,29 @@ class Encoder(Protocol):
         """Ids of each text, without control tokens."""
 
 
-class Prints(NamedTuple):
+class IndexFingerprint(NamedTuple):
     """What an index file depends on beside the shard: fingerprints of the tokenizer and of the rules."""
 
     tokenizer: str
     policy: str
 
     @classmethod
-    def of(cls, encoder: Encoder | None) -> Prints:
+    def of(cls, encoder: Encoder | None) -> IndexFingerprint:
         """encoder: None where texts are not tokenised."""
         limits = [
-            _VERSION, sample.CAPTION_BYTES, sample.DOCUMENT_BYTES, scan.GREATEST_NAME, validate.GREATEST_MEMBER,
-            validate.GREATEST_ELEMENTS, probe.GREATEST_PIXELS, probe.SMALLEST_SIDE, probe.GREATEST_ASPECT,
-            probe.GREATEST_METADATA,
+            _VERSION, sample.CAPTION_BYTES, sample.DOCUMENT_BYTES, scan.MAX_NAME, validate.MAX_MEMBER,
+            validate.MAX_ELEMENTS, probe.MAX_PIXELS, probe.MIN_SIDE, probe.MAX_ASPECT,
+            probe.MAX_METADATA,
         ]  # fmt: skip
         tokenizer = encoder.fingerprint if encoder else ""
         return cls(tokenizer, fingerprint(limits))
 
 
-class Stale(Exception):  # noqa: N818  (no mistake of the program: the file must be made anew)
+class StaleIndex(Exception):  # noqa: N818  (no mistake of the program: the file must be made anew)
     """An index file that does not fit; the message says what has changed."""
 
 
-class FormerIndex(Stale):
+class FormerIndex(StaleIndex):
     """An index file in a container of earlier versions. It is made anew wherever it stands."""
 
 
@@ -92,14 +92,16 @@ class ShardIndex:
     """One index file; its arrays are mapped when they are first asked for."""
 
     def __init__(self, path: Path, shard: Shard) -> None:
-        """Raises Stale when the file is damaged, cut short, or of another version; OSError when it is missing."""
+        """Raises StaleIndex when the file is damaged, cut short, or of another version; OSError when it is missing."""
         self.path, self.shard = path, shard
         self._arrays: dict[str, NDArray[Any]] = {}
         try:
             self._facts, self._columns = read_header(path)
         except DamagedFile:
             former = is_former(path)
-            raise FormerIndex("it is of an earlier version") if former else Stale("it is damaged") from None
+            raise (
+                FormerIndex("it is of an earlier version") if former else StaleIndex("it is damaged")
+            ) from None
 
     def __len__(self) -> int:
         count: int = self._facts["samples"]
@@ -110,22 +112,22 @@ class ShardIndex:
         """What was mended or overlooked in good samples, counted."""
         return dict(self._facts["notes"])
 
-    def check(self, prints: Prints) -> None:
-        """Raises Stale when the shard, the tokenizer or the rules are no longer those of this file."""
+    def check(self, prints: IndexFingerprint) -> None:
+        """Raises StaleIndex when the shard, the tokenizer or the rules are no longer those of this file."""
         stated = self._facts
         if stated["tokenizer"] != prints.tokenizer:
             made = "with another tokenizer" if stated["tokenizer"] else "without a tokenizer"
-            raise Stale(f"it was made {made}")
+            raise StaleIndex(f"it was made {made}")
         if stated["policy"] != prints.policy:
-            raise Stale("it was made by other rules for images and texts")
+            raise StaleIndex("it was made by other rules for images and texts")
         if (self.shard.is_remote and self._changed.exists()) or self.shard.has_changed(stated):
-            raise Stale("the shard has changed since")
+            raise StaleIndex("the shard has changed since")
 
     def verify(self) -> None:
-        """Raises Stale when the checksum of any array is wrong."""
+        """Raises StaleIndex when the checksum of any array is wrong."""
         for name, column in self._columns.items():
             if zlib.crc32(self[name].data) != column.checksum:
-                raise Stale("it is damaged")
+                raise StaleIndex("it is damaged")
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         array = self._arrays.get(name)
@@ -305,7 +307,9 @@ def _write_index(
             else:
                 collector.add(found)
         columns, counted = collector.finish()
-        write_columns(path, columns, facts | Prints.of(encoder)._asdict() | {"verify": verify} | counted)
+        write_columns(
+            path, columns, facts | IndexFingerprint.of(encoder)._asdict() | {"verify": verify} | counted
+        )
 
 
 class _Collector:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from transfusion.config import CacheConfig, CodecConfig, SourceConfig
 from transfusion.data.images.latents import refuse_other_latents
-from transfusion.data.index.build import HARMLESS, IndexPlace, find_shards, open_indexes, too_many_faults
+from transfusion.data.index.build import HARMLESS, IndexLocation, find_shards, open_indexes, too_many_faults
 from transfusion.data.index.shard_index import Integers, OpenShards, ShardIndex
 from transfusion.data.planning.epoch import Schedule, SourceLengths, Windows
 from transfusion.data.remote.cache import CacheSettings
@@ -61,12 +61,12 @@ class SourceIndex:
         self.name = name
         self.shards = tuple(part.shard for part in parts)
         self._parts, self._patches, self._sequence_length = tuple(parts), patches, sequence_length
-        self._sizes = sizes if sizes and sizes.several else None
+        self._sizes = sizes if sizes and sizes.is_multi_size else None
         self._image = ImageSegment(None, patches)
         self._has_latents = any(part.has_latents for part in parts)
         self._size_numbers: dict[int, NDArray[np.uint8]] = {}
         views = [
-            _View(part, self._document_patches(part, number), sequence_length, latent_channels)
+            _FittingSamples(part, self._document_patches(part, number), sequence_length, latent_channels)
             for number, part in enumerate(parts)
         ]
         # Which samples of each shard are kept; None: all.
@@ -216,7 +216,7 @@ class SourceIndex:
         return kept | {"_size_numbers": {}}
 
 
-class _View:
+class _FittingSamples:
     """Of one shard what fits a row of this length. kept: numbers of these samples; None: all of them.
 
     patches_N: of all images of each sample's document.
@@ -260,7 +260,7 @@ def build_index(
     *,
     patches: int,
     sequence_length: int,
-    place: IndexPlace | None = None,
+    place: IndexLocation | None = None,
     latent_channels: int = 0,
     cache: CacheSettings | None = None,
     codec: CodecConfig | None = None,
@@ -274,7 +274,7 @@ def build_index(
     """
     cache = cache or CacheSettings.of(CacheConfig(), Path("cache"))
     shards = [shard for shard in find_shards(source.shards, cache) if is_shard(shard)]
-    parts = open_indexes(shards, tokenizer, place or IndexPlace(), source.verify)
+    parts = open_indexes(shards, tokenizer, place or IndexLocation(), source.verify)
     for part in parts:
         # What stands beside a remote shard is not seen.
         beside = part.shard.folder
@@ -297,14 +297,14 @@ def build_index(
     return index
 
 
-def refuse_too_many(indexes: Iterable[SourceIndex], greatest_share: float) -> None:
+def refuse_too_many(indexes: Iterable[SourceIndex], max_share: float) -> None:
     """Raises UserError for a source with too many faults, with its reasons."""
     for index in indexes:
         harm = [fault for fault in index.faults if fault.reason != HARMLESS]
-        if too_many_faults(len(harm), len(harm) + len(index), greatest_share):
+        if too_many_faults(len(harm), len(harm) + len(index), max_share):
             raise UserError(
                 f"source {index.name}: {len(harm)} of {len(harm) + len(index)} samples are bad{_why(harm)};"
-                f" mend the shards or raise data.max_bad_fraction ({greatest_share})"
+                f" mend the shards or raise data.max_bad_fraction ({max_share})"
             )
 
 

@@ -15,9 +15,9 @@ from transfusion.data.index.source_index import refuse_too_many
 from transfusion.data.loading.collate import collate
 from transfusion.data.loading.prefetch import PlanFetcher
 from transfusion.data.loading.rows import Row, RowBuilder, RowSettings
-from transfusion.data.loading.workers import LocalWorkshop, ProcessWorkshop, Workshop
+from transfusion.data.loading.workers import LocalWorkshop, ProcessWorkshop, RowWorkers
 from transfusion.data.planning.epoch import VariantRule
-from transfusion.data.planning.packing import Piece, Planner, PlanSettings, RowPlan, State
+from transfusion.data.planning.packing import DocumentSpan, Planner, PlanSettings, RowPlan, State
 from transfusion.data.shards.sample import Fault
 from transfusion.errors import UserError
 from transfusion.schema import Batch, BatchCounts
@@ -72,7 +72,7 @@ class Loader:
         self._settings = RowSettings.of(config)
         builder = RowBuilder(self.indexes, self._settings)
         workers = config.data.workers
-        self._workshop: Workshop = ProcessWorkshop(builder, workers) if workers else LocalWorkshop(builder)
+        self._workshop: RowWorkers = ProcessWorkshop(builder, workers) if workers else LocalWorkshop(builder)
         self._steps_ahead = _STEPS_AHEAD if workers else 0
         self._state = self._planner.state()
         self._plans: Sequence[RowPlan] = ()
@@ -118,13 +118,13 @@ class Loader:
     def samples(self) -> list[str]:
         """The samples of this rank's last step, a row a line: source and key of each."""
         return [
-            f"row {number}: " + ", ".join(self._name(piece) for piece in plan)
+            f"row {number}: " + ", ".join(self._name(span) for span in plan)
             for number, plan in enumerate(self._plans)
         ]
 
-    def _name(self, piece: Piece) -> str:
-        index = self.indexes[piece.source]
-        return f"{index.name} {index.key(piece.sample)}"
+    def _name(self, span: DocumentSpan) -> str:
+        index = self.indexes[span.source]
+        return f"{index.name} {index.key(span.sample)}"
 
     def counters(self) -> dict[str, Any]:
         """What this rank was given so far, and bad samples by reason, those of the index too."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from transfusion.data.index.shard_index import ShardIndex
 from transfusion.data.index.source_index import SourceIndex
-from transfusion.data.planning.epoch import Deck, Variant, VariantRule
+from transfusion.data.planning.epoch import EpochOrder, Variant, VariantRule
 from transfusion.data.planning.packing import Planner, RowPlan
 from transfusion.data.remote.cache import (
     FORGIVEN_SECONDS,
@@ -35,20 +35,20 @@ log = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.5
 
 # A remote shard: number of the source, number of the shard in it.
-Need = tuple[int, int]
-Needs = tuple[Need, ...]
+ShardRef = tuple[int, int]
+ShardRefs = tuple[ShardRef, ...]
 
 
-def shards_of(plans: Iterable[RowPlan], indexes: Sequence[SourceIndex]) -> Needs:
+def shards_of(plans: Iterable[RowPlan], indexes: Sequence[SourceIndex]) -> ShardRefs:
     """The remote shards that these rows read images from; texts stand in the index."""
-    found: dict[Need, None] = {}
+    found: dict[ShardRef, None] = {}
     for number, index in enumerate(indexes):
         if index.lengths.windows is not None:
             samples = {
-                piece.sample
+                span.sample
                 for plan in plans
-                for piece in plan
-                if piece.source == number and piece.variant != Variant.TEXT
+                for span in plan
+                if span.source == number and span.variant != Variant.TEXT
             }
             shards = np.unique(index.lengths.windows.shard_of(np.array(sorted(samples), np.int64)))
             found.update(
@@ -64,16 +64,16 @@ class Fetcher:
         self.waited_seconds = 0.0
         self._indexes, self._settings = tuple(indexes), settings
         self.cache: ShardCache = shard_cache(settings)
-        self.cache.forgive()
+        self.cache.clear_failures()
         # Needs of the batches in hand, then of those that are coming, then what comes after them.
-        self._in_hand: collections.deque[Needs] = collections.deque()
-        self._coming: collections.deque[Needs] = collections.deque()
-        self._after: list[Need] = []
-        self._sizes: dict[Need, int] = {}
-        self._horizon: dict[Need, bool] = {}
-        self._here: set[Need] = set()
-        self._busy: set[Need] = set()
-        self._given_up: dict[Need, float] = {}
+        self._in_hand: collections.deque[ShardRefs] = collections.deque()
+        self._coming: collections.deque[ShardRefs] = collections.deque()
+        self._after: list[ShardRef] = []
+        self._sizes: dict[ShardRef, int] = {}
+        self._horizon: dict[ShardRef, bool] = {}
+        self._here: set[ShardRef] = set()
+        self._busy: set[ShardRef] = set()
+        self._given_up: dict[ShardRef, float] = {}
         self._complaint, self._warned = "", False
         self._error: Exception | None = None
         self._changed = threading.Condition()
@@ -85,7 +85,7 @@ class Fetcher:
         for thread in self._threads:
             thread.start()
 
-    def expect(self, coming: Iterable[Needs], after: Iterable[Need] = ()) -> None:
+    def expect(self, coming: Iterable[ShardRefs], after: Iterable[ShardRef] = ()) -> None:
         """What the next batches need, in place of what was expected before. after: what follows them, in order."""
         with self._changed:
             self._coming = collections.deque(coming)
@@ -130,33 +130,33 @@ class Fetcher:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        self.cache.hold(self, ())
+        self.cache.pin(self, ())
 
-    def _is_ready(self, needs: Needs) -> bool:
+    def _is_ready(self, shard_refs: ShardRefs) -> bool:
         if self._error is not None:
             raise self._error
-        return all(need in self._here or need in self._given_up for need in needs)
+        return all(shard_ref in self._here or shard_ref in self._given_up for shard_ref in shard_refs)
 
-    def _reachable(self, after: Iterable[Need]) -> Iterator[Need]:
+    def _reachable(self, after: Iterable[ShardRef]) -> Iterator[ShardRef]:
         """As many of them as the cache could ever hold."""
         size = 0
-        for need in dict.fromkeys(after):
-            size += self._size(need)
-            if size > self._settings.greatest_bytes:
+        for shard_ref in dict.fromkeys(after):
+            size += self._size(shard_ref)
+            if size > self._settings.max_bytes:
                 return
-            yield need
+            yield shard_ref
 
     def _warn_of_small_cache(self) -> None:
         """Once, where the batches that are dealt together read more than the cache holds."""
         size = sum(map(self._size, set(itertools.chain(*self._coming))))
-        if size > self._settings.greatest_bytes and not self._warned:
+        if size > self._settings.max_bytes and not self._warned:
             self._warned = True
             log.warning(
                 "the next %d batches read %.3g GB of remote shards, more than data.cache.gigabytes (%.3g) holds: "
                 "shards will be downloaded again and again; raise it, or lower data.sources.N.shuffle_window",
                 len(self._coming),
                 size / 1e9,
-                self._settings.greatest_bytes / 1e9,
+                self._settings.max_bytes / 1e9,
             )
 
     def _look_ahead(self) -> None:
@@ -166,45 +166,45 @@ class Fetcher:
             at_once = self._in_hand or itertools.islice(self._coming, 1)
             horizon = dict.fromkeys(itertools.chain.from_iterable(at_once), True)
             size = sum(map(self._size, horizon))
-            for need in itertools.chain(*self._coming, self._after):
-                if need not in horizon:
-                    size += self._size(need)
-                    if size > self._settings.greatest_bytes:
+            for shard_ref in itertools.chain(*self._coming, self._after):
+                if shard_ref not in horizon:
+                    size += self._size(shard_ref)
+                    if size > self._settings.max_bytes:
                         break
-                    horizon[need] = False
+                    horizon[shard_ref] = False
             same = horizon.keys() == self._horizon.keys()
             let_go = self._horizon.keys() - horizon.keys()
             self._horizon = horizon
             self._here &= horizon.keys()
-            for need in [need for need in self._given_up if need not in horizon]:
-                del self._given_up[need]
+            for shard_ref in [shard_ref for shard_ref in self._given_up if shard_ref not in horizon]:
+                del self._given_up[shard_ref]
         if not same:
-            self.cache.hold(self, map(self._copy_name, horizon))
+            self.cache.pin(self, map(self._copy_name, horizon))
             if let_go:
                 self.cache.trim()
         with self._changed:
             self._changed.notify_all()
 
-    def _part(self, need: Need) -> ShardIndex:
-        source, shard = need
+    def _part(self, shard_ref: ShardRef) -> ShardIndex:
+        source, shard = shard_ref
         return self._indexes[source].part(shard)
 
-    def _size(self, need: Need) -> int:
-        if need not in self._sizes:
-            self._sizes[need] = self._part(need).shard_bytes
-        return self._sizes[need]
+    def _size(self, shard_ref: ShardRef) -> int:
+        if shard_ref not in self._sizes:
+            self._sizes[shard_ref] = self._part(shard_ref).shard_bytes
+        return self._sizes[shard_ref]
 
-    def _copy_name(self, need: Need) -> str:
-        return self._part(need).copy_name
+    def _copy_name(self, shard_ref: ShardRef) -> str:
+        return self._part(shard_ref).copy_name
 
-    def _next(self) -> tuple[Need, bool] | None:
+    def _next(self) -> tuple[ShardRef, bool] | None:
         """What to fetch now, and whether it must come even above the bound."""
-        for need, must in self._horizon.items():
-            if need in self._here or need in self._busy:
+        for shard_ref, must in self._horizon.items():
+            if shard_ref in self._here or shard_ref in self._busy:
                 continue
-            given_up = self._given_up.get(need)
+            given_up = self._given_up.get(shard_ref)
             if given_up is None or time.monotonic() - given_up > FORGIVEN_SECONDS:
-                return need, must
+                return shard_ref, must
         return None
 
     def _work(self) -> None:
@@ -214,30 +214,30 @@ class Fetcher:
                 if found is None:
                     self._changed.wait(_RETRY_SECONDS)
                     continue
-                need, must = found
-                self._busy.add(need)
-            had_room = self._fetch(need, must)
+                shard_ref, must = found
+                self._busy.add(shard_ref)
+            had_room = self._fetch(shard_ref, must)
             with self._changed:
-                self._busy.discard(need)
+                self._busy.discard(shard_ref)
                 self._changed.notify_all()
                 if not had_room:
                     self._changed.wait(_RETRY_SECONDS)
 
-    def _fetch(self, need: Need, must: bool) -> bool:
+    def _fetch(self, shard_ref: ShardRef, must: bool) -> bool:
         """Fetch one shard or give it up; False: there was no room."""
         try:
-            had_room = self._part(need).fetch(must=must, stop=self._stop)
+            had_room = self._part(shard_ref).fetch(must=must, stop=self._stop)
             with self._changed:
-                self._given_up.pop(need, None)
-                if had_room and need in self._horizon:
-                    self._here.add(need)
+                self._given_up.pop(shard_ref, None)
+                if had_room and shard_ref in self._horizon:
+                    self._here.add(shard_ref)
             return had_room
         except Stopped:
             return True
         except DownloadFailed as error:
             with self._changed:
-                self._given_up[need] = time.monotonic()
-                self._complaint = f"{self._part(need).shard}: {error.strerror}"
+                self._given_up[shard_ref] = time.monotonic()
+                self._complaint = f"{self._part(shard_ref).shard}: {error.strerror}"
         # Whatever it is, the thread that waits for the shard must hear of it.
         except Exception as error:
             with self._changed:
@@ -261,8 +261,8 @@ class PlanFetcher:
     ) -> None:
         self.fetcher = Fetcher(indexes, settings)
         self._planner, self._indexes, self._rank, self._world_size = planner, indexes, rank, world_size
-        self._lines = [
-            _Line(number, index, Deck(index.lengths, rule))
+        self._schedules = [
+            _SourceSchedule(number, index, EpochOrder(index.lengths, rule))
             for number, index in enumerate(indexes)
             if index.lengths.windows is not None
         ]
@@ -283,22 +283,24 @@ class PlanFetcher:
             coming = [shards_of(plans, self._indexes) for plans in batches]
             self.fetcher.expect(coming, self._after(set(itertools.chain(*coming))))
 
-    def _after(self, block: set[Need]) -> Iterator[Need]:
+    def _after(self, block: set[ShardRef]) -> Iterator[ShardRef]:
         """Shards behind the planned block, those needed soonest first: of rows that are begun, then of windows."""
         begun = shards_of(self._planner.rows_after_block(), self._indexes)
         # A row that nothing fits may stay open for very long: what only such rows need is not kept for them.
-        yield from (need for need in begun if need in block)
+        yield from (shard_ref for shard_ref in begun if shard_ref in block)
         draws = self._planner.draws_after_block()
-        lines = [line.ahead(draws[line.name]) for line in self._lines if line.name in draws]
-        yield from (need for _, need in heapq.merge(*lines))
+        schedules = [
+            schedule.ahead(draws[schedule.name]) for schedule in self._schedules if schedule.name in draws
+        ]
+        yield from (shard_ref for _, shard_ref in heapq.merge(*schedules))
 
 
-class _Line:
+class _SourceSchedule:
     """The remote shards of one source, in the order in which it will need them."""
 
-    def __init__(self, number: int, index: SourceIndex, deck: Deck) -> None:
+    def __init__(self, number: int, index: SourceIndex, order: EpochOrder) -> None:
         self.name, source = index.name, index.lengths
-        self._number, self._deck = number, deck
+        self._number, self._epoch_order = number, order
         assert source.windows is not None
         shown_K = np.bincount(source.windows.shard_of(np.flatnonzero(source.images_N)))
         self._shards = {shard for shard in np.flatnonzero(shown_K).tolist() if index.shards[shard].is_remote}
@@ -306,11 +308,11 @@ class _Line:
         # About how far the whole stream goes on while this source gives one document.
         self._stride = float(tokens) / max(share for _, share in source.schedule)
 
-    def ahead(self, draw: int) -> Iterator[tuple[float, Need]]:
+    def ahead(self, draw: int) -> Iterator[tuple[float, ShardRef]]:
         """(about how much later, shard), for an epoch and the window that is under way."""
-        windows = self._deck.source.windows
+        windows = self._epoch_order.source.windows
         assert windows is not None
-        some = itertools.islice(self._deck.shards_ahead(draw), len(windows.counts_K) + windows.shards)
+        some = itertools.islice(self._epoch_order.shards_ahead(draw), len(windows.counts_K) + windows.shards)
         for first, shard in some if self._shards else ():
             if shard in self._shards:
                 yield (first - draw) * self._stride, (self._number, shard)

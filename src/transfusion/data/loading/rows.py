@@ -21,18 +21,18 @@ from transfusion.data.index.shard_index import OpenShards
 from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.planning import hash_rng
 from transfusion.data.planning.epoch import Variant
-from transfusion.data.planning.packing import Piece, RowPlan
+from transfusion.data.planning.packing import DocumentSpan, RowPlan
 from transfusion.data.shards.sample import Fault, SampleError
 from transfusion.files import name_hash
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
 from transfusion.sequence.layout import (
-    Draft,
-    draft,
+    TokenizedDocument,
     draft_pair,
-    draft_text,
     image_segment,
     lay_out_all,
     position_axes,
+    tokenize_document,
+    tokenize_text,
 )
 from transfusion.sequence.sizes import ImageSizes
 from transfusion.sequence.timesteps import TimestepLaw
@@ -92,7 +92,7 @@ class RowImage(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A row as it enters a batch (see `schema.Batch`). samples: its pieces, good and bad."""
+    """A row as it enters a batch (see `schema.Batch`). samples: its spans, good and bad."""
 
     token_ids_S: NDArray[np.int64]
     modality_S: NDArray[np.uint8]
@@ -116,59 +116,61 @@ class RowBuilder:
         self._cached_bytes = 0
 
     def build(self, plan: RowPlan) -> Row:
-        """The planned row. A sample that cannot be read keeps its place, silenced, as a fault of the row."""
+        """The planned row. A sample that cannot be read keeps its place, masked_out, as a fault of the row."""
         decoded, faults = self._decode(plan)
-        drafts = [self._draft(piece, decoded.get(number, ())) for number, piece in enumerate(plan)]
-        bad = [number for number, piece in enumerate(plan) if _has_images(piece) and number not in decoded]
-        images = self._images(plan, drafts, decoded)
-        return joined(drafts, self._settings, images, faults, silenced=bad)
+        tokenized = [self._tokenize(span, decoded.get(number, ())) for number, span in enumerate(plan)]
+        bad = [number for number, span in enumerate(plan) if _has_images(span) and number not in decoded]
+        images = self._images(plan, tokenized, decoded)
+        return joined(tokenized, self._settings, images, faults, masked_out=bad)
 
     def empty(self) -> Row:
         """A row of padding alone."""
         return self.build(())
 
-    def _draft(self, piece: Piece, values: Sequence[Values]) -> Draft:
-        """values: of its images; none of a piece whose images could not be had."""
-        index = self._indexes[piece.source]
-        if piece.variant == Variant.TEXT:
-            return draft_text(index.text_ids(piece.sample, piece.caption), piece.first, piece.tokens)
-        if piece.variant == Variant.INTERLEAVED:
-            segments = index.segments(piece.sample)[0]
-            return draft(with_values(segments, values, self._settings.sizes) if values else segments)
-        caption, image = index.text_ids(piece.sample, piece.caption), index.image(piece.sample)
-        if values and self._settings.sizes.several:
+    def _tokenize(self, span: DocumentSpan, values: Sequence[Values]) -> TokenizedDocument:
+        """values: of its images; none of a span whose images could not be had."""
+        index = self._indexes[span.source]
+        if span.variant == Variant.TEXT:
+            return tokenize_text(index.text_ids(span.sample, span.caption), span.first, span.tokens)
+        if span.variant == Variant.INTERLEAVED:
+            segments = index.segments(span.sample)[0]
+            return tokenize_document(
+                with_values(segments, values, self._settings.sizes) if values else segments
+            )
+        caption, image = index.text_ids(span.sample, span.caption), index.image(span.sample)
+        if values and self._settings.sizes.is_multi_size:
             image = _cut(values[0], image, self._settings.sizes)
         return draft_pair(
-            None if piece.variant == Variant.CAPTION_DROPPED else caption,
+            None if span.variant == Variant.CAPTION_DROPPED else caption,
             image,
-            caption_first=piece.variant == Variant.CAPTION_FIRST,
+            caption_first=span.variant == Variant.CAPTION_FIRST,
         )
 
     def _decode(self, plan: RowPlan) -> tuple[dict[int, list[Values]], tuple[Fault, ...]]:
-        """The images of each piece by its number, and the faults of those pieces whose images could not be had."""
+        """The images of each span by its number, and the faults of those spans whose images could not be had."""
         decoded: dict[int, list[Values]] = {}
         faults: list[Fault] = []
         with OpenShards() as shards:
-            for number, piece in enumerate(plan):
-                if not _has_images(piece):
+            for number, span in enumerate(plan):
+                if not _has_images(span):
                     continue
-                index = self._indexes[piece.source]
+                index = self._indexes[span.source]
                 try:
                     decoded[number] = [
-                        self._values((piece.source, piece.sample, image_number), shards)
-                        for image_number in self._numbers(piece)
+                        self._values((span.source, span.sample, image_number), shards)
+                        for image_number in self._numbers(span)
                     ]
                 except SampleError as error:
-                    faults.append(index.fault(piece.sample, str(error)))
+                    faults.append(index.fault(span.sample, str(error)))
                 except OSError as error:
-                    faults.append(index.fault(piece.sample, f"unreadable shard ({error.strerror})"))
+                    faults.append(index.fault(span.sample, f"unreadable shard ({error.strerror})"))
         return decoded, tuple(faults)
 
-    def _numbers(self, piece: Piece) -> Sequence[int]:
-        """For each image of the piece the number of its image among the sample's."""
-        if piece.variant != Variant.INTERLEAVED:
+    def _numbers(self, span: DocumentSpan) -> Sequence[int]:
+        """For each image of the span the number of its image among the sample's."""
+        if span.variant != Variant.INTERLEAVED:
             return (0,)
-        return self._indexes[piece.source].segments(piece.sample)[1]
+        return self._indexes[span.source].segments(span.sample)[1]
 
     def _values(self, place: Place, shards: OpenShards) -> Values:
         """An image or latents, remembered while there is room. Raises SampleError and OSError."""
@@ -181,38 +183,38 @@ class RowBuilder:
         return values
 
     def _images(
-        self, plan: RowPlan, drafts: Sequence[Draft], decoded: dict[int, list[Values]]
+        self, plan: RowPlan, tokenized: Sequence[TokenizedDocument], decoded: dict[int, list[Values]]
     ) -> tuple[RowImage, ...]:
         if not decoded:
             return ()
-        starts = borders(drafts)
+        starts = borders(tokenized)
         places = [(number, image) for number, values in decoded.items() for image in range(len(values))]
         understood = [
-            sum(drafts[number].images[image][:2]) + _AFTER_LAST_IMAGE < len(drafts[number].token_ids_S)
+            sum(tokenized[number].images[image][:2]) + _AFTER_LAST_IMAGE < len(tokenized[number].token_ids_S)
             for number, image in places
         ]
         timesteps, noise_keys = self._random([plan[number] for number, _ in places], places, understood)
         return tuple(
             RowImage(
                 decoded[number][image],
-                starts[number] + drafts[number].images[image][0],
-                drafts[number].images[image][1],
+                starts[number] + tokenized[number].images[image][0],
+                tokenized[number].images[image][1],
                 *drawn,
             )
             for (number, image), *drawn in zip(places, timesteps, noise_keys, strict=True)
         )
 
     def _random(
-        self, pieces: Sequence[Piece], places: Sequence[tuple[int, int]], understood: Sequence[bool]
+        self, spans: Sequence[DocumentSpan], places: Sequence[tuple[int, int]], understood: Sequence[bool]
     ) -> tuple[list[int], list[int]]:
         """Timestep and noise key of each image, by hashes of (seed, source, epoch, sample, image)."""
         # An image with something after it is there to be understood, so it is not noised beyond recognition.
         law = self._settings.timesteps
         limits = [self._settings.image_first_timesteps if goes_on else law.steps for goes_on in understood]
         words = (
-            [self._source_keys[piece.source] for piece in pieces],
-            [piece.epoch for piece in pieces],
-            [piece.sample for piece in pieces],
+            [self._source_keys[span.source] for span in spans],
+            [span.epoch for span in spans],
+            [span.sample for span in spans],
             [image for _, image in places],
         )
         uniforms = hash_rng.uniform(self._settings.seed, _TIMESTEP, *words).tolist()
@@ -222,7 +224,11 @@ class RowBuilder:
 
 
 def read_values(
-    index: SourceIndex, sample: int, image_number: int, settings: RowSettings, shards: OpenShards | None = None
+    index: SourceIndex,
+    sample: int,
+    image_number: int,
+    settings: RowSettings,
+    shards: OpenShards | None = None,
 ) -> Values:
     """One of the sample's images as pixels, or its latents or tokens. Raises SampleError and OSError.
 
@@ -231,7 +237,7 @@ def read_values(
     data = index.read_image(sample, image_number, shards)
     size = index.size(sample, image_number) or settings.sizes.first
     if not index.is_latent(sample, image_number):
-        turned = settings.sizes.when_turned(size)
+        turned = settings.sizes.rotated(size)
         return decode_to(data, size, turned=turned, channels=settings.channels)
     latent: Values = (
         read_tokens(data, settings.codebook_size) if settings.codebook_size else read_latent(data)
@@ -266,28 +272,28 @@ def _cut(values: Values, planned: ImageSegment, sizes: ImageSizes) -> ImageSegme
     return image_segment(sizes, size, values) if size else replace(planned, values_CHW=values)
 
 
-def _has_images(piece: Piece) -> bool:
-    return piece.variant != Variant.TEXT
+def _has_images(span: DocumentSpan) -> bool:
+    return span.variant != Variant.TEXT
 
 
-def borders(drafts: Sequence[Draft]) -> list[int]:
+def borders(tokenized: Sequence[TokenizedDocument]) -> list[int]:
     """Where each document begins when they stand one after another, and where the last ends."""
-    return list(itertools.accumulate((len(each.token_ids_S) for each in drafts), initial=0))
+    return list(itertools.accumulate((len(each.token_ids_S) for each in tokenized), initial=0))
 
 
 def joined(
-    drafts: Sequence[Draft],
+    tokenized: Sequence[TokenizedDocument],
     settings: RowSettings,
     images: tuple[RowImage, ...],
     faults: tuple[Fault, ...],
-    silenced: Sequence[int] = (),
+    masked_out: Sequence[int] = (),
 ) -> Row:
     """Documents one after another, then padding, which sees nothing and which nothing sees.
 
-    silenced: numbers of documents that keep their length and what they see, with nothing to read or to learn.
+    masked_out: numbers of documents that keep their length and what they see, with nothing to read or to learn.
     """
-    starts = borders(drafts)
-    layout = lay_out_all(drafts, axes=settings.axes, causal_images=settings.causal_images)
+    starts = borders(tokenized)
+    layout = lay_out_all(tokenized, axes=settings.axes, causal_images=settings.causal_images)
     used, length = starts[-1], settings.sequence_length
     row = Row(
         token_ids_S=_padded(layout.token_ids_S, length, SpecialToken.PADDING),
@@ -299,9 +305,9 @@ def joined(
         end_key_S=_padded(layout.end_key_S, length, used),
         images=images,
         faults=faults,
-        samples=len(drafts),
+        samples=len(tokenized),
     )
-    for number in silenced:
+    for number in masked_out:
         here = slice(*starts[number : number + 2])
         row.token_ids_S[here] = row.target_ids_S[here] = SpecialToken.PADDING
         row.modality_S[here] = Modality.PADDING

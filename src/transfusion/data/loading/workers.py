@@ -28,7 +28,7 @@ from transfusion.errors import UserError
 _ATTEMPTS = 3
 
 
-class Workshop(Protocol):
+class RowWorkers(Protocol):
     """Takes row plans ahead of time and hands the rows back in the same order."""
 
     def order(self, plans: Sequence[RowPlan]) -> None:
@@ -98,14 +98,14 @@ class ProcessWorkshop:
             self._idle.put(worker)
 
 
-class _Arena:
+class _SharedBuffer:
     """Memory shared with one worker, for the arrays of one row at a time.
 
     It has no name that could outlive its processes: with the last of them it is gone, however they end.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
-        """descriptor: of an arena that another process made; None makes one."""
+        """descriptor: of an buffer that another process made; None makes one."""
         self._descriptor = _anonymous_file() if descriptor is None else descriptor
         self._view: mmap.mmap | None = None
 
@@ -124,7 +124,7 @@ class _Arena:
         return borders
 
     def read(self, borders: Sequence[int]) -> list[bytearray]:
-        """Copies of what was written: the arena is free for the next row."""
+        """Copies of what was written: the buffer is free for the next row."""
         view = memoryview(self._at_least(borders[-1]))
         return [bytearray(view[start:end]) for start, end in itertools.pairwise(borders)]
 
@@ -151,7 +151,7 @@ def _anonymous_file() -> int:
 
 
 class _Packed(NamedTuple):
-    """A row whose arrays stand in the arena: everything else of it, pickled, and their borders."""
+    """A row whose arrays stand in the buffer: everything else of it, pickled, and their borders."""
 
     rest: bytes
     borders: list[int]
@@ -173,9 +173,9 @@ class _Worker:
         else:
             context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._arena = _Arena()
+        self._buffer = _SharedBuffer()
         self._process = context.Process(
-            target=_work, args=(theirs, _Handover(self._arena), self._builder), daemon=True
+            target=_work, args=(theirs, _BufferInTransit(self._buffer), self._builder), daemon=True
         )
         self._process.start()
         # With our copy of its end closed, its death reads as the end of the pipe.
@@ -187,7 +187,7 @@ class _Worker:
         answer: _Packed | Exception = self._connection.recv()
         if isinstance(answer, Exception):
             raise RuntimeError("a loader process failed") from answer
-        row: Row = pickle.loads(answer.rest, buffers=self._arena.read(answer.borders))
+        row: Row = pickle.loads(answer.rest, buffers=self._buffer.read(answer.borders))
         return row
 
     def restart(self) -> None:
@@ -198,37 +198,37 @@ class _Worker:
         self._connection.close()
         self._process.terminate()
         self._process.join()
-        self._arena.close()
+        self._buffer.close()
 
 
-class _Handover:
-    """An arena on its way into a process that is being started."""
+class _BufferInTransit:
+    """A buffer on its way into a process that is being started."""
 
-    def __init__(self, arena: _Arena) -> None:
-        self._arena = arena
+    def __init__(self, buffer: _SharedBuffer) -> None:
+        self._buffer = buffer
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (self._arena.descriptor_for_child(),)
+        return _received, (self._buffer.descriptor_for_child(),)
 
 
-def _received(descriptor: Any) -> _Arena:
-    return _Arena(descriptor.detach())
+def _received(descriptor: Any) -> _SharedBuffer:
+    return _SharedBuffer(descriptor.detach())
 
 
-def _work(connection: Connection, arena: _Arena, builder: RowBuilder) -> None:
+def _work(connection: Connection, buffer: _SharedBuffer, builder: RowBuilder) -> None:
     """The life of a worker: rows for plans until the trainer closes the pipe, or is gone."""
     # An interrupt is the trainer's to handle; it ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     use_one_thread()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(_attempt(builder, connection.recv(), arena))
+            connection.send(_attempt(builder, connection.recv(), buffer))
 
 
-def _attempt(builder: RowBuilder, plan: RowPlan, arena: _Arena) -> _Packed | Exception:
+def _attempt(builder: RowBuilder, plan: RowPlan, buffer: _SharedBuffer) -> _Packed | Exception:
     try:
         arrays: list[pickle.PickleBuffer] = []
         rest = pickle.dumps(builder.build(plan), protocol=5, buffer_callback=arrays.append)
-        return _Packed(rest, arena.write([array.raw() for array in arrays]))
+        return _Packed(rest, buffer.write([array.raw() for array in arrays]))
     except Exception as error:
         return error

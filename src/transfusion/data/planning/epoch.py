@@ -190,7 +190,7 @@ class VariantRule:
     caption_dropout: float
 
 
-class Columns(NamedTuple):
+class SpanTable(NamedTuple):
     """Pieces [P] of documents: `tokens` tokens from `first` of a draw of a source; whole: its whole length."""
 
     source: Integers
@@ -214,7 +214,7 @@ def next_change(schedules: Sequence[Schedule], step: int) -> int | None:
     return min((first for schedule in schedules for first, _ in schedule if first > step), default=None)
 
 
-class Deck:
+class EpochOrder:
     """Documents of a source by the number of their draw; every epoch holds each sample exactly once."""
 
     def __init__(self, source: Lengths, rule: VariantRule) -> None:
@@ -223,7 +223,7 @@ class Deck:
         self._rule = rule
         self._key = name_hash(source.name)
 
-    def documents(self, draw_D: Integers) -> Columns:
+    def documents(self, draw_D: Integers) -> SpanTable:
         """These draws, uncut: a pure function of their numbers and the seed.
 
         Draw d is number d % size of epoch d // size. Sources are counted elsewhere, so the column `source` is 0.
@@ -242,7 +242,7 @@ class Deck:
         control_D = np.where(patches_D > 0, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS)
         tokens_D = (text_D + patches_D + control_D).astype(np.int64)
         nothing_D = np.zeros_like(draw_D)
-        return Columns(
+        return SpanTable(
             source=nothing_D,
             draw=draw_D,
             epoch=epoch_D,

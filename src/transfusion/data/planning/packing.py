@@ -1,4 +1,4 @@
-"""Which piece of which document stands in which row of which batch: a pure function of (seed, state).
+"""Which span of which document stands in which row of which batch: a pure function of (seed, state).
 
 Nothing is read and nothing decoded here. Documents of all sources form one stream (`mixture`), which is packed in
 its order into a few open rows; a block of rows is then dealt to its batches so that each batch has about the same
@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from transfusion.data.planning.epoch import (
-    Columns,
     Integers,
     Lengths,
+    SpanTable,
     Variant,
     VariantRule,
     next_change,
     share_at,
 )
-from transfusion.data.planning.mixture import Stream, fresh_cursors
+from transfusion.data.planning.mixture import Mixture, fresh_cursors
 from transfusion.errors import UserError
 from transfusion.files import fingerprint
 
@@ -34,7 +34,7 @@ _FORMAT = 2
 _ROWS_PER_BLOCK = 512
 
 
-class Piece(NamedTuple):
+class DocumentSpan(NamedTuple):
     """`tokens` tokens from `first` of a document: sample of a source (by number) in an epoch, so laid out and with
     this one of its captions."""
 
@@ -47,7 +47,7 @@ class Piece(NamedTuple):
     caption: int = 0
 
 
-RowPlan = tuple[Piece, ...]
+RowPlan = tuple[DocumentSpan, ...]
 State = dict[str, Any]
 
 
@@ -61,8 +61,8 @@ class PlanSettings:
     variants: VariantRule
 
     @property
-    def shortest_piece(self) -> int:
-        """A text is not cut into pieces shorter than this."""
+    def min_span(self) -> int:
+        """A text is not cut into spans shorter than this."""
         return max(1, min(32, self.sequence_length // 8))
 
     @property
@@ -94,7 +94,7 @@ class Planner:
             )
         self._start: State = state["start"] if state else fresh(self._sources)
         self._used: int = state["used"] if state else 0
-        self._block: Block | None = None
+        self._block: PlanBlock | None = None
 
     def next_batch(self, rank: int = 0, world_size: int = 1) -> tuple[RowPlan, ...]:
         """Rows of the next global batch: all, or those of one rank (rows rank, rank + world_size, ...)."""
@@ -115,7 +115,7 @@ class Planner:
     def rows_after_block(self) -> tuple[RowPlan, ...]:
         """Rows of later blocks as far as they are filled already, whichever rank will have them."""
         block = self._planned()
-        return tuple(_row_plan(block.pieces, row) for row in block.waiting)
+        return tuple(_row_plan(block.spans, row) for row in block.waiting)
 
     def draws_after_block(self) -> dict[str, int]:
         """Of each source that gives tokens then: its next draw behind the planned block."""
@@ -126,7 +126,7 @@ class Planner:
             if share_at(source.schedule, following["batch"])
         }
 
-    def _planned(self) -> Block:
+    def _planned(self) -> PlanBlock:
         if self._block is None:
             self._block = plan_block(self._sources, self._settings, self._start)
         return self._block
@@ -151,64 +151,64 @@ def fresh(sources: Sequence[Lengths]) -> State:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class PlanBlock:
     """Rows of some batches in batch order; made into plans when asked for, since a rank needs only its own.
 
-    pieces: P of them, in columns. members: for each row the numbers of its pieces. waiting: the same of rows that are
+    spans: P of them, in columns. members: for each row the numbers of its spans. waiting: the same of rows that are
     begun and will be given later. following: the next block's start.
     """
 
     batches: int
-    pieces: Columns
+    spans: SpanTable
     members: tuple[list[int], ...]
     waiting: tuple[list[int], ...]
     following: State
 
     def rows(self, numbers: Sequence[int]) -> tuple[RowPlan, ...]:
         """The plans of these rows."""
-        return tuple(_row_plan(self.pieces, self.members[number]) for number in numbers)
+        return tuple(_row_plan(self.spans, self.members[number]) for number in numbers)
 
 
-def plan_block(sources: Sequence[Lengths], settings: PlanSettings, start: State) -> Block:
+def plan_block(sources: Sequence[Lengths], settings: PlanSettings, start: State) -> PlanBlock:
     """The block that begins at `start`; it ends early where a share changes."""
     change = next_change([source.schedule for source in sources], start["batch"])
     batches = settings.batches_per_block
     if change is not None:
         batches = min(batches, change - start["batch"])
     wanted = batches * settings.rows
-    stream = Stream(
+    mixture = Mixture(
         sources,
         settings.variants,
         start["sources"],
         step=start["batch"],
         sequence_length=settings.sequence_length,
-        shortest_piece=settings.shortest_piece,
+        min_span=settings.min_span,
     )
     packer = _Packer(settings)
-    packer.resume(_read(start, stream), len(start["open"]))
+    packer.resume(_read(start, mixture), len(start["open"]))
     while len(packer.done) < wanted:
         rows = wanted - len(packer.done)
-        pieces = stream.ahead(rows * settings.sequence_length)
-        stream.take(pieces, packer.place(pieces, wanted))
-    pieces = packer.pieces()
+        spans = mixture.ahead(rows * settings.sequence_length)
+        mixture.take(spans, packer.place(spans, wanted))
+    spans = packer.spans()
     following = {
         "batch": start["batch"] + batches,
-        "sources": stream.cursors(),
-        "open": _written(pieces, packer.rows, stream),
-        "ready": _written(pieces, packer.done[wanted:], stream),
+        "sources": mixture.cursors(),
+        "open": _written(spans, packer.rows, mixture),
+        "ready": _written(spans, packer.done[wanted:], mixture),
     }
     done = packer.done[:wanted]
-    text = [sum(pieces.tokens[row][pieces.variant[row] == Variant.TEXT].tolist()) for row in done]
-    order = deal(np.array(text), settings.rows, start["batch"])
+    text = [sum(spans.tokens[row][spans.variant[row] == Variant.TEXT].tolist()) for row in done]
+    order = balanced_order(np.array(text), settings.rows, start["batch"])
     members = tuple(done[row] for row in order.tolist())
     waiting = (*packer.done[wanted:], *packer.rows)
-    return Block(batches=batches, pieces=pieces, members=members, waiting=waiting, following=following)
+    return PlanBlock(batches=batches, spans=spans, members=members, waiting=waiting, following=following)
 
 
 class _Packer:
     """Open rows, and the rows that are done. Pairs go in whole; texts are cut only to fill a gap.
 
-    Rows are lists of numbers of pieces. The open ones are kept by the room they have left, fullest first.
+    Rows are lists of numbers of spans. The open ones are kept by the room they have left, fullest first.
     """
 
     def __init__(self, settings: PlanSettings) -> None:
@@ -216,13 +216,13 @@ class _Packer:
         self.rows: list[list[int]] = []
         self.done: list[list[int]] = []
         self._free: list[int] = []
-        # What was handed in, and of the pieces put into rows: which of that, from where, how many tokens.
-        self._given: list[Columns] = []
+        # What was handed in, and of the spans put into rows: which of that, from where, how many tokens.
+        self._given: list[SpanTable] = []
         self._number: list[int] = []
         self._first: list[int] = []
         self._tokens: list[int] = []
 
-    def resume(self, rows: Sequence[Columns], still_open: int) -> None:
+    def resume(self, rows: Sequence[SpanTable], still_open: int) -> None:
         """Take up rows as they were left, the first of them still open."""
         for row in rows:
             members = list(range(len(self._number), len(self._number) + len(row.tokens)))
@@ -236,8 +236,8 @@ class _Packer:
             else:
                 self.done.append(members)
 
-    def place(self, pieces: Columns, wanted: int) -> int:
-        """Put pieces into rows until `wanted` rows are done or all are placed; returns how many were.
+    def place(self, spans: SpanTable, wanted: int) -> int:
+        """Put spans into rows until `wanted` rows are done or all are placed; returns how many were.
 
         Best fit, else a new row, else the widest gap for a part of a text; else the fullest row is done.
         """
@@ -248,8 +248,8 @@ class _Packer:
             settings.closing_gap,
         )
         given = sum(len(columns.tokens) for columns in self._given)
-        cuttable = (pieces.variant == Variant.TEXT).tolist()
-        columns = zip(pieces.tokens.tolist(), pieces.first.tolist(), cuttable, strict=True)
+        cuttable = (spans.variant == Variant.TEXT).tolist()
+        columns = zip(spans.tokens.tolist(), spans.first.tolist(), cuttable, strict=True)
         placed = 0
         for rest, first, is_text in columns:
             if len(done) >= wanted:
@@ -281,26 +281,26 @@ class _Packer:
                 first += part
                 rest -= part
             placed += 1
-        self._given.append(pieces)
+        self._given.append(spans)
         return placed
 
-    def pieces(self) -> Columns:
-        """The pieces that the rows name."""
+    def spans(self) -> SpanTable:
+        """The spans that the rows name."""
         number = np.array(self._number, dtype=np.int64)
-        all_given = Columns(*(np.concatenate(column) for column in zip(*self._given, strict=True)))
-        chosen = Columns(*(column[number] for column in all_given))
+        all_given = SpanTable(*(np.concatenate(column) for column in zip(*self._given, strict=True)))
+        chosen = SpanTable(*(column[number] for column in all_given))
         return chosen._replace(
             first=np.array(self._first, dtype=np.int64), tokens=np.array(self._tokens, dtype=np.int64)
         )
 
     def _gap(self, gap: int, rest: int) -> int:
         """Tokens of a text to put into a gap that is too small for it; 0 if the cut would be too short."""
-        shortest = self._settings.shortest_piece
+        shortest = self._settings.min_span
         part = gap if rest - gap >= shortest else rest - shortest
         return part if part >= shortest else 0
 
 
-def deal(text: Integers, per_batch: int, turn: int) -> Integers:
+def balanced_order(text: Integers, per_batch: int, turn: int) -> Integers:
     """Numbers of the rows in batch order; every batch, and every strided part of it, has about the same text.
 
     text: tokens of text of each row. Rows are dealt in layers of like text content, the richest of a layer to the
@@ -308,85 +308,86 @@ def deal(text: Integers, per_batch: int, turn: int) -> Integers:
     """
     batches = len(text) // per_batch
     by_text = np.argsort(text, kind="stable").reshape(per_batch, batches)
-    hands = np.empty((batches, per_batch), dtype=np.int64)
+    rows_of_batch = np.empty((batches, per_batch), dtype=np.int64)
     sums = np.zeros(batches, dtype=np.int64)
     among_equals = (np.arange(batches) + turn) % batches
-    for layer, cards in enumerate(by_text):
+    for layer, layer_rows in enumerate(by_text):
         takers = np.lexsort((among_equals, sums))
-        hands[takers, layer] = cards[::-1]
-        sums[takers] += text[cards[::-1]]
+        rows_of_batch[takers, layer] = layer_rows[::-1]
+        sums[takers] += text[layer_rows[::-1]]
     # Folded: up the even rows and down the odd ones, so that rank r of W (rows r, r + W, ...) has its share.
-    return np.concatenate([hands[:, ::2], hands[:, 1::2][:, ::-1]], axis=1).ravel()
+    return np.concatenate([rows_of_batch[:, ::2], rows_of_batch[:, 1::2][:, ::-1]], axis=1).ravel()
 
 
 def plan_once(sources: Sequence[Lengths], settings: PlanSettings, *, epoch: int = 0) -> Iterator[RowPlan]:
     """Rows that hold every document of every source exactly once, source after source: for evaluation."""
     packer = _Packer(settings)
     for number, source in enumerate(sources):
-        stream = Stream(
+        mixture = Mixture(
             [source],
             settings.variants,
             {source.name: [epoch * len(source), 0, 0]},
             step=0,
             sequence_length=settings.sequence_length,
-            shortest_piece=settings.shortest_piece,
+            min_span=settings.min_span,
         )
-        pieces = stream.documents(len(source))
-        packer.place(pieces._replace(source=np.full_like(pieces.source, number)), 1 << 62)
-    pieces = packer.pieces()
+        spans = mixture.documents(len(source))
+        packer.place(spans._replace(source=np.full_like(spans.source, number)), 1 << 62)
+    spans = packer.spans()
     for row in [*packer.done, *packer.rows]:
-        yield _row_plan(pieces, row)
+        yield _row_plan(spans, row)
 
 
-def _row_plan(pieces: Columns, row: Sequence[int]) -> RowPlan:
+def _row_plan(spans: SpanTable, row: Sequence[int]) -> RowPlan:
     columns = (
-        pieces.source,
-        pieces.epoch,
-        pieces.sample,
-        pieces.first,
-        pieces.tokens,
-        pieces.variant,
-        pieces.caption,
+        spans.source,
+        spans.epoch,
+        spans.sample,
+        spans.first,
+        spans.tokens,
+        spans.variant,
+        spans.caption,
     )
-    return tuple(map(Piece._make, zip(*(column[row].tolist() for column in columns), strict=True)))
+    return tuple(map(DocumentSpan._make, zip(*(column[row].tolist() for column in columns), strict=True)))
 
 
-def _written(pieces: Columns, rows: Sequence[list[int]], stream: Stream) -> list[list[Any]]:
+def _written(spans: SpanTable, rows: Sequence[list[int]], mixture: Mixture) -> list[list[Any]]:
     """Rows as the state holds them.
 
     A document is one integer: how many draws it lies behind its source's next one, times the number of sources, plus
     the source's number. A part of a text is [that integer, its first token, its tokens].
     """
-    behind = np.array(stream.next_draws())[pieces.source] - pieces.draw
-    code = (behind * len(stream.next_draws()) + pieces.source).tolist()
-    is_part = ((pieces.first > 0) | (pieces.tokens < pieces.whole)).tolist()
+    behind = np.array(mixture.next_draws())[spans.source] - spans.draw
+    code = (behind * len(mixture.next_draws()) + spans.source).tolist()
+    is_part = ((spans.first > 0) | (spans.tokens < spans.whole)).tolist()
     return [
         [
-            [code[piece], int(pieces.first[piece]), int(pieces.tokens[piece])]
-            if is_part[piece]
-            else code[piece]
-            for piece in row
+            [code[span], int(spans.first[span]), int(spans.tokens[span])] if is_part[span] else code[span]
+            for span in row
         ]
         for row in rows
     ]
 
 
-def _read(start: State, stream: Stream) -> list[Columns]:
+def _read(start: State, mixture: Mixture) -> list[SpanTable]:
     """The rows of a state, the open ones first."""
     rows = [*start["open"], *start["ready"]]
     parts = [part if isinstance(part, list) else [part, 0, 0] for row in rows for part in row]
     code, first, tokens = np.array(parts, dtype=np.int64).reshape(-1, 3).T
-    next_draws = np.array(stream.next_draws())
+    next_draws = np.array(mixture.next_draws())
     behind, source = np.divmod(code, len(next_draws))
-    found = np.empty((len(Columns._fields), len(code)), dtype=np.int64)
+    found = np.empty((len(SpanTable._fields), len(code)), dtype=np.int64)
     for number, next_draw in enumerate(next_draws):
         here = np.flatnonzero(source == number)
-        found[:, here] = np.stack(stream.whole_documents(number, next_draw - behind[here]))
-    pieces = Columns(*found)
-    pieces = pieces._replace(first=first, tokens=np.where(tokens > 0, tokens, pieces.whole))
+        found[:, here] = np.stack(mixture.whole_documents(number, next_draw - behind[here]))
+    spans = SpanTable(*found)
+    spans = spans._replace(first=first, tokens=np.where(tokens > 0, tokens, spans.whole))
     borders = np.cumsum([len(row) for row in rows])[:-1]
     return (
-        [Columns(*columns) for columns in zip(*(np.split(column, borders) for column in pieces), strict=True)]
+        [
+            SpanTable(*columns)
+            for columns in zip(*(np.split(column, borders) for column in spans), strict=True)
+        ]
         if rows
         else []
     )

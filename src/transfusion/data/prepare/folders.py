@@ -61,7 +61,9 @@ def collect_folder(folder: Path, *, seed: int, validation: float) -> Collection:
         raise UserError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}); name another folder")
     files = [file for image in images for file in (image, image.with_suffix(".txt"))]
     listing = [_signature(file, folder) for file in files if file.is_file()]
-    collection = Collection({"kind": "folder", "files": listing, "seed": seed, "validation": validation}, (), ())
+    collection = Collection(
+        {"kind": "folder", "files": listing, "seed": seed, "validation": validation}, (), ()
+    )
     parts: dict[bool, list[Path]] = {True: [], False: []}
     for path in images:
         key = path.relative_to(folder).with_suffix("").as_posix()
@@ -98,7 +100,12 @@ def _images(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iterat
 
 def collect_lines(path: Path, *, seed: int, validation: float) -> Collection:
     """Texts in the `text` field of the lines of a .jsonl file."""
-    identity = {"kind": "jsonl", "files": [_signature(path, path.parent)], "seed": seed, "validation": validation}
+    identity = {
+        "kind": "jsonl",
+        "files": [_signature(path, path.parent)],
+        "seed": seed,
+        "validation": validation,
+    }
     collection = Collection(identity, (), ())
 
     def split(wanted: bool) -> Iterator[Sample]:

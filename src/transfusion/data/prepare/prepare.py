@@ -105,9 +105,7 @@ def collect_digits(seed: int) -> Collection:
     # Scans have 17 grey levels, 0 to 16.
     images = np.round(scans.images * (255 / 16)).astype(np.uint8)
     identity = {"kind": "digits", "seed": seed, "validation": VALIDATION_DIGITS, "count": len(labels)}
-    return Collection(
-        identity, _digits(images[~held], labels[~held]), _digits(images[held], labels[held])
-    )
+    return Collection(identity, _digits(images[~held], labels[~held]), _digits(images[held], labels[held]))
 
 
 def validation_digits(labels: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:

@@ -24,10 +24,10 @@ from typing import IO, Any, NamedTuple
 
 from transfusion.config import CacheConfig
 from transfusion.data.remote.download import (
-    Contents,
     DownloadFailed,
-    Patience,
+    RetryPolicy,
     ShardChanged,
+    ShardDigest,
     Stopped,
     download,
     unwritable,
@@ -53,21 +53,21 @@ _OPENINGS = 3
 
 @dataclass(frozen=True, slots=True)
 class CacheSettings:
-    """Where copies are kept and how they are fetched; `greatest_bytes` of all of them together."""
+    """Where copies are kept and how they are fetched; `max_bytes` of all of them together."""
 
     folder: Path
-    greatest_bytes: int
+    max_bytes: int
     connections: int
-    patience: Patience
+    patience: RetryPolicy
 
     @classmethod
     def of(cls, config: CacheConfig, fallback: Path) -> CacheSettings:
         """fallback: the folder, where the configuration names none."""
         return cls(
             folder=Path(config.folder) if config.folder else fallback,
-            greatest_bytes=int(config.gigabytes * 1e9),
+            max_bytes=int(config.gigabytes * 1e9),
             connections=config.connections,
-            patience=Patience(config.attempts, config.timeout, config.pause),
+            patience=RetryPolicy(config.attempts, config.timeout, config.pause),
         )
 
 
@@ -120,7 +120,7 @@ class RemoteShard:
         return False
 
     def fetch(self, facts: Facts, *, must: bool = True, stop: threading.Event | None = None) -> bool:
-        contents = Contents(facts["size"], facts["checksum"])
+        contents = ShardDigest(facts["size"], facts["checksum"])
         return self.cache.fetch(self, contents, must=must, stop=stop)
 
     def open(self, facts: Facts) -> int:
@@ -165,11 +165,11 @@ class ShardCache:
                 f"cannot write the cache folder {self._folder}: {error.strerror}; name another data.cache.folder"
             ) from None
 
-    def path(self, shard: RemoteShard, contents: Contents) -> Path:
+    def path(self, shard: RemoteShard, contents: ShardDigest) -> Path:
         """Where the copy stands, if it is there."""
         return self._folder / shard.copy_name(contents._asdict())
 
-    def hold(self, holder: object, names: Iterable[str]) -> None:
+    def pin(self, holder: object, names: Iterable[str]) -> None:
         """The copies that a holder needs soon, in place of those it named before: no process removes them."""
         with self._locked():
             self._held[holder] = frozenset(names)
@@ -186,7 +186,7 @@ class ShardCache:
     def fetch(
         self,
         shard: RemoteShard,
-        contents: Contents,
+        contents: ShardDigest,
         *,
         must: bool = True,
         stop: threading.Event | None = None,
@@ -215,7 +215,7 @@ class ShardCache:
         return True
 
     @contextlib.contextmanager
-    def fetched_new(self, shard: RemoteShard) -> Iterator[tuple[Path, Contents]]:
+    def fetched_new(self, shard: RemoteShard) -> Iterator[tuple[Path, ShardDigest]]:
         """Download whatever the address gives now, and hold it while the caller reads. Raises as `fetch`."""
         holder, never = object(), threading.Event()
         with self._one_at_a_time(shard, never):
@@ -224,7 +224,7 @@ class ShardCache:
         try:
             yield self.path(shard, contents), contents
         finally:
-            self.hold(holder, ())
+            self.pin(holder, ())
 
     def trim(self) -> None:
         """Come back below the bound, if copies that a step needed at once went above it."""
@@ -235,7 +235,7 @@ class ShardCache:
         """Bytes of the copies, unfinished ones too."""
         return sum(copy.size for copy in self._copies())
 
-    def forgive(self) -> None:
+    def clear_failures(self) -> None:
         """Shards that were given up are tried again at once."""
         for path in (self._folder / "failed").iterdir():
             path.unlink(missing_ok=True)
@@ -244,10 +244,10 @@ class ShardCache:
         self,
         shard: RemoteShard,
         unfinished: Path,
-        wanted: Contents | None,
+        wanted: ShardDigest | None,
         stop: threading.Event,
         holder: object | None = None,
-    ) -> Contents:
+    ) -> ShardDigest:
         try:
             contents = download(
                 shard.address,
@@ -259,7 +259,7 @@ class ShardCache:
             )
             self.downloaded_bytes += contents.size
             if holder is not None:
-                self.hold(holder, [shard.copy_name(contents._asdict())])
+                self.pin(holder, [shard.copy_name(contents._asdict())])
             with self._locked():
                 unfinished.replace(self.path(shard, contents))
             return contents
@@ -278,15 +278,15 @@ class ShardCache:
 
     def _reserve(self, wanted: int) -> int:
         """Room for a file of unknown size that grows by at least so many bytes; returns how much was made."""
-        step = max(wanted, min(_STEP_BYTES, self.settings.greatest_bytes // 8))
+        step = max(wanted, min(_STEP_BYTES, self.settings.max_bytes // 8))
         with self._locked():
             self._make_room(step, must=True)
         return step
 
-    def _failed(self, shard: RemoteShard, contents: Contents) -> Path:
+    def _failed(self, shard: RemoteShard, contents: ShardDigest) -> Path:
         return self._folder / "failed" / shard.copy_name(contents._asdict())
 
-    def _refuse_failed(self, shard: RemoteShard, contents: Contents) -> None:
+    def _refuse_failed(self, shard: RemoteShard, contents: ShardDigest) -> None:
         marker = self._failed(shard, contents)
         try:
             age = time.time() - marker.stat().st_mtime
@@ -296,7 +296,7 @@ class ShardCache:
         if age < FORGIVEN_SECONDS:
             raise ShardChanged(reason) if reason == ShardChanged().strerror else DownloadFailed(reason)
 
-    def _touch(self, path: Path, contents: Contents) -> bool:
+    def _touch(self, path: Path, contents: ShardDigest) -> bool:
         """Whether the copy is there, which is now the one used last. One of another size is none."""
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_size == contents.size:
@@ -312,7 +312,7 @@ class ShardCache:
         """
         kept = self._own() | self._of_others()
         copies = self._copies_of_living()
-        total, bound = sum(copy.size for copy in copies) + size, self.settings.greatest_bytes
+        total, bound = sum(copy.size for copy in copies) + size, self.settings.max_bytes
         free = sorted(
             copy for copy in copies if copy.path.name not in kept and not copy.path.name.startswith(".")
         )

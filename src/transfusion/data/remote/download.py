@@ -26,7 +26,7 @@ _LONGEST_PAUSE = 60.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Contents(NamedTuple):
+class ShardDigest(NamedTuple):
     """What a shard held when it was indexed: bytes, and their blake2b."""
 
     size: int
@@ -54,7 +54,7 @@ class Stopped(Exception):  # noqa: N818  (no mistake: nobody wants it any more)
     """The download was given up because its process ends."""
 
 
-class Patience(NamedTuple):
+class RetryPolicy(NamedTuple):
     """attempts: tries of a shard. timeout: seconds without a byte. pause: before the second try, then doubled."""
 
     attempts: int
@@ -65,19 +65,19 @@ class Patience(NamedTuple):
 def download(
     address: str,
     path: Path,
-    patience: Patience,
+    patience: RetryPolicy,
     *,
-    wanted: Contents | None,
+    wanted: ShardDigest | None,
     reserve: Callable[[int], int],
     stop: threading.Event,
-) -> Contents:
+) -> ShardDigest:
     """Download into an existing file, from its start in each try; returns what it holds then.
 
     wanted: what it must hold, and the file's size already; None: whatever comes, and `reserve` is asked for room
     for so many more bytes and answers for how many there is. Raises DownloadFailed, ShardChanged where two tries
     agree on other bytes, UserError for a full disk or an address that nothing here opens, Stopped.
     """
-    reason, seen = "", set[Contents]()
+    reason, seen = "", set[ShardDigest]()
     for attempt in range(patience.attempts):
         if attempt and stop.wait(min(_LONGEST_PAUSE, patience.pause * 2 ** (attempt - 1))):
             raise Stopped
@@ -99,10 +99,10 @@ def _once(
     address: str,
     path: Path,
     timeout: float,
-    wanted: Contents | None,
+    wanted: ShardDigest | None,
     reserve: Callable[[int], int],
     stop: threading.Event,
-) -> Contents:
+) -> ShardDigest:
     digest, size, room = hasher(), 0, wanted.size if wanted else 0
     # One byte more than wanted tells enough.
     most = wanted.size + 1 if wanted else 1 << 62
@@ -118,7 +118,7 @@ def _once(
                 file.truncate(room)
             _write(file, chunk, address)
         _finish(file, size, address)
-    return Contents(size, digest.hexdigest())
+    return ShardDigest(size, digest.hexdigest())
 
 
 def _write(file: FileIO, chunk: bytes, address: str) -> None:

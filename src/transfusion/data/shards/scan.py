@@ -29,10 +29,10 @@ from transfusion.data.shards.sample import (
     json_object,
 )
 from transfusion.data.shards.tar import TarWalk
-from transfusion.data.shards.validate import IMAGE_EXTENSIONS, Group, Judge
+from transfusion.data.shards.validate import IMAGE_EXTENSIONS, Group, SampleValidator
 
 SHARD_EXTENSIONS = (".tar", ".jsonl")
-GREATEST_NAME = 255
+MAX_NAME = 255
 
 # JSON may spell each byte of a text in six.
 _LONGEST_LINE = 6 * DOCUMENT_BYTES + CAPTION_BYTES
@@ -115,7 +115,7 @@ def _text_of_line(line: bytes, notes: list[str]) -> str:
 
 def _scan_tar(shard: str, descriptor: int, verify: Verify) -> Iterator[RawSample | Fault]:
     """Twice over the samples: first to find keys that come again, then to judge them one by one."""
-    judge, walk = Judge(descriptor, verify), TarWalk(descriptor)
+    validator, walk = SampleValidator(descriptor, verify), TarWalk(descriptor)
     scattered, repeated, groups = _survey(_groups(walk))
     if groups is None:
         walk = TarWalk(descriptor)
@@ -131,7 +131,7 @@ def _scan_tar(shard: str, descriptor: int, verify: Verify) -> Iterator[RawSample
             )
             met.add(mark)
         try:
-            yield judge.sample(group)
+            yield validator.sample(group)
         except SampleError as error:
             told.add(str(error))
             yield Fault(shard, group.key, str(error), group.offset)
@@ -210,10 +210,10 @@ def _groups(walk: TarWalk) -> Iterator[Group]:
 def _split(name: str, size: int) -> tuple[str, str, str]:
     """(key, extension in lower case, why a member of such a name is left out, else empty)."""
     plain = _PLAIN_NAME.fullmatch(name)
-    if plain and size <= GREATEST_NAME:
+    if plain and size <= MAX_NAME:
         return plain[1], plain[2], ""
     folder, slash, base = name.rpartition("/")
-    if size > GREATEST_NAME or _UNSAFE_NAME.search(name):
+    if size > MAX_NAME or _UNSAFE_NAME.search(name):
         folder, slash, base = _last_part(name)
         return folder + slash + _stem(base), "", "name_unsafe"
     stem = _stem(base)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 BLOCK = 512
 # Of long names and pax records; a header may claim any size.
-GREATEST_EXTENSION = 1 << 20
+MAX_EXTENSION = 1 << 20
 
 NO_END_MARKER, TRUNCATED, BAD_HEADER = "tar_no_end_marker", "tar_truncated", "tar_bad_header"
 TRAILING_DATA, EMPTY, UNREADABLE = "tar_trailing_data", "tar_empty", "tar_unreadable"
@@ -195,7 +195,7 @@ class TarWalk:
             data = position + BLOCK
             if header.kind not in (b"L", b"K", b"x", b"g"):
                 break
-            if header.size > min(GREATEST_EXTENSION, self._length - data):
+            if header.size > min(MAX_EXTENSION, self._length - data):
                 raise _BadHeaderError
             content = os.pread(self._descriptor, header.size, data)
             if header.kind == b"L":

@@ -25,8 +25,8 @@ from transfusion.data.shards.tar import NO_END_MARKER, Member, Window
 from transfusion.files import sha256
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-GREATEST_MEMBER = 1 << 26
-GREATEST_ELEMENTS = 256
+MAX_MEMBER = 1 << 26
+MAX_ELEMENTS = 256
 
 # Of the head of a file and its size: [C, h, w] of what is stored there.
 ShapeOf = Callable[[bytes, int], tuple[int, int, int]]
@@ -56,7 +56,7 @@ class Group:
             self._refuse(member.torn)
         elif not member.regular:
             self._refuse("member_type")
-        elif member.size > GREATEST_MEMBER:
+        elif member.size > MAX_MEMBER:
             self._refuse("member_oversize")
         self.members[extension] = member
 
@@ -64,7 +64,7 @@ class Group:
         self.reason = self.reason or reason
 
 
-class Judge:
+class SampleValidator:
     """Reads what the groups of one shard name. verify: see `scan`."""
 
     def __init__(self, descriptor: int, verify: Verify) -> None:
@@ -159,7 +159,7 @@ class Judge:
             raise SampleError("interleaved_element")
         if not elements:
             raise SampleError("interleaved_empty")
-        if len(elements) > GREATEST_ELEMENTS:
+        if len(elements) > MAX_ELEMENTS:
             raise SampleError("interleaved_too_long")
         texts: list[str] = []
         names: dict[str, int] = {}

@@ -19,7 +19,7 @@ from transfusion.urls import is_address, redacted, scheme
 
 # img2dataset's layout: five digits of the shard, then four of the sample in it.
 SAMPLES_PER_SHARD = 1000
-GREATEST_SHARD = 10_000
+MAX_SHARD = 10_000
 
 Sample = Mapping[str, bytes]
 
@@ -35,8 +35,8 @@ def write_shards(samples: Iterable[Sample], out: Path, *, per_shard: int = SAMPL
     Same samples, same bytes. A shard has its final name only when it is whole. A member named `json`, `txt`,
     `png` and so on becomes KEY.json, KEY.txt, KEY.png with KEY from `sample_key`.
     """
-    if not 1 <= per_shard <= GREATEST_SHARD:
-        raise UserError(f"samples per shard must be 1 to {GREATEST_SHARD}, got {per_shard}")
+    if not 1 <= per_shard <= MAX_SHARD:
+        raise UserError(f"samples per shard must be 1 to {MAX_SHARD}, got {per_shard}")
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     remaining = iter(samples)

@@ -14,7 +14,7 @@ from transfusion.data.index.source_index import SourceIndex
 from transfusion.data.loading.loader import plan_settings
 from transfusion.data.loading.rows import RowBuilder, RowSettings
 from transfusion.data.planning.packing import Planner
-from transfusion.data.viewing.plan_stats import as_dict, survey
+from transfusion.data.viewing.plan_stats import as_dict, measure_plan
 from transfusion.data.viewing.row_page import DrawnRow, overview, page
 from transfusion.errors import UserError
 from transfusion.sequence.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def show_rows(config: Config, out: Path, *, rows: int = 4, step: int = 0) -> Non
     drawn = [
         DrawnRow(
             builder.build(plan),
-            [f"{indexes[piece.source].name} · {indexes[piece.source].key(piece.sample)}" for piece in plan],
+            [f"{indexes[span.source].name} · {indexes[span.source].key(span.sample)}" for span in plan],
         )
         for plan in plans
     ]
@@ -55,7 +55,7 @@ def show_rows(config: Config, out: Path, *, rows: int = 4, step: int = 0) -> Non
 def stats_config(config: Config, *, steps: int = 64) -> dict[str, Any]:
     """Plain values: of each source its samples, lengths and faults, and what the plan makes of them all."""
     indexes, _, config = _opened(config)
-    found = as_dict(survey([index.lengths for index in indexes], plan_settings(config), batches=steps))
+    found = as_dict(measure_plan([index.lengths for index in indexes], plan_settings(config), batches=steps))
     for index in indexes:
         found["sources"][index.name] |= _source_stats(index, config)
     return found

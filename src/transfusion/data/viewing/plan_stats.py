@@ -1,7 +1,7 @@
 """What a plan looks like, measured without reading anything: shares, padding, balance, time and memory.
 
 Of the real lengths of an index, or of as many samples as are asked for, with lengths like those of an index.
-Shape suffixes: D samples asked for together, Q quantiles, P pieces, R rows of a block, S sources.
+Shape suffixes: D samples asked for together, Q quantiles, P spans, R rows of a block, S sources.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transfusion.data.index.open import build_indexes
 from transfusion.data.loading.loader import plan_settings, rows_per_rank
 from transfusion.data.planning import hash_rng
 from transfusion.data.planning.epoch import Integers, Lengths, Schedule, Variant, share_at
-from transfusion.data.planning.packing import Block, PlanSettings, fresh, plan_block
+from transfusion.data.planning.packing import PlanBlock, PlanSettings, fresh, plan_block
 from transfusion.errors import UserError
 from transfusion.files import name_hash
 from transfusion.sequence.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ _QUANTILES = 4096
 # Without an index to go by: mean, and deviation of the logarithm.
 _CAPTION_TOKENS, _TEXT_TOKENS = (16.0, 0.6), (600.0, 1.2)
 _MANY = 700_000_000
-_LENGTH, _IMAGE = name_hash("simulated length"), name_hash("simulated image")
+_LENGTH, _IMAGE = name_hash("simulated length"), name_hash("simulated picture")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ class SourceSurvey:
     tokens: int = 0
     share: float = 0.0
     wanted_share: float = 0.0
-    greatest_share_error_of_a_batch: float = 0.0
+    max_share_error_of_a_batch: float = 0.0
 
     @property
     def share_error(self) -> float:
@@ -137,7 +137,7 @@ class Survey:
     sources: dict[str, SourceSurvey]
     tokens: int = 0
     padding_share: float = 0.0
-    pieces: int = 0
+    spans: int = 0
     texts_cut: int = 0
     texts_cut_that_fit_a_row: int = 0
     images_cut: int = 0
@@ -151,7 +151,9 @@ class Survey:
     added_mib: float = 0.0
 
 
-def survey(sources: Sequence[Lengths], settings: PlanSettings, *, batches: int, ranks: int = 1) -> Survey:
+def measure_plan(
+    sources: Sequence[Lengths], settings: PlanSettings, *, batches: int, ranks: int = 1
+) -> Survey:
     """Plan at least so many batches (whole blocks) as one of `ranks` ranks does, and look at all of the rows."""
     found = Survey(
         batches=0,
@@ -187,21 +189,23 @@ def survey(sources: Sequence[Lengths], settings: PlanSettings, *, batches: int, 
     return found
 
 
-def _look(found: Survey, block: Block, sources: Sequence[Lengths], step: int) -> list[tuple[float, float]]:
+def _look(
+    found: Survey, block: PlanBlock, sources: Sequence[Lengths], step: int
+) -> list[tuple[float, float]]:
     """Add a block to the survey; returns the imbalance of text and images of each batch."""
-    pieces = block.pieces
+    spans = block.spans
     row_P = np.repeat(np.arange(len(block.members)), [len(row) for row in block.members])
     member_P = np.concatenate([np.array(row) for row in block.members])
-    tokens_P, source_P = pieces.tokens[member_P], pieces.source[member_P]
-    is_text_P = pieces.variant[member_P] == Variant.TEXT
-    is_cut_P = tokens_P < pieces.whole[member_P]
-    is_first_P = pieces.first[member_P] == 0
-    found.pieces += len(member_P)
+    tokens_P, source_P = spans.tokens[member_P], spans.source[member_P]
+    is_text_P = spans.variant[member_P] == Variant.TEXT
+    is_cut_P = tokens_P < spans.whole[member_P]
+    is_first_P = spans.first[member_P] == 0
+    found.spans += len(member_P)
     found.tokens += int(tokens_P.sum())
     found.images_cut += int((is_cut_P & ~is_text_P).sum())
     cut_texts_P = is_cut_P & is_text_P & is_first_P
     found.texts_cut += int(cut_texts_P.sum())
-    fits_P = pieces.whole[member_P] <= found.sequence_length
+    fits_P = spans.whole[member_P] <= found.sequence_length
     found.texts_cut_that_fit_a_row += int((cut_texts_P & fits_P).sum())
     by_row_RS = np.zeros((len(block.members), len(sources)), dtype=np.int64)
     np.add.at(by_row_RS, (row_P, source_P), tokens_P)
@@ -214,7 +218,7 @@ def _look(found: Survey, block: Block, sources: Sequence[Lengths], step: int) ->
         each.tokens += int(by_batch[:, number].sum())
         each.wanted_share += float(wanted[number]) * block.batches
         error = float(np.abs(shares[:, number] - wanted[number]).max())
-        each.greatest_share_error_of_a_batch = max(each.greatest_share_error_of_a_batch, error)
+        each.max_share_error_of_a_batch = max(each.max_share_error_of_a_batch, error)
     text_R = np.bincount(row_P, tokens_P * is_text_P, len(block.members))
     images_R = np.bincount(row_P, ~is_text_P, len(block.members))
     return [
@@ -243,7 +247,7 @@ def as_dict(found: Survey) -> dict[str, Any]:
     return asdict(found)
 
 
-def survey_config(
+def measure_config(
     config: Config, *, simulate: bool = False, ranks: int = 1, steps: int = 64, samples: int = 0
 ) -> Survey:
     """The plan of a configuration; `simulate` puts sources of `samples` samples (0: as many) into its place.
@@ -265,7 +269,7 @@ def survey_config(
         ]
     else:
         raise UserError("data.sources is empty; name a config with sources, or use --simulate")
-    return survey(sources, plan_settings(config), batches=steps, ranks=ranks)
+    return measure_plan(sources, plan_settings(config), batches=steps, ranks=ranks)
 
 
 def describe(found: Survey) -> str:
@@ -277,7 +281,7 @@ def describe(found: Survey) -> str:
     for name, each in found.sources.items():
         lines.append(
             f"{name:16} {each.samples:13,} {each.documents:12,} {each.tokens:14,} {each.share:8.4f}"
-            f" {each.wanted_share:8.4f} {each.share_error:8.5f} {each.greatest_share_error_of_a_batch:12.4f}"
+            f" {each.wanted_share:8.4f} {each.share_error:8.5f} {each.max_share_error_of_a_batch:12.4f}"
         )
     facts = {
         "batches": f"{found.batches:,} of {found.rows:,} rows of {found.sequence_length:,}",

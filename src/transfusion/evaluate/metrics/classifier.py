@@ -32,11 +32,11 @@ from transfusion.sequence.tokenizer import Tokenizer
 FORMAT = "transfusion classifier"
 FEATURES = 64
 WIDTHS = (32, 64, 128)
-MOST_WORDS = 128
-FEWEST_IMAGES = 20
+MAX_WORDS = 128
+MIN_IMAGES = 20
 BATCH = 64
 LEARNING_RATE = 2e-3
-_LARGEST_SHIFT = 2
+_MAX_SHIFT = 2
 
 
 class Classifier(nn.Module):
@@ -93,8 +93,8 @@ def common_words(captions: Iterable[str]) -> list[str]:
     for caption in captions:
         counts.update(set(words_of(caption)))
         total += 1
-    told = [word for word, count in counts.most_common() if FEWEST_IMAGES <= count <= 0.9 * total]
-    return told[:MOST_WORDS]
+    told = [word for word, count in counts.most_common() if MIN_IMAGES <= count <= 0.9 * total]
+    return told[:MAX_WORDS]
 
 
 def captioned_images(config: Config, tokenizer: Tokenizer, *, validation: bool) -> tuple[Tensor, list[str]]:
@@ -137,7 +137,7 @@ def train_classifier(
     words = common_words(captions)
     if len(words) < 2:
         raise UserError(
-            f"the captions have no two words that stand at {FEWEST_IMAGES} images or more and not at nearly"
+            f"the captions have no two words that stand at {MIN_IMAGES} images or more and not at nearly"
             " all of them: there is nothing to learn a classifier from"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -230,8 +230,8 @@ def train_from_config(config: Config, *, epochs: int = 8, say: Callable[[str], N
 
 
 def _shifted(pixels_ICHW: Tensor, generator: torch.Generator) -> Tensor:
-    """The images moved by up to _LARGEST_SHIFT pixels each way, all alike, their borders repeated."""
-    down, right = torch.randint(0, 2 * _LARGEST_SHIFT + 1, (2,), generator=generator).tolist()
-    wide = nn.functional.pad(pixels_ICHW.float(), (_LARGEST_SHIFT,) * 4, mode="replicate")
+    """The images moved by up to _MAX_SHIFT pixels each way, all alike, their borders repeated."""
+    down, right = torch.randint(0, 2 * _MAX_SHIFT + 1, (2,), generator=generator).tolist()
+    wide = nn.functional.pad(pixels_ICHW.float(), (_MAX_SHIFT,) * 4, mode="replicate")
     _, _, height, width = pixels_ICHW.shape
     return wide[:, :, down : down + height, right : right + width]

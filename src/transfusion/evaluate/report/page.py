@@ -39,9 +39,9 @@ WRONG_CAPTIONS_SHOWN = 20
 # Small images are enlarged to about this many pixels a side; large ones are made smaller, for the page is
 # to stay below 3 MB.
 IMAGE_SIDE = 96
-LARGEST_SIDE = 128
-LARGEST_GRID = 900
-SMALLEST_GRID = 256
+MAX_SIDE = 128
+MAX_GRID = 900
+MIN_GRID = 256
 JPEG_QUALITY = 80
 
 
@@ -96,7 +96,9 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "facts": _facts(lines, config, environment),
         "metrics": _metrics(_json(folder.path / "metrics.json")),
         "curves": [_draw(curve) for curve in _loss_curves(lines, diffusion)],
-        "validation": any(line.get("validation_text_loss") or line.get("validation_image_loss") for line in lines),
+        "validation": any(
+            line.get("validation_text_loss") or line.get("validation_image_loss") for line in lines
+        ),
         "bucket_curve": _draw_buckets(lines),
         "predicts_noise": diffusion.get("prediction", "epsilon") == "epsilon",
         "machine_curves": [_draw(curve) for curve in _machine_curves(lines)],
@@ -208,7 +210,7 @@ def _grids(samples: Path) -> list[Figure]:
     if len(files) > GRIDS_SHOWN:
         chosen = np.linspace(0, len(files) - 1, GRIDS_SHOWN).round().astype(int)
         files = [files[index] for index in chosen]
-    found = [(file, data_uri(file, smallest=SMALLEST_GRID, largest=LARGEST_GRID)) for file in files]
+    found = [(file, data_uri(file, smallest=MIN_GRID, largest=MAX_GRID)) for file in files]
     return [Figure(uri, f"step {_step_of(file):,}") for file, uri in found if uri]
 
 
@@ -253,7 +255,7 @@ def _captioned(folder: Path, line: dict[str, Any]) -> Figure:
     )
 
 
-def data_uri(file: Path, *, smallest: int = IMAGE_SIDE, largest: int = LARGEST_SIDE) -> str:
+def data_uri(file: Path, *, smallest: int = IMAGE_SIDE, largest: int = MAX_SIDE) -> str:
     """An image as a data: URI, with sides between `smallest` and `largest`; "" if it cannot be read."""
     try:
         with Image.open(file) as opened:
@@ -267,7 +269,7 @@ def data_uri(file: Path, *, smallest: int = IMAGE_SIDE, largest: int = LARGEST_S
     elif longest > largest:
         image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    if longest >= LARGEST_SIDE and image.mode == "RGB":
+    if longest >= MAX_SIDE and image.mode == "RGB":
         image.save(buffer, "JPEG", quality=JPEG_QUALITY)
         kind = "jpeg"
     else:

@@ -29,7 +29,7 @@ SAMPLES = 20
 GUIDANCE = 3.0
 SAMPLER_STEPS = 50
 GENERATION_BAR, DIVERSITY_BAR, CAPTION_BAR = 0.95, 0.5, 0.90
-MOST_CAPTION_TOKENS = 32
+MAX_CAPTION_TOKENS = 32
 
 
 def digits(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
@@ -50,7 +50,7 @@ def _generation(
 ) -> dict[str, Metric]:
     from sklearn.svm import SVC
 
-    judge = SVC(gamma=0.2).fit(train, train_labels)
+    classifier = SVC(gamma=0.2).fit(train, train_labels)
     prompts = [f"a handwritten {word}" for word in DIGIT_WORDS]
     samples = pipeline.sample(
         prompts,
@@ -72,18 +72,18 @@ def _generation(
     classes = f"each of {len(prompts)} digits"
     return {
         "generation_accuracy": Metric(
-            value=float((judge.predict(drawn) == wanted).mean()),
-            bar=GENERATION_BAR,
+            value=float((classifier.predict(drawn) == wanted).mean()),
+            threshold=GENERATION_BAR,
             how=f"SVC(gamma=0.2), trained on {len(train)} real images, reads {SAMPLES} samples of {classes}; "
             f"{settings}",
         ),
-        "judge_accuracy_on_real": Metric(
-            value=float((judge.predict(test) == test_labels).mean()),
+        "classifier_accuracy_on_real": Metric(
+            value=float((classifier.predict(test) == test_labels).mean()),
             how=f"the same SVC on the {len(test)} real validation images",
         ),
         "generation_diversity": Metric(
             value=float(np.mean(ratios)),
-            bar=DIVERSITY_BAR,
+            threshold=DIVERSITY_BAR,
             how="mean distance between two generated images of a digit over that of real ones, mean over digits",
         ),
         "nearest_training_distance_generated": Metric(
@@ -98,7 +98,7 @@ def _generation(
 
 
 def _captions(pipeline: Pipeline, folder: Path, values: torch.Tensor, labels: Labels) -> dict[str, Metric]:
-    captions = pipeline.caption(values, max_tokens=MOST_CAPTION_TOKENS)
+    captions = pipeline.caption(values, max_tokens=MAX_CAPTION_TOKENS)
     images = folder / "validation"
     images.mkdir(parents=True, exist_ok=True)
     lines, correct = [], 0
@@ -118,7 +118,7 @@ def _captions(pipeline: Pipeline, folder: Path, values: torch.Tensor, labels: La
     return {
         "caption_accuracy": Metric(
             value=correct / len(captions),
-            bar=CAPTION_BAR,
+            threshold=CAPTION_BAR,
             how=f"greedy captions of the {len(captions)} validation images that name exactly the right digit",
         )
     }

@@ -27,15 +27,15 @@ SAMPLES_KEPT = 64
 GUIDANCE = 3.0
 SAMPLER_STEPS = 25
 BATCH = 128
-MOST_CAPTION_TOKENS = 32
+MAX_CAPTION_TOKENS = 32
 
 
-def images(pipeline: Pipeline, out: Path, *, classifier: Path) -> dict[str, Metric]:
+def images(pipeline: Pipeline, out: Path, *, classifier_path: Path) -> dict[str, Metric]:
     """Images drawn from the validation captions against the classifier's training images, in its eyes.
 
-    Leaves the first of them under OUT/evaluation/drawn. Raises UserError as the classifier and the data do.
+    Leaves the first of them under OUT/evaluation/generated. Raises UserError as the classifier and the data do.
     """
-    judge = load_classifier(classifier)
+    classifier = load_classifier(classifier_path)
     validation, captions = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
     prompts = [captions[number % len(captions)] for number in range(SAMPLES)]
     config = pipeline.config
@@ -45,41 +45,43 @@ def images(pipeline: Pipeline, out: Path, *, classifier: Path) -> dict[str, Metr
     samples = pipeline.sample(
         prompts, guidance=guidance, steps=SAMPLER_STEPS, sampler=sampler, seed=0, batch=BATCH
     )
-    save_samples(samples[:SAMPLES_KEPT], out / "evaluation" / "drawn")
+    save_samples(samples[:SAMPLES_KEPT], out / "evaluation" / "generated")
     drawn = torch.stack([sample.pixels for sample in samples])
     settings = (
         f"{SAMPLES} images of the validation captions in turn ({sampler} {SAMPLER_STEPS} steps, guidance"
         f" {guidance:g}, seeds from 0)"
     )
-    features = f"the features of {classifier.name} (no FID: its own small network)"
+    features = f"the features of {classifier_path.name} (no FID: its own small network)"
     real_ones = f"the {len(validation)} real validation images"
-    between = f"{features} of {{}} and of the {judge.images} training images"
+    between = f"{features} of {{}} and of the {classifier.images} training images"
     return {
         "classifier_frechet": Metric(
-            value=frechet_distance(gaussian_of(features_of(judge, drawn).numpy()), judge.reference),
+            value=frechet_distance(gaussian_of(features_of(classifier, drawn).numpy()), classifier.reference),
             higher_is_better=False,
             how=f"Fréchet distance between {between.format(settings)}",
         ),
         "classifier_frechet_of_validation": Metric(
-            value=frechet_distance(gaussian_of(features_of(judge, validation).numpy()), judge.reference),
+            value=frechet_distance(
+                gaussian_of(features_of(classifier, validation).numpy()), classifier.reference
+            ),
             higher_is_better=False,
             how=f"the same between {between.format(real_ones)}: what can be reached",
         ),
         "classifier_word_recall": Metric(
-            value=recall(judge, drawn, prompts),
-            how=f"share of the captions' words that {classifier.name} ranks first in {settings}",
+            value=recall(classifier, drawn, prompts),
+            how=f"share of the captions' words that {classifier_path.name} ranks first in {settings}",
         ),
         "classifier_word_recall_of_validation": Metric(
-            value=recall(judge, validation, captions),
+            value=recall(classifier, validation, captions),
             how=f"the same on {real_ones}",
         ),
     }
 
 
 def captions(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
-    """Greedy captions of the validation images against theirs; leaves OUT/evaluation/said.jsonl."""
+    """Greedy captions of the validation images against theirs; leaves OUT/evaluation/captions.jsonl."""
     validation, expected = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
-    said = pipeline.caption(validation, max_tokens=MOST_CAPTION_TOKENS)
+    said = pipeline.caption(validation, max_tokens=MAX_CAPTION_TOKENS)
     scores = [token_f1(one, other) for one, other in zip(said, expected, strict=True)]
     folder = out / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +89,7 @@ def captions(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
         json.dumps({"caption": one, "expected": other, "f1": round(score, 4)}, ensure_ascii=False) + "\n"
         for one, other, score in zip(said, expected, scores, strict=True)
     ]
-    (folder / "said.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
     return {
         "caption_token_f1": Metric(
             value=fmean(scores),

@@ -41,7 +41,7 @@ def run_suites(
 
     suites: dict[str, Suite] = {"validation": validation, "digits": digits, "captions": captions}
     if classifier is not None:
-        suites["images"] = functools.partial(images, classifier=classifier)
+        suites["images"] = functools.partial(images, classifier_path=classifier)
     elif "images" in names:
         raise UserError(
             "the suite images needs --classifier; `transfusion classifier CONFIG --out FILE` makes one"

@@ -30,7 +30,7 @@ def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     for source in pipeline.config.data.validation:
         loader = EvaluationLoader(pipeline.config, [source], pipeline.tokenizer, rows=8)
         terms = validation_losses(
-            pipeline.reader.model, loader, plain, pipeline.reader.device, pipeline.reader.codec
+            pipeline.runner.model, loader, plain, pipeline.runner.device, pipeline.runner.codec
         )
         if float(terms.image_count):
             name, metric = _image_metric(pipeline, source, terms)
@@ -72,20 +72,20 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
     if tokens != int(terms.text_count):
         raise ValueError(f"the model was judged on {int(terms.text_count)} tokens of {tokens}")
     metrics = {}
-    bar = None
+    threshold = None
     training = next((known for known in pipeline.config.data.sources if known.name == source.name), None)
     if training is not None:
         bigram = Bigram(_texts(pipeline, training), pipeline.config.model.vocabulary)
         nats = bigram.nats(texts)
-        bar = nats / tokens
+        threshold = nats / tokens
         how = "interpolated absolute-discount (0.75) bigram, fitted on the same training text and tokenizer"
-        metrics["bigram_nats_per_token"] = Metric(value=bar, unit="nats/token", how=how)
+        metrics["bigram_nats_per_token"] = Metric(value=threshold, unit="nats/token", how=how)
         metrics["bigram_nats_per_byte"] = Metric(value=nats / size, unit="nats/byte", how=how)
     total = float(terms.text_sum)
     metrics["text_loss_nats_per_token"] = Metric(
         value=total / tokens,
         unit="nats/token",
-        bar=bar,
+        threshold=threshold,
         higher_is_better=False,
         how=f"cross entropy over the {tokens} tokens of validation {source.name}, <EOS> included; bar: the bigram",
     )

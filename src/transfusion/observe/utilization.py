@@ -21,7 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shares:
+class Utilization:
     """Of a device's published bf16 peak, None where nobody publishes one: mfu by the exact mask and the real tokens,
     hfu with padding and recomputation, mfu_palm as PaLM counts. gemm_share: the first, of the products measured here.
     """
@@ -32,7 +32,7 @@ class Shares:
     gemm_share: float | None = None
 
 
-class Utilisation:
+class OperationMeter:
     """Adds up the operations of steps, and tells them as shares."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -53,11 +53,11 @@ class Utilisation:
         work, self._work = self._work, Work()
         return [part.total / self._ranks_of_a_row for part in (work.exact, work.hardware, work.palm)]
 
-    def shares(self, operations: Sequence[float], seconds: float, ranks: int) -> Shares:
+    def utilization(self, operations: Sequence[float], seconds: float, ranks: int) -> Utilization:
         """Of what all ranks have taken, in `seconds`; the devices are taken to be alike."""
         exact, hardware, palm = (each / max(seconds, 1e-9) / ranks / 1e12 for each in operations)
         peak = self._published
-        return Shares(
+        return Utilization(
             mfu=exact / peak if peak else None,
             hfu=hardware / peak if peak else None,
             mfu_palm=palm / peak if peak else None,
