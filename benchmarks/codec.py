@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from limits import find_device, record_head, write_json
-from transfusion.codec import open_codec, open_token_codec
+from transfusion.codec import open_codec
 from transfusion.codec_train.images import ImageSet
 from transfusion.codec_train.measure import psnr
 from transfusion.codec_train.report import write_report
@@ -68,7 +68,7 @@ def equal_to_diffusers(codec: CodecConfig, images: ImageSet) -> dict[str, bool]:
 
     found = {"encoded": True, "images": True}
     if codec.kind == "vq":
-        tokens = open_token_codec(codec)
+        tokens = open_codec(codec)
         theirs = diffusers.VQModel.from_pretrained(codec.folder, low_cpu_mem_usage=False).requires_grad_(
             False
         )
@@ -80,7 +80,7 @@ def equal_to_diffusers(codec: CodecConfig, images: ImageSet) -> dict[str, bool]:
     for values_ICHW in images.in_order(AT_ONCE):
         real_ICHW = values_ICHW.float() / 127.5 - 1
         if codec.kind == "vq":
-            mine = tokens.tokens(values_ICHW)
+            mine = tokens.encode(values_ICHW)
             wanted = theirs.quantize(theirs.encode(real_ICHW).latents)[2][2].view_as(mine)
             code = theirs.quantize.get_codebook_entry(
                 wanted.flatten(), (*wanted.shape, theirs.config.vq_embed_dim)

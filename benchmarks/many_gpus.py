@@ -1,6 +1,6 @@
-"""What 8 to 1,024 GPUs would do, predicted: the tables of docs/scaling.md.
+"""What 8 to 1,024 GPUs would do, predicted: the tables of docs/reference/planning.md.
 
-    .venv/bin/python benchmarks/many_gpus.py [--gpu h100] [--write docs/scaling.md]
+    .venv/bin/python benchmarks/many_gpus.py [--gpu h100] [--write docs/reference/planning.md]
 
 Each of the paper's runs is planned at each number of GPUs as its config has it and with each of a few other settings;
 the fastest that fits is told beside it. Published runs are planned too, as far as their settings are known, and

@@ -34,7 +34,7 @@ from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.parallel import environment
 from transfusion.schema import Batch
 from transfusion.sequence.tokenizer import train_tokenizer
-from transfusion.train.trainer import Trainer
+from transfusion.training.trainer import Trainer
 
 RESULT = Path(__file__).resolve().parent / "results" / "overhead.json"
 BAR, MISSED = 1.03, 3

@@ -240,7 +240,7 @@ def missed(record: dict[str, Any]) -> list[str]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record as docs/scaling.md shows it."""
+    """The record as docs/reference/planning.md shows it."""
     lines = [
         "| | products, 10^9 | | visible pairs | | peak tensors, MiB | | | resident, MiB | step, s | | |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",

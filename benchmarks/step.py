@@ -39,7 +39,7 @@ from transfusion.data.planning.epoch import VariantRule
 from transfusion.data.planning.packing import Planner, PlanSettings
 from transfusion.data.shards.shard import LocalShard
 from transfusion.data.shards.webdataset import write_shards
-from transfusion.model.count import count_parameters
+from transfusion.families.build import count_parameters
 from transfusion.observe.flops import FlopModel, Work
 from transfusion.observe.memory import peak_gib
 from transfusion.observe.utilization import published_tflops

@@ -124,7 +124,7 @@ def _row_digest(batch: Batch, row: int) -> str:
         batch.mask.end_key,
     )
     found: list[Tensor] = [column[row] for column in columns]
-    for group in batch.images:
+    for group in batch.media:
         slots = group.patch_slot_IP - row * length
         here = (slots[:, 0] >= 0) & (slots[:, 0] < length) & (group.image_weight_I > 0)
         if here.any():

@@ -302,10 +302,10 @@ def strike(kind: signal.Signals) -> None:
 
 def as_rank(blow: str, arguments: list[str]) -> None:
     """Be one process of a run: `transfusion ARGUMENTS`, with a blow laid where it is to fall."""
-    import transfusion.train.trainer as trainer
+    import transfusion.training.trainer as trainer
     from transfusion.checkpoint import save as saving
     from transfusion.cli import main
-    from transfusion.train import reporting, watchdog
+    from transfusion.training import reporting, watchdog
 
     rank = int(os.environ.get("RANK", 0))
     step = trainer.Trainer.train_step

@@ -141,7 +141,7 @@ def parts(value: Any) -> Iterator[bytes]:
     elif isinstance(value, (list, tuple)):
         for member in value:
             yield from parts(member)
-    else:
+    elif not isinstance(value, str):
         yield repr(value.value if isinstance(value, enum.Enum) else value).encode()
 
 

@@ -117,7 +117,7 @@ def go(config: Config, *, samples: int, steps: int = 1 << 62, pause: float = 0.0
             (batch,) = loader.next_step()
             first = first if done else fetcher.waited_seconds
             digest.update(batch.token_ids_BS.numpy().tobytes())
-            for group in batch.images:
+            for group in batch.media:
                 digest.update(group.values.numpy().tobytes())
             drawn, done = drawn + loader.reading.samples, done + 1
             time.sleep(pause)

@@ -115,8 +115,8 @@ zero=false
 if { wanted step-zero || wanted quickstart-train; } && has deepspeed && "$PYTHON" -c 'import deepspeed' >>"$LOG" 2>&1; then zero=true; fi
 
 # Sizes, on a GPU and tiny.
-sources="[{name: digits, shards: $DATA/digits/train/*.tar, share: 0.8}, "
-sources+="{name: python-docs, shards: $DATA/text/train/*.tar, share: 0.2}]"
+sources="[{name: digits, shards: $DATA/digits/train/*.tar, weight: 0.8}, "
+sources+="{name: python-docs, shards: $DATA/text/train/*.tar, weight: 0.2}]"
 validation="[{name: digits, shards: $DATA/digits/validation/*.tar}, "
 validation+="{name: python-docs, shards: $DATA/text/validation/*.tar}]"
 training=("run.dir=$RUN" "data.tokenizer=$DATA/tokenizer.model" "data.sources=$sources" "data.validation=$validation")

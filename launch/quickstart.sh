@@ -99,7 +99,7 @@ printf '  %s\n' "${timings[@]}"
 cat <<END
 
 Report    $ROOT/$RUN/report.html
-Images  $ROOT/$IMAGES
+Images    $ROOT/$IMAGES
 Metrics   $ROOT/$RUN/metrics.json
 Model     $ROOT/$MODEL   (.venv/bin/transfusion sample $MODEL --prompt "a handwritten five" --out images)
 END

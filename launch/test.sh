@@ -5,10 +5,12 @@ set -euo pipefail
 
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-ensure_venv all,test,oracles
+ensure_venv all,test,oracles,docs
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
+# The site of docs/ in build/site: every link and every docstring. Its theme's advertisement is left out.
+NO_MKDOCS_2_WARNING=1 "$PYTHON" -m mkdocs build --strict
 # Two at a time, the tests of a file in one process: many wait for processes that they started.
 "$PYTHON" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

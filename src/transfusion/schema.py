@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from transfusion_kernels import IntervalMask
 
 # Image losses are also reported by timestep: this many equal buckets over [0, diffusion.steps).
 TIMESTEP_BUCKETS = 10
+
+
+# What the values of an image are.
+Kind = Literal["pixels", "latents", "tokens"]
 
 
 class Modality(enum.IntEnum):
@@ -59,11 +63,11 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageGroup:
-    """All images of a batch that share one shape. Never empty: a rank without images carries one of weight 0.
+class MediaGroup:
+    """All images of a batch that share one kind and one shape.
 
-    values: uint8 pixels [I, C, H, W] (or float latents of that layout, or int32 tokens [I, H, W]); the codec
-        turns them into latents or tokens.
+    kind, values: "pixels" uint8 [I, C, H, W], which the codec turns into what the network reads; or that already,
+        "latents" fp32 [I, C, H, W] or "tokens" int32 [I, H, W].
     image_weight_I: float32, 1 for a real image, 0 for one that only keeps every rank's work alike.
     patch_slot_IP: int64, flat positions (row * S + position) of its patches, row-major over the image.
     timestep_I: int64 in [0, diffusion.steps); one noise level an image.
@@ -71,6 +75,7 @@ class ImageGroup:
     """
 
     modality: Modality
+    kind: Kind
     values: Tensor
     image_weight_I: Tensor
     patch_slot_IP: Tensor
@@ -114,8 +119,9 @@ class Batch:
 
     token_ids_BS: int64. modality_BS: uint8 (`Modality`). position_BSA: int64, A = 1 (running position in
     its document) or 3 (running position, patch row, patch column). target_ids_BS: int64, the next token.
-    text_weight_BS: float32, 1 where the next token is learned, else 0. mask: who sees whom.
-    routes: only where ranks share rows; then S is a slice of the mask's positions (`parallel.sequence`).
+    text_weight_BS: float32, 1 where the next token is learned, else 0. mask: who sees whom. media: never empty, so
+    that every rank does the same work; without images one of weight 0.
+    routes: only where ranks share rows; then S is a slice of the mask's positions (`parallel.ulysses`).
     """
 
     token_ids_BS: Tensor
@@ -124,7 +130,7 @@ class Batch:
     target_ids_BS: Tensor
     text_weight_BS: Tensor
     mask: IntervalMask
-    images: tuple[ImageGroup, ...]
+    media: tuple[MediaGroup, ...]
     counts: BatchCounts
     routes: PatchRoutes | None = None
 
@@ -143,7 +149,7 @@ def _move(value: Any, device: torch.device) -> Any:
         return pinned.to(device, non_blocking=True)
     if isinstance(value, tuple):
         return tuple(_move(item, device) for item in value)
-    if isinstance(value, Batch | ImageGroup | PatchRoutes):
+    if isinstance(value, Batch | MediaGroup | PatchRoutes):
         return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
     return value
 

@@ -15,7 +15,7 @@ from transfusion.codec import pixels
 from transfusion.config import Config
 from transfusion.parallel.counts import GlobalCounts, global_counts
 from transfusion.parallel.engine import Engine
-from transfusion.schema import Batch, BatchCounts, ImageGroup, LossTerms, Modality, SpecialToken, StepResult
+from transfusion.schema import Batch, BatchCounts, LossTerms, MediaGroup, Modality, SpecialToken, StepResult
 from transfusion_kernels import IntervalMask
 
 VOCABULARY = 64
@@ -93,8 +93,9 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
     images = sum(map(len, slots.values()))
     nothing = {1: [torch.arange(PATCHES)]}
     groups = tuple(
-        ImageGroup(
+        MediaGroup(
             modality=Modality.IMAGE,
+            kind="pixels",
             values=torch.randint(
                 0, 256, (len(same), 1, side, times * side), generator=random, dtype=torch.uint8
             ),
@@ -112,7 +113,7 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
         target_ids_BS=token.roll(-1, dims=1),
         text_weight_BS=weight,
         mask=IntervalMask.from_spans(start_of, image_end, length=length),
-        images=_two_kinds(*groups) if content == "two kinds" else groups,
+        media=_two_kinds(*groups) if content == "two kinds" else groups,
         counts=BatchCounts(
             tokens=int(length.sum()),
             text_targets=int(weight.sum()),
@@ -131,20 +132,20 @@ def _document(content: Content, row: int) -> Document:
     return words, {"text": (), "little text": (), "wide": (2,)}.get(content, (1,))
 
 
-def _two_kinds(group: ImageGroup) -> tuple[ImageGroup, ImageGroup]:
+def _two_kinds(group: MediaGroup) -> tuple[MediaGroup, MediaGroup]:
     """The first image as float latents, the others as they are."""
     fields = ("values", "image_weight_I", "patch_slot_IP", "timestep_I", "noise_key_I")
     first, others = (
         replace(group, **{name: getattr(group, name)[part] for name in fields})
         for part in (slice(1), slice(1, None))
     )
-    return replace(first, values=pixels.encode(first.values)), others
+    return replace(first, kind="latents", values=pixels.encode(first.values)), others
 
 
 def join_rows(first: Batch, second: Batch) -> Batch:
     """One batch with the rows of both."""
     offset = first.token_ids_BS.numel()
-    groups = (first.images[0], second.images[0])
+    groups = (first.media[0], second.media[0])
     fields = ("values", "image_weight_I", "timestep_I", "noise_key_I")
     group = replace(
         groups[0],
@@ -159,16 +160,16 @@ def join_rows(first: Batch, second: Batch) -> Batch:
         first,
         **{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in fields},
         mask=IntervalMask(first_key, end_key),
-        images=(group,),
+        media=(group,),
         counts=first.counts + second.counts,
     )
 
 
 def with_broken_image(batch: Batch) -> Batch:
     """The same batch with an image of NaN."""
-    group = batch.images[0]
+    group = batch.media[0]
     values = torch.full(group.values.shape, float("nan"))
-    return replace(batch, images=(replace(group, values=values),))
+    return replace(batch, media=(replace(group, kind="latents", values=values),))
 
 
 def train_step(

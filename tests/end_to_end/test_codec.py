@@ -29,9 +29,9 @@ MODEL = (
     "  sources: [{name: images, shards: latents/*.tar}]\n"
     "  validation: [{name: images, shards: data/validation/*.tar}]\n"
     "  sequence_length: 64\n"
-    "  rows: 2\n"
+    "  global_batch_size: 2\n"
     "train: {steps: 2, threads: 1, precision: fp32}\n"
-    "sample: {per_prompt: 1, steps: 2}\n"
+    "sample_grid: {per_prompt: 1, steps: 2}\n"
 )
 
 

@@ -102,7 +102,7 @@ def test_evaluation_and_report(workplace: Any, trained: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", ["generation", "data", "kernels"])
+@pytest.mark.parametrize("document", ["guides/generation", "guides/data", "guides/kernel"])
 def test_the_python_of_the_documents_runs(
     document: str, workplace: Any, trained: str, tmp_path: Path
 ) -> None:

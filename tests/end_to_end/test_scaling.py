@@ -1,4 +1,4 @@
-"""A grid run, gone on with, fitted and drawn, by the commands of docs/experiments.md."""
+"""A grid run, gone on with, fitted and drawn, by the commands of docs/guides/experiments.md."""
 
 from __future__ import annotations
 

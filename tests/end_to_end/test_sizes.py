@@ -14,19 +14,19 @@ from transfusion.observe.metrics import read_metrics
 from .conftest import Command
 
 MODEL = (
-    "model: {layers: 2, width: 64, heads: 2, patch_size: 4, position: 2d}\n"
+    "model: {layers: 2, hidden_size: 64, heads: 2, patch_size: 4, position: 2d}\n"
     "codec: {channels: 3, image_sizes: [16x16, 16x32, 32x16]}\n"
     "data:\n"
     "  tokenizer: tokenizer.model\n"
     "  sources: [{name: images, shards: data/train/*.tar}]\n"
     "  sequence_length: 128\n"
-    "  rows: 4\n"
+    "  global_batch_size: 4\n"
     "  caption_first: 0.9\n"
     "optimizer: {learning_rate: 2.0e-3, warmup_steps: 5, ema_decay: 0}\n"
-    "diffusion: {objective: flow}\n"
+    "diffusion: {prediction: flow}\n"
     "train: {steps: 150, threads: 1, precision: fp32}\n"
     "log: {every: 10}\n"
-    "sample: {prompts: [wide red], sizes: [16x32, 32x16], steps: 3}\n"
+    "sample_grid: {prompts: [wide red], sizes: [16x32, 32x16], steps: 3}\n"
 )
 SHAPES = {"wide red": (40, 20), "tall blue": (20, 42), "even green": (24, 25)}
 

@@ -44,5 +44,7 @@ def test_sentences_are_short_and_whole(page: Path) -> None:
 
 def test_what_reads_badly_is_found() -> None:
     assert complaints("A " + "very " * MAX_WORDS + "long one.") and complaints("One; two; three.")
-    fine = "One idea.\n\n- `a; b` is code\n- [so](is;not) this\n\n| a; b |\n\n```\na; b; c\n```\n\nNothing more."
+    fine = (
+        "One idea.\n\n- `a; b` is code\n- [so](is;not) this\n\n| a; b |\n\n```\na; b; c\n```\n\nNothing more."
+    )
     assert complaints(fine) == [] and len(sentences(fine)) == 4

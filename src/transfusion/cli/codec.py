@@ -1,4 +1,4 @@
-"""`transfusion codec ...`: train an autoencoder, judge it, fetch one, and write its latents into shards."""
+"""`transfusion codec ...`: train an autoencoder, measure it, fetch one, and write its latents into shards."""
 
 from __future__ import annotations
 

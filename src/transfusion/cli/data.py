@@ -96,7 +96,7 @@ def index_shards(
         Path | None, typer.Option(help="for token lengths, which training needs; a config names its own")
     ] = None,
     verify: Annotated[
-        Literal["none", "sha256"], typer.Option(help="see sources.0.verify; a config names its own")
+        Literal["none", "sha256"], typer.Option(help="see data.sources.0.verify; a config names its own")
     ] = "none",
     max_bad_fraction: Annotated[
         float | None, typer.Option(min=0, max=1, help="share of bad samples past which the exit code is 3")

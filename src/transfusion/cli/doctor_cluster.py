@@ -14,7 +14,7 @@ from transfusion.parallel.environment import Environment
 
 # Names and times of files come from the machines' clocks; make, tar and object stores compare them.
 MAX_SKEW = 1.0
-# Below it gathers of ZeRO-3 take longer than the computation they feed (docs/distributed.md).
+# Below it gathers of ZeRO-3 take longer than the computation they feed (docs/reference/distributed.md).
 MIN_GPU_GB_S = 5.0
 EXIT_UNFIT = 2
 

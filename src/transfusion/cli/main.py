@@ -136,7 +136,7 @@ def train(
     from transfusion.config import load_config
 
     resolved = load_config(config, overrides or [])
-    from transfusion.train.trainer import train as run
+    from transfusion.training.trainer import train as run
 
     raise typer.Exit(run(resolved))
 
@@ -255,7 +255,9 @@ def evaluate(
     classifier: Annotated[
         Path | None, typer.Option(help="for the suite images: a file of `transfusion classifier`")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="exit with 3 when a figure misses its bar")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="exit with 3 when a figure misses its threshold")
+    ] = False,
 ) -> None:
     """Measure a model on its validation data; writes metrics.json."""
     from transfusion.evaluate.suites.run import run_suites
@@ -276,7 +278,7 @@ def classifier(
     overrides: Overrides = None,
     epochs: Annotated[int, typer.Option(min=1)] = 8,
 ) -> None:
-    """Train the small network that judges drawn images in `eval --suite images`, on the training images."""
+    """Train the small network that rates generated images in `eval --suite images`, on the training images."""
     from transfusion.config import load_config
     from transfusion.evaluate.metrics.classifier import save_classifier, train_from_config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from transfusion.codec.autoencoder import KLCodec
-from transfusion.codec.interface import Codec, TokenCodec
+from transfusion.codec.interface import Codec, encoded
 from transfusion.codec.networks import Network, load_network
 from transfusion.codec.pixels import PixelCodec
 from transfusion.codec.quantised import VQCodec
@@ -15,34 +15,19 @@ from transfusion.config import CodecConfig
 from transfusion.config.codec_folder import codec_fingerprint, read_facts
 from transfusion.errors import UserError
 
-__all__ = ["Codec", "TokenCodec", "open_any_codec", "open_codec", "open_token_codec"]
+__all__ = ["Codec", "encoded", "open_codec"]
 
 
 def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec:
-    """The codec of latents that the configuration names.
+    """The codec that the configuration names.
 
-    Raises UserError for one of tokens, and for a folder that is not as it was when the configuration was made, or
-    that lacks weights.
+    Raises UserError for a folder that is not as it was when the configuration was made, or that lacks weights.
     """
     if config.kind == "pixels":
         return PixelCodec()
     if config.kind == "vq":
-        raise UserError(
-            "codec.kind=vq makes tokens, and the diffusion objective learns latents: set codec.kind to kl or pixels"
-        )
+        return VQCodec(_network(config), device)
     return KLCodec(_network(config), config.scale or (1.0,), config.shift or (0.0,), device)
-
-
-def open_token_codec(config: CodecConfig, device: torch.device | str = "cpu") -> TokenCodec:
-    """The codec of tokens that the configuration names. Raises UserError as `open_codec` does."""
-    if config.kind != "vq":
-        raise UserError(f"codec.kind={config.kind} makes latents, and tokens are needed: set codec.kind=vq")
-    return VQCodec(_network(config), device)
-
-
-def open_any_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec | TokenCodec:
-    """The codec that the configuration names, of tokens for kind vq. Raises UserError as `open_codec` does."""
-    return open_token_codec(config, device) if config.kind == "vq" else open_codec(config, device)
 
 
 def _network(config: CodecConfig) -> Network:

@@ -5,38 +5,45 @@ I images, C channels of the latents, H/W height and width of images, h/w of late
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
 
+from transfusion.schema import MediaGroup
 
-@runtime_checkable
+
 class Codec(Protocol):
-    """Images to latents and back. Frozen: it has no gradient and is no part of the network that is trained.
+    """Images to what the network reads, and back. Frozen: it has no gradient and is no part of what is trained.
 
-    bound: latents lie in [-bound, bound]; None: anywhere.
+    What the network reads are latents, fp32 [I, C, h, w] of about unit variance, or tokens, int64 [I, h, w] in
+    [0, codebook_size).
     """
 
-    bound: float | None
+    @property
+    def codebook_size(self) -> int:
+        """Entries of the codebook; 0 for latents."""
+
+    @property
+    def bound(self) -> float | None:
+        """Latents lie in [-bound, bound]; None: anywhere."""
 
     def encode(self, values_ICHW: Tensor) -> Tensor:
-        """uint8 images to fp32 latents [I, C, h, w] of about unit variance; floats are latents already."""
+        """uint8 images [I, C, H, W] to latents or tokens."""
 
-    def decode(self, latent_IChw: Tensor) -> Tensor:
-        """Latents to uint8 images [I, *, H, W]."""
+    def decode(self, encoded: Tensor) -> Tensor:
+        """Latents or tokens to uint8 images [I, C, H, W]."""
 
-    def as_context(self, latent_IChw: Tensor) -> Tensor:
-        """Drawn latents as they are read again: what `encode` takes, uint8 or float."""
+    def as_context(self, drawn: Tensor) -> Tensor:
+        """Drawn latents or tokens as the network reads them again: those of the image that was made of them."""
 
 
-@runtime_checkable
-class TokenCodec(Protocol):
-    """Images to tokens of a codebook with `codebook_size` entries, and back."""
+def encoded(group: MediaGroup, codec: Codec | None) -> Tensor:
+    """The latents or tokens of a group of images, which were stored or are made now.
 
-    codebook_size: int
-
-    def tokens(self, values_ICHW: Tensor) -> Tensor:
-        """uint8 images to int64 tokens [I, h, w] in [0, codebook_size); integers of three axes are tokens already."""
-
-    def decode(self, token_Ihw: Tensor) -> Tensor:
-        """Tokens to uint8 images [I, *, H, W]."""
+    Raises ValueError for pixels without a codec.
+    """
+    if group.kind == "pixels":
+        if codec is None:
+            raise ValueError("a batch of pixels needs the configuration's codec")
+        return codec.encode(group.values)
+    return group.values.long() if group.kind == "tokens" else group.values.float()

@@ -10,9 +10,7 @@ from torch import Tensor
 
 
 def encode(pixels_ICHW: Tensor) -> Tensor:
-    """uint8 pixels to fp32 latents in [-1, 1]; floats are latents already."""
-    if pixels_ICHW.is_floating_point():
-        return pixels_ICHW.float()
+    """uint8 pixels to fp32 latents in [-1, 1]."""
     return pixels_ICHW.float() / 127.5 - 1.0
 
 
@@ -24,7 +22,11 @@ def decode(latent_ICHW: Tensor) -> Tensor:
 class PixelCodec:
     """See `interface.Codec`. Drawn latents are read again as the image that they became."""
 
-    bound: float | None = 1.0
+    codebook_size, bound = 0, 1.0
     encode = staticmethod(encode)
     decode = staticmethod(decode)
-    as_context = staticmethod(decode)
+
+    @staticmethod
+    def as_context(latent_ICHW: Tensor) -> Tensor:
+        """The latents of the rounded pixels."""
+        return encode(decode(latent_ICHW))

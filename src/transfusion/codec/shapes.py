@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 
 from transfusion.config import CodecConfig
-from transfusion.schema import ImageGroup
+from transfusion.schema import MediaGroup
 
 
-def latent_shape(group: ImageGroup, codec: CodecConfig | None) -> tuple[int, int, int]:
+def latent_shape(group: MediaGroup, codec: CodecConfig | None) -> tuple[int, int, int]:
     """[C, H, W] of the latents of each image of the group, known before it is encoded; codec None: pixels."""
-    if group.values.dim() == 3:
-        # Tokens. Their codec knows how deep its codes are; nothing here asks.
+    if group.kind == "tokens":
+        # Their codec knows how deep its codes are; nothing here asks.
         return 1, *group.values.shape[1:]
     _, channels, height, width = group.values.shape
-    if codec is not None and not group.values.is_floating_point():
+    if codec is not None and group.kind == "pixels":
         return codec.latent_shape(height, width)
     return channels, height, width
 
 
-def image_elements(group: ImageGroup, codec: CodecConfig | None) -> int:
+def image_elements(group: MediaGroup, codec: CodecConfig | None) -> int:
     """What each image of the group has of the image loss: numbers of its latents, or tokens."""
     shape = latent_shape(group, codec)
     return math.prod(shape[1:]) if codec is not None and codec.kind == "vq" else math.prod(shape)

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from transfusion.codec import open_codec, open_token_codec
+from transfusion.codec import open_codec
 from transfusion.config import CodecConfig
 from transfusion.data.images.decode import decode_fitting, decode_to
 from transfusion.data.images.latents import (
@@ -79,7 +79,7 @@ def encode_shards(
     latents of another codec or image size.
     """
     device = str(find_device(device))
-    open_token_codec(codec) if codec.kind == "vq" else open_codec(codec)
+    open_codec(codec)
     sources = [path for path in expand(shards) if path.suffix == ".tar"]
     _refuse(codec, sources, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -99,12 +99,10 @@ def encode_shards(
 
 def encoder(codec: CodecConfig, device: str = "cpu") -> Encoder:
     """To float16 latents [I, C, h, w], or tokens [I, h, w] in as few bytes as hold them."""
+    opened, stored = open_codec(codec, device), "float16"
     if codec.kind == "vq":
-        tokens = open_token_codec(codec, device)
-        kind = np.uint16 if codec.codebook_size <= 1 << 16 else np.int32
-        return lambda values: tokens.tokens(values.to(device)).cpu().numpy().astype(kind)
-    latents = open_codec(codec, device)
-    return lambda values: latents.encode(values.to(device)).cpu().numpy().astype(np.float16)
+        stored = "uint16" if codec.codebook_size <= 1 << 16 else "int32"
+    return lambda values: opened.encode(values.to(device)).cpu().numpy().astype(stored)
 
 
 def encode_shard(encode: Encoder, codec: CodecConfig, source: Path, target: Path) -> LatentRecord:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from transfusion.codec import open_codec, open_token_codec
+from transfusion.codec import open_codec
 from transfusion.codec_train import codebook
 from transfusion.codec_train.images import ImageSet
 from transfusion.codec_train.measure import psnr
@@ -48,7 +48,7 @@ class Reconstruction(NamedTuple):
     def describe(self) -> list[str]:
         """A line for each figure."""
         lines = [
-            f"images   {self.images}",
+            f"images     {self.images}",
             f"PSNR       {self.psnr:.2f} dB, mean of the images (deviation {self.psnr_deviation:.2f})",
             f"SSIM       {self.ssim:.4f}",
             "rFID       "
@@ -170,17 +170,15 @@ def _measure(
 
 def _round_trip(codec: CodecConfig, device: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """(images there and back, how often each entry of the codebook was chosen so far)"""
-    if codec.kind != "vq":
-        latents = open_codec(codec, device)
-        return lambda real_ICHW: latents.decode(latents.encode(real_ICHW.to(device))).cpu(), torch.zeros(0)
-    tokens, chosen_K = open_token_codec(codec, device), torch.zeros(codec.codebook_size)
+    opened, chosen_K = open_codec(codec, device), torch.zeros(codec.codebook_size)
 
-    def through_tokens(real_ICHW: Tensor) -> Tensor:
-        token_Ihw = tokens.tokens(real_ICHW.to(device))
-        chosen_K.add_(torch.bincount(token_Ihw.flatten().cpu(), minlength=codec.codebook_size))
-        return tokens.decode(token_Ihw).cpu()
+    def there_and_back(real_ICHW: Tensor) -> Tensor:
+        encoded = opened.encode(real_ICHW.to(device))
+        if codec.codebook_size:
+            chosen_K.add_(torch.bincount(encoded.flatten().cpu(), minlength=codec.codebook_size))
+        return opened.decode(encoded).cpu()
 
-    return through_tokens, chosen_K
+    return there_and_back, chosen_K
 
 
 def _feature_network(weights: Path, device: str) -> Callable[[Tensor], Tensor]:

@@ -323,7 +323,7 @@ class CodecTrainer:
         start_logging(self.folder)
 
     def write_codec(self) -> Path:
-        """RUN/codec: the averaged network, its latents measured; RUN/codec.json: how it came about."""
+        """RUN/codec: the averaged network, its latents measured; RUN/codec/codec.json: how it came about."""
         out = self.folder.path / CODEC
         unfinished = out.with_name(f"{CODEC}.{os.getpid()}{UNFINISHED}")
         with self.averaged() as network:

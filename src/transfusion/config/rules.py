@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from transfusion.config.families import FAMILY_SETTINGS
 from transfusion.config.objectives import SAMPLERS
 from transfusion.config.sections import (
     CodecConfig,
@@ -15,21 +16,15 @@ from transfusion.config.sections import (
 )
 from transfusion.sequence.sizes import MAX_ASPECT, ImageSizes, Size
 
-# The recipe of the Chameleon baseline (paper, section 4.2 and appendix; Chameleon, section 2.3).
-CHAMELEON_DEFAULTS: dict[str, dict[str, Any]] = {
-    "model": {"qk_norm": True, "norm_placement": "post", "image_attention": "causal", "patch_size": 1},
-    "train": {"z_loss": 1e-5},
-    "optimizer": {"learning_rate": 1e-4},
-}
-
 
 def with_family_defaults(values: Any) -> Any:
     """Plain values with what a family's recipe has otherwise than the defaults, where they do not say."""
     model = values.get("model") if isinstance(values, dict) else None
-    if not isinstance(model, dict) or model.get("family") != "chameleon":
+    family = FAMILY_SETTINGS.get(model.get("family", "")) if isinstance(model, dict) else None
+    if family is None:
         return values
     filled = dict(values)
-    for section, defaults in CHAMELEON_DEFAULTS.items():
+    for section, defaults in family.defaults.items():
         given = filled.get(section, {})
         if isinstance(given, dict):
             filled[section] = {**defaults, **given}
@@ -38,25 +33,24 @@ def with_family_defaults(values: Any) -> Any:
 
 def family_problems(model: ModelConfig, codec: CodecConfig, train: TrainConfig) -> list[str]:
     """What a family of models cannot do."""
-    if model.family == "transfusion":
-        if codec.kind != "vq":
-            return []
-        return ["codec.kind=vq makes tokens, and model.family=transfusion learns latents: set codec.kind=kl"]
-    needed = (("patch_size", 1), ("image_attention", "causal"))
+    name = f"model.family={model.family}"
+    family = FAMILY_SETTINGS.get(model.family)
+    if family is None:
+        return [f"{name} does not exist; choose {' or '.join(FAMILY_SETTINGS)}"]
     problems = [
-        f"model.{name} must be {value} for model.family=chameleon, which reads one token a latent pixel in turn"
-        for name, value in needed
-        if getattr(model, name) != value
+        f"model.{key} must be {value} for {name}, {family.why}"
+        for key, value in family.needs.items()
+        if getattr(model, key) != value
     ]
-    if train.sequence_parallel > 1:
+    if train.sequence_parallel > 1 and not family.shares_rows:
+        others = " or ".join(other for other, settings in FAMILY_SETTINGS.items() if settings.shares_rows)
         problems.append(
-            f"train.sequence_parallel={train.sequence_parallel} is for model.family=transfusion; set it to 1"
+            f"train.sequence_parallel={train.sequence_parallel} is for model.family={others}; set it to 1"
         )
-    if codec.kind != "vq":
-        problems.append(
-            f"model.family=chameleon needs tokens, and codec.kind={codec.kind} makes latents:"
-            " set codec.kind=vq"
-        )
+    if codec.kind == "vq" and family.reads == "latents":
+        problems.append(f"codec.kind=vq makes tokens, and {name} learns latents: set codec.kind=kl")
+    if codec.kind != "vq" and family.reads == "tokens":
+        problems.append(f"{name} needs tokens, and codec.kind={codec.kind} makes latents: set codec.kind=vq")
     return problems
 
 
@@ -83,7 +77,9 @@ def size_problems(
             )
     for text in sample.sizes:
         if Size.parse(text) not in codec.sizes:
-            problems.append(f"sample.sizes: {text} is no size of this model's images; choose {sizes.named()}")
+            problems.append(
+                f"sample_grid.sizes: {text} is no size of this model's images; choose {sizes.named()}"
+            )
     return problems
 
 
@@ -93,15 +89,15 @@ def sampling_problems(sample: SampleGridConfig, diffusion: DiffusionConfig, data
     fitting = SAMPLERS[diffusion.prediction]
     if sample.sampler not in ("auto", *fitting):
         problems.append(
-            f"sample.sampler={sample.sampler} cannot draw with diffusion.prediction={diffusion.prediction};"
+            f"sample_grid.sampler={sample.sampler} cannot draw with diffusion.prediction={diffusion.prediction};"
             f" choose {' or '.join(fitting)}"
         )
     if sample.prompts and sample.steps > diffusion.steps:
-        problems.append(f"sample.steps {sample.steps} must not exceed diffusion.steps {diffusion.steps}")
+        problems.append(f"sample_grid.steps {sample.steps} must not exceed diffusion.steps {diffusion.steps}")
     if sample.prompts and sample.guidance != 1 and data.caption_dropout == 0:
         problems.append(
-            f"sample.guidance {sample.guidance:g} needs an unconditional branch, which data.caption_dropout=0"
-            " does not train; set sample.guidance=1"
+            f"sample_grid.guidance {sample.guidance:g} needs an unconditional branch, which data.caption_dropout=0"
+            " does not train; set sample_grid.guidance=1"
         )
     return problems
 

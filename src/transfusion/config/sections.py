@@ -93,7 +93,7 @@ class ModelConfig(Section):
         0,
         description="rows of the embedding; 0: as many as the tokenizer has, and one for each further image size",
     )
-    family: Literal["transfusion", "chameleon"] = Field(
+    family: str = Field(
         "transfusion",
         description="transfusion: images are latents; chameleon: tokens of a codebook, with that model's own defaults",
     )

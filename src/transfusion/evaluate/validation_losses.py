@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from transfusion.codec import Codec, TokenCodec
+from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.data.loading.validation import EvaluationLoader
-from transfusion.losses.build import build_loss
+from transfusion.families.build import build_loss
 from transfusion.schema import LossTerms
 
 
@@ -18,7 +18,7 @@ def validation_losses(
     loader: EvaluationLoader,
     config: Config,
     device: torch.device,
-    codec: Codec | TokenCodec | None = None,
+    codec: Codec | None = None,
 ) -> LossTerms:
     """This rank's loss sums over its share of the validation data; every rank runs the same number of forwards.
 

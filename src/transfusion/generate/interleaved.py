@@ -14,11 +14,11 @@ from torch import Tensor
 
 from transfusion.config import DiffusionConfig
 from transfusion.errors import UserError
-from transfusion.generate.cache import KeyValueCache
-from transfusion.generate.image_diffusion import ImageSampling
-from transfusion.generate.image_generation import draw_images
-from transfusion.generate.runner import ModelRunner
-from transfusion.generate.text_sampling import TextSampling, mask_logits, sample_token
+from transfusion.families import ImageGenerator
+from transfusion.inference.cache import KeyValueCache
+from transfusion.inference.image_diffusion import ImageSampling
+from transfusion.inference.runner import ModelRunner
+from transfusion.inference.text_sampling import TextSampling, mask_logits, sample_token
 from transfusion.schema import Segment, SpecialToken, TextSegment
 from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer
@@ -74,12 +74,13 @@ class InterleavedGenerator:
         runner: ModelRunner,
         tokenizer: Tokenizer,
         diffusion: DiffusionConfig,
+        draw: ImageGenerator,
         *,
         text: TextSampling,
         image: ImageSampling,
         limits: Limits,
     ) -> None:
-        self.runner, self.tokenizer, self.diffusion = runner, tokenizer, diffusion
+        self.runner, self.tokenizer, self.diffusion, self.draw = runner, tokenizer, diffusion, draw
         self.text, self.image, self.limits = text, image, limits
         # Of drawn images, by what begins them.
         self._size_by_begin_token = {
@@ -181,15 +182,17 @@ class InterleavedGenerator:
             self.image.seed + row.number + row.images * _IMAGE_KEY_STRIDE
             for row in (rows[place] for place in waiting)
         ]
-        drawn = draw_images(self.runner, cache, waiting, keys, image, self.diffusion)
-        for place, pixels_CHW in zip(waiting, drawn.pixels_ICHW.cpu(), strict=True):
+        drawn = self.draw(self.runner, cache, waiting, keys, image, self.diffusion)
+        codec = self.runner.codec
+        for place, pixels_CHW in zip(waiting, codec.decode(drawn).cpu(), strict=True):
             row = rows[place]
             row.parts.append(pixels_CHW)
             row.images += 1
             room = cache.lengths[place] + self.runner.sizes.patches(size) + 1 < self.limits.length
             row.phase = _Phase.DECODING if room else _Phase.DONE
         view = cache.view(waiting)
-        state_BD[waiting] = self.runner.read(view, self.runner.image_block(drawn.as_context, view.lengths))
+        block = self.runner.image_block(codec.as_context(drawn), view.lengths, size)
+        state_BD[waiting] = self.runner.read(view, block)
 
     def _answer(self, row: _Row) -> list[Part]:
         return [part if isinstance(part, Tensor) else self.tokenizer.decode(part) for part in row.parts]

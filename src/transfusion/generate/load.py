@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from transfusion.checkpoint.export import ModelFolder
 from transfusion.errors import UserError
-from transfusion.model import FAMILIES, Network
+from transfusion.families.build import family_of
+from transfusion.model.backbone import Backbone
 from transfusion.sequence.tokenizer import Tokenizer
 
 Weights = Literal["auto", "raw", "ema"]
 
 
-def load_model(found: ModelFolder, weights: Weights, tokenizer: Tokenizer, device: torch.device) -> Network:
+def load_model(found: ModelFolder, weights: Weights, tokenizer: Tokenizer, device: torch.device) -> Backbone:
     """The network, for inference only: on CUDA in the precision it was trained in, elsewhere in fp32.
 
     Raises UserError where the folder's files do not belong together.
@@ -30,7 +31,7 @@ def load_model(found: ModelFolder, weights: Weights, tokenizer: Tokenizer, devic
             f"{found.tokenizer} has {tokenizer.vocabulary} pieces, its model knows {vocabulary}; export again"
         )
     with torch.device("meta"):
-        model = FAMILIES[config.model.family](config.model, config.codec)
+        model = family_of(config).network(config.model, config.codec)
     try:
         model.load_state_dict(load_file(path), assign=True)
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from transfusion.checkpoint.export import read_export
-from transfusion.codec import Codec, TokenCodec, open_any_codec
+from transfusion.codec import Codec, open_codec
 from transfusion.config import Config, SampleGridConfig
 from transfusion.config.objectives import GRID_SAMPLER, SamplerName
 from transfusion.errors import UserError
-from transfusion.generate import image_diffusion, text_sampling
-from transfusion.generate.image_diffusion import ImageSampling
-from transfusion.generate.image_generation import draw_images
+from transfusion.families.build import family_of
 from transfusion.generate.interleaved import InterleavedGenerator, Limits, Part
 from transfusion.generate.load import Weights, load_model
-from transfusion.generate.runner import ModelRunner
-from transfusion.generate.text_sampling import TextSampling
-from transfusion.model import Network
+from transfusion.inference import image_diffusion, text_sampling
+from transfusion.inference.image_diffusion import ImageSampling
+from transfusion.inference.runner import ModelRunner
+from transfusion.inference.text_sampling import TextSampling
+from transfusion.model.backbone import Backbone
 from transfusion.parallel.environment import find_device
 from transfusion.schema import TextSegment
 from transfusion.sequence.layout import Layout
@@ -50,16 +50,16 @@ class Pipeline:
 
     def __init__(
         self,
-        model: Network,
+        model: Backbone,
         tokenizer: Tokenizer,
         config: Config,
         device: torch.device | str,
-        codec: Codec | TokenCodec | None = None,
+        codec: Codec | None = None,
     ) -> None:
         """codec: that of `config.codec`, where it is open already."""
         config = config.with_vocabulary(tokenizer.vocabulary)
-        self.tokenizer, self.config = tokenizer, config
-        codec = open_any_codec(config.codec, device) if codec is None else codec
+        self.tokenizer, self.config, self.family = tokenizer, config, family_of(config)
+        codec = open_codec(config.codec, device) if codec is None else codec
         self.runner = ModelRunner(model, config, torch.device(device), codec)
 
     @classmethod
@@ -187,7 +187,13 @@ class Pipeline:
             self._check_parts(prompt)
         limits = Limits(tokens=max_tokens, images=max_images, length=self.config.data.sequence_length)
         generator = InterleavedGenerator(
-            self.runner, self.tokenizer, self.config.diffusion, text=text, image=image, limits=limits
+            self.runner,
+            self.tokenizer,
+            self.config.diffusion,
+            self.family.draw,
+            text=text,
+            image=image,
+            limits=limits,
         )
         answers: list[list[Part]] = []
         for start in range(0, len(prompts), batch):
@@ -208,8 +214,8 @@ class Pipeline:
             cache = self.runner.cache(len(distinct), max(counts))
             self.runner.read(cache.view(), self.runner.prefix_block(layouts, counts))
             rows = [distinct.index(prompt) for prompt in part]
-            made = draw_images(self.runner, cache, rows, keys, sampling, self.config.diffusion)
-            images = made.pixels_ICHW.cpu()
+            encoded = self.family.draw(self.runner, cache, rows, keys, sampling, self.config.diffusion)
+            images = self.runner.codec.decode(encoded).cpu()
             drawn += [SampledImage(*item) for item in zip(images, part, keys, strict=True)]
         return drawn
 

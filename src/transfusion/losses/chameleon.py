@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from transfusion.codec import TokenCodec
+from transfusion.codec import Codec, encoded
+from transfusion.losses.loss import ratio
 from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
 
 
 class ChameleonLoss:
     """Next-token loss of one batch over the tokens of texts and of images alike, as sums and counts."""
 
-    def __init__(self, codec: TokenCodec) -> None:
-        """codec: of the images in the batches. It stays outside of what is trained."""
+    def __init__(self, codec: Codec | None) -> None:
+        """codec: of the images in the batches; None: they are tokens. It stays outside of what is trained."""
         self.codec = codec
 
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
@@ -21,10 +22,10 @@ class ChameleonLoss:
 
         The gradient of both sums is that of text_sum; the z-loss is in it and in no sum. No noise, so no buckets.
         """
-        tokens = [self.codec.tokens(group.values) for group in batch.images]
+        tokens = [encoded(group, self.codec) for group in batch.media]
         output = model(batch, tokens)
         image_count = torch.stack(
-            [group.image_weight_I.sum() * group.patch_slot_IP.shape[1] for group in batch.images]
+            [group.image_weight_I.sum() * group.patch_slot_IP.shape[1] for group in batch.media]
         ).sum()
         nothing_K = torch.zeros(TIMESTEP_BUCKETS, device=batch.token_ids_BS.device)
         # In value the text's part, in gradient the whole.
@@ -36,3 +37,7 @@ class ChameleonLoss:
     def combine(self, terms: LossTerms, text_count: Tensor, image_count: Tensor) -> Tensor:
         """The loss: the mean over all tokens of the given (global) counts; a count of zero gives zero, not NaN."""
         return (terms.text_sum + terms.image_sum) / (text_count + image_count).clamp(min=1.0)
+
+    def mean(self, text_sum: float, text_count: float, image_sum: float, image_count: float) -> float:
+        """See `Loss.mean`."""
+        return ratio(text_sum + image_sum, text_count + image_count) or 0.0

@@ -3,11 +3,4 @@
 from transfusion.model.chameleon import Chameleon
 from transfusion.model.transformer import ModelOutput, Transfusion
 
-Network = Transfusion | Chameleon
-# By `model.family`.
-FAMILIES: dict[str, type[Transfusion] | type[Chameleon]] = {
-    "transfusion": Transfusion,
-    "chameleon": Chameleon,
-}
-
-__all__ = ["FAMILIES", "ModelOutput", "Network", "Transfusion"]
+__all__ = ["Chameleon", "ModelOutput", "Transfusion"]

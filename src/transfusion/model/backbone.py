@@ -32,6 +32,10 @@ class Backbone(nn.Module):
     norm: nn.RMSNorm
     lm_head: TextHead
 
+    def read_images(self, encoded: Sequence[Tensor]) -> Tensor:
+        """What the codec made of images, a tensor for each shape, as context to read: [N, D], in order."""
+        raise NotImplementedError
+
     def at_their_places(self, patch_ND: Tensor, grids: Sequence[Grid], at: int | None = None) -> Tensor:
         """Patches, or image tokens, told where in their images they stand; see `PatchPosition.forward`."""
         return patch_ND if self.patch_position is None else self.patch_position(patch_ND, grids, at)

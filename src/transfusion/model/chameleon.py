@@ -73,7 +73,7 @@ class Chameleon(Backbone):
         A token of an image is predicted at the position before it, the first one at <BOI>. An image of weight 0,
         which stands alone in a batch without images, is neither read nor predicted.
         """
-        slot_N = torch.cat([group.patch_slot_IP.flatten() for group in batch.images])
+        slot_N = torch.cat([group.patch_slot_IP.flatten() for group in batch.media])
         image_id_N = self.image_ids(torch.cat([token_Ihw.flatten() for token_Ihw in tokens]))
         grids = [Grid(*token_Ihw.shape) for token_Ihw in tokens]
         if not batch.counts.images:
@@ -94,6 +94,11 @@ class Chameleon(Backbone):
         total, nats_N = self.lm_head(flat[source_N], target_N, each=True)
         return TokenOutput(total, nats_N[:texts].sum(), nats_N[texts:].sum())
 
+    def read_images(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Tokens, a tensor [I, h, w] for each shape, as context to read: embeddings [N, D], in order."""
+        id_N = self.image_ids(torch.cat([token_Ihw.flatten() for token_Ihw in tokens]))
+        return self.at_their_places(self.embedding(id_N), [Grid(*token_Ihw.shape) for token_Ihw in tokens])
+
     def image_ids(self, tokens: Tensor) -> Tensor:
-        """Ids of image tokens."""
+        """Ids of image tokens, which stand behind those of the text."""
         return tokens + self.config.vocabulary

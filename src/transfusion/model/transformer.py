@@ -29,6 +29,10 @@ PATCHERS: dict[str, tuple[type[PatchEncoder | UNetEncoder], type[PatchDecoder | 
 }
 
 
+# Finished and prompted images are read as what they are: the least noise that training knows.
+CLEAN_TIMESTEP = 0
+
+
 class ModelOutput(NamedTuple):
     """text_sum: fp32 nats summed over the text targets. prediction_NE: of all patches, group after group.
 
@@ -81,7 +85,7 @@ class Transfusion(Backbone):
         noisy: for each image group its noised latents [I, C, H, W]. Every branch runs on every rank, with
         weight 0 where a rank has nothing for it, so that all ranks gather the same parameters.
         """
-        encoding = self.encode_patches(noisy, torch.cat([group.timestep_I for group in batch.images]))
+        encoding = self.encode_patches(noisy, torch.cat([group.timestep_I for group in batch.media]))
         hidden_BSD = self.run_blocks(self.embed(batch, encoding.patch_ND), batch.position_BSA, batch.mask)
         flat = self.norm(hidden_BSD).flatten(0, 1)
         # The count is known on the host, so nothing waits for the device to tell it.
@@ -99,7 +103,7 @@ class Transfusion(Backbone):
         weight_N1 = torch.cat(
             [
                 group.image_weight_I[:, None].expand_as(group.patch_slot_IP).reshape(-1, 1)
-                for group in batch.images
+                for group in batch.media
             ]
         )
         # Adding, where slots hold zero, leaves the slots of an image of weight 0 as they are.
@@ -129,8 +133,14 @@ class Transfusion(Backbone):
         patch_ND, *skips = self._recomputed(self.patch_encoder, patch_NE, timestep_I, grids)
         return Encoding(self.at_their_places(patch_ND, grids), timestep_I, grids, tuple(skips))
 
+    def read_images(self, latents: Sequence[Tensor]) -> Tensor:
+        """Clean latents, a tensor [I, C, H, W] for each shape, as context to read: patches [N, D], in order."""
+        images = sum(map(len, latents))
+        clean_I = torch.full((images,), CLEAN_TIMESTEP, device=latents[0].device)
+        return self.encode_patches(latents, clean_I).patch_ND
+
     def decode_patches(self, state_ND: Tensor, encoding: Encoding) -> Tensor:
-        """Final states of the patches to their predicted values [N, E]; `patches.unpatchify_groups` makes images of them."""
+        """Final states of the patches to their predicted values [N, E]. See `patches.unpatchify_groups`."""
         predicted_NE: Tensor = self._recomputed(
             self.patch_decoder, state_ND, encoding.timestep_I, encoding.grids, encoding.skips
         )
@@ -149,4 +159,4 @@ class Transfusion(Backbone):
 
 def _slots(batch: Batch) -> Tensor:
     """Where the patches of all images stand: flat positions [N], group after group."""
-    return torch.cat([group.patch_slot_IP.flatten() for group in batch.images])
+    return torch.cat([group.patch_slot_IP.flatten() for group in batch.media])

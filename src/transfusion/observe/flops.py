@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.codec.shapes import latent_shape
 from transfusion.config import CodecConfig, Config
-from transfusion.model import FAMILIES, Network, Transfusion
+from transfusion.families.build import family_of
+from transfusion.model.backbone import Backbone
 from transfusion.schema import Batch
 
 
@@ -94,7 +94,7 @@ class Workload:
                 ImageLoad(
                     latent_shape(group, codec), int(group.image_weight_I.sum()), len(group.image_weight_I)
                 )
-                for group in batch.images
+                for group in batch.media
             ),
         )
 
@@ -103,8 +103,9 @@ class FlopModel:
     """Operations of a configuration's network for any workload. `config.model.vocabulary` must be set."""
 
     def __init__(self, config: Config) -> None:
+        self._family = family_of(config)
         with torch.device("meta"):
-            self._model: Network = FAMILIES[config.model.family](config.model, config.codec)
+            self._model = self._family.network(config.model, config.codec)
         model = config.model
         self.pair = model.heads * model.head_dim * model.layers
         self.blocks = _matrices(self._model.blocks)
@@ -121,7 +122,8 @@ class FlopModel:
         real = sum(self.image_operations(each.shape) * each.real for each in load.images)
         again = self.recomputes == "block"
         carried = sum(self.image_operations(each.shape, again) * each.carried for each in load.images)
-        head = 6 * self.lm_head * (load.text_targets + self._image_targets(load))
+        of_images = sum(each.real * self._family.head_targets(each.shape) for each in load.images)
+        head = 6 * self.lm_head * (load.text_targets + of_images)
         scores = 14 if self.recomputes == "none" else 18
         return Work(
             exact=Operations(6 * self.blocks * load.tokens + head + real, 12 * self.pair * load.pairs),
@@ -134,35 +136,19 @@ class FlopModel:
             ),
         )
 
-    def _image_targets(self, load: Workload) -> int:
-        """Image tokens that the text head predicts."""
-        if isinstance(self._model, Transfusion):
-            return 0
-        return sum(each.real * each.shape[1] * each.shape[2] for each in load.images)
-
     def of(self, batches: Sequence[Batch]) -> Work:
         """Of some micro-batches that are still on the host."""
         return sum((self.work(Workload.of(batch, self.codec)) for batch in batches), Work())
 
     def image_operations(self, shape: tuple[int, int, int], recomputes: bool = False) -> int:
-        """Forward and backward through patch encoder and decoder, for one image [C, H, W]: counted, not derived.
-
-        What a U-Net attends to inside of an image is counted with the products. Image tokens take none.
-        """
+        """Forward and backward through what encodes and decodes one image of latents [C, H, W]."""
         key = (shape, recomputes)
-        if not isinstance(self._model, Transfusion):
-            return 0
         if key not in self._images:
-            self._model.recomputes_blocks = recomputes
-            with FlopCounterMode(display=False) as counter:
-                noisy = torch.zeros(1, *shape, device="meta")
-                encoding = self._model.encode_patches([noisy], torch.zeros(1, device="meta").long())
-                self._model.decode_patches(encoding.patch_ND, encoding).sum().backward()
-            self._images[key] = counter.get_total_flops()
+            self._images[key] = self._family.image_operations(self._model, shape, recomputes)
         return self._images[key]
 
 
-def _recomputed(model: Network, what: str) -> int:
+def _recomputed(model: Backbone, what: str) -> int:
     """Elements of the blocks' matrices that multiply once more in the backward pass.
 
     Recomputation ends once all saved tensors are there again: the last product of what is recomputed is not made.

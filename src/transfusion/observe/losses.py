@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from transfusion.config import Config
+from transfusion.losses.loss import Loss, ratio
 from transfusion.parallel.collectives import group_device
 from transfusion.schema import LossTerms
 
@@ -30,10 +30,11 @@ class MeanLosses:
 
     @classmethod
     def over_ranks(
-        cls, parts: Sequence[LossTerms], config: Config, extra_sums: Sequence[float] = (), *, images: int = 0
+        cls, parts: Sequence[LossTerms], loss: Loss, extra_sums: Sequence[float] = (), *, images: int = 0
     ) -> MeanLosses:
         """Add up the parts of all ranks, in one collective; all ranks get the same answer.
 
+        loss: what the parts are of.
         extra_sums: other figures to be added up over the ranks on the way, as many on each. images: of this rank.
         """
         summed = functools.reduce(LossTerms.plus, (part.double() for part in parts))
@@ -46,21 +47,11 @@ class MeanLosses:
         split = len(rest) - len(figures)
         buckets, (*sums, all_images) = rest[:split], rest[split:]
         half = len(buckets) // 2
-        text, image = _ratio(text_sum, text_count), _ratio(image_sum, image_count)
-        if config.model.family == "chameleon":
-            # All tokens are alike.
-            total = _ratio(text_sum + image_sum, text_count + image_count) or 0.0
-        else:
-            total = (text or 0.0) + config.diffusion.image_loss_weight * (image or 0.0)
         return cls(
-            text=text,
-            image=image,
-            total=total,
-            image_by_timestep=[_ratio(a, b) for a, b in zip(buckets[:half], buckets[half:], strict=True)],
+            text=ratio(text_sum, text_count),
+            image=ratio(image_sum, image_count),
+            total=loss.mean(text_sum, text_count, image_sum, image_count),
+            image_by_timestep=[ratio(a, b) for a, b in zip(buckets[:half], buckets[half:], strict=True)],
             images=int(all_images),
             extra_sums=sums,
         )
-
-
-def _ratio(total: float, count: float) -> float | None:
-    return total / count if count else None

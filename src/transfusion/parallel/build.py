@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from transfusion.codec import Codec, TokenCodec
+from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.parallel.collectives import raise_together
@@ -15,7 +15,7 @@ from transfusion.parallel.ulysses import refuse_unshared
 from transfusion_kernels import dispatch
 
 
-def build_engine(config: Config, environment: Environment, codec: Codec | TokenCodec | None = None) -> Engine:
+def build_engine(config: Config, environment: Environment, codec: Codec | None = None) -> Engine:
     """The engine that `train.engine` names, with freshly initialised weights.
 
     auto: ZeRO with more than one process or on a GPU, else local. `config.model.vocabulary` must be set.

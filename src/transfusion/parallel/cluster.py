@@ -21,7 +21,7 @@ from transfusion.files import atomic_write_text
 from transfusion.parallel.collectives import broadcast_from_main, gather, group_device
 from transfusion.parallel.environment import Environment
 
-PACKAGES = ("transfusion", "torch", "deepspeed", "triton", "numpy", "safetensors", "sentencepiece")
+PACKAGES = ("transfusion-mm", "torch", "deepspeed", "triton", "numpy", "safetensors", "sentencepiece")
 # Bytes that each rank puts in.
 SIZES = (1 << 20, 1 << 24, 1 << 27)
 SIZES_ON_CPU = (1 << 16, 1 << 20, 1 << 23)

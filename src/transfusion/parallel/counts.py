@@ -37,7 +37,7 @@ def global_counts(batches: Sequence[Batch], codec: CodecConfig | None = None) ->
         [
             group.image_weight_I.sum(dtype=torch.float64) * image_elements(group, codec)
             for batch in batches
-            for group in batch.images
+            for group in batch.media
         ]
     ).sum()
     counts = torch.stack([text, image])

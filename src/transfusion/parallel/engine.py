@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 import torch
 
 from transfusion.config import Config
-from transfusion.model import Network
+from transfusion.losses.loss import Loss
+from transfusion.model.backbone import Backbone
 from transfusion.parallel.counts import GlobalCounts
 from transfusion.parallel.parameter_shards import Shard
 from transfusion.parallel.step_result import PendingResult
@@ -26,6 +27,7 @@ class Engine(Protocol):
     """
 
     config: Config
+    loss: Loss
     device: torch.device
     rank: int
     world_size: int
@@ -49,7 +51,7 @@ class Engine(Protocol):
         max_norm: skip too where the global norm is greater. module_norms: tell the norm of each module.
         """
 
-    def evaluation(self, weights: Weights) -> AbstractContextManager[Network]:
+    def evaluation(self, weights: Weights) -> AbstractContextManager[Backbone]:
         """The network for forward passes without gradients, in eval mode, with raw or averaged weights.
 
         Every rank runs equally many forwards of equal parts, not under `torch.inference_mode`: ZeRO keeps

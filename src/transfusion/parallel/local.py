@@ -9,12 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from transfusion.codec import Codec, TokenCodec
+from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.losses.build import build_loss, training_loss
-from transfusion.model import Network
-from transfusion.model.build import build_model, compile_blocks
+from transfusion.families.build import build_loss, build_model
+from transfusion.losses.loss import training_loss
+from transfusion.model.backbone import Backbone
+from transfusion.model.compilation import compile_blocks
 from transfusion.model.initialise import initialise
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
@@ -37,9 +38,7 @@ from transfusion.schema import Batch, LossTerms
 class LocalEngine:
     """AdamW on fp32 weights; with bf16, the network runs on a low-precision copy of them."""
 
-    def __init__(
-        self, config: Config, environment: Environment, codec: Codec | TokenCodec | None = None
-    ) -> None:
+    def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
         self.config = config
         self.device, self.rank, self.world_size = environment.device, 0, 1
         self.sequence, self._count = SequenceGroup(), UpdateCount()
@@ -108,7 +107,7 @@ class LocalEngine:
         return PendingResult(norm, skipped, norms)
 
     @contextmanager
-    def evaluation(self, weights: Weights) -> Iterator[Network]:
+    def evaluation(self, weights: Weights) -> Iterator[Backbone]:
         """See `Engine.evaluation`."""
         if weights == "ema" and not self.averages:
             raise UserError("no moving average is kept: set optimizer.ema_decay, or evaluate the raw weights")

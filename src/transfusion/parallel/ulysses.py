@@ -23,7 +23,7 @@ from torch import Tensor
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.model.attention import Attend, PlainAttention
-from transfusion.schema import Batch, BatchCounts, ImageGroup, Modality, PatchRoutes
+from transfusion.schema import Batch, BatchCounts, MediaGroup, Modality, PatchRoutes
 from transfusion_kernels import IntervalMask
 
 # A custom operator takes no process groups, so it is told their names.
@@ -81,7 +81,7 @@ class SequenceGroup:
         part = slice(self.rank * width, (self.rank + 1) * width)
         names = ("token_ids_BS", "modality_BS", "position_BSA", "target_ids_BS", "text_weight_BS")
         sliced = {name: getattr(batch, name)[:, part].contiguous() for name in names}
-        images, routes = self._images(batch.images, positions)
+        images, routes = self._images(batch.media, positions)
         real = int((sliced["modality_BS"] != Modality.PADDING).sum())
         counts = BatchCounts(
             tokens=real,
@@ -91,7 +91,7 @@ class SequenceGroup:
             padding=sliced["modality_BS"].numel() - real,
             faults=batch.counts.faults if self.rank == 0 else 0,
         )
-        return replace(batch, **sliced, images=images, routes=routes, counts=counts)
+        return replace(batch, **sliced, media=images, routes=routes, counts=counts)
 
     def attention(self, backend: str) -> UlyssesAttention:
         """See `Sharing.attention`."""
@@ -119,12 +119,12 @@ class SequenceGroup:
         return _all_to_all(x_R, ones, ones, self.name)
 
     def _images(
-        self, groups: Sequence[ImageGroup], positions: int
-    ) -> tuple[tuple[ImageGroup, ...], PatchRoutes]:
+        self, groups: Sequence[MediaGroup], positions: int
+    ) -> tuple[tuple[MediaGroup, ...], PatchRoutes]:
         """Deal the images out in turn, so that all ranks have as many; a rank without any gets one of weight 0."""
         width = positions // self.degree
         owners, slots = [], []
-        mine: list[ImageGroup] = []
+        mine: list[MediaGroup] = []
         dealt = 0
         for group in groups:
             real = group.image_weight_I > 0
@@ -163,7 +163,7 @@ class SequenceGroup:
     def _refuse_other_rows(self, batch: Batch) -> None:
         """Ranks with different rows would wait for each other in vain, or learn nonsense."""
         digest = 0
-        for tensor in (batch.token_ids_BS, *(group.noise_key_I for group in batch.images)):
+        for tensor in (batch.token_ids_BS, *(group.noise_key_I for group in batch.media)):
             digest = zlib.crc32(tensor.numpy().tobytes(), digest)
         digests: list[Any] = [None] * self.degree
         dist.all_gather_object(digests, (batch.token_ids_BS.shape[0], digest), group=_groups[self.name])
@@ -173,7 +173,7 @@ class SequenceGroup:
             )
 
 
-def _choose(group: ImageGroup, chosen_I: Tensor) -> ImageGroup:
+def _choose(group: MediaGroup, chosen_I: Tensor) -> MediaGroup:
     names = ("values", "image_weight_I", "patch_slot_IP", "timestep_I", "noise_key_I")
     return replace(group, **{name: getattr(group, name)[chosen_I] for name in names})
 

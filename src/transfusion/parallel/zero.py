@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfusion.codec import Codec, TokenCodec
+from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.losses.build import build_loss, training_loss
-from transfusion.model import Network
-from transfusion.model.build import build_model, compile_blocks
+from transfusion.families.build import build_loss, build_model
+from transfusion.losses.loss import training_loss
+from transfusion.model.backbone import Backbone
+from transfusion.model.compilation import compile_blocks
 from transfusion.model.initialise import initial_value
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
@@ -40,9 +41,7 @@ from transfusion.schema import Batch, LossTerms
 class ZeroEngine:
     """ZeRO stage 1, 2 or 3. All state that trains lies in a few flat fp32 tensors a rank, `self.flats`."""
 
-    def __init__(
-        self, config: Config, environment: Environment, codec: Codec | TokenCodec | None = None
-    ) -> None:
+    def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
         deepspeed = import_deepspeed()
         join_group(environment)
         self.config = config
@@ -115,7 +114,7 @@ class ZeroEngine:
         return PendingResult(norm, skipped, norms)
 
     @contextmanager
-    def evaluation(self, weights: Weights) -> Iterator[Network]:
+    def evaluation(self, weights: Weights) -> Iterator[Backbone]:
         """See `Engine.evaluation`; averages and weights are swapped shard by shard, nothing is gathered."""
         if weights == "ema" and not self.averages:
             raise UserError("no moving average is kept: set optimizer.ema_decay, or evaluate the raw weights")
@@ -150,7 +149,7 @@ class ZeroEngine:
         groups.set_updates(self.adamw, updates)
         self._refresh()
 
-    def _wrap(self, deepspeed: Any, described: dict[str, nn.Parameter]) -> Network:
+    def _wrap(self, deepspeed: Any, described: dict[str, nn.Parameter]) -> Backbone:
         """Build the network and AdamW and hand both to DeepSpeed; `described` gives every parameter's shape."""
         cuda = self.device.type == "cuda"
         settings = deepspeed_config(self.config, world_size=self.world_size, cuda=cuda)

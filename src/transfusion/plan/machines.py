@@ -1,6 +1,6 @@
 """GPUs and the network between them: the inputs of every prediction, each published, cited or assumed.
 
-`docs/scaling.md` names the source of each figure. None was measured here.
+`docs/reference/planning.md` names the source of each figure. None was measured here.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from transfusion.config import Config
-from transfusion.model.build import build_model
+from transfusion.families.build import build_model
 
 VOCABULARY_OF_THE_PAPER = 32_000
 

@@ -20,10 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transfusion.config import Config
-from transfusion.losses.build import build_loss
-from transfusion.model.build import build_model
+from transfusion.families.build import build_loss, build_model
 from transfusion.observe.flops import ImageLoad, Workload
-from transfusion.schema import Batch, BatchCounts, ImageGroup, Modality
+from transfusion.schema import Batch, BatchCounts, Kind, MediaGroup, Modality
 from transfusion.sequence.layout import position_axes
 from transfusion_kernels import IntervalMask
 
@@ -152,8 +151,7 @@ def _run(
     with torch.device("meta"):
         model = build_model(config).to(dtype)
     # Made before: its tables are kept for the whole process, and must hold values.
-    is_tokens = config.model.family == "chameleon"
-    loss = build_loss(config, _NothingEncoded() if is_tokens else None)
+    loss = build_loss(config, None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
         if on_gpu:
@@ -172,18 +170,6 @@ def _run(
     return Trace(live.peak, live.working, live.traffic, live.operators, accumulates)
 
 
-class _NothingEncoded:
-    """In the place of a codec of tokens: as many as there are latents, which were made before training."""
-
-    codebook_size = 1
-
-    def tokens(self, values_ICHW: Tensor) -> Tensor:
-        return values_ICHW[:, 0].long()
-
-    def decode(self, token_Ihw: Tensor) -> Tensor:
-        raise NotImplementedError("nothing is drawn while memory is counted")
-
-
 def fake_batch(config: Config, load: Workload) -> Batch:
     """A batch of the shapes of `load`, to be made under FakeTensorMode."""
     rows = max(1, load.positions // config.data.sequence_length)
@@ -195,7 +181,7 @@ def fake_batch(config: Config, load: Workload) -> Batch:
         target_ids_BS=torch.zeros(row, dtype=torch.int64),
         text_weight_BS=torch.zeros(row),
         mask=IntervalMask(torch.zeros(row, dtype=torch.int32), torch.zeros(row, dtype=torch.int32)),
-        images=tuple(_fake_group(config, each) for each in load.images),
+        media=tuple(_fake_group(config, each) for each in load.images),
         counts=BatchCounts(
             tokens=load.tokens,
             text_targets=load.text_targets,
@@ -206,14 +192,19 @@ def fake_batch(config: Config, load: Workload) -> Batch:
     )
 
 
-def _fake_group(config: Config, load: ImageLoad) -> ImageGroup:
+def _fake_group(config: Config, load: ImageLoad) -> MediaGroup:
     """Pixels, or the latents that an autoencoder has made of them before training."""
     images, (_, height, width) = load.carried, load.shape
     patches = height * width // config.model.patch_size**2
-    made = torch.uint8 if config.codec.kind == "pixels" else torch.float32
-    return ImageGroup(
+    # Latents and tokens were made before training.
+    kinds: dict[str, Kind] = {"pixels": "pixels", "kl": "latents", "vq": "tokens"}
+    kind = kinds[config.codec.kind]
+    types = {"pixels": torch.uint8, "latents": torch.float32, "tokens": torch.int32}
+    shape = (images, height, width) if kind == "tokens" else (images, *load.shape)
+    return MediaGroup(
         modality=Modality.IMAGE,
-        values=torch.zeros(images, *load.shape, dtype=made),
+        kind=kind,
+        values=torch.zeros(shape, dtype=types[kind]),
         image_weight_I=torch.zeros(images),
         patch_slot_IP=torch.zeros(images, patches, dtype=torch.int64),
         timestep_I=torch.zeros(images, dtype=torch.int64),

@@ -23,14 +23,17 @@ from transfusion.parallel.zero import ZeroEngine
 class Levels:
     """A codec of tokens: each square of 2 x 2 grey pixels is its mean in 16 levels."""
 
-    codebook_size = 16
+    codebook_size, bound = 16, None
 
-    def tokens(self, values_ICHW: torch.Tensor) -> torch.Tensor:
+    def encode(self, values_ICHW: torch.Tensor) -> torch.Tensor:
         return (torch.nn.functional.avg_pool2d(values_ICHW.float(), 2)[:, 0] / 16).long()
 
     def decode(self, token_Ihw: torch.Tensor) -> torch.Tensor:
         wide = token_Ihw.repeat_interleave(2, 1).repeat_interleave(2, 2)
         return (wide * 16 + 8).to(torch.uint8)[:, None]
+
+    def as_context(self, token_Ihw: torch.Tensor) -> torch.Tensor:
+        return token_Ihw
 
 
 def chameleon(here: Environment) -> dict[str, Any]:

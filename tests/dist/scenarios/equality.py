@@ -29,7 +29,7 @@ from scenarios.common import (
     stream_batches,
     whole_weights,
 )
-from transfusion.codec import Codec, TokenCodec
+from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.optim import groups
 from transfusion.parallel.counts import global_counts
@@ -81,7 +81,7 @@ def equals_local(
     here: Environment,
     reference: Config | None = None,
     steps: int = len(STREAM),
-    codec: Codec | TokenCodec | None = None,
+    codec: Codec | None = None,
     stream: Stream = STREAM,
     accumulation: int = 1,
 ) -> dict[str, Any]:

@@ -44,14 +44,14 @@ def padding_alone(batch: Batch) -> Batch:
     """The batch of a rank whose share of the validation documents has run out."""
     everywhere = batch.token_ids_BS.shape
     bound = torch.zeros(everywhere, dtype=torch.int32)
-    group = batch.images[0]
+    group = batch.media[0]
     return replace(
         batch,
         token_ids_BS=torch.zeros_like(batch.token_ids_BS),
         modality_BS=torch.full(everywhere, Modality.PADDING, dtype=torch.uint8),
         text_weight_BS=torch.zeros(everywhere),
         mask=IntervalMask(bound, bound),
-        images=(replace(group, image_weight_I=torch.zeros_like(group.image_weight_I)),),
+        media=(replace(group, image_weight_I=torch.zeros_like(group.image_weight_I)),),
         counts=BatchCounts(
             tokens=0, text_targets=0, images=0, image_elements=0, padding=batch.token_ids_BS.numel()
         ),

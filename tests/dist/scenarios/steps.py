@@ -108,12 +108,12 @@ def evaluation(config: Config, here: Environment) -> dict[str, Any]:
                 abs(float(terms.text_sum / wanted.text_sum) - 1),
                 abs(float(terms.image_sum / wanted.image_sum) - 1),
             )
-            noisy = [torch.zeros(batch.images[0].values.shape)]
+            noisy = [torch.zeros(batch.media[0].values.shape)]
             for _ in range(3):
-                encoding = model.encode_patches(noisy, batch.images[0].timestep_I)
+                encoding = model.encode_patches(noisy, batch.media[0].timestep_I)
                 hidden = model.embed(batch, encoding.patch_ND)
                 hidden = model.norm(model.run_blocks(hidden, batch.position_BSA, batch.mask))
-                slots = batch.images[0].patch_slot_IP.flatten()
+                slots = batch.media[0].patch_slot_IP.flatten()
                 model.decode_patches(hidden.flatten(0, 1)[slots], encoding)
                 model.lm_head(hidden.flatten(0, 1))
         found[f"{weights} state untouched"] = same_state(before, state_of(engine))

@@ -22,16 +22,17 @@ TOKENS = 16
 class Squares:
     """Each square of 2 x 2 grey pixels is a token: its mean in 16 levels."""
 
-    codebook_size = CODES
+    codebook_size, bound = CODES, None
 
-    def tokens(self, values_ICHW: Tensor) -> Tensor:
-        if values_ICHW.dim() == 3:
-            return values_ICHW.long()
+    def encode(self, values_ICHW: Tensor) -> Tensor:
         return (torch.nn.functional.avg_pool2d(values_ICHW.float(), 2)[:, 0] / 16).long().clamp(max=15)
 
     def decode(self, token_Ihw: Tensor) -> Tensor:
         wide = token_Ihw.repeat_interleave(2, 1).repeat_interleave(2, 2)
         return (wide * 16 + 8).to(torch.uint8)[:, None]
+
+    def as_context(self, token_Ihw: Tensor) -> Tensor:
+        return token_Ihw
 
 
 def flat_image(seed: int) -> Tensor:

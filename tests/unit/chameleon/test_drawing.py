@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transfusion.config import Config
 from transfusion.generate import Pipeline
-from transfusion.generate.image_tokens import choose_token
+from transfusion.inference.image_tokens import choose_token
 from transfusion.model import Chameleon
 from transfusion.model.patches import Grid
 from transfusion.schema import ImageSegment, Segment, SpecialToken, TextSegment
@@ -114,7 +114,7 @@ def test_images_behind_images_and_text_behind_them(build: Build, tokenizer: Any)
     head = model.lm_head
     original = head.weight.detach().clone()
     given = flat_image(7)
-    known = Squares().tokens(given[None]).flatten().tolist()
+    known = Squares().encode(given[None]).flatten().tolist()
     prompt_ids = tuple(tokenizer.encode("one"))
     answer = None
     # A head that begins an image after the prompt: <BOI> has the prompt's own state as its row.

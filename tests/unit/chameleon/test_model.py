@@ -14,11 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transfusion.config import CodecConfig, Config
 from transfusion.config.checking import check
 from transfusion.errors import UserError
+from transfusion.families.build import build_loss, build_model
 from transfusion.generate import Pipeline
-from transfusion.losses.build import build_loss
 from transfusion.losses.chameleon import ChameleonLoss
 from transfusion.model import Chameleon, Transfusion
-from transfusion.model.build import build_model
 from transfusion.model.embedding import rotary_angles
 from transfusion.model.patches import Grid
 from transfusion.observe.flops import FlopModel
@@ -48,8 +47,8 @@ def pairs(pack: Any, config: Config) -> Batch:
 def ids_of(batch: Batch, config: Config) -> Tensor:
     """Token ids of the rows with the images' own in their places, made one by one."""
     ids = batch.token_ids_BS.clone()
-    for group in batch.images:
-        for image, slots in zip(Squares().tokens(group.values), group.patch_slot_IP, strict=True):
+    for group in batch.media:
+        for image, slots in zip(Squares().encode(group.values), group.patch_slot_IP, strict=True):
             for token, slot in zip(image.flatten().tolist(), slots.tolist(), strict=True):
                 ids.view(-1)[slot] = config.model.vocabulary + token
     return ids
@@ -58,7 +57,7 @@ def ids_of(batch: Batch, config: Config) -> Tensor:
 def embedded(model: Chameleon, ids: Tensor, batch: Batch) -> Tensor:
     """Embeddings of the rows, with the tokens of images at their places."""
     hidden_BSD = model.embedding(ids)
-    slots = batch.images[0].patch_slot_IP
+    slots = batch.media[0].patch_slot_IP
     flat = hidden_BSD.flatten(0, 1)
     image_ND = model.at_their_places(flat[slots.flatten()], [Grid(len(slots), 4, 4)])
     return flat.index_copy(0, slots.flatten(), image_ND).view_as(hidden_BSD)
@@ -110,7 +109,7 @@ def test_a_token_reaches_no_earlier_position(build: Build, pack: Any) -> None:
     batch = pairs(pack, config)
     ids = ids_of(batch, config)
     changed = ids.clone()
-    place = int(batch.images[0].patch_slot_IP[0, 7])
+    place = int(batch.media[0].patch_slot_IP[0, 7])
     changed[0, place] = config.model.vocabulary + (ids[0, place] - config.model.vocabulary + 1) % 16
     one, other = (
         model.run_blocks(model.embedding(each), batch.position_BSA, batch.mask) for each in (ids, changed)
@@ -203,11 +202,10 @@ def test_what_does_not_fit_the_family_is_refused_at_once() -> None:
         check(values_of(model={"family": "transfusion", "patch_size": 1}))
 
 
-def test_a_loss_without_its_codec_is_a_mistake() -> None:
-    with pytest.raises(ValueError, match="codec of tokens"):
-        build_loss(Config.model_validate(values_of()), None)
-    with pytest.raises(ValueError, match="codec of latents"):
-        build_loss(Config(), Squares())
+def test_a_loss_without_its_codec_is_a_mistake(build: Build, pack: Any) -> None:
+    config, model = build()
+    with pytest.raises(ValueError, match="needs the configuration's codec"):
+        build_loss(config, None).terms(model, pairs(pack, config))
 
 
 def test_operations_are_those_that_torch_counts(build: Build, pack: Any) -> None:

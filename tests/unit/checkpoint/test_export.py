@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transfusion.checkpoint.export import export, read_export
 from transfusion.checkpoint.save import save
 from transfusion.errors import UserError
-from transfusion.model.build import build_model
+from transfusion.families.build import build_model
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.schema import TrainState

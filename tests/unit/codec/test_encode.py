@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from transfusion.codec import open_codec, open_token_codec
+from transfusion.codec import encoded, open_codec
 from transfusion.codec_train import encode as encoding
 from transfusion.codec_train.encode import encode_shards
 from transfusion.config import CodecConfig, Config
@@ -61,11 +61,11 @@ def test_tokens_stand_beside_their_images(
     shards: Path, vq_folder: Path, settings: Settings, tmp_path: Path
 ) -> None:
     encode_shards(settings(vq_folder), [f"{shards}/00000.tar"], tmp_path / "out")
-    after, codec = members(tmp_path / "out"), open_token_codec(settings(vq_folder))
+    after, codec = members(tmp_path / "out"), open_codec(settings(vq_folder))
     image = decode(after["000000003.png"], channels=3, image_size=16)
     stored = np.load(io.BytesIO(after["000000003.tokens.npy"]))
     assert stored.dtype == np.uint16 and stored.shape == (4, 4)
-    assert np.array_equal(stored, codec.tokens(torch.from_numpy(image)[None])[0].numpy())
+    assert np.array_equal(stored, codec.encode(torch.from_numpy(image)[None])[0].numpy())
 
 
 def test_a_killed_encoding_goes_on(
@@ -165,7 +165,7 @@ def test_latents_of_another_codec_are_refused(
     config, out = settings(kl_folder), tmp_path / "out"
     encode_shards(config, [f"{shards}/0000[01].tar"], out)
     with loader(config, out, tokenizer) as mine:
-        groups = {group.values.dtype: group for batch in mine.next_step() for group in batch.images}
+        groups = {group.values.dtype: group for batch in mine.next_step() for group in batch.media}
     assert groups[torch.float32].values.shape[1:] == (4, 4, 4)
     rescaled = settings(kl_folder, scale=[2.0])
     for other, told in (
@@ -187,12 +187,12 @@ def test_tokens_stand_in_the_place_of_their_images(
     """A Chameleon's batches from tokens are those from images, encoded; another codec's are refused."""
     config, out = settings(vq_folder), tmp_path / "out"
     encode_shards(config, [f"{shards}/0000[01].tar"], out)
-    codec = open_token_codec(config)
+    codec = open_codec(config)
     found = []
     for folder in (shards, out):
         with loader(config, folder, tokenizer, family="chameleon") as mine:
             batches = mine.next_step()
-        groups = [group for batch in batches for group in batch.images]
+        groups = [group for batch in batches for group in batch.media]
         found.append(groups)
         assert global_counts(batches, config).image == 16 * sum(len(group.values) for group in groups)
     images, tokens = found
@@ -201,7 +201,7 @@ def test_tokens_stand_in_the_place_of_their_images(
     assert tokens[0].values.shape[1:] == (4, 4)
     for one, other in zip(images, tokens, strict=True):
         assert torch.equal(one.patch_slot_IP, other.patch_slot_IP)
-        assert torch.equal(codec.tokens(one.values), codec.tokens(other.values))
+        assert torch.equal(encoded(one, codec), encoded(other, codec))
     fewer = config.model_copy(update={"codebook_size": int(max(group.values.max() for group in tokens))})
     with loader(fewer, out, tokenizer, family="chameleon") as mine:
         assert sum(batch.counts.faults for batch in mine.next_step()) > 0
@@ -258,7 +258,7 @@ def test_latents_of_several_sizes(
         np.testing.assert_allclose(latent, alone, rtol=5e-3, atol=5e-3)
     with loader(config, tmp_path / "out", tokenizer) as opened:
         (batch,) = opened.next_step()
-        assert sorted(tuple(group.values.shape[1:]) for group in batch.images) == sorted(latent_shapes)
+        assert sorted(tuple(group.values.shape[1:]) for group in batch.media) == sorted(latent_shapes)
     for others in (["16x16"], ["16x16", "16x32", "32x32"]):
         other = settings(kl_folder, image_sizes=others)
         with pytest.raises(

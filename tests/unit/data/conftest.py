@@ -84,7 +84,7 @@ def rows_of() -> Callable[[Sequence[Batch]], list[list[torch.Tensor]]]:
         ]
         length = batch.token_ids_BS.shape[1]
         found = [tensor[number] for tensor in tensors]
-        for group in batch.images:
+        for group in batch.media:
             real = group.image_weight_I > 0
             here = (group.patch_slot_IP[:, 0] // length == number) & real
             fields = (

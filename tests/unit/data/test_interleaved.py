@@ -112,7 +112,8 @@ def test_an_image_that_cannot_be_had_silences_its_document(
     )
     lengths = [len(lay_out(index.segments(sample)[0])) for sample in range(2)]
     plan = tuple(
-        DocumentSpan(0, 0, sample, 0, length, int(Variant.INTERLEAVED)) for sample, length in enumerate(lengths)
+        DocumentSpan(0, 0, sample, 0, length, int(Variant.INTERLEAVED))
+        for sample, length in enumerate(lengths)
     )
     row = RowBuilder([index], RowSettings.of(config)).build(plan)
     assert not row.images and not row.text_weight_S.any() and (row.modality_S == Modality.PADDING).all()
@@ -128,12 +129,12 @@ def test_batches_hold_every_kind(config: Config, tokenizer: Tokenizer) -> None:
             for batch in loader.next_step():
                 batch.mask.validate()
                 assert batch.counts.faults == 0
-                for group in batch.images:
+                for group in batch.media:
                     seen.add(group.values.dtype)
                     # Patches stand where the groups say, each once.
                     slots = group.patch_slot_IP.flatten()
                     assert (batch.modality_BS.flatten()[slots] == Modality.IMAGE).all()
-                assert sum(group.patch_slot_IP.numel() for group in batch.images) == int(
+                assert sum(group.patch_slot_IP.numel() for group in batch.media) == int(
                     (batch.modality_BS == Modality.IMAGE).sum()
                 )
         assert seen == {torch.uint8, torch.float32} and max(whole) > 2 * PATCHES

@@ -282,7 +282,7 @@ def test_validation_documents_come_once_on_any_number_of_ranks(
     docs = EvaluationLoader(config, config.data.validation[1:], tokenizer)
     # Every token of every text and its <EOS> is predicted exactly once.
     assert sum(batch.counts.text_targets for batch in docs) == index.lengths.text_tokens_C.sum() + len(index)
-    assert all(batch.images[0].image_weight_I.sum() == 0 for batch in docs)
+    assert all(batch.media[0].image_weight_I.sum() == 0 for batch in docs)
 
 
 def test_evaluation_is_the_same_every_time(
@@ -291,7 +291,7 @@ def test_evaluation_is_the_same_every_time(
     config = make_config()
     loader = EvaluationLoader(config, config.data.validation[:1], tokenizer)
     assert same(rows_of(list(loader)), rows_of(list(loader)))
-    levels = torch.cat([batch.images[0].timestep_I for batch in loader])
+    levels = torch.cat([batch.media[0].timestep_I for batch in loader])
     assert levels.min() < 50 and levels.max() > 950
 
 

@@ -157,7 +157,7 @@ def test_a_batch_counts_what_it_holds(config: Config, indexes: list[SourceIndex]
     builder = RowBuilder(indexes, settings)
     rows = [builder.build((pair(indexes[0], n, Variant.CAPTION_FIRST),)) for n in range(3)]
     batch = collate(rows, settings)
-    (group,) = batch.images
+    (group,) = batch.media
     assert group.values.shape == (3, 1, 8, 8) and group.values.dtype == torch.uint8
     assert batch.counts.images == 3 and batch.counts.image_elements == 3 * 64
     assert batch.counts.tokens + batch.counts.padding == 3 * 256
@@ -178,7 +178,7 @@ def test_a_batch_without_images_carries_one_of_weight_zero(
         builder.build((DocumentSpan(1, 0, 0, 0, 100, Variant.TEXT),)) if kind == "text" else builder.empty()
     )
     batch = collate([row], settings)
-    (group,) = batch.images
+    (group,) = batch.media
     assert group.image_weight_I.tolist() == [0.0] and group.patch_slot_IP.tolist() == [list(range(16))]
     assert group.values.shape == (1, 1, 8, 8) and batch.counts.images == 0
     batch.mask.validate()

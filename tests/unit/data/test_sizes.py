@@ -103,7 +103,7 @@ def test_any_world_size_and_workers_give_the_same_rows(
 ) -> None:
     with Loader(config, config.data.sources, tokenizer, rank=0, world_size=1) as loader:
         alone = [rows_of(loader.next_step()) for _ in range(3)]
-        assert {len(batch.images) for batch in loader.next_step()} == {3}, "all sizes in one batch"
+        assert {len(batch.media) for batch in loader.next_step()} == {3}, "all sizes in one batch"
     for rank in range(2):
         with Loader(config, config.data.sources, tokenizer, rank=rank, world_size=2) as loader:
             for step in alone:
@@ -132,7 +132,7 @@ def test_what_is_longer_than_a_row_depends_on_the_size(config: Config, tokenizer
 def test_validation_documents_have_their_sizes(config: Config, tokenizer: Tokenizer) -> None:
     loader = EvaluationLoader(config, config.data.validation, tokenizer)
     shapes = [
-        tuple(group.values.shape[2:]) for batch in loader for group in batch.images for _ in group.values
+        tuple(group.values.shape[2:]) for batch in loader for group in batch.media for _ in group.values
     ]
     assert {shape: shapes.count(shape) for shape in set(shapes)} == {(8, 8): 10, (8, 16): 5, (16, 8): 10}
 

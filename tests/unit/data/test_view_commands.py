@@ -38,7 +38,7 @@ def test_a_page_holds_the_rows_of_the_batch(config: Config, tokenizer: Tokenizer
         for _ in range(2):
             loader.next_step()
         (batch,) = loader.next_step()
-    here = (batch.images[0].patch_slot_IP[:, 0] < 3 * 256).sum()
+    here = (batch.media[0].patch_slot_IP[:, 0] < 3 * 256).sum()
     assert text.count('class="image"') == here > 0 and text.count("<section>") == 3
     tokens = [int((row != 2).sum()) for row in batch.modality_BS[:3]]
     assert all(f"{used:,} of 256 positions" in text for used in tokens)

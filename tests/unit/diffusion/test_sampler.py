@@ -15,7 +15,7 @@ from transfusion.diffusion.flow import Euler, Heun
 from transfusion.diffusion.objective import ImageObjective
 from transfusion.diffusion.sampler import DDIM, DDPM, spaced_timesteps, start_noise
 from transfusion.diffusion.schedule import CosineSchedule
-from transfusion.generate.image_diffusion import ImageSampling, build_sampler
+from transfusion.inference.image_diffusion import ImageSampling, build_sampler
 
 SCHEDULE = CosineSchedule(1000)
 

@@ -102,7 +102,7 @@ def whole_run(run: RunFolder) -> RunFolder:
             {
                 "generation_accuracy": {
                     "value": 0.97,
-                    "bar": 0.95,
+                    "threshold": 0.95,
                     "passed": True,
                     "how": "by an SVC",
                     "higher_is_better": True,
@@ -110,7 +110,7 @@ def whole_run(run: RunFolder) -> RunFolder:
                 "text_loss": {
                     "value": 3.4,
                     "unit": "nats/token",
-                    "bar": 3.1,
+                    "threshold": 3.1,
                     "passed": False,
                     "higher_is_better": False,
                     "how": HOSTILE,

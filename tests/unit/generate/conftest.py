@@ -14,7 +14,7 @@ from transfusion.codec import pixels as codec
 from transfusion.config import Config
 from transfusion.diffusion.noise import counter_normal
 from transfusion.generate import Pipeline
-from transfusion.generate.image_diffusion import ImageSampling, build_sampler
+from transfusion.inference.image_diffusion import ImageSampling, build_sampler
 from transfusion.model import Transfusion
 from transfusion.model.patches import Encoding, unpatchify_groups
 from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken, TextSegment
@@ -78,7 +78,7 @@ class Truth:
         plain = [ImageSegment(nothing, s.patches) if isinstance(s, ImageSegment) else s for s in segments]
         batch = self._pack(self.config, [[plain]], timesteps=timesteps or None)
         given = [torch.stack(list(latents))] if latents else [torch.zeros(1, 1, 8, 8)]
-        encoding = self.model.encode_patches(given, batch.images[0].timestep_I)
+        encoding = self.model.encode_patches(given, batch.media[0].timestep_I)
         hidden_BSD = self.model.embed(batch, encoding.patch_ND)
         hidden_BSD = self.model.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
         return self.model.norm(hidden_BSD[0]), encoding

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transfusion.generate.cache import KeyValueCache
+from transfusion.inference.cache import KeyValueCache
 
 K, E = 2, 3
 

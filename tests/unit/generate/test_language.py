@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from transfusion.generate.text_sampling import TextSampling, mask_logits, sample_token
+from transfusion.inference.text_sampling import TextSampling, mask_logits, sample_token
 from transfusion.schema import SpecialToken
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from transfusion.diffusion.noise import counter_normal
 from transfusion.errors import UserError
-from transfusion.generate import Pipeline, image_diffusion
-from transfusion.generate.image_diffusion import ImageSampling
+from transfusion.generate import Pipeline
+from transfusion.inference import image_diffusion
+from transfusion.inference.image_diffusion import ImageSampling
 from transfusion.model.patches import unpatchify_groups
 from transfusion.schema import Batch, TextSegment
 from transfusion.sequence.layout import image_segment
@@ -52,7 +53,7 @@ def test_an_image_is_drawn_as_it_was_trained(
         batch = pack(config, [[[*texts, image]]], timesteps=[500])
         encoding = model.encode_patches([noise], torch.tensor([500]))
         hidden_BSD = model.run_blocks(model.embed(batch, encoding.patch_ND), batch.position_BSA, batch.mask)
-        state_PD = model.norm(hidden_BSD[0])[batch.images[0].patch_slot_IP[0]]
+        state_PD = model.norm(hidden_BSD[0])[batch.media[0].patch_slot_IP[0]]
         return unpatchify_groups(model.decode_patches(state_PD, encoding), [noise])[0]
 
     caption = "a handwritten three"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transfusion.codec import pixels as codec
 from transfusion.generate import ImageSampling, Pipeline
-from transfusion.generate.image_diffusion import draw
+from transfusion.inference.image_diffusion import draw
 from transfusion.schema import ImageSegment, TextSegment
 from transfusion.sequence.layout import lay_out
 

@@ -14,8 +14,9 @@ from transfusion.data.loading.rows import pair_segments
 from transfusion.data.planning.epoch import Variant
 from transfusion.diffusion.guidance import guide
 from transfusion.errors import UserError
-from transfusion.generate import Pipeline, image_diffusion
-from transfusion.generate.cache import CacheRows
+from transfusion.generate import Pipeline
+from transfusion.inference import image_diffusion
+from transfusion.inference.cache import CacheRows
 from transfusion.model.patches import Encoding
 from transfusion.schema import ImageSegment
 from transfusion.sequence.layout import lay_out, position_axes

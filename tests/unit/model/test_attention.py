@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from transfusion.config import Config
-from transfusion.generate.cache import KeyValueCache
+from transfusion.families.build import build_model as build
+from transfusion.inference.cache import KeyValueCache
 from transfusion.model.attention import PlainAttention
-from transfusion.model.build import build_model as build
 from transfusion.model.transformer import Transfusion
 from transfusion.parallel.ulysses import SequenceGroup
 from transfusion_kernels import IntervalMask

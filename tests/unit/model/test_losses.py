@@ -54,7 +54,7 @@ class Perfect(nn.Module):
         self.prediction = prediction
 
     def forward(self, batch: Batch, noisy: Sequence[Tensor]) -> ModelOutput:
-        (group,) = batch.images
+        (group,) = batch.media
         noise = counter_normal(group.noise_key_I, group.values.shape[1:])
         signal, sigma = CosineSchedule(1000).factors(group.timestep_I)
         clean = PixelCodec().encode(group.values)
@@ -133,7 +133,7 @@ def test_a_weightless_image_changes_nothing(
     """What a rank without images carries must not be seen by its text."""
     config, model = build_model()
     batch = pack(config, [[[TextSegment(tuple(range(20, 60)))]]])
-    assert batch.images[0].image_weight_I.tolist() == [0.0]
+    assert batch.media[0].image_weight_I.tolist() == [0.0]
     before = model(batch, [torch.zeros(1, 1, 8, 8)]).text_sum
     assert torch.equal(before, model(batch, [torch.randn(1, 1, 8, 8)]).text_sum)
 

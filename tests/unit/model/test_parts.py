@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from transfusion.config import CodecConfig, ModelConfig
+from transfusion.families.build import count_parameters
 from transfusion.model import Transfusion
-from transfusion.model.count import count_parameters
 from transfusion.model.embedding import rotary_angles, rotate
 from transfusion.model.heads import TextHead
 from transfusion.model.initialise import initial_value, initialise

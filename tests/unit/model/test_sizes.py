@@ -37,8 +37,8 @@ def documents(config: Config) -> list[list[Segment]]:
 def judged(config: Config, model: Transfusion, batch: Batch, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Text loss, image loss of the images of weight 1, and the gradient of both."""
     model.zero_grad()
-    groups = zip(batch.images, weights, strict=True)
-    batch = replace(batch, images=tuple(replace(group, image_weight_I=weight) for group, weight in groups))
+    groups = zip(batch.media, weights, strict=True)
+    batch = replace(batch, media=tuple(replace(group, image_weight_I=weight) for group, weight in groups))
     terms = TransfusionLoss(config.diffusion).terms(model, batch)
     (terms.text_sum + terms.image_sum).backward()
     gradient = torch.cat(
@@ -55,21 +55,21 @@ def test_each_image_of_a_row_learns_as_alone(
     config, model = build_model(image_sizes=SIZES, position=position, **patch_embed)
     parts, timesteps = documents(config), [3, 700, 40, 500]
     together = pack(config, [parts], timesteps=timesteps)
-    assert [tuple(group.values.shape[2:]) for group in together.images] == [(4, 12), (8, 8), (8, 16), (12, 4)]
-    assert [group.patch_slot_IP.shape[1] for group in together.images] == [12, 16, 32, 12]
-    every = [torch.ones(1) for _ in together.images]
+    assert [tuple(group.values.shape[2:]) for group in together.media] == [(4, 12), (8, 8), (8, 16), (12, 4)]
+    assert [group.patch_slot_IP.shape[1] for group in together.media] == [12, 16, 32, 12]
+    every = [torch.ones(1) for _ in together.media]
     alone = []
     for number, (part, timestep) in enumerate(zip(parts, timesteps, strict=True)):
         single = pack(config, [[part]], timesteps=[timestep], keys=[number])
         alone.append(judged(config, model, single, [torch.ones(1)]))
         # This image alone of the row; the texts count there too.
-        place = [tuple(group.values.shape[2:]) for group in together.images].index(
-            tuple(single.images[0].values.shape[2:])
+        place = [tuple(group.values.shape[2:]) for group in together.media].index(
+            tuple(single.media[0].values.shape[2:])
         )
         chosen = [torch.tensor([float(turn == place)]) for turn in range(4)]
         _, loss, count, _ = judged(config, model, together, chosen)
         torch.testing.assert_close(loss, alone[-1][1], rtol=1e-4, atol=1e-4)
-        assert count == alone[-1][2] == single.images[0].values.numel()
+        assert count == alone[-1][2] == single.media[0].values.numel()
     whole = judged(config, model, together, every)
     for found, parts_of_it in zip(whole, zip(*alone, strict=True), strict=True):
         wanted = torch.stack(parts_of_it).sum(0)
@@ -84,7 +84,7 @@ def test_the_token_before_an_image_tells_its_size(build_model: Build, pack: Call
     batch = pack(config, [documents(config)])
     begins = {size: config.image_sizes.begin_token(Size.parse(size)) for size in SIZES}
     assert len(set(begins.values())) == 4 and max(begins.values()) == config.model.vocabulary - 1
-    for group in batch.images:
+    for group in batch.media:
         height, width = group.values.shape[2:]
         before = batch.token_ids_BS[0, group.patch_slot_IP[0, 0] - 1]
         assert before == begins[f"{height}x{width}"]
@@ -98,7 +98,7 @@ def test_rows_and_columns_of_patches_are_those_of_the_shape(
     """4x12 and 12x4 differ in their positions alone."""
     config, _ = build_model(image_sizes=SIZES, position="2d")
     batch = pack(config, [documents(config)])
-    for group in batch.images:
+    for group in batch.media:
         rows, columns = (side // 2 for side in group.values.shape[2:])
         position_PA = batch.position_BSA[0, group.patch_slot_IP[0]]
         offset_PA = position_PA - position_PA[0]

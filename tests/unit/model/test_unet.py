@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from transfusion.config import CodecConfig, Config, ModelConfig, UNetConfig
+from transfusion.families.build import count_parameters
 from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.model import Transfusion
-from transfusion.model.count import count_parameters
 from transfusion.model.initialise import initialise
 from transfusion.model.patches import Grid, patchify
 from transfusion.model.unet import UNetDecoder, UNetEncoder

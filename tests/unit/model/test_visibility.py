@@ -26,8 +26,8 @@ KINDS = [{}, {"position": "2d"}, {"timestep_embedding": "patch", "qk_norm": True
 @torch.no_grad()
 def states(model: Transfusion, batch: Batch) -> Tensor:
     """Final states [B, S, D] of a batch whose images are read as they are."""
-    latents = [codec.encode(group.values) for group in batch.images]
-    timestep_I = torch.cat([group.timestep_I for group in batch.images])
+    latents = [codec.encode(group.values) for group in batch.media]
+    timestep_I = torch.cat([group.timestep_I for group in batch.media])
     hidden_BSD = model.embed(batch, model.encode_patches(latents, timestep_I).patch_ND)
     hidden_BSD = model.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
     return model.norm(hidden_BSD)
@@ -41,7 +41,7 @@ def test_patches_know_their_place(
     """N2: shuffled patches are not predicted as the same patches in their places."""
     config, model = build_model(**fields)
     batch = pack(config, [[[TextSegment((9, 10)), ImageSegment(make_image(0), 16)]]])
-    latent = codec.encode(batch.images[0].values)
+    latent = codec.encode(batch.media[0].values)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     shuffled = unpatchify(patchify(latent, 2)[:, order], 1, 8, 8, 2)
     (prediction,), (of_shuffled,) = (

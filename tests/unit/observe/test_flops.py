@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.config import Config
+from transfusion.families.build import build_model
 from transfusion.losses.transfusion import TransfusionLoss
-from transfusion.model.build import build_model
 from transfusion.observe.flops import FlopModel, Operations, Work, Workload
 from transfusion.observe.utilization import OperationMeter
 from transfusion.schema import Batch, ImageSegment, TextSegment

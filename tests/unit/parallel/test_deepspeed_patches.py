@@ -36,4 +36,4 @@ def test_the_doctor_notes_another_version(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_requirement_is_stated() -> None:
-    assert f'"{REQUIREMENT}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert f'"{REQUIREMENT}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -21,9 +21,9 @@ from handmade import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfusion.errors import UserError
-from transfusion.losses.build import training_loss
+from transfusion.families.build import build_model
+from transfusion.losses.loss import training_loss
 from transfusion.losses.transfusion import TransfusionLoss
-from transfusion.model.build import build_model
 from transfusion.model.initialise import initialise
 from transfusion.optim import groups
 from transfusion.parallel.build import build_engine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from transfusion.config import Config, OptimizerConfig, load_config
-from transfusion.model.count import count_parameters
+from transfusion.families.build import count_parameters
 from transfusion.plan import make_plan
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "train"

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from transfusion.data.loading.rows import Row, RowImage, RowSettings
-from transfusion.schema import Batch, BatchCounts, ImageGroup, Modality
+from transfusion.schema import Batch, BatchCounts, Kind, MediaGroup, Modality
 from transfusion_kernels import IntervalMask
+
+# What the values of an image are, by the type that each reader of them gives.
+KINDS: dict[type[np.generic], Kind] = {np.uint8: "pixels", np.float32: "latents", np.int32: "tokens"}
 
 
 def collate(rows: Sequence[Row], settings: RowSettings) -> Batch:
@@ -25,12 +28,12 @@ def collate(rows: Sequence[Row], settings: RowSettings) -> Batch:
         target_ids_BS=_stacked([row.target_ids_S for row in rows]),
         text_weight_BS=_stacked([row.text_weight_S for row in rows]),
         mask=mask,
-        images=_groups(rows, settings),
+        media=_groups(rows, settings),
         counts=_counts(rows),
     )
 
 
-def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[ImageGroup, ...]:
+def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[MediaGroup, ...]:
     """Images by type and shape, in row order; one of weight 0 where there is none, so that ranks do the same work."""
     by_shape: dict[tuple[str, tuple[int, ...]], list[tuple[int, RowImage]]] = {}
     for number, row in enumerate(rows):
@@ -48,10 +51,11 @@ def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[ImageGroup, ...
     return tuple(_group(images, weight=1.0) for _, images in sorted(by_shape.items()))
 
 
-def _group(images: Sequence[tuple[int, RowImage]], *, weight: float) -> ImageGroup:
+def _group(images: Sequence[tuple[int, RowImage]], *, weight: float) -> MediaGroup:
     first_slot_I = torch.tensor([slot for slot, _ in images], dtype=torch.int64)
-    return ImageGroup(
+    return MediaGroup(
         modality=Modality.IMAGE,
+        kind=KINDS[images[0][1].values_CHW.dtype.type],
         values=_stacked([image.values_CHW for _, image in images]),
         image_weight_I=torch.full((len(images),), weight, dtype=torch.float32),
         patch_slot_IP=first_slot_I[:, None] + torch.arange(images[0][1].patches),

@@ -1,6 +1,6 @@
 """What a shard holds: its good samples and where they stand, and every other one with the reason why not.
 
-Nothing is extracted, no link followed, nothing opened that a shard names, and no pickle loaded. docs/data.md
+Nothing is extracted, no link followed, nothing opened that a shard names, and no pickle loaded. docs/reference/data.md
 lists the reasons.
 """
 

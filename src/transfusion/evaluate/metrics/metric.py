@@ -1,4 +1,4 @@
-"""One measured figure, how it was measured, and the bar it should reach."""
+"""One measured figure, how it was measured, and the threshold it should reach."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Metric:
         return self.value >= self.threshold if self.higher_is_better else self.value < self.threshold
 
     def describe(self) -> str:
-        """Value, unit, and how it stands to its bar."""
+        """Value, unit, and how it stands to its threshold."""
         text = f"{self.value:.4f} {self.unit}".strip()
         if self.threshold is None:
             return text

@@ -171,12 +171,12 @@ def _metrics(values: dict[str, Any]) -> list[dict[str, Any]]:
         fields = entry if isinstance(entry, dict) else {"value": entry}
         if isinstance(fields.get("value"), int | float | str | None):
             label = name.replace("_", " ")
-            empty = {"value": None, "unit": "", "bar": None, "passed": None, "how": ""}
+            empty = {"value": None, "unit": "", "threshold": None, "passed": None, "how": ""}
             row = {**empty, **fields, "label": label[:1].upper() + label[1:]}
-            if row["bar"] is not None:
+            if row["threshold"] is not None:
                 higher = fields.get("higher_is_better")
                 sense = "" if higher is None else "at least " if higher else "below "
-                row["bar"] = sense + figure(row["bar"])
+                row["threshold"] = sense + figure(row["threshold"])
             rows.append(row)
     return rows
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transfusion.config import DiffusionConfig, SourceConfig
-from transfusion.config.objectives import PREDICTED
+from transfusion.config import SourceConfig
 from transfusion.data.loading.validation import EvaluationLoader, documents
 from transfusion.errors import UserError
 from transfusion.evaluate.metrics.bigram import Bigram
@@ -44,25 +43,11 @@ def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
 
 
 def _image_metric(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> tuple[str, Metric]:
-    """Name and metric of the image loss of either model family, which are no measures of each other."""
+    """Name and metric of the image loss. Those of two families are no measures of each other."""
+    name, unit, how = pipeline.family.image_metric(pipeline.config.diffusion)
     value = float(terms.image_sum / terms.image_count)
-    if pipeline.config.model.family == "chameleon":
-        how = f"cross entropy over the image tokens of validation {source.name}, captions first"
-        name, unit = f"{source.name}_image_nats_per_token", "nats/token"
-        return name, Metric(value=value, unit=unit, higher_is_better=False, how=how)
-    diffusion = pipeline.config.diffusion
-    how = (
-        f"mean squared error of the predicted {PREDICTED[diffusion.prediction]}, validation {source.name},"
-        f" fixed noise and timesteps{_law(diffusion)}"
-    )
-    return f"{source.name}_image_loss", Metric(value=value, higher_is_better=False, how=how)
-
-
-def _law(diffusion: DiffusionConfig) -> str:
-    """How the timesteps were drawn, where it is not evenly."""
-    shift = "" if diffusion.timestep_shift == 1 else f"shift {diffusion.timestep_shift:g}"
-    law = "" if diffusion.timestep_sampling == "uniform" else diffusion.timestep_sampling
-    return f" ({', '.join(filter(None, (law, shift)))})" if law or shift else ""
+    metric = Metric(value=value, unit=unit, higher_is_better=False, how=how.format(source.name))
+    return f"{source.name}_{name}", metric
 
 
 def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> dict[str, Metric]:
@@ -79,15 +64,19 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
         nats = bigram.nats(texts)
         threshold = nats / tokens
         how = "interpolated absolute-discount (0.75) bigram, fitted on the same training text and tokenizer"
-        metrics["bigram_nats_per_token"] = Metric(value=threshold, unit="nats/token", how=how)
-        metrics["bigram_nats_per_byte"] = Metric(value=nats / size, unit="nats/byte", how=how)
+        metrics["bigram_nats_per_token"] = Metric(
+            value=threshold, unit="nats/token", higher_is_better=False, how=how
+        )
+        metrics["bigram_nats_per_byte"] = Metric(
+            value=nats / size, unit="nats/byte", higher_is_better=False, how=how
+        )
     total = float(terms.text_sum)
     metrics["text_loss_nats_per_token"] = Metric(
         value=total / tokens,
         unit="nats/token",
         threshold=threshold,
         higher_is_better=False,
-        how=f"cross entropy over the {tokens} tokens of validation {source.name}, <EOS> included; bar: the bigram",
+        how=f"cross entropy over the {tokens} tokens of validation {source.name}, <EOS> included. Threshold: the bigram",
     )
     metrics["text_loss_nats_per_byte"] = Metric(
         value=total / size, unit="nats/byte", higher_is_better=False, how=f"the same over its {size} bytes"

@@ -1,0 +1,49 @@
+"""From a configuration to its family, its network and its loss."""
+
+from __future__ import annotations
+
+import torch
+
+from transfusion.codec import Codec
+from transfusion.config import CodecConfig, Config, ModelConfig
+from transfusion.families import FAMILIES, Family
+from transfusion.losses.loss import Loss
+from transfusion.model.attention import PlainAttention, Sharing
+from transfusion.model.backbone import Backbone
+
+
+def family_of(config: Config) -> Family:
+    """The family that `model.family` names."""
+    return FAMILIES[config.model.family]
+
+
+def build_model(config: Config, sharing: Sharing | None = None) -> Backbone:
+    """The network with uninitialised weights in fp32, on torch's default device.
+
+    sharing: the ranks that share rows, if any do.
+    """
+    if config.model.vocabulary == 0:
+        raise ValueError("model.vocabulary must hold the tokenizer's size before an engine is built")
+    backend = config.train.attention
+    return family_of(config).network(
+        config.model,
+        config.codec,
+        attend=PlainAttention(backend) if sharing is None else sharing.attention(backend),
+        loss_chunk_size=config.train.loss_chunk_size,
+        activation_checkpointing=config.train.activation_checkpointing,
+        z_loss=config.train.z_loss,
+        sharing=sharing,
+    )
+
+
+def build_loss(config: Config, codec: Codec | None) -> Loss:
+    """The loss of the configuration's family. codec: of the images; None: batches hold what the network reads."""
+    return family_of(config).loss(config, codec)
+
+
+def count_parameters(config: ModelConfig, codec: CodecConfig) -> dict[str, int]:
+    """Number of parameters of each part of the network, and their `total`, counted from real modules on meta."""
+    with torch.device("meta"):
+        model = FAMILIES[config.family].network(config, codec)
+    parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    return parts | {"total": sum(parts.values())}

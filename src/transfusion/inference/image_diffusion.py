@@ -1,0 +1,126 @@
+"""Diffusion mode: images from noise, behind cached prefixes that end in <BOI>.
+
+I images, R rows of the network (twice the images under guidance), P patches an image, C channels, H/W latent
+height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transfusion.config import Config, DiffusionConfig
+from transfusion.config.objectives import PREDICTED, SAMPLERS, SamplerName
+from transfusion.diffusion.flow import Euler, Heun
+from transfusion.diffusion.guidance import guide
+from transfusion.diffusion.sampler import DDIM, DDPM, MIN_ALPHA_BAR, Sampler, start_noise
+from transfusion.diffusion.schedule import CosineSchedule
+from transfusion.errors import UserError
+from transfusion.inference.cache import KeyValueCache
+from transfusion.inference.runner import ModelRunner
+from transfusion.model import Transfusion
+from transfusion.model.patches import unpatchify
+from transfusion.sequence.sizes import Size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSampling:
+    """How images are drawn. guidance 1 is the model itself; steps are calls of the model for each image.
+
+    sampler "auto": the first of `SAMPLERS` for the model's objective. heun calls twice a step, but once in the last.
+    size: one of the model's; None: the first.
+    """
+
+    guidance: float = 3.0
+    steps: int = 100
+    sampler: SamplerName = "auto"
+    seed: int = 0
+    size: Size | None = None
+
+
+def check(sampling: ImageSampling, config: Config) -> None:
+    """Raise UserError for settings that cannot be carried out as asked."""
+    if sampling.size not in (None, *config.codec.sizes):
+        raise UserError(
+            f"size {sampling.size} is none of this model's images; choose {config.image_sizes.named()}"
+        )
+    fitting = SAMPLERS[config.diffusion.prediction]
+    if sampling.sampler not in ("auto", *fitting):
+        raise UserError(
+            f"sampler {sampling.sampler!r} cannot draw with this model, which predicts"
+            f" {PREDICTED[config.diffusion.prediction]}; choose {' or '.join(fitting)}"
+        )
+    if not 1 <= sampling.steps <= config.diffusion.steps:
+        raise UserError(f"steps {sampling.steps} must lie in [1, {config.diffusion.steps}]")
+    if not math.isfinite(sampling.guidance) or sampling.guidance < 0:
+        raise UserError(f"guidance {sampling.guidance} must be a number of at least 0; 1 is no guidance")
+    if sampling.guidance != 1 and config.data.caption_dropout == 0:
+        raise UserError(
+            f"guidance {sampling.guidance} cannot be applied: this model was trained without dropped captions"
+            " (data.caption_dropout=0), so it has no unconditional branch; use guidance 1"
+        )
+
+
+def build_sampler(sampling: ImageSampling, config: DiffusionConfig, *, clip: float | None) -> Sampler:
+    """The sampler of checked settings, for a model of this objective. clip: bound of the clean latents."""
+    name = SAMPLERS[config.prediction][0] if sampling.sampler == "auto" else sampling.sampler
+    if config.prediction == "flow":
+        along = Heun if name == "heun" else Euler
+        return along(config.steps, sampling.steps, shift=config.timestep_shift, clip=clip)
+    under = DDIM if name == "ddim" else DDPM
+    return under(
+        CosineSchedule(config.steps),
+        sampling.steps,
+        predicts=config.prediction,
+        clip=clip,
+        # With a bound, the bound holds the error.
+        min_alpha_bar=MIN_ALPHA_BAR if clip is None else 0.0,
+    )
+
+
+def draw(
+    runner: ModelRunner,
+    prefixes: KeyValueCache,
+    rows: Sequence[int],
+    keys: Sequence[int],
+    sampling: ImageSampling,
+    config: DiffusionConfig,
+) -> Tensor:
+    """Latents fp32 [I, C, H, W]: image i continues row rows[i] of `prefixes`, from the noise of keys[i].
+
+    The model is called on the image blocks alone, both branches of the guidance in one batch, and once on the
+    unconditional prefix. `prefixes` stays as it is.
+    """
+    model, codec = runner.model, runner.codec
+    assert isinstance(model, Transfusion)
+    images, guided, size = len(rows), sampling.guidance != 1, sampling.size or runner.sizes.first
+    patches, latent_shape = runner.sizes.patches(size), runner.latent_shape(size)
+    parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
+    if guided:
+        parts.append((runner.unconditional(size), [0] * images))
+    longest = max(cache.lengths[row] for cache, chosen in parts for row in chosen)
+    view = KeyValueCache.gathered(parts, longest + patches).view()
+    position_RPA = runner.image_positions(view.lengths, size)[:, :patches]
+    mask = view.mask(runner.image_ends(len(position_RPA), patches))
+
+    def predict(latent_ICHW: Tensor, timestep: float) -> Tensor:
+        timestep_I = torch.full((images,), timestep, device=runner.device)
+        encoding = model.encode_patches([latent_ICHW], timestep_I)
+        if guided:
+            encoding = encoding.repeat_for_guidance()
+        patches_RPD = encoding.patch_ND.unflatten(0, (-1, patches))
+        hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
+        predicted_NE = model.decode_patches(model.norm(hidden_RPD).flatten(0, 1), encoding)
+        answer_RCHW = unpatchify(predicted_NE, *latent_shape, model.config.patch_size).float()
+        if not guided:
+            return answer_RCHW
+        conditional, unconditional = answer_RCHW.chunk(2)
+        return guide(conditional, unconditional, sampling.guidance)
+
+    key_I = torch.tensor(keys, device=runner.device)
+    sampler = build_sampler(sampling, config, clip=codec.bound)
+    return sampler.sample(start_noise(key_I, latent_shape), predict, key_I)

@@ -1,0 +1,190 @@
+"""The network as generation uses it: blocks of tokens and images behind cached rows.
+
+Every rule of the sequence comes from `sequence.layout`; what is read here is what training laid out.
+
+R rows, S positions of a block, A position axes, P patches an image, D width, V vocabulary, I images,
+C channels, H/W image height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfusion.codec import Codec
+from transfusion.config import Config
+from transfusion.inference.cache import CacheRows, KeyValueCache
+from transfusion.model.backbone import Backbone
+from transfusion.model.patches import Grid
+from transfusion.schema import ImageSegment, Segment, SpecialToken
+from transfusion.sequence.layout import Layout, image_segment, lay_out, position_axes
+from transfusion.sequence.sizes import Size
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """What rows read next, padded to the longest.
+
+    token_ids_RS and position_RSA: int64. end_RS: int64, up to where each position sees, counted from the
+    row's length before. counts: real positions of each row. images: those in the block, as the codec encodes them, a
+    tensor for each shape. patch_slot_N: int64, flat positions (row * S + position) of their patches, in that order.
+    place: where each row reads one image token, the grid of these images and the number of the token.
+    """
+
+    token_ids_RS: Tensor
+    position_RSA: Tensor
+    end_RS: Tensor
+    counts: list[int]
+    images: tuple[Tensor, ...] = ()
+    patch_slot_N: Tensor | None = None
+    place: tuple[Grid, int] | None = None
+
+
+class ModelRunner:
+    """Reads blocks into caches and answers with states and logits; holds no state of its own."""
+
+    def __init__(self, model: Backbone, config: Config, device: torch.device, codec: Codec) -> None:
+        self.model, self.device, self.codec = model, device, codec
+        self.sizes = config.image_sizes
+        self.axes = position_axes(config.model.position)
+        self.image_shapes = [(config.codec.channels, *size) for size in self.sizes.sizes]
+        self._latent_channels = config.codec.depth
+        # An image at the earliest place it can stand, after <BOS> <BOI>, and the <EOI> behind it.
+        self.causal_images = config.model.image_attention == "causal"
+        self._image_layouts = {
+            size: self.lay_out([self.image(size)], finished=False) for size in self.sizes.sizes
+        }
+
+    def lay_out(self, segments: Sequence[Segment], *, finished: bool = True) -> Layout:
+        """A document as this model was trained on it; see `sequence.layout.lay_out`."""
+        return lay_out(segments, axes=self.axes, finished=finished, causal_images=self.causal_images)
+
+    def image_ends(self, images: int, patches: int) -> Tensor:
+        """int64 [I, P]: how many patches of its own image each patch sees."""
+        if self.causal_images:
+            return torch.arange(1, patches + 1, device=self.device).expand(images, -1)
+        return torch.full((images, patches), patches, device=self.device)
+
+    def cache(self, rows: int, max_length: int) -> KeyValueCache:
+        return KeyValueCache(self.model.config.layers, rows, max_length, self.device, self.model.attend)
+
+    def image(self, size: Size, values: Tensor | None = None) -> ImageSegment:
+        """An image of this size, as a part of a document."""
+        return image_segment(self.sizes, size, values)
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """[C, H, W] of the latents of an image of this size."""
+        return self._latent_channels, *self.sizes.latents(size)
+
+    def image_positions(self, starts: Sequence[int], size: Size) -> Tensor:
+        """Positions [R, P + 1, A] of images of this size whose first patches stand at `starts`, each with its <EOI>.
+
+        Positions of `lay_out` only ever shift along a document.
+        """
+        layout = self._image_layouts[size]
+        first = layout.images[0][0]
+        position_SA = torch.from_numpy(layout.position_SA[first:] - first).to(self.device)
+        return position_SA + torch.tensor(starts, device=self.device)[:, None, None]
+
+    def unconditional(self, size: Size) -> KeyValueCache:
+        """One row that holds the prefix of an image of this size whose caption was dropped: <BOS> <BOI>."""
+        layout = self._image_layouts[size]
+        first = layout.images[0][0]
+        cache = self.cache(1, first)
+        self.read(cache.view(), self.prefix_block([layout], [first]))
+        return cache
+
+    def prefix_block(
+        self, layouts: Sequence[Layout], counts: Sequence[int], images: Sequence[Tensor] = ()
+    ) -> ModelInput:
+        """The first `counts` positions of each document, and the images (uint8 [C, H, W]) in them."""
+        longest = max(counts)
+        ids_RS = np.full((len(layouts), longest), SpecialToken.PADDING, dtype=np.int64)
+        position_RSA = np.zeros((len(layouts), longest, self.axes), dtype=np.int64)
+        end_RS = np.zeros((len(layouts), longest), dtype=np.int64)
+        slots: list[Tensor] = []
+        for row, (layout, count) in enumerate(zip(layouts, counts, strict=True)):
+            ids_RS[row, :count] = layout.token_ids_S[:count]
+            position_RSA[row, :count] = layout.position_SA[:count]
+            end_RS[row, :count], end_RS[row, count:] = layout.end_key_S[:count], count
+            for first, patches in layout.images:
+                if first < count:
+                    slots.append(row * longest + torch.arange(first, first + patches))
+        by_shape: dict[torch.Size, list[int]] = {}
+        for number, image in enumerate(images):
+            by_shape.setdefault(image.shape, []).append(number)
+        groups = list(by_shape.values())
+        return ModelInput(
+            torch.from_numpy(ids_RS).to(self.device),
+            torch.from_numpy(position_RSA).to(self.device),
+            torch.from_numpy(end_RS).to(self.device),
+            list(counts),
+            tuple(
+                self.codec.encode(torch.stack([images[number] for number in group]).to(self.device))
+                for group in groups
+            ),
+            torch.cat([slots[number] for group in groups for number in group]).to(self.device)
+            if groups
+            else None,
+        )
+
+    def token_block(self, ids: Sequence[int], starts: Sequence[int]) -> ModelInput:
+        """One token a row, at running positions `starts`."""
+        ids_R1 = torch.tensor(ids, device=self.device)[:, None]
+        position_R11 = torch.tensor(starts, device=self.device)[:, None, None]
+        return ModelInput(
+            ids_R1, position_R11.expand(-1, -1, self.axes), torch.ones_like(ids_R1), [1] * len(ids)
+        )
+
+    def image_block(self, encoded: Tensor, starts: Sequence[int], size: Size) -> ModelInput:
+        """One finished image of this size a row, its first patch at running position `starts`, and its <EOI>.
+
+        encoded: the images as the codec encodes them.
+        """
+        layout = self._image_layouts[size]
+        rows, (first, patches) = len(starts), layout.images[0]
+        count = patches + 1
+        ids_S = torch.from_numpy(layout.token_ids_S[first:]).to(self.device)
+        end_S = torch.from_numpy(layout.end_key_S[first:]).to(self.device) - first
+        row_start_R1 = torch.arange(rows, device=self.device)[:, None] * count
+        slot_RP = row_start_R1 + torch.arange(patches, device=self.device)
+        return ModelInput(
+            ids_S.expand(rows, -1),
+            self.image_positions(starts, size),
+            end_S.expand(rows, -1),
+            [count] * rows,
+            (encoded,),
+            slot_RP.flatten(),
+        )
+
+    def read(self, rows: CacheRows, block: ModelInput) -> Tensor:
+        """Read the block into the cache; returns the final state [R, D] of each row's last real position."""
+        hidden_RSD = self.model.embedding(block.token_ids_RS)
+        if block.place is not None:
+            grid, number = block.place
+            hidden_RSD = self.model.at_their_places(hidden_RSD.flatten(0, 1), [grid], number)[:, None]
+        if block.patch_slot_N is not None:
+            image_ND = self.model.read_images(block.images).to(hidden_RSD.dtype)
+            flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, image_ND)
+            hidden_RSD = flat.view_as(hidden_RSD)
+        mask = rows.mask(block.end_RS)
+        hidden_RSD = self.model.run_blocks(hidden_RSD, block.position_RSA, mask, rows.layers)
+        rows.advance(block.counts)
+        last_R = torch.tensor(block.counts, device=self.device) - 1
+        return self.model.norm(hidden_RSD[torch.arange(len(last_R), device=self.device), last_R])
+
+    def image_ids(self, tokens: Tensor) -> Tensor:
+        """Ids of image tokens, which stand behind those of the text."""
+        return tokens + self.model.config.vocabulary
+
+    def image_logits(self, state_RD: Tensor) -> Tensor:
+        """fp32 logits [R, K] of the image token after each state."""
+        return self.logits(state_RD)[:, self.model.config.vocabulary :]
+
+    def logits(self, state_RD: Tensor) -> Tensor:
+        """fp32 logits [R, V] of the token after each state."""
+        return self.model.lm_head(state_RD).float()

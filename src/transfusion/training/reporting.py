@@ -1,0 +1,149 @@
+"""What a run tells of itself: lines of metrics, validation losses, the sample grid, samples that were left out."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from transfusion.evaluate.validation_losses import validation_losses
+from transfusion.generate.image_files import write_grid
+from transfusion.generate.pipeline import Pipeline
+from transfusion.observe.losses import MeanLosses
+from transfusion.observe.memory import peak_gib
+from transfusion.observe.metrics import StepMetrics
+from transfusion.observe.record import Record
+from transfusion.optim.schedule import learning_rate
+from transfusion.parallel.collectives import gather, raise_together
+from transfusion.parallel.engine import Weights
+from transfusion.schema import Batch, LossTerms, StepResult
+from transfusion.training.parts import RunParts
+
+log = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Measures on all ranks together. What is found, the main process writes, between entering and leaving."""
+
+    def __init__(self, parts: RunParts) -> None:
+        self.parts = parts
+        self._record: Record | None = None
+        self._open = ExitStack()
+        # Of this rank, in the steps since the last line of metrics.
+        self._terms: list[LossTerms] = []
+        self._images = 0
+
+    def __enter__(self) -> Reporter:
+        record = Record(self.parts.config, self.parts.folder, self.parts.state.step)
+        is_main = self.parts.here.is_main
+        self._record = raise_together(lambda: self._open.enter_context(record) if is_main else None)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def announce(self) -> None:
+        """Say what begins, and what speaks against it."""
+        parts, config = self.parts, self.parts.config
+        log.info(
+            "%s: %d process(es) on %s, step %d to %d, run folder %s",
+            config.run.name,
+            parts.here.world_size,
+            parts.engine.device.type,
+            parts.state.step,
+            config.train.steps,
+            parts.folder.path,
+        )
+        for warning in config.warnings() if parts.here.is_main else ():
+            log.warning("%s", warning)
+        if faults := parts.loader.counters()["faults"]:
+            log.warning("samples left out, by reason: %s; see %s", faults, parts.folder.quarantine)
+        self.quarantine()
+
+    def note(self, batches: list[Batch], terms: list[LossTerms]) -> None:
+        """Keep what this rank's micro-batches of a step came to, for the next line."""
+        self._terms += terms
+        self._images += sum(batch.counts.images for batch in batches)
+
+    def line(self, result: StepResult, *, validation: bool) -> None:
+        """Sum the losses over steps and ranks and write a line of metrics. validation: measure these losses too."""
+        parts = self.parts
+        parts.watchdog.note("validation losses and metrics", parts.state.step)
+        losses = MeanLosses.over_ranks(
+            self._terms, parts.engine.loss, parts.operation_meter.take(), images=self._images
+        )
+        self._terms, self._images = [], 0
+        parts.state.images += losses.images
+        measured = self._validation_losses() if validation else None
+        line = self._metrics(result, losses, measured)
+        seconds_left = parts.clock.seconds_left(parts.config.train.steps - parts.state.step)
+        raise_together(lambda: self._record.write(line, seconds_left=seconds_left) if self._record else None)
+
+    def grid(self) -> None:
+        """The fixed-seed images, each rank drawing its share with the same number of forwards."""
+        parts, sample = self.parts, self.parts.config.sample_grid
+        if not sample.prompts:
+            return
+        parts.watchdog.note("drawing the sample grid", parts.state.step)
+        with parts.clock.pause(), parts.engine.evaluation(self._best_weights()) as module:
+            pipeline = Pipeline(module, parts.tokenizer, parts.config, parts.engine.device, parts.codec)
+            mine = pipeline.sample_grid(sample, rank=parts.here.rank, ranks=parts.here.world_size)
+            images = [image for part in gather(mine) for image in part]
+        images.sort(key=lambda image: image.seed)
+
+        def write(path: Path) -> None:
+            write_grid(images, path, sample)
+
+        raise_together(lambda: self._record.grid(parts.state.step, write) if self._record else None)
+
+    def quarantine(self) -> None:
+        """One line for each sample left out so far, by the index or by any rank at run time."""
+        parts = self.parts
+        # What the index left out is the same on every rank.
+        indexed = sum(len(index.faults) for index in parts.loader.indexes)
+        mine = parts.loader.faults() if parts.engine.sequence.rank == 0 else []
+        found = gather(mine if parts.here.is_main else mine[indexed:])
+        faults = [fault for part in found for fault in part]
+        raise_together(lambda: parts.folder.add_to_quarantine(faults) if parts.here.is_main else None)
+
+    def _metrics(self, result: StepResult, losses: MeanLosses, measured: MeanLosses | None) -> StepMetrics:
+        parts, state, config = self.parts, self.parts.state, self.parts.config
+        interval = parts.clock.interval()
+        utilization = parts.operation_meter.utilization(
+            losses.extra_sums, interval.seconds, parts.here.world_size
+        )
+        return StepMetrics(
+            step=state.step,
+            loss=losses.total,
+            text_loss=losses.text,
+            image_loss=losses.image,
+            image_loss_by_timestep=losses.image_by_timestep,
+            gradient_norm=result.gradient_norm,
+            gradient_norms=result.module_norms,
+            learning_rate=learning_rate(state.step - 1, config.optimizer, config.train.steps),
+            skipped=state.skipped_steps,
+            roll_backs=state.roll_backs,
+            faults=state.faults,
+            tokens=state.tokens,
+            images=state.images,
+            tokens_per_second=interval.tokens_per_second,
+            data_wait=interval.shares.get("data", 0.0),
+            **asdict(utilization),
+            memory_gib=peak_gib(parts.engine.device),
+            validation_text_loss=measured.text if measured else None,
+            validation_image_loss=measured.image if measured else None,
+        )
+
+    def _validation_losses(self) -> MeanLosses | None:
+        parts = self.parts
+        if parts.validation is None:
+            return None
+        with parts.clock.pause(), parts.engine.evaluation(self._best_weights()) as module:
+            terms = validation_losses(
+                module, parts.validation, parts.config, parts.engine.device, parts.codec
+            )
+            return MeanLosses.over_ranks([terms], parts.engine.loss)
+
+    def _best_weights(self) -> Weights:
+        return "ema" if self.parts.engine.averages else "raw"

@@ -1,0 +1,183 @@
+"""The only training loop: `train` sets a run up, `Trainer.run` loops, `Trainer.train_step` is one step."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack, suppress
+
+from transfusion.config import Config
+from transfusion.data.index.source_index import too_many_faults
+from transfusion.errors import EXIT_STOPPED_EARLY, UserError
+from transfusion.observe.profiling import profiled
+from transfusion.parallel import environment
+from transfusion.parallel.collectives import Signals, raise_together, reduce_decision
+from transfusion.parallel.counts import global_counts
+from transfusion.parallel.environment import Environment
+from transfusion.schema import Batch, Decision
+from transfusion.training.out_of_memory import is_out_of_memory, out_of_memory
+from transfusion.training.parts import RunParts
+from transfusion.training.recovery import Recovery
+from transfusion.training.reporting import Reporter
+from transfusion.training.watchdog import LOADER
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config) -> int:
+    """Train `config` to its last step, going on from the newest checkpoint of its run folder.
+
+    Returns the exit code: 0 when done, 75 when a signal stopped the run after saving. Raises UserError.
+    """
+    here = environment.start(config.train.threads)
+    try:
+        return Trainer(config, here).run()
+    finally:
+        environment.stop()
+
+
+class Trainer:
+    """One run on this process. What it consists of is in `parts`."""
+
+    def __init__(self, config: Config, here: Environment) -> None:
+        """Called by all ranks together. Raises UserError on all of them."""
+        self.parts = parts = RunParts(config, here)
+        self.config, self.here, self.folder, self.lock = parts.config, here, parts.folder, parts.lock
+        self.engine, self.state, self.loader, self.saver = (
+            parts.engine,
+            parts.state,
+            parts.loader,
+            parts.saver,
+        )
+        self.clock, self.limit, self.watchdog = parts.clock, parts.limit, parts.watchdog
+        self.recovery, self.reporter = Recovery(parts), Reporter(parts)
+
+    def run(self) -> int:
+        """Steps until the last one or until asked to stop; saves on the way. Returns the exit code."""
+        try:
+            return self._run()
+        except UserError:
+            # On all ranks together, as all errors for users are: what is half saved can still be saved.
+            with suppress(UserError):
+                self.saver.finish()
+            raise
+        except Exception as error:
+            # Of this rank alone: no collective from here on.
+            self.watchdog.died(error)
+            if not is_out_of_memory(error):
+                raise
+            place = {"rank": self.here.rank, "world_size": self.here.world_size, "step": self.state.step + 1}
+            raise out_of_memory(error, self.config, self.folder.memory, **place) from error
+
+    def _run(self) -> int:
+        steps, state = self.config.train.steps, self.state
+        if state.step >= steps:
+            log.info("already at step %d of %d: nothing to do", state.step, steps)
+            return 0
+        self.reporter.announce()
+        with ExitStack() as stack:
+            stack.enter_context(self.loader)
+            signals = stack.enter_context(Signals())
+            stack.enter_context(self.watchdog)
+            stack.enter_context(self.reporter)
+            if state.step == 0:
+                self.reporter.grid()
+            while state.step < steps:
+                self._profiled_step()
+                decision = self._agree(max(signals.take(), self._time_is_up()))
+                at_end = state.step == steps
+                saves = at_end or decision >= Decision.SAVE or state.step % self.config.checkpoint.every == 0
+                logs = saves or state.step % self.config.log.every == 0
+                result = self.recovery.read(all_steps=logs)
+                if saves:
+                    self.limit.save_begins()
+                if logs and result is not None:
+                    self.reporter.line(result, validation=saves)
+                if saves:
+                    self._save()
+                if decision == Decision.SAVE_AND_STOP and not at_end:
+                    self.saver.finish()
+                    log.warning("stopped at step %d after saving; the same command continues", state.step)
+                    return EXIT_STOPPED_EARLY
+            self.saver.finish()
+        log.info("done: step %d of %d", state.step, steps)
+        return 0
+
+    def _profiled_step(self) -> None:
+        """`train_step`, timed, and in the steps of log.profile_steps traced."""
+        step = self.state.step + 1
+        trace = self.folder.trace(step, self.here.rank) if step in self.config.log.profile_steps else None
+        self.limit.step_begins()
+        with profiled(trace) as write:
+            self.train_step()
+        self.limit.step_ends()
+        if trace is not None:
+            raise_together(write)
+            log.info("trace of step %d: %s", step, trace)
+
+    def train_step(self) -> None:
+        """One optimiser step over this rank's micro-batches of the next global batch."""
+        engine, state = self.engine, self.state
+        # The first step compiles, and may take one rank longer than another.
+        alike = self.clock.steps > 0
+        self.watchdog.note(LOADER, state.step, alike=alike)
+        with self.clock.span("data"):
+            # Together: the loader processes of a single rank may have died.
+            batches = [
+                engine.sequence.share(batch).to(engine.device) for batch in raise_together(self._next_step)
+            ]
+        self.watchdog.note("forward and backward", state.step, alike=alike)
+        counts = global_counts(batches, self.config.codec)
+        terms = [engine.forward_backward(batch, counts) for batch in batches]
+        self.reporter.note(batches, terms)
+        self.watchdog.note("optimiser step", state.step, alike=alike)
+        self.recovery.update(terms)
+        tokens = self.config.data.global_batch_size * self.config.data.sequence_length
+        self.clock.step_done(tokens)
+        state.step += 1
+        state.tokens += tokens
+        state.data = self.loader.state()
+
+    def _next_step(self) -> list[Batch]:
+        """This rank's micro-batches, on the host, where they are counted."""
+        batches = self.loader.next_step()
+        self.parts.operation_meter.note(batches)
+        return batches
+
+    def _time_is_up(self) -> Decision:
+        return Decision.SAVE_AND_STOP if self.limit.reached else Decision.CONTINUE
+
+    def _agree(self, mine: Decision) -> Decision:
+        """What all ranks do next, how many samples of the step could not be read, and whether all have written the
+        save under way, in one collective.
+
+        Raises UserError, on all ranks together, once the run had more bad samples than data.max_bad_fraction.
+        """
+        state, most = self.state, self.config.data.max_bad_fraction
+        self.watchdog.note("agreement of all ranks", state.step, alike=self.clock.steps > 1)
+        # What several ranks read together counts once.
+        reading = self.loader.reading if self.engine.sequence.rank == 0 else (0, 0)
+        decision, (faults, samples, written) = reduce_decision(mine, *reading, int(self.saver.written))
+        state.faults += faults
+        state.samples += samples
+        if written == self.here.world_size:
+            self.saver.finish()
+            self.limit.save_ends()
+        if too_many_faults(state.faults, state.samples, most):
+            self.reporter.quarantine()
+            complaint = self.loader.complaint()
+            raise UserError(
+                f"{state.faults} of {state.samples} samples could not be read, more than "
+                f"data.max_bad_fraction ({most}); {self.folder.quarantine} names them: "
+                "mend the shards, or raise it" + (f" ({complaint})" if complaint else "")
+            )
+        return decision
+
+    def _save(self) -> None:
+        self.reporter.grid()
+        self.watchdog.note("saving", self.state.step)
+        with self.clock.pause():
+            self.reporter.quarantine()
+            self.saver.begin(self.state, copy=self.config.checkpoint.asynchronous)
+            if not self.config.checkpoint.asynchronous:
+                self.saver.finish()
+                self.limit.save_ends()

@@ -1,0 +1,462 @@
+"""The training loop in one process, on real digits: skipped steps, and lines that survive a kill."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "dist"))
+from handmade import HostReads
+
+from transfusion.config import Config
+from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.prepare.prepare import prepare
+from transfusion.errors import UserError
+from transfusion.losses.transfusion import TransfusionLoss
+from transfusion.observe.clock import TimeLimit
+from transfusion.observe.console import start_logging
+from transfusion.observe.metrics import read_metrics
+from transfusion.optim import groups
+from transfusion.parallel.environment import Environment
+from transfusion.schema import Batch, LossTerms
+from transfusion.sequence.tokenizer import Tokenizer
+from transfusion.training.trainer import Trainer
+
+ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
+# Of a line of metrics, all but time and speed.
+TIMED = {"time", "attempt", "tokens_per_second", "data_wait", "memory_gib", "gemm_share"}
+
+
+class Killed(BaseException):
+    """Stands for the death of the process."""
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    prepare("digits", folder / "digits")
+    return folder / "digits" / "validation"
+
+
+@pytest.fixture
+def build_config(digits: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Config]]:
+    """build_config(run, steps=..., log=..., checkpoint=...) -> Config of a tiny run in a folder of its own."""
+
+    def build(
+        run: str,
+        *,
+        steps: int,
+        log: int = 1,
+        checkpoint: int = 100,
+        telemetry: dict[str, Any] | None = None,
+        **train: Any,
+    ) -> Config:
+        return Config.model_validate(
+            {
+                "run": {"dir": str(tmp_path / run)},
+                "model": {"layers": 1, "hidden_size": 32, "heads": 2},
+                "codec": {"channels": 1, "image_size": 8},
+                "data": {
+                    "tokenizer": str(tokenizer.path),
+                    "sources": [{"name": "digits", "shards": f"{digits}/*.tar"}],
+                    "sequence_length": 64,
+                    "global_batch_size": 4,
+                    "micro_batch_size": 2,
+                },
+                "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2, "ema_decay": 0.5},
+                "train": {"steps": steps, "precision": "fp32", "engine": "local", "threads": 1, **train},
+                # Waited for, so that a kill in a later step always finds it.
+                "checkpoint": {"every": checkpoint, "asynchronous": False},
+                "log": {"every": log, **(telemetry or {})},
+            }
+        )
+
+    yield build
+    start_logging(None)
+
+
+def run(config: Config) -> int:
+    """A whole run, as `train` makes it; its folder is free again afterwards."""
+    trainer = Trainer(config, ALONE)
+    try:
+        return trainer.run()
+    finally:
+        trainer.lock.close()
+
+
+def lines(config: Config) -> list[dict[str, Any]]:
+    found = read_metrics(Path(config.run.folder) / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in found]
+
+
+def spoilt_at(*steps: int) -> Callable[[int, LossTerms], LossTerms]:
+    """The losses of these steps, two micro-batches each, are not finite."""
+    return lambda number, terms: (
+        terms._replace(text_sum=terms.text_sum * float("nan")) if (number + 1) // 2 in steps else terms
+    )
+
+
+def interfere(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[int, LossTerms], LossTerms]
+) -> Callable[[], None]:
+    """Let `change` see the number of each micro-batch from now on and replace its losses; returns the undoing."""
+    honest = TransfusionLoss.terms
+    micro_batches = 0
+
+    def terms(self: TransfusionLoss, model: Any, batch: Batch) -> LossTerms:
+        nonlocal micro_batches
+        micro_batches += 1
+        return change(micro_batches, honest(self, model, batch))
+
+    monkeypatch.setattr(TransfusionLoss, "terms", terms)
+    return lambda: monkeypatch.setattr(TransfusionLoss, "terms", honest)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_step_is_skipped_counted_and_left_behind(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, broken: float
+) -> None:
+    """The second micro-batch of step 3 has no finite loss: no update, one more skipped, and training goes on."""
+    config = build_config("broken", steps=6)
+    interfere(
+        monkeypatch,
+        lambda number, terms: terms._replace(text_sum=terms.text_sum * broken) if number == 6 else terms,
+    )
+    trainer = Trainer(config, ALONE)
+    weights: list[torch.Tensor] = []
+    step = trainer.engine.step
+
+    def watched(learning_rate: float, **asked: Any) -> Any:
+        result = step(learning_rate, **asked)
+        weights.append(torch.cat([shard.values["weight"].clone() for shard in trainer.engine.shards()]))
+        return result
+
+    monkeypatch.setattr(trainer.engine, "step", watched)
+    try:
+        assert trainer.run() == 0
+    finally:
+        trainer.lock.close()
+    found = lines(config)
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+    assert [line["skipped"] for line in found] == [0, 0, 1, 1, 1, 1]
+    assert [line["loss"] is None for line in found] == [False, False, True, False, False, False]
+    assert [line["gradient_norm"] is None for line in found] == [False, False, True, False, False, False]
+    assert [line["tokens"] for line in found] == [256 * step for step in range(1, 7)]
+    unchanged = [torch.equal(before, after) for before, after in itertools.pairwise(weights)]
+    assert unchanged == [False, True, False, False, False]
+    assert found[-1]["loss"] < found[0]["loss"] and weights[-1].isfinite().all()
+
+
+def test_a_step_between_logs_reads_nothing_and_is_settled_late(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: steps 3 and 6 of 7 are not finite, which is counted when it is read, at the latest at a log."""
+    monkeypatch.setattr(groups, "runs_fused", lambda device: True)
+    places: list[str] = []
+    honest = Trainer.train_step
+
+    def watched(self: Trainer) -> Any:
+        # Read, and counted, while still on the host.
+        batches = self._next_step()
+        with monkeypatch.context() as patch, HostReads() as reads:
+            patch.setattr(self, "_next_step", lambda: batches)
+            result = honest(self)
+        places.extend(reads.places)
+        return result
+
+    found = []
+    for late in (0, 1):
+        config = build_config(f"late {late}", steps=7, log=3)
+        undo = interfere(monkeypatch, spoilt_at(3, 6))
+        trainer = Trainer(config, ALONE)
+        trainer.recovery.steps_late = late
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", watched)
+            try:
+                assert trainer.run() == 0
+            finally:
+                trainer.lock.close()
+        undo()
+        found.append(lines(config))
+    assert places == []
+    assert found[0] == found[1]
+    assert [(line["step"], line["skipped"]) for line in found[0]] == [(3, 1), (6, 2), (7, 2)]
+
+
+def test_a_skipped_step_stays_counted_after_a_resume(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undo = interfere(
+        monkeypatch,
+        lambda number, terms: terms._replace(image_sum=terms.image_sum / 0) if number == 3 else terms,
+    )
+    assert run(build_config("resumed", steps=3)) == 0
+    undo()
+    config = build_config("resumed", steps=5)
+    assert run(config) == 0
+    assert [line["skipped"] for line in lines(config)] == [0, 1, 1, 1, 1]
+
+
+def test_too_many_bad_samples_end_the_run(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer than a hundred samples are judged as if they were a hundred."""
+    read = SourceIndex.read_image
+    monkeypatch.setattr(
+        SourceIndex,
+        "read_image",
+        lambda self, sample, *rest: b"torn" if sample % 5 == 0 else read(self, sample),
+    )
+    config = build_config("bad", steps=1000)
+    with pytest.raises(
+        UserError, match=r"could not be read, more than data\.max_bad_fraction \(0\.05\)"
+    ) as refused:
+        run(config)
+    faults, samples = (int(number) for number in re.findall(r"\d+", str(refused.value))[:2])
+    found = lines(config)
+    assert faults > 0.05 * max(samples, 100) and len(found) > 1
+    assert found[-1]["faults"] <= 0.05 * max(samples, 100)
+    monkeypatch.setattr(SourceIndex, "read_image", read)
+    again = build_config("good", steps=2)
+    assert run(again) == 0 and lines(again)[-1]["faults"] == 0
+
+
+def test_a_run_killed_between_lines_writes_the_same_lines(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N11: lines average over steps since the one before, also those a resumed run has to do again.
+
+    Lines at steps 3, 5 (a checkpoint), 6, 9, 10 (a checkpoint) and 12; killed in step 8, after the line of 6.
+    """
+    settings = {"steps": 12, "log": 3, "checkpoint": 5}
+    straight, killed = build_config("straight", **settings), build_config("killed", **settings)
+    seen: list[LossTerms] = []
+
+    def remember(_: int, terms: LossTerms) -> LossTerms:
+        seen.append(terms.detached())
+        return terms
+
+    undo = interfere(monkeypatch, remember)
+    assert run(straight) == 0
+    undo()
+    ends = itertools.pairwise([0, 3, 5, 6, 9, 10, 12])
+    for line, (first, last) in zip(lines(straight), ends, strict=True):
+        # Two micro-batches a step.
+        part = seen[2 * first : 2 * last]
+        text = sum(terms.text_sum for terms in part) / sum(terms.text_count for terms in part)
+        image = sum(terms.image_sum for terms in part) / sum(terms.image_count for terms in part)
+        assert line["text_loss"] == pytest.approx(text.item(), rel=1e-5)
+        assert line["image_loss"] == pytest.approx(image.item(), rel=1e-5)
+
+    def die(number: int, terms: LossTerms) -> LossTerms:
+        if number == 16:
+            raise Killed
+        return terms
+
+    undo = interfere(monkeypatch, die)
+    with pytest.raises(Killed):
+        run(killed)
+    undo()
+    assert [line["step"] for line in lines(killed)] == [3, 5, 6]
+    assert run(killed) == 0
+    assert [line["step"] for line in lines(killed)] == [3, 5, 6, 9, 10, 12]
+    assert lines(killed) == lines(straight)
+    first, second = (
+        Path(config.run.folder) / "checkpoints" / "step_00000012" / "rank_00000.safetensors"
+        for config in (killed, straight)
+    )
+    assert first.read_bytes() == second.read_bytes()
+
+
+def spoilt(first: int, last: int, factor: float) -> Callable[[int, LossTerms], LossTerms]:
+    """Losses of steps `first` to `last` times `factor`; there are two micro-batches a step."""
+
+    def change(number: int, terms: LossTerms) -> LossTerms:
+        if not 2 * first - 1 <= number <= 2 * last:
+            return terms
+        return terms._replace(text_sum=terms.text_sum * factor, image_sum=terms.image_sum * factor)
+
+    return change
+
+
+def first_weight(run: Path, step: int) -> bytes:
+    return (run / "checkpoints" / f"step_{step:08d}" / "rank_00000.safetensors").read_bytes()
+
+
+def test_spikes_are_skipped_and_a_kill_changes_nothing(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 8 has ten times the loss of those before: left out and counted, and by a resumed run just so."""
+    settings = {"steps": 10, "checkpoint": 5, "spike_factor": 4.0, "spike_window": 4}
+    straight, killed, blind = (build_config(name, **settings) for name in ("straight", "killed", "blind"))
+    blind = blind.model_copy(update={"train": blind.train.model_copy(update={"spike_factor": 0.0})})
+    found = {}
+    for config in (straight, blind):
+        undo = interfere(monkeypatch, spoilt(8, 8, 10.0))
+        assert run(config) == 0
+        undo()
+        found[config.run.dir] = lines(config)
+    skipped = [line["skipped"] for line in found[straight.run.dir]]
+    assert skipped == [0] * 7 + [1] * 3
+    assert found[straight.run.dir][7]["gradient_norm"] > 4 * found[straight.run.dir][6]["gradient_norm"]
+    assert [line["skipped"] for line in found[blind.run.dir]] == [0] * 10
+    assert first_weight(Path(straight.run.dir), 10) != first_weight(Path(blind.run.dir), 10)
+
+    def die(number: int, terms: LossTerms) -> LossTerms:
+        if number == 2 * 8 - 1:
+            raise Killed
+        return terms
+
+    undo = interfere(monkeypatch, die)
+    with pytest.raises(Killed):
+        run(killed)
+    undo()
+    # Micro-batches are counted from the checkpoint of step 5 on.
+    interfere(monkeypatch, spoilt(3, 3, 10.0))
+    assert run(killed) == 0
+    assert lines(killed) == found[straight.run.dir]
+
+
+def test_bad_steps_in_a_row_bring_back_a_checkpoint_and_the_data_go_on(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 6 to 8 are not finite. The weights of step 5, changed meanwhile to show it, come back after the third.
+
+    Every step is saved, two are kept: what is saved amid skipped steps is passed over, and pushes nothing out.
+    """
+    config = build_config("back", steps=10, checkpoint=1, rollback_after_skipped=3)
+    interfere(monkeypatch, spoilt(6, 8, float("nan")))
+    trainer = Trainer(config, ALONE)
+    weights, step = {}, trainer.engine.step
+
+    def watched(learning_rate: float, **asked: Any) -> Any:
+        result = step(learning_rate, **asked)
+        if trainer.state.step + 1 == 7:
+            for shard in trainer.engine.shards():
+                shard.values["weight"].mul_(2.0)
+        return result
+
+    saved = trainer.reporter.line
+
+    def noted(*arguments: Any, **named: Any) -> None:
+        weights[trainer.state.step] = torch.cat([s.values["weight"].clone() for s in trainer.engine.shards()])
+        saved(*arguments, **named)
+
+    monkeypatch.setattr(trainer.engine, "step", watched)
+    monkeypatch.setattr(trainer.reporter, "line", noted)
+    try:
+        assert trainer.run() == 0
+    finally:
+        trainer.lock.close()
+    found = lines(config)
+    assert [line["step"] for line in found] == list(range(1, 11))
+    assert [line["skipped"] for line in found] == [0] * 5 + [1, 2, 3, 3, 3]
+    assert [line["roll_backs"] for line in found] == [0] * 7 + [1, 1, 1]
+    assert torch.equal(weights[8], weights[5]) and not torch.equal(weights[7], weights[5])
+    assert found[-1]["tokens"] == 256 * 10 and found[-1]["loss"] is not None
+    kept = sorted(path.name for path in (Path(config.run.folder) / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000009", "step_00000010"]
+
+
+def test_a_run_that_no_checkpoint_helps_ends_with_the_remedy(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build_config("helpless", steps=20, checkpoint=5, rollback_after_skipped=2)
+    undo = interfere(monkeypatch, spoilt(7, 99, float("inf")))
+    with pytest.raises(UserError, match=r"steps 7 to 10 were all skipped.*optimizer\.learning_rate"):
+        run(config)
+    undo()
+    assert [line["roll_backs"] for line in lines(config)][-3:] == [0, 1, 1]
+    early = build_config("early", steps=20, checkpoint=50, rollback_after_skipped=2)
+    interfere(monkeypatch, spoilt(1, 99, float("inf")))
+    with pytest.raises(UserError, match="no checkpoint from before them is left"):
+        run(early)
+
+
+def test_the_time_limit_saves_and_stops(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour a step, ten hours: the eighth hour leaves no room for another step and a save."""
+    config = build_config("limited", steps=20, time_limit_minutes=600.0)
+    trainer = Trainer(config, ALONE)
+    hours = itertools.count()
+    trainer.limit = TimeLimit(600.0, now=lambda: 3600.0 * next(hours) / 2)
+    try:
+        assert trainer.run() == 75
+    finally:
+        trainer.lock.close()
+    stopped = lines(config)[-1]["step"]
+    assert 1 < stopped < 10 and first_weight(Path(config.run.folder), stopped)
+    unlimited = build_config("limited", steps=stopped + 2)
+    assert run(unlimited) == 0 and lines(unlimited)[-1]["step"] == stopped + 2
+
+
+def test_a_signal_saves_and_goes_on(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build_config("asked", steps=6)
+
+    def ask(number: int, terms: LossTerms) -> LossTerms:
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return terms
+
+    interfere(monkeypatch, ask)
+    assert run(config) == 0
+    steps = sorted(path.name for path in (Path(config.run.folder) / "checkpoints").glob("step_*"))
+    assert steps == ["step_00000003", "step_00000006"]
+
+
+def test_telemetry_of_chosen_steps(build_config: Callable[..., Config]) -> None:
+    """Gradient norms of the parts in logged steps, which together are the whole one, and a trace of step 2."""
+    config = build_config("told", steps=4, log=2, telemetry={"gradient_norms": True, "profile_steps": [2]})
+    assert run(config) == 0
+    for line in lines(config):
+        norms = line["gradient_norms"]
+        assert list(norms) == [
+            "embedding",
+            "patch_encoder",
+            "blocks.0",
+            "norm",
+            "lm_head",
+            "patch_decoder",
+            "patch_position",
+        ]
+        assert sum(norm**2 for norm in norms.values()) == pytest.approx(line["gradient_norm"] ** 2, rel=1e-5)
+    (trace,) = (Path(config.run.folder) / "profiles").iterdir()
+    assert trace.name == "step_0000002_rank_00000.json.gz"
+    assert "aten::mm" in gzip.decompress(trace.read_bytes()).decode()
+
+
+def test_out_of_memory_is_told_with_what_needs_less(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build_config("large", steps=6)
+
+    def grow(number: int, terms: LossTerms) -> LossTerms:
+        if number == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
+        return terms
+
+    interfere(monkeypatch, grow)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": []})
+    monkeypatch.setattr(torch.cuda, "memory_summary", lambda: "all of it")
+    with pytest.raises(UserError) as refused:
+        run(config)
+    told = str(refused.value)
+    assert told.startswith("rank 0 ran out of memory in step 2 (CUDA out of memory)")
+    assert "data.micro_batch_size=1" in told and "train.precision=bf16" in told
+    folder = Path(config.run.folder)
+    assert (folder / "memory" / "rank_00000.pickle").exists()
+    assert (folder / "memory" / "rank_00000.txt").read_text() == "all of it"
+    assert "ended in step 1: forward and backward" in (folder / "stalls" / "rank_00000.txt").read_text()
