@@ -184,7 +184,9 @@ def sample(
     out: Annotated[Path, typer.Option(help="folder for the images and index.jsonl")],
     n: Annotated[int, typer.Option("-n", min=1, help="images a caption")] = 1,
     cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")] = 3.0,
-    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1)] = 100,
+    steps: Annotated[
+        int, typer.Option("--steps", "--num-inference-steps", min=1, help="sampler steps")
+    ] = 100,
     sampler: Annotated[
         Literal["auto", "ddpm", "ddim", "euler", "heun"],
         typer.Option(
@@ -226,7 +228,7 @@ def caption(
     model: Model,
     images: Annotated[list[Path], typer.Argument(help="images")],
     as_json: Annotated[bool, typer.Option("--json", help="one object a line: image, caption")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest caption, in tokens")] = 64,
     weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:
@@ -276,7 +278,7 @@ def classifier(
     config: Annotated[Path, typer.Argument(help="a configuration, for its images, captions and their size")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
     overrides: Overrides = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 8,
 ) -> None:
     """Train the small network that rates generated images in `eval --suite images`, on the training images."""
     from transfusion.config import load_config

@@ -76,7 +76,7 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
         unit="nats/token",
         threshold=threshold,
         higher_is_better=False,
-        how=f"cross entropy over the {tokens} tokens of validation {source.name}, <EOS> included. Threshold: the bigram",
+        how=f"cross entropy over the {tokens} tokens of validation {source.name}, <EOS> included; to beat: the bigram",
     )
     metrics["text_loss_nats_per_byte"] = Metric(
         value=total / size, unit="nats/byte", higher_is_better=False, how=f"the same over its {size} bytes"
