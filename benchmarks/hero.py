@@ -28,8 +28,9 @@ from transfusion.data.loading.rows import Row, RowBuilder, RowSettings
 from transfusion.data.loading.validation import documents
 from transfusion.data.planning.epoch import Variant
 from transfusion.data.planning.packing import Planner
+from transfusion.data.prepare.digits import DIGIT_WORDS, digit_in_caption
 from transfusion.generate.pipeline import Pipeline
-from transfusion.schema import ImageSegment, Modality
+from transfusion.schema import ImageSegment, Modality, TextSegment
 from transfusion_kernels import IntervalMask
 
 matplotlib.use("agg")
@@ -54,7 +55,7 @@ TOP, CELL, ROW_STEP = 138, 88, 110
 MASK_SIDE, STRIP = 512, 14
 CARD, EDGE, INK, GREY = "#ffffff", "#d0d7de", "#1f2328", "#59636e"
 TEXT, IMAGE, CONTEXT, PADDING = "#3b78b8", "#e8803a", "#f7cfa6", "#c9ced6"
-UNSEEN = "#f3f5f7"
+UNSEEN, RED = "#f3f5f7", "#b3261e"
 
 
 def main() -> None:
@@ -85,6 +86,16 @@ def main() -> None:
     draw_prompts(axes, pipeline, left=44)
     draw_captions(axes, pipeline, left=660)
     draw_mask(axes, first_mixed_row(pipeline), left=1218)
+    found = json.loads((arguments.run / "metrics.json").read_text(encoding="utf-8"))
+    below = (
+        (
+            44,
+            f"A classifier of real digits reads\n{found['generation_accuracy']:.1%} of 200 as the digit asked for.",
+        ),
+        (660, f"{found['caption_accuracy']:.1%} of all validation captions\nname the right digit."),
+    )
+    for left, text in below:
+        words(axes, left, TOP + MASK_SIDE + STRIP + 46, text, size=20, linespacing=1.45)
     words(axes, 44, HEIGHT - 40, small_print(arguments.run, pipeline), size=17, color=GREY)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out, dpi=DPI, transparent=True, metadata={"Software": "benchmarks/hero.py"})
@@ -142,19 +153,31 @@ def draw_prompts(axes: Axes, pipeline: Pipeline, left: float) -> None:
 
 
 def draw_captions(axes: Axes, pipeline: Pipeline, left: float) -> None:
-    """The first validation images, and what the model writes of each."""
+    """The first validation images, and what the model writes of each. Wrong ones are marked."""
     heading(axes, left, "Image → text", "a validation image, and the model's caption")
     found = documents(pipeline.config, pipeline.config.data.validation, pipeline.tokenizer)
-    images = (
-        part.values_CHW for document in found for part in document.segments if isinstance(part, ImageSegment)
-    )
-    first = list(itertools.islice(images, len(PROMPTS)))
-    captions = pipeline.caption([torch.as_tensor(image) for image in first], max_tokens=32)
-    for number, (image, caption) in enumerate(zip(first, captions, strict=True)):
+    pairs = (document.segments for document in found if len(document.segments) > 1)
+    first = list(itertools.islice(pairs, len(PROMPTS)))
+    images = [part.values_CHW for parts in first for part in parts if isinstance(part, ImageSegment)]
+    captions = pipeline.caption([torch.as_tensor(image) for image in images], max_tokens=32)
+    for number, (parts, image, caption) in enumerate(zip(first, images, captions, strict=True)):
         y = TOP + number * ROW_STEP
         paste(axes, np.asarray(image), left, y, CELL)
         arrow(axes, left + CELL + 14, y + CELL / 2)
-        words(axes, left + CELL + 66, y + CELL / 2, textwrap.fill(caption.strip(), 22), size=25)
+        texts = (pipeline.tokenizer.decode(part.token_ids) for part in parts if isinstance(part, TextSegment))
+        digit = digit_in_caption("".join(texts))
+        is_wrong = digit is not None and digit_in_caption(caption) != digit
+        middle = y + CELL / 2 - (14 if is_wrong else 0)
+        words(axes, left + CELL + 66, middle, textwrap.fill(caption.strip(), 22), size=25)
+        if is_wrong:
+            words(
+                axes,
+                left + CELL + 66,
+                middle + 32,
+                f"wrong: the digit is {DIGIT_WORDS[digit]}",
+                size=20,
+                color=RED,
+            )
 
 
 def first_mixed_row(pipeline: Pipeline) -> Row:

@@ -19,7 +19,7 @@ from transfusion.urls import redacted_text
 # Keys that had another name before version 0.1.0, by their last part, with what they are called since.
 RENAMED = {
     "checkpoint.keep_every": "archive_interval",
-    "codec.codebook_size": "codebook_size",
+    "codec.codes": "codebook_size",
     "data.caption_drop": "caption_dropout",
     "data.held_out": "validation",
     "data.max_faults": "max_bad_fraction",

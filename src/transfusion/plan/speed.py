@@ -1,7 +1,8 @@
 """Seconds of a step: products, attention, memory traffic and communication, each at its rate, one over the other.
 
-`docs/reference/planning.md` explains the model. Collectives of weights and gradients run beside the arithmetic. What is
-longer counts, and the first gather and the last reduction, which nothing hides. The host launches beside the device too.
+`docs/reference/planning.md` explains the model. Collectives of weights and gradients run beside the arithmetic. What
+takes longer counts, and the first gather and the last reduction, which nothing hides. The host launches beside the
+device too.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def test_the_commands_take_what_they_say(
 
     every = f"{shards}/0000[01].tar"
     said = run("report", vq_folder, every, "--out", tmp_path / "vq", "--limit", "4", "--image-size", "8")
-    assert "images   4" in said and "rFID       not measured" in said and "dead entries, perplexity" in said
+    assert "images     4" in said and "rFID       not measured" in said and "dead entries, perplexity" in said
     assert json.loads((tmp_path / "vq.json").read_text())["codec"]["image_size"] == 8
     run("report", kl_folder, every, "--out", tmp_path / "kl", "--rfid-weights", features)
     assert json.loads((tmp_path / "kl.json").read_text())["rfid"] > 0

@@ -122,7 +122,7 @@ def test_laws_and_weights_that_cannot_serve_an_objective(overrides: list[str], m
 )
 def test_a_sampler_that_does_not_fit_the_objective(prediction: str, sampler: str, choice: str) -> None:
     with pytest.raises(
-        UserError, match=rf"sample\.sampler={sampler} cannot draw with .*{prediction}; choose {choice}"
+        UserError, match=rf"sample_grid\.sampler={sampler} cannot draw with .*{prediction}; choose {choice}"
     ):
         load_config(None, [f"diffusion.prediction={prediction}", f"sample_grid.sampler={sampler}"])
     for fitting in ("auto", *choice.split(" or ")):

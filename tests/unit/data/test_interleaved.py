@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from transfusion.codec import pixels
 from transfusion.config import Config
 from transfusion.data.index.open import build_indexes
 from transfusion.data.index.source_index import SourceIndex
@@ -150,5 +149,4 @@ def test_latents_pass_the_codec_as_they_are(config: Config, tokenizer: Tokenizer
         if isinstance(segment, ImageSegment)
     ]
     assert [float(value[0, 0, 0]) for value in values] == [number / 8 for number in range(DOCUMENTS)]
-    tensor = torch.from_numpy(np.stack(values))
-    assert torch.equal(pixels.encode(tensor), tensor)
+    assert {value.dtype for value in values} == {np.dtype(np.float32)}

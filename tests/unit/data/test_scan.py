@@ -501,7 +501,7 @@ def test_random_damage_never_ends_a_run_nor_mixes_samples(tmp_path: Path) -> Non
         assert found == list(scan(path, "sha256"))
         for one in found:
             if isinstance(one, RawSample) and one.images:
-                number = one.media[0].width - 8
-                assert one.media[0].height == 9
+                number = one.images[0].width - 8
+                assert one.images[0].height == 9
                 # Random bytes may have fallen into a caption, but it is never that of another image.
                 assert one.text == f"number {number}" or one.text not in [f"number {n}" for n in range(12)]

@@ -11,6 +11,7 @@ import torch
 
 from transfusion.config import Config, SourceConfig
 from transfusion.evaluate.suites import validation
+from transfusion.families import FAMILIES
 from transfusion.schema import LossTerms
 
 
@@ -44,7 +45,9 @@ def test_the_image_loss_is_the_plain_error_and_says_of_what(
     monkeypatch.setattr(validation, "validation_losses", losses)
     monkeypatch.setattr(validation, "EvaluationLoader", lambda *_, **__: None)
     runner = SimpleNamespace(model=None, device=None, codec=None)
-    pipeline: Any = SimpleNamespace(config=config, runner=runner, tokenizer=None)
+    pipeline: Any = SimpleNamespace(
+        config=config, runner=runner, tokenizer=None, family=FAMILIES["transfusion"]
+    )
     metric = validation.validation(pipeline, Path())["p_image_loss"]
     assert metric.value == 0.75 and metric.how == f"mean squared error {said}"
     assert used[0].diffusion.as_dict() == {**config.diffusion.as_dict(), "loss_weight": "none"}

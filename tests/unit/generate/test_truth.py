@@ -126,7 +126,9 @@ def test_a_finished_image_is_read_clean(
     cache = runner.cache(1, len(layout))
     runner.read(cache.view(), runner.prefix_block([layout], [first]))
     draw(runner, cache, [0], [21], ImageSampling(steps=3), pipeline.config.diffusion)
-    state_RD = runner.read(cache.view(), runner.image_block(finished[None], cache.lengths))
+    state_RD = runner.read(
+        cache.view(), runner.image_block(codec.encode(finished[None]), cache.lengths, runner.sizes.first)
+    )
     clean = truth(pipeline).states(segments, [codec.encode(finished)], [0])[len(layout) - 1]
     noisy = truth(pipeline).states(segments, [codec.encode(finished)], [300])[len(layout) - 1]
     torch.testing.assert_close(state_RD[0], clean, rtol=0, atol=1e-5)

@@ -7,6 +7,7 @@ import torch
 from handmade import make_batch, small_config
 
 from transfusion.evaluate.validation_losses import validation_losses
+from transfusion.families.build import build_loss
 from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.observe.losses import MeanLosses
 from transfusion.schema import TIMESTEP_BUCKETS, LossTerms
@@ -22,10 +23,10 @@ def terms(value: float) -> LossTerms:
 
 def test_an_interval_of_steps() -> None:
     parts = [terms(LARGE), *(terms(1.0) for _ in range(8))]
-    config = small_config()
+    loss = build_loss(small_config(), None)
     images = int(LARGE) + 1
     found = MeanLosses.over_ranks(
-        [part._replace(text_count=torch.tensor(1.0)) for part in parts], config, [0.5], images=images
+        [part._replace(text_count=torch.tensor(1.0)) for part in parts], loss, [0.5], images=images
     )
     assert found.text == (LARGE + 8) / 9
     assert (found.images, found.extra_sums) == (images, [0.5])
