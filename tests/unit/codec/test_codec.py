@@ -32,8 +32,8 @@ def test_latents_and_images_are_those_of_diffusers(
     given = torch.randn(3, 4, 4, 4)
     made = ((theirs.decode(given / 0.5 + 0.25).sample + 1) * 127.5).round().clamp(0, 255).byte()
     assert torch.equal(codec.decode(given), made)
-    # Precomputed latents pass as they are, and drawn ones are read again without a detour over the image.
-    assert torch.equal(codec.encode(given.half()), given.half().float()) and codec.as_context(given) is given
+    # Drawn latents are read again without a detour over the image.
+    assert codec.as_context(given) is given
     assert codec.bound is None and not any(each.requires_grad for each in codec.network.parameters())  # type: ignore[attr-defined]
 
 
