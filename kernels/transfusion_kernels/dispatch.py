@@ -27,7 +27,12 @@ _warned = False
 
 @dataclass(frozen=True)
 class Choice:
-    """An implementation, one of `IMPLEMENTATIONS`, and the reason for it."""
+    """Which implementation runs.
+
+    Attributes:
+        implementation: "hopper", "triton", "cpu" or "reference".
+        reason: Why, in words.
+    """
 
     implementation: str
     reason: str
@@ -37,12 +42,24 @@ class Choice:
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *, backend: str = "auto") -> Choice:
-    """Which implementation `interval_attention` runs for these arguments, and why.
+    """Tell which implementation `interval_attention` runs for these arguments, and why.
 
-    Attention to a cache chooses alike, but where this is "hopper", which takes no cache: there it runs Triton if left
-    to choose, and refuses if asked by name.
+    `interval_attention_with_kvcache` chooses alike, except that it runs Triton where this says "hopper".
 
-    Raises ValueError where `interval_attention` would.
+    Args:
+        q: As `interval_attention` takes it.
+        k: As `interval_attention` takes it.
+        v: As `interval_attention` takes it.
+        mask: As `interval_attention` takes it.
+        backend: "hopper" (GPUs of compute capability 9), "triton", "cpu", or "reference", which runs anywhere. "auto"
+            asks the environment variable `TRANSFUSION_ATTENTION`. Where that is unset, the device, the dtype and the
+            head width decide.
+
+    Returns:
+        The implementation and the reason. `str` of it is one line.
+
+    Raises:
+        ValueError: Where `interval_attention` would raise it.
     """
     from transfusion_kernels.attention import check_arguments
 
@@ -51,18 +68,28 @@ def explain(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *, backend: str
 
 
 def choose(backend: str, q: Tensor) -> Choice:
-    """The argument decides; where it is "auto", the environment variable; where that is unset, the device.
+    """Choose an implementation.
 
-    Raises ValueError if the implementation asked for does not exist or cannot take `q`.
+    Args:
+        backend: As in `explain`.
+        q: Queries [B, H, S, D], of which the device, the dtype and the width count.
+
+    Raises:
+        ValueError: If the implementation asked for does not exist or cannot take `q`.
     """
     wanted, by = _wanted(backend)
     return _automatic(q) if wanted == "auto" else _asked_for(wanted, by, q)
 
 
 def choose_for_cache(backend: str, q: Tensor) -> Choice:
-    """As `choose`, for attention to a cache, which the Hopper kernels do not take.
+    """Choose an implementation of attention to a cache, where Triton stands in for the Hopper kernels.
 
-    Where nothing is asked for by name the Triton kernel stands in for them. Raises ValueError where they are.
+    Args:
+        backend: As in `explain`.
+        q: As in `choose`.
+
+    Raises:
+        ValueError: As `choose`, and if the Hopper kernels are asked for.
     """
     wanted, by = _wanted(backend)
     if wanted == "hopper":
@@ -95,6 +122,11 @@ def backward_implementation(implementation: str, head_dim: int, deterministic: b
 
     The Hopper kernels leave to Triton those with the same bits on every run, and head widths at which this version of
     its compiler would spill registers.
+
+    Args:
+        implementation: Of the output.
+        head_dim: Width of a head.
+        deterministic: Whether every run must give the same bits.
     """
     if implementation != "hopper":
         return implementation

@@ -50,7 +50,7 @@ def test_both_models_in_one_grid(transfusion: Command, tmp_path: Path) -> None:
         transfusion("codec", "encode", f"{kind}/codec", "data/train/*.tar", "--out", f"{kind}/shards")
     images = "data.sources.0.shards=data/train/*.tar"
     transfusion("classifier", "model.yaml", "--out", "classifier.safetensors", images, "--epochs", "3")
-    assert "name its shards" in transfusion("classifier", "model.yaml", "--out", "no", code=2)
+    assert "the classifier needs images" in transfusion("classifier", "model.yaml", "--out", "no", code=2)
     grid = {
         "base": "model.yaml",
         "axes": {"model": {"transfusion": {}, "chameleon": {"base": "vq.yaml"}}},

@@ -22,7 +22,7 @@ CODEC = (
     "steps: 4\nbatch: 4\nthreads: 1\n"
 )
 MODEL = (
-    "model: {layers: 1, width: 32, heads: 1, patch_size: 2}\n"
+    "model: {layers: 1, hidden_size: 32, heads: 1, patch_size: 2}\n"
     "codec: {kind: kl, folder: runs/codec/codec, image_size: 16}\n"
     "data:\n"
     "  tokenizer: tokenizer.model\n"
@@ -53,9 +53,9 @@ def test_from_images_to_latents_to_images(transfusion: Command, tmp_path: Path) 
     transfusion("tokenizer", "train", "data/train/*.tar", "--out", "tokenizer.model", "--vocabulary", "290")
     said = transfusion("codec", "train", "codec.yaml", "run.dir=runs/codec")
     for loss in ("perceptual", "identity", "adversarial"):
-        assert f"{loss} loss: none: this loss of the paper is left away" in said
+        assert f"{loss} loss: none: this loss of the paper is off" in said
     encode = ("codec", "encode", "runs/codec/codec", "data/train/*.tar", "--out", "latents")
-    assert "there already" not in transfusion(*encode) and "there already" in transfusion(*encode)
+    assert "already there" not in transfusion(*encode) and "already there" in transfusion(*encode)
     transfusion(
         "codec", "report", "runs/codec/codec", "data/validation/*.tar", "--out", "judged", "--limit", "3"
     )

@@ -193,7 +193,7 @@ def test_a_rank_that_stands_still_is_told_by_the_others(workplace: Any) -> None:
     assert process.returncode == 0, err
     assert first != second and read_metrics(run / "metrics.jsonl")[-1]["step"] == 100
     head, rest = told.split("\n", 1)
-    assert head.startswith("rank 0 stands still in step ") and "another rank is late or gone" in head
+    assert head.startswith("rank 0 is stuck in step ") and "another rank is late or gone" in head
     assert head in err
     # A collective with its size, the samples by source and key, and the stack of the thread that trains.
     collectives, samples = rest.split("samples of the last batch:")

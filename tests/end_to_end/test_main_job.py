@@ -109,7 +109,11 @@ def test_the_python_of_the_documents_runs(
     text = (ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8")
     (tmp_path / "script.py").write_text("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "data").symlink_to(workplace.folder / "data")
+    (tmp_path / "data").mkdir()
+    for path in (workplace.folder / "data").iterdir():
+        (tmp_path / "data" / path.name).symlink_to(path)
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "tomato.png")
+    (tmp_path / "model").symlink_to(workplace.folder / trained / "export")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(workplace.folder / trained)
     ended = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The README's walk-through for one's own images, command by command, on a few images and steps."""
+"""The guide's walk-through for one's own images, command by command, on a few images and steps."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def draw_images(folder: Path) -> None:
 
 
 def commands() -> list[list[str]]:
-    """The lines that begin with `transfusion` in the README's section."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own data")[1].split("```")[1]
+    """The lines of the first block of the guide."""
+    section = (ROOT / "docs/guides/data.md").read_text(encoding="utf-8").split("```")[1]
     return [
         shlex.split(line, comments=True)[1:]
         for line in section.splitlines()
@@ -44,7 +44,7 @@ def commands() -> list[list[str]]:
     ]
 
 
-def test_the_walk_through_of_the_readme(workplace: Any, tmp_path: Path) -> None:
+def test_the_walk_through_of_the_guide(workplace: Any, tmp_path: Path) -> None:
     place = type(workplace)(tmp_path)
     draw_images(tmp_path / "FOLDER")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -61,6 +61,7 @@ def test_the_walk_through_of_the_readme(workplace: Any, tmp_path: Path) -> None:
             said[command[0]] = place.run(*arguments)
     assert {
         "prepare",
+        "data",
         "tokenizer",
         "train",
         "export",
@@ -68,7 +69,6 @@ def test_the_walk_through_of_the_readme(workplace: Any, tmp_path: Path) -> None:
         "caption",
         "eval",
         "report",
-        "config",
     } <= said.keys()
     assert len(list((tmp_path / "images").glob("*.png"))) == 2
     assert json.loads(said["caption"].splitlines()[-1])["image"] == "photo.jpg"

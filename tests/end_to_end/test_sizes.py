@@ -62,7 +62,7 @@ def test_from_images_of_three_shapes_to_drawn_ones(transfusion: Command, tmp_pat
             assert size == "32x16" or red > 1.5 * max(green, blue), (red, green, blue)
     said = transfusion(*sample, "refused", "--size", "8x8", code=2)
     assert "choose 16x16 or 16x32 or 32x16" in said and not Path("refused").exists()
-    assert "--size: 'wide' is no size" in transfusion(*sample, "refused", "--size", "wide", code=2)
+    assert "--size: 'wide' is not a size" in transfusion(*sample, "refused", "--size", "wide", code=2)
 
     # Nothing but its caption tells the model which shape to begin.
     prompts = [[caption] for caption in SHAPES]

@@ -136,7 +136,7 @@ def test_another_network_is_refused_with_every_value_to_set(tmp_path: Path) -> N
     assert "set model.layers=2 model.num_kv_heads=2 model.norm_epsilon=1e-05" in told
     assert "set model.qk_norm=false" in told
     for key, value, complaint in (
-        ("model_type", "mistral", "only a 'llama' is read"),
+        ("model_type", "mistral", "only 'llama' can be read"),
         (
             "rope_parameters",
             {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0},
@@ -144,7 +144,7 @@ def test_another_network_is_refused_with_every_value_to_set(tmp_path: Path) -> N
         ),
         ("attention_bias", True, "attention_bias"),
         ("head_dim", 16, "its heads have 16 dimensions"),
-        ("hidden_size", None, "config.json is no Llama's"),
+        ("hidden_size", None, "config.json is not a Llama's"),
     ):
         settings = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "changed").mkdir(exist_ok=True)
@@ -165,5 +165,5 @@ def test_files_that_are_missing_or_torn_are_named(tmp_path: Path) -> None:
         started(tmp_path, config_of())
     del index["weight_map"]["model.norm.weight"]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"model\.norm\.weight is in no file"):
+    with pytest.raises(UserError, match=r"model\.norm\.weight is in none of its files"):
         started(tmp_path, config_of())

@@ -158,7 +158,7 @@ def test_logits_of_packed_documents(models: tuple[Transfusion, Any]) -> None:
         target_ids_S=np.concatenate([d.target_ids_S for d in documents]),
         text_weight_S=np.concatenate([d.text_weight_S for d in documents]),
         end_key_S=np.concatenate([d.end_key_S + start for d, start in parts]).astype(np.int32),
-        media=(),
+        images=(),
     )
     ids = text_ids(len(packed))
     mine = ours_logits(ours, ids, packed, start_S)

@@ -32,18 +32,25 @@ def interval_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which each query sees the keys `[first_key, end_key)` of `mask`.
 
-    q: [B, H, S, D]; k, v: [B, K, N, D], H a multiple of K; one floating dtype; any strides, the last being 1.
-    mask: over S queries and N keys, with B rows or one that all share.
-    scale: of the scores, above 0; 1 / sqrt(D) unless given.
-    deterministic: gradients with the same bits on every run. On a GPU this costs two more products backward; the
-        other implementations always are.
-    return_lse: also return the natural log-sum-exp of the scaled scores, float32 (float64 for float64 inputs)
-        [B, H, S], minus infinity where a query sees nothing. It carries no gradient.
-    backend: "auto", "hopper", "triton", "cpu" or "reference"; see `explain`.
+    Args:
+        q: Queries [B, H, S, D] of any floating dtype, with any strides, the last being 1.
+        k: Keys [B, K, N, D], with dtype, device and strides as for `q`. H is a multiple of K.
+        v: Values, of the shape of `k`.
+        mask: Over S queries and N keys, with B rows or one that all share.
+        scale: Of the scores, above 0. None takes 1 / sqrt(D).
+        deterministic: Gradients with the same bits on every run. On a GPU this costs two more products backward. The
+            other implementations always give them.
+        return_lse: Return the log-sum-exp too.
+        backend: "auto", "hopper", "triton", "cpu" or "reference", as in `explain`.
 
-    Returns [B, H, S, D] in the dtype of q, laid out as [B, S, H, D] so that joining the heads copies nothing.
-    Raises ValueError, naming the argument, for shapes, dtypes and devices that do not fit, and on CPU tensors for
-    a mask whose values do not either. Whether keys and values are finite is told by `mask.validate(k, v)`.
+    Returns:
+        The output [B, H, S, D] in the dtype of `q`, laid out as [B, S, H, D] so that joining the heads copies nothing.
+            With `return_lse` also the natural log-sum-exp [B, H, S] of the scaled scores, without gradient. It is
+            float32, or float64 for float64 inputs, and minus infinity where a query sees nothing.
+
+    Raises:
+        ValueError: With the argument's name, for shapes, dtypes and devices that do not fit, and on CPU tensors for
+            bounds that `mask.validate` refuses. `mask.validate(k, v)` tells whether keys and values are finite.
     """
     check_arguments(q, k, v, mask)
     implementation = choose(backend, q).implementation

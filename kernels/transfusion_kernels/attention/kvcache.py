@@ -42,25 +42,33 @@ def interval_attention_with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which each query sees the cached keys `[first_key, end_key)` of `mask`. It has no gradient.
 
-    q: [B, H, S, D], the new positions. k_cache, v_cache: of the dtype of q, H a multiple of K, any strides, the
-        last being 1. Static: [B, K, N, D], row b of which belongs to row b of q. Paged: [pages, K, slots, D].
-    mask: over S queries and at most as many keys as a row of the cache can hold, with B rows or one that all share.
-        Its `num_keys` is the most that any row has, as far as the host knows: it decides how keys are split. What
-        lies outside a row's bounds is not read, so the cache may be uninitialised memory there, and entries of the
-        block table anything.
-    block_table: int32 [B, pages of a row]: key n of row b is slot `n % slots` of page `block_table[b, n // slots]`.
-        Rows may share pages. Tables of one column pick rows out of a static cache.
-    scale: of the scores, above 0; 1 / sqrt(D) unless given.
-    num_splits: in how many parts the Triton kernel takes the keys; 0 chooses by sizes that the host knows. The
-        other implementations take no notice.
-    return_lse: also return the natural log-sum-exp of the scaled scores, float32 (float64 for float64 inputs)
-        [B, H, S], minus infinity where a query sees nothing.
-    backend: "auto", "triton", "cpu" or "reference", chosen as by `interval_attention`; where that chooses its Hopper
-        kernels, the Triton kernel runs here. Asked for by name, here or in the environment, they are refused.
+    What lies outside a row's bounds is not read. There the cache may be uninitialised memory, and entries of the block
+    table anything. Nothing waits for a GPU.
 
-    Returns [B, H, S, D] in the dtype of q, laid out as [B, S, H, D]. Does not wait for a GPU.
-    Raises ValueError, naming the argument, for what does not fit or needs a gradient, and on CPU tensors for bounds
-    and pages that do not exist.
+    Args:
+        q: Queries [B, H, S, D] of the new positions.
+        k_cache: Keys of the dtype of `q`, with any strides, the last being 1. H is a multiple of K. A static cache is
+            [B, K, N, D], row b of which belongs to row b of `q`. A paged one is [pages, K, slots, D].
+        v_cache: Values, of the shape of `k_cache`.
+        mask: Over S queries and at most as many keys as a row of the cache can hold, with B rows or one that all share.
+            Its `num_keys` is the maximum over the rows, as far as the host knows. It decides how keys are split.
+        block_table: int32 [B, pages of a row], for a paged cache. Key n of row b is slot `n % slots` of page
+            `block_table[b, n // slots]`. Rows may share pages. A table of one column picks rows out of a static cache.
+        scale: Of the scores, above 0. None takes 1 / sqrt(D).
+        num_splits: In how many parts the Triton kernel takes the keys. 0 chooses by sizes that the host knows. The
+            other implementations take no notice.
+        return_lse: Return the log-sum-exp too.
+        backend: "auto", "triton", "cpu" or "reference", as in `explain`. The Hopper kernels take no cache. Where "auto"
+            would choose them, Triton runs. Asked for by name, here or in the environment, they are refused.
+
+    Returns:
+        The output [B, H, S, D] in the dtype of `q`, laid out as [B, S, H, D]. With `return_lse` also the natural
+            log-sum-exp [B, H, S] of the scaled scores. It is float32, or float64 for float64 inputs, and minus infinity
+            where a query sees nothing.
+
+    Raises:
+        ValueError: With the argument's name, for what does not fit or needs a gradient, and on CPU tensors for bounds
+            and pages that do not exist.
     """
     _check(q, k_cache, v_cache, mask, block_table, num_splits)
     implementation = choose_for_cache(backend, q).implementation
@@ -94,12 +102,18 @@ def append_to_kvcache(
 ) -> None:
     """Write new keys and values to their positions in a cache, in place.
 
-    k, v: [B, K, S, D]. k_cache, v_cache, block_table: as `interval_attention_with_kvcache` takes them.
-    positions: int32 or int64 [B, S], where in its row each goes; on pages that no other row writes to, and no
-        position twice. On a GPU positions outside the cache are the caller's error: nothing waits to look at them.
+    Args:
+        k: New keys [B, K, S, D].
+        v: New values, of the shape of `k`.
+        k_cache: As `interval_attention_with_kvcache` takes it.
+        v_cache: As `k_cache`.
+        positions: int32 or int64 [B, S], where in its row each goes. No position may come twice, and no page may be
+            written to by two rows. On a GPU nothing waits to see whether they lie in the cache, as they must.
+        block_table: As `interval_attention_with_kvcache` takes it.
 
-    Raises ValueError, naming the argument, for what does not fit, needs a gradient, or is a cache whose elements share
-    memory, and on CPU tensors for positions outside the cache.
+    Raises:
+        ValueError: With the argument's name, for what does not fit, needs a gradient, or is a cache whose elements
+            share memory, and on CPU tensors for positions outside the cache.
     """
     check_tensor("k", k)
     if k.dim() != 4 or k.shape[1] == 0:

@@ -26,19 +26,23 @@ NARROW_WIDTH = 1024
 class IntervalMask:
     """Which keys each query sees: those in `[first_key, end_key)`.
 
-    first_key, end_key: int32 [B, S], both non-decreasing along S. B is the batch, or 1 where all rows share the
-    mask. A row of padding has `first_key == end_key`, namely the number of valid positions, so that the bounds
-    never decrease; its output is 0, its log-sum-exp minus infinity, and its gradients are 0.
-    num_keys: how many keys there are, S unless given. It is larger than S where a block of queries reads a cache.
-    narrow: a hint for speed, which no result depends on: whether a query sees less than `NARROW_WIDTH` keys on
-    average, as in packed short documents. Known without being given where there are no more keys than that; and `to`
-    finds it out when it takes a mask from the host to a GPU, where the values are at hand. A mask made on a GPU of
-    short documents is given it by who knows their lengths: reading the values there would wait for the device.
+    A padded position has `first_key == end_key`, namely the number of valid positions, so that the bounds never
+    decrease. Its output is 0, its log-sum-exp minus infinity, and its gradients are 0.
 
-    Keys and values must be finite everywhere, padding included: a partly visible tile multiplies hidden values by
-    a weight of 0, and 0 times NaN is NaN; `validate(k, v)` finds what is not. The tensors are not copied.
+    Keys and values must be finite everywhere, padding included. A partly visible tile multiplies hidden values by a
+    weight of 0, and 0 times NaN is NaN. `validate(k, v)` checks that, and the values of the bounds.
 
-    Raises ValueError for wrong shapes, dtypes or devices. Values are checked by `validate`.
+    Args:
+        first_key: int32 [B, S], the first key that each query sees. It never decreases along S. B is the batch, or 1
+            where all rows share the mask. The tensor is not copied.
+        end_key: The same for one past the last key.
+        num_keys: How many keys there are, S unless given. It is larger where a block of queries reads a cache.
+        narrow: Whether a query sees fewer than 1,024 keys on average, as in packed short documents. It is a hint for
+            speed, and no result depends on it. It is known where there are fewer keys than that, and `to` finds it out
+            on the way from the host to a GPU. Give it for a mask that is made on a GPU.
+
+    Raises:
+        ValueError: For wrong shapes, dtypes or devices.
     """
 
     first_key: Tensor
@@ -76,15 +80,18 @@ class IntervalMask:
     def from_spans(
         document_start: Tensor, image_end: Tensor, *, length: Tensor | None = None, narrow: bool = False
     ) -> IntervalMask:
-        """The mask of packed documents: causal, bidirectional inside an image, closed between documents.
+        """Make the mask of packed documents: causal, bidirectional inside an image, closed between documents.
 
-        document_start: integers [B, S], where the document of a position starts.
-        image_end: integers [B, S], where the image that a position is in ends (one past its last), else 0.
-        length: integers [B], how many positions of each row are real; the others are padding. All, unless given.
-        narrow: see the class.
+        It is made on the device of `document_start`, without waiting for it.
 
-        Built on the device of `document_start`, without a host synchronisation. Raises ValueError, naming the argument,
-        for what is no tensor of integers of these shapes, all on one device.
+        Args:
+            document_start: Integers [B, S], where in the row the document of each position starts.
+            image_end: Integers [B, S], one past the last position of the image that a position is in, else 0.
+            length: Integers [B], how many positions of each row are real. The others are padding. None pads nothing.
+            narrow: As for the class.
+
+        Raises:
+            ValueError: With the argument's name, for what is no tensor of integers of its shape, all on one device.
         """
         for name, tensor in (
             ("document_start", document_start),
@@ -122,26 +129,26 @@ class IntervalMask:
 
     @property
     def first_query(self) -> Tensor:
-        """int32 [B, N]: the first query that sees each key."""
+        """The first query that sees each key, int32 [B, N]."""
         return self._cached("columns", self._columns)[0]
 
     @property
     def end_query(self) -> Tensor:
-        """int32 [B, N]: one past the last query that sees each key, `first_query` where none does."""
+        """One past the last query that sees each key, int32 [B, N]. It is `first_query` where none does."""
         return self._cached("columns", self._columns)[1]
 
     @property
     def query_order(self) -> Tensor:
-        """int32 [B * T]: the tiles of queries, those with most keys first, so that no long one starts last."""
+        """The tiles of queries, int32 [B * T]. Those with most keys come first, so that no long one starts last."""
         return self._cached("query_order", lambda: (longest_first(self.first_key, self.end_key),))[0]
 
     @property
     def key_order(self) -> Tensor:
-        """int32 [B * T]: the tiles of keys, those with most queries first."""
+        """The tiles of keys, int32 [B * T]. Those with most queries come first."""
         return self._cached("key_order", lambda: (longest_first(self.first_query, self.end_query),))[0]
 
     def dense(self) -> Tensor:
-        """bool [B, S, N]: true where a query sees a key."""
+        """The mask as bool [B, S, N], true where a query sees a key."""
         key_N = torch.arange(self.num_keys, device=self.device, dtype=torch.int32)
         return (key_N >= self.first_key[..., None]) & (key_N < self.end_key[..., None])
 
@@ -150,21 +157,30 @@ class IntervalMask:
         return int((self.end_key.long() - self.first_key.long()).sum())
 
     def flops(self, heads: int, head_dim: int, backward: bool = False) -> int:
-        """Floating-point operations of the matrix products over visible pairs, of the forward or the backward.
+        """Floating-point operations of the matrix products over visible pairs. Waits for the device.
 
-        Two products forward, five backward (the scores are computed again). A mask of one row that a batch shares
-        counts once. Waits for the device.
+        A mask of one row that a batch shares counts once.
+
+        Args:
+            heads: Query heads.
+            head_dim: Width of a head.
+            backward: Count the five products of the backward pass, in place of the two of the forward pass.
         """
         products = 5 if backward else 2
         return 2 * products * heads * head_dim * self.visible_pairs()
 
     def validate(self, k: Tensor | None = None, v: Tensor | None = None) -> None:
-        """Raise ValueError if a bound leaves `[0, num_keys]`, decreases, or ends before it starts.
+        """Check the bounds, and keys and values if given. Waits for the device.
 
-        k, v: [B, K, num_keys, D]. Those that are given must be finite everywhere, padding included; the error says
-            where the first that is not stands, and whether any query sees it.
+        On CPU tensors `interval_attention` checks the bounds by itself.
 
-        Waits for the device. On CPU tensors `interval_attention` validates the bounds by itself.
+        Args:
+            k: [B, K, num_keys, D], keys that must be finite everywhere, padding included.
+            v: The same for values.
+
+        Raises:
+            ValueError: For a bound that leaves `[0, num_keys]`, decreases, or ends before it starts. For the first
+                value that is not finite, with its place and whether any query sees it.
         """
         validate_bounds(self.first_key, self.end_key, self.num_keys)
         for name, tensor in (("k", k), ("v", v)):
@@ -195,10 +211,17 @@ class IntervalMask:
         )
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> IntervalMask:
-        """This mask on another device; itself if it is there.
+        """Take the mask to another device.
 
         On a GPU all that the kernels derive from it is made at once, so that layers find it, compiled ones too. Those
-        do not notice a bound that is changed in place afterwards: for them, make another mask.
+        do not notice a bound that is changed in place afterwards. Make another mask for them.
+
+        Args:
+            device: Where to.
+            non_blocking: As in `Tensor.to`.
+
+        Returns:
+            The mask there, which is this one if it is there already.
         """
         first_key = self.first_key.to(device, non_blocking=non_blocking)
         end_key = self.end_key.to(device, non_blocking=non_blocking)

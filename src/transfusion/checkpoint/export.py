@@ -23,7 +23,7 @@ from transfusion.checkpoint.resume import SliceReader
 from transfusion.checkpoint.stream import write_tensors
 from transfusion.config import Config
 from transfusion.config.checking import check
-from transfusion.config.codec_folder import folder_files
+from transfusion.config.codec_folder import KINDS, folder_files
 from transfusion.errors import UserError
 from transfusion.files import (
     UNFINISHED,
@@ -95,9 +95,9 @@ def read_export(folder: str | Path) -> ModelFolder:
             raise ValueError
         version, step, names = values["format_version"], values["step"], values["weights"]
     except OSError as error:
-        raise UserError(f"{folder} is no model folder: {CONFIG}: {error.strerror}; {remedy}") from None
+        raise UserError(f"{folder} is not a model folder: {CONFIG}: {error.strerror}; {remedy}") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} is no model folder: {CONFIG} is not an export's; {remedy}") from None
+        raise UserError(f"{folder} is not a model folder: {CONFIG} is not an export's; {remedy}") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{folder} has model format {version}, this version reads {FORMAT_VERSION}; {remedy}")
     config = check(values["config"], where=str(folder / CONFIG))
@@ -110,7 +110,7 @@ def read_export(folder: str | Path) -> ModelFolder:
                 pass
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: {name} cannot be read ({error}); {remedy}") from None
-    if config.codec.kind != "pixels":
+    if config.codec.is_autoencoder:
         beside = config.codec.model_copy(update={"folder": str(folder / CODEC)})
         config = config.model_copy(update={"codec": beside})
     average = folder / names[AVERAGE] if AVERAGE in names else None
@@ -144,7 +144,7 @@ def _tokenizer(folder: Path, manifest: Manifest) -> Path:
 def _codec(folder: Path, manifest: Manifest) -> Path | None:
     """The run's own copy of the autoencoder; of a checkpoint outside of a run the folder that it names."""
     settings = manifest.config["codec"]
-    if settings["kind"] == "pixels":
+    if settings["kind"] not in KINDS.values():
         return None
     run = folder.parent.parent
     path = run / CODEC if folder.parent == layout.checkpoints_folder(run) else Path(settings["folder"])

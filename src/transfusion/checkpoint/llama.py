@@ -61,7 +61,7 @@ def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None
     raise_together(lambda: _fill(engine.shards(), llama, row_V))
     engine.shards_written(0)
     found = int((row_V >= 0).sum())
-    log.info("weights of %s; %d of %d rows of the vocabulary are its own", folder, found, len(row_V))
+    log.info("weights of %s: %d of %d rows of the embedding are from it", folder, found, len(row_V))
 
 
 class Llama:
@@ -83,7 +83,7 @@ class Llama:
         names = (_their_name(name, self.tied) for name in _our_names(config.model))
         if missing := sorted({name for name in names if name} - self.files.keys()):
             raise UserError(
-                f"{folder} is no Llama: {missing[0]} is in no file of it ({len(missing)} missing)"
+                f"{folder} is not a Llama: {missing[0]} is in none of its files ({len(missing)} missing)"
             )
 
     def shape(self, name: str) -> list[int]:
@@ -117,11 +117,11 @@ def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelCo
     """Raise UserError, with all differences at once, where the blocks would not compute what the Llama's do."""
     problems = []
     if settings.get("model_type") != "llama":
-        problems.append(f"it is a {settings.get('model_type')!r}, and only a 'llama' is read")
+        problems.append(f"its model_type is {settings.get('model_type')!r}, and only 'llama' can be read")
     # Up to transformers 4 under names of its own, from 5 on together.
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        problems.append(f"its rotary embedding is scaled ({rope}), which this network's is not")
+        problems.append(f"its rotary embedding is scaled ({rope}), and this network's is not")
     for key in ("attention_bias", "mlp_bias"):
         if settings.get(key):
             problems.append(f"it has {key}, and this network has no biases there")
@@ -132,13 +132,15 @@ def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelCo
     try:
         compared = list(_compared(settings, rope, model))
     except KeyError as error:
-        raise UserError(f"{folder / CONFIG} is no Llama's: {error} is missing") from None
+        raise UserError(f"{folder / CONFIG} is not a Llama's: {error} is missing") from None
     if wrong := [setting.key for setting in compared if not isinstance(setting.there, int | float)]:
-        raise UserError(f"{folder / CONFIG} is no Llama's: what it has for {wrong[0]} is no number")
+        raise UserError(f"{folder / CONFIG} is not a Llama's: {wrong[0]} is not a number")
     heads, width = settings["num_attention_heads"], settings["hidden_size"]
     head_dim = settings.get("head_dim") or width // heads
     if head_dim * heads != width:
-        problems.append(f"its heads have {head_dim} dimensions, which are not its width over their number")
+        problems.append(
+            f"its heads have {head_dim} dimensions, which is not its hidden_size divided by its heads"
+        )
     different = [f"{setting.key}={setting.there}" for setting in compared if setting.here != setting.there]
     if different:
         problems.append("its network has other dimensions: set " + " ".join(different))
@@ -205,7 +207,7 @@ def _fill(shards: list[Shard], llama: Llama, row_V: Tensor) -> None:
         else:
             if llama.shape(name) != list(shard.shape):
                 raise UserError(
-                    f"{llama.folder}: {name} has shape {llama.shape(name)}, and {CONFIG} makes it {shard.shape}"
+                    f"{llama.folder}: {name} has shape {llama.shape(name)}, and {CONFIG} says {shard.shape}"
                 )
             width = math.prod(shard.shape[1:])
             first, last = shard.start // width, -(-(shard.start + shard.length) // width)

@@ -45,7 +45,7 @@ def _from_json(path: Path) -> dict[bytes, int]:
         numbers = {**vocabulary, **added}
         byte_level = "ByteLevel" in json.dumps([values.get("pre_tokenizer"), values.get("decoder")])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no tokenizer whose pieces can be read: {error}") from None
+        raise UserError(f"{path} is not a tokenizer whose pieces can be read: {error}") from None
     if byte_level:
         byte_of = _byte_of_letter()
         spelt = [

@@ -39,7 +39,9 @@ class SliceReader:
                 parts.append(self._slice(rank, f"{kind}/{name}", position - begin, end - begin))
                 position = end
         if position != start + length:
-            raise layout.damaged(self.folder, f"elements of {name} from {position} on are in no file")
+            raise layout.damaged(
+                self.folder, f"elements of {name} from {position} on are missing in all files"
+            )
         return torch.cat(parts) if parts else torch.empty(0)
 
     def read_whole(self, kind: str, name: str) -> Tensor:
@@ -120,7 +122,7 @@ def _check_files(folder: Path, manifest: Manifest, engine: Engine) -> None:
 
 def _check_model(folder: Path, manifest: Manifest, engine: Engine) -> None:
     """Raise UserError that names the first difference between the checkpoint's model and the engine's."""
-    remedy = "set the model as it was, or run.dir to a new folder"
+    remedy = "restore the settings of the model, or set run.dir to a new folder"
     saved, wanted = layout.model_settings(manifest.config), layout.model_settings(engine.config.as_dict())
     for section, values in wanted.items():
         for key, value in values.items():

@@ -15,11 +15,11 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, 
 Folder = Annotated[str, typer.Argument(help="folder of an autoencoder, such as RUN/codec")]
 Shards = Annotated[list[str], typer.Argument(help="globs or brace ranges of .tar shards with images")]
 ImageSize = Annotated[
-    int, typer.Option(min=0, help="side of the square images; 0: what the folder was trained for")
+    int, typer.Option(min=0, help="side of the square images; 0: as the folder was trained")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")]
 
-codec_app = typer.Typer(no_args_is_help=True, help="Image codecs: images to latents or tokens and back.")
+codec_app = typer.Typer(no_args_is_help=True, help="Image codecs: images to latents or tokens, and back.")
 
 
 @codec_app.callback()
@@ -29,10 +29,10 @@ def _root() -> None:
 
 @codec_app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="a file of configs/codec")],
+    config: Annotated[Path, typer.Argument(help="a configuration, such as configs/codec/emoji-kl.yaml")],
     overrides: Overrides = None,
 ) -> None:
-    """Train a KL or VQ autoencoder, or go on with it; writes RUN/codec, a folder of diffusers."""
+    """Train a KL or VQ autoencoder, or continue its training. Writes RUN/codec in the layout of diffusers."""
     from transfusion.codec_train.settings import CodecTrainConfig
     from transfusion.config.load import load_as
 
@@ -51,16 +51,16 @@ def encode(
     size: Annotated[
         list[str] | None, typer.Option(help="in place of --image-size: HEIGHTxWIDTH; repeat for several")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes, a shard each")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="processes, one shard each")] = 1,
     device: Device = "cpu",
 ) -> None:
-    """Write latents (kl) or tokens (vq) of every image beside it. Killed and run again it goes on."""
+    """Write shards with the latents (kl) or tokens (vq) of their images. Run it again to continue."""
     from transfusion.codec_train.encode import encode_shards
     from transfusion.data.images.latents import LatentRecord
 
     def progress(name: str, record: LatentRecord, reused: bool) -> None:
         left_out = "".join(f", left out: {count} x {reason}" for reason, count in record.left_out.items())
-        typer.echo(f"{name}: {record.encoded} images{' (there already)' if reused else ''}{left_out}")
+        typer.echo(f"{name}: {record.encoded} images{' (already there)' if reused else ''}{left_out}")
 
     settings = _settings(codec, image_size, size or [])
     records = encode_shards(settings, shards, out, workers=workers, device=device, progress=progress)
@@ -72,15 +72,15 @@ def encode(
 def report(
     codec: Folder,
     shards: Shards,
-    out: Annotated[Path, typer.Option(help="NAME of NAME.html, NAME.png and NAME.json")],
+    out: Annotated[Path, typer.Option(help="NAME, to write NAME.html, NAME.png and NAME.json")],
     image_size: ImageSize = 0,
-    limit: Annotated[int, typer.Option(min=0, help="first images only; 0: all")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="number of images, from the first; 0: all")] = 0,
     rfid_weights: Annotated[
         Path | None, typer.Option(help="TorchScript of FID's Inception network, for rFID")
     ] = None,
     device: Device = "cpu",
 ) -> None:
-    """Measure what the codec gives back of images: PSNR, SSIM, rFID, and show some."""
+    """Measure how well the codec reconstructs images. Reports PSNR, SSIM, rFID and examples."""
     from transfusion.codec_train.report import write_report
 
     settings = _settings(codec, image_size)
@@ -95,9 +95,9 @@ def fetch(
     name: Annotated[str, typer.Argument(help="name on the hub, such as OWNER/MODEL, or a folder")],
     out: Annotated[Path, typer.Option(help="folder to write")],
     kind: Annotated[Literal["kl", "vq"], typer.Option(help="kl: AutoencoderKL, vq: VQModel")] = "kl",
-    subfolder: Annotated[str, typer.Option(help="where in it the autoencoder stands, often vae")] = "",
+    subfolder: Annotated[str, typer.Option(help="subfolder that holds the autoencoder, often vae")] = "",
 ) -> None:
-    """Download a published autoencoder. The only command that does; all others read folders."""
+    """Download a published autoencoder. All other commands read one from a folder."""
     from transfusion.codec.networks import fetch_network
 
     fetch_network(name, kind, out, subfolder=subfolder)

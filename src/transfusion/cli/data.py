@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 import typer
 
-Spec = Annotated[Path, typer.Argument(help="a file of configs/train, for its data.sources")]
+Spec = Annotated[Path, typer.Argument(help="a configuration, for its data.sources")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")]
 
-data_app = typer.Typer(no_args_is_help=True, help="Shards: index them, and see what a run makes of them.")
+data_app = typer.Typer(no_args_is_help=True, help="Index shards, and see what a run makes of them.")
 
 
 @data_app.callback()
@@ -25,12 +25,12 @@ def _root() -> None:
 @data_app.command()
 def show(
     spec: Spec,
-    out: Annotated[Path, typer.Option(help="FILE.html with every token, or FILE.png at a glance")],
+    out: Annotated[Path, typer.Option(help="FILE.html with every token, or FILE.png as an overview")],
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(min=1, help="rows to draw")] = 4,
-    step: Annotated[int, typer.Option(min=0, help="of which global batch")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="sequences to draw")] = 4,
+    step: Annotated[int, typer.Option(min=0, help="number of the global batch")] = 0,
 ) -> None:
-    """Draw rows of a batch: tokens, images, borders of documents, the mask."""
+    """Draw sequences of a batch. Shows tokens, images, borders of documents and the mask."""
     from transfusion.config import load_config
     from transfusion.data.viewing.commands import show_rows
 
@@ -45,7 +45,7 @@ def stats(
     steps: Annotated[int, typer.Option(min=1, help="global batches to plan")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Shares, lengths, padding and faults of a configuration's sources."""
+    """Show shares, lengths, padding and bad samples of the sources."""
     from transfusion.config import load_config
     from transfusion.data.viewing.commands import describe_stats, stats_config
 
@@ -57,13 +57,14 @@ def stats(
 def plan(
     spec: Annotated[
         Path | None,
-        typer.Argument(help="a file of configs/train; none, with --simulate: pairs and texts, lognormal"),
+        typer.Argument(help="a configuration; none, with --simulate: pairs and texts of lognormal lengths"),
     ] = None,
     overrides: Overrides = None,
     simulate: Annotated[
-        bool, typer.Option("--simulate", help="only lengths: sources of any size, like those of SPEC")
+        bool,
+        typer.Option("--simulate", help="simulate lengths only: sources of any size, like those of SPEC"),
     ] = False,
-    ranks: Annotated[int, typer.Option(min=1, help="plan as one of so many ranks")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="number of ranks to plan for")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="global batches")] = 64,
     samples: Annotated[
         int,
@@ -73,7 +74,7 @@ def plan(
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Plan without reading images: time, memory, shares, padding, balance, by data.global_batch_size."""
+    """Plan batches without reading images. Shows time, memory, shares, padding and balance."""
     from transfusion.config import load_config
     from transfusion.data.viewing.plan_stats import as_dict, describe, measure_config
 
@@ -89,23 +90,27 @@ def plan(
 def index_shards(
     spec: Annotated[
         list[str],
-        typer.Argument(help="globs, brace ranges or files; or one file of configs/train with overrides"),
+        typer.Argument(help="globs, brace ranges or files of shards, or one configuration with overrides"),
     ],
     out: Annotated[Path, typer.Option(help="folder for the index files, counters.json and quarantine.jsonl")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="for token lengths, which training needs; a config names its own")
+        Path | None,
+        typer.Option(help="for token lengths, which training needs; a configuration names its own"),
     ] = None,
     verify: Annotated[
-        Literal["none", "sha256"], typer.Option(help="see data.sources.0.verify; a config names its own")
+        Literal["none", "sha256"],
+        typer.Option(help="see data.sources.0.verify; a configuration names its own"),
     ] = "none",
     max_bad_fraction: Annotated[
-        float | None, typer.Option(min=0, max=1, help="share of bad samples past which the exit code is 3")
+        float | None, typer.Option(min=0, max=1, help="share of bad samples above which the exit code is 3")
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="processes; 0: one a core, or none for little")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="processes; 0: one per core, or none for little data")
+    ] = 0,
 ) -> None:
-    """Read shards once: what is good, where it stands, how long it is, and what is left out and why.
+    """Index shards. Finds each good sample and its length, and what is left out and why.
 
-    Killed and run again it goes on, shard by shard; run on a finished folder it renews what is stale.
+    Run it again to continue after an interruption. On a finished folder, it renews what is stale.
     """
     from transfusion.config import DataConfig, load_config
     from transfusion.data.index.build import QUARANTINE, IndexJob, write_index
@@ -122,7 +127,7 @@ def index_shards(
     for line in report.describe():
         typer.echo(line)
     for shard in report.bad_shards:
-        typer.echo(f"too many bad samples: {shard}; {out / QUARANTINE} names them", err=True)
+        typer.echo(f"too many bad samples: {shard}; {out / QUARANTINE} lists them", err=True)
     if report.past_limit:
         raise typer.Exit(3)
 

@@ -1,4 +1,4 @@
-"""What is here, what is missing, and the command that mends it. Nothing missing may stop the looking."""
+"""What is here, what is missing, and the command that fixes it. Nothing that is missing may end the search."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OPTIONAL = {
     "jinja2": ("jinja2", "transfusion report"),
     "wandb": ("wandb", "log.wandb=true"),
     "diffusers": ("diffusers", "autoencoders: codec.kind=kl and vq"),
-    "opencv-python-headless": ("cv2", "small PNGs read faster, to the same values"),
+    "opencv-python-headless": ("cv2", "faster reading of small PNGs, with the same values"),
 }
 TRITON_CHECK = """
 import torch
@@ -68,14 +68,14 @@ class Finding:
 
 
 def run_doctor() -> list[Finding]:
-    """Look at everything; a look that fails is itself a finding."""
+    """Look at everything. A look that fails is itself a finding."""
     findings: list[Finding] = []
     for look in LOOKS:
         try:
             findings += look()
         except Exception as error:  # whatever is broken here is what the user wants to know
             findings.append(
-                Finding(look.__name__.strip("_"), "note", f"could not be looked at: {_short(error)}")
+                Finding(look.__name__.strip("_"), "note", f"could not be checked: {_short(error)}")
             )
     return findings
 
@@ -102,7 +102,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 def print_table(findings: Sequence[Finding]) -> None:
-    """One line a finding, below it the command that mends it."""
+    """One line a finding, below it the command that fixes it."""
     marks = {"good": "ok     ", "note": "note   ", "missing": "MISSING"}
     width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
@@ -187,9 +187,7 @@ def _deepspeed() -> Iterator[Finding]:
 
 def _triton() -> Iterator[Finding]:
     if not _is_installed("triton"):
-        yield Finding(
-            "triton", "note", "not installed; only a GPU has use for it", 'pip install "triton==3.7.1"'
-        )
+        yield Finding("triton", "note", "not installed; only needed on a GPU", 'pip install "triton==3.7.1"')
         return
     version = _version("triton")
     if not _is_installed("torch"):

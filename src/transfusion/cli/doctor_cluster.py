@@ -1,4 +1,4 @@
-"""`transfusion doctor --cluster`: one table of what the processes of a run are to each other, with remedies."""
+"""`transfusion doctor --cluster`: one table that compares the processes of a run, with remedies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(folder: Path) -> int:
     try:
         if here.world_size == 1:
             raise UserError(
-                "doctor --cluster compares processes, and this is a single one; start it as a run is started:"
+                "doctor --cluster compares processes, and only one was started; start it like a run:"
                 " torchrun --nproc-per-node 2 -m transfusion doctor --cluster, or srun"
             )
         findings = look(here, folder)
@@ -35,7 +35,9 @@ def main(folder: Path) -> int:
     if here.is_main:
         print_table(findings)
         print(
-            "\nNot fit to train together yet: see what is MISSING." if unfit else "\nFit to train together."
+            "\nThese processes cannot train together yet: see what is MISSING."
+            if unfit
+            else "\nThese processes can train together."
         )
     return EXIT_UNFIT if unfit else 0
 
@@ -61,7 +63,7 @@ def _processes(hosts: Sequence[str]) -> Iterator[Finding]:
         yield Finding("processes", "good", text)
     else:
         yield Finding(
-            "processes", "note", text, "start equally many on each machine, or some GPUs stand idle"
+            "processes", "note", text, "start the same number on each machine, or some GPUs are idle"
         )
 
 
@@ -101,7 +103,9 @@ def _clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Iterator[Finding]
 def _storage(problems: Sequence[str], folder: Path) -> Iterator[Finding]:
     if not problems:
         yield Finding(
-            "storage", "good", f"{folder.resolve()}: every rank sees what every rank writes and renames"
+            "storage",
+            "good",
+            f"{folder.resolve()}: every rank sees the files that the others write and rename",
         )
     for problem in problems:
         yield Finding(
@@ -121,7 +125,7 @@ def _bandwidths(found: Sequence[Bandwidth], *, gpu: bool) -> Iterator[Finding]:
         )
         slow = gpu and sizes[-1].bus_gb_s < MIN_GPU_GB_S
         remedy = (
-            "look at NCCL_DEBUG=INFO: NCCL_SOCKET_IFNAME and NCCL_IB_HCA name the fast network"
+            "run with NCCL_DEBUG=INFO, and name the fast network with NCCL_SOCKET_IFNAME and NCCL_IB_HCA"
             if slow
             else ""
         )

@@ -27,13 +27,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Train one transformer on text and images together, and generate both in one answer.",
 )
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Tokenizers.")
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(codec_app, name="codec")
 app.add_typer(scaling_app, name="scaling")
 
-# Typer keeps click's classes where no one else should look for them; this one's parent is what is needed.
+# Typer keeps click's classes in private modules. The parent of this one is what is needed.
 UsageError: Any = typer.BadParameter.__bases__[0]
 
 Model = Annotated[Path, typer.Argument(help="folder written by `transfusion export`")]
@@ -93,20 +93,20 @@ def _root(
 @app.command()
 def prepare(
     source: Annotated[
-        str, typer.Argument(help="digits, python-docs, a folder of images with captions, or a .jsonl")
+        str, typer.Argument(help="digits, python-docs, a folder of images with captions, or a .jsonl file")
     ],
     out: Annotated[Path, typer.Option(help="folder for the shards")],
     validation: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="share kept for evaluation; default 0.02, of python-docs 0.1"),
+        typer.Option(min=0, max=1, help="share kept for validation; default 0.02, for python-docs 0.1"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of captions and of the split")] = 0,
 ) -> None:
-    """Make webdataset shards, split into train and validation."""
+    """Write webdataset shards for training and validation."""
     from transfusion.data.prepare.prepare import prepare as run
 
     result = run(source, out, seed=seed, validation=validation)
-    state = "there already" if result.reused else "written"
+    state = "already there" if result.reused else "written"
     print(f"{result.out}: {result.train} training and {result.validation} validation samples, {state}")
     for reason, count in result.skipped.items():
         print(f"left out: {count} x {reason}", file=sys.stderr)
@@ -132,7 +132,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="a file of configs/train")],
     overrides: Overrides = None,
 ) -> None:
-    """Train, or continue the run in `run.dir`. Under torchrun or deepspeed: on all their processes."""
+    """Train, or continue the run in `run.dir`. Runs under torchrun and deepspeed too."""
     from transfusion.config import load_config
 
     resolved = load_config(config, overrides or [])
@@ -149,12 +149,12 @@ def plan(
     gpu: Annotated[Literal["h200", "h100", "a100"], typer.Option(help="which GPU")] = "h200",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     pair_share: Annotated[
-        float, typer.Option(min=0, max=1, help="of the tokens, in pairs with an image")
+        float, typer.Option(min=0, max=1, help="share of the tokens that is in pairs with an image")
     ] = 0.5,
-    text_tokens: Annotated[int, typer.Option(min=3, help="tokens of a text")] = 1024,
-    caption_tokens: Annotated[int, typer.Option(min=1, help="tokens of a caption")] = 32,
+    text_tokens: Annotated[int, typer.Option(min=3, help="tokens per text")] = 1024,
+    caption_tokens: Annotated[int, typer.Option(min=1, help="tokens per caption")] = 32,
 ) -> None:
-    """Predict memory, speed and cost of a run, and say what would not fit and which setting mends it."""
+    """Predict memory, speed and cost of a run. Names the settings that make it fit."""
     from transfusion.config import load_config
 
     # The autoencoder need not be there yet.
@@ -171,10 +171,19 @@ def export(
     run: Annotated[Path, typer.Argument(help="a run folder, or one of its checkpoints")],
     out: Annotated[Path, typer.Option(help="folder for config.json, weights and tokenizer")],
 ) -> None:
-    """Write a run's newest checkpoint as a model folder of safetensors."""
+    """Export a run's newest checkpoint as a folder of safetensors."""
     from transfusion.checkpoint.export import export as write
 
     print(write(run, out))
+
+
+def _known_sampler(name: str) -> str:
+    from transfusion.config.objectives import SAMPLERS
+
+    known = ["auto", *dict.fromkeys(sampler for fitting in SAMPLERS.values() for sampler in fitting)]
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}.")
+    return name
 
 
 @app.command()
@@ -182,15 +191,15 @@ def sample(
     model: Model,
     prompt: Annotated[list[str], typer.Option(help="a caption; repeat for several")],
     out: Annotated[Path, typer.Option(help="folder for the images and index.jsonl")],
-    n: Annotated[int, typer.Option("-n", min=1, help="images a caption")] = 1,
+    n: Annotated[int, typer.Option("-n", min=1, help="images per caption")] = 1,
     cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")] = 3.0,
     steps: Annotated[
         int, typer.Option("--steps", "--num-inference-steps", min=1, help="sampler steps")
     ] = 100,
     sampler: Annotated[
-        Literal["auto", "ddpm", "ddim", "euler", "heun"],
+        str,
         typer.Option(
-            help="how noise is removed; auto: ddpm, for a model of flow euler, which heun is for too"
+            callback=_known_sampler, help="ddpm or ddim, for flow euler or heun; auto: ddpm, for flow euler"
         ),
     ] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="image k has seed + k")] = 0,
@@ -227,8 +236,8 @@ def _size(text: str) -> Size | None:
 def caption(
     model: Model,
     images: Annotated[list[Path], typer.Argument(help="images")],
-    as_json: Annotated[bool, typer.Option("--json", help="one object a line: image, caption")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest caption, in tokens")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object per line: image, caption")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="maximum length of a caption, in tokens")] = 64,
     weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:
@@ -250,7 +259,7 @@ def evaluate(
         list[str] | None, typer.Option(help="validation, digits, images, captions; repeat for several")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder for metrics.json and the evidence; default: MODEL")
+        Path | None, typer.Option(help="folder for metrics.json and the generated samples; default: MODEL")
     ] = None,
     weights: Weights = "auto",
     device: Device = "auto",
@@ -258,10 +267,10 @@ def evaluate(
         Path | None, typer.Option(help="for the suite images: a file of `transfusion classifier`")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="exit with 3 when a figure misses its threshold")
+        bool, typer.Option("--check", help="exit with code 3 when a metric misses its threshold")
     ] = False,
 ) -> None:
-    """Measure a model on its validation data; writes metrics.json."""
+    """Evaluate a model on its validation data. Writes metrics.json."""
     from transfusion.evaluate.suites.run import run_suites
 
     metrics = run_suites(
@@ -280,7 +289,7 @@ def classifier(
     overrides: Overrides = None,
     epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 8,
 ) -> None:
-    """Train the small network that rates generated images in `eval --suite images`, on the training images."""
+    """Train the classifier of `eval --suite images` on the training images."""
     from transfusion.config import load_config
     from transfusion.evaluate.metrics.classifier import save_classifier, train_from_config
 
@@ -290,7 +299,7 @@ def classifier(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """Write report.html: one file with curves, images, captions, metrics and the config."""
+    """Write report.html, the page of a run. It has curves, images, captions, metrics and the configuration."""
     from transfusion.evaluate.report.page import write_report
 
     print(write_report(run))
@@ -302,10 +311,10 @@ def doctor(
         bool, typer.Option("--cluster", help="compare the processes of torchrun, deepspeed or srun")
     ] = False,
     folder: Annotated[
-        Path, typer.Option(help="with --cluster: where runs are kept, seen by all machines")
+        Path, typer.Option(help="with --cluster: the folder of runs, which all machines see")
     ] = Path(),
 ) -> None:
-    """Say what was found, what will be used, and the command that mends what is missing."""
+    """Check the installation. Shows what training will use, and how to install what is missing."""
     if cluster:
         from transfusion.cli.doctor_cluster import main as compare
 
@@ -317,10 +326,10 @@ def doctor(
 
 @app.command("config")
 def show_config(
-    config: Annotated[Path | None, typer.Argument(help="a config file; none: the defaults")] = None,
+    config: Annotated[Path | None, typer.Argument(help="a configuration; none: the defaults")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Check a configuration and print it in full, each key with its meaning."""
+    """Check a configuration and print it, each key with its meaning."""
     from transfusion.config import load_config
     from transfusion.config.yaml_files import explain
 

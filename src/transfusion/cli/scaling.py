@@ -1,4 +1,4 @@
-"""`transfusion scaling ...`: run the cells of an experiment file, fit laws to what came out, draw them."""
+"""`transfusion scaling ...`: run the cells of an experiment file, fit scaling laws, draw them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-Results = Annotated[Path, typer.Argument(help="the --out of `transfusion scaling run`")]
+Results = Annotated[Path, typer.Argument(help="folder written by `transfusion scaling run`")]
 Metrics = Annotated[
     list[str] | None, typer.Option("--metric", help="repeat for several; default: all that every run has")
 ]
-Axis = Annotated[str, typer.Option("--by", help="axis whose values are the lines")]
+Axis = Annotated[str, typer.Option("--by", help="axis whose values become the lines")]
 
-scaling_app = typer.Typer(no_args_is_help=True, help="Grids of runs, their laws and their figure.")
+scaling_app = typer.Typer(no_args_is_help=True, help="Grids of runs, their scaling laws and their figures.")
 
 
 @scaling_app.callback()
@@ -24,22 +24,29 @@ def _root() -> None:
 
 @scaling_app.command()
 def run(
-    grid: Annotated[Path, typer.Argument(help="a file of configs/experiments")],
+    grid: Annotated[Path, typer.Argument(help="an experiment file, such as configs/experiments/emoji.yaml")],
     out: Annotated[Path, typer.Option(help="folder for the runs and cells.jsonl")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value for all cells, as many as needed")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="a cell; repeat for several; default: all")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="name of a cell; repeat for several; default: all")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="runs at once")] = 1,
     launcher: Annotated[
-        str, typer.Option(help="starts a training, e.g. 'torchrun --nproc-per-node 8 -m transfusion'")
+        str,
+        typer.Option(
+            help="command that starts a training, e.g. 'torchrun --nproc-per-node 8 -m transfusion'"
+        ),
     ] = "",
-    classifier: Annotated[str, typer.Option(help="for suites that need one, instead of the grid's")] = "",
+    classifier: Annotated[
+        str, typer.Option(help="for suites that need a classifier, in place of the grid's")
+    ] = "",
     listing: Annotated[
-        bool, typer.Option("--list", help="name the cells, check them, and run nothing")
+        bool, typer.Option("--list", help="list and check the cells, and run nothing")
     ] = False,
 ) -> None:
-    """Train, export and measure every cell with every seed. Killed and run again it goes on; then a table."""
+    """Train, export and evaluate every cell with every seed. Prints a table. Run it again to continue."""
     from transfusion.config.experiments import read_grid
     from transfusion.errors import UserError
     from transfusion.scaling.grid import jobs_of, run_grid
@@ -74,7 +81,7 @@ def fit(
     metric: Metrics = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON list instead of a table")] = False,
 ) -> None:
-    """Laws of each metric in FLOPs, their exponents, and the parity FLOP ratio of the first two models."""
+    """Fit power laws in FLOPs. Prints exponents and the parity FLOP ratio of the first two models."""
     from transfusion.scaling import results as found
 
     records = found.read_records(results)
@@ -87,7 +94,7 @@ def fit(
 
 @scaling_app.command()
 def table(results: Results, metric: Metrics = None) -> None:
-    """Mean and standard deviation over seeds of each cell's metrics."""
+    """Print the metrics of each cell, mean and standard deviation over seeds."""
     from transfusion.scaling import results as found
 
     records = found.read_records(results)
@@ -100,7 +107,7 @@ def plot(
     out: Annotated[Path, typer.Option(help="a .png, .svg or .pdf")],
     by: Axis = "model",
     metric: Metrics = None,
-    title: Annotated[str, typer.Option(help="above the figure")] = "",
+    title: Annotated[str, typer.Option(help="title above the figure")] = "",
 ) -> None:
     """Draw points, laws and bands of each metric over training FLOPs."""
     from transfusion.scaling import results as found

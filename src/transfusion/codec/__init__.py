@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from transfusion.config import CodecConfig
 from transfusion.config.codec_folder import codec_fingerprint, read_facts
 from transfusion.errors import UserError
 
-__all__ = ["Codec", "encoded", "open_codec"]
+__all__ = ["CODECS", "Codec", "encoded", "open_codec"]
+
+CodecOpener = Callable[[CodecConfig, torch.device | str], Codec]
 
 
 def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec:
@@ -23,18 +26,24 @@ def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec
 
     Raises UserError for a folder that is not as it was when the configuration was made, or that lacks weights.
     """
-    if config.kind == "pixels":
-        return PixelCodec()
-    if config.kind == "vq":
-        return VQCodec(_network(config), device)
-    return KLCodec(_network(config), config.scale or (1.0,), config.shift or (0.0,), device)
+    return CODECS[config.kind](config, device)
 
 
 def _network(config: CodecConfig) -> Network:
     facts = read_facts(Path(config.folder))
     if config.fingerprint != codec_fingerprint(facts, config.scale, config.shift):
         raise UserError(
-            f"codec.folder {config.folder} is not the autoencoder of codec.fingerprint {config.fingerprint}:"
-            " it was changed; name the one that was used"
+            f"codec.folder {config.folder} does not match codec.fingerprint {config.fingerprint}:"
+            " the autoencoder was changed; name the one that was used"
         )
     return load_network(config.folder)
+
+
+# By `codec.kind`. What each makes of images is in `config.sections.CODEC_KINDS`.
+CODECS: dict[str, CodecOpener] = {
+    "pixels": lambda config, device: PixelCodec(),
+    "kl": lambda config, device: KLCodec(
+        _network(config), config.scale or (1.0,), config.shift or (0.0,), device
+    ),
+    "vq": lambda config, device: VQCodec(_network(config), device),
+}

@@ -13,34 +13,63 @@ from transfusion.schema import MediaGroup
 
 
 class Codec(Protocol):
-    """Images to what the network reads, and back. Frozen: it has no gradient and is no part of what is trained.
+    """Turns images into what the network reads, and back. It has no gradient, and is not trained.
 
-    What the network reads are latents, fp32 [I, C, h, w] of about unit variance, or tokens, int64 [I, h, w] in
+    The network reads latents, fp32 [I, C, h, w] of about unit variance, or tokens, int64 [I, h, w] in
     [0, codebook_size).
     """
 
     @property
     def codebook_size(self) -> int:
-        """Entries of the codebook; 0 for latents."""
+        """Entries of the codebook. 0 for latents."""
 
     @property
     def bound(self) -> float | None:
-        """Latents lie in [-bound, bound]; None: anywhere."""
+        """Latents lie in [-bound, bound]. None sets no bound."""
 
     def encode(self, values_ICHW: Tensor) -> Tensor:
-        """uint8 images [I, C, H, W] to latents or tokens."""
+        """Encode images.
+
+        Args:
+            values_ICHW: uint8 pixels.
+
+        Returns:
+            Latents or tokens.
+        """
 
     def decode(self, encoded: Tensor) -> Tensor:
-        """Latents or tokens to uint8 images [I, C, H, W]."""
+        """Decode images.
+
+        Args:
+            encoded: Latents or tokens.
+
+        Returns:
+            uint8 pixels [I, C, H, W].
+        """
 
     def as_context(self, drawn: Tensor) -> Tensor:
-        """Drawn latents or tokens as the network reads them again: those of the image that was made of them."""
+        """What the network reads of an image that it has drawn.
+
+        Args:
+            drawn: Latents or tokens, as they were drawn.
+
+        Returns:
+            Latents or tokens of the image that was made of them.
+        """
 
 
 def encoded(group: MediaGroup, codec: Codec | None) -> Tensor:
-    """The latents or tokens of a group of images, which were stored or are made now.
+    """The latents or tokens of a group of images, stored ones as they are.
 
-    Raises ValueError for pixels without a codec.
+    Args:
+        group: Images of one kind and shape.
+        codec: Encodes pixels. None where there are none.
+
+    Returns:
+        Latents fp32 [I, C, h, w], or tokens int64 [I, h, w].
+
+    Raises:
+        ValueError: For pixels without a codec.
     """
     if group.kind == "pixels":
         if codec is None:

@@ -31,7 +31,7 @@ def _network_class(kind: Literal["kl", "vq"]) -> Any:
         # diffusers imports lazily, and wraps what goes wrong, such as a torchvision of another torch, in prose.
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"diffusers cannot be imported: {reason}; a broken torchvision is worse than none: uninstall it"
+            f"diffusers cannot be imported: {reason}; if torchvision is broken, uninstall it"
         ) from None
 
 

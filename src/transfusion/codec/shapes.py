@@ -22,4 +22,4 @@ def latent_shape(group: MediaGroup, codec: CodecConfig | None) -> tuple[int, int
 def image_elements(group: MediaGroup, codec: CodecConfig | None) -> int:
     """What each image of the group has of the image loss: numbers of its latents, or tokens."""
     shape = latent_shape(group, codec)
-    return math.prod(shape[1:]) if codec is not None and codec.kind == "vq" else math.prod(shape)
+    return math.prod(shape[1:]) if codec is not None and codec.makes == "tokens" else math.prod(shape)

@@ -100,14 +100,14 @@ def encode_shards(
 def encoder(codec: CodecConfig, device: str = "cpu") -> Encoder:
     """To float16 latents [I, C, h, w], or tokens [I, h, w] in as few bytes as hold them."""
     opened, stored = open_codec(codec, device), "float16"
-    if codec.kind == "vq":
+    if codec.makes == "tokens":
         stored = "uint16" if codec.codebook_size <= 1 << 16 else "int32"
     return lambda values: opened.encode(values.to(device)).cpu().numpy().astype(stored)
 
 
 def encode_shard(encode: Encoder, codec: CodecConfig, source: Path, target: Path) -> LatentRecord:
     """One shard, whole or not at all. Raises UserError for one that is no tar."""
-    extension = TOKENS if codec.kind == "vq" else LATENTS
+    extension = TOKENS if codec.makes == "tokens" else LATENTS
     left_out: collections.Counter[str] = collections.Counter()
     encoded = 0
     try:
@@ -125,7 +125,7 @@ def encode_shard(encode: Encoder, codec: CodecConfig, source: Path, target: Path
                     if number in values:
                         _add(writer, f"{group.key}.{extension}", values[number])
     except tarfile.TarError as error:
-        raise UserError(f"{source} cannot be read: {error}; `transfusion data index` tells more") from None
+        raise UserError(f"{source} cannot be read: {error}; `transfusion data index` shows why") from None
     image_size, image_sizes = record_sizes(codec)
     record = LatentRecord(
         codec=codec.fingerprint,
@@ -165,7 +165,7 @@ def _refuse(codec: CodecConfig, sources: Sequence[Path], out: Path) -> None:
         raise UserError(f"{count} shards are called {name}; encode them into folders of their own")
     for source in sources:
         if source.resolve() == (out / source.name).resolve():
-            raise UserError(f"{out} is where {source.name} lies; name another folder")
+            raise UserError(f"{out} is the folder of {source.name}; name another folder")
         record = read_record(out / source.name)
         if record and (record.codec, record.sizes) != (codec.fingerprint, set(codec.sizes)):
             made = ", ".join(sorted(map(str, record.sizes)))

@@ -167,8 +167,8 @@ def _loaded(network: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.
         name for name in needed if name not in state or state[name].shape != mine[name].shape
     ):
         raise UserError(
-            f"{source} is not a state of {type(network).__name__}: {missing[0]} and {len(missing) - 1} more are"
-            " missing or of another shape; name a file with torchvision's names of parameters"
+            f"{source} is not a state dict of {type(network).__name__}: {missing[0]} and {len(missing) - 1} more are"
+            " missing or of another shape; name a file with the parameter names of torchvision"
         )
     network.load_state_dict({name: state[name].float() for name in needed}, strict=False)
     return network
@@ -197,7 +197,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read weights {path}: {error.strerror or error}") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, AttributeError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no file of weights: {reason}; save it as .safetensors") from None
+        raise UserError(f"{path} is not a file of weights: {reason}; save it as .safetensors") from None
     prefix = "module.encoder_q."
     if any(name.startswith(prefix) for name in tensors):
         tensors = {name: value for name, value in tensors.items() if name.startswith(prefix)}

@@ -16,7 +16,7 @@ from transfusion.codec_train.discriminator import adaptive_weight
 from transfusion.codec_train.features import FeatureDistance, feature_distance
 from transfusion.codec_train.settings import CodecTrainConfig, LossConfig
 
-_LEFT_AWAY = "none: this loss of the paper is left away"
+_LEFT_AWAY = "none: this loss of the paper is off"
 
 
 class Reconstructed(NamedTuple):
@@ -107,6 +107,6 @@ def _describe_adversarial(config: LossConfig, steps: int) -> str:
     if not config.adversarial:
         return _LEFT_AWAY
     if config.adversarial_from >= steps:
-        return f"{_LEFT_AWAY}, for adversarial_from {config.adversarial_from} is beyond the last step"
-    adaptive = ", weighed by the gradients' ratio" if config.adaptive else ""
+        return f"{_LEFT_AWAY}, as adversarial_from {config.adversarial_from} is beyond the last step"
+    adaptive = ", scaled by the ratio of the gradients" if config.adaptive else ""
     return f"{config.adversarial:g} x patch discriminator from step {config.adversarial_from}{adaptive}"

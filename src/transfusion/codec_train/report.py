@@ -150,7 +150,7 @@ def _measure(
         if features is not None:
             seen.append((features(real_ICHW), features(made_ICHW)))
     if not judged:
-        raise UserError("no image of these shards can be decoded; `transfusion data index` tells why")
+        raise UserError("no image of these shards can be decoded; `transfusion data index` shows why")
     figures = torch.tensor([figure for figure, _, _ in judged])
     found = Reconstruction(
         len(judged),
@@ -186,7 +186,7 @@ def _feature_network(weights: Path, device: str) -> Callable[[Tensor], Tensor]:
         network: Any = torch.jit.load(str(weights), map_location=device).eval()
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--rfid-weights {weights} is no TorchScript file: {reason}") from None
+        raise UserError(f"--rfid-weights {weights} is not a TorchScript file: {reason}") from None
 
     @torch.no_grad()
     def features(value_ICHW: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def _page(found: Reconstruction, codec: CodecConfig, png: bytes) -> str:
         "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
         "img{width:100%;image-rendering:pixelated}pre{overflow:auto}</style>\n"
         f"<h1>Reconstruction by {html.escape(codec.folder or codec.kind)}</h1>\n<pre>{lines}</pre>\n"
-        "<p>Each image above what the codec made of it: the worst, the middle and the best by PSNR.</p>\n"
+        "<p>Each image above its reconstruction: the worst, the median and the best by PSNR.</p>\n"
         f'<img alt="images and reconstructions" src="data:image/png;base64,{data}">\n'
         f"<h2>Codec</h2>\n<pre>{facts}</pre>\n</html>\n"
     )

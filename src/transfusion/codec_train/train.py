@@ -375,5 +375,5 @@ def build(config: CodecTrainConfig) -> Network:
         if not taken:
             raise UserError(f"start {config.start} has no weight of the same name and shape as this network")
         network.load_state_dict(taken, strict=False)
-        log.info("%d of %d weights begin as in %s", len(taken), len(mine), config.start)
+        log.info("%d of %d weights are from %s", len(taken), len(mine), config.start)
     return network

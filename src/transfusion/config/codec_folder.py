@@ -59,7 +59,7 @@ def read_facts(folder: str | Path) -> CodecFacts:
         )
     except OSError as error:
         raise UserError(
-            f"codec.folder {folder} is no autoencoder: {CONFIG}: {error.strerror}; name a folder written by"
+            f"codec.folder {folder} is not an autoencoder: {CONFIG}: {error.strerror}; name a folder written by"
             " `transfusion codec train`, `transfusion codec fetch` or diffusers"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -74,9 +74,7 @@ def trained_size(folder: str | Path) -> int:
     try:
         return int(json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["sample_size"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"codec.folder {folder} tells no size of images; name one with --image-size"
-        ) from None
+        raise UserError(f"codec.folder {folder} gives no image size; set --image-size") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -116,7 +114,7 @@ def completed(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     What contradicts the folder is added to `problems`. scale and shift may be set otherwise than there.
     """
     folder, kind = values.get("folder"), values.get("kind", "pixels")
-    if kind == "pixels" or not isinstance(folder, str) or not folder:
+    if kind not in KINDS.values() or not isinstance(folder, str) or not folder:
         return values
     try:
         facts = read_facts(folder)

@@ -57,13 +57,13 @@ class Config(Section):
         return self.image_sizes.patches(self.codec.sizes[0])
 
     def warnings(self) -> list[str]:
-        """What can be trained and hardly learns, one line each with its remedy."""
+        """What can be trained but hardly learns, one line each with its remedy."""
         values, width = self.codec.depth * self.model.patch_size**2, self.model.hidden_size
         if self.model.patch_embed != "linear" or self.model.family != "transfusion" or values <= width:
             return []
         return [
             f"a patch has {values} values ({self.codec.depth} channels x model.patch_size {self.model.patch_size}"
-            f" squared), more than model.hidden_size {width} can carry, so even its noise cannot be told; set"
+            f" squared), more than model.hidden_size {width} can carry, so even its noise is lost; set"
             f" model.hidden_size={values} or more, a smaller model.patch_size, or model.patch_embed=unet"
         ]
 

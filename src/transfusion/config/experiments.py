@@ -135,7 +135,7 @@ def _refuse_malformed(path: Path, axes: Any) -> None:
             for key in overrides or {}:
                 if "." not in key and key not in (_BASE, _FLOPS):
                     raise UserError(
-                        f"{path}: axes.{axis}.{choice}: {key} is no override; write section.key, base or flops"
+                        f"{path}: axes.{axis}.{choice}: {key} is not an override; write section.key, base or flops"
                     )
 
 

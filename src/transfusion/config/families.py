@@ -38,7 +38,7 @@ FAMILY_SETTINGS: dict[str, FamilySettings] = {
             "optimizer": {"learning_rate": 1e-4},
         },
         needs={"patch_size": 1, "image_attention": "causal"},
-        why="which reads one token a latent pixel in turn",
+        why="which reads one token per latent pixel, in order",
         shares_rows=False,
     ),
 }

@@ -14,12 +14,19 @@ from transfusion.config.yaml_files import override, read
 def load_config(
     path: str | Path | None, overrides: Sequence[str] = (), *, reads_codec: bool = True
 ) -> Config:
-    """Read `path` (None: the defaults), apply `section.key=value` overrides, check everything.
+    """Load a configuration and check it as a whole.
 
-    A YAML file may name another under `base:`, relative to itself; its own values win. `FILE#CELL` is a cell of an
-    experiment file (see `experiments`).
-    reads_codec: take from codec.folder what it tells; without it the folder need not be there.
-    Raises UserError with one line for each mistake.
+    Args:
+        path: A YAML file, or `FILE#CELL` for a cell of an experiment file. None takes the defaults. A YAML file may
+            name others under `base:`, relative to itself. Its own values win.
+        overrides: `section.key=value`, applied in order. Values are read as YAML.
+        reads_codec: Fill the section `codec` from `codec.folder`. Without it the folder need not be there.
+
+    Returns:
+        The configuration, which cannot be changed.
+
+    Raises:
+        UserError: With one line for each mistake.
     """
     if path is not None and SEPARATOR in str(path) and not Path(path).exists():
         return read_cell(str(path)).config(overrides, reads_codec=reads_codec)
@@ -29,6 +36,15 @@ def load_config(
 
 
 def load_as(kind: type[Checked], path: str | Path, overrides: Sequence[str] = ()) -> Checked:
-    """As `load_config`, for another kind of configuration."""
+    """Load another kind of configuration.
+
+    Args:
+        kind: The class of the configuration.
+        path: A YAML file, as for `load_config`.
+        overrides: As for `load_config`.
+
+    Raises:
+        UserError: With one line for each mistake.
+    """
     values = read(Path(path))
     return check_as(kind, values, problems=override(values, overrides), where=str(path))

@@ -11,12 +11,11 @@ PREDICTED: dict[PredictionName, str] = {
     "v": "velocity",
     "flow": "flow velocity",
 }
-SamplerName = Literal["auto", "ddpm", "ddim", "euler", "heun"]
 # What can draw images with a network of each prediction. "auto" is the first, in the training grid the first that
-# adds no noise on its way.
-SAMPLERS: dict[PredictionName, tuple[SamplerName, ...]] = {
+# adds no noise on its way. Each is built by `diffusion.samplers.BUILDERS`.
+SAMPLERS: dict[PredictionName, tuple[str, ...]] = {
     "epsilon": ("ddpm", "ddim"),
     "v": ("ddpm", "ddim"),
     "flow": ("euler", "heun"),
 }
-GRID_SAMPLER: dict[PredictionName, SamplerName] = {"epsilon": "ddim", "v": "ddim", "flow": "euler"}
+GRID_SAMPLER: dict[PredictionName, str] = {"epsilon": "ddim", "v": "ddim", "flow": "euler"}

@@ -47,9 +47,9 @@ def family_problems(model: ModelConfig, codec: CodecConfig, train: TrainConfig) 
         problems.append(
             f"train.sequence_parallel={train.sequence_parallel} is for model.family={others}; set it to 1"
         )
-    if codec.kind == "vq" and family.reads == "latents":
-        problems.append(f"codec.kind=vq makes tokens, and {name} learns latents: set codec.kind=kl")
-    if codec.kind != "vq" and family.reads == "tokens":
+    if codec.makes == "tokens" and family.reads == "latents":
+        problems.append(f"codec.kind={codec.kind} makes tokens, and {name} learns latents: set codec.kind=kl")
+    if codec.makes == "latents" and family.reads == "tokens":
         problems.append(f"{name} needs tokens, and codec.kind={codec.kind} makes latents: set codec.kind=vq")
     return problems
 
@@ -72,13 +72,13 @@ def size_problems(
             )
         if max(size) > MAX_ASPECT * min(size):
             problems.append(
-                f"codec.{name} has an aspect ratio above {MAX_ASPECT}; data have none such: images beyond"
-                " are left out"
+                f"codec.{name} has an aspect ratio above {MAX_ASPECT}; images beyond that are left out, so"
+                " choose a smaller one"
             )
     for text in sample.sizes:
         if Size.parse(text) not in codec.sizes:
             problems.append(
-                f"sample_grid.sizes: {text} is no size of this model's images; choose {sizes.named()}"
+                f"sample_grid.sizes: {text} is not a size of this model's images; choose {sizes.named()}"
             )
     return problems
 
@@ -108,7 +108,7 @@ def source_problems(data: DataConfig) -> list[str]:
     schedules = [source.schedule for source in data.sources]
     for step in sorted({first for schedule in schedules for first, _ in schedule}):
         if not any([weight for first, weight in schedule if first <= step][-1] for schedule in schedules):
-            problems.append(f"data.sources: from step {step} on no source has a weight")
+            problems.append(f"data.sources: from step {step} on all sources have weight 0")
     names = [source.name for source in data.sources]
     if len(set(names)) != len(names):
         problems.append("data.sources: two sources have the same name")

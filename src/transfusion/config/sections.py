@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from transfusion.config.objectives import PredictionName, SamplerName
+from transfusion.config.objectives import PredictionName
 from transfusion.sequence.sizes import Size
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 from transfusion.urls import redacted_plain
@@ -36,17 +36,17 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
-# Between the problems of one ValueError; the loader tells them one a line. A problem may hold a semicolon.
+# Between the problems of one ValueError. The loader prints one a line. A problem may hold a semicolon.
 PROBLEM_SEPARATOR = "\n"
 
 
 def _as_sizes(value: Any, info: ValidationInfo) -> Any:
-    """Sizes as they are written; one needs no list."""
+    """Sizes as they are written. A single one needs no list."""
     values = [value] if isinstance(value, str) else value
     key = f"{'sample_grid' if info.field_name == 'sizes' else 'codec'}.{info.field_name}"
     try:
         if isinstance(values, list | tuple) and len(set(map(Size.parse, map(str, values)))) < len(values):
-            raise ValueError("a size is named twice")
+            raise ValueError("a size is given twice")
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
     return values
@@ -68,7 +68,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     name: str = Field("run", description="name of the run, shown in reports")
     dir: str = Field("", description="folder of the run; empty: runs/<name>")
-    seed: Seed = Field(0, description="one seed for weights, data order, noise and dropout of captions")
+    seed: Seed = Field(0, description="one seed for weights, data order, noise and caption dropout")
 
     @property
     def folder(self) -> str:
@@ -76,50 +76,50 @@ class RunConfig(Section):
 
 
 class UNetConfig(Section):
-    """The U-Net around the transformer: one block at the latents' resolution, one below, each way (paper, section 3.2).
+    """The U-Net around the transformer: two blocks down and two blocks up (paper, section 3.2).
 
-    The defaults have 0.27 B parameters, at whatever width of the transformer and size of the patches.
+    The defaults have 0.27 B parameters, whatever the model width and the patch size.
     """
 
     widths: tuple[PositiveInt, PositiveInt] = Field((832, 1344), description="channels of the two blocks")
-    layers: PositiveInt = Field(2, description="residual and self-attention layers of a block")
-    head_dim: PositiveInt = Field(64, description="dimensions of a head of the self-attention")
+    layers: PositiveInt = Field(2, description="residual and self-attention layers per block")
+    head_dim: PositiveInt = Field(64, description="dimensions of a self-attention head")
 
 
 class ModelConfig(Section):
-    """A Llama block stack between a patch encoder and a patch decoder (paper, section 3)."""
+    """Llama blocks, with a patch embedder before and after them (paper, section 3)."""
 
     vocabulary: NonNegativeInt = Field(
         0,
-        description="rows of the embedding; 0: as many as the tokenizer has, and one for each further image size",
+        description="rows of the embedding; 0: the size of the tokenizer, plus one for each further image size",
     )
     family: str = Field(
         "transfusion",
-        description="transfusion: images are latents; chameleon: tokens of a codebook, with that model's own defaults",
+        description="transfusion: images are latents; chameleon: tokens of a codebook, with defaults of its own",
     )
     layers: PositiveInt = Field(16, description="transformer blocks")
     hidden_size: PositiveInt = Field(768, description="model width")
     heads: PositiveInt = Field(12, description="query heads")
     num_kv_heads: NonNegativeInt = Field(0, description="key and value heads; 0: as many as query heads")
     ffn_size: NonNegativeInt = Field(
-        0, description="SwiGLU width; 0: 8/3 of the width, up to a multiple of 64"
+        0, description="SwiGLU width; 0: 8/3 of hidden_size, up to a multiple of 64"
     )
     norm_epsilon: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
     rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary embedding")
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
     norm_placement: Literal["pre", "post"] = Field(
-        "pre", description="where a block norms: the input of attention and feed-forward, or their output"
+        "pre", description="where RMSNorm stands: before attention and feed-forward, or after them"
     )
     image_attention: Literal["bidirectional", "causal"] = Field(
-        "bidirectional", description="what a patch sees of its own image: all of it, or what comes before"
+        "bidirectional", description="what a patch attends to in its image: all patches, or only earlier ones"
     )
     position: Literal["1d", "2d"] = Field(
-        "1d", description="rotary positions of patches: running, or row and column"
+        "1d", description="rotary positions of patches: one running index, or row and column"
     )
     patch_position: Literal["none", "sincos", "learned"] = Field(
         "sincos",
-        description="what tells a patch where in its image it stands: rotary positions alone; or, added to it,"
-        " sines and cosines of row and column, or a learned vector of each",
+        description="position embedding added to a patch: none, sines and cosines of row and column, or a learned"
+        " vector of each",
     )
     timestep_embedding: Literal["projected", "patch"] = Field(
         "projected",
@@ -127,7 +127,8 @@ class ModelConfig(Section):
     )
     patch_size: PositiveInt = Field(2, description="side of a patch, in latent pixels")
     patch_embed: Literal["linear", "unet"] = Field(
-        "linear", description="what makes patches of latents and latents of patches"
+        "linear",
+        description="what turns patches into vectors of the network and back: one matrix, or a U-Net",
     )
     unet: UNetConfig = UNetConfig()
 
@@ -181,36 +182,42 @@ class ModelConfig(Section):
         return problems
 
 
-class CodecConfig(Section):
-    """How images become latents and back.
+# What each `codec.kind` makes of images. The codecs themselves are in `codec.CODECS`.
+CODEC_KINDS: dict[str, Literal["latents", "tokens"]] = {"pixels": "latents", "kl": "latents", "vq": "tokens"}
 
-    What an autoencoder's folder tells is read from it when a configuration is loaded, and stored with the run.
+
+class CodecConfig(Section):
+    """How images become latents, and latents become images.
+
+    Values that come from an autoencoder's folder are read when a configuration is loaded, and stored with the run.
     """
 
-    kind: Literal["pixels", "kl", "vq"] = Field(
+    kind: str = Field(
         "pixels",
-        description="pixels: the scaled pixels are the latents; kl, vq: an autoencoder of latents, of tokens",
+        description="pixels: the scaled pixels are the latents; kl: an autoencoder of latents; vq: of tokens",
     )
     channels: Literal[1, 3] = Field(3, description="1: grey images, 3: colour")
     image_size: PositiveInt = Field(32, description="side of the square image, in pixels")
     image_sizes: Sizes = Field(
         (),
-        description="in place of image_size: HEIGHTxWIDTH of each; an image takes the nearest aspect ratio",
+        description="several HEIGHTxWIDTH, in place of image_size. Each image gets that of the nearest aspect ratio",
     )
-    folder: str = Field("", description="folder of the autoencoder, in diffusers' layout; not for pixels")
+    folder: str = Field(
+        "", description="folder of the autoencoder, in the layout of diffusers, not for pixels"
+    )
     latent_channels: NonNegativeInt = Field(
-        0, description="channels of the latents; 0: from the folder, for pixels those of the image"
+        0, description="channels of the latents; 0: from the folder, or for pixels those of the image"
     )
     downscale: NonNegativeInt = Field(
-        0, description="pixels a side of one latent; 0: from the folder, 1 for pixels"
+        0, description="side of the square of pixels behind one latent; 0: from the folder, or for pixels 1"
     )
     scale: tuple[PositiveFloat, ...] = Field(
         (),
-        description="latents are (encoded - shift) x scale: one number, or one a channel; empty: the folder's",
+        description="latents are (encoded - shift) x scale: one number, or one per channel; empty: from the folder",
     )
     shift: tuple[float, ...] = Field((), description="see scale")
-    codebook_size: NonNegativeInt = Field(0, description="entries of the codebook of vq; 0: from the folder")
-    fingerprint: str = Field("", description="of the weights, scale and shift; empty: from the folder")
+    codebook_size: NonNegativeInt = Field(0, description="codebook entries of vq; 0: from the folder")
+    fingerprint: str = Field("", description="hash of the weights, scale and shift; empty: from the folder")
 
     @field_validator("scale", "shift", mode="before")
     @classmethod
@@ -224,13 +231,23 @@ class CodecConfig(Section):
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """All sizes that images take; the first is drawn where no other is asked for."""
+        """All sizes that images take. The first is drawn where no other is asked for."""
         return tuple(map(Size.parse, self.image_sizes)) or (Size(self.image_size, self.image_size),)
 
     @property
     def stored_channels(self) -> int:
-        """Channels of what `codec encode` stores: of latents, or 1 for tokens, which are numbers."""
-        return 1 if self.kind == "vq" else self.depth
+        """Channels of what `codec encode` stores: those of the latents, or 1 for tokens."""
+        return 1 if self.makes == "tokens" else self.depth
+
+    @property
+    def makes(self) -> Literal["latents", "tokens"]:
+        """What the network reads of images."""
+        return CODEC_KINDS[self.kind]
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether it is an autoencoder in diffusers' layout, whose folder a run and its export keep."""
+        return self.kind in ("kl", "vq")
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """[C, h, w] of the latents of an image of height x width pixels."""
@@ -245,6 +262,8 @@ class CodecConfig(Section):
 
     @model_validator(mode="after")
     def _kind_fits(self) -> CodecConfig:
+        if self.kind not in CODEC_KINDS:
+            raise ValueError(f"codec.kind={self.kind} does not exist; choose {' or '.join(CODEC_KINDS)}")
         problems = []
         of_a_folder = (
             "folder",
@@ -257,14 +276,14 @@ class CodecConfig(Section):
         )
         if self.kind == "pixels":
             problems += [
-                f"codec.{name} belongs to an autoencoder; set codec.kind=kl or vq, or leave it away"
+                f"codec.{name} belongs to an autoencoder; set codec.kind=kl or vq, or remove it"
                 for name in of_a_folder
                 if getattr(self, name)
             ]
-        elif not self.folder:
+        elif self.is_autoencoder and not self.folder:
             problems.append(f"codec.kind={self.kind} needs codec.folder, the folder of an autoencoder")
         elif not (self.latent_channels and self.downscale):
-            problems.append("codec.latent_channels and codec.downscale must be those of codec.folder")
+            problems.append("codec.latent_channels and codec.downscale must be those of the codec")
         else:
             problems += [
                 f"codec.{name} must be a multiple of codec.downscale {self.downscale}"
@@ -272,7 +291,7 @@ class CodecConfig(Section):
                 if size.height % self.downscale or size.width % self.downscale
             ]
         problems += [
-            f"codec.{name} must be one number or {self.depth}, one a channel, got {len(getattr(self, name))}"
+            f"codec.{name} must be one number or {self.depth}, one per channel, got {len(getattr(self, name))}"
             for name in ("scale", "shift")
             if len(getattr(self, name)) not in (0, 1, self.depth)
         ]
@@ -282,39 +301,40 @@ class CodecConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """How images are noised and what the network answers; the defaults are the paper's (section 3.1)."""
+    """How noise is added to images, and what the network predicts. The defaults are the paper's (section 3.1)."""
 
     prediction: PredictionName = Field(
         "epsilon",
-        description="what the network predicts: noise or velocity (cosine schedule), or that of a rectified flow",
+        description="what the network predicts: noise or v (cosine schedule), or the velocity of a rectified flow",
     )
     steps: PositiveInt = Field(1000, description="training timesteps T")
     timestep_sampling: Literal["uniform", "logit-normal"] = Field(
-        "uniform", description="how timesteps are drawn; logit-normal: mostly the middle, not for noise"
+        "uniform",
+        description="how timesteps are drawn; logit-normal: mostly from the middle, not for epsilon",
     )
     timestep_shift: PositiveFloat = Field(
-        1.0, description="of flow, in training and sampling: above 1 towards more noise, 1: none"
+        1.0, description="for flow, in training and sampling: above 1 shifts towards more noise; 1: none"
     )
     image_loss_weight: PositiveFloat = Field(5.0, description="lambda, the weight of the image loss")
     loss_weight: Literal["none", "min-snr"] = Field(
         "none", description="weight of each image by its timestep; min-snr: not for flow"
     )
     min_snr_gamma: PositiveFloat = Field(
-        5.0, description="of loss_weight=min-snr: signal-to-noise ratio above which images count less"
+        5.0, description="for loss_weight=min-snr: signal-to-noise ratio above which images weigh less"
     )
     max_timestep_before_caption: NonNegativeInt = Field(
         500, description="images that come before their caption get timesteps below this; 0: no limit"
     )
 
     def problems(self) -> list[str]:
-        """What does not belong together, one line each."""
+        """Values that do not fit together, one line each."""
         found = []
         if self.max_timestep_before_caption > self.steps:
             found.append("diffusion.max_timestep_before_caption must not exceed diffusion.steps")
         if self.timestep_sampling == "logit-normal" and self.prediction == "epsilon":
             found.append(
-                "diffusion.timestep_sampling=logit-normal hardly ever draws the greatest timesteps, where a noise"
-                " prediction says least about the image and sampling begins; use it with diffusion.prediction=v or flow"
+                "diffusion.timestep_sampling=logit-normal rarely draws the highest timesteps, where sampling begins and"
+                " predicted noise says least about the image; use it with diffusion.prediction=v or flow"
             )
         if self.timestep_shift != 1 and self.prediction != "flow":
             found.append(
@@ -337,15 +357,15 @@ class DiffusionConfig(Section):
 
 
 class WeightFrom(Section):
-    """One line of a schedule of weights."""
+    """One entry of a schedule of weights."""
 
     from_step: NonNegativeInt = Field(description="first step with this weight")
     weight: Annotated[float, Field(ge=0)] = Field(
-        description="share of the tokens, relative to the other sources; 0: none are drawn"
+        description="share of the tokens, relative to the other sources; 0: none"
     )
 
 
-# How a weight may be written; pydantic puts these words into the place of a mistake.
+# How a weight may be written. Pydantic names these words where a mistake is.
 WEIGHT_FORMS = ("constant weight", "schedule of weights")
 WeightOrSchedule = Annotated[
     Annotated[Weight, Tag(WEIGHT_FORMS[0])] | Annotated[list[WeightFrom], Tag(WEIGHT_FORMS[1])],
@@ -361,23 +381,22 @@ class SourceConfig(Section):
 
     name: str = Field(description="name in logs and counters")
     shards: str | list[str] = Field(
-        description="globs or brace ranges of .tar shards, or .jsonl files of text; or URLs with brace ranges"
+        description="globs or brace ranges of .tar shards or of .jsonl files of text, or URLs with brace ranges"
     )
     shuffle_window: PositiveInt = Field(
-        8, description="of a source with URLs: shards whose samples are shuffled together; others ignore it"
+        8, description="shards whose samples are shuffled together, for a source with URLs only"
     )
     latent_channels: NonNegativeInt = Field(
         0, description="channels of precomputed latents (KEY.latent.npy, KEY.npy); 0: those of the codec"
     )
     verify: Verify = Field(
         "none",
-        description="sha256: leave out images and captions that are not those that KEY.json tells, by `sha256`"
-        " and `caption`",
+        description="sha256: leave out images and captions that do not match `sha256` and `caption` in KEY.json",
     )
     weight: WeightOrSchedule = Field(
         1.0,
-        description="share of the tokens, relative to the other sources; or a list of {from_step, weight},"
-        " the first from step 0",
+        description="share of the tokens, relative to the other sources, or a list of {from_step, weight} that"
+        " begins with step 0",
     )
 
     @field_serializer("shards", when_used="json")
@@ -401,18 +420,18 @@ class SourceConfig(Section):
 
 
 class CacheConfig(Section):
-    """Copies of the shards that sources name by URL; without such a source nothing is downloaded or written."""
+    """Copies of the shards that sources name by URL. Without such a source nothing is downloaded or written."""
 
     folder: str = Field(
         "",
-        description="folder of the copies, best on a local disk, for all processes; empty: cache/ in the run folder",
+        description="folder of the copies, on a local disk if possible; empty: cache/ in the run folder",
     )
-    gigabytes: PositiveFloat = Field(50.0, description="bound of the folder, in 10^9 bytes")
+    gigabytes: PositiveFloat = Field(50.0, description="maximum size of the folder, in 10^9 bytes")
     connections: PositiveInt = Field(4, description="shards that a process downloads at once")
-    attempts: PositiveInt = Field(5, description="tries of a shard before its samples count as bad")
-    timeout: PositiveFloat = Field(30.0, description="seconds without a byte that end a try")
+    attempts: PositiveInt = Field(5, description="attempts at a shard before its samples count as bad")
+    timeout: PositiveFloat = Field(30.0, description="seconds without a byte after which an attempt ends")
     pause: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="seconds before the second try; doubled before each further one"
+        1.0, description="seconds before the second attempt, doubled before each further one"
     )
 
 
@@ -425,24 +444,24 @@ class DataConfig(Section):
         description="folder of `transfusion data index`; empty: an index beside each shard, or in the run folder",
     )
     cache: CacheConfig = CacheConfig()
-    sequence_length: PositiveInt = Field(4096, description="tokens and patches a row")
+    sequence_length: PositiveInt = Field(4096, description="tokens and patches in a sequence")
     global_batch_size: PositiveInt = Field(
-        512, description="sequences of a global batch, over all ranks and micro-batches"
+        512, description="sequences in a global batch, over all ranks and micro-batches"
     )
     micro_batch_size: NonNegativeInt = Field(
-        0, description="rows a rank computes at once; 0: all of its rows"
+        0, description="sequences a rank computes at once; 0: all of its share"
     )
-    packing_buffer: PositiveInt = Field(16, description="rows kept open by the packer")
+    packing_buffer: PositiveInt = Field(16, description="sequences that the packer keeps open")
     caption_first: Probability = Field(
-        0.8, description="share of the pairs with a caption whose caption comes before the image"
+        0.8, description="share of captioned pairs whose caption comes before the image"
     )
     caption_dropout: Probability = Field(
-        0.1, description="share of pairs trained without caption, for guidance"
+        0.1, description="share of pairs trained without their caption, for guidance"
     )
-    workers: NonNegativeInt = Field(0, description="loader processes a rank; 0: in the training process")
-    max_bad_fraction: Probability = Field(
-        0.05, description="a run stops when more than this share of samples is bad"
+    workers: NonNegativeInt = Field(
+        0, description="loader processes per rank; 0: load in the training process"
     )
+    max_bad_fraction: Probability = Field(0.05, description="share of bad samples above which a run stops")
 
 
 class OptimizerConfig(Section):
@@ -452,37 +471,39 @@ class OptimizerConfig(Section):
     final_learning_rate: Annotated[float, Field(ge=0)] = Field(
         1.5e-5, description="learning rate at the last step"
     )
-    warmup_steps: NonNegativeInt = Field(4000, description="linear warm-up")
+    warmup_steps: NonNegativeInt = Field(4000, description="steps of linear warm-up")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas")
     epsilon: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices only")
-    gradient_clip: PositiveFloat = Field(1.0, description="greatest global gradient norm")
-    ema_decay: Decay = Field(0.0, description="0: no moving average of the weights")
+    gradient_clip: PositiveFloat = Field(1.0, description="maximum global gradient norm")
+    ema_decay: Decay = Field(0.0, description="decay of the moving average of the weights; 0: none")
 
 
 class ZeroConfig(Section):
-    """What DeepSpeed is told; every value is written out, since its defaults move between releases."""
+    """Settings of DeepSpeed ZeRO. Every value is written out, since its defaults change between releases."""
 
     stage: Literal[1, 2, 3] = Field(3, description="ZeRO stage")
     prefetch_bucket_size: PositiveInt = Field(50_000_000, description="elements gathered ahead")
     persistence_threshold: NonNegativeInt = Field(
-        100_000, description="smaller parameters are also kept whole"
+        100_000, description="parameters with fewer elements stay gathered"
     )
-    max_live_parameters: NonNegativeInt = Field(1_000_000_000, description="elements kept gathered")
+    max_live_parameters: NonNegativeInt = Field(
+        1_000_000_000, description="maximum number of elements kept gathered"
+    )
     max_reuse_distance: NonNegativeInt = Field(
-        1_000_000_000, description="elements until reuse that keep a gather"
+        1_000_000_000, description="parameters reused within so many elements stay gathered"
     )
     reduce_bucket_size: PositiveInt = Field(50_000_000, description="elements reduced at once")
     overlap_communication: bool = Field(True, description="reduce while the backward pass runs (CUDA)")
     hpz_partition_size: PositiveInt = Field(
         1,
-        description="ranks, best of one machine, that keep a second copy of the weights between them (hpZ); 1: none",
+        description="ranks, best of one machine, that share a second copy of the weights (hpZ); 1: none",
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
-        "none", description="where weights and moments of AdamW lie"
+        "none", description="where weights and moments of AdamW are kept"
     )
     offload_parameters: Literal["none", "cpu", "nvme"] = Field(
-        "none", description="where weights lie between uses; stage 3"
+        "none", description="where weights are kept between uses, stage 3 only"
     )
     nvme_path: str = Field("", description="folder on a local disk for what is offloaded to nvme")
 
@@ -505,7 +526,7 @@ class TrainConfig(Section):
         "auto", description="auto: zero with more than one process or a GPU, else local"
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="type of weights and activations in the forward"
+        "bf16", description="type of weights and activations in the forward pass"
     )
     attention: Literal["auto", "cpu", "hopper", "triton", "reference"] = Field(
         "auto", description="attention implementation"
@@ -513,53 +534,55 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile each block's forward")
     activation_checkpointing: Literal["none", "block", "attention"] = Field(
         "none",
-        description="what is computed again in the backward pass: nothing, blocks, or their attention alone",
+        description="what is computed again in the backward pass: nothing, whole blocks, or attention only",
     )
     sequence_parallel: PositiveInt = Field(
-        1, description="ranks that share each row, every one with a slice of its positions; 1: none"
+        1, description="ranks that share each sequence, each with a slice of its positions; 1: none"
     )
     z_loss: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="weight of the squared log normaliser of the text head, in the gradient alone"
+        0.0, description="weight of the squared log normaliser of the text head, in the gradient only"
     )
-    loss_chunk_size: PositiveInt = Field(4096, description="text targets whose logits exist at once")
+    loss_chunk_size: PositiveInt = Field(4096, description="text targets whose logits are in memory at once")
     threads: NonNegativeInt = Field(
-        0, description="CPU threads a process; 0: cores divided by local processes"
+        0, description="CPU threads per process; 0: cores divided by local processes"
     )
     init_from: str = Field(
         "", description="folder of a Hugging Face Llama whose weights a new run starts from; empty: none"
     )
     stall_seconds: NonNegativeFloat = Field(
-        100.0, description="a process that does one thing for longer writes why into RUN/stalls; 0: never"
+        100.0,
+        description="seconds in one activity after which a process writes a report into RUN/stalls; 0: never",
     )
     lost_rank_timeout: NonNegativeFloat = Field(
         110.0,
-        description="a process that waits for another in a collective of a step for longer ends with code 69;"
-        " 0: after ten minutes",
+        description="seconds of waiting in a collective of a step after which a process exits with code 69;"
+        " 0: ten minutes",
     )
     time_limit_minutes: NonNegativeFloat = Field(
-        0.0, description="save and exit with 75 before the run has taken so long; 0: no limit"
+        0.0, description="save and exit with code 75 before this time is over; 0: no limit"
     )
     spike_factor: NonNegativeFloat = Field(
         0.0,
-        description="skip a step whose loss or gradient norm is more than this many medians of the steps before;"
-        " 0: none",
+        description="skip a step whose loss or gradient norm exceeds this multiple of the recent median; 0: never",
     )
-    spike_window: PositiveInt = Field(128, description="good steps that the medians are taken over")
+    spike_window: PositiveInt = Field(128, description="good steps that the median is taken over")
     rollback_after_skipped: NonNegativeInt = Field(
-        10, description="skipped steps in a row that bring back the last good checkpoint; 0: never"
+        10, description="skipped steps in a row after which the last good checkpoint is restored; 0: never"
     )
     zero: ZeroConfig = ZeroConfig()
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt = Field(1000, description="steps between checkpoints; one is always made at the end")
+    every: PositiveInt = Field(
+        1000, description="steps between checkpoints. One is always written at the end"
+    )
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
     archive_interval: NonNegativeInt = Field(
-        0, description="checkpoints whose step is a multiple of this are kept for ever; 0: none"
+        0, description="checkpoints whose step is a multiple of this are never deleted; 0: none"
     )
     asynchronous: bool = Field(
         True,
-        description="write while training goes on, from a copy in host memory; false: wait, without the copy",
+        description="write during training, from a copy in host memory; false: wait, without the copy",
     )
 
 
@@ -568,31 +591,32 @@ class LogConfig(Section):
     wandb: bool = Field(False, description="also write to wandb (offline unless WANDB_MODE says otherwise)")
     project: str = Field("transfusion", description="wandb project")
     gradient_norms: bool = Field(
-        False, description="gradient norm of each block and of each part outside of them, in logged steps"
+        False, description="log the gradient norm of each block, and of each part outside the blocks"
     )
     profile_steps: list[PositiveInt] = Field(
         default_factory=list, description="steps whose trace torch's profiler writes into RUN/profiles"
     )
     memory_history: bool = Field(
         False,
-        description="remember which code allocated what on the GPU, for the snapshot when memory runs out",
+        description="record which code allocates GPU memory, for the snapshot when memory runs out",
     )
 
 
 class SampleGridConfig(Section):
-    """The grid drawn at step 0 and at every checkpoint, always from the same seeds."""
+    """Images drawn at step 0 and at every checkpoint, always from the same seeds."""
 
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, description="captions to draw; empty: no grid"
     )
-    per_prompt: PositiveInt = Field(1, description="images a caption")
+    per_prompt: PositiveInt = Field(1, description="images per caption")
     sizes: Sizes = Field(
-        (), description="HEIGHTxWIDTH of the images, every caption in each; empty: the first of the codec's"
+        (),
+        description="HEIGHTxWIDTH of the images, each caption in every size; empty: the first size of the codec",
     )
-    steps: PositiveInt = Field(50, description="sampler steps of the grid")
-    sampler: SamplerName = Field(
+    steps: PositiveInt = Field(50, description="sampler steps")
+    sampler: str = Field(
         "auto",
-        description="sampler of the grid: ddpm or ddim, for flow euler or heun; auto: ddim, for flow euler",
+        description="ddpm or ddim, for flow euler or heun; auto: ddim, for flow euler",
     )
     guidance: Annotated[float, Field(ge=0)] = Field(3.0, description="guidance scale; 1: none")
     seed: SamplingSeed = Field(0, description="seed of the first image; image k has seed + k")

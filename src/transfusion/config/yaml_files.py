@@ -71,7 +71,7 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _number(key: str, entries: Sequence[Any]) -> int:
     if not key.isdecimal() or int(key) >= len(entries):
-        raise TypeError(f"{key} is no entry of a list of {len(entries)}; they are numbered from 0")
+        raise TypeError(f"{key} is not an entry of a list of {len(entries)}; entries are numbered from 0")
     return int(key)
 
 

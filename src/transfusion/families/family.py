@@ -30,12 +30,29 @@ class ImageGenerator(Protocol):
         config: DiffusionConfig,
         /,
     ) -> Tensor:
-        """Latents or tokens of images, as the codec decodes them. Image i continues row rows[i] of `prefixes`, from the
-        random numbers of keys[i]. `prefixes` stays as it is."""
+        """Draw images.
+
+        Args:
+            runner: The network, with its codec and sizes.
+            prefixes: What comes before each image. It must not be changed.
+            rows: Image i continues row rows[i] of `prefixes`.
+            keys: Image i is drawn from the random numbers of keys[i].
+            sampling: Guidance, steps, sampler and size.
+            config: The section `diffusion`.
+
+        Returns:
+            Latents or tokens of the images, as the codec decodes them.
+        """
 
 
 class ImageMetric(NamedTuple):
-    """How the image loss of validation data is named and told. how: `{}` stands for the source."""
+    """How the image loss of validation data is reported.
+
+    Attributes:
+        name: Of the metric, without that of the source.
+        unit: Such as "nats/token". Empty where there is none.
+        how: How it is measured. `{}` stands for the source.
+    """
 
     name: str
     unit: str
@@ -46,10 +63,14 @@ class ImageMetric(NamedTuple):
 class Family:
     """All that differs between families of models.
 
-    network: built from (model, codec) of a configuration. loss: of a configuration and its open codec; None: batches
-    hold what the network reads. draw: images. image_operations: forward and backward through what encodes and decodes
-    one image, by the network, the latents' shape [C, H, W], and whether blocks are computed again. head_targets: what
-    the text head predicts of one image of that shape. image_metric: of the validation suite.
+    Attributes:
+        network: Built from the sections `model` and `codec`.
+        loss: From a configuration and its open codec. Without a codec, batches hold what the network reads.
+        draw: Draws images.
+        image_operations: Operations of forward and backward through what encodes and decodes one image. Takes the
+            network, the shape [C, H, W] of the latents, and whether blocks are computed again.
+        head_targets: How many tokens of an image with latents [C, H, W] the text head predicts.
+        image_metric: How the validation suite reports the image loss.
     """
 
     network: type[Backbone]

@@ -110,8 +110,8 @@ class InterleavedGenerator:
         counts = [len(layout) for layout in layouts]
         if max(counts) >= self.limits.length:
             raise UserError(
-                f"a prompt of {max(counts)} tokens and patches leaves no room in rows of {self.limits.length}"
-                " (data.sequence_length)"
+                f"a prompt of {max(counts)} tokens and patches leaves no room in a sequence of"
+                f" {self.limits.length} (data.sequence_length)"
             )
         most = max(map(self.runner.sizes.patches, self._size_by_begin_token.values()))
         new = self.limits.tokens + self.limits.images * (most + 2)

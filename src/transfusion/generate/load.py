@@ -28,7 +28,7 @@ def load_model(found: ModelFolder, weights: Weights, tokenizer: Tokenizer, devic
     config = found.config.with_vocabulary(tokenizer.vocabulary)
     if vocabulary and config.model.vocabulary > vocabulary:
         raise UserError(
-            f"{found.tokenizer} has {tokenizer.vocabulary} pieces, its model knows {vocabulary}; export again"
+            f"{found.tokenizer} has {tokenizer.vocabulary} pieces, its model has {vocabulary}; export again"
         )
     with torch.device("meta"):
         model = family_of(config).network(config.model, config.codec)
@@ -36,9 +36,7 @@ def load_model(found: ModelFolder, weights: Weights, tokenizer: Tokenizer, devic
         model.load_state_dict(load_file(path), assign=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{path} holds other weights than config.json tells: {reason}; export again"
-        ) from None
+        raise UserError(f"{path} does not match config.json: {reason}; export again") from None
     half = device.type == "cuda" and found.config.train.precision == "bf16"
     return model.to(device, torch.bfloat16 if half else torch.float32).eval().requires_grad_(False)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transfusion.checkpoint.export import read_export
 from transfusion.codec import Codec, open_codec
 from transfusion.config import Config, SampleGridConfig
-from transfusion.config.objectives import GRID_SAMPLER, SamplerName
+from transfusion.config.objectives import GRID_SAMPLER
 from transfusion.errors import UserError
 from transfusion.families.build import family_of
 from transfusion.generate.interleaved import InterleavedGenerator, Limits, Part
@@ -35,7 +35,13 @@ from transfusion.tokens import MAX_SAMPLING_SEED
 
 @dataclass(frozen=True, slots=True)
 class SampledImage:
-    """One drawn image, uint8 [C, H, W] on the CPU, and the caption and seed that give it again."""
+    """One drawn image, and what draws it again.
+
+    Attributes:
+        pixels: uint8 [C, H, W] on the CPU.
+        prompt: Its caption.
+        seed: `Pipeline.sample` draws the image again from this seed and caption, with the same settings.
+    """
 
     pixels: Tensor
     prompt: str
@@ -43,9 +49,20 @@ class SampledImage:
 
 
 class Pipeline:
-    """Generation with a live module; nothing here changes it. See `from_export` for a saved one.
+    """Draws and captions images, and continues any mixture of text and images. `from_export` opens a saved model.
 
-    The same settings give the same results whatever the batch size: every draw is keyed by seed and number.
+    Every random draw is keyed by the seed and the number of the image or row. So the same settings give the same
+    results, whatever the batch size.
+
+    Args:
+        model: The network with its weights, on `device`. It is not changed.
+        tokenizer: The tokenizer that the model was trained with.
+        config: The configuration that the model was trained with.
+        device: Where `model` is.
+        codec: An open codec for the images. None opens that of `config.codec` on `device`.
+
+    Raises:
+        UserError: For a codec folder that was changed or lacks weights.
     """
 
     def __init__(
@@ -56,7 +73,6 @@ class Pipeline:
         device: torch.device | str,
         codec: Codec | None = None,
     ) -> None:
-        """codec: that of `config.codec`, where it is open already."""
         config = config.with_vocabulary(tokenizer.vocabulary)
         self.tokenizer, self.config, self.family = tokenizer, config, family_of(config)
         codec = open_codec(config.codec, device) if codec is None else codec
@@ -66,10 +82,17 @@ class Pipeline:
     def from_export(
         cls, folder: str | Path, *, weights: Weights = "auto", device: torch.device | str = "auto"
     ) -> Pipeline:
-        """The model of an exported folder. weights "auto": the moving average where there is one.
+        """Open a folder that `transfusion export` wrote.
 
-        device "auto": a CUDA device where there is one. On CUDA the network runs in the precision it was
-        trained in, elsewhere in fp32. Raises UserError for an incomplete or damaged folder.
+        On CUDA the network runs in the precision that it was trained in, elsewhere in fp32.
+
+        Args:
+            folder: The exported folder.
+            weights: "raw", "ema" (their moving average), or "auto": the average where there is one, else raw.
+            device: Such as "cpu" or "cuda:1". "auto" takes CUDA where there is a device, else the CPU.
+
+        Raises:
+            UserError: For a folder that is incomplete or damaged, weights that it lacks, or a missing device.
         """
         found = read_export(folder)
         tokenizer = Tokenizer(found.tokenizer)
@@ -85,15 +108,31 @@ class Pipeline:
         per_prompt: int = 1,
         guidance: float = 3.0,
         steps: int = 100,
-        sampler: SamplerName = "auto",
+        sampler: str = "auto",
         seed: int = 0,
         batch: int = 64,
         size: Size | None = None,
     ) -> list[SampledImage]:
-        """Images of captions, `per_prompt` of each, in order; image k of the call has seed `seed + k`.
+        """Draw images of captions.
 
-        size: one of the model's, None: the first. Raises UserError for settings out of range, and where guidance is
-        asked for and has no meaning.
+        Args:
+            prompts: Captions. An empty one draws without a caption and needs guidance 1.
+            per_prompt: Images of each caption.
+            guidance: Scale of classifier-free guidance, at least 0. 1 is the model itself. Any other value needs a
+                model that was trained with `data.caption_dropout` above 0.
+            steps: Sampler steps for each image, from 1 to `diffusion.steps`. Each calls the model once. With heun it is
+                twice, except in the last. A Chameleon model draws token by token, whatever the steps and the sampler.
+            sampler: "ddpm" or "ddim", for flow prediction "euler" or "heun". "auto" is ddpm, for flow euler.
+            seed: Of the first image, from 0 to 2**38 - 1. Image k of the call has seed `seed + k`.
+            batch: Images that are drawn at once.
+            size: Height and width in pixels, one of the model's sizes. None takes the first.
+
+        Returns:
+            All images of the first caption, then those of the next.
+
+        Raises:
+            UserError: For settings out of range, guidance that cannot be applied, or a caption too long for
+                `data.sequence_length`.
         """
         sampling = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=size)
         wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
@@ -103,9 +142,22 @@ class Pipeline:
 
     @torch.no_grad()
     def sample_grid(self, grid: SampleGridConfig, *, rank: int = 0, ranks: int = 1) -> list[SampledImage]:
-        """This rank's share of the grid: images rank, rank + ranks, ... of what `sample` gives for each size.
+        """Draw this rank's share of a grid.
 
-        Every rank runs the same number of forwards: one with a shorter share draws the last again.
+        Every rank runs the same number of forwards. One with a shorter share draws the last image again.
+
+        Args:
+            grid: Captions, sizes and settings, such as `config.sample_grid`. Its sampler "auto" is ddim, for flow
+                euler.
+            rank: Number of this process among those that share the grid, from 0.
+            ranks: How many those are.
+
+        Returns:
+            For one size after another, images number `rank`, `rank + ranks` and so on of what `sample` gives. Seeds
+                run on from size to size. No captions give no images.
+
+        Raises:
+            UserError: As `sample`.
         """
         automatic = GRID_SAMPLER[self.config.diffusion.prediction]
         sampler = automatic if grid.sampler == "auto" else grid.sampler
@@ -138,9 +190,21 @@ class Pipeline:
         seed: int = 0,
         batch: int = 256,
     ) -> list[str]:
-        """The text after each image (uint8 [C, H, W] of one of the model's sizes), up to its end.
+        """Write the text that follows each image.
 
-        Raises UserError.
+        Args:
+            images: uint8 [I, C, H, W], or one by one uint8 [C, H, W], of the model's sizes.
+            max_tokens: Maximum of text tokens for each image, at least 1.
+            temperature: Of the softmax over the next token, at least 0. 0 takes the likeliest token.
+            top_p: In (0, 1]. Only the likeliest tokens whose probabilities together reach it are drawn. 1 keeps all.
+            seed: From 0 to 2**38 - 1. The text of image k is drawn from `seed + k`.
+            batch: Images that are captioned at once.
+
+        Returns:
+            A text for each image.
+
+        Raises:
+            UserError: For settings out of range, or images that do not fit the model.
         """
         answers = self.generate(
             [[image] for image in images],
@@ -164,16 +228,36 @@ class Pipeline:
         top_p: float = 1.0,
         guidance: float = 3.0,
         steps: int = 100,
-        sampler: SamplerName = "auto",
+        sampler: str = "auto",
         seed: int = 0,
         batch: int = 64,
         size: Size | None = None,
     ) -> list[list[Part]]:
-        """Each prompt, its parts untouched, followed by what the model goes on with: texts and images.
+        """Continue prompts of text and images with text and images.
 
-        A row ends at <EOS>, after max_tokens new tokens, or at data.sequence_length. Row r draws its text and its
-        first image from seed + r. size: of drawn images, as for `sample`. Raises UserError for settings or
-        images that do not fit.
+        An answer ends at <EOS>, after `max_tokens` text tokens, or where prompt and answer fill
+        `data.sequence_length`.
+
+        Args:
+            prompts: The parts of each: texts, and images as uint8 [C, H, W] of one of the model's sizes.
+            max_tokens: Maximum of new text tokens for each prompt, at least 1.
+            max_images: Maximum of new images for each prompt. 0 writes text alone.
+            temperature: As in `caption`.
+            top_p: As in `caption`.
+            guidance: As in `sample`.
+            steps: As in `sample`.
+            sampler: As in `sample`.
+            seed: From 0 to 2**38 - 1. Prompt r draws its text and its first image from `seed + r`.
+            batch: Prompts that are continued at once.
+            size: Of new images, one of the model's sizes. None leaves the choice to the model.
+
+        Returns:
+            The parts of each prompt, unchanged, followed by those of its answer: texts, and images as uint8 [C, H, W]
+                on the CPU.
+
+        Raises:
+            UserError: For settings out of range, images that do not fit the model, or a prompt that fills
+                `data.sequence_length`.
         """
         text = TextSampling(temperature=temperature, top_p=top_p, seed=seed)
         image = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=size)

@@ -74,7 +74,7 @@ class KeyValueCache:
     def _written(self, layer: int) -> tuple[Tensor, Tensor]:
         pair = self._storage[layer]
         if pair is None:
-            raise ValueError("rows are copied from a cache that no forward has written to")
+            raise ValueError("the cache is empty: no forward has written the rows to be copied")
         return pair
 
 
@@ -124,7 +124,7 @@ class CacheRows:
         if self._slot_N is None or len(self._slot_N) != len(self._rows) * count:
             room = self._cache.max_length
             if max(self.lengths) + count > room:
-                raise ValueError(f"{count} positions do not fit behind {max(self.lengths)} in rows of {room}")
+                raise ValueError(f"{count} positions do not fit after {max(self.lengths)} in rows of {room}")
             starts = [row * room + length for row, length in zip(self._rows, self.lengths, strict=True)]
             start_R1 = torch.tensor(starts, device=self._cache.device)[:, None]
             self._slot_N = (start_R1 + torch.arange(count, device=self._cache.device)).flatten()

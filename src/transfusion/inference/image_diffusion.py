@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from transfusion.config import Config, DiffusionConfig
-from transfusion.config.objectives import PREDICTED, SAMPLERS, SamplerName
-from transfusion.diffusion.flow import Euler, Heun
+from transfusion.config.objectives import PREDICTED, SAMPLERS
 from transfusion.diffusion.guidance import guide
-from transfusion.diffusion.sampler import DDIM, DDPM, MIN_ALPHA_BAR, Sampler, start_noise
-from transfusion.diffusion.schedule import CosineSchedule
+from transfusion.diffusion.sampler import Denoiser, Sampler, start_noise
+from transfusion.diffusion.samplers import BUILDERS
 from transfusion.errors import UserError
 from transfusion.inference.cache import KeyValueCache
 from transfusion.inference.runner import ModelRunner
@@ -37,7 +36,7 @@ class ImageSampling:
 
     guidance: float = 3.0
     steps: int = 100
-    sampler: SamplerName = "auto"
+    sampler: str = "auto"
     seed: int = 0
     size: Size | None = None
 
@@ -68,18 +67,7 @@ def check(sampling: ImageSampling, config: Config) -> None:
 def build_sampler(sampling: ImageSampling, config: DiffusionConfig, *, clip: float | None) -> Sampler:
     """The sampler of checked settings, for a model of this objective. clip: bound of the clean latents."""
     name = SAMPLERS[config.prediction][0] if sampling.sampler == "auto" else sampling.sampler
-    if config.prediction == "flow":
-        along = Heun if name == "heun" else Euler
-        return along(config.steps, sampling.steps, shift=config.timestep_shift, clip=clip)
-    under = DDIM if name == "ddim" else DDPM
-    return under(
-        CosineSchedule(config.steps),
-        sampling.steps,
-        predicts=config.prediction,
-        clip=clip,
-        # With a bound, the bound holds the error.
-        min_alpha_bar=MIN_ALPHA_BAR if clip is None else 0.0,
-    )
+    return BUILDERS[name](config, sampling.steps, clip)
 
 
 def draw(
@@ -90,12 +78,22 @@ def draw(
     sampling: ImageSampling,
     config: DiffusionConfig,
 ) -> Tensor:
-    """Latents fp32 [I, C, H, W]: image i continues row rows[i] of `prefixes`, from the noise of keys[i].
+    """Latents fp32 [I, C, H, W]: image i continues row rows[i] of `prefixes`, from the noise of keys[i]."""
+    key_I = torch.tensor(keys, device=runner.device)
+    sampler = build_sampler(sampling, config, clip=runner.codec.bound)
+    start_ICHW = start_noise(key_I, runner.latent_shape(sampling.size or runner.sizes.first))
+    return sampler.sample(start_ICHW, denoiser(runner, prefixes, rows, sampling), key_I)
+
+
+def denoiser(
+    runner: ModelRunner, prefixes: KeyValueCache, rows: Sequence[int], sampling: ImageSampling
+) -> Denoiser:
+    """The network's answer to noisy latents, guidance included: image i continues row rows[i] of `prefixes`.
 
     The model is called on the image blocks alone, both branches of the guidance in one batch, and once on the
     unconditional prefix. `prefixes` stays as it is.
     """
-    model, codec = runner.model, runner.codec
+    model = runner.model
     assert isinstance(model, Transfusion)
     images, guided, size = len(rows), sampling.guidance != 1, sampling.size or runner.sizes.first
     patches, latent_shape = runner.sizes.patches(size), runner.latent_shape(size)
@@ -121,6 +119,4 @@ def draw(
         conditional, unconditional = answer_RCHW.chunk(2)
         return guide(conditional, unconditional, sampling.guidance)
 
-    key_I = torch.tensor(keys, device=runner.device)
-    sampler = build_sampler(sampling, config, clip=codec.bound)
-    return sampler.sample(start_noise(key_I, latent_shape), predict, key_I)
+    return predict

@@ -17,9 +17,10 @@ from transfusion_kernels import IntervalMask, interval_attention
 
 
 class Attend(Protocol):
-    """Attention of queries [B, H, S, E] to keys and values [B, K, S, E] under a mask, to [B, H, S, E].
+    """What attends: queries [B, H, S, E], keys and values [B, K, S, E] and a mask give [B, H, S, E].
 
-    Plain here, over ranks that share rows in `parallel.ulysses`, and with keys of a cache in `generate.cache`.
+    `PlainAttention` does so in one process, `parallel.ulysses` over ranks that share rows, and `inference.cache` to
+    the keys of a cache too.
     """
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor: ...
@@ -27,7 +28,11 @@ class Attend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PlainAttention:
-    """Of whole rows in this process. backend: implementation of the kernels, see `train.attention`."""
+    """Attention of whole rows in this process.
+
+    Attributes:
+        backend: The implementation, as `interval_attention` takes it. In a run it is `train.attention`.
+    """
 
     backend: str = "auto"
 
@@ -44,13 +49,33 @@ class Sharing(Protocol):
     """Ranks that share rows, each with a slice of the positions (`parallel.ulysses`)."""
 
     def attention(self, backend: str) -> Attend:
-        """Attention of slices of rows, whose mask is of whole rows."""
+        """What attends for slices of rows, under a mask of whole rows.
+
+        Args:
+            backend: As for `PlainAttention`.
+        """
 
     def exchange(self, x_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Send as many rows of x_ND to each rank as `sent` says; returns those that came, rank after rank."""
+        """Swap rows of a tensor among the ranks.
+
+        Args:
+            x_ND: Rows to send, rank after rank.
+            sent: How many of them go to each rank.
+            received: How many come from each rank.
+
+        Returns:
+            The rows that came, rank after rank.
+        """
 
 
 class Attention(nn.Module):
+    """Self-attention of one block.
+
+    Args:
+        config: Width, heads and norms.
+        attend: What carries it out, unless `forward` is given another.
+    """
+
     def __init__(self, config: ModelConfig, attend: Attend) -> None:
         super().__init__()
         self.attend = attend
@@ -73,7 +98,18 @@ class Attention(nn.Module):
         mask: IntervalMask,
         attend: Attend | None = None,
     ) -> Tensor:
-        """Attend from x_BSD to itself. Returns [B, S, D]. attend: what carries it out this time."""
+        """Attend from every position to those that it sees.
+
+        Args:
+            x_BSD: States of the positions.
+            cosine_BSF: Cosine of the rotary angles, for F = E / 2 frequencies.
+            sine_BSF: Their sine.
+            mask: Which positions see which.
+            attend: What carries it out this time, such as a layer of a cache.
+
+        Returns:
+            New states [B, S, D].
+        """
         B, S, _ = x_BSD.shape
         query = self.query(x_BSD).view(B, S, self.heads, self.head_dim).transpose(1, 2)
         key = self.key(x_BSD).view(B, S, self.kv_heads, self.head_dim).transpose(1, 2)

@@ -1,7 +1,7 @@
 """The Chameleon baseline's network: images are tokens of a codebook, and every token is predicted from those before.
 
 The paper's comparison (section 4.2) after Chameleon (arXiv 2405.09818): one vocabulary of text and image tokens, one
-embedding, one head. Which norms, mask and losses go with it is in the configuration (`config.CHAMELEON_DEFAULTS`).
+embedding, one head. Which norms, mask and losses go with it is in the configuration (`config.families`).
 
 B rows, S positions, A position axes, D width, I images, P tokens an image, h/w tokens a side, N targets.
 """

@@ -151,7 +151,7 @@ class RunFolder:
 
     def keep_codec(self, codec: CodecConfig) -> None:
         """Copy the autoencoder, so that the run stays usable whatever becomes of its folder."""
-        if codec.kind == "pixels" or Path(codec.folder).resolve() == self.codec.resolve():
+        if not codec.is_autoencoder or Path(codec.folder).resolve() == self.codec.resolve():
             return
         try:
             self.codec.mkdir(exist_ok=True)

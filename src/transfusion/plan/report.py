@@ -25,18 +25,18 @@ def report(plan: Plan) -> str:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What will not do, each with the setting that mends it."""
+    """What will not work, each with the setting that fixes it."""
     found = plan.config.warnings()
     if not plan.fits:
         lacking = f"{gib(plan.memory.total)} of tensors do not fit into the {gib(plan.gpu.usable)} of a {plan.gpu.name}"
         advice = to_fit(plan)
-        remedy = "no setting tried here makes it fit; take a larger GPU or a smaller model"
+        remedy = "no setting that was tried makes it fit: take a larger GPU or a smaller model"
         if advice:
             remedy = f"set {advice}: {gib(advice.plan.memory.total)}, {advice.plan.tokens_per_second:,.0f} tokens/s"
         return [*found, f"{lacking}; {remedy}"]
     hastened = suggest_speedups(plan)
     if plan.seconds.exposed > MUCH_WAITING * plan.seconds.total:
-        remedy = "more rows a micro-batch, or fewer GPUs, would wait less"
+        remedy = "more rows per micro-batch, or fewer GPUs, would wait less"
         if hastened:
             remedy = f"set {hastened[0]}: {hastened[0].plan.tokens_per_second / plan.tokens_per_second:.2f}x as fast"
         share = plan.seconds.exposed / plan.seconds.total

@@ -197,8 +197,7 @@ def _fake_group(config: Config, load: ImageLoad) -> MediaGroup:
     images, (_, height, width) = load.carried, load.shape
     patches = height * width // config.model.patch_size**2
     # Latents and tokens were made before training.
-    kinds: dict[str, Kind] = {"pixels": "pixels", "kl": "latents", "vq": "tokens"}
-    kind = kinds[config.codec.kind]
+    kind: Kind = "pixels" if config.codec.kind == "pixels" else config.codec.makes
     types = {"pixels": torch.uint8, "latents": torch.float32, "tokens": torch.int32}
     shape = (images, height, width) if kind == "tokens" else (images, *load.shape)
     return MediaGroup(

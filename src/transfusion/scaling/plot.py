@@ -24,7 +24,7 @@ PLACES = 60
 def draw(comparisons: Sequence[Comparison], out: Path, *, title: str = "") -> None:
     """Write a .png, .svg or .pdf. Raises UserError without matplotlib or for another kind of file."""
     if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"{out}: a figure is a .png, .svg or .pdf")
+        raise UserError(f"{out} must end in .png, .svg or .pdf")
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -50,7 +50,7 @@ def read_records(out: Path) -> list[Record]:
             f"{path} cannot be read; `transfusion scaling run GRID --out {out}` writes it"
         ) from None
     if not records:
-        raise UserError(f"{path} holds no finished run yet; `transfusion scaling run` again goes on")
+        raise UserError(f"{path} holds no finished run yet; `transfusion scaling run` continues")
     return records
 
 

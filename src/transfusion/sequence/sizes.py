@@ -34,7 +34,7 @@ class Size(NamedTuple):
         """`HEIGHTxWIDTH`, such as 32x48. Raises ValueError."""
         found = _FORM.fullmatch(text)
         if found is None:
-            raise ValueError(f"{text!r} is no size; write HEIGHTxWIDTH in pixels, such as 32x48")
+            raise ValueError(f"{text!r} is not a size; write HEIGHTxWIDTH in pixels, such as 32x48")
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:

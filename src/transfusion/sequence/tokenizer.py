@@ -181,9 +181,7 @@ def _has_our_tokens(processor: sentencepiece.SentencePieceProcessor) -> bool:
 def _explain(message: str, vocabulary: int) -> str:
     """The trainer's complaint in our words."""
     if match := re.search(r"value <= (\d+)", message):
-        return (
-            f"the texts are too few for {vocabulary} pieces; the greatest possible vocabulary is {match[1]}"
-        )
+        return f"the texts are too few for {vocabulary} pieces; the maximum vocabulary is {match[1]}"
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return f"a vocabulary of {vocabulary} is too small; these texts need at least {int(match[1]) + 1}"
     if "sentences_.empty()" in message:

@@ -69,5 +69,5 @@ def _write(folder: Path, rank: int) -> str:
         path.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()))
         path.with_suffix(".txt").write_text(torch.cuda.memory_summary(), encoding="utf-8")
     except (OSError, RuntimeError) as problem:
-        return f"what was held could not be written: {problem}"
-    return f"{path} and .txt tell what was held"
+        return f"the memory snapshot could not be written: {problem}"
+    return f"{path} and .txt show what used the memory"

@@ -24,9 +24,18 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> int:
-    """Train `config` to its last step, going on from the newest checkpoint of its run folder.
+    """Train to the last step, from the newest checkpoint of the run folder if there is one.
 
-    Returns the exit code: 0 when done, 75 when a signal stopped the run after saving. Raises UserError.
+    Every process of the run calls this in its main thread, and learns its rank from its launcher's variables.
+
+    Args:
+        config: The run, as `load_config` gives it.
+
+    Returns:
+        The exit code. 0 when done, 75 when a signal or `train.time_limit_minutes` stopped the run after a save.
+
+    Raises:
+        UserError: For what a user can fix, such as settings, data, or too little memory.
     """
     here = environment.start(config.train.threads)
     try:
@@ -168,7 +177,7 @@ class Trainer:
             raise UserError(
                 f"{state.faults} of {state.samples} samples could not be read, more than "
                 f"data.max_bad_fraction ({most}); {self.folder.quarantine} names them: "
-                "mend the shards, or raise it" + (f" ({complaint})" if complaint else "")
+                "fix the shards, or raise it" + (f" ({complaint})" if complaint else "")
             )
         return decision
 

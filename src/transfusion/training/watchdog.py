@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 LOADER = "waiting for the loader"
 # What standing still means: in the loader; with a collective open; otherwise.
 _NO_BATCH = "the loader gives no batch: look at its processes and at the storage of the shards"
-_OTHER_RANK = "another rank is late or gone: its own file tells what it does"
+_OTHER_RANK = "another rank is late or gone: its own file shows what it does"
 _THIS_RANK = "no collective is open, so it is this process itself: see the stacks"
 # Looks so many times in the allowed time.
 _LOOKS = 20
@@ -120,14 +120,14 @@ class Watchdog:
         try:
             log.warning("%s", self._report(doing))
         except OSError as error:
-            log.warning("rank %d stands still, and cannot write why: %s", self._rank, error)
+            log.warning("rank %d is stuck, and cannot write why: %s", self._rank, error)
 
     def _report(self, doing: _Doing) -> str:
         """Write both files; returns the line for the log."""
         record = flight_record()
         meaning = _OTHER_RANK if waiting_in(record) else _NO_BATCH if doing.activity == LOADER else _THIS_RANK
         seconds = time.monotonic() - doing.since
-        where = f"rank {self._rank} stands still in step {doing.step}"
+        where = f"rank {self._rank} is stuck in step {doing.step}"
         summary = f"{where}: {doing.activity} for {seconds:.0f} s; {meaning}"
         return f"{summary}; {self._write(summary, record)} has the stacks"
 

@@ -204,5 +204,5 @@ def test_other_configs_and_torn_weights_are_refused(run: Path, tmp_path: Path) -
         with pytest.raises(UserError, match=r"config\.json"):
             read_export(out)
     (out / "config.json").write_text('{"architectures": []}')
-    with pytest.raises(UserError, match=r"is no model folder: config\.json is not an export's"):
+    with pytest.raises(UserError, match=r"is not a model folder: config\.json is not an export's"):
         read_export(out)

@@ -339,7 +339,7 @@ def test_damage_is_told(tmp_path: Path, damage: Callable[[Path], None], message:
 def test_another_model_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     folder = save(tmp_path, trained(0), TrainState(step=1), keep=1)
     engine = LocalEngine(small_config(**changes), ALONE)
-    with pytest.raises(UserError, match=f"is of another model: {message}; set the model as it was"):
+    with pytest.raises(UserError, match=f"is of another model: {message}; restore the settings of the model"):
         load(folder, engine)
 
 
@@ -365,6 +365,6 @@ def test_any_slice_can_be_read(tmp_path: Path) -> None:
     assert reader.read("weight", "embedding.weight", 5, 0).shape == (0,)
     assert torch.equal(reader.read_whole("weight", "embedding.weight"), engine.masters["embedding.weight"])
     with pytest.raises(
-        UserError, match=r"is damaged: elements of embedding\.weight from 2048 on are in no file"
+        UserError, match=r"is damaged: elements of embedding\.weight from 2048 on are missing in all files"
     ):
         reader.read("weight", "embedding.weight", 2000, 100)

@@ -43,7 +43,7 @@ def test_two_processes_of_this_machine_are_fit(tmp_path: Path) -> None:
     assert marks == dict.fromkeys(
         ["processes", "versions", "clocks", "storage", "all_reduce", "all_gather"], "ok"
     )
-    assert "2 on 1 machine(s)" in table and "Fit to train together." in table
+    assert "2 on 1 machine(s)" in table and "These processes can train together." in table
     assert table.count("GB/s") == 6
     assert list(tmp_path.iterdir()) == []
 

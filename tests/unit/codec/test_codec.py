@@ -104,10 +104,10 @@ def test_all_that_does_not_fit_is_told_at_once(kl_folder: Path) -> None:
         (["codec.kind=kl"], "needs codec.folder"),
         (["codec.folder=x"], "codec.folder belongs to an autoencoder"),
         (["codec.scale=2"], "codec.scale belongs to an autoencoder"),
-        (["codec.kind=kl", "codec.folder=nowhere"], "nowhere is no autoencoder: config.json: No such file"),
+        (["codec.kind=kl", "codec.folder=nowhere"], "nowhere is not an autoencoder: config.json: No such file"),
         (["codec.kind=kl", "codec.folder=KL", "codec.image_size=18"], "multiple of codec.downscale 4"),
         (["codec.kind=kl", "codec.folder=KL", "codec.image_size=36"], "codec.downscale 4 must be a multiple of model"),
-        (["codec.kind=kl", "codec.folder=KL", "codec.shift=[1,2]"], "one number or 4, one a channel, got 2"),
+        (["codec.kind=kl", "codec.folder=KL", "codec.shift=[1,2]"], "one number or 4, one per channel, got 2"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(kl_folder: Path, words: list[str], told: str) -> None:
@@ -121,7 +121,7 @@ def test_weights_are_all_there_or_none(
     folder = Path(shutil.copytree(kl_folder, tmp_path / "kl"))
     before, weights = settings(folder), load_file(folder / WEIGHTS)
     save_file({name: each for name, each in weights.items() if "conv_out" not in name}, folder / WEIGHTS)
-    with pytest.raises(UserError, match=f"is not the autoencoder of codec.fingerprint {before.fingerprint}"):
+    with pytest.raises(UserError, match=f"does not match codec.fingerprint {before.fingerprint}"):
         open_codec(before)
     with pytest.raises(UserError, match=r"has missing weights: decoder\.conv_out\.bias"):
         open_codec(settings(folder))

@@ -135,7 +135,7 @@ def test_what_cannot_be_encoded_is_refused(
             encode_shards(settings(kl_folder), specs, tmp_path / "out")
     with pytest.raises(UserError, match="device 'gpu' does not exist"):
         encode_shards(settings(kl_folder), [f"{shards}/*.tar"], tmp_path / "out", device="gpu")
-    with pytest.raises(UserError, match=r"is where 00000\.tar lies"):
+    with pytest.raises(UserError, match=r"is the folder of 00000\.tar"):
         encode_shards(settings(kl_folder), [f"{shards}/*.tar"], shards)
     with pytest.raises(UserError, match="has no latents to write"):
         encode_shards(CodecConfig(), [f"{shards}/*.tar"], tmp_path / "out")

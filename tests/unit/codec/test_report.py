@@ -135,7 +135,7 @@ def test_the_commands_take_what_they_say(
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"rfid_weights": "nowhere.pt"}, "--rfid-weights nowhere.pt is no TorchScript file"),
+        ({"rfid_weights": "nowhere.pt"}, "--rfid-weights nowhere.pt is not a TorchScript file"),
         ({"rfid_weights": "strange.pt"}, "--rfid-weights strange.pt is not FID's Inception network"),
         ({"device": "gpu"}, "device 'gpu' does not exist"),
         ({"shards": ["nowhere/*.tar"]}, "nowhere"),

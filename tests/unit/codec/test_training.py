@@ -160,9 +160,9 @@ def test_what_is_trained_on_and_left_away_is_told(
         (
             "late",
             {"adversarial_from": 3, "adaptive": False},
-            "none: this loss of the paper is left away, for advers",
+            "none: this loss of the paper is off, as advers",
         ),
-        ("judged", {}, "0.5 x patch discriminator from step 1, weighed by the gradients' ratio"),
+        ("judged", {}, "0.5 x patch discriminator from step 1, scaled by the ratio of the gradients"),
     ):
         config = make(run, loss | changes, steps=3)
         assert train_codec(config) == 0
@@ -343,12 +343,12 @@ def test_moco_weights_are_read_and_others_refused(tmp_path: Path) -> None:
     found = features.feature_distance("resnet50", str(tmp_path / "moco.pth.tar"))
     assert found is not None and torch.equal(found.layers.conv1.weight, state["conv1.weight"])  # type: ignore[union-attr]
     assert [each.shape[1] for each in found.layers(torch.rand(1, 3, 64, 64))] == [256, 512, 1024, 2048]
-    with pytest.raises(UserError, match="is not a state of VGG16"):
+    with pytest.raises(UserError, match="is not a state dict of VGG16"):
         features.feature_distance("vgg16", str(tmp_path / "moco.pth.tar"))
     with pytest.raises(UserError, match="cannot read weights"):
         features.feature_distance("vgg16", str(tmp_path / "none.pth"))
     (tmp_path / "text.pth").write_text("weights")
-    with pytest.raises(UserError, match="is no file of weights"):
+    with pytest.raises(UserError, match="is not a file of weights"):
         features.feature_distance("vgg16", str(tmp_path / "text.pth"))
 
 

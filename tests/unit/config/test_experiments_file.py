@@ -73,7 +73,7 @@ def test_scales_name_a_base_for_each_size(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"axis": {}}, "axis is not a key"),
-        ({"axes": {"a": {"x": {"layers": 2}}}}, "axes.a.x: layers is no override"),
+        ({"axes": {"a": {"x": {"layers": 2}}}}, "axes.a.x: layers is not an override"),
         ({"axes": {"a": [1, 2]}}, "axes.a must map"),
         ({"axes": {"a": {"x": 3}}}, "axes.a.x must be a set of overrides"),
         ({"axes": {"a": {}}}, "axes.a must map"),

@@ -93,7 +93,7 @@ def test_parts_that_do_not_fit_each_other() -> None:
     [
         (
             ["prediction=epsilon", "timestep_sampling=logit-normal"],
-            ["hardly ever draws the greatest timesteps"],
+            ["rarely draws the highest timesteps"],
         ),
         (["prediction=v", "timestep_shift=3"], ["timestep_shift=3 is for diffusion.prediction=flow"]),
         (["prediction=flow", "loss_weight=min-snr"], ["loss_weight=min-snr is for"]),
@@ -196,10 +196,10 @@ def test_shares_are_numbers_or_schedules() -> None:
         ("data.sources.0.weight=[]", "must begin with 0 and rise, got"),
         ("data.sources.0.weight=[{from_step: 5, weight: 1}]", r"must begin with 0 and rise, got \[5\]"),
         ("data.sources.0.weight=[{from_step: 0, weight: x}]", r"data\.sources\.0\.weight\.0\.weight: "),
-        ("data.sources.2.weight=1", "2 is no entry of a list of 2"),
+        ("data.sources.2.weight=1", "2 is not an entry of a list of 2"),
         (
             "data.sources=[{name: a, shards: x, weight: [{from_step: 0, weight: 0}]}]",
-            "from step 0 on no source",
+            "from step 0 on all sources",
         ),
     ],
 )

@@ -210,7 +210,7 @@ def test_a_file_of_an_earlier_version_is_made_anew_with_one_line(
     with caplog.at_level("WARNING"):
         assert len(build_index(source, tokenizer, patches=16, sequence_length=128, place=place)) == 4
     (line,) = caplog.messages
-    assert line == f"index files of an earlier version are made anew: 1, such as {path}"
+    assert line == f"index files of an earlier version are made again: 1, such as {path}"
 
 
 def transfusion(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -69,7 +69,7 @@ def test_the_same_texts_give_the_same_file(tokenizer: Tokenizer, texts: list[str
 
 def test_too_few_texts_name_the_greatest_vocabulary(tmp_path: Path) -> None:
     out = tmp_path / "tokenizer.model"
-    with pytest.raises(UserError, match=r"greatest possible vocabulary is (\d+)") as refused:
+    with pytest.raises(UserError, match=r"maximum vocabulary is (\d+)") as refused:
         train_tokenizer(["a few words", "and a few more"], out, vocabulary=5000)
     assert not list(tmp_path.iterdir())
     greatest = int(str(refused.value).rsplit(" ", 1)[1])

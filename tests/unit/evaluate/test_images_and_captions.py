@@ -65,10 +65,10 @@ def test_the_same_seed_gives_the_same_classifier_and_a_file_gives_it_back(
     )
     for other in (again, loaded):
         assert torch.equal(features_of(classifier, pixels), features_of(other, pixels))
-    with pytest.raises(UserError, match="train one of their size"):
+    with pytest.raises(UserError, match="train one for their size"):
         features_of(classifier, pixels[:, :, :8, :8])
     (tmp_path / "other").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="no classifier"):
+    with pytest.raises(UserError, match="is not a classifier"):
         load_classifier(tmp_path / "other")
 
 

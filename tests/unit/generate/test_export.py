@@ -100,7 +100,7 @@ def test_weights_of_another_model_are_refused(
 ) -> None:
     _, other = build_model(hidden_size=16, heads=2)
     save_file(other.state_dict(), folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors holds other weights"):
+    with pytest.raises(UserError, match=r"model\.safetensors does not match config"):
         Pipeline.from_export(folder, weights="raw")
 
 
@@ -108,7 +108,7 @@ def test_a_larger_tokenizer_is_refused(folder: Path) -> None:
     description = json.loads((folder / export.CONFIG).read_text())
     description["config"]["model"]["vocabulary"] = 300
     (folder / export.CONFIG).write_text(json.dumps(description))
-    with pytest.raises(UserError, match="320 pieces, its model knows 300"):
+    with pytest.raises(UserError, match="320 pieces, its model has 300"):
         Pipeline.from_export(folder)
 
 

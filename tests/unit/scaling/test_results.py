@@ -77,7 +77,7 @@ def test_the_figure_is_drawn_and_the_same_each_time(tmp_path: Path) -> None:
     draw(comparisons, tmp_path / "a.png")
     draw(comparisons, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    with pytest.raises(UserError, match="a figure is a"):
+    with pytest.raises(UserError, match="must end in"):
         draw(comparisons, tmp_path / "a.txt")
 
 

@@ -65,8 +65,8 @@ def test_every_size_has_a_token_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["codec.image_sizes=[32x32,32]"], "codec.image_sizes: '32' is no size; write HEIGHTxWIDTH"),
-        (["codec.image_sizes=[32x32,32x32]"], "codec.image_sizes: a size is named twice"),
+        (["codec.image_sizes=[32x32,32]"], "codec.image_sizes: '32' is not a size; write HEIGHTxWIDTH"),
+        (["codec.image_sizes=[32x32,32x32]"], "codec.image_sizes: a size is given twice"),
         (["codec.image_sizes=[32x32,32x33]"], "image_sizes: 32x33 must be a multiple of model.patch_size 2"),
         (["codec.image_sizes=[32x32,4x32]", "model.patch_size=8"], "image_sizes: 4x32 must be a multiple of"),
         (["codec.image_sizes=[32x32,2x64]"], "image_sizes: 2x64 has an aspect ratio above 20"),
@@ -76,9 +76,9 @@ def test_every_size_has_a_token_of_its_own() -> None:
         ),
         (
             ["codec.image_sizes=[8x8]", "sample_grid.sizes=[8x16]"],
-            "8x16 is no size of this model's images; choose 8x8",
+            "8x16 is not a size of this model's images; choose 8x8",
         ),
-        (["sample_grid.sizes=wide"], "sample_grid.sizes: 'wide' is no size"),
+        (["sample_grid.sizes=wide"], "sample_grid.sizes: 'wide' is not a size"),
     ],
 )
 def test_sizes_that_cannot_be(overrides: list[str], message: str) -> None:

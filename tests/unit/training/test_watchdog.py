@@ -27,7 +27,7 @@ def test_standing_still_is_told_once(tmp_path: Path, activity: str, meaning: str
     with Watchdog(tmp_path / "stalls", 3, seconds=0.1, samples=lambda: ["row 0: digits 17"]) as watchdog:
         watchdog.note(activity, 12)
         told = wait_for(path)
-        assert told.startswith(f"rank 3 stands still in step 12: {activity} for 0 s; ")
+        assert told.startswith(f"rank 3 is stuck in step 12: {activity} for 0 s; ")
         assert meaning in told and "row 0: digits 17" in told
         assert "test_watchdog.py" in told, "the stack of this very test"
         path.unlink()
@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_written_ends_nothing(
         deadline = time.monotonic() + 30
         while not said and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert said[0].startswith("rank 0 stands still, and cannot write why: ")
+    assert said[0].startswith("rank 0 is stuck, and cannot write why: ")
 
 
 def open_collective(age: float, *, retired: bool = False) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def refuse_other_latents(shard: Path, codec: CodecConfig, source: str) -> None:
     if record is None and codec.kind == "pixels":
         return
     if record is None:
-        problem = f"are of an unknown codec ({record_path(shard).name} is missing)"
+        problem = f"come from an unknown codec ({record_path(shard).name} is missing)"
     elif record.codec != codec.fingerprint:
         problem = f"were made by codec {record.codec}, not by {codec.fingerprint or 'codec.kind=pixels'}"
     elif record.sizes != set(codec.sizes):

@@ -224,7 +224,7 @@ def _tell_of_former(paths: Iterable[Path]) -> None:
     former = list(filter(is_former, paths))
     if former:
         log.warning(
-            "index files of an earlier version are made anew: %d, such as %s",
+            "index files of an earlier version are made again: %d, such as %s",
             len(former),
             former[0],
         )
@@ -295,7 +295,7 @@ def _make(
                 report(waiting[future])
         except BrokenProcessPool:
             raise UserError(
-                "an index process was killed (out of memory?); the same command goes on where it ended"
+                "an index process was killed (out of memory?); the same command continues where it stopped"
             ) from None
 
 

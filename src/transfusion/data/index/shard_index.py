@@ -119,7 +119,7 @@ class ShardIndex:
             made = "with another tokenizer" if stated["tokenizer"] else "without a tokenizer"
             raise StaleIndex(f"it was made {made}")
         if stated["policy"] != prints.policy:
-            raise StaleIndex("it was made by other rules for images and texts")
+            raise StaleIndex("it was made with other rules for images and texts")
         if (self.shard.is_remote and self._changed.exists()) or self.shard.has_changed(stated):
             raise StaleIndex("the shard has changed since")
 

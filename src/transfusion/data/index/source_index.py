@@ -304,7 +304,7 @@ def refuse_too_many(indexes: Iterable[SourceIndex], max_share: float) -> None:
         if too_many_faults(len(harm), len(harm) + len(index), max_share):
             raise UserError(
                 f"source {index.name}: {len(harm)} of {len(harm) + len(index)} samples are bad{_why(harm)};"
-                f" mend the shards or raise data.max_bad_fraction ({max_share})"
+                f" fix the shards, or raise data.max_bad_fraction ({max_share})"
             )
 
 

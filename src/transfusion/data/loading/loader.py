@@ -28,16 +28,33 @@ _STEPS_AHEAD = 2
 
 
 class Reading(NamedTuple):
-    """How reading went: samples that could not be read, and all that were tried."""
+    """How reading went.
+
+    Attributes:
+        faults: Samples that could not be read.
+        samples: All that were tried.
+    """
 
     faults: int
     samples: int
 
 
 class Loader:
-    """Endless training batches, exact at any world size and worker count, resumable at any step.
+    """An endless stream of training batches. A `with` statement, or `close`, ends its workers and downloads.
 
-    Rank r of W has rows r, r + W, r + 2 W ... of every global batch of data.global_batch_size rows.
+    Global batches do not depend on the number of ranks or workers, and the stream goes on from any step. Rank r of W
+    has rows r, r + W, r + 2 W and so on of each global batch.
+
+    Args:
+        config: The run, after `with_vocabulary` where images have several sizes.
+        sources: What to read, such as `config.data.sources`.
+        tokenizer: Makes token ids of the texts.
+        rank: Number of this rank among those that read different rows, from 0.
+        world_size: How many those are. It must divide `data.global_batch_size`.
+        state: Goes on from there, as `state()` gave it. None starts at the beginning.
+
+    Raises:
+        UserError: For shards that are missing or too bad, rows that ranks cannot share, or a state of other data.
     """
 
     def __init__(
@@ -50,7 +67,6 @@ class Loader:
         world_size: int,
         state: State | None = None,
     ) -> None:
-        """Raises UserError: shards missing or too bad, rows that ranks cannot share, a foreign state."""
         if not sources:
             raise UserError("data.sources is empty; name at least one source with its shards")
         rows_per_rank(config.data.global_batch_size, world_size)
@@ -84,9 +100,13 @@ class Loader:
         self._totals = BatchCounts(tokens=0, text_targets=0, images=0, image_elements=0, padding=0)
 
     def next_step(self) -> list[Batch]:
-        """This rank's micro-batches of the next global batch; every rank has the same number of them.
+        """Take the next global batch. What cannot be read is left out, and counted in `reading`.
 
-        What could not be read is left out and counted in `reading`.
+        Returns:
+            This rank's micro-batches, on the CPU. Every rank has the same number of them.
+
+        Raises:
+            UserError: For worker processes that keep dying, or a disk that is full.
         """
         while len(self._ordered) <= self._steps_ahead:
             if self.fetching is not None:
@@ -112,11 +132,11 @@ class Loader:
         return batches
 
     def state(self) -> State:
-        """Where the stream stands after the last step taken: a small JSON dict, the same on every rank."""
+        """Where the stream stands after the last step taken, as a small JSON dict. It is the same on every rank."""
         return self._state
 
     def samples(self) -> list[str]:
-        """The samples of this rank's last step, a row a line: source and key of each."""
+        """The samples of this rank's last step, a line for each row, with the source and key of each."""
         return [
             f"row {number}: " + ", ".join(self._name(span) for span in plan)
             for number, plan in enumerate(self._plans)
@@ -127,13 +147,16 @@ class Loader:
         return f"{index.name} {index.key(span.sample)}"
 
     def counters(self) -> dict[str, Any]:
-        """What this rank was given so far, and bad samples by reason, those of the index too."""
+        """What this rank was given so far, by the names of `BatchCounts`.
+
+        `faults` counts bad samples by reason, those of the index too.
+        """
         counts: dict[str, Any] = dataclasses.asdict(self._totals)
         counts["faults"] = dict(collections.Counter(fault.reason for fault in self.faults()))
         return counts
 
     def faults(self) -> list[Fault]:
-        """Every sample that was left out, once: by the index first, then at run time."""
+        """Every sample that was left out, each once. Those that the index left out come first."""
         return [fault for index in self.indexes for fault in index.faults] + list(self._faults)
 
     def close(self) -> None:
@@ -143,7 +166,7 @@ class Loader:
             self.fetching.fetcher.close()
 
     def complaint(self) -> str:
-        """A shard that could not be downloaded, and why; empty where all could."""
+        """The last shard that could not be downloaded, and why. Empty where all could."""
         return self.fetching.fetcher.complaint() if self.fetching is not None else ""
 
     def __enter__(self) -> Loader:
@@ -156,7 +179,15 @@ class Loader:
 
 
 def rows_per_rank(rows: int, world_size: int) -> int:
-    """Rows of a global batch that each rank computes. Raises UserError when they cannot be shared evenly."""
+    """Rows of a global batch that each rank computes.
+
+    Args:
+        rows: Of the global batch.
+        world_size: Ranks that share them.
+
+    Raises:
+        UserError: For rows that cannot be shared evenly.
+    """
     if rows % world_size:
         below, above = rows // world_size * world_size, -(-rows // world_size) * world_size
         nearest = above if not below or above - rows <= rows - below else below
@@ -167,7 +198,7 @@ def rows_per_rank(rows: int, world_size: int) -> int:
 
 
 def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    """Rows in runs of `size` (0: all at once)."""
+    """Cut rows into micro-batches of `size`. 0 takes all at once."""
     size = size or len(rows)
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 

@@ -76,7 +76,7 @@ class RowSettings:
             timesteps=TimestepLaw(diffusion.timestep_sampling, diffusion.timestep_shift, diffusion.steps),
             image_first_timesteps=diffusion.max_timestep_before_caption or diffusion.steps,
             causal_images=config.model.image_attention == "causal",
-            codebook_size=config.codec.codebook_size if config.codec.kind == "vq" else 0,
+            codebook_size=config.codec.codebook_size if config.codec.makes == "tokens" else 0,
         )
 
 

@@ -24,10 +24,22 @@ _OPEN_ROWS = 256
 
 
 class EvaluationLoader:
-    """Batches over validation sources; each pass gives the same ones, and every rank the same number of them.
+    """Batches of validation data. Each pass gives the same ones, and every rank has the same number of them.
 
-    No caption is dropped, and `caption_first` of the pairs have their caption first: by default all, so that
-    images are judged at every noise level and captions without having seen the image.
+    No caption is dropped.
+
+    Args:
+        config: As for `Loader`.
+        sources: What to read, such as `config.data.validation`.
+        tokenizer: Makes token ids of the texts.
+        rank: Number of this rank among those that share the batches, from 0.
+        world_size: How many those are.
+        rows: Of one batch of one rank. 0 takes as many as a micro-batch of training.
+        caption_first: Share of the pairs whose caption comes before the image. With all of them, images are measured
+            at every noise level, and captions without the image.
+
+    Raises:
+        UserError: For no sources, or shards that are missing or hold nothing to read.
     """
 
     def __init__(
@@ -41,7 +53,6 @@ class EvaluationLoader:
         rows: int = 0,
         caption_first: float = 1.0,
     ) -> None:
-        """rows: of one batch of one rank; 0: as many as a micro-batch of training. Raises as Loader does."""
         if not sources:
             raise UserError("data.validation is empty; name at least one source with its shards")
         self._rank, self._world_size = rank, world_size
@@ -62,7 +73,11 @@ class EvaluationLoader:
         return -(-len(self._plans) // (self._rows * self._world_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        """This rank's batches; the last ones hold rows of padding where documents have run out."""
+        """One pass over the data.
+
+        Yields:
+            This rank's batches, on the CPU. The last ones hold rows of padding where documents have run out.
+        """
         mine = self._plans[self._rank :: self._world_size]
         batches = [mine[number * self._rows : (number + 1) * self._rows] for number in range(len(self))]
         with contextlib.ExitStack() as stack:
@@ -87,9 +102,19 @@ def documents(
     *,
     faults: list[Fault] | None = None,
 ) -> Iterator[Document]:
-    """Every document of the sources in file order: a text, or an image after its caption.
+    """Read every document of the sources, in file order. A document with an unreadable image is left out.
 
-    An image that cannot be decoded is left out, and added to `faults` when that is given.
+    Args:
+        config: As for `Loader`.
+        sources: What to read, such as `config.data.validation`.
+        tokenizer: Makes token ids of the texts.
+        faults: Takes what was left out.
+
+    Yields:
+        A text, an image after its first caption, or an interleaved document.
+
+    Raises:
+        UserError: For shards that are missing or hold nothing to read.
     """
     for index in build_indexes(config, sources, tokenizer):
         for sample in range(len(index)):

@@ -89,8 +89,9 @@ class Planner:
         self._fingerprint = _fingerprint(self._sources, settings)
         if state and state.get("fingerprint") != self._fingerprint:
             raise UserError(
-                "the data differ from those this run was started with (shards, tokenizer, seed, shares or"
-                " rows), or another version planned it; restore them, or start anew in another run.dir"
+                "the data differ from those this run was started with (shards, tokenizer, seed, source weights,"
+                " batch or sequence size), or another version planned it; restore them, or start a new run in another"
+                " run.dir"
             )
         self._start: State = state["start"] if state else fresh(self._sources)
         self._used: int = state["used"] if state else 0

@@ -79,7 +79,7 @@ def _collect(source: str, seed: int, validation: float | None) -> Collection:
     if source == "digits":
         if validation is not None:
             raise UserError(
-                f"the digits have a fixed split, {VALIDATION_DIGITS} for validation; leave the share away"
+                f"the digits have a fixed split, {VALIDATION_DIGITS} for validation; remove --validation"
             )
         return collect_digits(seed)
     if source == "python-docs":

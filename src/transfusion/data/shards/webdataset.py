@@ -115,7 +115,7 @@ def open_address(address: str) -> Any:
         ) from None
     except ValueError:
         raise UserError(
-            f"nothing here opens {kind}: ({shown}); write https:, gs:, hf:, file: or a command, `pipe:COMMAND`"
+            f"{kind}: ({shown}) cannot be opened; write https:, gs:, hf:, file: or a command, `pipe:COMMAND`"
         ) from None
     except OSError:
         raise
@@ -126,7 +126,9 @@ def open_address(address: str) -> Any:
 
 def _addresses(spec: str) -> list[str]:
     if "*" in spec and scheme(spec) != "pipe":
-        raise UserError(f"{redacted(spec)}: what stands there cannot be listed; write {{00000..00012}}.tar")
+        raise UserError(
+            f"{redacted(spec)}: shards at an address cannot be listed; write {{00000..00012}}.tar"
+        )
     return _brace_ranges(spec)
 
 

@@ -111,7 +111,7 @@ def captioned_images(config: Config, tokenizer: Tokenizer, *, validation: bool) 
             values.append(torch.as_tensor(images[0].values_CHW))
             if values[-1].dtype != torch.uint8:
                 raise UserError(
-                    f"{where} has latents at {document.key}, and an image is needed; name its shards"
+                    f"{where} has latents at {document.key}, and the classifier needs images; name their shards"
                 )
             captions.append(
                 "".join(
@@ -137,8 +137,8 @@ def train_classifier(
     words = common_words(captions)
     if len(words) < 2:
         raise UserError(
-            f"the captions have no two words that stand at {MIN_IMAGES} images or more and not at nearly"
-            " all of them: there is nothing to learn a classifier from"
+            f"fewer than two words are in the captions of {MIN_IMAGES} images or more but not of nearly all:"
+            " there is nothing to learn a classifier from"
         )
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -182,7 +182,7 @@ def features_of(classifier: Classifier, pixels_ICHW: Tensor) -> Tensor:
     if tuple(pixels_ICHW.shape[1:]) != (classifier.channels, classifier.image_size, classifier.image_size):
         raise UserError(
             f"the classifier reads {classifier.channels} x {classifier.image_size} x {classifier.image_size}, the"
-            f" images are {' x '.join(map(str, pixels_ICHW.shape[1:]))}; train one of their size"
+            f" images are {' x '.join(map(str, pixels_ICHW.shape[1:]))}; train one for their size"
         )
     return torch.cat([classifier.features(part) for part in pixels_ICHW.split(BATCH)])
 
@@ -213,7 +213,7 @@ def load_classifier(path: Path) -> Classifier:
         classifier.images = facts["images"]
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
         raise UserError(
-            f"{path} is no classifier; `transfusion classifier CONFIG --out {path}` makes one"
+            f"{path} is not a classifier; `transfusion classifier CONFIG --out {path}` makes one"
         ) from None
     return classifier.eval()
 

@@ -92,7 +92,7 @@ def _generation(
         ),
         "nearest_training_distance_real": Metric(
             value=_nearest(test, train),
-            how="the same of real validation images: much below it would be copying",
+            how="the same of real validation images: far below it would be copying",
         ),
     }
 

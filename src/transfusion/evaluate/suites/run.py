@@ -12,14 +12,19 @@ import torch
 
 from transfusion.errors import UserError
 from transfusion.evaluate.metrics.metric import Metric
+from transfusion.evaluate.suites.digits import digits
+from transfusion.evaluate.suites.images_and_captions import captions, images
 from transfusion.evaluate.suites.validation import validation
 from transfusion.files import atomic_write_text
 from transfusion.generate.pipeline import Pipeline, Weights
 
 METRICS = "metrics.json"
 
-
+# From a model, and the folder where evidence is left.
 Suite = Callable[[Pipeline, Path], dict[str, Metric]]
+
+# By name. `images` needs a classifier beside them.
+SUITES: dict[str, Suite] = {"validation": validation, "digits": digits, "captions": captions}
 
 
 def run_suites(
@@ -36,10 +41,7 @@ def run_suites(
     classifier: for the suite `images`. Raises UserError for an unknown suite, or when the model's validation data is
     not to be found.
     """
-    from transfusion.evaluate.suites.digits import digits
-    from transfusion.evaluate.suites.images_and_captions import captions, images
-
-    suites: dict[str, Suite] = {"validation": validation, "digits": digits, "captions": captions}
+    suites = dict(SUITES)
     if classifier is not None:
         suites["images"] = functools.partial(images, classifier_path=classifier)
     elif "images" in names:

@@ -55,7 +55,7 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
     tokens = sum(len(ids) + 1 for ids in texts)
     size = sum(len(pipeline.tokenizer.decode(ids).encode()) for ids in texts)
     if tokens != int(terms.text_count):
-        raise ValueError(f"the model was judged on {int(terms.text_count)} tokens of {tokens}")
+        raise ValueError(f"the model was evaluated on {int(terms.text_count)} of {tokens} tokens")
     metrics = {}
     threshold = None
     training = next((known for known in pipeline.config.data.sources if known.name == source.name), None)

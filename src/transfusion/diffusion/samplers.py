@@ -1,0 +1,39 @@
+"""The samplers by their names in `config.objectives.SAMPLERS`, each built from settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transfusion.config import DiffusionConfig
+from transfusion.diffusion.flow import Euler, Heun
+from transfusion.diffusion.sampler import DDIM, DDPM, MIN_ALPHA_BAR, Sampler, SpacedSampler
+from transfusion.diffusion.schedule import CosineSchedule
+
+# From the model's objective, the steps, and the bound of the clean latents, if they have one.
+SamplerBuilder = Callable[[DiffusionConfig, int, float | None], Sampler]
+
+
+def _cosine(sampler: type[SpacedSampler]) -> SamplerBuilder:
+    def build(config: DiffusionConfig, steps: int, clip: float | None) -> Sampler:
+        assert config.prediction != "flow"
+        # With a bound, the bound holds the error.
+        min_alpha_bar = MIN_ALPHA_BAR if clip is None else 0.0
+        schedule = CosineSchedule(config.steps)
+        return sampler(schedule, steps, predicts=config.prediction, clip=clip, min_alpha_bar=min_alpha_bar)
+
+    return build
+
+
+def _flow(sampler: type[Euler]) -> SamplerBuilder:
+    def build(config: DiffusionConfig, steps: int, clip: float | None) -> Sampler:
+        return sampler(config.steps, steps, shift=config.timestep_shift, clip=clip)
+
+    return build
+
+
+BUILDERS: dict[str, SamplerBuilder] = {
+    "ddpm": _cosine(DDPM),
+    "ddim": _cosine(DDIM),
+    "euler": _flow(Euler),
+    "heun": _flow(Heun),
+}
