@@ -24,7 +24,7 @@ MODEL = (
     "  caption_first: 0.9\n"
     "optimizer: {learning_rate: 2.0e-3, warmup_steps: 5, ema_decay: 0}\n"
     "diffusion: {prediction: flow}\n"
-    "train: {steps: 150, threads: 1, precision: fp32}\n"
+    "train: {steps: 200, threads: 1, precision: fp32}\n"
     "log: {every: 10}\n"
     "sample_grid: {prompts: [wide red], sizes: [16x32, 32x16], steps: 3}\n"
 )
