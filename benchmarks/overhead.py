@@ -80,7 +80,7 @@ def bare_loop(model: nn.Module, config: Config) -> Callable[[list[Batch]], None]
     def step(batches: list[Batch]) -> None:
         for batch in batches:
             terms = loss.terms(model, batch)
-            loss.combine(terms, terms.text_count, terms.image_count).backward()
+            loss.combine(terms, terms.counts).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()

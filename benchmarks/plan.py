@@ -118,7 +118,7 @@ def _measure(config: Config, here: environment.Environment) -> dict[str, Any]:
 
 def count_products(engine: Engine, batches: Sequence[Batch]) -> int:
     """Operations of the products of a forward and backward pass, as torch counts them."""
-    counts = global_counts(batches)
+    counts = global_counts(batches, engine.loss)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm}) as counter:
         for batch in batches:
             engine.forward_backward(batch, counts)
@@ -135,7 +135,7 @@ def tracked_peak(engine: Engine, batches: Sequence[Batch], config: Config) -> in
     tracker = MemTracker()
     tracker.track_external(*_state(engine))
     with tracker:
-        counts = global_counts(batches)
+        counts = global_counts(batches, engine.loss)
         for batch in batches:
             tracker.reset_mod_stats()
             engine.forward_backward(batch, counts)

@@ -250,14 +250,14 @@ def begin_step(
 ) -> tuple[PendingResult, Tensor]:
     """Give a step to the device; returns what it comes to, and its loss."""
     batches = [batch.to(engine.device) for batch in micro_batches]
-    counts = global_counts(batches)
+    counts = global_counts(batches, engine.loss)
     parts: list[LossTerms] = [engine.forward_backward(batch, counts) for batch in batches]
     pending = engine.step(config.optimizer.learning_rate)
     terms = parts[0]
     for part in parts[1:]:
         terms = terms.plus(part)
-    text = terms.text_sum / terms.text_count.clamp(min=1)
-    image = terms.image_sum / terms.image_count.clamp(min=1)
+    text = terms.sums["text"] / terms.counts["text"].clamp(min=1)
+    image = terms.sums["image"] / terms.counts["image"].clamp(min=1)
     return pending, text + config.diffusion.image_loss_weight * image
 
 

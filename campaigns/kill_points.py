@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -388,9 +388,7 @@ def in_forward(does: Callable[[], None] | None) -> None:
         if does is not None:
             does()
             return found
-        return found._replace(
-            text_sum=found.text_sum * float("nan"), image_sum=found.image_sum * float("nan")
-        )
+        return replace(found, sums={name: total * float("nan") for name, total in found.sums.items()})
 
     TransfusionLoss.terms = terms  # type: ignore[method-assign]
 

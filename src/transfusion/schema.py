@@ -7,8 +7,9 @@ C channels, H/W image height and width, K timestep buckets.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -159,30 +160,35 @@ def _pinned(value: Tensor, device: torch.device) -> Tensor:
     return value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
 
 
-class LossTerms(NamedTuple):
-    """Sums and counts, never means, so that they add up over chunks, micro-batches and ranks.
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """Sums and counts by name, never means, so that they add up over chunks, micro-batches and ranks.
 
-    text_sum: nats over text targets; text_count: number of them. image_sum: squared error over latent
-    elements; image_count: number of elements. The bucket pairs split the image terms by timestep.
-    All are 0-dim (or [K]) float32 tensors.
+    "text": nats over text targets. "image": squared error over latent elements, or nats over image tokens.
+    "image_by_timestep": that by timestep, in `TIMESTEP_BUCKETS`. Float32 tensors without a dimension, or [K].
     """
 
-    text_sum: Tensor
-    text_count: Tensor
-    image_sum: Tensor
-    image_count: Tensor
-    bucket_sum_K: Tensor
-    bucket_count_K: Tensor
+    sums: dict[str, Tensor]
+    counts: dict[str, Tensor]
 
     def detached(self) -> LossTerms:
-        return LossTerms(*(term.detach() for term in self))
+        return self._each(Tensor.detach)
 
     def double(self) -> LossTerms:
         """In float64: what adds up many of them goes past what float32 counts exactly."""
-        return LossTerms(*(term.double() for term in self))
+        return self._each(Tensor.double)
 
     def plus(self, other: LossTerms) -> LossTerms:
-        return LossTerms(*(a + b for a, b in zip(self, other, strict=True)))
+        return LossTerms(
+            {name: total + other.sums[name] for name, total in self.sums.items()},
+            {name: count + other.counts[name] for name, count in self.counts.items()},
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> LossTerms:
+        return LossTerms(
+            {name: change(total) for name, total in self.sums.items()},
+            {name: change(count) for name, count in self.counts.items()},
+        )
 
 
 class Decision(enum.IntEnum):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import transfusion_kernels
 from transfusion.codec import pixels
 from transfusion.config import Config
-from transfusion.parallel.counts import GlobalCounts, global_counts
+from transfusion.parallel.counts import global_counts
 from transfusion.parallel.engine import Engine
 from transfusion.schema import Batch, BatchCounts, LossTerms, MediaGroup, Modality, SpecialToken, StepResult
 from transfusion_kernels import IntervalMask
@@ -173,13 +173,16 @@ def with_broken_image(batch: Batch) -> Batch:
 
 
 def train_step(
-    engine: Engine, batches: list[Batch], learning_rate: float = 1e-3, counts: GlobalCounts | None = None
+    engine: Engine,
+    batches: list[Batch],
+    learning_rate: float = 1e-3,
+    counts: dict[str, torch.Tensor] | None = None,
 ) -> tuple[LossTerms, StepResult]:
     """One optimiser step on this rank's micro-batches; the sums of all of them.
 
     counts: those of the step, where the batches at hand are not all of it; else counted over all ranks.
     """
-    counts = counts or global_counts(batches)
+    counts = counts or global_counts(batches, engine.loss)
     total: LossTerms | None = None
     for batch in batches:
         terms = engine.forward_backward(batch, counts)
@@ -238,11 +241,11 @@ class HostReads(TorchDispatchMode):
         return counted
 
 
-def counts_of(batches: list[Batch]) -> GlobalCounts:
+def counts_of(batches: list[Batch]) -> dict[str, torch.Tensor]:
     """Counts of the given batches, without asking other ranks."""
     text = sum(batch.counts.text_targets for batch in batches)
     image = sum(batch.counts.image_elements for batch in batches)
-    return GlobalCounts(torch.tensor(float(text)), torch.tensor(float(image)))
+    return {"text": torch.tensor(float(text)), "image": torch.tensor(float(image))}
 
 
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from transfusion.model import Chameleon
 
 CHAMELEON = Family(
     network=Chameleon,
-    loss=lambda config, codec: ChameleonLoss(codec),
+    loss=lambda config, codec: ChameleonLoss(config.codec, codec),
     draw=draw_tokens,
     # Image tokens pass the blocks and the head as the text's do.
     image_operations=lambda network, shape, recomputes: 0,

@@ -36,7 +36,7 @@ def image_metric(diffusion: DiffusionConfig) -> ImageMetric:
 
 TRANSFUSION = Family(
     network=Transfusion,
-    loss=lambda config, codec: TransfusionLoss(config.diffusion, codec),
+    loss=lambda config, codec: TransfusionLoss(config.diffusion, codec, config.codec),
     draw=image_diffusion.draw,
     image_operations=image_operations,
     head_targets=lambda shape: 0,

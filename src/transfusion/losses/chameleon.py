@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from transfusion.codec import Codec, encoded
-from transfusion.losses.loss import ratio
-from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
+from transfusion.config import CodecConfig
+from transfusion.losses.loss import ratio, target_counts
+from transfusion.schema import Batch, LossTerms
 
 
 class ChameleonLoss:
     """Next-token loss of one batch over the tokens of texts and of images alike, as sums and counts."""
 
-    def __init__(self, codec: Codec | None) -> None:
+    def __init__(self, config: CodecConfig, codec: Codec | None) -> None:
         """codec: of the images in the batches; None: they are tokens. It stays outside of what is trained."""
-        self.codec = codec
+        self.config, self.codec = config, codec
 
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
         """Run the model on a batch. `model` maps (batch, image tokens) to `TokenOutput`.
 
-        The gradient of both sums is that of text_sum; the z-loss is in it and in no sum. No noise, so no buckets.
+        The gradient of both sums is that of "text". The z-loss is in it and in no sum. No noise, no timesteps.
         """
         tokens = [encoded(group, self.codec) for group in batch.media]
         output = model(batch, tokens)
         image_count = torch.stack(
             [group.image_weight_I.sum() * group.patch_slot_IP.shape[1] for group in batch.media]
         ).sum()
-        nothing_K = torch.zeros(TIMESTEP_BUCKETS, device=batch.token_ids_BS.device)
         # In value the text's part, in gradient the whole.
         text_sum = output.total - (output.total.detach() - output.text_sum)
         return LossTerms(
-            text_sum, batch.text_weight_BS.sum(), output.image_sum, image_count, nothing_K, nothing_K
+            {"text": text_sum, "image": output.image_sum},
+            {"text": batch.text_weight_BS.sum(), "image": image_count},
         )
 
-    def combine(self, terms: LossTerms, text_count: Tensor, image_count: Tensor) -> Tensor:
-        """The loss: the mean over all tokens of the given (global) counts; a count of zero gives zero, not NaN."""
-        return (terms.text_sum + terms.image_sum) / (text_count + image_count).clamp(min=1.0)
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """See `Loss.counts`."""
+        return target_counts(batch, self.config)
 
-    def mean(self, text_sum: float, text_count: float, image_sum: float, image_count: float) -> float:
+    def combine(self, terms: LossTerms, counts: Mapping[str, Tensor]) -> Tensor:
+        """See `Loss.combine`: the mean over all tokens."""
+        return (terms.sums["text"] + terms.sums["image"]) / (counts["text"] + counts["image"]).clamp(min=1.0)
+
+    def mean(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> float:
         """See `Loss.mean`."""
-        return ratio(text_sum + image_sum, text_count + image_count) or 0.0
+        return ratio(sums["text"] + sums["image"], counts["text"] + counts["image"]) or 0.0

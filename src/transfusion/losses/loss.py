@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from transfusion.codec.shapes import image_elements
+from transfusion.config import CodecConfig
 from transfusion.schema import Batch, LossTerms
 
 
@@ -15,11 +19,22 @@ class Loss(Protocol):
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
         """Run the model on a batch, as sums and counts."""
 
-    def combine(self, terms: LossTerms, text_count: Tensor, image_count: Tensor) -> Tensor:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """What the loss divides by, of one batch before it is run: by the names of terms, float64."""
+
+    def combine(self, terms: LossTerms, counts: Mapping[str, Tensor]) -> Tensor:
         """What is learned: the sums over the given (global) counts. A count of zero gives zero, not NaN."""
 
-    def mean(self, text_sum: float, text_count: float, image_sum: float, image_count: float) -> float:
+    def mean(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> float:
         """The same as it is reported, of sums and counts over ranks and steps."""
+
+
+def target_counts(batch: Batch, codec: CodecConfig | None) -> dict[str, Tensor]:
+    """Text targets, and latent elements or image tokens, of a batch. codec None: pixels are latents."""
+    images = [
+        group.image_weight_I.sum(dtype=torch.float64) * image_elements(group, codec) for group in batch.media
+    ]
+    return {"text": batch.text_weight_BS.sum(dtype=torch.float64), "image": torch.stack(images).sum()}
 
 
 def ratio(total: float, count: float) -> float | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from transfusion.codec import Codec, encoded
 from transfusion.codec.pixels import PixelCodec
-from transfusion.config import DiffusionConfig
+from transfusion.config import CodecConfig, DiffusionConfig
 from transfusion.diffusion.objective import ImageObjective
-from transfusion.losses.loss import ratio
+from transfusion.losses.loss import ratio, target_counts
 from transfusion.model.patches import unpatchify_groups
 from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
 
@@ -17,8 +19,11 @@ from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
 class TransfusionLoss:
     """Next-token loss and diffusion loss of one batch (paper, eq. 4), as sums and counts."""
 
-    def __init__(self, config: DiffusionConfig, codec: Codec | None = None) -> None:
+    def __init__(
+        self, config: DiffusionConfig, codec: Codec | None = None, codec_config: CodecConfig | None = None
+    ) -> None:
         """codec: of the images in the batches; None: pixels are latents. It stays outside of what is trained."""
+        self.codec_config = codec_config
         self.codec: Codec = PixelCodec() if codec is None else codec
         self.objective = ImageObjective(config)
         self.image_weight = config.image_loss_weight
@@ -39,14 +44,21 @@ class TransfusionLoss:
             image_sum, image_count = image_sum + loss.total, image_count + loss.count
             bucket_sum, bucket_count = bucket_sum + loss.bucket_total_K, bucket_count + loss.bucket_count_K
         text_count = batch.text_weight_BS.sum()
-        return LossTerms(output.text_sum, text_count, image_sum, image_count, bucket_sum, bucket_count)
+        return LossTerms(
+            {"text": output.text_sum, "image": image_sum, "image_by_timestep": bucket_sum},
+            {"text": text_count, "image": image_count, "image_by_timestep": bucket_count},
+        )
 
-    def combine(self, terms: LossTerms, text_count: Tensor, image_count: Tensor) -> Tensor:
-        """The loss: both sums divided by the given (global) counts; a count of zero gives zero, not NaN."""
-        text = terms.text_sum / text_count.clamp(min=1.0)
-        return text + self.image_weight * terms.image_sum / image_count.clamp(min=1.0)
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """See `Loss.counts`."""
+        return target_counts(batch, self.codec_config)
 
-    def mean(self, text_sum: float, text_count: float, image_sum: float, image_count: float) -> float:
+    def combine(self, terms: LossTerms, counts: Mapping[str, Tensor]) -> Tensor:
+        """See `Loss.combine` (paper, eq. 4)."""
+        text = terms.sums["text"] / counts["text"].clamp(min=1.0)
+        return text + self.image_weight * terms.sums["image"] / counts["image"].clamp(min=1.0)
+
+    def mean(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> float:
         """See `Loss.mean`."""
-        image = ratio(image_sum, image_count) or 0.0
-        return (ratio(text_sum, text_count) or 0.0) + self.image_weight * image
+        image = ratio(sums["image"], counts["image"]) or 0.0
+        return (ratio(sums["text"], counts["text"]) or 0.0) + self.image_weight * image

@@ -18,13 +18,13 @@ from transfusion.schema import LossTerms
 class MeanLosses:
     """Means over all ranks and steps of an interval; None where there was nothing to learn.
 
+    means: of each term by its name. series: of the terms that have several figures. total: what is learned.
     images: how many of all ranks were learned from, where each told its own.
     """
 
-    text: float | None
-    image: float | None
+    means: dict[str, float | None]
+    series: dict[str, list[float | None]]
     total: float
-    image_by_timestep: list[float | None]
     images: int
     extra_sums: list[float] = field(default_factory=list)
 
@@ -38,20 +38,21 @@ class MeanLosses:
         extra_sums: other figures to be added up over the ranks on the way, as many on each. images: of this rank.
         """
         summed = functools.reduce(LossTerms.plus, (part.double() for part in parts))
-        figures = torch.tensor([*extra_sums, images], dtype=torch.float64, device=summed.text_sum.device)
-        flat = torch.cat([*(term.reshape(-1) for term in summed), figures])
+        tensors = [*summed.sums.values(), *summed.counts.values()]
+        figures = torch.tensor([*extra_sums, images], dtype=torch.float64, device=tensors[0].device)
+        flat = torch.cat([*(tensor.reshape(-1) for tensor in tensors), figures])
         if dist.is_initialized() and dist.get_world_size() > 1:
             flat = flat.to(group_device())
             dist.all_reduce(flat)
-        text_sum, text_count, image_sum, image_count, *rest = flat.tolist()
-        split = len(rest) - len(figures)
-        buckets, (*sums, all_images) = rest[:split], rest[split:]
-        half = len(buckets) // 2
+        sizes = [tensor.numel() for tensor in tensors]
+        *totals, added = (part.tolist() for part in flat.split([*sizes, len(figures)]))
+        half = len(summed.sums)
+        sums, counts = (dict(zip(summed.sums, each, strict=True)) for each in (totals[:half], totals[half:]))
+        means = {name: list(map(ratio, sums[name], counts[name])) for name in sums}
         return cls(
-            text=ratio(text_sum, text_count),
-            image=ratio(image_sum, image_count),
-            total=loss.mean(text_sum, text_count, image_sum, image_count),
-            image_by_timestep=[ratio(a, b) for a, b in zip(buckets[:half], buckets[half:], strict=True)],
-            images=int(all_images),
-            extra_sums=sums,
+            means={name: mean[0] for name, mean in means.items() if summed.sums[name].dim() == 0},
+            series={name: mean for name, mean in means.items() if summed.sums[name].dim() > 0},
+            total=loss.mean(*({name: each[0] for name, each in part.items()} for part in (sums, counts))),
+            images=int(added[-1]),
+            extra_sums=added[:-1],
         )

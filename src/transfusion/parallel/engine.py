@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from transfusion.config import Config
 from transfusion.losses.loss import Loss
 from transfusion.model.backbone import Backbone
-from transfusion.parallel.counts import GlobalCounts
 from transfusion.parallel.parameter_shards import Shard
 from transfusion.parallel.step_result import PendingResult
 from transfusion.parallel.ulysses import SequenceGroup
@@ -40,7 +41,7 @@ class Engine(Protocol):
     def updates(self) -> int:
         """Optimiser updates made, skipped steps left out."""
 
-    def forward_backward(self, batch: Batch, counts: GlobalCounts) -> LossTerms:
+    def forward_backward(self, batch: Batch, counts: Mapping[str, Tensor]) -> LossTerms:
         """Add the gradient of one micro-batch. Returns this rank's own sums, detached, on its device."""
 
     def step(

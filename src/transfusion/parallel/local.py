@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,6 @@ from transfusion.model.compilation import compile_blocks
 from transfusion.model.initialise import initialise
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
-from transfusion.parallel.counts import GlobalCounts
 from transfusion.parallel.engine import Weights
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.parameter_shards import (
@@ -68,11 +67,11 @@ class LocalEngine:
         """See `Engine.updates`."""
         return self._count.read()
 
-    def forward_backward(self, batch: Batch, counts: GlobalCounts) -> LossTerms:
+    def forward_backward(self, batch: Batch, counts: Mapping[str, Tensor]) -> LossTerms:
         """See `Engine.forward_backward`; gradients add up in fp32."""
         terms = self.loss.terms(self.model, batch.to(self.device))
-        text, image = counts.text.to(self.device), counts.image.to(self.device)
-        training_loss(self.loss.combine(terms, text, image)).backward()
+        counts = {name: count.to(self.device) for name, count in counts.items()}
+        training_loss(self.loss.combine(terms, counts)).backward()
         if self.rounded:
             for name, parameter in self.model.named_parameters():
                 if parameter.grad is None:

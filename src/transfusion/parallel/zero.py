@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,6 @@ from transfusion.model.compilation import compile_blocks
 from transfusion.model.initialise import initial_value
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
-from transfusion.parallel.counts import GlobalCounts
 from transfusion.parallel.deepspeed_patches import (
     clip_and_skip_on_device,
     import_deepspeed,
@@ -76,12 +75,12 @@ class ZeroEngine:
         """See `Engine.updates`."""
         return self._count.read()
 
-    def forward_backward(self, batch: Batch, counts: GlobalCounts) -> LossTerms:
+    def forward_backward(self, batch: Batch, counts: Mapping[str, Tensor]) -> LossTerms:
         """See `Engine.forward_backward`; DeepSpeed is told that `step` ends the accumulation."""
         terms = self.loss.terms(self.engine, batch.to(self.device))
-        text, image = counts.text.to(self.device), counts.image.to(self.device)
+        counts = {name: count.to(self.device) for name, count in counts.items()}
         # DeepSpeed averages gradients over ranks, where ours are parts of one sum.
-        loss = training_loss(self.loss.combine(terms, text, image)) * self.world_size
+        loss = training_loss(self.loss.combine(terms, counts)) * self.world_size
         self.engine.backward(loss)
         return terms.detached()
 

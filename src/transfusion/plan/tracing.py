@@ -166,7 +166,7 @@ def _run(
                 live.traffic, live.operators = 0, 0
                 batch = fake_batch(config, load)
                 terms = loss.terms(model, batch)
-                loss.combine(terms, terms.text_count, terms.image_count).backward()
+                loss.combine(terms, terms.counts).backward()
     return Trace(live.peak, live.working, live.traffic, live.operators, accumulates)
 
 

@@ -116,9 +116,9 @@ class Reporter:
         return StepMetrics(
             step=state.step,
             loss=losses.total,
-            text_loss=losses.text,
-            image_loss=losses.image,
-            image_loss_by_timestep=losses.image_by_timestep,
+            text_loss=losses.means["text"],
+            image_loss=losses.means["image"],
+            image_loss_by_timestep=losses.series.get("image_by_timestep", []),
             gradient_norm=result.gradient_norm,
             gradient_norms=result.module_norms,
             learning_rate=learning_rate(state.step - 1, config.optimizer, config.train.steps),
@@ -131,8 +131,8 @@ class Reporter:
             data_wait=interval.shares.get("data", 0.0),
             **asdict(utilization),
             memory_gib=peak_gib(parts.engine.device),
-            validation_text_loss=measured.text if measured else None,
-            validation_image_loss=measured.image if measured else None,
+            validation_text_loss=measured.means["text"] if measured else None,
+            validation_image_loss=measured.means["image"] if measured else None,
         )
 
     def _validation_losses(self) -> MeanLosses | None:

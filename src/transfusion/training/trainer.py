@@ -135,7 +135,7 @@ class Trainer:
                 engine.sequence.share(batch).to(engine.device) for batch in raise_together(self._next_step)
             ]
         self.watchdog.note("forward and backward", state.step, alike=alike)
-        counts = global_counts(batches, self.config.codec)
+        counts = global_counts(batches, engine.loss)
         terms = [engine.forward_backward(batch, counts) for batch in batches]
         self.reporter.note(batches, terms)
         self.watchdog.note("optimiser step", state.step, alike=alike)

@@ -15,6 +15,7 @@ from handmade import (
 )
 
 from transfusion.errors import UserError
+from transfusion.families.build import build_loss
 from transfusion.parallel.build import build_engine
 from transfusion.parallel.collectives import reduce_decision
 from transfusion.parallel.counts import global_counts
@@ -46,7 +47,7 @@ def agreement(here: Environment) -> dict[str, Any]:
     decision = Decision.SAVE_AND_STOP if here.rank == 1 else Decision.CONTINUE
     result = reduce_decision(decision, 3 + here.rank, 10**12)
     content: Content = "image" if here.rank else "text"
-    counts = global_counts([make_batch(content, 1), make_batch(content, 2)])
+    counts = global_counts([make_batch(content, 1), make_batch(content, 2)], build_loss(small_config(), None))
     expected = counts_of([make_batch(kind, seed) for kind in ("text", "image") for seed in (1, 2)])
     try:
         build_engine(small_config(train__engine="local"), here)
@@ -57,8 +58,8 @@ def agreement(here: Environment) -> dict[str, Any]:
         "decision": int(result.decision),
         "counts": list(result.counts),
         "global counts": [
-            counts.text.item() == expected.text.item(),
-            counts.image.item() == expected.image.item(),
+            counts["text"].item() == expected["text"].item(),
+            counts["image"].item() == expected["image"].item(),
         ],
         "local engine refused": refusal,
         "auto": type(build_engine(small_config(), here)).__name__,

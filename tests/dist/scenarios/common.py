@@ -89,18 +89,21 @@ def shares(
 
 def losses(terms: LossTerms) -> list[float]:
     """Text, image and whole loss of one step, from sums over all ranks."""
-    text = float(terms.text_sum / terms.text_count.clamp(min=1))
-    image = float(terms.image_sum / terms.image_count.clamp(min=1))
+    text = float(terms.sums["text"] / terms.counts["text"].clamp(min=1))
+    image = float(terms.sums["image"] / terms.counts["image"].clamp(min=1))
     return [text, image, text + IMAGE_WEIGHT * image]
 
 
 def over_ranks(terms: LossTerms) -> LossTerms:
     """The terms summed over all ranks."""
     # Copies: the terms of validation data are float64 already.
-    summed = [term.to(torch.float64, copy=True) for term in terms]
-    for term in summed:
+    sums, counts = (
+        {name: term.to(torch.float64, copy=True) for name, term in part.items()}
+        for part in (terms.sums, terms.counts)
+    )
+    for term in (*sums.values(), *counts.values()):
         dist.all_reduce(term)
-    return LossTerms(*summed)
+    return LossTerms(sums, counts)
 
 
 def difference(terms: LossTerms, wanted: LossTerms) -> float:

@@ -90,7 +90,7 @@ def equals_local(
     loss_errors, norm_errors = [], []
     for step in range(steps):
         mine, everything = shares(step, config, zero.sequence, stream, accumulation)
-        counts = global_counts(mine, config.codec)
+        counts = global_counts(mine, zero.loss)
         terms, result = train_step(zero, mine, counts=counts)
         wanted_terms, wanted = train_step(
             plain, everything, counts=counts if codec else counts_of(everything)
@@ -127,7 +127,7 @@ def nothing_is_read(config: Config, here: Environment) -> dict[str, Any]:
     places: list[str] = []
     for step in range(4):
         with HostReads() as reads:
-            counts = global_counts(batches)
+            counts = global_counts(batches, fused.loss)
             for batch in batches:
                 fused.forward_backward(batch, counts)
             pending = fused.step(1e-3)

@@ -101,6 +101,6 @@ def judged_in_training(here: Environment, changes: dict[str, Any]) -> dict[str, 
         "greatest difference": max(int((a.pixels.int() - b.pixels.int()).abs().max()) for a, b in pairs),
         "different images": len({image.pixels.numpy().tobytes() for image in images}),
         "validation": difference(terms, wanted_terms),
-        "counts": [float(count) for count in over_ranks(terms)[1:4:2]],
+        "counts": [float(over_ranks(terms).counts[name]) for name in ("text", "image")],
         "trains on the same": trained_on[0] == trained_on[1],
     }

@@ -47,7 +47,7 @@ def release(here: Environment) -> dict[str, Any]:
         module.register_forward_hook(watch)
     batch = stream_batches(0, engine.config)[here.rank]
     train_step(engine, [batch])
-    counts = global_counts([batch])
+    counts = global_counts([batch], engine.loss)
     held["peak"] = highest
     engine.forward_backward(batch, counts)
     held["after backward"] = sum(parameter.numel() for parameter in parameters)
@@ -101,12 +101,12 @@ def evaluation(config: Config, here: Environment) -> dict[str, Any]:
             for _ in range(2):
                 terms, wanted = engine.loss.terms(model, batch), plain.loss.terms(reference, batch)
             found[f"{weights} text"], found[f"{weights} image"] = (
-                float(terms.text_sum),
-                float(terms.image_sum),
+                float(terms.sums["text"]),
+                float(terms.sums["image"]),
             )
             found[f"{weights} error"] = max(
-                abs(float(terms.text_sum / wanted.text_sum) - 1),
-                abs(float(terms.image_sum / wanted.image_sum) - 1),
+                abs(float(terms.sums["text"] / wanted.sums["text"]) - 1),
+                abs(float(terms.sums["image"] / wanted.sums["image"]) - 1),
             )
             noisy = [torch.zeros(batch.media[0].values.shape)]
             for _ in range(3):

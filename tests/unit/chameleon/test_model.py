@@ -79,14 +79,14 @@ def test_the_loss_is_that_of_every_token_from_those_before(build: Build, pack: A
     plain = (nats + 0.01 * log_normaliser.square())[is_text | is_image].mean()
     wanted = torch.autograd.grad(plain, list(model.parameters()))
 
-    loss = ChameleonLoss(Squares())
+    loss = ChameleonLoss(config.codec, Squares())
     terms = loss.terms(model, batch)
-    counts = global_counts([batch], config.codec)
-    assert (counts.text, counts.image) == (is_text.sum(), 3 * TOKENS)
-    assert (terms.text_count, terms.image_count) == (counts.text, counts.image)
-    torch.testing.assert_close(terms.text_sum, nats[is_text].sum())
-    torch.testing.assert_close(terms.image_sum, nats[is_image].sum())
-    total = loss.combine(terms, *counts)
+    counts = global_counts([batch], loss)
+    assert (counts["text"], counts["image"]) == (is_text.sum(), 3 * TOKENS)
+    assert (terms.counts["text"], terms.counts["image"]) == (counts["text"], counts["image"])
+    torch.testing.assert_close(terms.sums["text"], nats[is_text].sum())
+    torch.testing.assert_close(terms.sums["image"], nats[is_image].sum())
+    total = loss.combine(terms, counts)
     torch.testing.assert_close(total, nats[is_text | is_image].mean())
     for got, expected in zip(torch.autograd.grad(total, list(model.parameters())), wanted, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
@@ -96,11 +96,15 @@ def test_a_batch_without_images_is_a_batch_of_text(build: Build, pack: Any) -> N
     """Its image of weight 0 stands on tokens of text, which it must leave alone."""
     config, model = build()
     batch = pack(config, [[[TextSegment((9, 10, 11, 12))]]])
-    terms = ChameleonLoss(Squares()).terms(model, batch)
-    assert (float(terms.image_sum), float(terms.image_count), float(terms.text_count)) == (0, 0, 5)
+    terms = ChameleonLoss(config.codec, Squares()).terms(model, batch)
+    assert (float(terms.sums["image"]), float(terms.counts["image"]), float(terms.counts["text"])) == (
+        0,
+        0,
+        5,
+    )
     state = model.norm(model.run_blocks(model.embedding(batch.token_ids_BS), batch.position_BSA, batch.mask))
     total = model.lm_head(state[0, :5], batch.target_ids_BS[0, :5])
-    torch.testing.assert_close(terms.text_sum, total)
+    torch.testing.assert_close(terms.sums["text"], total)
 
 
 @torch.no_grad()
@@ -152,15 +156,15 @@ def test_it_learns_images_and_captions_by_heart(tokenizer: Any, pack: Any) -> No
         image = ImageSegment(pixels.numpy(), TOKENS)
         rows += [[[text, image]], [[image, text]], [[image]]]
     batch = pack(config, rows)
-    counts = global_counts([batch], config.codec)
+    counts = global_counts([batch], engine.loss)
     for step in range(140):
         terms = engine.forward_backward(batch, counts)
         assert not engine.step(1e-2 if step < 110 else 1e-3).read().skipped
     # What no model can know: which of two images begins, in four rows; which of two captions begins, or whether
     # an image does, in two each.
     image_floor, text_floor = 4 * math.log(2), 2 * math.log(4) + 2 * math.log(2)
-    assert image_floor - 0.01 < float(terms.image_sum) < image_floor + 0.5
-    assert text_floor - 0.01 < float(terms.text_sum) < text_floor + 0.5
+    assert image_floor - 0.01 < float(terms.sums["image"]) < image_floor + 0.5
+    assert text_floor - 0.01 < float(terms.sums["text"]) < text_floor + 0.5
     with engine.evaluation("raw") as module:
         pipeline = Pipeline(module, tokenizer, config, "cpu", Squares())
         drawn = pipeline.sample(captions, per_prompt=2, guidance=2.0, seed=5)
@@ -216,10 +220,10 @@ def test_operations_are_those_that_torch_counts(build: Build, pack: Any) -> None
     def addmm_(_: Any, a: Any, b: Any, **__: Any) -> int:
         return 2 * a[0] * a[1] * b[1]
 
-    loss = ChameleonLoss(Squares())
+    loss = ChameleonLoss(config.codec, Squares())
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
         terms = loss.terms(model, batch)
-        loss.combine(terms, terms.text_count, terms.image_count).backward()
+        loss.combine(terms, terms.counts).backward()
     assert FlopModel(config).of([batch]).hardware.products == counter.get_total_flops()
 
 

@@ -40,7 +40,9 @@ def test_the_image_loss_is_the_plain_error_and_says_of_what(
     def losses(model: Any, loader: Any, config: Config, *rest: Any) -> LossTerms:
         used.append(config)
         zero = torch.zeros(())
-        return LossTerms(zero, zero, torch.tensor(3.0), torch.tensor(4.0), torch.zeros(10), torch.zeros(10))
+        return LossTerms(
+            {"text": zero, "image": torch.tensor(3.0)}, {"text": zero, "image": torch.tensor(4.0)}
+        )
 
     monkeypatch.setattr(validation, "validation_losses", losses)
     monkeypatch.setattr(validation, "EvaluationLoader", lambda *_, **__: None)

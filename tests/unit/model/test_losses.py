@@ -43,7 +43,7 @@ def mixed(pack: Callable[..., Batch], make_image: Any) -> Callable[[Config], Bat
 def losses(model: nn.Module, batch: Batch, config: Config) -> tuple[LossTerms, Tensor]:
     objective = TransfusionLoss(config.diffusion)
     terms = objective.terms(model, batch)
-    return terms, objective.combine(terms, terms.text_count, terms.image_count)
+    return terms, objective.combine(terms, terms.counts)
 
 
 class Perfect(nn.Module):
@@ -70,18 +70,23 @@ def test_a_perfect_prediction_has_no_image_loss(
     config, _ = build_model()
     config = Config.model_validate(config.as_dict() | {"diffusion": {"prediction": prediction}})
     terms, loss = losses(Perfect(prediction), mixed(config), config)
-    assert terms.image_sum == 0 and terms.image_count == 4 * 64 and loss == 0
-    assert terms.bucket_sum_K.abs().max() == 0 and terms.bucket_count_K.sum() == 4 * 64
-    assert terms.bucket_count_K.nonzero().flatten().tolist() == [0, 3, 7, 9] and TIMESTEP_BUCKETS == 10
+    assert terms.sums["image"] == 0 and terms.counts["image"] == 4 * 64 and loss == 0
+    assert (
+        terms.sums["image_by_timestep"].abs().max() == 0 and terms.counts["image_by_timestep"].sum() == 4 * 64
+    )
+    assert (
+        terms.counts["image_by_timestep"].nonzero().flatten().tolist() == [0, 3, 7, 9]
+        and TIMESTEP_BUCKETS == 10
+    )
 
 
 def test_an_untrained_decoder_predicts_nothing(build_model: Build, mixed: Callable[[Config], Batch]) -> None:
     config, model = build_model()
     initialise(model, seed=0, layers=config.model.layers)
     terms, _ = losses(model, mixed(config), config)
-    assert 0.7 < terms.image_sum / terms.image_count < 1.3
+    assert 0.7 < terms.sums["image"] / terms.counts["image"] < 1.3
     entropy = torch.tensor(float(config.model.vocabulary)).log()
-    assert abs(terms.text_sum / terms.text_count - entropy) < 0.1
+    assert abs(terms.sums["text"] / terms.counts["text"] - entropy) < 0.1
 
 
 # The parameters that each loss cannot reach.
@@ -96,7 +101,7 @@ def test_each_loss_has_a_gradient_on_every_parameter_it_should(
     """N3: every weighted loss term has a gradient, down to each output row of each matrix."""
     config, model = build_model(**fields)
     terms, _ = losses(model, mixed(config), config)
-    (terms.text_sum if loss == "text" else terms.image_sum).backward()
+    (terms.sums["text"] if loss == "text" else terms.sums["image"]).backward()
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if name.startswith(BLIND[loss]):
@@ -117,7 +122,9 @@ def test_batches_of_one_modality_train(
     text, image = [TextSegment((9, 10, 11, 12))], [ImageSegment(make_image(0), 16)]
     batch = pack(config, [[text, text]] if kind == "text" else [[image, image], [image]])
     terms, loss = losses(model, batch, config)
-    assert (terms.image_count == 0) == (kind == "text") and (terms.text_count == 0) == (kind == "images")
+    assert (terms.counts["image"] == 0) == (kind == "text") and (terms.counts["text"] == 0) == (
+        kind == "images"
+    )
     loss.backward()
     assert loss.isfinite()
     unused = ("patch_encoder.", "patch_position.", "patch_decoder.") if kind == "text" else ("lm_head.",)
@@ -175,10 +182,11 @@ def test_bf16_loses_as_much_as_fp32(build_model: Build, mixed: Callable[[Config]
     terms, loss = losses(rounded, batch, config)
     loss.backward()
     # Sums and the loss stay fp32, whatever the network computes in.
-    assert {term.dtype for term in (*terms, loss)} == {torch.float32}
-    for mine, theirs in zip((*terms[:4], loss), (*plain[:4], plain_loss), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=0)
-    assert terms.text_count == plain.text_count and terms.image_count == plain.image_count
+    assert {term.dtype for term in (*terms.sums.values(), *terms.counts.values(), loss)} == {torch.float32}
+    for name in ("text", "image"):
+        torch.testing.assert_close(terms.sums[name], plain.sums[name], rtol=2e-2, atol=0)
+    torch.testing.assert_close(loss, plain_loss, rtol=2e-2, atol=0)
+    assert terms.counts["text"] == plain.counts["text"] and terms.counts["image"] == plain.counts["image"]
     for name, parameter in rounded.named_parameters():
         exact = gradients[name]
         assert parameter.grad is not None and exact is not None and parameter.grad.dtype == torch.bfloat16
@@ -196,5 +204,7 @@ def test_the_loss_is_learned(build_model: Build, mixed: Callable[[Config], Batch
         terms, loss = losses(model, batch, config)
         loss.backward()
         optimiser.step()
-        history.append((terms.text_sum / terms.text_count, terms.image_sum / terms.image_count))
+        history.append(
+            (terms.sums["text"] / terms.counts["text"], terms.sums["image"] / terms.counts["image"])
+        )
     assert history[-1][0] < 0.3 * history[0][0] and history[-1][1] < 0.5 * history[0][1]

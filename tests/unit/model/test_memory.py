@@ -47,7 +47,7 @@ def step(
         assert batch.counts.tokens > 0.9 * LENGTH and batch.counts.text_targets > 700
         loss = TransfusionLoss(config.diffusion)
         terms = loss.terms(model, batch)
-        loss.combine(terms, terms.text_count, terms.image_count).backward()
+        loss.combine(terms, terms.counts).backward()
 
     return run
 

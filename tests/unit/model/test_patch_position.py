@@ -149,10 +149,10 @@ def loss_after_learning(pack: Callable[..., Batch], kind: str) -> float:
         keys = [8 * step + number for number in range(8)]
         rows = [[[ImageSegment(image, 64)], [ImageSegment(image, 64)]] for _ in range(4)]
         batch = pack(config, rows, timesteps=timesteps, keys=keys)
-        terms = engine.forward_backward(batch, global_counts([batch]))
+        terms = engine.forward_backward(batch, global_counts([batch], engine.loss))
         assert not engine.step(1e-2).read().skipped
         if step >= STEPS - 10:
-            total += float(terms.image_sum / terms.image_count) / 10
+            total += float(terms.sums["image"] / terms.counts["image"]) / 10
     return total
 
 

@@ -40,11 +40,11 @@ def judged(config: Config, model: Transfusion, batch: Batch, weights: Sequence[T
     groups = zip(batch.media, weights, strict=True)
     batch = replace(batch, media=tuple(replace(group, image_weight_I=weight) for group, weight in groups))
     terms = TransfusionLoss(config.diffusion).terms(model, batch)
-    (terms.text_sum + terms.image_sum).backward()
+    (terms.sums["text"] + terms.sums["image"]).backward()
     gradient = torch.cat(
         [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     )
-    return terms.text_sum.detach(), terms.image_sum.detach(), terms.image_count, gradient
+    return terms.sums["text"].detach(), terms.sums["image"].detach(), terms.counts["image"], gradient
 
 
 @pytest.mark.parametrize("position", ["1d", "2d"])
@@ -75,7 +75,8 @@ def test_each_image_of_a_row_learns_as_alone(
         wanted = torch.stack(parts_of_it).sum(0)
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
     # The mean is over elements, as among images of one size.
-    assert global_counts([together], config.codec).image == whole[2] == 8 * 8 + 2 * 4 * 12 + 8 * 16
+    counts = global_counts([together], TransfusionLoss(config.diffusion))
+    assert counts["image"] == whole[2] == 8 * 8 + 2 * 4 * 12 + 8 * 16
 
 
 def test_the_token_before_an_image_tells_its_size(build_model: Build, pack: Callable[..., Batch]) -> None:

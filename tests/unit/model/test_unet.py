@@ -127,7 +127,7 @@ def test_every_parameter_has_a_gradient(
     model.recomputes_blocks = checkpointing
     objective = TransfusionLoss(config.diffusion)
     terms = objective.terms(model, mixed(config))
-    terms.image_sum.backward()
+    terms.sums["image"].backward()
     for name, parameter in model.named_parameters():
         if not name.startswith("lm_head."):
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -145,7 +145,7 @@ def test_it_learns_from_its_initial_weights(
     for _ in range(30):
         optimiser.zero_grad()
         terms = objective.terms(model, batch)
-        (terms.image_sum / terms.image_count).backward()
+        (terms.sums["image"] / terms.counts["image"]).backward()
         optimiser.step()
-        history.append((terms.image_sum / terms.image_count).item())
+        history.append((terms.sums["image"] / terms.counts["image"]).item())
     assert 0.7 < history[0] < 1.3 and history[-1] < 0.6 * history[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -147,11 +148,15 @@ def test_packed_documents_lose_what_they_lose_alone(
         loss.terms(model, pack(config, [[document]], timesteps=timesteps, keys=keys))
         for document, timesteps, keys in documents
     ]
-    for name in LossTerms._fields:
-        expected = torch.stack([getattr(terms, name).double() for terms in alone]).sum(0)
-        torch.testing.assert_close(getattr(together, name).double(), expected, rtol=2e-6, atol=0)
+    expected = functools.reduce(LossTerms.plus, (terms.double() for terms in alone))
+    for found, wanted in (
+        (together.double().sums, expected.sums),
+        (together.double().counts, expected.counts),
+    ):
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=2e-6, atol=0)
     # Text of three documents (11 + 1, 2 + 1 and <EOS>, <BOI> twice and 1 + 40 and <EOS>), four images.
-    assert together.text_count == 12 + 4 + 44 and together.image_count == 4 * 64
+    assert together.counts["text"] == 12 + 4 + 44 and together.counts["image"] == 4 * 64
 
 
 def test_two_axes_leave_text_as_it_is(build_model: Build, pack: Pack, make_image: Any) -> None:

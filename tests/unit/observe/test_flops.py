@@ -52,7 +52,7 @@ def counted(config: Config, batch: Batch) -> int:
     products = sdpa_kernel(SDPBackend.MATH)
     with products, FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
         terms = loss.terms(model, batch)
-        loss.combine(terms, terms.text_count, terms.image_count).backward()
+        loss.combine(terms, terms.counts).backward()
     return int(counter.get_total_flops())
 
 

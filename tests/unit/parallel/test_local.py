@@ -50,7 +50,7 @@ def test_three_steps_equal_a_loop_written_out() -> None:
         counts = counts_of(batches)
         terms = [loss.terms(model, batch) for batch in batches]
         model.zero_grad()
-        (loss.combine(terms[0], *counts) + loss.combine(terms[1], *counts)).backward()
+        (loss.combine(terms[0], counts) + loss.combine(terms[1], counts)).backward()
         norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
         assert result.gradient_norm == pytest.approx(norm.item(), rel=1e-6)
         assert norm > 0.5
@@ -78,10 +78,11 @@ def test_micro_batches_give_the_gradient_of_the_joined_batch() -> None:
 
 def test_counts_are_those_of_the_batches() -> None:
     batches = [make_batch("mixed", 1), make_batch("text", 2), make_batch("image", 3)]
-    assert [count.item() for count in global_counts(batches)] == [
-        count.item() for count in counts_of(batches)
+    loss = LocalEngine(small_config(), ALONE).loss
+    assert [count.item() for count in global_counts(batches, loss).values()] == [
+        count.item() for count in counts_of(batches).values()
     ]
-    assert global_counts(batches).text.item() > 0
+    assert global_counts(batches, loss)["text"].item() > 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -109,7 +110,7 @@ def test_the_fused_optimiser_asks_the_host_nothing(precision: str, monkeypatch: 
     for step in range(4):
         batch = make_batch("mixed", step)
         with HostReads() as reads:
-            fused.forward_backward(batch, global_counts([batch]))
+            fused.forward_backward(batch, global_counts([batch], fused.loss))
             pending = fused.step(1e-3)
         places += reads.places
         _, wanted = train_step(asking, [batch])
@@ -123,7 +124,7 @@ def test_the_fused_optimiser_asks_the_host_nothing(precision: str, monkeypatch: 
         train_step(asking, [batch])
     assert reads.places != []
     _, broken = train_step(fused, [with_broken_image(make_batch("mixed", 2))])
-    fused.forward_backward(batch, global_counts([batch]))
+    fused.forward_backward(batch, global_counts([batch], fused.loss))
     too_large = fused.step(1e-3, max_norm=0.5).read()
     assert broken.skipped and broken.gradient_norm == float("inf")
     assert too_large.skipped and too_large.gradient_norm > 0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from handmade import make_batch, small_config
@@ -17,18 +19,18 @@ LARGE = 2.0**24
 
 
 def terms(value: float) -> LossTerms:
-    buckets = torch.full((TIMESTEP_BUCKETS,), value)
-    return LossTerms(*(torch.tensor(value) for _ in range(4)), buckets, buckets)
+    given = {name: torch.tensor(value) for name in ("text", "image")}
+    given["image_by_timestep"] = torch.full((TIMESTEP_BUCKETS,), value)
+    return LossTerms(dict(given), dict(given))
 
 
 def test_an_interval_of_steps() -> None:
     parts = [terms(LARGE), *(terms(1.0) for _ in range(8))]
     loss = build_loss(small_config(), None)
     images = int(LARGE) + 1
-    found = MeanLosses.over_ranks(
-        [part._replace(text_count=torch.tensor(1.0)) for part in parts], loss, [0.5], images=images
-    )
-    assert found.text == (LARGE + 8) / 9
+    parts = [replace(part, counts={**part.counts, "text": torch.tensor(1.0)}) for part in parts]
+    found = MeanLosses.over_ranks(parts, loss, [0.5], images=images)
+    assert found.means["text"] == (LARGE + 8) / 9
     assert (found.images, found.extra_sums) == (images, [0.5])
 
 
@@ -37,4 +39,4 @@ def test_validation_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TransfusionLoss, "terms", lambda *_: terms(next(values)))
     batches = [make_batch("text", seed) for seed in range(3)]
     total = validation_losses(torch.nn.Identity(), batches, small_config(), torch.device("cpu"))  # type: ignore[arg-type]
-    assert float(total.text_sum) == LARGE + 2
+    assert float(total.sums["text"]) == LARGE + 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import math
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +101,14 @@ def lines(config: Config) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in TIMED} for line in found]
 
 
+def scaled(terms: LossTerms, **factors: float) -> LossTerms:
+    """The terms with some of their sums times a number."""
+    return replace(terms, sums={name: total * factors.get(name, 1.0) for name, total in terms.sums.items()})
+
+
 def spoilt_at(*steps: int) -> Callable[[int, LossTerms], LossTerms]:
     """The losses of these steps, two micro-batches each, are not finite."""
-    return lambda number, terms: (
-        terms._replace(text_sum=terms.text_sum * float("nan")) if (number + 1) // 2 in steps else terms
-    )
+    return lambda number, terms: scaled(terms, text=math.nan) if (number + 1) // 2 in steps else terms
 
 
 def interfere(
@@ -130,7 +135,7 @@ def test_a_broken_step_is_skipped_counted_and_left_behind(
     config = build_config("broken", steps=6)
     interfere(
         monkeypatch,
-        lambda number, terms: terms._replace(text_sum=terms.text_sum * broken) if number == 6 else terms,
+        lambda number, terms: scaled(terms, text=broken) if number == 6 else terms,
     )
     trainer = Trainer(config, ALONE)
     weights: list[torch.Tensor] = []
@@ -198,7 +203,7 @@ def test_a_skipped_step_stays_counted_after_a_resume(
 ) -> None:
     undo = interfere(
         monkeypatch,
-        lambda number, terms: terms._replace(image_sum=terms.image_sum / 0) if number == 3 else terms,
+        lambda number, terms: scaled(terms, image=math.inf) if number == 3 else terms,
     )
     assert run(build_config("resumed", steps=3)) == 0
     undo()
@@ -253,8 +258,8 @@ def test_a_run_killed_between_lines_writes_the_same_lines(
     for line, (first, last) in zip(lines(straight), ends, strict=True):
         # Two micro-batches a step.
         part = seen[2 * first : 2 * last]
-        text = sum(terms.text_sum for terms in part) / sum(terms.text_count for terms in part)
-        image = sum(terms.image_sum for terms in part) / sum(terms.image_count for terms in part)
+        text = sum(terms.sums["text"] for terms in part) / sum(terms.counts["text"] for terms in part)
+        image = sum(terms.sums["image"] for terms in part) / sum(terms.counts["image"] for terms in part)
         assert line["text_loss"] == pytest.approx(text.item(), rel=1e-5)
         assert line["image_loss"] == pytest.approx(image.item(), rel=1e-5)
 
@@ -284,7 +289,7 @@ def spoilt(first: int, last: int, factor: float) -> Callable[[int, LossTerms], L
     def change(number: int, terms: LossTerms) -> LossTerms:
         if not 2 * first - 1 <= number <= 2 * last:
             return terms
-        return terms._replace(text_sum=terms.text_sum * factor, image_sum=terms.image_sum * factor)
+        return scaled(terms, text=factor, image=factor)
 
     return change
 

@@ -31,7 +31,7 @@ def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
         terms = validation_losses(
             pipeline.runner.model, loader, plain, pipeline.runner.device, pipeline.runner.codec
         )
-        if float(terms.image_count):
+        if float(terms.counts["image"]):
             name, metric = _image_metric(pipeline, source, terms)
             metrics[name] = metric
             continue
@@ -45,7 +45,7 @@ def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
 def _image_metric(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> tuple[str, Metric]:
     """Name and metric of the image loss. Those of two families are no measures of each other."""
     name, unit, how = pipeline.family.image_metric(pipeline.config.diffusion)
-    value = float(terms.image_sum / terms.image_count)
+    value = float(terms.sums["image"] / terms.counts["image"])
     metric = Metric(value=value, unit=unit, higher_is_better=False, how=how.format(source.name))
     return f"{source.name}_{name}", metric
 
@@ -54,8 +54,8 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
     texts = _texts(pipeline, source)
     tokens = sum(len(ids) + 1 for ids in texts)
     size = sum(len(pipeline.tokenizer.decode(ids).encode()) for ids in texts)
-    if tokens != int(terms.text_count):
-        raise ValueError(f"the model was evaluated on {int(terms.text_count)} of {tokens} tokens")
+    if tokens != int(terms.counts["text"]):
+        raise ValueError(f"the model was evaluated on {int(terms.counts['text'])} of {tokens} tokens")
     metrics = {}
     threshold = None
     training = next((known for known in pipeline.config.data.sources if known.name == source.name), None)
@@ -70,7 +70,7 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
         metrics["bigram_nats_per_byte"] = Metric(
             value=nats / size, unit="nats/byte", higher_is_better=False, how=how
         )
-    total = float(terms.text_sum)
+    total = float(terms.sums["text"])
     metrics["text_loss_nats_per_token"] = Metric(
         value=total / tokens,
         unit="nats/token",
