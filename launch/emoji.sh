@@ -25,7 +25,7 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 DATA=data/emoji
 GRIDS=configs/experiments
-# Documents of the validation text that are judged: all of them would cost more than the training.
+# Documents of the validation text that are measured: all of them would cost more than the training.
 VALIDATION=200
 METRICS=(--metric text_loss_nats_per_byte --metric classifier_frechet --metric caption_token_f1)
 

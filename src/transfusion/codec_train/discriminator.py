@@ -1,6 +1,6 @@
 """The patch discriminator (pix2pix), and what both sides of it learn.
 
-I images, C channels, H/W height and width, h/w of the map of judgements.
+I images, C channels, H/W height and width, h/w of the map of scores.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _WIDTH, _MAX_WIDTH, _GROUPS = 64, 512, 8
-# A ratio of gradients beyond this is no judgement but a vanished denominator.
+# A ratio of gradients beyond this is not a ratio but a vanished denominator.
 _MAX_RATIO = 1e4
 
 
 class PatchDiscriminator(nn.Module):
-    """One judgement for each patch of an image: real or made. GroupNorm, so that no image sees its batch."""
+    """One score for each patch of an image: real or made. GroupNorm, so that no image sees its batch."""
 
     def __init__(self, channels: int, image_size: int) -> None:
         """As many strides as leave a map of at least 4 x 4, at most three."""
@@ -31,13 +31,13 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, value_ICHW: Tensor) -> Tensor:
-        """Images in [-1, 1] to judgements [I, 1, h, w]; above 0: real."""
-        judged: Tensor = self.layers(value_ICHW)
-        return judged
+        """Images in [-1, 1] to scores [I, 1, h, w]; above 0: real."""
+        scores: Tensor = self.layers(value_ICHW)
+        return scores
 
 
 def discriminator_loss(real: Tensor, made: Tensor) -> Tensor:
-    """The hinge loss of the judgements; 0 where each is right by a margin of 1."""
+    """The hinge loss of the scores; 0 where each is right by a margin of 1."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + made).mean())
 
 

@@ -52,7 +52,7 @@ def reconstruct(
 
 
 class CodecLoss(nn.Module):
-    """What the codec learns: pixels, features, identity, the discriminator's judgement."""
+    """What the codec learns: pixels, features, identity, the discriminator's score."""
 
     def __init__(self, config: LossConfig) -> None:
         """Raises UserError for weights that cannot be read or do not fit."""
@@ -74,9 +74,9 @@ class CodecLoss(nn.Module):
                 total = total + getattr(self._config, name) * parts[name]
         return total, parts
 
-    def adversarial(self, judged: Tensor, total: Tensor, last_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(weighted loss of judgements of made images, its adaptive weight)"""
-        loss = -judged.mean()
+    def adversarial(self, scores: Tensor, total: Tensor, last_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(weighted loss of scores of made images, its adaptive weight)"""
+        loss = -scores.mean()
         adaptive = loss.new_ones(())
         if self._config.adaptive:
             adaptive = adaptive_weight(total, loss, last_weight)

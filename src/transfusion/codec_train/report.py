@@ -140,32 +140,32 @@ def _measure(
 ) -> tuple[Reconstruction, list[tuple[float, Tensor, Tensor]]]:
     """The figures, and the worst, middle and best images as (PSNR, real, made)."""
     there_and_back, chosen_K = _round_trip(codec, device)
-    judged: list[tuple[float, Tensor, Tensor]] = []
+    measured: list[tuple[float, Tensor, Tensor]] = []
     similar: list[Tensor] = []
     seen: list[tuple[Tensor, Tensor]] = []
     for real_ICHW in images.in_order(_AT_ONCE, limit):
         made_ICHW = there_and_back(real_ICHW)
-        judged += zip(psnr(made_ICHW, real_ICHW).tolist(), real_ICHW, made_ICHW, strict=True)
+        measured += zip(psnr(made_ICHW, real_ICHW).tolist(), real_ICHW, made_ICHW, strict=True)
         similar.append(ssim(made_ICHW, real_ICHW))
         if features is not None:
             seen.append((features(real_ICHW), features(made_ICHW)))
-    if not judged:
+    if not measured:
         raise UserError("no image of these shards can be decoded; `transfusion data index` shows why")
-    figures = torch.tensor([figure for figure, _, _ in judged])
+    figures = torch.tensor([figure for figure, _, _ in measured])
     found = Reconstruction(
-        len(judged),
+        len(measured),
         figures.mean().item(),
         figures.std(correction=0).item(),
         torch.cat(similar).mean().item(),
         frechet_distance(*(torch.cat(part) for part in zip(*seen, strict=True))) if seen else None,
         codebook.use(chosen_K) if len(chosen_K) else None,
     )
-    judged.sort(key=lambda each: each[0])
-    middle = max(0, (len(judged) - _SHOWN_EACH) // 2)
+    measured.sort(key=lambda each: each[0])
+    middle = max(0, (len(measured) - _SHOWN_EACH) // 2)
     chosen = [*range(_SHOWN_EACH), *range(middle, middle + _SHOWN_EACH), *range(-_SHOWN_EACH, 0)]
-    if len(judged) < len(chosen):
-        return found, judged
-    return found, [judged[number] for number in chosen]
+    if len(measured) < len(chosen):
+        return found, measured
+    return found, [measured[number] for number in chosen]
 
 
 def _round_trip(codec: CodecConfig, device: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:

@@ -46,8 +46,8 @@ from transfusion.schema import Decision
 
 log = logging.getLogger(__name__)
 
-# Images on which a checkpoint is judged, and by which latents are measured.
-_JUDGED, _MEASURED = 64, 1024
+# Images on which a checkpoint is measured, and by which latents are measured.
+_VALIDATION_IMAGES, _MEASURED = 64, 1024
 CODEC, RECORD = "codec", "codec.json"
 
 
@@ -246,7 +246,9 @@ class CodecTrainer:
             line |= {"codebook_used": found.used, "codebook_perplexity": found.perplexity}
         if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
             with self.averaged() as network:
-                line["validation_psnr"] = reconstruction_psnr(network, self.validation, self.device, _JUDGED)
+                line["validation_psnr"] = reconstruction_psnr(
+                    network, self.validation, self.device, _VALIDATION_IMAGES
+                )
             log.info("step %d: validation PSNR %.2f dB", self.step, line["validation_psnr"])
         metrics.write(json.dumps(line) + "\n")
         metrics.flush()

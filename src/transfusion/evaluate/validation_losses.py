@@ -23,7 +23,7 @@ def validation_losses(
     """This rank's loss sums over its share of the validation data; every rank runs the same number of forwards.
 
     codec: of the images; None: their pixels.
-    Noise and timesteps of the images are keyed by sample, so two checkpoints are judged on the same noise.
+    Noise and timesteps of the images are keyed by sample, so two checkpoints are measured on the same noise.
     """
     loss = build_loss(config, codec)
     total: LossTerms | None = None

@@ -9,8 +9,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,19 @@ from typing import Any
 class StepMetrics:
     """What is known after a step. A loss is a mean over its targets, None where the step had none.
 
-    image_loss_by_timestep: one value a bucket of timesteps. tokens, images: seen since the run's first step.
+    losses: by the names of the loss's terms, such as "text". series: those of several values, such as
+    "image_by_timestep". validation: as losses, at checkpoints only. tokens, images: seen since the run's first step.
     data_wait: share of the time since the last line that was spent waiting for data. memory_gib: peak.
     mfu, hfu, mfu_palm, gemm_share: see `utilization.Utilization`; a mean over the ranks.
     skipped: steps so far whose update was left out. roll_backs: times so far that a former checkpoint was
     brought back. gradient_norms: of this step, by module, where log.gradient_norms asks for them.
     faults: samples so far that could not be read.
-    validation_*: known at checkpoints only.
     """
 
     step: int
     loss: float | None
-    text_loss: float | None
-    image_loss: float | None
-    image_loss_by_timestep: Sequence[float | None]
+    losses: Mapping[str, float | None]
+    series: Mapping[str, Sequence[float | None]]
     gradient_norm: float | None
     learning_rate: float
     skipped: int
@@ -48,8 +47,20 @@ class StepMetrics:
     gemm_share: float | None = None
     roll_backs: int = 0
     gradient_norms: dict[str, float] | None = None
-    validation_text_loss: float | None = None
-    validation_image_loss: float | None = None
+    validation: Mapping[str, float | None] = field(default_factory=dict)
+
+    def line(self) -> dict[str, Any]:
+        """Flat, as it is written: `text_loss`, `image_loss_by_timestep`, `validation_text_loss` and so on."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        losses, series, validation = (values.pop(name) for name in ("losses", "series", "validation"))
+        return {
+            "step": values.pop("step"),
+            "loss": values.pop("loss"),
+            **{f"{name}_loss": loss for name, loss in losses.items()},
+            **{name.replace("_by_", "_loss_by_"): each for name, each in series.items()},
+            **values,
+            **{f"validation_{name}_loss": loss for name, loss in validation.items()},
+        }
 
 
 class MetricsLog:
@@ -69,7 +80,7 @@ class MetricsLog:
 
     def append(self, metrics: StepMetrics) -> dict[str, Any]:
         """Write one line, with the time and the attempt; returns the line as readers will see it."""
-        line = without_nan({**asdict(metrics), "time": round(time.time(), 3), "attempt": self.attempt})
+        line = without_nan({**metrics.line(), "time": round(time.time(), 3), "attempt": self.attempt})
         self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n")
         return line
 

@@ -74,8 +74,11 @@ def describe(line: Mapping[str, Any], *, seconds_left: float | None = None) -> s
     """The figures of one line in one short text; what is not known is left out."""
     parts = [
         _figure("loss", line.get("loss"), ".4f"),
-        _figure("text", line.get("text_loss"), ".4f"),
-        _figure("image", line.get("image_loss"), ".4f"),
+        *(
+            _figure(name.removesuffix("_loss"), value, ".4f")
+            for name, value in line.items()
+            if name.endswith("_loss") and not name.startswith("validation_")
+        ),
         _figure("gradient", line.get("gradient_norm"), ".3f"),
         _figure("", line.get("tokens_per_second"), ",.0f", " tok/s"),
         _figure("MFU", line.get("mfu"), ".1%"),

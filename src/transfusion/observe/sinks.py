@@ -12,15 +12,12 @@ from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.files import atomic_write_text
 from transfusion.observe.runfolder import RunFolder
-from transfusion.schema import TIMESTEP_BUCKETS
 
 logger = logging.getLogger(__name__)
 
 # metrics.jsonl's names, grouped into wandb's panels; what is not named here keeps its name.
 PANELS = {
     "loss": "loss/total",
-    "text_loss": "loss/text",
-    "image_loss": "loss/image",
     "gradient_norm": "optimizer/gradient_norm",
     "learning_rate": "optimizer/learning_rate",
     "skipped": "optimizer/skipped",
@@ -124,12 +121,14 @@ def panel_values(line: Mapping[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl as wandb gets it: flat, grouped, without empty values."""
     values: dict[str, Any] = {}
     for name, value in line.items():
-        if name == "image_loss_by_timestep":
+        if isinstance(value, list):
+            percent = 100 // max(1, len(value))
             for bucket, loss in enumerate(value):
-                percent = 100 // TIMESTEP_BUCKETS
-                values[f"image_loss_by_timestep/{bucket * percent:02d}-{(bucket + 1) * percent:02d}%"] = loss
+                values[f"{name}/{bucket * percent:02d}-{(bucket + 1) * percent:02d}%"] = loss
         elif name == "gradient_norms":
             values |= {f"gradient_norm/{module}": norm for module, norm in (value or {}).items()}
+        elif name.endswith("_loss") and not name.startswith("validation_"):
+            values[f"loss/{name.removesuffix('_loss')}"] = value
         else:
             values[PANELS.get(name, name)] = value
     return {name: value for name, value in values.items() if value is not None}

@@ -116,9 +116,8 @@ class Reporter:
         return StepMetrics(
             step=state.step,
             loss=losses.total,
-            text_loss=losses.means["text"],
-            image_loss=losses.means["image"],
-            image_loss_by_timestep=losses.series.get("image_by_timestep", []),
+            losses=losses.means,
+            series=losses.series,
             gradient_norm=result.gradient_norm,
             gradient_norms=result.module_norms,
             learning_rate=learning_rate(state.step - 1, config.optimizer, config.train.steps),
@@ -131,8 +130,7 @@ class Reporter:
             data_wait=interval.shares.get("data", 0.0),
             **asdict(utilization),
             memory_gib=peak_gib(parts.engine.device),
-            validation_text_loss=measured.means["text"] if measured else None,
-            validation_image_loss=measured.means["image"] if measured else None,
+            validation=measured.means if measured else {},
         )
 
     def _validation_losses(self) -> MeanLosses | None:

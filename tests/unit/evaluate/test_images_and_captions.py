@@ -1,4 +1,4 @@
-"""The judge learns to read words off images, and the suites around it answer what they say."""
+"""The classifier learns to read words off images, and the suites around it answer what they say."""
 
 from __future__ import annotations
 

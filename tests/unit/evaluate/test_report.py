@@ -36,9 +36,8 @@ def log_steps(folder: RunFolder, steps: range) -> None:
                 StepMetrics(
                     step=step,
                     loss=3.0,
-                    text_loss=2.5 / step,
-                    image_loss=None if step % 3 == 0 else 0.1,
-                    image_loss_by_timestep=buckets,
+                    losses={"text": 2.5 / step, "image": None if step % 3 == 0 else 0.1},
+                    series={"image_by_timestep": buckets},
                     gradient_norm=1.0,
                     learning_rate=1e-3,
                     skipped=int(step >= 5),
@@ -48,7 +47,7 @@ def log_steps(folder: RunFolder, steps: range) -> None:
                     tokens_per_second=1e4,
                     data_wait=0.0,
                     memory_gib=1.0,
-                    validation_text_loss=2.0 if step % 10 == 0 else None,
+                    validation={"text": 2.0} if step % 10 == 0 else {},
                 )
             )
 

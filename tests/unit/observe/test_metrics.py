@@ -21,9 +21,8 @@ def metrics(step: int, **changes: Any) -> StepMetrics:
     values: dict[str, Any] = {
         "step": step,
         "loss": 2.0,
-        "text_loss": 1.5,
-        "image_loss": 0.1,
-        "image_loss_by_timestep": [0.1] * 9 + [None],
+        "losses": {"text": 1.5, "image": 0.1},
+        "series": {"image_by_timestep": [0.1] * 9 + [None]},
         "gradient_norm": 0.5,
         "learning_rate": 1e-3,
         "skipped": 0,
@@ -49,7 +48,9 @@ def test_a_line_is_on_disk_at_once(tmp_path: Path) -> None:
 def test_no_nan_reaches_the_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
-        log.append(metrics(1, loss=math.nan, gradient_norm=math.inf, image_loss_by_timestep=[math.nan] * 10))
+        log.append(
+            metrics(1, loss=math.nan, gradient_norm=math.inf, series={"image_by_timestep": [math.nan] * 10})
+        )
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)

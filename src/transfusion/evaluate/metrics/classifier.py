@@ -1,7 +1,7 @@
-"""A small network that reads words off images; its features judge drawn images.
+"""A small network that reads words off images; its features rate generated images.
 
 It is trained on the training images of one data set, to tell which of the commonest words of the captions an image
-has. The same file judges every model of an experiment; it holds what the training images' features are together, so
+has. The same file serves every model of an experiment; it holds what the training images' features are together, so
 that nobody reads those images again. Its distances are its own: they are no FID, and compare with no figure from
 elsewhere.
 

@@ -33,7 +33,7 @@ MAX_CAPTION_TOKENS = 32
 
 
 def digits(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
-    """Generation judged by a classifier of real digits, diversity, and captions of the validation images.
+    """Generation read by a classifier of real digits, diversity, and captions of the validation images.
 
     Leaves evidence under OUT/evaluation: generated/ (images, index.jsonl), validation/ (images), captions.jsonl.
     """
