@@ -117,7 +117,9 @@ def train(engine: Any, rank: int, steps: range) -> list[Any]:
     outcome = []
     for step in steps:
         terms, result = train_step(engine, [stream_batches(step, engine.config)[rank]])
-        outcome.append([[float(term) for term in terms[:4]], result.gradient_norm, result.skipped])
+        parts = (terms.sums, terms.counts)
+        sums = [float(part[name]) for part in parts for name in ("text", "image")]
+        outcome.append([sums, result.gradient_norm, result.skipped])
     return outcome
 
 

@@ -499,7 +499,7 @@ def test_a_full_disk_ends_a_run_in_one_line(
 def test_addresses_that_cannot_be_opened_are_one_line(
     tmp_path: Path, make: Make, tokenizer: Tokenizer
 ) -> None:
-    with pytest.raises(UserError, match="nothing here opens nonsense:"):
+    with pytest.raises(UserError, match=r"nonsense: .* cannot be opened"):
         open_address("nonsense://a/0.tar")
     with pytest.raises(UserError, match="pipe:COMMAND"):
         open_address("ais://a/0.tar" if not shutil.which("ais") else "nonsense://a/0.tar")

@@ -123,7 +123,7 @@ class SourceIndex:
         return ids
 
     def segments(self, sample: int) -> tuple[list[Segment], list[int]]:
-        """An interleaved document without its pixels, and for each image in it the number of its image."""
+        """An interleaved document without its pixels, and which of the sample's images each image in it is."""
         part, place = self._place(sample)
         ids, segments, images, first = self.text_ids(sample).tolist(), list[Segment](), list[int](), 0
         for element in part.elements(place):

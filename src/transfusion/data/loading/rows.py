@@ -167,7 +167,7 @@ class RowBuilder:
         return decoded, tuple(faults)
 
     def _numbers(self, span: DocumentSpan) -> Sequence[int]:
-        """For each image of the span the number of its image among the sample's."""
+        """Which of the sample's images each image of the span is."""
         if span.variant != Variant.INTERLEAVED:
             return (0,)
         return self._indexes[span.source].segments(span.sample)[1]
