@@ -51,7 +51,7 @@ RESULT = ROOT / "benchmarks" / "results" / "plan.json"
 MISSED = 3
 MEMORY_BAR = 0.05
 ONE_THREAD = ("train.threads=1", "train.engine=local", "train.precision=fp32")
-TINY = (
+PAPER_SMALLEST = (
     str(ROOT / "configs/train/0.16b.yaml"),
     "codec={kind: pixels, channels: 3, image_size: 32}",
     "data.global_batch_size=1",
@@ -68,8 +68,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "quickstart, bf16": (*QUICKSTART, "train.precision=bf16"),
     "quickstart, ZeRO-3": (*QUICKSTART, "train.engine=zero"),
     "quickstart, ZeRO-2": (*QUICKSTART, "train.engine=zero", "train.zero.stage=2"),
-    "0.16b": TINY,
-    "0.16b, recomputing": (*TINY, "train.activation_checkpointing=block"),
+    "0.16b": PAPER_SMALLEST,
+    "0.16b, recomputing": (*PAPER_SMALLEST, "train.activation_checkpointing=block"),
 }
 
 

@@ -85,8 +85,8 @@ def verify(
         for name, result, true in zip(RESULT_NAMES, results, exact, strict=True)
     }
     rows = [_worst_row(result, true) for result, true in zip(results, exact, strict=True)]
-    greatest, max_row = MAX_ERROR[dtype]
-    right = all(error <= greatest for error in errors.values()) and all(row <= max_row for row in rows)
+    max_tensor, max_row = MAX_ERROR[dtype]
+    right = all(error <= max_tensor for error in errors.values()) and all(row <= max_row for row in rows)
     return Verdict(errors, max(rows, key=lambda row: math.inf if math.isnan(row) else row), right)
 
 

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from limits import record_head, write_json
 from transfusion.config import Config
 from transfusion.data.loading.loader import Loader
-from transfusion.data.loading.workers import ProcessWorkshop
+from transfusion.data.loading.workers import ProcessWorkers
 from transfusion.data.prepare.folders import image_sample
 from transfusion.data.prepare.prepare import prepare
 from transfusion.data.shards.scan import texts
@@ -199,11 +199,11 @@ def run_ranks(
 @contextlib.contextmanager
 def _killing(loader: Loader, chance: random.Random, tally: Tally) -> Iterator[None]:
     """SIGKILL for one of the loader's workers, some milliseconds into what is done meanwhile."""
-    workshop = loader._workshop
-    if not isinstance(workshop, ProcessWorkshop):
+    workers = loader._workers
+    if not isinstance(workers, ProcessWorkers):
         yield
         return
-    process = chance.choice(workshop._workers)._process
+    process = chance.choice(workers._workers)._process
     timer = threading.Timer(chance.uniform(0, 0.02), process.kill)
     timer.start()
     yield

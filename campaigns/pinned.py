@@ -136,12 +136,13 @@ def parts(value: Any) -> Iterator[bytes]:
         yield f"{value.dtype}{tuple(value.shape)}".encode()
         yield value.contiguous().numpy().tobytes()
     elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
+        # `kind` came after the first pins, and says only what the values' type says too.
+        for field in (each for each in dataclasses.fields(value) if each.name != "kind"):
             yield from parts(getattr(value, field.name))
     elif isinstance(value, (list, tuple)):
         for member in value:
             yield from parts(member)
-    elif not isinstance(value, str):
+    else:
         yield repr(value.value if isinstance(value, enum.Enum) else value).encode()
 
 

@@ -179,6 +179,8 @@ class LossTerms:
         return self._each(Tensor.double)
 
     def plus(self, other: LossTerms) -> LossTerms:
+        if self.sums.keys() != other.sums.keys():
+            raise ValueError(f"terms of two losses: {list(self.sums)} and {list(other.sums)}")
         return LossTerms(
             {name: total + other.sums[name] for name, total in self.sums.items()},
             {name: count + other.counts[name] for name, count in self.counts.items()},

@@ -37,7 +37,7 @@ from transfusion.parallel.collectives import describe
 from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT
 
 FORMAT = "transfusion model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 CODEC = "codec"

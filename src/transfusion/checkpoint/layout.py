@@ -20,7 +20,7 @@ from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.files import digest, file_digest, fingerprint
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")

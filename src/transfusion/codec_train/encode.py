@@ -1,6 +1,6 @@
 """Writes each image's latents (KEY.latent.npy) or tokens (KEY.tokens.npy) beside it, shard by shard.
 
-What is told of a shard's latents (`data.latents.LatentRecord`) is written last: a shard without it is made again.
+The record of a shard (`data.images.latents.LatentRecord`) is written last: a shard without it is made again.
 I images, C channels of the latents, H/W height and width of images, h/w of latents.
 """
 

@@ -16,7 +16,7 @@ from transfusion.config.yaml_files import override
 from transfusion.errors import UserError
 from transfusion.urls import redacted_text
 
-# Keys that had another name before version 0.1.0, by their last part, with what they are called since.
+# Keys that had another name before version 0.1.0, those of codec training too, with what their last part is now.
 RENAMED = {
     "checkpoint.keep_every": "archive_interval",
     "codec.codes": "codebook_size",
@@ -31,15 +31,19 @@ RENAMED = {
     "data.sources.0.weight.0.share": "weight",
     "data.sources.0.window_shards": "shuffle_window",
     "data.validation.0.share": "weight",
+    "data.validation.0.weight.0.share": "weight",
     "data.validation.0.window_shards": "shuffle_window",
     "diffusion.objective": "prediction, and its values are epsilon (was noise), v (was velocity) and flow",
     "diffusion.timestep_law": "timestep_sampling",
     "diffusion.understanding_timestep_limit": "max_timestep_before_caption",
+    "images.held_out": "validation",
     "model.feed_forward": "ffn_size",
     "model.key_heads": "num_kv_heads",
     "model.norm_order": "norm_placement, and its values are pre (was before) and post (was after)",
     "model.patcher": "patch_embed",
     "model.width": "hidden_size",
+    "network.codes": "codebook_size",
+    "pictures": "images",
     "sample": "sample_grid",
     "train.head_chunk": "loss_chunk_size",
     "train.roll_back_after": "rollback_after_skipped",

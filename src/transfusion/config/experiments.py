@@ -9,8 +9,8 @@
       model: {transfusion: {}, chameleon: {model.family: chameleon}}
       size: {s: {model.layers: 2, flops: 1.0e12}, m: {model.layers: 4, flops: 4.0e12}}
     seeds: [0, 1, 2]                      values of run.seed; default [0]
-    suites: [validation]                    what `transfusion eval` measures of each cell
-    classifier: classifier.safetensors         for suites that need one
+    suites: [validation]                  what `transfusion eval` measures of each cell
+    classifier: classifier.safetensors    for suites that need one
 
 `flops` in an axis value is the training budget of its cells: `train.steps` then follows from what a step costs. A cell
 is named by its values: `transfusion/s`; `FILE#transfusion/s` stands wherever a configuration file may.

@@ -20,7 +20,8 @@ from transfusion.sequence.sizes import MAX_ASPECT, ImageSizes, Size
 def with_family_defaults(values: Any) -> Any:
     """Plain values with what a family's recipe has otherwise than the defaults, where they do not say."""
     model = values.get("model") if isinstance(values, dict) else None
-    family = FAMILY_SETTINGS.get(model.get("family", "")) if isinstance(model, dict) else None
+    name = model.get("family") if isinstance(model, dict) else None
+    family = FAMILY_SETTINGS.get(name) if isinstance(name, str) else None
     if family is None:
         return values
     filled = dict(values)

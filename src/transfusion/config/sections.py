@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from transfusion.config.codec_folder import KINDS
 from transfusion.config.objectives import PredictionName
 from transfusion.sequence.sizes import Size
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
@@ -247,7 +248,7 @@ class CodecConfig(Section):
     @property
     def is_autoencoder(self) -> bool:
         """Whether it is an autoencoder in diffusers' layout, whose folder a run and its export keep."""
-        return self.kind in ("kl", "vq")
+        return self.kind in KINDS.values()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """[C, h, w] of the latents of an image of height x width pixels."""

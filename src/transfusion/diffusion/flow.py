@@ -28,21 +28,21 @@ class Euler:
         # Level (t + 1) / train_steps belongs to timestep t; levels between those of training are asked for as such.
         self.timesteps = [max(0.0, sigma * train_steps - 1) for sigma in self.sigmas[:-1]]
 
-    def sample(self, latent_ICHW: Tensor, predict: Denoiser, key_I: Tensor) -> Tensor:
+    def sample(self, latent_ICHW: Tensor, denoise: Denoiser, key_I: Tensor) -> Tensor:
         """Clean latents from start noise; no noise is drawn on the way."""
         for index in range(len(self.timesteps)):
-            latent_ICHW = self.step(index, latent_ICHW, predict)
+            latent_ICHW = self.step(index, latent_ICHW, denoise)
         return latent_ICHW
 
-    def step(self, index: int, latent_ICHW: Tensor, predict: Denoiser) -> Tensor:
+    def step(self, index: int, latent_ICHW: Tensor, denoise: Denoiser) -> Tensor:
         """Latents at sigma `index` + 1 from those at sigma `index`."""
-        return latent_ICHW + self._width(index) * self._velocity(index, latent_ICHW, predict)
+        return latent_ICHW + self._width(index) * self._velocity(index, latent_ICHW, denoise)
 
     def _width(self, index: int) -> float:
         return self.sigmas[index + 1] - self.sigmas[index]
 
-    def _velocity(self, index: int, latent_ICHW: Tensor, predict: Denoiser) -> Tensor:
-        velocity = predict(latent_ICHW, self.timesteps[index])
+    def _velocity(self, index: int, latent_ICHW: Tensor, denoise: Denoiser) -> Tensor:
+        velocity = denoise(latent_ICHW, self.timesteps[index])
         if self.clip is None:
             return velocity
         sigma = self.sigmas[index]
@@ -53,10 +53,10 @@ class Euler:
 class Heun(Euler):
     """Steps of the second order (Karras et al., 2022, algorithm 1): two calls each, one in the last."""
 
-    def step(self, index: int, latent_ICHW: Tensor, predict: Denoiser) -> Tensor:
-        width, first = self._width(index), self._velocity(index, latent_ICHW, predict)
+    def step(self, index: int, latent_ICHW: Tensor, denoise: Denoiser) -> Tensor:
+        width, first = self._width(index), self._velocity(index, latent_ICHW, denoise)
         reached = latent_ICHW + width * first
         if index + 1 == len(self.timesteps):
             return reached
-        second = self._velocity(index + 1, reached, predict)
+        second = self._velocity(index + 1, reached, denoise)
         return latent_ICHW + width * (first + second) / 2

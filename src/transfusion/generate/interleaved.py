@@ -74,13 +74,18 @@ class InterleavedGenerator:
         runner: ModelRunner,
         tokenizer: Tokenizer,
         diffusion: DiffusionConfig,
-        draw: ImageGenerator,
+        draw_images: ImageGenerator,
         *,
         text: TextSampling,
         image: ImageSampling,
         limits: Limits,
     ) -> None:
-        self.runner, self.tokenizer, self.diffusion, self.draw = runner, tokenizer, diffusion, draw
+        self.runner, self.tokenizer, self.diffusion, self.draw_images = (
+            runner,
+            tokenizer,
+            diffusion,
+            draw_images,
+        )
         self.text, self.image, self.limits = text, image, limits
         # Of drawn images, by what begins them.
         self._size_by_begin_token = {
@@ -96,7 +101,7 @@ class InterleavedGenerator:
         while True:
             decoding = [place for place, row in enumerate(rows) if row.phase is _Phase.DECODING]
             waiting = [place for place, row in enumerate(rows) if row.phase is _Phase.WAITS_FOR_IMAGE]
-            # Images wait until no row speaks, so that as many as possible are drawn in one batch.
+            # Images wait until no row decodes, so that as many as possible are drawn in one batch.
             if decoding:
                 self._decode_step(rows, decoding, cache, state_BD)
             elif waiting:
@@ -130,7 +135,7 @@ class InterleavedGenerator:
     def _decode_step(
         self, rows: list[_Row], decoding: list[int], cache: KeyValueCache, state_BD: Tensor
     ) -> None:
-        """One token for each speaking row; updates the rows' states in place."""
+        """One token for each decoding row; updates the rows' states in place."""
         lengths = [cache.lengths[place] for place in decoding]
         chosen = self._sample_tokens([rows[place] for place in decoding], lengths, state_BD[decoding])
         reading = []
@@ -182,7 +187,7 @@ class InterleavedGenerator:
             self.image.seed + row.number + row.images * _IMAGE_KEY_STRIDE
             for row in (rows[place] for place in waiting)
         ]
-        drawn = self.draw(self.runner, cache, waiting, keys, image, self.diffusion)
+        drawn = self.draw_images(self.runner, cache, waiting, keys, image, self.diffusion)
         codec = self.runner.codec
         for place, pixels_CHW in zip(waiting, codec.decode(drawn).cpu(), strict=True):
             row = rows[place]

@@ -16,6 +16,7 @@ from transfusion.diffusion.noise import counter_normal
 from transfusion.inference.cache import KeyValueCache
 from transfusion.inference.image_diffusion import ImageSampling
 from transfusion.inference.runner import ModelInput, ModelRunner
+from transfusion.model import Chameleon
 from transfusion.model.patches import Grid
 
 # Keeps these draws apart from those of samplers and of text.
@@ -35,6 +36,8 @@ def draw_tokens(
     Guidance is applied to the logits of the image tokens. `config`, and steps and sampler of `sampling`, mean nothing
     here. The model is called once a token, both branches of the guidance in one batch. `prefixes` stays as it is.
     """
+    model = runner.model
+    assert isinstance(model, Chameleon)
     images, guided, size = len(rows), sampling.guidance != 1, sampling.size or runner.sizes.first
     patches = runner.sizes.patches(size)
     parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
@@ -52,14 +55,14 @@ def draw_tokens(
     grid = Grid(len(view.lengths), *runner.sizes.grid(size))
     drawn: list[Tensor] = []
     for place in range(patches):
-        logit_RK = runner.image_logits(state_RD)
+        logit_RK = runner.logits(state_RD)[:, model.config.vocabulary :]
         if guided:
             conditional, unconditional = logit_RK.chunk(2)
             logit_RK = guide(conditional, unconditional, sampling.guidance)
         token_I = choose_token(logit_RK, key_I, place)
         drawn.append(token_I)
         if place + 1 < patches:
-            id_R1 = runner.image_ids(torch.cat((token_I, token_I)) if guided else token_I)[:, None]
+            id_R1 = model.image_ids(torch.cat((token_I, token_I)) if guided else token_I)[:, None]
             here_R1A = position_RPA[:, place : place + 1]
             ones = [1] * len(id_R1)
             block = ModelInput(id_R1, here_R1A, torch.ones_like(id_R1), ones, place=(grid, place))

@@ -177,14 +177,6 @@ class ModelRunner:
         last_R = torch.tensor(block.counts, device=self.device) - 1
         return self.model.norm(hidden_RSD[torch.arange(len(last_R), device=self.device), last_R])
 
-    def image_ids(self, tokens: Tensor) -> Tensor:
-        """Ids of image tokens, which stand behind those of the text."""
-        return tokens + self.model.config.vocabulary
-
-    def image_logits(self, state_RD: Tensor) -> Tensor:
-        """fp32 logits [R, K] of the image token after each state."""
-        return self.logits(state_RD)[:, self.model.config.vocabulary :]
-
     def logits(self, state_RD: Tensor) -> Tensor:
         """fp32 logits [R, V] of the token after each state."""
         return self.model.lm_head(state_RD).float()

@@ -36,10 +36,10 @@ class Clock:
         self._start = now()
         self._paused = 0.0
         self._pause_depth = 0
-        self._lap_start = 0.0
-        self._lap_steps = 0
-        self._lap_tokens = 0
-        self._lap_spans: defaultdict[str, float] = defaultdict(float)
+        self._interval_start = 0.0
+        self._interval_steps = 0
+        self._interval_tokens = 0
+        self._interval_spans: defaultdict[str, float] = defaultdict(float)
         self._step_times: deque[float] = deque([0.0], maxlen=ETA_WINDOW + 1)
 
     @property
@@ -59,7 +59,7 @@ class Clock:
         try:
             yield
         finally:
-            self._lap_spans[name] += self.active_seconds - begin
+            self._interval_spans[name] += self.active_seconds - begin
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -75,22 +75,24 @@ class Clock:
 
     def step_done(self, tokens: int) -> None:
         """Note the end of a step over `tokens` tokens of all ranks."""
-        self._lap_steps += 1
-        self._lap_tokens += tokens
+        self._interval_steps += 1
+        self._interval_tokens += tokens
         self._step_times.append(self.active_seconds)
 
     def interval(self) -> Interval:
-        """Figures since the last call, and a new lap."""
+        """Figures since the last call, and a new interval."""
         end = self.active_seconds
-        seconds = end - self._lap_start
+        seconds = end - self._interval_start
         interval = Interval(
             seconds=seconds,
-            steps=self._lap_steps,
-            tokens_per_second=self._lap_tokens / seconds if seconds > 0 else None,
-            shares={name: time / seconds if seconds > 0 else 0.0 for name, time in self._lap_spans.items()},
+            steps=self._interval_steps,
+            tokens_per_second=self._interval_tokens / seconds if seconds > 0 else None,
+            shares={
+                name: time / seconds if seconds > 0 else 0.0 for name, time in self._interval_spans.items()
+            },
         )
-        self._lap_start, self._lap_steps, self._lap_tokens = end, 0, 0
-        self._lap_spans = defaultdict(float)
+        self._interval_start, self._interval_steps, self._interval_tokens = end, 0, 0
+        self._interval_spans = defaultdict(float)
         return interval
 
     def seconds_left(self, steps_left: int) -> float | None:

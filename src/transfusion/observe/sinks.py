@@ -42,7 +42,7 @@ class MetricLogger(Protocol):
     def close(self) -> None: ...
 
 
-class NoSink:
+class NoLogger:
     """Takes everything and keeps nothing."""
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -81,13 +81,13 @@ class WandbLogger:
 
 
 def open_metric_logger(config: Config, folder: RunFolder, *, attempt: int) -> MetricLogger:
-    """The sink that `config.log` asks for. Raises UserError if wandb is asked for and not installed.
+    """The logger that `config.log` asks for. Raises UserError if wandb is asked for and not installed.
 
     wandb writes below `folder`, offline unless the user's environment or wandb settings name a mode. A resumed run
     goes on under the id of its first start, which stands in the folder.
     """
     if not config.log.wandb:
-        return NoSink()
+        return NoLogger()
     wandb = _import_wandb()
     run = wandb.init(
         project=config.log.project,
@@ -111,7 +111,7 @@ def _id_of(folder: RunFolder) -> str:
     return folder.wandb_id.read_text(encoding="utf-8").strip()
 
 
-def refuse_missing_sink(config: Config) -> None:
+def refuse_missing_logger(config: Config) -> None:
     """Raise UserError where `open_metric_logger` would, before a run has written anything."""
     if config.log.wandb:
         _import_wandb()

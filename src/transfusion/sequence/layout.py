@@ -117,7 +117,7 @@ def tokenize_document(segments: Sequence[Segment], *, finished: bool = True) -> 
     return TokenizedDocument(np.concatenate(parts), _PADDING, tuple(images), learns_text)
 
 
-def draft_pair(
+def tokenize_pair(
     caption_ids: NDArray[np.integer] | None, image: ImageSegment, *, caption_first: bool
 ) -> TokenizedDocument:
     """An image with its caption, or without one (None): as `tokenize_document`. Most are such."""

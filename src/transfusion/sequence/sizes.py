@@ -126,11 +126,6 @@ class ImageSizes:
     def _begins(self) -> dict[Size, int]:
         return {size: token for token, size in self.size_by_begin_token.items()}
 
-    @property
-    def max_patches(self) -> int:
-        """Of an image of the greatest size."""
-        return max(map(self.patches, self.sizes))
-
     @functools.cached_property
     def patches_K(self) -> Integers:
         """Patches of an image of each size."""

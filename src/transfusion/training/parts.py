@@ -15,7 +15,7 @@ from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.observe.clock import Clock, TimeLimit
 from transfusion.observe.console import start_logging
 from transfusion.observe.runfolder import RunFolder
-from transfusion.observe.sinks import refuse_missing_sink
+from transfusion.observe.sinks import refuse_missing_logger
 from transfusion.observe.utilization import OperationMeter
 from transfusion.parallel.build import build_engine
 from transfusion.parallel.collectives import raise_together
@@ -68,7 +68,7 @@ class RunParts:
         """What can be refused at once, before anything large is built. Raises UserError."""
         if self.here.is_main:
             self.folder.refuse_other_tokenizer(self.tokenizer.path)
-            refuse_missing_sink(self.config)
+            refuse_missing_logger(self.config)
         if self.config.log.memory_history:
             remember_allocations(self.here.device)
 

@@ -100,7 +100,7 @@ def failures(config: Config, here: Environment, folder: Path) -> dict[str, Any]:
         layout.find_latest = lambda _: None  # type: ignore[assignment]
     state = resume(folder, engine)
     found["all resume what the first finds"] = state is not None and state.step == 10
-    runner = SliceReader.read
+    read = SliceReader.read
 
     def unreadable(*_: Any) -> Any:
         raise OSError(5, "Input/output error", "rank_00000.safetensors")
@@ -111,7 +111,7 @@ def failures(config: Config, here: Environment, folder: Path) -> dict[str, Any]:
         load(target, engine)
     except UserError as error:
         found["fill"] = str(error)
-    SliceReader.read = runner  # type: ignore[method-assign]
+    SliceReader.read = read  # type: ignore[method-assign]
     if here.rank == 0:
         path = target / "rank_00001.safetensors"
         path.write_bytes(path.read_bytes()[:-4])

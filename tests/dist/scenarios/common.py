@@ -52,7 +52,7 @@ Stream = Sequence[tuple[Content, Content]]
 class Halves:
     """Stands for an autoencoder: means of squares of four pixels, and their negatives."""
 
-    bound: float | None = 1.0
+    codebook_size, bound = 0, 1.0
 
     def encode(self, values_ICHW: torch.Tensor) -> torch.Tensor:
         mean_I1hw = torch.nn.functional.avg_pool2d(values_ICHW.float() / 127.5 - 1.0, 2)
@@ -61,7 +61,8 @@ class Halves:
     def decode(self, latent_IChw: torch.Tensor) -> torch.Tensor:
         raise AssertionError("training encodes alone")
 
-    as_context = decode
+    def as_context(self, latent_IChw: torch.Tensor) -> torch.Tensor:
+        return latent_IChw
 
 
 def stream_batches(step: int, config: Config, ranks: int = 2, stream: Stream = STREAM) -> list[Batch]:

@@ -194,8 +194,8 @@ def test_other_configs_and_torn_weights_are_refused(run: Path, tmp_path: Path) -
         read_export(out)
     weights.write_bytes(whole)
     text = (out / "config.json").read_text()
-    (out / "config.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(UserError, match="has model format 2, this version reads 1"):
+    (out / "config.json").write_text(text.replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(UserError, match="has model format 1, this version reads 2"):
         read_export(out)
     for broken in ('"config": []', '"config": {"model": "x"}'):
         damaged = json.loads(text)

@@ -310,7 +310,7 @@ def age(folder: Path) -> None:
         (lose, r"rank_00000\.safetensors is missing; delete the folder"),
         (edit, r"manifest\.json was changed after it was written; delete the folder"),
         (scribble, r"manifest\.json is not a checkpoint's manifest; delete the folder"),
-        (age, r"has checkpoint format 7, this version reads 1; use the version that wrote it"),
+        (age, r"has checkpoint format 7, this version reads 2; use the version that wrote it"),
     ],
 )
 def test_damage_is_told(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from transfusion.config import Config, load_config
+from transfusion.codec_train.settings import CodecTrainConfig
+from transfusion.config import Config
 from transfusion.config.checking import RENAMED, _known_keys
+from transfusion.config.load import load_as
 from transfusion.errors import UserError
+
+KEYS = {kind: set(_known_keys(kind)) for kind in (Config, CodecTrainConfig)}
+
+
+def present(key: str) -> str:
+    """The whole of a key as it is now."""
+    place, name = key.rpartition(".")[0], RENAMED[key].split(",")[0]
+    return f"{place}.{name}" if place else name
+
+
+def kind_of(key: str) -> type[Config] | type[CodecTrainConfig]:
+    """Which configuration has the key."""
+    # In a schedule of weights no key is listed.
+    return next(kind for kind, known in KEYS.items() if present(key).replace(".weight.0.", ".") in known)
 
 
 def values_of(key: str) -> dict[str, object]:
@@ -20,20 +38,13 @@ def values_of(key: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("key", RENAMED)
-def test_a_former_key_tells_its_present_name(key: str) -> None:
-    section, value = next(iter(values_of(key).items()))
-    # As a user would give it, in a file or on the command line.
+def test_a_former_key_tells_its_present_name(key: str, tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(values_of(key)))
     with pytest.raises(UserError) as caught:
-        load_config(None, [f"{section}={yaml.safe_dump(value, default_flow_style=True).strip()}"])
+        load_as(kind_of(key), tmp_path / "old.yaml")
     place = key.rpartition(".")[0]
     assert f"{key} is now {place}{'.' if place else ''}{RENAMED[key]}" in str(caught.value)
 
 
-def test_present_names_exist_and_former_ones_do_not() -> None:
-    known = set(_known_keys(Config))
-    assert not known & set(RENAMED)
-    for key, told in RENAMED.items():
-        place = key.rpartition(".")[0]
-        name = f"{place}{'.' if place else ''}{told.split(',')[0]}"
-        # A schedule stands in the place of a number, where no key is listed.
-        assert name in known or ".weight.0." in name
+def test_former_keys_do_not_exist() -> None:
+    assert not [key for known in KEYS.values() for key in RENAMED if key in known]

@@ -139,7 +139,7 @@ def test_batches_hold_every_kind(config: Config, tokenizer: Tokenizer) -> None:
         assert seen == {torch.uint8, torch.float32} and max(whole) > 2 * PATCHES
 
 
-def test_latents_pass_the_codec_as_they_are(config: Config, tokenizer: Tokenizer) -> None:
+def test_latents_are_read_as_they_are(config: Config, tokenizer: Tokenizer) -> None:
     found = list(documents(config, config.data.sources[:2], tokenizer))
     assert len(found) == 2 * DOCUMENTS
     values = [

@@ -21,7 +21,7 @@ import torch
 from transfusion.config import Config, SourceConfig
 from transfusion.data.loading.loader import Loader, rows_per_rank
 from transfusion.data.loading.validation import EvaluationLoader, documents
-from transfusion.data.loading.workers import ProcessWorkshop
+from transfusion.data.loading.workers import ProcessWorkers
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.errors import UserError
 from transfusion.schema import Batch, ImageSegment, Modality, SpecialToken
@@ -105,9 +105,9 @@ def test_workers_give_the_same_bits_and_may_die(
     ranks = loaders(config, tokenizer, 2)
     for step in range(4):
         assert same(global_step(ranks, rows_of), truth[0][step])
-    workshop = ranks[0]._workshop
-    assert isinstance(workshop, ProcessWorkshop)
-    for worker in workshop._workers:
+    workers = ranks[0]._workers
+    assert isinstance(workers, ProcessWorkers)
+    for worker in workers._workers:
         pid = worker._process.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)

@@ -37,9 +37,9 @@ def stored(number: int) -> tuple[bytes, str]:
     exif = Image.Exif()
     if turned:
         exif[0x0112] = 6
-    mixture = io.BytesIO()
-    image.save(mixture, "JPEG", exif=exif)
-    return mixture.getvalue(), size
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue(), size
 
 
 def pair(number: int) -> dict[str, bytes]:
@@ -148,9 +148,9 @@ def test_a_stored_image_keeps_its_middle(config: Config, tokenizer: Tokenizer, t
     """Cut to the shape of the size, evenly on both sides, then scaled."""
     image = np.full((10, 40), 200, np.uint8)
     image[:, :10] = image[:, 30:] = 0
-    mixture = io.BytesIO()
-    Image.fromarray(image).save(mixture, "PNG")
-    write_shards([{"png": mixture.getvalue(), "txt": b"the digit"}], tmp_path / "wide")
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    write_shards([{"png": buffer.getvalue(), "txt": b"the digit"}], tmp_path / "wide")
     source = config.data.sources[0].model_copy(update={"shards": f"{tmp_path}/wide/*.tar"})
     (index,) = build_indexes(config, [source], tokenizer)
     segment = index.image(0)

@@ -19,7 +19,7 @@ LENGTH = 4096
 
 
 class Builder:
-    """Stands in for a RowBuilder: a row of random arrays with so many count."""
+    """Stands in for a RowBuilder: a row of random arrays of so many images."""
 
     def build(self, count: int) -> Row:
         if count < 0:

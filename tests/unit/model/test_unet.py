@@ -1,4 +1,4 @@
-"""The U-Net patch_embed: its size, what each image sees, and what each of its settings does."""
+"""The U-Net patch embedder: its size, what each image sees, and what each of its settings does."""
 
 from __future__ import annotations
 

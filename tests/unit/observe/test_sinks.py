@@ -13,7 +13,7 @@ from transfusion.config import load_config
 from transfusion.errors import UserError
 from transfusion.observe import open_metric_logger
 from transfusion.observe.runfolder import RunFolder
-from transfusion.observe.sinks import NoSink, panel_values, refuse_missing_sink
+from transfusion.observe.sinks import NoLogger, panel_values, refuse_missing_logger
 
 ON = load_config(None, ["log.wandb=true", "run.name=first", "log.project=ours", "codec.image_size=8"])
 LINE = {"step": 3, "loss": 1.0, "text_loss": None, "image_loss_by_timestep": [0.5] + [None] * 9, "tokens": 7}
@@ -61,7 +61,7 @@ def test_off_by_default_and_then_a_no_op(tmp_path: Path) -> None:
     metric_logger = open_metric_logger(
         load_config(None, ["codec.image_size=8"]), RunFolder(tmp_path), attempt=1
     )
-    assert isinstance(metric_logger, NoSink)
+    assert isinstance(metric_logger, NoLogger)
     metric_logger.write(LINE)
     metric_logger.image(0, tmp_path / "none.png")
     metric_logger.close()
@@ -73,8 +73,8 @@ def test_a_missing_wandb_is_told_with_the_remedy(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match="pip install wandb"):
         open_metric_logger(ON, RunFolder(tmp_path), attempt=1)
     with pytest.raises(UserError, match="pip install wandb"):
-        refuse_missing_sink(ON)
-    refuse_missing_sink(load_config(None, ["codec.image_size=8"]))
+        refuse_missing_logger(ON)
+    refuse_missing_logger(load_config(None, ["codec.image_size=8"]))
 
 
 def test_every_start_goes_on_with_one_wandb_run(tmp_path: Path, fake: SimpleNamespace) -> None:

@@ -36,7 +36,7 @@ from transfusion.files import fingerprint
 Integers = NDArray[np.int64]
 
 # Raised whenever the same shard would give another file.
-_VERSION = 1
+_VERSION = 2
 # How files of earlier versions began.
 _FORMER_MAGIC = b"transfusion\x1aidx\n"
 _COLUMNS = (

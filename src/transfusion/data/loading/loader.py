@@ -15,7 +15,7 @@ from transfusion.data.index.source_index import refuse_too_many
 from transfusion.data.loading.collate import collate
 from transfusion.data.loading.prefetch import PlanFetcher
 from transfusion.data.loading.rows import Row, RowBuilder, RowSettings
-from transfusion.data.loading.workers import LocalWorkshop, ProcessWorkshop, RowWorkers
+from transfusion.data.loading.workers import LocalWorkers, ProcessWorkers, RowWorkers
 from transfusion.data.planning.epoch import VariantRule
 from transfusion.data.planning.packing import DocumentSpan, Planner, PlanSettings, RowPlan, State
 from transfusion.data.shards.sample import Fault
@@ -88,7 +88,7 @@ class Loader:
         self._settings = RowSettings.of(config)
         builder = RowBuilder(self.indexes, self._settings)
         workers = config.data.workers
-        self._workshop: RowWorkers = ProcessWorkshop(builder, workers) if workers else LocalWorkshop(builder)
+        self._workers: RowWorkers = ProcessWorkers(builder, workers) if workers else LocalWorkers(builder)
         self._steps_ahead = _STEPS_AHEAD if workers else 0
         self._state = self._planner.state()
         self._plans: Sequence[RowPlan] = ()
@@ -115,9 +115,9 @@ class Loader:
                     break
                 self.fetching.begin_batch()
             plans = self._planner.next_batch(self._rank, self._world_size)
-            self._workshop.order(plans)
+            self._workers.order(plans)
             self._ordered.append((plans, self._planner.state()))
-        rows = self._workshop.collect()
+        rows = self._workers.collect()
         if self.fetching is not None:
             self.fetching.fetcher.end_batch()
         self._plans, self._state = self._ordered.popleft()
@@ -161,7 +161,7 @@ class Loader:
 
     def close(self) -> None:
         """End the workers and downloads."""
-        self._workshop.close()
+        self._workers.close()
         if self.fetching is not None:
             self.fetching.fetcher.close()
 

@@ -65,7 +65,7 @@ class Fetcher:
         self._indexes, self._settings = tuple(indexes), settings
         self.cache: ShardCache = shard_cache(settings)
         self.cache.clear_failures()
-        # Needs of the batches in hand, then of those that are coming, then what comes after them.
+        # Shards of the batches in hand, then of those that are coming, then what comes after them.
         self._in_hand: collections.deque[ShardRefs] = collections.deque()
         self._coming: collections.deque[ShardRefs] = collections.deque()
         self._after: list[ShardRef] = []

@@ -27,11 +27,11 @@ from transfusion.files import name_hash
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
 from transfusion.sequence.layout import (
     TokenizedDocument,
-    draft_pair,
     image_segment,
     lay_out_all,
     position_axes,
     tokenize_document,
+    tokenize_pair,
     tokenize_text,
 )
 from transfusion.sequence.sizes import ImageSizes
@@ -116,7 +116,7 @@ class RowBuilder:
         self._cached_bytes = 0
 
     def build(self, plan: RowPlan) -> Row:
-        """The planned row. A sample that cannot be read keeps its place, masked_out, as a fault of the row."""
+        """The planned row. A sample that cannot be read keeps its place, masked out, as a fault of the row."""
         decoded, faults = self._decode(plan)
         tokenized = [self._tokenize(span, decoded.get(number, ())) for number, span in enumerate(plan)]
         bad = [number for number, span in enumerate(plan) if _has_images(span) and number not in decoded]
@@ -140,7 +140,7 @@ class RowBuilder:
         caption, image = index.text_ids(span.sample, span.caption), index.image(span.sample)
         if values and self._settings.sizes.is_multi_size:
             image = _cut(values[0], image, self._settings.sizes)
-        return draft_pair(
+        return tokenize_pair(
             None if span.variant == Variant.CAPTION_DROPPED else caption,
             image,
             caption_first=span.variant == Variant.CAPTION_FIRST,

@@ -41,7 +41,7 @@ class RowWorkers(Protocol):
         """End what was started."""
 
 
-class LocalWorkshop:
+class LocalWorkers:
     """Builds rows when they are collected, in this process."""
 
     def __init__(self, builder: RowBuilder) -> None:
@@ -58,7 +58,7 @@ class LocalWorkshop:
         self._orders.clear()
 
 
-class ProcessWorkshop:
+class ProcessWorkers:
     """Builds rows in worker processes, one row at a time each; a row whose worker died is built by another.
 
     One thread a worker hands plans over and takes rows back. Each worker has a pipe and shared memory of its own, so
@@ -105,7 +105,7 @@ class _SharedBuffer:
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
-        """descriptor: of an buffer that another process made; None makes one."""
+        """descriptor: of a buffer that another process made; None makes one."""
         self._descriptor = _anonymous_file() if descriptor is None else descriptor
         self._view: mmap.mmap | None = None
 

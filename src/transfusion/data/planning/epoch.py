@@ -191,7 +191,7 @@ class VariantRule:
 
 
 class SpanTable(NamedTuple):
-    """Pieces [P] of documents: `tokens` tokens from `first` of a draw of a source; whole: its whole length."""
+    """Spans [P] of documents: `tokens` tokens from `first` of a draw of a source; whole: its whole length."""
 
     source: Integers
     draw: Integers

@@ -130,7 +130,7 @@ class _SourceCursor:
         self.draw, self.first = draw, first
 
     def spans(self, tokens: int, source: int) -> SpanTable:
-        """Pieces from here on, at least so many tokens."""
+        """Spans from here on, at least so many tokens."""
         wanted = tokens + self.first
         while (have := int(self._drawn.tokens.sum())) < wanted:
             known = len(self._drawn.tokens)
@@ -140,7 +140,7 @@ class _SourceCursor:
         return self.spans_of(int(np.searchsorted(ends, wanted)) + 1, source)
 
     def spans_of(self, count: int, source: int) -> SpanTable:
-        """Pieces of the next `count` documents."""
+        """Spans of the next `count` documents."""
         if len(self._drawn.tokens) < count:
             self._extend(count - len(self._drawn.tokens))
         whole = SpanTable(*(column[:count] for column in self._drawn))

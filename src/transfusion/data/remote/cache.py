@@ -58,7 +58,7 @@ class CacheSettings:
     folder: Path
     max_bytes: int
     connections: int
-    patience: RetryPolicy
+    retry: RetryPolicy
 
     @classmethod
     def of(cls, config: CacheConfig, fallback: Path) -> CacheSettings:
@@ -67,7 +67,7 @@ class CacheSettings:
             folder=Path(config.folder) if config.folder else fallback,
             max_bytes=int(config.gigabytes * 1e9),
             connections=config.connections,
-            patience=RetryPolicy(config.attempts, config.timeout, config.pause),
+            retry=RetryPolicy(config.attempts, config.timeout, config.pause),
         )
 
 
@@ -112,16 +112,16 @@ class RemoteShard:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        with self.cache.fetched_new(self) as (copy, contents):
-            yield copy, contents._asdict()
+        with self.cache.fetched_new(self) as (copy, digest):
+            yield copy, digest._asdict()
 
     def has_changed(self, facts: Facts) -> bool:
         """What stands at the address now is not asked: each copy is compared when it is downloaded."""
         return False
 
     def fetch(self, facts: Facts, *, must: bool = True, stop: threading.Event | None = None) -> bool:
-        contents = ShardDigest(facts["size"], facts["checksum"])
-        return self.cache.fetch(self, contents, must=must, stop=stop)
+        digest = ShardDigest(facts["size"], facts["checksum"])
+        return self.cache.fetch(self, digest, must=must, stop=stop)
 
     def open(self, facts: Facts) -> int:
         flags, path = os.O_RDONLY | os.O_CLOEXEC, self.settings.folder / self.copy_name(facts)
@@ -165,9 +165,9 @@ class ShardCache:
                 f"cannot write the cache folder {self._folder}: {error.strerror}; name another data.cache.folder"
             ) from None
 
-    def path(self, shard: RemoteShard, contents: ShardDigest) -> Path:
+    def path(self, shard: RemoteShard, digest: ShardDigest) -> Path:
         """Where the copy stands, if it is there."""
-        return self._folder / shard.copy_name(contents._asdict())
+        return self._folder / shard.copy_name(digest._asdict())
 
     def pin(self, holder: object, names: Iterable[str]) -> None:
         """The copies that a holder needs soon, in place of those it named before: no process removes them."""
@@ -186,7 +186,7 @@ class ShardCache:
     def fetch(
         self,
         shard: RemoteShard,
-        contents: ShardDigest,
+        digest: ShardDigest,
         *,
         must: bool = True,
         stop: threading.Event | None = None,
@@ -195,22 +195,22 @@ class ShardCache:
 
         must: even above the bound. Raises DownloadFailed, UserError, Stopped.
         """
-        path, stop = self.path(shard, contents), stop or threading.Event()
+        path, stop = self.path(shard, digest), stop or threading.Event()
         with self._one_at_a_time(shard, stop):
-            if self._touch(path, contents):
+            if self._touch(path, digest):
                 return True
-            self._refuse_failed(shard, contents)
+            self._refuse_failed(shard, digest)
             with self._locked():
-                if not self._make_room(contents.size, must=must):
+                if not self._make_room(digest.size, must=must):
                     return False
-                unfinished = self._begin(path, contents.size)
+                unfinished = self._begin(path, digest.size)
             try:
-                self._download(shard, unfinished, contents, stop)
+                self._download(shard, unfinished, digest, stop)
             except DownloadFailed as error:
                 # Where it cannot be noted, others only try for themselves.
                 with contextlib.suppress(OSError):
-                    self._failed(shard, contents).write_text(str(error.strerror), encoding="utf-8")
-                log.warning("%s: %s", shard, _advice(error, self.settings.patience.attempts))
+                    self._failed(shard, digest).write_text(str(error.strerror), encoding="utf-8")
+                log.warning("%s: %s", shard, _advice(error, self.settings.retry.attempts))
                 raise
         return True
 
@@ -220,9 +220,9 @@ class ShardCache:
         holder, never = object(), threading.Event()
         with self._one_at_a_time(shard, never):
             unfinished = self._begin(self._folder / f"{shard.identity}{shard.suffix}", 0)
-            contents = self._download(shard, unfinished, None, never, holder)
+            digest = self._download(shard, unfinished, None, never, holder)
         try:
-            yield self.path(shard, contents), contents
+            yield self.path(shard, digest), digest
         finally:
             self.pin(holder, ())
 
@@ -249,20 +249,20 @@ class ShardCache:
         holder: object | None = None,
     ) -> ShardDigest:
         try:
-            contents = download(
+            digest = download(
                 shard.address,
                 unfinished,
-                self.settings.patience,
+                self.settings.retry,
                 wanted=wanted,
                 reserve=self._reserve,
                 stop=stop,
             )
-            self.downloaded_bytes += contents.size
+            self.downloaded_bytes += digest.size
             if holder is not None:
-                self.pin(holder, [shard.copy_name(contents._asdict())])
+                self.pin(holder, [shard.copy_name(digest._asdict())])
             with self._locked():
-                unfinished.replace(self.path(shard, contents))
-            return contents
+                unfinished.replace(self.path(shard, digest))
+            return digest
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -283,11 +283,11 @@ class ShardCache:
             self._make_room(step, must=True)
         return step
 
-    def _failed(self, shard: RemoteShard, contents: ShardDigest) -> Path:
-        return self._folder / "failed" / shard.copy_name(contents._asdict())
+    def _failed(self, shard: RemoteShard, digest: ShardDigest) -> Path:
+        return self._folder / "failed" / shard.copy_name(digest._asdict())
 
-    def _refuse_failed(self, shard: RemoteShard, contents: ShardDigest) -> None:
-        marker = self._failed(shard, contents)
+    def _refuse_failed(self, shard: RemoteShard, digest: ShardDigest) -> None:
+        marker = self._failed(shard, digest)
         try:
             age = time.time() - marker.stat().st_mtime
             reason = marker.read_text(encoding="utf-8")
@@ -296,10 +296,10 @@ class ShardCache:
         if age < FORGIVEN_SECONDS:
             raise ShardChanged(reason) if reason == ShardChanged().strerror else DownloadFailed(reason)
 
-    def _touch(self, path: Path, contents: ShardDigest) -> bool:
+    def _touch(self, path: Path, digest: ShardDigest) -> bool:
         """Whether the copy is there, which is now the one used last. One of another size is none."""
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size == contents.size:
+            if path.stat().st_size == digest.size:
                 os.utime(path)
                 return True
             path.unlink()

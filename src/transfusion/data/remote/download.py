@@ -65,7 +65,7 @@ class RetryPolicy(NamedTuple):
 def download(
     address: str,
     path: Path,
-    patience: RetryPolicy,
+    retry: RetryPolicy,
     *,
     wanted: ShardDigest | None,
     reserve: Callable[[int], int],
@@ -78,11 +78,11 @@ def download(
     agree on other bytes, UserError for a full disk or an address that nothing here opens, Stopped.
     """
     reason, seen = "", set[ShardDigest]()
-    for attempt in range(patience.attempts):
-        if attempt and stop.wait(min(_LONGEST_PAUSE, patience.pause * 2 ** (attempt - 1))):
+    for attempt in range(retry.attempts):
+        if attempt and stop.wait(min(_LONGEST_PAUSE, retry.pause * 2 ** (attempt - 1))):
             raise Stopped
         try:
-            found = _once(address, path, patience.timeout, wanted, reserve, stop)
+            found = _once(address, path, retry.timeout, wanted, reserve, stop)
         except DownloadFailed as error:
             reason = str(error.strerror)
             continue

@@ -19,6 +19,7 @@ from transfusion.evaluate.metrics.classifier import (
 )
 from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
 from transfusion.evaluate.metrics.metric import Metric
+from transfusion.files import remove_leftover
 from transfusion.generate.image_files import save_samples
 from transfusion.generate.pipeline import Pipeline
 
@@ -45,6 +46,8 @@ def images(pipeline: Pipeline, out: Path, *, classifier_path: Path) -> dict[str,
     samples = pipeline.sample(
         prompts, guidance=guidance, steps=SAMPLER_STEPS, sampler=sampler, seed=0, batch=BATCH
     )
+    # Without what another suite has left there.
+    remove_leftover(out / "evaluation" / "generated")
     save_samples(samples[:SAMPLES_KEPT], out / "evaluation" / "generated")
     drawn = torch.stack([sample.pixels for sample in samples])
     settings = (

@@ -31,7 +31,7 @@ def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
         terms = validation_losses(
             pipeline.runner.model, loader, plain, pipeline.runner.device, pipeline.runner.codec
         )
-        if float(terms.counts["image"]):
+        if float(terms.counts[_media(terms)]):
             name, metric = _image_metric(pipeline, source, terms)
             metrics[name] = metric
             continue
@@ -42,10 +42,15 @@ def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     return metrics
 
 
+def _media(terms: LossTerms) -> str:
+    """The one term of a family that is no text, such as "image"."""
+    return next(name for name, total in terms.sums.items() if name != "text" and total.dim() == 0)
+
+
 def _image_metric(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> tuple[str, Metric]:
     """Name and metric of the image loss. Those of two families are no measures of each other."""
     name, unit, how = pipeline.family.image_metric(pipeline.config.diffusion)
-    value = float(terms.sums["image"] / terms.counts["image"])
+    value = float(terms.sums[_media(terms)] / terms.counts[_media(terms)])
     metric = Metric(value=value, unit=unit, higher_is_better=False, how=how.format(source.name))
     return f"{source.name}_{name}", metric
 
