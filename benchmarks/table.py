@@ -32,8 +32,7 @@ def table(record: dict[str, Any]) -> str:
     for name, meaning in ROWS.items():
         metric = record["metrics"][name]
         sense = "at least" if metric["higher_is_better"] else "below"
-        # Records of before 2026-11-28 call it a bar.
-        value = metric.get("threshold", metric.get("bar"))
+        value = metric["threshold"]
         threshold = f"{sense} {value:.3g}" if value is not None else ""
         lines.append(f"| {meaning} | {metric['value']:.3f} | {threshold} |")
     lines.append(f"| time without installation | {record['seconds_without_set_up']} s | at most 600 s |")

@@ -3,7 +3,7 @@
     .venv/bin/python campaigns/quickstart.py [--out benchmarks/results/quickstart.json]
 
 Needs an installed checkout (the set-up is not part of the figure) and five minutes. Deletes runs/quickstart and
-data/quickstart first. Exits with 3 when a bar is missed.
+data/quickstart first. Exits with 3 when a threshold is missed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> int:
         missed.append(f"{seconds} s of at most {MAX_SECONDS}")
     if record["peak_memory_gib"] >= MAX_GIB:
         missed.append(f"{record['peak_memory_gib']} GiB of less than {MAX_GIB}")
-    print("missed: " + ", ".join(missed) if missed else "every bar reached")
+    print("missed: " + ", ".join(missed) if missed else "every threshold reached")
     return 3 if missed else 0
 
 
