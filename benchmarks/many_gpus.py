@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--gpu", default="h100", help="h200, h100 or a100")
     parser.add_argument("--write", type=Path, help="a file whose part between the marks is replaced")
     given = parser.parse_args()
-    lines = [f"On {given.gpu.upper()}s, by the model above; nothing here is measured.", ""]
+    lines = [f"On {given.gpu.upper()}s, by the model above. Nothing here is measured.", ""]
     for name in RUNS:
         lines += table(name, given.gpu)
     lines += ["Published runs, planned in the same way:", "", *published()]

@@ -5,6 +5,7 @@ B rows, S positions, A position axes, D width, N patches of all images.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ from transfusion.model.patches import Grid
 from transfusion_kernels import IntervalMask
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """Families build these parts themselves, each in its own order."""
 
     config: ModelConfig
@@ -32,9 +33,9 @@ class Backbone(nn.Module):
     norm: nn.RMSNorm
     lm_head: TextHead
 
+    @abstractmethod
     def read_images(self, encoded: Sequence[Tensor]) -> Tensor:
         """What the codec made of images, a tensor for each shape, as context to read: [N, D], in order."""
-        raise NotImplementedError
 
     def at_their_places(self, patch_ND: Tensor, grids: Sequence[Grid], at: int | None = None) -> Tensor:
         """Patches, or image tokens, told where in their images they stand; see `PatchPosition.forward`."""

@@ -106,6 +106,17 @@ def scaled(terms: LossTerms, **factors: float) -> LossTerms:
     return replace(terms, sums={name: total * factors.get(name, 1.0) for name, total in terms.sums.items()})
 
 
+def dies_at(micro_batch: int) -> Callable[[int, LossTerms], LossTerms]:
+    """The process ends in this micro-batch."""
+
+    def change(number: int, terms: LossTerms) -> LossTerms:
+        if number == micro_batch:
+            raise Killed
+        return terms
+
+    return change
+
+
 def spoilt_at(*steps: int) -> Callable[[int, LossTerms], LossTerms]:
     """The losses of these steps, two micro-batches each, are not finite."""
     return lambda number, terms: scaled(terms, text=math.nan) if (number + 1) // 2 in steps else terms
@@ -263,12 +274,7 @@ def test_a_run_killed_between_lines_writes_the_same_lines(
         assert line["text_loss"] == pytest.approx(text.item(), rel=1e-5)
         assert line["image_loss"] == pytest.approx(image.item(), rel=1e-5)
 
-    def die(number: int, terms: LossTerms) -> LossTerms:
-        if number == 16:
-            raise Killed
-        return terms
-
-    undo = interfere(monkeypatch, die)
+    undo = interfere(monkeypatch, dies_at(16))
     with pytest.raises(Killed):
         run(killed)
     undo()
@@ -317,12 +323,7 @@ def test_spikes_are_skipped_and_a_kill_changes_nothing(
     assert [line["skipped"] for line in found[blind.run.dir]] == [0] * 10
     assert first_weight(Path(straight.run.dir), 10) != first_weight(Path(blind.run.dir), 10)
 
-    def die(number: int, terms: LossTerms) -> LossTerms:
-        if number == 2 * 8 - 1:
-            raise Killed
-        return terms
-
-    undo = interfere(monkeypatch, die)
+    undo = interfere(monkeypatch, dies_at(2 * 8 - 1))
     with pytest.raises(Killed):
         run(killed)
     undo()
