@@ -111,19 +111,19 @@ class Pipeline:
         sampler: str = "auto",
         seed: int = 0,
         batch: int = 64,
-        size: Size | None = None,
+        size: tuple[int, int] | None = None,
     ) -> list[SampledImage]:
         """Draw images of captions.
 
         Args:
             prompts: Captions. An empty one draws without a caption and needs guidance 1.
-            per_prompt: Images of each caption.
+            per_prompt: Images of each caption, at least 1.
             guidance: Scale of classifier-free guidance, at least 0. 1 is the model itself. Any other value needs a
                 model that was trained with `data.caption_dropout` above 0.
             steps: Sampler steps for each image, from 1 to `diffusion.steps`. Each calls the model once. With heun it is
                 twice, except in the last. A Chameleon model draws token by token, whatever the steps and the sampler.
             sampler: "ddpm" or "ddim", for flow prediction "euler" or "heun". "auto" is ddpm, for flow euler.
-            seed: Of the first image, from 0 to 2**38 - 1. Image k of the call has seed `seed + k`.
+            seed: Of the first image. Image k of the call has seed `seed + k`, from 0 to 2**38 - 1.
             batch: Images that are drawn at once.
             size: Height and width in pixels, one of the model's sizes. None takes the first.
 
@@ -134,10 +134,10 @@ class Pipeline:
             UserError: For settings out of range, guidance that cannot be applied, or a caption too long for
                 `data.sequence_length`.
         """
-        sampling = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=size)
+        _check_at_least_one(per_prompt=per_prompt, batch=batch)
+        sampling = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=_size(size))
         wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
         self._check_sampling(sampling, wanted)
-        _check_seed(seed)
         return self._draw(wanted, list(range(seed, seed + len(wanted))), sampling, batch)
 
     @torch.no_grad()
@@ -197,7 +197,7 @@ class Pipeline:
             max_tokens: Maximum of text tokens for each image, at least 1.
             temperature: Of the softmax over the next token, at least 0. 0 takes the likeliest token.
             top_p: In (0, 1]. Only the likeliest tokens whose probabilities together reach it are drawn. 1 keeps all.
-            seed: From 0 to 2**38 - 1. The text of image k is drawn from `seed + k`.
+            seed: The text of image k is drawn from `seed + k`, from 0 to 2**38 - 1.
             batch: Images that are captioned at once.
 
         Returns:
@@ -231,7 +231,7 @@ class Pipeline:
         sampler: str = "auto",
         seed: int = 0,
         batch: int = 64,
-        size: Size | None = None,
+        size: tuple[int, int] | None = None,
     ) -> list[list[Part]]:
         """Continue prompts of text and images with text and images.
 
@@ -247,7 +247,7 @@ class Pipeline:
             guidance: As in `sample`.
             steps: As in `sample`.
             sampler: As in `sample`.
-            seed: From 0 to 2**38 - 1. Prompt r draws its text and its first image from `seed + r`.
+            seed: Prompt r draws its text and its first image from `seed + r`, from 0 to 2**38 - 1.
             batch: Prompts that are continued at once.
             size: Of new images, one of the model's sizes. None leaves the choice to the model.
 
@@ -259,14 +259,15 @@ class Pipeline:
             UserError: For settings out of range, images that do not fit the model, or a prompt that fills
                 `data.sequence_length`.
         """
+        _check_at_least_one(max_tokens=max_tokens, batch=batch)
+        if max_images < 0:
+            raise UserError(f"max_images {max_images} must be at least 0")
         text = TextSampling(temperature=temperature, top_p=top_p, seed=seed)
-        image = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=size)
+        image = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=_size(size))
         text_sampling.check(text)
-        if max_images:
+        if max_images or size is not None:
             image_diffusion.check(image, self.config)
-        if max_tokens < 1 or max_images < 0:
-            raise UserError("max_tokens must be at least 1 and max_images at least 0")
-        _check_seed(seed)
+        _check_seeds(seed, len(prompts))
         for prompt in prompts:
             self._check_parts(prompt)
         limits = Limits(tokens=max_tokens, images=max_images, length=self.config.data.sequence_length)
@@ -309,6 +310,7 @@ class Pipeline:
 
     def _check_sampling(self, sampling: ImageSampling, prompts: Sequence[str]) -> None:
         image_diffusion.check(sampling, self.config)
+        _check_seeds(sampling.seed, len(prompts))
         if sampling.guidance != 1 and "" in prompts:
             raise UserError(
                 f"guidance {sampling.guidance} cannot be applied to an empty prompt: there is nothing to"
@@ -335,9 +337,26 @@ class Pipeline:
                 )
 
 
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed <= MAX_SAMPLING_SEED:
-        raise UserError(f"seed {seed} must lie in [0, {MAX_SAMPLING_SEED}]")
+def _size(size: tuple[int, int] | None) -> Size | None:
+    if size is None:
+        return None
+    if len(size) != 2:
+        raise UserError(f"size must be height and width, got {size!r}")
+    return Size(*size)
+
+
+def _check_at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name} {count} must be at least 1")
+
+
+def _check_seeds(seed: int, count: int) -> None:
+    """Of the request's images or rows, numbered from `seed` on."""
+    last = seed + max(count - 1, 0)
+    if not 0 <= seed <= last <= MAX_SAMPLING_SEED:
+        seeds = f"seed {seed}" if last == seed else f"seeds {seed} to {last}"
+        raise UserError(f"{seeds} must lie in [0, {MAX_SAMPLING_SEED}]")
 
 
 def _check_text(text: str) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 import checkpoint
 from transfusion.config import load_config
 
 
+@pytest.mark.slow
 def test_each_mode_is_timed_on_the_same_steps() -> None:
     small = (
         "model.layers=1",

@@ -37,6 +37,7 @@ def test_world_sizes_and_workers(config: Config, truth: Truth) -> None:
     assert tally.global_batches == 9 and tally.states == 3 * (3 + 8 + 2) and tally.kills == 2
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_taken_up_elsewhere(config: Config, truth: Truth, folder: Path) -> None:
     tally = Tally()
     done = exact_batches.killed_processes(config, truth, tally, random.Random(4), folder)

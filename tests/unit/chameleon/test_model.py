@@ -142,6 +142,7 @@ def test_text_has_the_logits_of_a_transfusion_with_the_same_weights(build: Build
     assert one.shape[-1] == config.model.vocabulary + 16
 
 
+@pytest.mark.slow
 def test_it_learns_images_and_captions_by_heart(tokenizer: Any, pack: Any) -> None:
     """Both ways, through the engine and the pipeline: captions drawn as their images, images told as captions."""
     config = Config.model_validate(

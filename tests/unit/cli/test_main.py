@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from transfusion.cli.main import main
 
 ROOT = Path(__file__).parents[3]
 
@@ -21,6 +24,22 @@ def transfusion(*arguments: str, **variables: str) -> subprocess.CompletedProces
         env={**os.environ, **variables},
         timeout=120,
     )
+
+
+@pytest.fixture
+def here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["transfusion", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (int(ended.value.code or 0), *capsys.readouterr())
+
+    return call
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -82,26 +101,25 @@ def test_version() -> None:
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: list[str], words: list[str], tmp_path: Path
+    arguments: list[str], words: list[str], here: Callable[..., tuple[int, str, str]]
 ) -> None:
-    done = transfusion(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("  - ")]
-    assert len(lines) == 1, done.stderr
+    code, _, told = here(*arguments)
+    assert code == 2, told
+    lines = [line for line in told.splitlines() if not line.startswith("  - ")]
+    assert len(lines) == 1, told
     for word in words:
-        assert word in done.stderr
+        assert word in told
     assert not (ROOT / "x").exists()
 
 
 def test_usage_errors_name_the_nearest_command() -> None:
     done = transfusion("trian", "x.yaml")
     assert done.returncode == 2
-    assert "train" in done.stderr
+    assert "train" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_argument_of_deepspeeds_launcher_is_accepted() -> None:
-    assert transfusion("--local_rank=0", "config").returncode == 0
+def test_the_argument_of_deepspeeds_launcher_is_accepted(here: Callable[..., tuple[int, str, str]]) -> None:
+    assert here("--local_rank=0", "config")[0] == 0
 
 
 @pytest.mark.slow
@@ -126,18 +144,20 @@ def test_only_the_first_rank_speaks_of_a_mistake() -> None:
     ],
     ids=" ".join,
 )
-def test_wrong_usage_is_one_line_too(arguments: list[str]) -> None:
-    done = transfusion(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 1 and "--help" in done.stderr
+def test_wrong_usage_is_one_line_too(arguments: list[str], here: Callable[..., tuple[int, str, str]]) -> None:
+    code, printed, told = here(*arguments)
+    assert (code, printed) == (2, "")
+    assert len(told.splitlines()) == 1 and "--help" in told
 
 
-def test_a_patch_of_more_values_than_the_width_is_warned_of() -> None:
+def test_a_patch_of_more_values_than_the_width_is_warned_of(
+    here: Callable[..., tuple[int, str, str]],
+) -> None:
     wide = ["configs/train/own-data.yaml", "model.hidden_size=128", "model.heads=4", "model.patch_size=8"]
-    done = transfusion("config", *wide)
-    assert done.returncode == 0
-    assert done.stderr.startswith("warning: a patch has 192 values (3 channels x model.patch_size 8 squared)")
-    assert "set model.hidden_size=192 or more" in done.stderr and len(done.stderr.splitlines()) == 1
+    code, _, told = here("config", *wide)
+    assert code == 0
+    assert told.startswith("warning: a patch has 192 values (3 channels x model.patch_size 8 squared)")
+    assert "set model.hidden_size=192 or more" in told and len(told.splitlines()) == 1
     for enough in ("model.hidden_size=192", "model.patch_size=4", "model.patch_embed=unet"):
         assert transfusion("config", *wide, enough).stderr == ""
 

@@ -156,6 +156,7 @@ def loss_after_learning(pack: Callable[..., Batch], kind: str) -> float:
     return total
 
 
+@pytest.mark.slow
 def test_an_image_whose_patches_only_their_place_tells_is_learned(pack: Callable[..., Batch]) -> None:
     known = {kind: loss_after_learning(pack, kind) for kind in ("none", "sincos", "learned")}
     # An image of -1 and 1 of which nothing is known has a loss of about 1.

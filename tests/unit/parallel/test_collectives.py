@@ -21,7 +21,7 @@ from transfusion.parallel.collectives import (
 )
 from transfusion.schema import Decision
 
-# Three ranks; "work" fails on the ranks that the test names. Each writes down what it saw.
+# Three ranks. In each case "work" fails on the ranks that it names. Each rank writes down what it saw.
 RANK = """
 import json, sys
 from datetime import timedelta
@@ -29,24 +29,24 @@ from pathlib import Path
 import torch.distributed as dist
 from transfusion.errors import UserError
 from transfusion.parallel.collectives import broadcast_from_main, gather, raise_together
-folder, rank, failing = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+folder, rank, cases = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 dist.init_process_group(
     "gloo", store=dist.FileStore(str(folder / "store"), 3), rank=rank, world_size=3,
     timeout=timedelta(seconds=60),
 )
-def work():
+def work(failing):
     kind = failing.get(str(rank))
     if kind == "disk":
         raise OSError(28, "No space left on device", f"file_{rank}")
     if kind:
         raise UserError(kind)
     return rank
-def tried(call):
+def tried(collective, failing):
     try:
-        return call()
+        return collective(lambda: work(failing))
     except UserError as error:
         return str(error)
-seen = [tried(lambda: raise_together(work)), tried(lambda: broadcast_from_main(work)), gather(rank)]
+seen = [[tried(raise_together, case), tried(broadcast_from_main, case), gather(rank)] for case in cases]
 (folder / f"seen_{rank}.json").write_text(json.dumps(seen))
 # Threads of gloo that outlive it abort the process, now and then.
 dist.destroy_process_group()
@@ -67,25 +67,24 @@ def test_alone_an_error_of_the_system_is_told_with_its_file(tmp_path: Path) -> N
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("failing", "together_sees", "from_main_sees"),
-    [
+def test_the_first_error_of_any_rank_is_raised_on_all(tmp_path: Path) -> None:
+    # What fails on which rank, what `raise_together` then sees on all (none: the rank), and `broadcast_from_main`.
+    cases: list[tuple[dict[str, str], str | None, int | str]] = [
         ({}, None, 0),
         ({"1": "disk"}, "No space left on device (file_1)", 0),
         ({"2": "third", "1": "second"}, "second", 0),
         ({"0": "first"}, "first", "first"),
-    ],
-)
-def test_the_first_error_of_any_rank_is_raised_on_all(
-    tmp_path: Path, failing: dict[str, str], together_sees: str | None, from_main_sees: int | str
-) -> None:
+    ]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    failing = json.dumps([case[0] for case in cases])
     command = [sys.executable, "-c", RANK, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank), json.dumps(failing)], env=variables) for rank in range(3)]
+    ranks = [subprocess.Popen([*command, str(rank), failing], env=variables) for rank in range(3)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0, 0]
     for rank in range(3):
         seen = json.loads((tmp_path / f"seen_{rank}.json").read_text())
-        assert seen == [rank if together_sees is None else together_sees, from_main_sees, [0, 1, 2]]
+        assert seen == [
+            [rank if together is None else together, main, [0, 1, 2]] for _, together, main in cases
+        ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
