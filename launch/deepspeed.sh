@@ -8,6 +8,10 @@ config="$(realpath "$1")"
 shift
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+if [[ -f launch/hostfile && "$config$*" == *"'"* ]]; then
+    # DeepSpeed puts each argument between two of them for the shells of the other machines.
+    fail "an argument holds a ', which does not reach other machines; write that setting into the configuration file"
+fi
 ensure_venv all
 check_config "$config" "$@"
 # The launcher starts `python` and asks for `ninja` by name.

@@ -2,6 +2,8 @@
 # setup.py and constraints.txt. Afterwards "$PYTHON" is the Python of that environment.
 # shellcheck shell=bash
 
+# With it `cd` may go elsewhere, and prints where it went.
+unset CDPATH
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT" || exit 2
 PYTHON="$ROOT/.venv/bin/python"

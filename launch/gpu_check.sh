@@ -19,6 +19,7 @@
 # of its own: DS_BUILD_OPS=0 pip wheel --no-deps deepspeed makes one). PYTHON=... names the Python to use; else it is
 # that of .venv, else python3.
 set -euo pipefail
+unset CDPATH
 
 usage="usage: bash launch/gpu_check.sh [--cpu] [--seconds N] [--only PART,PART...] OUT"
 refuse() { echo "$usage" >&2 && exit 2; }

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,17 @@ TIMEOUT = timedelta(minutes=10)
 # SLURM gives no port; jobs of one machine get different ones from here on.
 SLURM_FIRST_PORT = 20_000
 SLURM_PORTS = 20_000
+# Of mpirun and its like, which give no port either.
+MPI_PORT = "29500"
+# Rank, processes, rank on this machine, processes on this machine: Open MPI, MPICH and Intel MPI, Cray, MVAPICH.
+MPI_VARIABLES = (
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
+    tuple(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+)
+# So long a host's name may take to be known: containers of one job start one after another.
+NAME_SECONDS = 60.0
 # So long the others leave the first process to say what all of them would say, and to end: on a busy machine
 # the end of a process alone can take ten seconds.
 HEAD_START = 30.0
@@ -107,6 +119,8 @@ def join_group(environment: Environment, *, timeout: timedelta = TIMEOUT) -> Non
         options["device_id"] = environment.device
     if environment.world_size == 1:
         options.update(store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        _wait_for_name(os.environ["MASTER_ADDR"])
     try:
         # Beside NCCL a group of the hosts, for what is no work of the GPUs and must not wait for it.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **options)
@@ -118,6 +132,22 @@ def join_group(environment: Environment, *, timeout: timedelta = TIMEOUT) -> Non
             f"process {environment.rank} of {environment.world_size} could not reach the others at {address}"
             f" within {timeout.total_seconds():.0f} s ({reason}); check that all run and the port is free"
         ) from error
+
+
+def _wait_for_name(host: str) -> None:
+    """Return once the host has an address. torch itself would ask for ten minutes."""
+    deadline = time.monotonic() + NAME_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"MASTER_ADDR={host} has no address here ({error.strerror}) after {NAME_SECONDS:.0f} s; give a name"
+                    " or an address of the first machine that all others know"
+                ) from None
+            time.sleep(1.0)
 
 
 def stop() -> None:
@@ -181,12 +211,24 @@ def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def placement(variables: Mapping[str, str]) -> Placement:
-    """Read the variables of torchrun or the deepspeed launcher, else of srun, else assume one process."""
+    """Read the variables of torchrun or the deepspeed launcher, else of mpirun or srun, else assume one process.
+
+    Raises UserError for variables that contradict each other or do not tell enough.
+    """
     if "RANK" in variables or "WORLD_SIZE" in variables:
         return _from_torchrun(variables)
+    # Before srun: in a job of SLURM mpirun starts its own servants with it, whose variables its processes see.
+    for names in MPI_VARIABLES:
+        if all(name in variables for name in names):
+            return _from_mpirun(variables, names)
     # Only srun sets this one; an sbatch script itself also has SLURM_NTASKS but is a single process.
     if int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return _from_slurm(variables)
+    if _integer(variables, "PMI_SIZE", 1) > 1:
+        raise UserError(
+            f"an MPI launcher started {variables['PMI_SIZE']} processes and does not tell which of them share this"
+            " machine; use torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
+        )
     return Placement(0, 0, 1, 1, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
 
 
@@ -201,6 +243,20 @@ def _from_torchrun(variables: Mapping[str, str]) -> Placement:
             if name not in variables:
                 raise UserError(f"WORLD_SIZE={world_size} but {name} is not set; use torchrun, or set it")
     return Placement(rank, local_rank, world_size, local_size, {"LOCAL_RANK": str(local_rank)})
+
+
+def _from_mpirun(variables: Mapping[str, str], names: Sequence[str]) -> Placement:
+    rank, world_size, local_rank, local_size = (_integer(variables, name) for name in names)
+    exported = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size)}
+    if "MASTER_ADDR" not in variables:
+        if local_size < world_size:
+            raise UserError(
+                f"mpirun started {world_size} processes on several machines, and MASTER_ADDR is not set;"
+                " give all of them the first machine's name, as in mpirun -x MASTER_ADDR=HOST"
+            )
+        exported["MASTER_ADDR"] = "127.0.0.1"
+    exported["MASTER_PORT"] = variables.get("MASTER_PORT", MPI_PORT)
+    return Placement(rank, local_rank, world_size, local_size, exported)
 
 
 def _from_slurm(variables: Mapping[str, str]) -> Placement:
@@ -240,9 +296,9 @@ def _tasks_on_node(listing: str, node: int) -> int:
 
 
 def _first_host(listing: str) -> str:
-    """First host of SLURM's listing, such as `node[03-07,9],other`."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", listing)
-    return (match[1] + (match[2] or "")) if match else listing
+    """First host of SLURM's listing, such as `rack[0-1]node[03-07,9]-ib,other`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", listing)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else listing)
 
 
 def find_device(name: torch.device | str) -> torch.device:

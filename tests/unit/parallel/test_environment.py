@@ -75,10 +75,60 @@ def test_tasks_of_a_slurm_node(listing: str, node: int, tasks: int) -> None:
 
 @pytest.mark.parametrize(
     ("listing", "host"),
-    [("a1,a2", "a1"), ("gpu[03-07,9],other", "gpu03"), ("rack2-n[1,4]", "rack2-n1"), ("x", "x")],
+    [
+        ("a1,a2", "a1"),
+        ("gpu[03-07,9],other", "gpu03"),
+        ("rack2-n[1,4]", "rack2-n1"),
+        ("x", "x"),
+        ("rack[0-1]node[0-7]", "rack0node0"),
+        ("node[1-2]-ib,x[3-4]", "node1-ib"),
+        ("r[10,12-13]c[2-3]n[001-064]-opa.cluster", "r10c2n001-opa.cluster"),
+    ],
 )
 def test_first_host_of_slurm_nodes(listing: str, host: str) -> None:
     assert environment._first_host(listing) == host
+
+
+MPIRUN = {
+    "Open MPI": [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")],
+    "MPICH, Intel": ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
+    "Cray": ["PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"],
+    "MVAPICH": [f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")],
+}
+
+
+@pytest.mark.parametrize("names", MPIRUN.values(), ids=MPIRUN)
+def test_mpirun(names: list[str]) -> None:
+    alone = dict(zip(names, ("1", "2", "1", "2"), strict=True))
+    place = placement(alone)
+    assert place[:4] == (1, 1, 2, 2)
+    assert place.variables["MASTER_ADDR"] == "127.0.0.1" and place.variables["MASTER_PORT"] == "29500"
+    several = dict(zip(names, ("5", "8", "1", "4"), strict=True))
+    with pytest.raises(UserError, match="MASTER_ADDR is not set; give all of them the first machine's name"):
+        placement(several)
+    place = placement({**several, "MASTER_ADDR": "head", "MASTER_PORT": "1234"})
+    assert place[:4] == (5, 1, 8, 4)
+    assert "MASTER_ADDR" not in place.variables and place.variables["MASTER_PORT"] == "1234"
+
+
+def test_mpirun_in_a_job_of_slurm_goes_by_its_own_variables() -> None:
+    inside = dict(zip(MPIRUN["Open MPI"], ("3", "4", "3", "4"), strict=True))
+    assert placement({**SRUN, **inside})[:4] == (3, 3, 4, 4)
+    # srun --mpi=pmi2 sets these two besides its own.
+    assert placement({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "7"})[:4] == (5, 1, 7, 3)
+
+
+def test_an_mpi_launcher_that_tells_too_little_is_refused() -> None:
+    with pytest.raises(UserError, match="does not tell which of them share this machine; use torchrun"):
+        placement({"PMI_RANK": "0", "PMI_SIZE": "2"})
+    assert placement({"PMI_RANK": "0", "PMI_SIZE": "1"})[:4] == (0, 0, 1, 1)
+
+
+def test_a_name_without_an_address_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "NAME_SECONDS", 0.0)
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    with pytest.raises(UserError, match=r"MASTER_ADDR=no-such-host\.invalid has no address here"):
+        environment.join_group(Environment(1, 1, 2, torch.device("cpu"), 1))
 
 
 @pytest.mark.parametrize(
