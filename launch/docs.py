@@ -38,6 +38,10 @@ The first command checks a configuration and prints all of it. The second change
 - A file holds sections, and each section holds keys. What a file does not say has the default below.
 - `base: FILE` at the top of a file takes the values of another file first. The path is relative to the file.
 - `section.key=value` on the command line wins over the file. The value is read as YAML.
+- Plain values are those of YAML 1.2, so `1e-4` is a number. A key that stands twice in a section, and a number that
+  versions of YAML read differently (`010`, `2:30`), are mistakes.
+- `~` at the beginning of a path is the home folder.
+- A file or folder that exists is what it is called. Other brackets, braces and stars in `shards` are patterns.
 - Entries of a list are numbered from 0, as in `data.sources.0.weight=2`. The tables write `N` for the number.
 - Entries of `data.validation` take the keys of `data.sources`.
 - A wrong key or value ends the command with exit code 2. All mistakes are listed at once.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -50,7 +52,11 @@ def main() -> NoReturn:
 
 
 def _run() -> int:
-    arguments = environment.without_launcher_arguments(sys.argv[1:])
+    # No shell puts the home folder in place of a ~ behind `--out=`.
+    arguments = [
+        re.sub(r"^(--[a-z-]+=)(~.*)$", lambda found: found[1] + os.path.expanduser(found[2]), argument)
+        for argument in environment.without_launcher_arguments(sys.argv[1:])
+    ]
     try:
         code = app(arguments, prog_name="transfusion", standalone_mode=False)
     except UserError as error:

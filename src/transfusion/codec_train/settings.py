@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from transfusion.config import RunConfig, Section
-from transfusion.config.sections import PROBLEM_SEPARATOR, Decay, NonNegativeInt, PositiveFloat
+from transfusion.config.sections import (
+    PROBLEM_SEPARATOR,
+    Decay,
+    FilePath,
+    NonNegativeInt,
+    PositiveFloat,
+    ShardPaths,
+)
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -39,8 +46,8 @@ class NetworkConfig(Section):
 
 
 class ImagesConfig(Section):
-    shards: str | list[str] = Field("", description="globs or brace ranges of .tar shards with images")
-    validation: str | list[str] = Field(
+    shards: ShardPaths = Field("", description="globs or brace ranges of .tar shards with images")
+    validation: ShardPaths = Field(
         "", description="shards for validation; empty: the first 64 images of shards"
     )
     channels: Literal[1, 3] = Field(3, description="1: grey images, 3: colour")
@@ -58,14 +65,14 @@ class LossConfig(Section):
         "random",
         description="vgg16: from perceptual_weights; random: a fixed random network; none: no such loss",
     )
-    perceptual_weights: str = Field(
+    perceptual_weights: FilePath = Field(
         "", description="state dict of torchvision's VGG16, for LPIPS with its lin layers"
     )
     identity: Weight = Field(0.2, description="weight of the identity loss, a distance between features")
     identity_features: Literal["resnet50", "random", "none"] = Field(
         "none", description="resnet50: from identity_weights, in the paper those of MoCo v2"
     )
-    identity_weights: str = Field("", description="state dict of a ResNet-50, from torchvision or MoCo")
+    identity_weights: FilePath = Field("", description="state dict of a ResNet-50, from torchvision or MoCo")
     adversarial: Weight = Field(0.5, description="weight of the patch discriminator")
     adversarial_from: NonNegativeInt = Field(50_000, description="first step with the discriminator")
     adaptive: bool = Field(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -116,6 +117,7 @@ def completed(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     folder, kind = values.get("folder"), values.get("kind", "pixels")
     if kind not in KINDS.values() or not isinstance(folder, str) or not folder:
         return values
+    folder = os.path.expanduser(folder)
     try:
         facts = read_facts(folder)
     except UserError as error:

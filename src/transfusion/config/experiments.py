@@ -26,7 +26,7 @@ from typing import Any
 
 from transfusion.config.checking import load_values
 from transfusion.config.config import Config
-from transfusion.config.yaml_files import put, read_all, read_yaml
+from transfusion.config.yaml_files import beside, put, read_all, read_yaml
 from transfusion.errors import UserError
 
 SEPARATOR = "#"
@@ -162,7 +162,7 @@ def _cell(
         name=name,
         values={axis: str(choice) for axis, choice in chosen.items()},
         place=place,
-        bases=tuple(path.parent / base for base in bases),
+        bases=tuple(beside(path, base) for base in bases),
         overrides=overrides,
         flops=None if flops is None else float(flops),
     )

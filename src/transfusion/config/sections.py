@@ -5,9 +5,12 @@ Plain values only. Nothing here builds anything. Each field's description is its
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -53,13 +56,42 @@ def _as_sizes(value: Any, info: ValidationInfo) -> Any:
     return values
 
 
+def _at_home(value: str | list[str]) -> str | list[str]:
+    """With the home folder in place of ~, which no shell opens behind `key=` or in a file."""
+    return os.path.expanduser(value) if isinstance(value, str) else list(map(os.path.expanduser, value))
+
+
+FilePath = Annotated[str, AfterValidator(_at_home)]
+ShardPaths = Annotated[str | list[str], AfterValidator(_at_home)]
 Sizes = Annotated[tuple[str, ...], BeforeValidator(_as_sizes)]
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The plain types that an annotation allows, those of entries included."""
+    arguments = get_args(annotation)
+    if not arguments:
+        yield annotation
+    for argument in arguments:
+        yield from _kinds(argument)
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = list(_kinds(cls.model_fields[info.field_name or ""].annotation))
+        values = value if isinstance(value, list | tuple) else [value]
+        if (
+            bool not in kinds
+            and (int in kinds or float in kinds)
+            and any(isinstance(v, bool) for v in values)
+        ):
+            raise ValueError(f"{info.field_name} must be a number, got {value!r}")
+        return value
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to config.yaml and config.json: no credentials."""
@@ -68,7 +100,7 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     name: str = Field("run", description="name of the run, shown in reports")
-    dir: str = Field("", description="folder of the run; empty: runs/<name>")
+    dir: FilePath = Field("", description="folder of the run; empty: runs/<name>")
     seed: Seed = Field(0, description="one seed for weights, data order, noise and caption dropout")
 
     @property
@@ -203,7 +235,7 @@ class CodecConfig(Section):
         (),
         description="several HEIGHTxWIDTH, in place of image_size. Each image gets that of the nearest aspect ratio",
     )
-    folder: str = Field(
+    folder: FilePath = Field(
         "", description="folder of the autoencoder, in the layout of diffusers, not for pixels"
     )
     latent_channels: NonNegativeInt = Field(
@@ -381,7 +413,7 @@ class SourceConfig(Section):
     """One stream of documents."""
 
     name: str = Field(description="name in logs and counters")
-    shards: str | list[str] = Field(
+    shards: ShardPaths = Field(
         description="globs or brace ranges of .tar shards or of .jsonl files of text, or URLs with brace ranges"
     )
     shuffle_window: PositiveInt = Field(
@@ -423,7 +455,7 @@ class SourceConfig(Section):
 class CacheConfig(Section):
     """Copies of the shards that sources name by URL. Without such a source nothing is downloaded or written."""
 
-    folder: str = Field(
+    folder: FilePath = Field(
         "",
         description="folder of the copies, on a local disk if possible; empty: cache/ in the run folder",
     )
@@ -439,8 +471,8 @@ class CacheConfig(Section):
 class DataConfig(Section):
     sources: list[SourceConfig] = Field(default_factory=list, description="what to train on")
     validation: list[SourceConfig] = Field(default_factory=list, description="what to evaluate on")
-    tokenizer: str = Field("", description="sentencepiece model file")
-    index: str = Field(
+    tokenizer: FilePath = Field("", description="sentencepiece model file")
+    index: FilePath = Field(
         "",
         description="folder of `transfusion data index`; empty: an index beside each shard, or in the run folder",
     )
@@ -506,7 +538,7 @@ class ZeroConfig(Section):
     offload_parameters: Literal["none", "cpu", "nvme"] = Field(
         "none", description="where weights are kept between uses, stage 3 only"
     )
-    nvme_path: str = Field("", description="folder on a local disk for what is offloaded to nvme")
+    nvme_path: FilePath = Field("", description="folder on a local disk for what is offloaded to nvme")
 
     @model_validator(mode="after")
     def _stage_can(self) -> ZeroConfig:
@@ -547,7 +579,7 @@ class TrainConfig(Section):
     threads: NonNegativeInt = Field(
         0, description="CPU threads per process; 0: cores divided by local processes"
     )
-    init_from: str = Field(
+    init_from: FilePath = Field(
         "", description="folder of a Hugging Face Llama whose weights a new run starts from; empty: none"
     )
     stall_seconds: NonNegativeFloat = Field(

@@ -1,8 +1,13 @@
-"""YAML files with bases, dotted overrides over them, and the same the other way: a configuration as YAML."""
+"""YAML files with bases, dotted overrides over them, and the same the other way: a configuration as YAML.
+
+A plain value is what YAML 1.2 takes it for, so that 1e-4 is a number and `no` a text.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,80 @@ from transfusion.config.sections import Section
 from transfusion.errors import UserError
 from transfusion.urls import redacted_text
 
+_TAG = "tag:yaml.org,2002:"
+_FORMS = {
+    # Numbers that the versions of YAML read differently: 010, 0b1, 2:30.
+    "doubtful": r"[-+]?0[0-9_]+|0o[0-7]+|[-+]?0b[01_]+|[-+]?[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9]*)?",
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "merge": r"<<",
+}
+# In PyYAML's form. None: whatever the first letter.
+_RESOLVERS: dict[Any, Any] = {
+    None: [(_TAG + name, re.compile(rf"(?:{form})\Z")) for name, form in _FORMS.items()]
+}
+
+
+class _Misread(yaml.MarkedYAMLError):
+    """YAML that says one thing and means another."""
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        line_by_key: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in line_by_key:
+                first = line_by_key[key.value]
+                raise _Misread(
+                    problem=f"{key.value} stands here a second time, first in line {first}; join both",
+                    problem_mark=key.start_mark,
+                )
+            line_by_key[key.value] = key.start_mark.line + 1
+        return node
+
+    def refuse_number(self, node: yaml.ScalarNode) -> None:
+        raise _Misread(
+            problem=f"{node.value} is read as different numbers by versions of YAML; write it in decimal digits,"
+            f' or for text "{node.value}"',
+            problem_mark=node.start_mark,
+        )
+
+
+_Loader.add_constructor(_TAG + "doubtful", _Loader.refuse_number)
+
+
+class _Dumper(yaml.SafeDumper):
+    # Quotes text that either version of YAML takes for something else.
+    yaml_implicit_resolvers = yaml.SafeDumper.yaml_implicit_resolvers | _RESOLVERS
+
+
+def parse(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises ValueError for what is no YAML, has a key twice in one section, or a number that versions of YAML read
+    differently.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(_told(error)) from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def _told(error: yaml.YAMLError) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}: {problem}"
+
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a YAML file over those of its `base`. Raises UserError for one that cannot be read."""
@@ -22,9 +101,14 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     values = read_yaml(path)
     bases = values.pop("base", [])
     names = [bases] if isinstance(bases, str) else bases
-    merged = read_all([path.parent / base for base in names], (*seen, path.resolve()))
+    merged = read_all([beside(path, base) for base in names], (*seen, path.resolve()))
     _merge(merged, values)
     return merged
+
+
+def beside(path: Path, name: str) -> Path:
+    """The file that a configuration file names: relative to itself, ~ being the home folder."""
+    return path.parent / os.path.expanduser(name)
 
 
 def read_all(paths: Sequence[Path], seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -38,13 +122,13 @@ def read_all(paths: Sequence[Path], seen: tuple[Path, ...] = ()) -> dict[str, An
 def read_yaml(path: Path) -> dict[str, Any]:
     """The values of one YAML file as they stand there. Raises UserError for one that cannot be read."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = parse(path.read_text(encoding="utf-8-sig")) or {}
     except OSError as error:
         raise UserError(
             f"cannot read config {path}: {error.strerror}; configs/train holds the ready ones"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {redacted_text(' '.join(str(error).split()))}") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {redacted_text(str(error))}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections such as `model:`, not a {type(values).__name__}")
     return values
@@ -84,15 +168,28 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             problems.append(f"{override!r} is not an override; write section.key=value")
             continue
         try:
-            put(values, key.lstrip("-"), yaml.safe_load(text) if text else "")
-        except (yaml.YAMLError, TypeError) as error:
-            problems.append(f"{override!r} cannot be read: {str(error).splitlines()[0]}")
+            put(values, key.lstrip("-"), _value(text))
+        except (ValueError, TypeError) as error:
+            problems.append(f"{override!r} cannot be read: {str(error).removeprefix('line 1: ')}")
     return problems
+
+
+def _value(text: str) -> Any:
+    """What an override sets. Raises ValueError as `parse`, and where a part of the text would be left out."""
+    if not text:
+        return ""
+    value = parse(text)
+    node = yaml.compose(text, _Loader)
+    if text[node.end_mark.index if node else 0 :].strip():
+        raise ValueError("what follows # is a comment; write the value in quotes")
+    return value
 
 
 def dump(config: Section, path: Path) -> None:
     """Write the resolved configuration as YAML."""
-    path.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(
+        yaml.dump(config.as_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
 
 
 def explain(config: BaseModel) -> str:
@@ -109,5 +206,6 @@ def _commented(section: BaseModel, depth: int) -> Iterator[str]:
             yield from _commented(value, depth + 1)
             continue
         plain = section.model_dump(mode="json")[name]
-        text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+        text = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10_000)
+        text = text.removesuffix("...\n").strip()
         yield f"{indent}{name}: {text}" + (f"  # {field.description}" if field.description else "")

@@ -70,3 +70,25 @@ def test_a_missing_shard_is_named_with_what_stands_nearby(tmp_path: Path) -> Non
         expand(f"{tmp_path}/{{00000..00002.tar")
     with pytest.raises(UserError, match="no shards"):
         expand([])
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["set [v1]", "[ab]/deep", "what?", "a*b", "{1,2}", "{open", "back\\slash", "{00..02} [x]", "[!a]"],
+)
+@pytest.mark.parametrize("file", ["00000.tar", "[0].tar", "{0,1}.tar", "0{.tar"])
+def test_what_exists_is_what_it_is_called(tmp_path: Path, folder: str, file: str) -> None:
+    place = tmp_path / folder
+    place.mkdir(parents=True)
+    (place / file).write_bytes(b"")
+    (place / "00001.tar").write_bytes(b"")
+    assert expand(f"{place}/{file}") == [place / file]
+    assert expand(f"{place}/0000*.tar")[-1] == place / "00001.tar"
+    assert expand(f"{place}/0000{{1..1}}.tar") == [place / "00001.tar"]
+    assert sorted(expand(f"{tmp_path}/**/*.tar")) == sorted([place / file, place / "00001.tar"])
+
+
+def test_the_home_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.tar").write_bytes(b"")
+    assert expand("~/*.tar") == [tmp_path / "a.tar"]

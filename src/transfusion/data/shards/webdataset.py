@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,14 +134,17 @@ def _addresses(spec: str) -> list[str]:
 
 
 def _expand_one(spec: str) -> list[Path]:
+    # What exists is what it is called, braces and brackets in its name included.
+    known = spec = os.path.expanduser(spec)
+    while known and not os.path.lexists(known):
+        known = os.path.dirname(known)
     paths: list[Path] = []
-    for name in [spec] if Path(spec).is_file() else _brace_ranges(spec):
-        if Path(name).is_file():
-            paths.append(Path(name))
-            continue
-        matches = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
+    for rest in _brace_ranges(spec[len(known) :]):
+        name = Path(known + rest)
+        found = sorted(glob.glob(glob.escape(known) + rest, recursive=True))
+        matches = [Path(match) for match in found if Path(match).is_file()]
         if not matches:
-            raise UserError(f"no shard {name}; {_nearby(Path(name))}")
+            raise UserError(f"no shard {name}; {_nearby(name)}")
         paths += matches
     return paths
 
