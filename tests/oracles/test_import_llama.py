@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from transfusion.checkpoint.llama import start_from_llama
@@ -163,7 +165,118 @@ def test_files_that_are_missing_or_torn_are_named(tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(whole[:-8])
     with pytest.raises(UserError, match=name):
         started(tmp_path, config_of())
+    (tmp_path / name).write_bytes(whole)
     del index["weight_map"]["model.norm.weight"]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"model\.norm\.weight is in none of its files"):
+    with pytest.raises(UserError, match=r"index\.json does not fit: model\.norm\.weight"):
         started(tmp_path, config_of())
+
+
+def single_file(folder: Path) -> dict[str, torch.Tensor]:
+    """A Llama saved whole, and its tensors."""
+    save_llama(folder / "parts")
+    folder.joinpath("one").mkdir()
+    tensors = {}
+    for part in sorted((folder / "parts").glob("*.safetensors")):
+        tensors |= load_file(part)
+    shutil.copy(folder / "parts" / "config.json", folder / "one")
+    save_file(tensors, folder / "one" / "model.safetensors")
+    return tensors
+
+
+def test_tensors_without_a_place_are_refused_by_name(tmp_path: Path) -> None:
+    tensors, file = single_file(tmp_path), tmp_path / "one" / "model.safetensors"
+    query = "model.layers.1.self_attn.q_proj"
+    for name, values in {
+        f"{query}.bias": torch.ones(32),
+        f"{query}.weight_scale": torch.ones(1),
+        f"{query}.lora_A.weight": torch.ones(4, 32),
+        "model.layers.0.self_attn.k_norm.weight": torch.ones(8),
+        "model.layers.2.input_layernorm.weight": torch.ones(32),
+        "score.weight": torch.ones(2, 32),
+    }.items():
+        save_file({**tensors, name: values}, file)
+        with pytest.raises(UserError, match=f"this network has no place for {name}"):
+            started(tmp_path / "one", config_of())
+    # What a Llama computes anew is passed over, as transformers does.
+    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
+    started(tmp_path / "one", config_of())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_numbers_that_need_a_scale_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = single_file(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(dtype)}, tmp_path / "one" / "model.safetensors")
+    with pytest.raises(UserError, match=f"{name} is stored as .* take the weights that are not quantised"):
+        started(tmp_path / "one", config_of())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+            "partial",
+        ),
+        ({"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"factor": 2.0}}, "is scaled"),
+        (
+            {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "is scaled",
+        ),
+        ({"vocab_size": 7}, "says vocab_size=7"),
+    ],
+)
+def test_settings_that_change_the_numbers_are_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    save_llama(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(UserError, match=words):
+        started(tmp_path, config_of())
+
+
+def test_settings_that_change_nothing_are_passed_over(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    harmless = {
+        "unsloth_fixed": True, "_attn_implementation_autoset": True, "auto_map": {}, "pretraining_tp": 2,
+        "attention_dropout": 0.1, "partial_rotary_factor": 1.0, "sliding_window": None, "transformers_version": "9",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings | harmless))
+    started(tmp_path, config_of())
+
+
+def test_two_truths_in_one_folder_are_refused(tmp_path: Path) -> None:
+    tensors = single_file(tmp_path)
+    save_file(tensors, tmp_path / "parts" / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"it holds model\.safetensors beside model-00001-of-.*only one of them"
+    ):
+        started(tmp_path / "parts", config_of())
+
+
+def test_a_tied_head_that_is_stored_apart_must_be_the_embedding(tmp_path: Path) -> None:
+    """transformers 4 takes the embedding, 5 the stored head."""
+    tensors, file = single_file(tmp_path), tmp_path / "one" / "model.safetensors"
+    settings = json.loads((tmp_path / "one" / "config.json").read_text())
+    (tmp_path / "one" / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    with pytest.raises(UserError, match=r"tie_word_embeddings=true, and lm_head\.weight is stored apart"):
+        started(tmp_path / "one", config_of())
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, file)
+    head = started(tmp_path / "one", config_of()).masters["lm_head.weight"][:VOCABULARY]
+    assert torch.equal(head, embedding.float())
+
+
+def test_a_head_that_is_missing_is_not_taken_for_a_tied_one(tmp_path: Path) -> None:
+    tensors = single_file(tmp_path)
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "one" / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head\.weight is in none of its files"):
+        started(tmp_path / "one", config_of())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from transfusion.checkpoint.llama_vocabulary import pieces_of_folder
 from transfusion.config import Config, ModelConfig
+from transfusion.config.weights_folder import StoredTensor, stored_tensors, weight_files
 from transfusion.errors import UserError
 from transfusion.parallel.collectives import raise_together
 from transfusion.parallel.engine import Engine
@@ -28,8 +29,9 @@ from transfusion.sequence.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+STEM = "model"
+# Of the embedding, compared at once.
+_ROWS = 4096
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY = ("embedding.weight", "lm_head.weight")
 # Ours -> theirs; rotary pairs are the same, (i, i + E/2).
@@ -45,6 +47,27 @@ IN_BLOCK = {
     "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj",
 }
+# Settings of transformers' Llamas. Those that change numbers are compared, the others are of training, of generation
+# or of how files are stored.
+# fmt: off
+LLAMA_KEYS = {
+    "attention_bias", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_act",
+    "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings", "mlp_bias",
+    "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pad_token_id",
+    "partial_rotary_factor", "pretraining_tp", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    "tie_word_embeddings", "torch_dtype", "use_cache", "vocab_size",
+    "add_cross_attention", "architectures", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
+    "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_decoder", "is_encoder_decoder", "label2id",
+    "length_penalty", "max_length", "max_sequence_length", "min_length", "model_max_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_scores", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torchscript", "typical_p",
+    "use_bfloat16",
+}
+# fmt: on
 
 
 def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None:
@@ -72,37 +95,69 @@ class Llama:
         self.folder = folder
         self.settings = _read_json(folder / CONFIG)
         _refuse_other_network(folder, self.settings, config.model)
-        index = folder / INDEX
-        if index.exists():
-            self.files: dict[str, str] = _read_json(index).get("weight_map", {})
-        else:
-            with _opened(folder / SINGLE) as single:
-                self.files = dict.fromkeys(single.keys(), SINGLE)
-        self.tied = HEAD not in self.files
-        self._open: dict[str, Any] = {}
-        names = (_their_name(name, self.tied) for name in _our_names(config.model))
-        if missing := sorted({name for name in names if name} - self.files.keys()):
+        self.tied = bool(self.settings.get("tie_word_embeddings"))
+        try:
+            self.tensors = stored_tensors(weight_files(folder, STEM), STEM)
+        except (OSError, ValueError) as error:
+            raise UserError(f"train.init_from: {folder}: {error}") from None
+        self._open: dict[Path, Any] = {}
+        wanted = {_their_name(name, self.tied) for name in _our_names(config.model)}
+        _refuse_other_tensors(folder, self.tensors, {name for name in wanted if name}, self.settings)
+        if self.tied and HEAD in self.tensors and not self._head_is_embedding():
             raise UserError(
-                f"{folder} is not a Llama: {missing[0]} is in none of its files ({len(missing)} missing)"
+                f"{folder}: {CONFIG} says tie_word_embeddings=true, and {HEAD} is stored apart and differs from"
+                f" {EMBEDDING}; set it to false there, or remove the tensor"
             )
 
     def shape(self, name: str) -> list[int]:
         """Shape of one of their tensors."""
-        return list(self._slice(name).get_shape())
+        return list(self.tensors[name].shape)
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
         """Rows [start, end) of one of their tensors, or elements of a vector; fp32 on the CPU."""
         rows: Tensor = self._slice(name)[start:end]
         return rows.float()
 
+    def _head_is_embedding(self) -> bool:
+        rows = self.tensors[EMBEDDING].shape[0]
+        parts = [(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
+        return self.tensors[HEAD].shape == self.tensors[EMBEDDING].shape and all(
+            torch.equal(self.rows(HEAD, *part), self.rows(EMBEDDING, *part)) for part in parts
+        )
+
     def _slice(self, name: str) -> Any:
-        file = self.files[name]
+        file = self.tensors[name].file
         try:
             if file not in self._open:
-                self._open[file] = _opened(self.folder / file)
+                self._open[file] = safe_open(str(file), framework="pt")
             return self._open[file].get_slice(name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder / file} cannot be read: {error}") from None
+            raise UserError(f"{file} cannot be read: {error}") from None
+
+
+def _refuse_other_tensors(
+    folder: Path, tensors: Mapping[str, StoredTensor], wanted: set[str], settings: dict[str, Any]
+) -> None:
+    """Raise UserError unless the files hold what is wanted, and beside it only what a Llama computes anew."""
+    if missing := sorted(wanted - tensors.keys()):
+        raise UserError(
+            f"{folder} is not a Llama: {missing[0]} is in none of its files ({len(missing)} missing)"
+        )
+    # A tied head may be stored too.
+    left = [
+        name for name in tensors if name not in wanted | {HEAD} and not name.endswith(".rotary_emb.inv_freq")
+    ]
+    if left:
+        raise UserError(
+            f"cannot start from the Llama in {folder}: this network has no place for {min(left)}"
+            f" ({len(left)} such tensors)"
+        )
+    rows = tensors[EMBEDDING].shape[0]
+    if settings.get("vocab_size", rows) != rows:
+        raise UserError(
+            f"{folder}: {EMBEDDING} has {rows} rows, and {CONFIG} says vocab_size={settings['vocab_size']};"
+            " copy both from one model"
+        )
 
 
 class _Setting(NamedTuple):
@@ -120,8 +175,12 @@ def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelCo
         problems.append(f"its model_type is {settings.get('model_type')!r}, and only 'llama' can be read")
     # Up to transformers 4 under names of its own, from 5 on together.
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
+    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    if not plain or rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
         problems.append(f"its rotary embedding is scaled ({rope}), and this network's is not")
+    if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor") or 1) != 1:
+        problems.append("its partial_rotary_factor is not 1, and this network rotates all dimensions")
+    problems += _unknown(settings)
     for key in ("attention_bias", "mlp_bias"):
         if settings.get(key):
             problems.append(f"it has {key}, and this network has no biases there")
@@ -146,6 +205,18 @@ def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelCo
         problems.append("its network has other dimensions: set " + " ".join(different))
     if problems:
         raise UserError(f"cannot start from the Llama in {folder}: " + "; ".join(problems))
+
+
+def _unknown(settings: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with settings that a Llama does not have: they may change what it computes."""
+    for key, value in settings.items():
+        if (
+            value
+            and not isinstance(value, str)
+            and not key.startswith(("_", "unsloth_"))
+            and key not in LLAMA_KEYS
+        ):
+            yield f"its {CONFIG} has {key}, which a Llama does not; remove it there if it changes nothing"
 
 
 def _compared(settings: dict[str, Any], rope: dict[str, Any], model: ModelConfig) -> Iterator[_Setting]:
@@ -253,12 +324,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"train.init_from: {path} holds no settings")
     return values
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(str(path), framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"train.init_from: {path} cannot be read ({error}); copy it again, or convert the weights to safetensors"
-        ) from None

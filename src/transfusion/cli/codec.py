@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -94,13 +94,12 @@ def report(
 def fetch(
     name: Annotated[str, typer.Argument(help="name on the hub, such as OWNER/MODEL, or a folder")],
     out: Annotated[Path, typer.Option(help="folder to write")],
-    kind: Annotated[Literal["kl", "vq"], typer.Option(help="kl: AutoencoderKL, vq: VQModel")] = "kl",
     subfolder: Annotated[str, typer.Option(help="subfolder that holds the autoencoder, often vae")] = "",
 ) -> None:
     """Download a published autoencoder. All other commands read one from a folder."""
     from transfusion.codec.networks import fetch_network
 
-    fetch_network(name, kind, out, subfolder=subfolder)
+    fetch_network(name, out, subfolder=subfolder)
     typer.echo(out)
 
 

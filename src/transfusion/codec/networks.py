@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from transfusion.config.codec_folder import read_facts
+from transfusion.config.codec_folder import CONFIG, INDEX, STEM, WEIGHTS, read_facts, weight_files
+from transfusion.config.weights_folder import stored_tensors
 from transfusion.errors import UserError
+from transfusion.files import remove_leftover, replace_folder, unfinished_path
 
 # Classes of diffusers, whose types are not read here.
 Network = Any
@@ -38,11 +42,12 @@ def _network_class(kind: Literal["kl", "vq"]) -> Any:
 def load_network(folder: str | Path) -> Network:
     """The network of an autoencoder's folder, fp32, frozen, on the CPU.
 
-    Raises UserError where a weight is missing, has another shape or belongs to nothing: diffusers alone would fill
-    it in at random.
+    Raises UserError where a weight is missing, has another shape or type or belongs to nothing, and for settings that
+    this diffusers does not know: it would fill in weights at random, and pass over settings.
     """
     facts = read_facts(folder)
     kind = _network_class(facts.kind)
+    _refuse_unknown(Path(folder), kind)
     try:
         with _quiet():
             network, told = kind.from_pretrained(
@@ -65,6 +70,23 @@ def load_network(folder: str | Path) -> Network:
             )
     frozen: Network = network.eval().requires_grad_(False)
     return frozen
+
+
+def _refuse_unknown(folder: Path, kind: Any) -> None:
+    """Raise UserError for settings and types of numbers that diffusers would pass over."""
+    import diffusers
+
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    known = inspect.signature(kind.__init__).parameters
+    if unknown := sorted(name for name in settings if name not in known and not name.startswith("_")):
+        raise UserError(
+            f"codec.folder {folder}: {unknown[0]} in {CONFIG} is no setting of {kind.__name__} in diffusers"
+            f" {diffusers.__version__}; remove it there if it changes nothing, or update diffusers"
+        )
+    try:
+        stored_tensors(weight_files(folder), STEM)
+    except ValueError as error:
+        raise UserError(f"codec.folder {folder}: {error}") from None
 
 
 def new_network(
@@ -109,20 +131,37 @@ def save_network(network: Network, folder: Path, **statistics: Any) -> None:
         network.save_pretrained(str(folder), safe_serialization=True)
 
 
-def fetch_network(name: str, kind: Literal["kl", "vq"], folder: Path, *, subfolder: str = "") -> None:
+def fetch_network(name: str, folder: Path, *, subfolder: str = "") -> None:
     """Download a published network from the hub, or take a local folder, and write it as a folder of our own.
 
-    Raises UserError.
+    Raises UserError as `load_network`, where nothing can be downloaded, and where `folder` exists.
     """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists; name another folder, or remove it")
+    published = Path(name) / subfolder
+    if not published.is_dir():
+        published = _downloaded(name, subfolder)
+    network = load_network(published)
+    unfinished = unfinished_path(folder)
     try:
-        network = _network_class(kind).from_pretrained(
-            name, subfolder=subfolder or None, use_safetensors=True, low_cpu_mem_usage=False
-        )
+        save_network(network, unfinished)
+        replace_folder(unfinished, folder)
+    finally:
+        remove_leftover(unfinished)
+
+
+def _downloaded(name: str, subfolder: str) -> Path:
+    """The folder of a published network in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    files = (CONFIG, WEIGHTS, INDEX, f"{STEM}-*-of-*.safetensors")
+    try:
+        root = snapshot_download(name, allow_patterns=[str(Path(subfolder) / file) for file in files])
     except Exception as error:
-        # The hub's client, diffusers and safetensors have errors of their own.
+        # The hub's client and what is below it have errors of their own.
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{name} cannot be fetched: {reason}") from None
-    save_network(network, folder)
+    return Path(root) / subfolder
 
 
 @contextlib.contextmanager

@@ -11,12 +11,13 @@ import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from transfusion.config import weights_folder
 from transfusion.errors import UserError
 from transfusion.files import FINGERPRINT_BYTES, digest, file_digest
 
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
+STEM = "diffusion_pytorch_model"
+WEIGHTS, INDEX = f"{STEM}.safetensors", weights_folder.index_name(STEM)
 KINDS: dict[str, Literal["kl", "vq"]] = {"AutoencoderKL": "kl", "VQModel": "vq"}
 
 # Of published networks that were never measured.
@@ -79,22 +80,13 @@ def trained_size(folder: str | Path) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the network. Raises UserError for one that is missing."""
-    names = [WEIGHTS]
-    if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            names = sorted(set(index["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError):
-            raise UserError(f"codec.folder {folder}: {INDEX} cannot be read; copy the folder again") from None
-    for name in names:
-        if not (folder / name).is_file():
-            pickled = ", and pickles are not loaded" if any(folder.glob("*.bin")) else ""
-            raise UserError(
-                f"codec.folder {folder}: {name} is missing{pickled}; copy the folder again, or write it with"
-                " `transfusion codec fetch`"
-            )
-    return [folder / name for name in names]
+    """The safetensors files of the network. Raises UserError where one is missing, or two truths stand there."""
+    try:
+        return weights_folder.weight_files(folder, STEM)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"codec.folder {folder}: {error}, or write it with `transfusion codec fetch`"
+        ) from None
 
 
 def folder_files(folder: str | Path) -> list[Path]:

@@ -132,7 +132,7 @@ def test_weights_are_all_there_or_none(
     with pytest.raises(UserError, match=r"has mismatched weights: quant_conv\.bias|cannot be loaded"):
         open_codec(settings(folder))
     (folder / WEIGHTS).write_bytes(b"torn")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be read"):
         open_codec(settings(folder))
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors is missing, and pickles are not loaded"):
@@ -167,9 +167,9 @@ def test_fetch_writes_a_folder_of_our_own(
 
     (tmp_path / "published").mkdir()
     shutil.copytree(kl_folder, tmp_path / "published" / "vae")
-    fetch_network(str(tmp_path / "published"), "kl", tmp_path / "mine", subfolder="vae")
+    fetch_network(str(tmp_path / "published"), tmp_path / "mine", subfolder="vae")
     mine = open_codec(settings(tmp_path / "mine")).encode(images)
     assert torch.equal(mine, open_codec(settings(kl_folder)).encode(images))
     with pytest.raises(UserError, match="nowhere cannot be fetched"):
-        fetch_network(str(tmp_path / "nowhere"), "kl", tmp_path / "other")
+        fetch_network(str(tmp_path / "nowhere"), tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -122,8 +122,6 @@ def test_the_commands_take_what_they_say(
     run(
         "fetch",
         vq_folder.parent,
-        "--kind",
-        "vq",
         "--subfolder",
         vq_folder.name,
         "--out",
