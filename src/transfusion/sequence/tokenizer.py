@@ -62,10 +62,11 @@ class Tokenizer:
         if _SPACE_MARK not in text:
             ids: list[int] = self._processor.encode(text)
             return ids
-        parts = [self._processor.encode(part) for part in text.split(_SPACE_MARK)]
-        joined = parts[0]
-        for part in parts[1:]:
-            joined = joined + self._space_mark_ids + part
+        first, *parts = self._processor.encode(text.split(_SPACE_MARK))
+        joined: list[int] = list(first)
+        for part in parts:
+            joined += self._space_mark_ids
+            joined += part
         return joined
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
@@ -163,12 +164,14 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
     """Pieces of the texts short enough for the trainer, cut after blank lines or line ends."""
     for text in texts:
         for paragraph in re.split(r"(?<=\n\n)", text):
-            while len(paragraph) > _LONGEST_SENTENCE:
-                cut = paragraph.rfind("\n", 1, _LONGEST_SENTENCE) + 1 or _LONGEST_SENTENCE
-                yield paragraph[:cut]
-                paragraph = paragraph[cut:]
-            if paragraph:
-                yield paragraph
+            start, end = 0, len(paragraph)
+            while end - start > _LONGEST_SENTENCE:
+                limit = start + _LONGEST_SENTENCE
+                cut = paragraph.rfind("\n", start + 1, limit) + 1 or limit
+                yield paragraph[start:cut]
+                start = cut
+            if start < end:
+                yield paragraph[start:]
 
 
 def _has_our_tokens(processor: sentencepiece.SentencePieceProcessor) -> bool:

@@ -430,6 +430,7 @@ def test_what_is_mended_is_noted(tmp_path: Path) -> None:
     members = [
         *pair("a", b"\xef\xbb\xbfa\r\ncat\r\n"),
         *pair("b", b"a\x07\x1b cat"),
+        *pair("e", "two\x0bfelt\x0ccats\x1cin\x1fone\x85row".encode()),
         *pair("c"), ("c.json", b"{"),
         ("d.png", make_image()), ("d.json", b' \t{"caption": "NaN is read", "score": NaN}\r\n'),
     ]  # fmt: skip
@@ -437,6 +438,7 @@ def test_what_is_mended_is_noted(tmp_path: Path) -> None:
     assert [(one.text, one.notes) for one in found if isinstance(one, RawSample)] == [
         ("a\ncat", ("bom_stripped", "newlines_normalised")),
         ("a cat", ("controls_removed",)),
+        ("two felt cats in one row", ("white_space_normalised",)),
         ("a caption", ("json_invalid",)),
         ("NaN is read", ()),
     ]

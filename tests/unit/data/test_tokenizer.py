@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import sentencepiece
 
 from transfusion.errors import UserError
 from transfusion.schema import SpecialToken
+from transfusion.sequence import tokenizer as module
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 LITERALS = [
@@ -95,3 +97,23 @@ def test_missing_and_foreign_files_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="transfusion tokenizer train") as refused:
             Tokenizer(path)
         assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("letter", ["\u2581", "\u2581 ", "a", " ", "\n", "e\u0301", "\u6f22"])
+def test_long_texts_of_one_letter_take_time_in_proportion(tokenizer: Tokenizer, letter: str) -> None:
+    def seconds(count: int) -> float:
+        text, begin = letter * count, time.process_time()
+        ids = tokenizer.encode(text)
+        taken = time.process_time() - begin
+        assert tokenizer.decode(ids) == text
+        return taken
+
+    # Quadratic time would be 16 times the smaller one.
+    assert seconds(80_000) < 8 * seconds(20_000) + 0.2
+
+
+def test_texts_are_cut_for_the_trainer_in_proportion_and_without_loss() -> None:
+    for text in ("a" * 2_000_000, "ab\n" * 700_000, "\n\n" * 100_000 + "x" * 9_000):
+        begin = time.process_time()
+        assert "".join(module._sentences([text])) == text
+        assert time.process_time() - begin < 2

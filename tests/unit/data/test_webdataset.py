@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import webdataset
 
-from transfusion.data.shards.webdataset import Sample, expand, sample_key, write_shards
+from transfusion.data.shards.webdataset import Sample, expand, expand_all, sample_key, write_shards
 from transfusion.errors import UserError
 
 
@@ -92,3 +93,25 @@ def test_the_home_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.tar").write_bytes(b"")
     assert expand("~/*.tar") == [tmp_path / "a.tar"]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "{0..999999999}.tar",
+        "{5..-9999999999999999999999}.tar",
+        "{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}.tar",
+    ],
+)
+def test_a_range_without_end_is_refused_at_once(tmp_path: Path, spec: str) -> None:
+    begin = time.process_time()
+    for place in (str(tmp_path), "https://host"):
+        with pytest.raises(UserError, match="stands for more than 1,000,000 names"):
+            expand_all(f"{place}/{spec}")
+    assert time.process_time() - begin < 60
+
+
+def test_braces_without_end_are_refused(tmp_path: Path) -> None:
+    for spec in ("{" * 50_000, "{0..2"):
+        with pytest.raises(UserError):
+            expand(f"{tmp_path}/{spec}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import warnings
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile
 
 from transfusion.data.images.probe import CHECKSUM, CHUNK, MAX_PIXELS, probe
 from transfusion.data.shards.sample import SampleError
@@ -31,13 +32,26 @@ _MAX_FOR_OPENCV = 1 << 22
 _WITH_ALPHA = 4
 # Colours of a palette, and how far each is transparent.
 _TABLES = ([b"PLTE"], [b"PLTE", b"tRNS"])
+# Where a PNG has its bits a value and its kind of pixel.
+_BITS_AT, _KIND_AT = 24, 25
+# So far, of 255, a profile may differ from sRGB and count as it.
+_SAME_COLOUR = 2
 # Where Pillow keeps what may tell how an image is turned.
 _ORIENTING = frozenset(("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"))
-# Orientations that exchange height and width.
+# What turns an image of each orientation upright, and those that exchange height and width.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _ON_THEIR_SIDE = (5, 6, 7, 8)
-# What of a PNG may tell that it is turned, or moves: chunks, and keywords of texts.
-_TURNING_CHUNKS = (b"eXIf", b"acTL")
-_TURNING_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+# What of a PNG may tell that it is turned, moves, or has other colours: chunks, and keywords of texts.
+_TELLING_CHUNKS = (b"eXIf", b"acTL", b"iCCP")
+_TELLING_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 PixelArray = NDArray[np.uint8]
 
@@ -61,7 +75,7 @@ def decode_fitting(data: bytes, sizes: ImageSizes, *, channels: int) -> PixelArr
 
 
 def decode_to(data: bytes, size: Size, *, turned: Size | None = None, channels: int) -> PixelArray:
-    """The image as uint8 [channels, height, width]: upright, on white, its middle cut to the shape, bicubic.
+    """The image as uint8 [channels, height, width]: upright, in sRGB, on white, its middle cut to the shape, bicubic.
 
     An image of that size already is not resampled. turned: the size instead of an image that was stored on its
     side. channels: 1 grey, 3 colour. Raises SampleError. The same bits with and without OpenCV.
@@ -84,16 +98,82 @@ def _by_pillow(data: bytes) -> tuple[Image.Image, bool]:
     with warnings.catch_warnings():
         # Pillow's limit on pixels is not ours, and odd metadata are no matter.
         warnings.simplefilter("ignore")
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise SampleError("image_too_large")
         image.load()
-        on_its_side = False
+        if image.format == "PNG" and "transparency" in image.info:
+            _scale_transparency(image, data)
+        image = _in_srgb(image)
         # Only now: text that stands behind the pixels of a PNG has been read.
-        if not _ORIENTING.isdisjoint(image.info):
-            on_its_side = image.getexif().get(ExifTags.Base.Orientation) in _ON_THEIR_SIDE
-            ImageOps.exif_transpose(image, in_place=True)
-    return image, on_its_side
+        orientation = None if _ORIENTING.isdisjoint(image.info) else _orientation(image)
+        if orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[orientation])
+    return image, orientation in _ON_THEIR_SIDE
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """As its metadata tell, from 1 to 8. What cannot be read turns nothing."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        # Pillow has errors of every kind for broken ones.
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _scale_transparency(image: Image.Image, data: bytes) -> None:
+    """The transparent colour of a PNG in the scale of the pixels; Pillow leaves it in that of the file."""
+    bits, colour = data[_BITS_AT], image.info["transparency"]
+    if data[_KIND_AT] == _GREY and bits in (2, 4, 8):
+        highest = (1 << bits) - 1
+        image.info["transparency"] = (colour & highest) * 255 // highest
+    elif image.mode == "RGB":
+        # Of 16 bits Pillow has kept the upper half.
+        image.info["transparency"] = tuple(value >> 8 if bits == 16 else value & 255 for value in colour)
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """With the colours that its profile means; as it is without one, or with one that means nothing here."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    if image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    colours, alpha = (image.convert("L"), image.getchannel("A")) if image.mode == "LA" else (image, None)
+    transform = _to_srgb(profile, colours.mode)
+    if transform is None:
+        return image
+    found: Image.Image = transform.apply(colours)
+    found.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    if "transparency" in image.info:
+        alpha = image.convert("RGBA").getchannel("A")
+    if alpha is not None:
+        found.putalpha(alpha)
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _to_srgb(profile: bytes, mode: str) -> Any:
+    """What makes sRGB of pixels with this profile; None for sRGB itself, a broken one, and one of other modes."""
+    if mode not in ("L", "RGB", "RGBA", "CMYK"):
+        return None
+    try:
+        source = ImageCms.getOpenProfile(io.BytesIO(profile))
+        goal = "RGBA" if mode == "RGBA" else "RGB"
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, goal)
+        before = _colours().convert(mode)
+        after = transform.apply(before)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+    there, here = (np.asarray(image.convert("RGB")).astype(int) for image in (before, after))
+    return None if mode != "CMYK" and np.abs(here - there).max() <= _SAME_COLOUR else transform
+
+
+def _colours() -> Image.Image:
+    """A grid of 9 x 9 x 9 colours."""
+    axis = np.linspace(0, 255, 9).astype(np.uint8)
+    return Image.fromarray(np.stack(np.meshgrid(axis, axis, axis), axis=-1).reshape(1, -1, 3))
 
 
 def _by_opencv(data: bytes) -> PixelArray | None:
@@ -143,7 +223,7 @@ def _is_plain(data: bytes) -> bool:
             return False
         if kind == b"IDAT":
             pixels = True
-        elif kind in _TURNING_CHUNKS or data.startswith(_TURNING_TEXTS, position + 8):
+        elif kind in _TELLING_CHUNKS or data.startswith(_TELLING_TEXTS, position + 8):
             return False
         elif kind in (b"PLTE", b"tRNS"):
             if pixels:
@@ -194,10 +274,14 @@ def _rounded(dividend: int, divisor: int) -> int:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled down; Pillow's own conversion would clip it to white."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image
+    """16-bit grey scaled down, white where it is transparent; Pillow's own conversion would clip it to white."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    scaled = (values >> 8).clip(0, 255).astype(np.uint8)
+    if "transparency" in image.info:
+        scaled[values == image.info["transparency"]] = 255
+    return Image.fromarray(scaled)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -117,12 +117,13 @@ def _refuse_bomb(kind: bytes, body: bytes) -> None:
 def _jpeg(data: bytes) -> ImageFacts:
     facts, position = None, 2
     while position + 4 <= len(data):
-        if data[position] != 0xFF:
-            raise SampleError("image_corrupt")
-        marker = data[position + 1]
-        if marker == 0xFF:
-            position += 1
+        if data[position] != 0xFF or data[position + 1] in (0x00, 0xFF):
+            # Between markers libjpeg passes over whatever stands there.
+            position = data.find(b"\xff", position + 1)
+            if position < 0:
+                break
             continue
+        marker = data[position + 1]
         if marker in _ALONE:
             position += 2
             continue

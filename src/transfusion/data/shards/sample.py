@@ -15,7 +15,8 @@ _JSON_SPACE = " \t\n\r"
 _raw_decode = json.JSONDecoder().raw_decode
 # In bytes of UTF-8.
 _LONGEST_CHARACTER = 4
-# All controls but tab and line feed; line ends are one line feed before this is asked.
+# All controls but tab and line feed; line ends are one line feed before this is asked. Those that part words first.
+_SPACES = re.compile("[\x0b\x0c\x1c-\x1f\x85]")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -115,6 +116,9 @@ def _mended(text: str, greatest: int, notes: list[str]) -> str:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         notes.append("newlines_normalised")
+    if _SPACES.search(text):
+        text = _SPACES.sub(" ", text)
+        notes.append("white_space_normalised")
     if _CONTROLS.search(text):
         text = _CONTROLS.sub("", text)
         notes.append("controls_removed")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from transfusion.urls import is_address, redacted, scheme
 # img2dataset's layout: five digits of the shard, then four of the sample in it.
 SAMPLES_PER_SHARD = 1000
 MAX_SHARD = 10_000
+# Of one brace range: a slip of the finger should not fill the memory.
+MAX_NAMES = 1_000_000
+_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})")
 
 Sample = Mapping[str, bytes]
 
@@ -150,11 +154,18 @@ def _expand_one(spec: str) -> list[Path]:
 
 
 def _brace_ranges(spec: str) -> list[str]:
-    try:
-        return list(braceexpand(spec))
-    except ValueError:
-        shown = redacted(spec) if is_address(spec) else spec
-        raise UserError(f"shards {shown!r} has an unbalanced brace; write {{00000..00012}}.tar") from None
+    shown = redacted(spec) if is_address(spec) else spec
+    # braceexpand writes out a range before it gives the first name.
+    if all(abs(int(end) - int(first)) <= MAX_NAMES for first, end in _RANGE.findall(spec)):
+        try:
+            names = list(itertools.islice(braceexpand(spec), MAX_NAMES + 1))
+        except (ValueError, RecursionError):
+            raise UserError(f"shards {shown!r} has an unbalanced brace; write {{00000..00012}}.tar") from None
+        if len(names) <= MAX_NAMES:
+            return names
+    raise UserError(
+        f"shards {shown!r} stands for more than {MAX_NAMES:,} names; split it into several sources"
+    )
 
 
 def _nearby(path: Path) -> str:
