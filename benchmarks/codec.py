@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,7 @@ def measure_codec(name: str, folder: Path, validation: Sequence[str], image: Pat
     record = json.loads((folder / "codec.json").read_text(encoding="utf-8"))
     made = record["environment"]
     return {
-        **found._asdict(),
-        "use": found.use._asdict() if found.use else None,
+        **asdict(found),
         "equal_to_diffusers": same,
         "latents_an_image": list(codec.latent_shape(codec.image_size, codec.image_size)),
         "trained": {name: record[name] for name in ("step", "cpu_seconds", "parameters", "losses")}

@@ -43,6 +43,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,7 @@ from PIL import Image
 from limits import record_head, write_json
 from transfusion.config import Config, SourceConfig, load_config
 from transfusion.data.images.decode import use_one_thread
-from transfusion.data.index.open import build_indexes
-from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.index.source_index import SourceIndex, build_indexes
 from transfusion.data.loading import rows
 from transfusion.data.loading.loader import Loader, plan_settings
 from transfusion.data.planning.epoch import EpochOrder, Lengths, Variant
@@ -63,7 +63,7 @@ from transfusion.data.planning.packing import Planner
 from transfusion.data.prepare.folders import image_sample
 from transfusion.data.shards.scan import texts
 from transfusion.data.shards.webdataset import Sample, expand, write_shards
-from transfusion.data.viewing.plan_stats import Survey, as_dict, measure_config, measure_plan
+from transfusion.data.viewing.plan_stats import Survey, measure_config, measure_plan
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 RESULT = Path(__file__).resolve().parent / "results" / "data.json"
@@ -208,7 +208,7 @@ def beyond(config: Config, rounds: int) -> dict[str, Any]:
         measure_config(load_config(None, ["data.global_batch_size=4096"]), simulate=True, ranks=512, steps=4)
         for _ in range(rounds)
     ]
-    return as_dict(min(found, key=lambda each: each.plan_ms_per_batch))
+    return asdict(min(found, key=lambda each: each.plan_ms_per_batch))
 
 
 # Reading

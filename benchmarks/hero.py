@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transfusion.data.index.open import build_indexes
+from transfusion.data.index.source_index import build_indexes
 from transfusion.data.loading.loader import plan_settings
 from transfusion.data.loading.rows import Row, RowBuilder, RowSettings
 from transfusion.data.loading.validation import documents

@@ -38,10 +38,10 @@ from transfusion.observe.flops import FlopModel, Work, Workload
 from transfusion.observe.memory import process_tree_peak_bytes
 from transfusion.parallel import environment
 from transfusion.parallel.build import build_engine
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import global_counts
 from transfusion.parallel.engine import Engine
-from transfusion.plan.memory import Memory, compute_dtype, local_memory, zero_memory
-from transfusion.plan.network import Network
+from transfusion.plan.memory import Memory, local_memory, zero_memory
+from transfusion.plan.network import Network, compute_dtype
 from transfusion.plan.tracing import Trace, trace_step
 from transfusion.schema import Batch
 from transfusion_kernels import interval_attention
@@ -148,7 +148,7 @@ def _state(engine: Any) -> list[Any]:
     """The tensors of an engine: its network, its optimiser, and what ZeRO keeps beside."""
     if hasattr(engine, "masters"):
         return [engine.model, engine.optimizer, *engine.masters.values(), *engine.average.averages]
-    return [engine.engine.module, engine.adamw, *_tensors(engine.zero), *engine.average.averages]
+    return [engine.engine.module, engine.optimizer, *_tensors(engine.zero), *engine.average.averages]
 
 
 def _tensors(zero: Any) -> list[Tensor]:

@@ -45,7 +45,7 @@ from transfusion.observe.memory import peak_gib
 from transfusion.observe.utilization import published_tflops
 from transfusion.parallel import environment
 from transfusion.parallel.build import build_engine
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import global_counts
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.step_result import PendingResult
 from transfusion.schema import Batch, BatchCounts, LossTerms, SpecialToken

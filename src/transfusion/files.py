@@ -7,13 +7,18 @@ a reader sees the former file or all of the new one, two writers do not meet, an
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from transfusion.errors import UserError
 
 UNFINISHED = ".tmp"
 DIGEST_BYTES = 16
@@ -43,6 +48,12 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 file atomically."""
     with atomic_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def atomic_copy(source: Path, path: Path) -> None:
+    """Copy a file atomically."""
+    with atomic_file(path) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 def remove_unfinished(folder: Path, names: Collection[str]) -> None:
@@ -78,6 +89,25 @@ def remove_leftover(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def lock(stream: IO[Any], *, wait: bool = True) -> bool:
+    """Keep other processes out until the file is closed. False, without `wait`, where one has it.
+
+    Raises UserError where the file system has no locks.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        raise UserError(
+            f"{stream.name}: this file system has no locks ({error.strerror}); name a folder on another one,"
+            " or mount it with locks (Lustre: -o flock)"
+        ) from None
+    return True
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new files in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -106,10 +136,35 @@ def file_digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def fingerprint(values: Any) -> str:
-    """Twelve hex digits that change whenever one of the plain values does."""
+def file_state(path: Path | int) -> dict[str, int]:
+    """What changes whenever a file, or that of an open descriptor, is written or replaced: cheap, and no proof.
+
+    Setting its time back changes it too. A copy of the same bytes has another state. The number of the device is left
+    out, since it differs between machines.
+    """
+    status = os.stat(path)
+    return {
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+        "inode": status.st_ino,
+    }
+
+
+def known_digest(path: Path, state: Mapping[str, int]) -> str:
+    """As `file_digest`; a file in the same state is read once a process."""
+    return _known_digest(path.resolve(), tuple(state.items()))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _known_digest(path: Path, state: tuple[tuple[str, int], ...]) -> str:
+    return file_digest(path)
+
+
+def fingerprint(values: Any, size: int = FINGERPRINT_BYTES) -> str:
+    """Hex digits, two for each byte of `size`, that change whenever one of the plain values does."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return digest(text.encode(), FINGERPRINT_BYTES)
+    return digest(text.encode(), size)
 
 
 def name_hash(name: str) -> int:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import transfusion_kernels
 from transfusion.codec import pixels
 from transfusion.config import Config
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import global_counts
 from transfusion.parallel.engine import Engine
 from transfusion.schema import Batch, BatchCounts, LossTerms, MediaGroup, Modality, SpecialToken, StepResult
 from transfusion_kernels import IntervalMask

@@ -10,24 +10,23 @@ codec/                    the autoencoder, where the run has one: a folder of di
 from __future__ import annotations
 
 import json
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from transfusion.checkpoint import layout
 from transfusion.checkpoint.layout import Manifest
 from transfusion.checkpoint.resume import SliceReader
 from transfusion.checkpoint.stream import write_tensors
 from transfusion.config import Config
-from transfusion.config.checking import check
+from transfusion.config.checking import check_as
 from transfusion.config.codec_folder import KINDS, folder_files
 from transfusion.errors import UserError
 from transfusion.files import (
     UNFINISHED,
-    atomic_file,
+    atomic_copy,
     atomic_write_text,
     remove_leftover,
     replace_folder,
@@ -100,7 +99,7 @@ def read_export(folder: str | Path) -> ModelFolder:
         raise UserError(f"{folder} is not a model folder: {CONFIG} is not an export's; {remedy}") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{folder} has model format {version}, this version reads {FORMAT_VERSION}; {remedy}")
-    config = check(values["config"], where=str(folder / CONFIG))
+    config = check_as(Config, values["config"], where=str(folder / CONFIG))
     for name in [*names.values(), TOKENIZER]:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing; {remedy}")
@@ -126,14 +125,18 @@ def _checkpoint(source: Path) -> Path:
     return latest
 
 
+def _kept(folder: Path, name: str) -> Path | None:
+    """Where the run of a checkpoint keeps its copy; None outside of a run."""
+    run = folder.parent.parent
+    return run / name if folder.parent == layout.checkpoints_folder(run) else None
+
+
 def _tokenizer(folder: Path, manifest: Manifest) -> Path:
     """The run's own copy; of a checkpoint outside of a run the file that its configuration names.
 
     That file may have changed since, so a run never falls back to it.
     """
-    run = folder.parent.parent
-    in_run = folder.parent == layout.checkpoints_folder(run)
-    path = run / TOKENIZER if in_run else Path(manifest.config["data"]["tokenizer"] or folder / TOKENIZER)
+    path = _kept(folder, TOKENIZER) or Path(manifest.config["data"]["tokenizer"] or folder / TOKENIZER)
     if not path.is_file():
         raise UserError(
             f"cannot export {folder}: no tokenizer at {path}; put the file that it was trained with there"
@@ -146,8 +149,7 @@ def _codec(folder: Path, manifest: Manifest) -> Path | None:
     settings = manifest.config["codec"]
     if settings["kind"] not in KINDS.values():
         return None
-    run = folder.parent.parent
-    path = run / CODEC if folder.parent == layout.checkpoints_folder(run) else Path(settings["folder"])
+    path = _kept(folder, CODEC) or Path(settings["folder"])
     folder_files(path)
     return path
 
@@ -178,17 +180,11 @@ def _write(folder: Path, reader: SliceReader, tokenizer: Path, codec: Path | Non
     atomic_write_text(folder / CONFIG, json.dumps(description, indent=1) + "\n")
     shapes = {name: record.shape for name, record in manifest.parameters.items()}
     for kind, file in files.items():
-
-        def read(name: str, kind: str = kind) -> Tensor:
-            return reader.read_whole(kind, name)
-
-        write_tensors(folder / file, shapes, read, metadata={"format": "pt"})
-    with atomic_file(folder / TOKENIZER) as partial:
-        shutil.copyfile(tokenizer, partial)
+        write_tensors(folder / file, shapes, partial(reader.read_whole, kind), metadata={"format": "pt"})
+    atomic_copy(tokenizer, folder / TOKENIZER)
     if codec is not None:
         (folder / CODEC).mkdir()
         for source in folder_files(codec):
-            with atomic_file(folder / CODEC / source.name) as partial:
-                shutil.copyfile(source, partial)
+            atomic_copy(source, folder / CODEC / source.name)
         sync_folder(folder / CODEC)
     sync_folder(folder)

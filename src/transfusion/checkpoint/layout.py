@@ -18,7 +18,7 @@ from typing import Any
 
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.files import digest, file_digest, fingerprint
+from transfusion.files import DIGEST_BYTES, file_digest, fingerprint
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -64,7 +64,7 @@ class Manifest:
     def as_json(self) -> str:
         """The text of manifest.json, with a digest of all the rest."""
         values = asdict(self)
-        return json.dumps({**values, "digest": _digest(values)}, indent=1) + "\n"
+        return json.dumps({**values, "digest": fingerprint(values, DIGEST_BYTES)}, indent=1) + "\n"
 
 
 def checkpoints_folder(run_folder: str | Path) -> Path:
@@ -116,7 +116,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has checkpoint format {version}, this version reads {FORMAT_VERSION}; "
             "use the version that wrote it, or start a new run"
         )
-    if stated != _digest(values):
+    if stated != fingerprint(values, DIGEST_BYTES):
         raise damaged(folder, f"{MANIFEST} was changed after it was written")
     values["parameters"] = {name: ParameterRecord(**record) for name, record in values["parameters"].items()}
     values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
@@ -155,8 +155,3 @@ def model_settings(config: dict[str, Any]) -> dict[str, Any]:
 def damaged(folder: Path, problem: str) -> UserError:
     """The error for a checkpoint that cannot be trusted."""
     return UserError(f"{folder} is damaged: {problem}; delete the folder to continue from the one before it")
-
-
-def _digest(values: dict[str, Any]) -> str:
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return digest(text.encode())

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -101,21 +101,26 @@ class Llama:
         except (OSError, ValueError) as error:
             raise UserError(f"train.init_from: {folder}: {error}") from None
         self._open: dict[Path, Any] = {}
-        wanted = {_their_name(name, self.tied) for name in _our_names(config.model)}
-        _refuse_other_tensors(folder, self.tensors, {name for name in wanted if name}, self.settings)
+        blocks = (
+            f"blocks.{layer}.{part}.weight" for layer in range(config.model.layers) for part in IN_BLOCK
+        )
+        wanted = {theirs for name in (*OUTSIDE, *blocks) if (theirs := _their_name(name, self.tied))}
+        _refuse_other_tensors(folder, self.tensors, wanted, self.settings)
         if self.tied and HEAD in self.tensors and not self._head_is_embedding():
             raise UserError(
                 f"{folder}: {CONFIG} says tie_word_embeddings=true, and {HEAD} is stored apart and differs from"
                 f" {EMBEDDING}; set it to false there, or remove the tensor"
             )
 
-    def shape(self, name: str) -> list[int]:
-        """Shape of one of their tensors."""
-        return list(self.tensors[name].shape)
-
     def rows(self, name: str, start: int, end: int) -> Tensor:
         """Rows [start, end) of one of their tensors, or elements of a vector; fp32 on the CPU."""
-        rows: Tensor = self._slice(name)[start:end]
+        file = self.tensors[name].file
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(str(file), framework="pt")
+            rows: Tensor = self._open[file].get_slice(name)[start:end]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
         return rows.float()
 
     def _head_is_embedding(self) -> bool:
@@ -124,15 +129,6 @@ class Llama:
         return self.tensors[HEAD].shape == self.tensors[EMBEDDING].shape and all(
             torch.equal(self.rows(HEAD, *part), self.rows(EMBEDDING, *part)) for part in parts
         )
-
-    def _slice(self, name: str) -> Any:
-        file = self.tensors[name].file
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(str(file), framework="pt")
-            return self._open[file].get_slice(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def _refuse_other_tensors(
@@ -160,14 +156,6 @@ def _refuse_other_tensors(
         )
 
 
-class _Setting(NamedTuple):
-    """One value of config.json, and the key of `model` that it must agree with."""
-
-    key: str
-    here: float
-    there: float
-
-
 def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelConfig) -> None:
     """Raise UserError, with all differences at once, where the blocks would not compute what the Llama's do."""
     problems = []
@@ -189,10 +177,10 @@ def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelCo
     if model.qk_norm:
         problems.append("a Llama has no norm on queries and keys: set model.qk_norm=false")
     try:
-        compared = list(_compared(settings, rope, model))
+        compared = _compared(settings, rope, model)
     except KeyError as error:
         raise UserError(f"{folder / CONFIG} is not a Llama's: {error} is missing") from None
-    if wrong := [setting.key for setting in compared if not isinstance(setting.there, int | float)]:
+    if wrong := [key for key, (_, there) in compared.items() if not isinstance(there, int | float)]:
         raise UserError(f"{folder / CONFIG} is not a Llama's: {wrong[0]} is not a number")
     heads, width = settings["num_attention_heads"], settings["hidden_size"]
     head_dim = settings.get("head_dim") or width // heads
@@ -200,7 +188,7 @@ def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelCo
         problems.append(
             f"its heads have {head_dim} dimensions, which is not its hidden_size divided by its heads"
         )
-    different = [f"{setting.key}={setting.there}" for setting in compared if setting.here != setting.there]
+    different = [f"{key}={there}" for key, (here, there) in compared.items() if here != there]
     if different:
         problems.append("its network has other dimensions: set " + " ".join(different))
     if problems:
@@ -219,24 +207,21 @@ def _unknown(settings: dict[str, Any]) -> Iterator[str]:
             yield f"its {CONFIG} has {key}, which a Llama does not; remove it there if it changes nothing"
 
 
-def _compared(settings: dict[str, Any], rope: dict[str, Any], model: ModelConfig) -> Iterator[_Setting]:
+def _compared(
+    settings: dict[str, Any], rope: dict[str, Any], model: ModelConfig
+) -> dict[str, tuple[float, Any]]:
+    """By our key, our value and that of config.json: what must agree."""
     heads = settings["num_attention_heads"]
     theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
-    yield _Setting("model.layers", model.layers, settings["num_hidden_layers"])
-    yield _Setting("model.hidden_size", model.hidden_size, settings["hidden_size"])
-    yield _Setting("model.heads", model.heads, heads)
-    yield _Setting("model.num_kv_heads", model.kv_heads, settings.get("num_key_value_heads") or heads)
-    yield _Setting("model.ffn_size", model.ffn_width, settings["intermediate_size"])
-    yield _Setting("model.norm_epsilon", model.norm_epsilon, settings.get("rms_norm_eps", 1e-6))
-    yield _Setting("model.rope_theta", model.rope_theta, theta)
-
-
-def _our_names(model: ModelConfig) -> Iterator[str]:
-    """Our parameters that a Llama has too."""
-    yield from OUTSIDE
-    for layer in range(model.layers):
-        for part in IN_BLOCK:
-            yield f"blocks.{layer}.{part}.weight"
+    return {
+        "model.layers": (model.layers, settings["num_hidden_layers"]),
+        "model.hidden_size": (model.hidden_size, settings["hidden_size"]),
+        "model.heads": (model.heads, heads),
+        "model.num_kv_heads": (model.kv_heads, settings.get("num_key_value_heads") or heads),
+        "model.ffn_size": (model.ffn_width, settings["intermediate_size"]),
+        "model.norm_epsilon": (model.norm_epsilon, settings.get("rms_norm_eps", 1e-6)),
+        "model.rope_theta": (model.rope_theta, theta),
+    }
 
 
 def _their_name(name: str, tied: bool) -> str | None:
@@ -252,7 +237,7 @@ def _their_name(name: str, tied: bool) -> str | None:
 
 def _rows(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> Tensor:
     """For each row of our vocabulary the Llama's row that it starts from, int64 [V]; -1: none."""
-    theirs = llama.shape(EMBEDDING)[0]
+    theirs = llama.tensors[EMBEDDING].shape[0]
     pieces = pieces_of_folder(folder)
     row_V = torch.full((vocabulary,), -1, dtype=torch.int64)
     if pieces is None:
@@ -276,10 +261,9 @@ def _fill(shards: list[Shard], llama: Llama, row_V: Tensor) -> None:
         if shard.name in VOCABULARY:
             _fill_vocabulary(shard, weight, llama, name, row_V)
         else:
-            if llama.shape(name) != list(shard.shape):
-                raise UserError(
-                    f"{llama.folder}: {name} has shape {llama.shape(name)}, and {CONFIG} says {shard.shape}"
-                )
+            shape = llama.tensors[name].shape
+            if shape != shard.shape:
+                raise UserError(f"{llama.folder}: {name} has shape {shape}, and {CONFIG} says {shard.shape}")
             width = math.prod(shard.shape[1:])
             first, last = shard.start // width, -(-(shard.start + shard.length) // width)
             rows = llama.rows(name, first, last).flatten()

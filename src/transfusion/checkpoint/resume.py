@@ -32,7 +32,8 @@ class SliceReader:
         """Elements [start, start + length) of the flattened parameter, fp32 on the CPU."""
         parts = []
         position = start
-        pieces = sorted((begin, size, rank) for rank, (begin, size) in enumerate(self._slices(name)) if size)
+        slices = self.manifest.parameters[name].slices
+        pieces = sorted((begin, size, rank) for rank, (begin, size) in enumerate(slices) if size)
         for begin, size, rank in pieces:
             end = min(begin + size, start + length)
             if begin <= position < end:
@@ -48,9 +49,6 @@ class SliceReader:
         """A whole parameter in its shape."""
         shape = self.manifest.parameters[name].shape
         return self.read(kind, name, 0, math.prod(shape)).view(shape)
-
-    def _slices(self, name: str) -> list[list[int]]:
-        return self.manifest.parameters[name].slices
 
     def _slice(self, rank: int, key: str, start: int, end: int) -> Tensor:
         name = layout.rank_file(rank)
@@ -101,7 +99,9 @@ def load(folder: str | Path, engine: Engine) -> TrainState:
 
 def _checked(folder: Path, engine: Engine) -> Manifest:
     manifest = layout.read_manifest(folder)
-    _check_files(folder, manifest, engine)
+    # Every file is checked by one of the ranks.
+    for name, record in list(manifest.files.items())[engine.rank :: engine.world_size]:
+        layout.check_file(folder, name, record)
     _check_model(folder, manifest, engine)
     return manifest
 
@@ -112,12 +112,6 @@ def _fill(shards: Sequence[Shard], reader: SliceReader) -> None:
             # A run may have turned its moving average on since.
             source = WEIGHT if kind == AVERAGE and AVERAGE not in reader.manifest.kinds else kind
             tensor.copy_(reader.read(source, shard.name, shard.start, shard.length))
-
-
-def _check_files(folder: Path, manifest: Manifest, engine: Engine) -> None:
-    """Every file is checked by one of the ranks."""
-    for name, record in list(manifest.files.items())[engine.rank :: engine.world_size]:
-        layout.check_file(folder, name, record)
 
 
 def _check_model(folder: Path, manifest: Manifest, engine: Engine) -> None:

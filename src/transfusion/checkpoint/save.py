@@ -196,12 +196,12 @@ def _write_rank(unfinished: Path, rank: int, shards: list[Shard], tensors: Mappi
             f"cannot save {unfinished / name}: reading it gives other bytes than were written; check the disk, or"
             " set another run.dir"
         ) from None
-    part = {"file": asdict(record), "shards": [_slice_record(shard) for shard in shards]}
+    slices = [
+        {"name": shard.name, "shape": list(shard.shape), "start": shard.start, "length": shard.length}
+        for shard in shards
+    ]
+    part = {"file": asdict(record), "shards": slices}
     atomic_write_text(_part_file(unfinished, rank), json.dumps(part))
-
-
-def _slice_record(shard: Shard) -> dict[str, Any]:
-    return {"name": shard.name, "shape": list(shard.shape), "start": shard.start, "length": shard.length}
 
 
 def _part_file(unfinished: Path, rank: int) -> Path:

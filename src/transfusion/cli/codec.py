@@ -22,11 +22,6 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")]
 codec_app = typer.Typer(no_args_is_help=True, help="Image codecs: images to latents or tokens, and back.")
 
 
-@codec_app.callback()
-def _root() -> None:
-    pass
-
-
 @codec_app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="a configuration, such as configs/codec/emoji-kl.yaml")],

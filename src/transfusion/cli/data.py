@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,11 +16,6 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, 
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")]
 
 data_app = typer.Typer(no_args_is_help=True, help="Index shards, and see what a run makes of them.")
-
-
-@data_app.callback()
-def _root() -> None:
-    pass
 
 
 @data_app.command()
@@ -76,14 +72,14 @@ def plan(
 ) -> None:
     """Plan batches without reading images. Shows time, memory, shares, padding and balance."""
     from transfusion.config import load_config
-    from transfusion.data.viewing.plan_stats import as_dict, describe, measure_config
+    from transfusion.data.viewing.plan_stats import describe, measure_config
 
     words = overrides or []
     if spec is not None and "=" in spec.name and not spec.exists():
         spec, words = None, [str(spec), *words]
     config = load_config(spec, words)
     found = measure_config(config, simulate=simulate, ranks=ranks, steps=steps, samples=samples)
-    print(json.dumps(as_dict(found)) if as_json else describe(found))
+    print(json.dumps(asdict(found)) if as_json else describe(found))
 
 
 @data_app.command("index")

@@ -9,12 +9,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from transfusion.errors import UserError
+from transfusion.files import lock
 
 OLDEST_PYTHON = (3, 11)
 TESTED_TORCH = ((2, 11), (2, 13))
@@ -83,22 +87,15 @@ def run_doctor() -> list[Finding]:
 def main() -> int:
     """Look, print, and say with the exit code whether training can run."""
     findings = run_doctor()
-    print_findings(findings)
-    return exit_code(findings)
+    print_table(findings)
+    code = exit_code(findings)
+    print("\nTraining cannot run yet: see what is MISSING." if code else "\nTraining can run.")
+    return code
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
     """0 when training can run, 3 when something that it needs is missing."""
     return 3 if any(finding.required and finding.state == "missing" for finding in findings) else 0
-
-
-def print_findings(findings: Sequence[Finding]) -> None:
-    """The table of findings, and the verdict."""
-    print_table(findings)
-    print()
-    print(
-        "Training can run." if exit_code(findings) == 0 else "Training cannot run yet: see what is MISSING."
-    )
 
 
 def print_table(findings: Sequence[Finding]) -> None:
@@ -135,10 +132,10 @@ def _torch() -> Iterator[Finding]:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     text = f"{torch.__version__}, built for {built_for}"
-    if not TESTED_TORCH[0] <= version <= TESTED_TORCH[1]:
-        yield Finding("torch", "note", f"{text}; 2.11 to 2.13 are tested", remedy)
-    else:
+    if TESTED_TORCH[0] <= version <= TESTED_TORCH[1]:
         yield Finding("torch", "good", text)
+    else:
+        yield Finding("torch", "note", f"{text}; 2.11 to 2.13 are tested", remedy)
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
@@ -157,12 +154,7 @@ def _torch() -> Iterator[Finding]:
 
 def _core_packages() -> Iterator[Finding]:
     for distribution, module in CORE.items():
-        if _is_installed(module):
-            yield Finding(distribution, "good", _version(distribution))
-        else:
-            yield Finding(
-                distribution, "missing", "not installed", f"pip install {distribution}", required=True
-            )
+        yield _package(distribution, module)
 
 
 def _deepspeed() -> Iterator[Finding]:
@@ -197,11 +189,10 @@ def _triton() -> Iterator[Finding]:
     verb = "compiles" if gpu else "interprets"
     # env(1) rather than a copy of this process's variables, which are read in parallel/environment alone.
     command = [*([] if gpu else ["env", "TRITON_INTERPRET=1"]), sys.executable, "-c", TRITON_CHECK]
-    problem = _problem_of(command)
-    if not problem:
+    if problem := _problem_of(command):
+        yield Finding("triton", "note", f"{version}, but it fails here: {problem}", _triton_remedy())
+    else:
         yield Finding("triton", "good", f"{version}, {verb} the attention kernel")
-        return
-    yield Finding("triton", "note", f"{version}, but it fails here: {problem}", _triton_remedy())
 
 
 def _triton_remedy() -> str:
@@ -214,12 +205,17 @@ def _triton_remedy() -> str:
 
 def _optional_packages() -> Iterator[Finding]:
     for distribution, (module, purpose) in OPTIONAL.items():
-        if _is_installed(module):
-            yield Finding(distribution, "good", _version(distribution))
-        else:
-            yield Finding(
-                distribution, "note", f"not installed; for {purpose}", f"pip install {distribution}"
-            )
+        yield _package(distribution, module, purpose)
+
+
+def _package(distribution: str, module: str, purpose: str = "") -> Finding:
+    """purpose: what does not work without it; empty: training itself."""
+    if _is_installed(module):
+        return Finding(distribution, "good", _version(distribution))
+    remedy = f"pip install {distribution}"
+    if purpose:
+        return Finding(distribution, "note", f"not installed; for {purpose}", remedy)
+    return Finding(distribution, "missing", "not installed", remedy, required=True)
 
 
 def _machine() -> Iterator[Finding]:
@@ -235,28 +231,43 @@ def _machine() -> Iterator[Finding]:
         yield Finding("disk", "good", f"{free:.0f} GiB free here")
 
 
+def _file_locks() -> Iterator[Finding]:
+    """Run folders, index files and caches are kept from other processes by locks, which some file systems lack."""
+    with tempfile.TemporaryFile(dir=Path.cwd()) as file:
+        try:
+            lock(file)
+        except UserError:
+            yield Finding(
+                "file locks",
+                "missing",
+                "none on the file system of this folder",
+                "set run.dir to a local disk, or mount with locks (Lustre: -o flock)",
+                required=True,
+            )
+        else:
+            yield Finding("file locks", "good", "held here")
+
+
 def _deepspeed_locks() -> Iterator[Finding]:
     """A killed build of a DeepSpeed operator leaves a lock that every later start waits for, without a word."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    for lock in sorted(Path(get_default_build_root()).glob("**/lock")):
-        age = time.time() - lock.stat().st_mtime
+    for left in sorted(Path(get_default_build_root()).glob("**/lock")):
+        age = time.time() - left.stat().st_mtime
         if age > STALE_LOCK_SECONDS:
             text = (
                 f"left by a build that was killed {age / 3600:.1f} hours ago; DeepSpeed may hang at its start"
             )
-            yield Finding("DeepSpeed lock", "note", text, f"rm '{lock}'")
+            yield Finding("DeepSpeed lock", "note", text, f"rm '{left}'")
 
 
 def _torchvision() -> Iterator[Finding]:
     """A torchvision of another torch makes diffusers and transformers fail at import; none is better."""
-    if _is_installed("torchvision"):
-        problem = _problem_of([sys.executable, "-c", "import torchvision"])
-        if problem:
-            text = (
-                f"does not import ({problem}), which breaks diffusers and transformers; nothing here needs it"
-            )
-            yield Finding("torchvision", "note", text, "pip uninstall -y torchvision")
+    if not _is_installed("torchvision"):
+        return
+    if problem := _problem_of([sys.executable, "-c", "import torchvision"]):
+        text = f"does not import ({problem}), which breaks diffusers and transformers; nothing here needs it"
+        yield Finding("torchvision", "note", text, "pip uninstall -y torchvision")
 
 
 def _choices() -> Iterator[Finding]:
@@ -291,6 +302,7 @@ LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _triton,
     _optional_packages,
     _machine,
+    _file_locks,
     _deepspeed_locks,
     _torchvision,
     _choices,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 
 from transfusion.cli.doctor import Finding, print_table
@@ -45,44 +44,36 @@ def main(folder: Path) -> int:
 def look(here: Environment, folder: Path) -> list[Finding]:
     """All findings, the same on every rank."""
     hosts = cluster.hosts()
-    return list(
-        chain(
-            _processes(hosts),
-            _versions(cluster.versions(here), hosts),
-            _clocks(cluster.clock_offsets(here), hosts),
-            _storage(cluster.storage_problems(here, folder), folder),
-            _bandwidths(cluster.bandwidths(here), gpu=here.device.type == "cuda"),
-        )
-    )
+    return [
+        *_processes(hosts),
+        *_versions(cluster.versions(here), hosts),
+        *_clocks(cluster.clock_offsets(here), hosts),
+        *_storage(cluster.storage_problems(here, folder), folder),
+        *_bandwidths(cluster.bandwidths(here), gpu=here.device.type == "cuda"),
+    ]
 
 
 def _processes(hosts: Sequence[str]) -> Iterator[Finding]:
     counts = {host: hosts.count(host) for host in dict.fromkeys(hosts)}
     text = f"{len(hosts)} on {len(counts)} machine(s): " + ", ".join(f"{h} {n}" for h, n in counts.items())
-    if len(set(counts.values())) == 1:
-        yield Finding("processes", "good", text)
-    else:
-        yield Finding(
-            "processes", "note", text, "start the same number on each machine, or some GPUs are idle"
-        )
+    even = len(set(counts.values())) == 1
+    remedy = "" if even else "start the same number on each machine, or some GPUs are idle"
+    yield Finding("processes", "good" if even else "note", text, remedy)
 
 
 def _versions(versions: Sequence[dict[str, str]], hosts: Sequence[str]) -> Iterator[Finding]:
     first = versions[0]
-    different = [
-        (rank, name, found.get(name, "none"))
-        for rank, found in enumerate(versions)
-        for name in dict.fromkeys([*first, *found])
-        if found.get(name) != first.get(name)
-    ]
+    # By machine and name, the first rank that differs.
+    different: dict[tuple[str, str], int] = {}
+    for rank, found in enumerate(versions):
+        for name in dict.fromkeys([*first, *found]):
+            if found.get(name) != first.get(name):
+                different.setdefault((hosts[rank], name), rank)
     if not different:
         yield Finding("versions", "good", ", ".join(f"{name} {value}" for name, value in first.items()))
-    seen = set()
-    for rank, name, value in different:
-        if (hosts[rank], name) in seen:
-            continue
-        seen.add((hosts[rank], name))
-        text = f"{name} is {value} on {hosts[rank]} (rank {rank}) and {first.get(name, 'none')} on {hosts[0]}"
+    for (host, name), rank in different.items():
+        one, other = (found.get(name, "none") for found in (versions[rank], first))
+        text = f"{name} is {one} on {host} (rank {rank}) and {other} on {hosts[0]}"
         hardware = name in ("gpu", "gpu memory", "machine")
         remedy = "use machines of one kind" if hardware else "install the same environment on every machine"
         yield Finding("versions", "note" if hardware else "missing", text, remedy)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -18,9 +18,6 @@ from transfusion.cli.scaling import scaling_app
 from transfusion.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from transfusion.parallel import environment
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
-
-if TYPE_CHECKING:
-    from transfusion.sequence.sizes import Size
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -218,24 +215,18 @@ def sample(
     """Draw images from captions."""
     from transfusion.generate.image_files import save_samples
     from transfusion.generate.pipeline import Pipeline
+    from transfusion.sequence.sizes import Size
 
-    wanted = _size(size)
+    try:
+        wanted = Size.parse(size) if size else None
+    except ValueError as error:
+        raise UserError(f"--size: {error}") from None
     pipeline = Pipeline.from_export(model, weights=weights, device=device)
     samples = pipeline.sample(
         prompt, per_prompt=n, guidance=cfg, steps=steps, sampler=sampler, seed=seed, size=wanted
     )
     save_samples(samples, out)
     print(f"{out}: {len(samples)} images and index.jsonl")
-
-
-def _size(text: str) -> Size | None:
-    """What --size says. Raises UserError."""
-    from transfusion.sequence.sizes import Size
-
-    try:
-        return Size.parse(text) if text else None
-    except ValueError as error:
-        raise UserError(f"--size: {error}") from None
 
 
 @app.command()

@@ -17,11 +17,6 @@ Axis = Annotated[str, typer.Option("--by", help="axis whose values become the li
 scaling_app = typer.Typer(no_args_is_help=True, help="Grids of runs, their scaling laws and their figures.")
 
 
-@scaling_app.callback()
-def _root() -> None:
-    pass
-
-
 @scaling_app.command()
 def run(
     grid: Annotated[Path, typer.Argument(help="an experiment file, such as configs/experiments/emoji.yaml")],
@@ -65,7 +60,9 @@ def run(
                 wrong += 1
                 typer.echo(f"cannot run here: {error}", err=True)
         raise typer.Exit(2 if wrong else 0)
-    failed = run_grid(jobs, out, processes=processes, launcher=launcher, say=_say)
+    failed = run_grid(
+        jobs, out, processes=processes, launcher=launcher, say=lambda line: typer.echo(line, err=True)
+    )
     if len(failed) < len(jobs):
         records = read_records(out)
         typer.echo(table(records, metrics_of(records)))
@@ -116,7 +113,3 @@ def plot(
     records = found.read_records(results)
     draw(found.compare(records, by, found.metrics_of(records, metric or [])), out, title=title)
     typer.echo(out)
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)

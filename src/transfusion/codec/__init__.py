@@ -1,4 +1,4 @@
-"""Images to latents or tokens and back. Reading order: interface, pixels, networks, autoencoder, quantised."""
+"""Images to latents or tokens and back. Reading order: interface, pixels, networks, autoencoder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from transfusion.codec.autoencoder import KLCodec
+from transfusion.codec.autoencoder import KLCodec, VQCodec
 from transfusion.codec.interface import Codec, encoded
 from transfusion.codec.networks import Network, load_network
 from transfusion.codec.pixels import PixelCodec
-from transfusion.codec.quantised import VQCodec
 from transfusion.config import CodecConfig
 from transfusion.config.codec_folder import codec_fingerprint, read_facts
 from transfusion.errors import UserError

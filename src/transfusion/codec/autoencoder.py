@@ -1,6 +1,6 @@
-"""The KL autoencoder: latents are the means of the posterior, shifted and scaled to about unit variance.
+"""Autoencoders: KL gives latents, VQ a grid of tokens, the nearest entries of a codebook.
 
-I images, C channels of the latents, H/W height and width of images, h/w of latents.
+I images, C channels of the latents or dimensions of a code, H/W height and width of images, h/w of latents or tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from transfusion.codec.networks import Network
 
 
 class KLCodec:
-    """See `interface.Codec`. scale, shift: one number, or one a channel."""
+    """Latents are the means of the posterior, shifted and scaled to about unit variance. See `interface.Codec`.
+
+    scale, shift: one number, or one a channel.
+    """
 
     codebook_size, bound = 0, None
 
@@ -43,3 +46,34 @@ class KLCodec:
     def as_context(self, latent_IChw: Tensor) -> Tensor:
         """The latents themselves: a detour over the image would only lose some of them."""
         return latent_IChw
+
+
+class VQCodec:
+    """See `interface.Codec`."""
+
+    bound = None
+
+    def __init__(self, network: Network, device: torch.device | str = "cpu") -> None:
+        self.network = network.to(device)
+        self.codebook_size: int = network.config.num_vq_embeddings
+
+    @torch.no_grad()
+    def encode(self, values_ICHW: Tensor) -> Tensor:
+        """See `Codec.encode`."""
+        encoded_IChw = self.network.encode(pixels.encode(values_ICHW)).latents
+        images, _, height, width = encoded_IChw.shape
+        _, _, (_, _, token_N) = self.network.quantize(encoded_IChw)
+        return token_N.view(images, height, width).long()
+
+    @torch.no_grad()
+    def decode(self, token_Ihw: Tensor) -> Tensor:
+        """See `Codec.decode`."""
+        code_width = self.network.quantize.vq_embed_dim
+        code_IChw = self.network.quantize.get_codebook_entry(
+            token_Ihw.reshape(-1), (*token_Ihw.shape, code_width)
+        )
+        return pixels.decode(self.network.decode(code_IChw, force_not_quantize=True).sample)
+
+    def as_context(self, token_Ihw: Tensor) -> Tensor:
+        """The tokens themselves."""
+        return token_Ihw

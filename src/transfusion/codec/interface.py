@@ -5,10 +5,12 @@ I images, C channels of the latents, H/W height and width of images, h/w of late
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from torch import Tensor
 
+from transfusion.config import CodecConfig
 from transfusion.schema import MediaGroup
 
 
@@ -76,3 +78,20 @@ def encoded(group: MediaGroup, codec: Codec | None) -> Tensor:
             raise ValueError("a batch of pixels needs the configuration's codec")
         return codec.encode(group.values)
     return group.values.long() if group.kind == "tokens" else group.values.float()
+
+
+def latent_shape(group: MediaGroup, codec: CodecConfig | None) -> tuple[int, int, int]:
+    """[C, H, W] of the latents of each image of the group, known before it is encoded; codec None: pixels."""
+    if group.kind == "tokens":
+        # Their codec knows how deep its codes are; nothing here asks.
+        return 1, *group.values.shape[1:]
+    _, channels, height, width = group.values.shape
+    if codec is not None and group.kind == "pixels":
+        return codec.latent_shape(height, width)
+    return channels, height, width
+
+
+def image_elements(group: MediaGroup, codec: CodecConfig | None) -> int:
+    """What each image of the group has of the image loss: numbers of its latents, or tokens."""
+    shape = latent_shape(group, codec)
+    return math.prod(shape[1:]) if codec is not None and codec.makes == "tokens" else math.prod(shape)

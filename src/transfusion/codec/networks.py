@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from transfusion.config.codec_folder import CONFIG, INDEX, STEM, WEIGHTS, read_facts, weight_files
 from transfusion.config.weights_folder import stored_tensors
@@ -174,8 +173,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def parameter_count(network: nn.Module) -> int:
-    """Elements of all parameters."""
-    return sum(parameter.numel() for parameter in network.parameters())

@@ -5,6 +5,7 @@ N encoded patches, C dimensions of a code, K entries of the codebook, I images, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -38,12 +39,16 @@ def quantise(encoded_IChw: Tensor, entry_KC: Tensor) -> Quantised:
     return Quantised(code_IChw, token_N, codebook_loss, commitment_loss)
 
 
-class CodebookUse(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CodebookUse:
     """used: share of the entries chosen at least once. perplexity: exp of the entropy of the choices."""
 
     used: float
     dead: int
     perplexity: float
+
+    def __str__(self) -> str:
+        return f"{self.used:.1%} of the codebook used, {self.dead} dead entries, perplexity {self.perplexity:.0f}"
 
 
 def use(chosen_K: Tensor) -> CodebookUse:

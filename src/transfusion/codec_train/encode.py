@@ -7,6 +7,7 @@ I images, C channels of the latents, H/W height and width of images, h/w of late
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import itertools
 import json
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +35,14 @@ from transfusion.data.images.latents import (
     record_sizes,
 )
 from transfusion.data.shards.sample import SampleError
-from transfusion.data.shards.validate import IMAGE_EXTENSIONS, MAX_MEMBER
+from transfusion.data.shards.scan import groups
+from transfusion.data.shards.shard import LocalShard
+from transfusion.data.shards.tar import EMPTY, UNREADABLE, TarWalk
+from transfusion.data.shards.validate import IMAGE_EXTENSIONS, Group, SampleValidator
 from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
-from transfusion.files import atomic_file, atomic_write_text, remove_unfinished
+from transfusion.files import atomic_file, atomic_write_text, file_digest, remove_unfinished
+from transfusion.parallel.collectives import describe
 from transfusion.parallel.environment import find_device
 from transfusion.sequence.sizes import ImageSizes
 
@@ -54,13 +59,6 @@ class _Job(NamedTuple):
     source: Path
     target: Path
     device: str
-
-
-class _Group(NamedTuple):
-    """Adjacent members of one key, in order, without latents or tokens that were there before."""
-
-    key: str
-    members: list[tuple[tarfile.TarInfo, bytes]]
 
 
 def encode_shards(
@@ -86,7 +84,7 @@ def encode_shards(
     records: dict[Path, LatentRecord] = {}
     for source in sources:
         record = read_record(out / source.name)
-        if record and record.source_bytes == source.stat().st_size and (out / source.name).is_file():
+        if record and not LocalShard(source).has_changed(record.source) and (out / source.name).is_file():
             records[source] = record
             progress(source.name, record, True)
     jobs = [_Job(codec, source, out / source.name, device) for source in sources if source not in records]
@@ -97,7 +95,8 @@ def encode_shards(
     return [records[source] for source in sources]
 
 
-def encoder(codec: CodecConfig, device: str = "cpu") -> Encoder:
+@functools.lru_cache(maxsize=1)
+def encoder(codec: CodecConfig, device: str) -> Encoder:
     """To float16 latents [I, C, h, w], or tokens [I, h, w] in as few bytes as hold them."""
     opened, stored = open_codec(codec, device), "float16"
     if codec.makes == "tokens":
@@ -105,27 +104,36 @@ def encoder(codec: CodecConfig, device: str = "cpu") -> Encoder:
     return lambda values: opened.encode(values.to(device)).cpu().numpy().astype(stored)
 
 
-def encode_shard(encode: Encoder, codec: CodecConfig, source: Path, target: Path) -> LatentRecord:
-    """One shard, whole or not at all. Raises UserError for one that is no tar."""
+def encode_shard(job: _Job) -> LatentRecord:
+    """One shard, whole or not at all, with the samples that an index of it would see. Raises UserError."""
+    codec, source, target, device = job
+    encode = encoder(codec, device)
     extension = TOKENS if codec.makes == "tokens" else LATENTS
     left_out: collections.Counter[str] = collections.Counter()
     encoded = 0
     try:
         with (
+            LocalShard(source).whole() as (_, facts),
+            source.open("rb") as stream,
             atomic_file(target) as partial,
-            tarfile.open(source) as reader,
-            tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as writer,
+            tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as writer,
         ):
-            for chunk in _chunks(_groups(reader)):
-                values = _encoded([_decoded(group, codec, left_out) for group in chunk], encode)
+            walk = TarWalk(stream.fileno())
+            found = _samples(walk, stream.fileno(), left_out)
+            while chunk := list(itertools.islice(found, _AT_ONCE)):
+                read = [_read(stream, group) for group in chunk]
+                values = _encoded([_decoded(members, codec, left_out) for members in read], encode)
                 encoded += len(values)
-                for number, group in enumerate(chunk):
-                    for member, data in group.members:
-                        writer.addfile(member, io.BytesIO(data))
+                for number, (group, members) in enumerate(zip(chunk, read, strict=True)):
+                    for name, data in members.items():
+                        _add(writer, f"{group.key}.{name}", data)
                     if number in values:
-                        _add(writer, f"{group.key}.{extension}", values[number])
-    except tarfile.TarError as error:
-        raise UserError(f"{source} cannot be read: {error}; `transfusion data index` shows why") from None
+                        _add(writer, f"{group.key}.{extension}", _array_file(values[number]))
+            if walk.problems.keys() & {UNREADABLE, EMPTY}:
+                raise UserError(f"{source} cannot be read: it is no tar; `transfusion data index` shows why")
+            left_out.update(walk.problems.keys())
+    except OSError as error:
+        raise UserError(f"{source} cannot be encoded: {describe(error)}") from None
     image_size, image_sizes = record_sizes(codec)
     record = LatentRecord(
         codec=codec.fingerprint,
@@ -134,8 +142,8 @@ def encode_shard(encode: Encoder, codec: CodecConfig, source: Path, target: Path
         image_sizes=image_sizes,
         encoded=encoded,
         left_out=dict(left_out),
-        source=source.name,
-        source_bytes=source.stat().st_size,
+        digest=file_digest(target),
+        source={"shard": source.name, **facts},
     )
     atomic_write_text(record_path(target), json.dumps(record._asdict(), indent=1) + "\n")
     return record
@@ -177,64 +185,42 @@ def _refuse(codec: CodecConfig, sources: Sequence[Path], out: Path) -> None:
 
 def _run(jobs: Sequence[_Job], workers: int) -> Iterator[LatentRecord]:
     """In order; in this process where one worker is enough."""
-    if min(workers, len(jobs)) <= 1:
-        encode = encoder(jobs[0].codec, jobs[0].device) if jobs else None
-        for job in jobs:
-            if encode is not None:
-                yield encode_shard(encode, job.codec, job.source, job.target)
+    processes = min(workers, len(jobs))
+    if processes <= 1:
+        yield from map(encode_shard, jobs)
         return
     # Forked, a process would inherit locks of torch's threads.
-    with ProcessPoolExecutor(
-        min(workers, len(jobs)), get_context("spawn"), _start_worker, (jobs[0],)
-    ) as pool:
-        yield from pool.map(_work, jobs)
+    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(encode_shard, jobs)
 
 
-_worker: list[Encoder] = []
+def _samples(walk: TarWalk, descriptor: int, left_out: collections.Counter[str]) -> Iterator[Group]:
+    """What an index takes as samples. Whatever it leaves out is counted and not carried along."""
+    validator = SampleValidator(descriptor, "none")
+    for group in groups(walk):
+        try:
+            validator.sample(group)
+        except SampleError as error:
+            left_out[str(error)] += 1
+        else:
+            yield group
 
 
-def _start_worker(first: _Job) -> None:
-    torch.set_num_threads(1)
-    _worker.append(encoder(first.codec, first.device))
-
-
-def _work(job: _Job) -> LatentRecord:
-    return encode_shard(_worker[0], job.codec, job.source, job.target)
-
-
-def _groups(reader: tarfile.TarFile) -> Iterator[_Group]:
-    group = _Group("", [])
-    for member in reader:
-        folder, _, file = member.name.rpartition("/")
-        stem, _, extension = file.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        # What no reader of shards takes is not carried along.
-        if not member.isfile() or member.size > MAX_MEMBER or extension.lower() in (LATENTS, TOKENS):
-            continue
-        if key != group.key:
-            if group.members:
-                yield group
-            group = _Group(key, [])
-        data = reader.extractfile(member)
-        group.members.append((member, data.read() if data is not None else b""))
-    if group.members:
-        yield group
-
-
-def _chunks(groups: Iterator[_Group]) -> Iterator[list[_Group]]:
-    while chunk := list(itertools.islice(groups, _AT_ONCE)):
-        yield chunk
+def _read(stream: BinaryIO, group: Group) -> dict[str, bytes]:
+    """Members of a sample by extension, without latents or tokens that were there before."""
+    members = {}
+    for name, member in group.members.items():
+        if name not in (LATENTS, TOKENS):
+            stream.seek(member.start)
+            members[name] = stream.read(member.size)
+    return members
 
 
 def _decoded(
-    group: _Group, codec: CodecConfig, left_out: collections.Counter[str]
+    members: dict[str, bytes], codec: CodecConfig, left_out: collections.Counter[str]
 ) -> NDArray[np.uint8] | None:
     """The pair's image; None for texts, interleaved documents, and what cannot be decoded."""
-    images = [
-        data
-        for member, data in group.members
-        if member.name.rpartition("/")[2].partition(".")[2].lower() in IMAGE_EXTENSIONS
-    ]
+    images = [data for name, data in members.items() if name in IMAGE_EXTENSIONS]
     if len(images) != 1:
         left_out.update(["ambiguous_image"] * (len(images) > 1))
         return None
@@ -248,10 +234,13 @@ def _decoded(
         return None
 
 
-def _add(writer: tarfile.TarFile, name: str, values: NDArray[Any]) -> None:
+def _array_file(values: NDArray[Any]) -> bytes:
     stream = io.BytesIO()
     np.save(stream, values, allow_pickle=False)
+    return stream.getvalue()
+
+
+def _add(writer: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
-    member.size = stream.tell()
-    stream.seek(0)
-    writer.addfile(member, stream)
+    member.size = len(data)
+    writer.addfile(member, io.BytesIO(data))

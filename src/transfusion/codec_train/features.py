@@ -6,6 +6,7 @@ I images, C channels, h/w height and width of a layer.
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,12 +133,10 @@ class RandomFeatures(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(_RANDOM_SEED)
         self.convolutions = nn.ModuleList()
-        before = 3
-        for width in _RANDOM_WIDTHS:
+        for before, width in itertools.pairwise((3, *_RANDOM_WIDTHS)):
             convolution = nn.Conv2d(before, width, 3, 2, padding=1, bias=False)
             nn.init.orthogonal_(convolution.weight, gain=2**0.5, generator=generator)
             self.convolutions.append(convolution)
-            before = width
 
     def forward(self, value_ICHW: Tensor) -> list[Tensor]:
         """Features [I, C, h, w] of each of three scales."""
@@ -177,11 +176,9 @@ def _loaded(network: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.
 def _lpips(state: Mapping[str, Tensor]) -> list[Tensor] | None:
     """The channel weights of LPIPS, where the file holds them beside those of the network."""
     names = [f"lin{number}.model.1.weight" for number in range(5)]
-    return (
-        [state[name].float().view(-1, 1, 1) for name in names]
-        if all(map(state.__contains__, names))
-        else None
-    )
+    if not state.keys() >= set(names):
+        return None
+    return [state[name].float().view(-1, 1, 1) for name in names]
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ I images, C channels, H/W height and width.
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,7 +53,6 @@ class ImageSet:
         self._kept_bytes = 0
         self._undecodable: set[int] = set()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        self._descriptors: dict[int, int] = {}
 
     def _look_through(self, number: int, path: Path) -> None:
         for found in scan(path):
@@ -73,7 +72,8 @@ class ImageSet:
 
     def batch(self, step: int, size: int, *, seed: int, flip: bool) -> Tensor:
         """The images of a step, uint8 [I, C, H, W]: each epoch has every image once, in an order of its own."""
-        numbers = [self._number(step * size + place, seed) for place in range(size)]
+        places = [divmod(step * size + place, len(self)) for place in range(size)]
+        numbers = [int(_order_N(seed, epoch, len(self))[within]) for epoch, within in places]
         values_ICHW = torch.from_numpy(np.stack(list(self._pool.map(self._good, numbers))))
         if flip:
             turned_I = torch.from_numpy(np.random.default_rng([seed, 1, step]).random(size) < 0.5)
@@ -89,16 +89,6 @@ class ImageSet:
             if good:
                 yield torch.from_numpy(np.stack(good))
 
-    def _number(self, place: int, seed: int) -> int:
-        epoch, within = divmod(place, len(self))
-        if self._order_of != (seed, epoch):
-            self._order_of = (seed, epoch)
-            self._order_N = np.random.default_rng([seed, 0, epoch]).permutation(len(self))
-        return int(self._order_N[within])
-
-    _order_of: tuple[int, int] = (-1, -1)
-    _order_N: np.ndarray = np.empty(0, np.int64)
-
     def _good(self, number: int) -> PixelArray:
         for following in range(_MAX_RUN):
             image = self._image((number + following) % len(self))
@@ -112,7 +102,9 @@ class ImageSet:
             return kept
         place = self._places[number]
         try:
-            data = os.pread(self._descriptor(place.shard), place.size, place.start)
+            with open(self._paths[place.shard], "rb") as file:
+                file.seek(place.start)
+                data = file.read(place.size)
             image = decode(data, channels=self._channels, image_size=self._image_size)
         except SampleError:
             self._undecodable.add(number)
@@ -122,17 +114,14 @@ class ImageSet:
             self._kept_bytes += image.nbytes
         return image
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._descriptors:
-            self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-        return self._descriptors[shard]
-
     def close(self) -> None:
-        """End the threads and close the shards."""
+        """End the threads."""
         self._pool.shutdown()
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+
+
+@functools.lru_cache(maxsize=2)
+def _order_N(seed: int, epoch: int, images: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, epoch]).permutation(images)
 
 
 def _shown(paths: Sequence[Path]) -> str:

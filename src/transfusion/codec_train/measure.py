@@ -5,7 +5,7 @@ I images, C channels, H/W height and width, h/w of latents, K entries of a codeb
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from transfusion.codec_train.images import ImageSet
 _AT_ONCE = 32
 
 
-class Statistics(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Statistics:
     """Of the posterior's means, or of the patches before quantisation; over all channels and by channel.
 
     use: of the codebook over these images; None: there is none.
@@ -37,19 +38,10 @@ class Statistics(NamedTuple):
             return {}
         return {"shift_factor": self.mean, "scaling_factor": 1 / self.deviation}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        values = self._asdict()
-        return values | {"use": None if self.use is None else self.use._asdict()}
-
     def describe(self) -> str:
         """One line."""
         text = f"latents of {self.images} images have mean {self.mean:.4f} and deviation {self.deviation:.4f}"
-        if self.use is not None:
-            text += (
-                f"; {100 * self.use.used:.1f} % of the codebook used, perplexity {self.use.perplexity:.0f}"
-            )
-        return text
+        return f"{text}; {self.use}" if self.use else text
 
 
 @torch.no_grad()
@@ -57,17 +49,12 @@ def latent_statistics(
     network: Network, images: ImageSet, device: torch.device, kind: str, limit: int
 ) -> Statistics:
     """Over the first `limit` images."""
-    parts, chosen_K = [], torch.zeros(0)
-    if kind == "vq":
-        chosen_K = torch.zeros(network.config.num_vq_embeddings)
+    parts, chosen_K = [], torch.zeros(network.config.num_vq_embeddings if kind == "vq" else 0)
     for values_ICHW in images.in_order(_AT_ONCE, limit):
-        real_ICHW = codec_pixels.encode(values_ICHW.to(device))
+        latent_IChw = _latents(network, values_ICHW, device)
         if kind == "vq":
-            latent_IChw = network.encode(real_ICHW).latents
             token_N = network.quantize(latent_IChw)[2][2]
             chosen_K += torch.bincount(token_N.cpu(), minlength=len(chosen_K))
-        else:
-            latent_IChw = network.encode(real_ICHW).latent_dist.mode()
         parts.append(latent_IChw.double().cpu())
     latent_IChw = torch.cat(parts)
     by_channel = latent_IChw.transpose(0, 1).flatten(1)
@@ -87,19 +74,18 @@ def psnr(made_ICHW: Tensor, real_ICHW: Tensor) -> Tensor:
     return 10 * torch.log10(255**2 / error_I.clamp(min=1e-6))
 
 
-def reconstructed(network: Network, values_ICHW: Tensor, device: torch.device | str) -> Tensor:
-    """uint8 images there and back, through the posterior's mean or the nearest codes."""
-    real_ICHW = codec_pixels.encode(values_ICHW.to(device))
-    encoded = network.encode(real_ICHW)
-    latent_IChw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    return codec_pixels.decode(network.decode(latent_IChw).sample)
-
-
 @torch.no_grad()
 def reconstruction_psnr(network: Network, images: ImageSet, device: torch.device, limit: int = 0) -> float:
     """Mean of the images' PSNR, in dB."""
-    found = [
-        psnr(reconstructed(network, values_ICHW, device).cpu(), values_ICHW)
-        for values_ICHW in images.in_order(_AT_ONCE, limit)
-    ]
+    found = []
+    for values_ICHW in images.in_order(_AT_ONCE, limit):
+        made_ICHW = network.decode(_latents(network, values_ICHW, device)).sample
+        found.append(psnr(codec_pixels.decode(made_ICHW).cpu(), values_ICHW))
     return torch.cat(found).mean().item()
+
+
+def _latents(network: Network, values_ICHW: Tensor, device: torch.device) -> Tensor:
+    """The posterior's means, or the patches before quantisation."""
+    encoded = network.encode(codec_pixels.encode(values_ICHW.to(device)))
+    latent_IChw: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return latent_IChw

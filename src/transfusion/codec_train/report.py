@@ -6,14 +6,15 @@ I images, C channels, H/W height and width, F features.
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,6 +26,7 @@ from transfusion.codec_train.images import ImageSet
 from transfusion.codec_train.measure import psnr
 from transfusion.config import CodecConfig
 from transfusion.errors import UserError
+from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
 from transfusion.files import atomic_write_text
 from transfusion.observe.environment import describe_environment
 from transfusion.parallel.environment import find_device
@@ -35,7 +37,8 @@ _SHOWN_EACH = 8
 _WINDOW, _DEVIATION, _K1, _K2 = 11, 1.5, 0.01, 0.03
 
 
-class Reconstruction(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
     """Means over images. rfid: None without weights. use: of the codebook; None: there is none."""
 
     images: int
@@ -47,19 +50,16 @@ class Reconstruction(NamedTuple):
 
     def describe(self) -> list[str]:
         """A line for each figure."""
-        lines = [
+        rfid = (
+            "not measured: needs --rfid-weights and two images" if self.rfid is None else f"{self.rfid:.2f}"
+        )
+        return [
             f"images     {self.images}",
             f"PSNR       {self.psnr:.2f} dB, mean of the images (deviation {self.psnr_deviation:.2f})",
             f"SSIM       {self.ssim:.4f}",
-            "rFID       "
-            + (f"{self.rfid:.2f}" if self.rfid is not None else "not measured: no --rfid-weights"),
+            f"rFID       {rfid}",
+            *([f"codebook   {self.use}"] if self.use else []),
         ]
-        if self.use is not None:
-            lines.append(
-                f"codebook   {100 * self.use.used:.1f} % used, {self.use.dead} dead entries,"
-                f" perplexity {self.use.perplexity:.0f}"
-            )
-        return lines
 
 
 def write_report(
@@ -77,15 +77,12 @@ def write_report(
     Raises UserError.
     """
     device = str(find_device(device))
-    images = ImageSet(shards, channels=codec.channels, image_size=codec.image_size, workers=2)
-    try:
+    size = {"channels": codec.channels, "image_size": codec.image_size}
+    with contextlib.closing(ImageSet(shards, **size, workers=2)) as images:
         features = _feature_network(rfid_weights, device) if rfid_weights else None
         found, shown = _measure(codec, images, features, limit, device)
-    finally:
-        images.close()
     record = {
-        **found._asdict(),
-        "use": found.use._asdict() if found.use else None,
+        **asdict(found),
         "left_out": images.left_out,
         "codec": codec.as_dict(),
         "shards": list(shards),
@@ -93,7 +90,9 @@ def write_report(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    png = _png(_grid(shown))
+    stream = io.BytesIO()
+    Image.fromarray(_grid(shown).permute(1, 2, 0).squeeze(-1).numpy()).save(stream, "PNG")
+    png = stream.getvalue()
     out.with_suffix(".png").write_bytes(png)
     atomic_write_text(out.with_suffix(".html"), _page(found, codec, png))
     return found
@@ -120,17 +119,6 @@ def ssim(made_ICHW: Tensor, real_ICHW: Tensor) -> Tensor:
     return (above / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))).mean((1, 2, 3))
 
 
-def frechet_distance(one_IF: Tensor, other_IF: Tensor) -> float:
-    """Of the normal distributions with the means and covariances of both sets of features."""
-    one, other = one_IF.double(), other_IF.double()
-    covariances = torch.cov(one.T), torch.cov(other.T)
-    # The trace of the root of a product is the sum of the roots of its eigenvalues.
-    eigenvalues = torch.linalg.eigvals(covariances[0] @ covariances[1])
-    root_trace = eigenvalues.real.clamp(min=0).sqrt().sum()
-    shift = (one.mean(0) - other.mean(0)).square().sum()
-    return float(shift + covariances[0].trace() + covariances[1].trace() - 2 * root_trace)
-
-
 def _measure(
     codec: CodecConfig,
     images: ImageSet,
@@ -139,12 +127,15 @@ def _measure(
     device: str,
 ) -> tuple[Reconstruction, list[tuple[float, Tensor, Tensor]]]:
     """The figures, and the worst, middle and best images as (PSNR, real, made)."""
-    there_and_back, chosen_K = _round_trip(codec, device)
+    opened, chosen_K = open_codec(codec, device), torch.zeros(codec.codebook_size)
     measured: list[tuple[float, Tensor, Tensor]] = []
     similar: list[Tensor] = []
     seen: list[tuple[Tensor, Tensor]] = []
     for real_ICHW in images.in_order(_AT_ONCE, limit):
-        made_ICHW = there_and_back(real_ICHW)
+        encoded = opened.encode(real_ICHW.to(device))
+        if codec.codebook_size:
+            chosen_K += torch.bincount(encoded.flatten().cpu(), minlength=codec.codebook_size)
+        made_ICHW = opened.decode(encoded).cpu()
         measured += zip(psnr(made_ICHW, real_ICHW).tolist(), real_ICHW, made_ICHW, strict=True)
         similar.append(ssim(made_ICHW, real_ICHW))
         if features is not None:
@@ -152,33 +143,23 @@ def _measure(
     if not measured:
         raise UserError("no image of these shards can be decoded; `transfusion data index` shows why")
     figures = torch.tensor([figure for figure, _, _ in measured])
+    rfid = None
+    if seen and len(measured) > 1:
+        rfid = frechet_distance(*(gaussian_of(torch.cat(part).numpy()) for part in zip(*seen, strict=True)))
     found = Reconstruction(
         len(measured),
         figures.mean().item(),
         figures.std(correction=0).item(),
         torch.cat(similar).mean().item(),
-        frechet_distance(*(torch.cat(part) for part in zip(*seen, strict=True))) if seen else None,
+        rfid,
         codebook.use(chosen_K) if len(chosen_K) else None,
     )
-    measured.sort(key=lambda each: each[0])
-    middle = max(0, (len(measured) - _SHOWN_EACH) // 2)
-    chosen = [*range(_SHOWN_EACH), *range(middle, middle + _SHOWN_EACH), *range(-_SHOWN_EACH, 0)]
-    if len(measured) < len(chosen):
+    measured.sort(key=lambda image: image[0])
+    each = _SHOWN_EACH
+    if len(measured) < 3 * each:
         return found, measured
-    return found, [measured[number] for number in chosen]
-
-
-def _round_trip(codec: CodecConfig, device: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """(images there and back, how often each entry of the codebook was chosen so far)"""
-    opened, chosen_K = open_codec(codec, device), torch.zeros(codec.codebook_size)
-
-    def there_and_back(real_ICHW: Tensor) -> Tensor:
-        encoded = opened.encode(real_ICHW.to(device))
-        if codec.codebook_size:
-            chosen_K.add_(torch.bincount(encoded.flatten().cpu(), minlength=codec.codebook_size))
-        return opened.decode(encoded).cpu()
-
-    return there_and_back, chosen_K
+    middle = (len(measured) - each) // 2
+    return found, measured[:each] + measured[middle : middle + each] + measured[-each:]
 
 
 def _feature_network(weights: Path, device: str) -> Callable[[Tensor], Tensor]:
@@ -202,27 +183,20 @@ def _feature_network(weights: Path, device: str) -> Callable[[Tensor], Tensor]:
     return features
 
 
-def _grid(shown: Sequence[tuple[float, Tensor, Tensor]]) -> np.ndarray:
-    """Rows of eight images, under each what the codec made of it: uint8 [H, W, C], on grey."""
+def _grid(shown: Sequence[tuple[float, Tensor, Tensor]]) -> Tensor:
+    """Rows of eight images, under each what the codec made of it: uint8 [C, H, W], on grey."""
     gap = 2
     channels, height, width = shown[0][1].shape
     rows = -(-len(shown) // _SHOWN_EACH)
-    canvas = np.full(
-        (rows * (2 * height + 3 * gap), _SHOWN_EACH * (width + gap) + gap, channels), 128, np.uint8
-    )
+    shape = (channels, rows * (2 * height + 3 * gap), _SHOWN_EACH * (width + gap) + gap)
+    canvas_CHW = torch.full(shape, 128, dtype=torch.uint8)
     for number, (_, real_CHW, made_CHW) in enumerate(shown):
         row, column = divmod(number, _SHOWN_EACH)
         left, top = gap + column * (width + gap), gap + row * (2 * height + 3 * gap)
-        canvas[top : top + height, left : left + width] = real_CHW.permute(1, 2, 0)
-        top += height + gap // 2
-        canvas[top : top + height, left : left + width] = made_CHW.permute(1, 2, 0)
-    return canvas
-
-
-def _png(values_HWC: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(values_HWC.squeeze(-1) if values_HWC.shape[-1] == 1 else values_HWC).save(stream, "PNG")
-    return stream.getvalue()
+        for image_CHW in (real_CHW, made_CHW):
+            canvas_CHW[:, top : top + height, left : left + width] = image_CHW
+            top += height + gap // 2
+    return canvas_CHW
 
 
 def _page(found: Reconstruction, codec: CodecConfig, png: bytes) -> str:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from transfusion.config import RunConfig, Section
-from transfusion.config.sections import (
-    PROBLEM_SEPARATOR,
-    Decay,
-    FilePath,
-    NonNegativeInt,
-    PositiveFloat,
-    ShardPaths,
-)
-
-Weight = Annotated[float, Field(ge=0)]
+from transfusion.config.sections import Decay, FilePath, ShardPaths
 
 
 class NetworkConfig(Section):
@@ -60,7 +52,9 @@ class LossConfig(Section):
     """Weights of the paper's losses. 0 turns one off."""
 
     reconstruction: Literal["l1", "l2"] = Field("l1", description="loss of the pixels, with weight 1")
-    perceptual: Weight = Field(1.0, description="weight of the perceptual loss, a distance between features")
+    perceptual: NonNegativeFloat = Field(
+        1.0, description="weight of the perceptual loss, a distance between features"
+    )
     perceptual_features: Literal["vgg16", "random", "none"] = Field(
         "random",
         description="vgg16: from perceptual_weights; random: a fixed random network; none: no such loss",
@@ -68,40 +62,35 @@ class LossConfig(Section):
     perceptual_weights: FilePath = Field(
         "", description="state dict of torchvision's VGG16, for LPIPS with its lin layers"
     )
-    identity: Weight = Field(0.2, description="weight of the identity loss, a distance between features")
+    identity: NonNegativeFloat = Field(
+        0.2, description="weight of the identity loss, a distance between features"
+    )
     identity_features: Literal["resnet50", "random", "none"] = Field(
         "none", description="resnet50: from identity_weights, in the paper those of MoCo v2"
     )
     identity_weights: FilePath = Field("", description="state dict of a ResNet-50, from torchvision or MoCo")
-    adversarial: Weight = Field(0.5, description="weight of the patch discriminator")
+    adversarial: NonNegativeFloat = Field(0.5, description="weight of the patch discriminator")
     adversarial_from: NonNegativeInt = Field(50_000, description="first step with the discriminator")
     adaptive: bool = Field(
         True,
         description="also scale the discriminator by the ratio of both gradients at the last layer (Esser et al.)",
     )
-    kl: Weight = Field(1e-6, description="weight of the KL term, summed over an image's latents (kl)")
-    commitment: Weight = Field(0.25, description="weight of the commitment loss (vq)")
+    kl: NonNegativeFloat = Field(
+        1e-6, description="weight of the KL term, summed over an image's latents (kl)"
+    )
+    commitment: NonNegativeFloat = Field(0.25, description="weight of the commitment loss (vq)")
     revive_every: NonNegativeInt = Field(
         250,
         description="steps after which unused codebook entries are set to encoded patches; 0: never (vq)",
     )
 
-    @model_validator(mode="after")
-    def _weights_are_named(self) -> LossConfig:
-        problems = []
+    def _misfits(self) -> Iterator[str]:
         for name, of_weights in (("perceptual", "vgg16"), ("identity", "resnet50")):
             features, weights = getattr(self, f"{name}_features"), getattr(self, f"{name}_weights")
             if features == of_weights and not weights:
-                problems.append(
-                    f"loss.{name}_features={of_weights} needs loss.{name}_weights, the file to read them from"
-                )
+                yield f"loss.{name}_features={of_weights} needs loss.{name}_weights, the file to read them from"
             if features != of_weights and weights:
-                problems.append(
-                    f"loss.{name}_weights is set; set loss.{name}_features={of_weights} to use it"
-                )
-        if problems:
-            raise ValueError(PROBLEM_SEPARATOR.join(problems))
-        return self
+                yield f"loss.{name}_weights is set; set loss.{name}_features={of_weights} to use it"
 
 
 class OptimizerConfig(Section):
@@ -140,16 +129,11 @@ class CodecTrainConfig(Section):
     checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")
     log_every: PositiveInt = Field(50, description="steps between lines of metrics.jsonl")
 
-    @model_validator(mode="after")
-    def _parts_fit(self) -> CodecTrainConfig:
-        problems = []
+    def _misfits(self) -> Iterator[str]:
         if not self.images.shards:
-            problems.append("images.shards is empty; name shards with images, such as data/train/*.tar")
+            yield "images.shards is empty; name shards with images, such as data/train/*.tar"
         if self.images.image_size % self.network.downscale:
-            problems.append(
+            yield (
                 f"images.image_size {self.images.image_size} must be a multiple of {self.network.downscale},"
                 " the factor that network.widths scale down by"
             )
-        if problems:
-            raise ValueError(PROBLEM_SEPARATOR.join(problems))
-        return self

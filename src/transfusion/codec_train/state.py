@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch.optim import Adam
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, remove_unfinished
 
-_NAME = re.compile(r"step_(\d{8,})\.safetensors")
 _KEPT = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,8 +37,6 @@ def load_optimiser(
     prefix: str, module: nn.Module, adam: Adam, tensors: Mapping[str, Tensor], updates: int
 ) -> None:
     """Inverse of `optimiser_tensors`."""
-    import torch
-
     for name, parameter in module.named_parameters():
         if f"{prefix}/{_MOMENTS[0]}/{name}" in tensors:
             moments = {
@@ -56,14 +53,14 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[
     remove_unfinished(folder, {path.name})
     with atomic_file(path) as partial:
         save_file(whole, partial, metadata={"facts": json.dumps({"step": step, **facts})})
-    for old in _complete(folder)[:-_KEPT]:
+    for old in _checkpoints(folder)[:-_KEPT]:
         old.unlink()
     return path
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """(tensors, facts) of the newest checkpoint, None if there is none. Raises UserError for a damaged one."""
-    found = _complete(folder)
+    found = _checkpoints(folder)
     if not found:
         return None
     try:
@@ -76,7 +73,5 @@ def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
         ) from None
 
 
-def _complete(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*.safetensors"))

@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from transfusion.codec import pixels as codec_pixels
-from transfusion.codec.networks import Network, load_network, new_network, parameter_count, save_network
+from transfusion.codec.networks import Network, load_network, new_network, save_network
 from transfusion.codec_train import codebook, state
-from transfusion.codec_train.discriminator import PatchDiscriminator, discriminator_loss
 from transfusion.codec_train.images import ImageSet
-from transfusion.codec_train.losses import CodecLoss, reconstruct
+from transfusion.codec_train.losses import CodecLoss, PatchDiscriminator, discriminator_loss, reconstruct
 from transfusion.codec_train.measure import latent_statistics, reconstruction_psnr
 from transfusion.codec_train.settings import CodecTrainConfig
-from transfusion.config.yaml_files import dump
 from transfusion.errors import EXIT_STOPPED_EARLY, UserError
 from transfusion.files import (
-    UNFINISHED,
-    atomic_file,
     atomic_write_text,
     fingerprint,
     remove_leftover,
     replace_folder,
+    unfinished_path,
 )
 from transfusion.observe.console import start_logging
 from transfusion.observe.environment import describe_environment
@@ -87,9 +84,11 @@ class CodecTrainer:
         self.average = MovingAverage(
             list(self.network.parameters()) if config.optimizer.ema_decay else [], config.optimizer.ema_decay
         )
-        self.optimizer, self.discriminator_optimizer = (
-            self._adam(self.network),
-            self._adam(self.discriminator),
+        self.optimizer, self.discriminator_optimizer = map(self._adam, (self.network, self.discriminator))
+        # By the names under which a checkpoint holds them.
+        self.trained = (
+            ("network", self.network, self.optimizer),
+            ("discriminator", self.discriminator, self.discriminator_optimizer),
         )
         self.step = 0
         # CPU seconds of the steps so far: what a busy machine does not change.
@@ -98,7 +97,8 @@ class CodecTrainer:
         self.codebook_use: codebook.CodebookUse | None = None
         self._resume()
         self.lock = self.folder.lock()
-        self._create_folder()
+        self.folder.create(config, arguments=sys.argv)
+        start_logging(self.folder)
 
     def run(self) -> int:
         """Steps until the last one or until asked to stop. Returns the exit code."""
@@ -108,7 +108,7 @@ class CodecTrainer:
             "%s: %s with %.2f M parameters, %d images, step %d to %d",
             self.config.run.name,
             self.config.kind,
-            parameter_count(self.network) / 1e6,
+            self.network.num_parameters() / 1e6,
             len(self.images),
             self.step,
             self.config.steps,
@@ -141,7 +141,7 @@ class CodecTrainer:
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + self.step)
         has_discriminator = config.loss.adversarial > 0 and self.step >= config.loss.adversarial_from
         self.network.train()
-        with self._precision():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             found = reconstruct(self.network, real_ICHW, config, generator)
         total, parts = self.loss(found.made_ICHW, real_ICHW)
         parts |= found.parts
@@ -157,24 +157,22 @@ class CodecTrainer:
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.optimizer.gradient_clip)
         if norm.isfinite():
             self.optimizer.step()
-            if self.average.averages:
-                self.average.update()
+            self.average.update()
         parts["gradient_norm"] = norm
         if has_discriminator:
-            parts["discriminator"] = self._discriminator_step(real_ICHW, found.made_ICHW.detach())
+            self.discriminator.requires_grad_(True)
+            loss = discriminator_loss(
+                self.discriminator(real_ICHW), self.discriminator(found.made_ICHW.detach())
+            )
+            self.discriminator_optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.discriminator_optimizer.step()
+            parts["discriminator"] = loss
         if found.token_N is not None and found.encoded_NC is not None:
             self._count(found.token_N, found.encoded_NC, generator)
         self.step += 1
         self.seconds += time.process_time() - started
         return {name: part.detach() for name, part in parts.items()}
-
-    def _discriminator_step(self, real_ICHW: Tensor, made_ICHW: Tensor) -> Tensor:
-        self.discriminator.requires_grad_(True)
-        loss = discriminator_loss(self.discriminator(real_ICHW), self.discriminator(made_ICHW))
-        self.discriminator_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.discriminator_optimizer.step()
-        return loss
 
     def _count(self, token_N: Tensor, encoded_NC: Tensor, generator: torch.Generator) -> None:
         """Note which entries were chosen; now and then revive those that were not."""
@@ -188,23 +186,14 @@ class CodecTrainer:
         entry_KC = self.network.quantize.embedding.weight
         dead = codebook.revive(entry_KC.data, self.chosen_K, encoded_NC, generator)
         moments = self.optimizer.state[entry_KC]
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in moments:
-                moments[moment][dead] = 0
+        for moment in moments.keys() - {"step"}:
+            moments[moment][dead] = 0
         if self.config.optimizer.ema_decay:
-            self.average.averages[self._codebook_number()][dead] = entry_KC.data[dead]
-        log.info(
-            "step %d: %.1f %% of the codebook used, perplexity %.0f, %d dead entries revived",
-            self.step + 1,
-            100 * found.used,
-            found.perplexity,
-            found.dead,
-        )
+            names = [name for name, _ in self.network.named_parameters()]
+            average_KC = self.average.averages[names.index("quantize.embedding.weight")]
+            average_KC[dead] = entry_KC.data[dead]
+        log.info("step %d: %s, now revived", self.step + 1, found)
         self.chosen_K.zero_()
-
-    def _codebook_number(self) -> int:
-        names = [name for name, _ in self.network.named_parameters()]
-        return names.index("quantize.embedding.weight")
 
     def _adam(self, module: nn.Module) -> torch.optim.Adam:
         optimizer = self.config.optimizer
@@ -216,7 +205,7 @@ class CodecTrainer:
         left = self.config.steps - self.step
         if left <= optimizer.decay_steps:
             rate *= 0.01 + 0.99 * left / optimizer.decay_steps
-        for adam in (self.optimizer, self.discriminator_optimizer):
+        for _, _, adam in self.trained:
             for group in adam.param_groups:
                 group["lr"] = rate
 
@@ -231,10 +220,6 @@ class CodecTrainer:
         finally:
             self.network.train()
             self.average.exchange()
-
-    def _precision(self) -> torch.autocast:
-        half = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def _log(self, metrics: Any, parts: dict[str, Tensor]) -> None:
         line: dict[str, Any] = {"step": self.step, "cpu_seconds": round(self.seconds, 1)}
@@ -254,11 +239,8 @@ class CodecTrainer:
         metrics.flush()
 
     def _save(self) -> None:
-        tensors: dict[str, Tensor] = {}
-        for prefix, module, adam in (
-            ("network", self.network, self.optimizer),
-            ("discriminator", self.discriminator, self.discriminator_optimizer),
-        ):
+        tensors: dict[str, Tensor] = {"chosen": self.chosen_K}
+        for prefix, module, adam in self.trained:
             tensors |= {f"{prefix}/weight/{name}": value for name, value in module.state_dict().items()}
             tensors |= state.optimiser_tensors(prefix, module, adam)
         names = [name for name, _ in self.network.named_parameters()]
@@ -266,8 +248,11 @@ class CodecTrainer:
             f"network/average/{name}": value
             for name, value in zip(names, self.average.averages, strict=False)
         }
-        tensors["chosen"] = self.chosen_K
-        facts = {"seconds": self.seconds, "model": self._identity(), "updates": self._updates()}
+        updates = [
+            max((int(each["step"]) for each in adam.state.values() if "step" in each), default=0)
+            for _, _, adam in self.trained
+        ]
+        facts = {"seconds": self.seconds, "model": self._identity(), "updates": updates}
         state.save(self.folder.checkpoints, self.step, tensors, facts)
 
     def _resume(self) -> None:
@@ -281,17 +266,12 @@ class CodecTrainer:
                 " choose another run.dir"
             )
         self.step, self.seconds = facts["step"], facts["seconds"]
-        for number, (prefix, module, adam) in enumerate(
-            (
-                ("network", self.network, self.optimizer),
-                ("discriminator", self.discriminator, self.discriminator_optimizer),
-            )
-        ):
+        for (prefix, module, adam), updates in zip(self.trained, facts["updates"], strict=True):
             start = f"{prefix}/weight/"
             module.load_state_dict(
                 {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
             )
-            state.load_optimiser(prefix, module, adam, tensors, facts["updates"][number])
+            state.load_optimiser(prefix, module, adam, tensors, updates)
         for (name, parameter), average in zip(
             self.network.named_parameters(), self.average.averages, strict=False
         ):
@@ -299,35 +279,15 @@ class CodecTrainer:
             average.copy_(tensors.get(f"network/average/{name}", parameter.detach()))
         self.chosen_K.copy_(tensors["chosen"])
 
-    def _updates(self) -> list[int]:
-        return [
-            max((int(each["step"]) for each in adam.state.values() if "step" in each), default=0)
-            for adam in (self.optimizer, self.discriminator_optimizer)
-        ]
-
     def _identity(self) -> str:
         config = self.config
-        return fingerprint(
-            [
-                config.kind,
-                config.network.as_dict(),
-                config.images.channels,
-                config.images.image_size,
-            ]
-        )
+        images = config.images
+        return fingerprint([config.kind, config.network.as_dict(), images.channels, images.image_size])
 
-    def _create_folder(self) -> None:
-        self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.folder.config) as partial:
-            dump(self.config, partial)
-        text = json.dumps(describe_environment(sys.argv), indent=2, ensure_ascii=False)
-        atomic_write_text(self.folder.environment, text + "\n")
-        start_logging(self.folder)
-
-    def write_codec(self) -> Path:
+    def write_codec(self) -> None:
         """RUN/codec: the averaged network, its latents measured; RUN/codec/codec.json: how it came about."""
         out = self.folder.path / CODEC
-        unfinished = out.with_name(f"{CODEC}.{os.getpid()}{UNFINISHED}")
+        unfinished = unfinished_path(out)
         with self.averaged() as network:
             measured = latent_statistics(network, self.images, self.device, self.config.kind, _MEASURED)
             remove_leftover(unfinished)
@@ -335,9 +295,9 @@ class CodecTrainer:
         record = {
             "step": self.step,
             "cpu_seconds": round(self.seconds, 1),
-            "parameters": parameter_count(self.network),
+            "parameters": self.network.num_parameters(),
             "losses": self.loss.describe(self.config.steps),
-            "statistics": measured.as_dict(),
+            "statistics": asdict(measured),
             "images_left_out": self.images.left_out,
             "config": self.config.as_dict(),
             "environment": describe_environment(sys.argv),
@@ -345,7 +305,6 @@ class CodecTrainer:
         atomic_write_text(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
         replace_folder(unfinished, out)
         log.info("%s: %s", out, measured.describe())
-        return out
 
     def close(self) -> None:
         """End the threads that decode."""
@@ -356,18 +315,9 @@ class CodecTrainer:
 
 def build(config: CodecTrainConfig) -> Network:
     """The network with fresh weights, or with those of `start` where names and shapes agree. Raises UserError."""
-    sizes = config.network
+    images = config.images
     network = new_network(
-        config.kind,
-        channels=config.images.channels,
-        latent_channels=sizes.latent_channels,
-        widths=sizes.widths,
-        layers=sizes.layers,
-        groups=sizes.groups,
-        attention=sizes.attention,
-        image_size=config.images.image_size,
-        codebook_size=sizes.codebook_size,
-        code_width=sizes.code_width,
+        config.kind, channels=images.channels, image_size=images.image_size, **config.network.as_dict()
     )
     if config.start:
         given, mine = load_network(config.start).state_dict(), network.state_dict()

@@ -60,20 +60,13 @@ def load_values(
     problems = override(values, overrides)
     if reads_codec and isinstance(values.get("codec"), dict):
         values["codec"] = codec_folder.completed(values["codec"], problems)
-    return check(values, problems=problems, where=where)
-
-
-def check(
-    values: dict[str, Any], *, problems: Sequence[str] = (), where: str = "the configuration"
-) -> Config:
-    """Validate plain values into a `Config`; raises UserError that lists every problem."""
     return check_as(Config, values, problems=problems, where=where)
 
 
 def check_as(
     kind: type[Checked], values: dict[str, Any], *, problems: Sequence[str] = (), where: str
 ) -> Checked:
-    """As `check`, for another kind of configuration."""
+    """Validate plain values into a configuration of this kind; raises UserError that lists every problem."""
     found = list(problems)
     values = copy.deepcopy(values)
     while True:
@@ -81,7 +74,11 @@ def check_as(
             config = kind.model_validate(values)
             break
         except ValidationError as error:
-            mistakes = [mistake | {"loc": _place(mistake["loc"])} for mistake in error.errors()]
+            mistakes = [
+                # Where it stands in the words of the file.
+                mistake | {"loc": tuple(part for part in mistake["loc"] if part not in WEIGHT_FORMS)}
+                for mistake in error.errors()
+            ]
         found += [problem for mistake in mistakes for problem in _explain(mistake, kind)]
         # Parts are compared only once each of them is well: take out what is wrong, to hear of the rest.
         if not all(_take_out(values, mistake) for mistake in mistakes):
@@ -94,11 +91,6 @@ def check_as(
             + "".join(f"\n  - {redacted_text(problem)}" for problem in found)
         )
     return config
-
-
-def _place(location: Sequence[int | str]) -> tuple[int | str, ...]:
-    """Where a mistake stands, in the words of the file."""
-    return tuple(part for part in location if part not in WEIGHT_FORMS)
 
 
 def _take_out(values: dict[str, Any], mistake: Any) -> bool:

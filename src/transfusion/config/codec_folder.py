@@ -5,7 +5,6 @@ The layout is diffusers': config.json, and diffusion_pytorch_model.safetensors w
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from transfusion.config import weights_folder
 from transfusion.errors import UserError
-from transfusion.files import FINGERPRINT_BYTES, digest, file_digest
+from transfusion.files import FINGERPRINT_BYTES, digest, file_state, known_digest
 
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
@@ -151,12 +150,6 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
         return None
 
 
-@functools.cache
-def _digest_of(path: Path, size: int, modified: int) -> str:
-    return file_digest(path)
-
-
 def _digest(paths: tuple[Path, ...]) -> str:
     """Of the files' bytes; a file that has not changed is read once a process."""
-    states = [(path, path.stat()) for path in paths]
-    return "-".join(_digest_of(path.resolve(), state.st_size, state.st_mtime_ns) for path, state in states)
+    return "-".join(known_digest(path, file_state(path)) for path in paths)

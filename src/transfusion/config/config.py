@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import model_validator
 
 from transfusion.config import rules
+from transfusion.config.families import FAMILY_SETTINGS
 from transfusion.config.sections import (
-    PROBLEM_SEPARATOR,
     CheckpointConfig,
     CodecConfig,
     DataConfig,
@@ -70,20 +71,25 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _family_defaults(cls, values: Any) -> Any:
-        return rules.with_family_defaults(values)
+        """What a family's recipe has otherwise than the sections' defaults, where the values do not say."""
+        model = values.get("model") if isinstance(values, dict) else None
+        name = model.get("family") if isinstance(model, dict) else None
+        family = FAMILY_SETTINGS.get(name) if isinstance(name, str) else None
+        if family is None:
+            return values
+        filled = dict(values)
+        for section, defaults in family.defaults.items():
+            given = filled.get(section, {})
+            if isinstance(given, dict):
+                filled[section] = {**defaults, **given}
+        return filled
 
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Config:
-        problems = [
-            *rules.family_problems(self.model, self.codec, self.train),
-            *rules.size_problems(self.codec, self.data, self.sample_grid, self.image_sizes),
-            *self.diffusion.problems(),
-            *rules.sampling_problems(self.sample_grid, self.diffusion, self.data),
-            *rules.source_problems(self.data),
-            *rules.division_problems(self.model, self.data, self.train),
-        ]
+    def _misfits(self) -> Iterator[str]:
+        yield from rules.family_problems(self.model, self.codec, self.train)
+        yield from rules.size_problems(self.codec, self.data, self.sample_grid, self.image_sizes)
+        yield from self.diffusion.problems()
+        yield from rules.sampling_problems(self.sample_grid, self.diffusion, self.data)
+        yield from rules.source_problems(self.data)
+        yield from rules.division_problems(self.model, self.data, self.train)
         if self.optimizer.final_learning_rate > self.optimizer.learning_rate:
-            problems.append("optimizer.final_learning_rate must not exceed optimizer.learning_rate")
-        if problems:
-            raise ValueError(PROBLEM_SEPARATOR.join(problems))
-        return self
+            yield "optimizer.final_learning_rate must not exceed optimizer.learning_rate"

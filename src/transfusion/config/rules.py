@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 from transfusion.config.families import FAMILY_SETTINGS
 from transfusion.config.objectives import SAMPLERS
@@ -17,106 +17,80 @@ from transfusion.config.sections import (
 from transfusion.sequence.sizes import MAX_ASPECT, ImageSizes, Size
 
 
-def with_family_defaults(values: Any) -> Any:
-    """Plain values with what a family's recipe has otherwise than the defaults, where they do not say."""
-    model = values.get("model") if isinstance(values, dict) else None
-    name = model.get("family") if isinstance(model, dict) else None
-    family = FAMILY_SETTINGS.get(name) if isinstance(name, str) else None
-    if family is None:
-        return values
-    filled = dict(values)
-    for section, defaults in family.defaults.items():
-        given = filled.get(section, {})
-        if isinstance(given, dict):
-            filled[section] = {**defaults, **given}
-    return filled
-
-
-def family_problems(model: ModelConfig, codec: CodecConfig, train: TrainConfig) -> list[str]:
+def family_problems(model: ModelConfig, codec: CodecConfig, train: TrainConfig) -> Iterator[str]:
     """What a family of models cannot do."""
     name = f"model.family={model.family}"
     family = FAMILY_SETTINGS.get(model.family)
     if family is None:
-        return [f"{name} does not exist; choose {' or '.join(FAMILY_SETTINGS)}"]
-    problems = [
-        f"model.{key} must be {value} for {name}, {family.why}"
-        for key, value in family.needs.items()
-        if getattr(model, key) != value
-    ]
+        yield f"{name} does not exist; choose {' or '.join(FAMILY_SETTINGS)}"
+        return
+    for key, value in family.needs.items():
+        if getattr(model, key) != value:
+            yield f"model.{key} must be {value} for {name}, {family.why}"
     if train.sequence_parallel > 1 and not family.shares_rows:
         others = " or ".join(other for other, settings in FAMILY_SETTINGS.items() if settings.shares_rows)
-        problems.append(
-            f"train.sequence_parallel={train.sequence_parallel} is for model.family={others}; set it to 1"
-        )
+        yield f"train.sequence_parallel={train.sequence_parallel} is for model.family={others}; set it to 1"
     if codec.makes == "tokens" and family.reads == "latents":
-        problems.append(f"codec.kind={codec.kind} makes tokens, and {name} learns latents: set codec.kind=kl")
+        yield f"codec.kind={codec.kind} makes tokens, and {name} learns latents: set codec.kind=kl"
     if codec.makes == "latents" and family.reads == "tokens":
-        problems.append(f"{name} needs tokens, and codec.kind={codec.kind} makes latents: set codec.kind=vq")
-    return problems
+        yield f"{name} needs tokens, and codec.kind={codec.kind} makes latents: set codec.kind=vq"
 
 
 def size_problems(
     codec: CodecConfig, data: DataConfig, sample: SampleGridConfig, sizes: ImageSizes
-) -> list[str]:
+) -> Iterator[str]:
     """What keeps images from being cut into patches and put into rows."""
-    step, problems = sizes.downscale * sizes.patch_size, []
+    step = sizes.downscale * sizes.patch_size
     downscale = f" / codec.downscale {codec.downscale}" if codec.downscale else ""
     for size, name in codec.named_sizes():
         if size.height % step or size.width % step:
-            problems.append(
-                f"codec.{name}{downscale} must be a multiple of model.patch_size {sizes.patch_size}"
-            )
+            yield f"codec.{name}{downscale} must be a multiple of model.patch_size {sizes.patch_size}"
         elif (patches := sizes.patches(size)) + 4 > data.sequence_length:
-            problems.append(
+            yield (
                 f"data.sequence_length {data.sequence_length} is too short for an image of"
                 f" {patches} patches and its four control tokens"
             )
         if max(size) > MAX_ASPECT * min(size):
-            problems.append(
+            yield (
                 f"codec.{name} has an aspect ratio above {MAX_ASPECT}; images beyond that are left out, so"
                 " choose a smaller one"
             )
     for text in sample.sizes:
         if Size.parse(text) not in codec.sizes:
-            problems.append(
-                f"sample_grid.sizes: {text} is not a size of this model's images; choose {sizes.named()}"
-            )
-    return problems
+            yield f"sample_grid.sizes: {text} is not a size of this model's images; choose {sizes.named()}"
 
 
-def sampling_problems(sample: SampleGridConfig, diffusion: DiffusionConfig, data: DataConfig) -> list[str]:
+def sampling_problems(
+    sample: SampleGridConfig, diffusion: DiffusionConfig, data: DataConfig
+) -> Iterator[str]:
     """What keeps the training grid from being drawn."""
-    problems = []
     fitting = SAMPLERS[diffusion.prediction]
     if sample.sampler not in ("auto", *fitting):
-        problems.append(
+        yield (
             f"sample_grid.sampler={sample.sampler} cannot draw with diffusion.prediction={diffusion.prediction};"
             f" choose {' or '.join(fitting)}"
         )
     if sample.prompts and sample.steps > diffusion.steps:
-        problems.append(f"sample_grid.steps {sample.steps} must not exceed diffusion.steps {diffusion.steps}")
+        yield f"sample_grid.steps {sample.steps} must not exceed diffusion.steps {diffusion.steps}"
     if sample.prompts and sample.guidance != 1 and data.caption_dropout == 0:
-        problems.append(
+        yield (
             f"sample_grid.guidance {sample.guidance:g} needs an unconditional branch, which data.caption_dropout=0"
             " does not train; set sample_grid.guidance=1"
         )
-    return problems
 
 
-def source_problems(data: DataConfig) -> list[str]:
+def source_problems(data: DataConfig) -> Iterator[str]:
     """What the sources lack together."""
-    problems = []
     schedules = [source.schedule for source in data.sources]
     for step in sorted({first for schedule in schedules for first, _ in schedule}):
         if not any([weight for first, weight in schedule if first <= step][-1] for schedule in schedules):
-            problems.append(f"data.sources: from step {step} on all sources have weight 0")
+            yield f"data.sources: from step {step} on all sources have weight 0"
     names = [source.name for source in data.sources]
     if len(set(names)) != len(names):
-        problems.append("data.sources: two sources have the same name")
-    return problems
+        yield "data.sources: two sources have the same name"
 
 
-def division_problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> list[str]:
+def division_problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Iterator[str]:
     """What keeps rows and heads from being shared by train.sequence_parallel ranks, in one sentence."""
     ranks = train.sequence_parallel
     shared = {
@@ -125,4 +99,5 @@ def division_problems(model: ModelConfig, data: DataConfig, train: TrainConfig) 
         "data.sequence_length": data.sequence_length,
     }
     uneven = [f"{name} {value}" for name, value in shared.items() if value % ranks]
-    return [f"train.sequence_parallel {ranks} must divide {', '.join(uneven)}"] if uneven else []
+    if uneven:
+        yield f"train.sequence_parallel {ranks} must divide {', '.join(uneven)}"

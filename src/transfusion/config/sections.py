@@ -6,8 +6,8 @@ Plain values only. Nothing here builds anything. Each field's description is its
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,9 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Tag,
     ValidationInfo,
@@ -30,14 +33,10 @@ from transfusion.sequence.sizes import Size
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 from transfusion.urls import redacted_plain
 
-Weight = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 SamplingSeed = Annotated[int, Field(ge=0, le=MAX_SAMPLING_SEED)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 # Between the problems of one ValueError. The loader prints one a line. A problem may hold a semicolon.
@@ -92,6 +91,16 @@ class Section(BaseModel):
         ):
             raise ValueError(f"{info.field_name} must be a number, got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if problems := list(self._misfits()):
+            raise ValueError(PROBLEM_SEPARATOR.join(problems))
+        return self
+
+    def _misfits(self) -> Iterable[str]:
+        """What does not fit together, one line each, once every value is well by itself."""
+        return ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to config.yaml and config.json: no credentials."""
@@ -177,42 +186,27 @@ class ModelConfig(Section):
     def ffn_width(self) -> int:
         return self.ffn_size or -(-self.hidden_size * 8 // 3 // 64) * 64
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ModelConfig:
-        problems = []
-        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            problems.append(
-                f"model.hidden_size {self.hidden_size} must be an even multiple of model.heads {self.heads}"
-            )
+    def _misfits(self) -> Iterator[str]:
+        if self.hidden_size % self.heads or self.head_dim % 2:
+            yield f"model.hidden_size {self.hidden_size} must be an even multiple of model.heads {self.heads}"
         if self.heads % self.kv_heads:
-            problems.append(
-                f"model.heads {self.heads} must be a multiple of model.num_kv_heads {self.kv_heads}"
-            )
+            yield f"model.heads {self.heads} must be a multiple of model.num_kv_heads {self.kv_heads}"
         if self.position == "2d" and self.head_dim < 8:
-            problems.append(f"model.position=2d needs heads of at least 8 dimensions, got {self.head_dim}")
-        if self.patch_embed == "unet":
-            problems += self._problems_of_the_unet()
-        if problems:
-            raise ValueError(PROBLEM_SEPARATOR.join(problems))
-        return self
-
-    def _problems_of_the_unet(self) -> list[str]:
-        problems = []
+            yield f"model.position=2d needs heads of at least 8 dimensions, got {self.head_dim}"
+        if self.patch_embed == "linear":
+            return
         if self.patch_size & (self.patch_size - 1):
-            problems.append(
-                f"model.patch_size {self.patch_size} must be a power of two for model.patch_embed=unet, which halves"
-            )
+            yield f"model.patch_size {self.patch_size} must be a power of two for model.patch_embed=unet, which halves"
         if any(width % self.unet.head_dim for width in self.unet.widths):
-            problems.append(
+            yield (
                 f"model.unet.widths {list(self.unet.widths)} must be multiples of model.unet.head_dim"
                 f" {self.unet.head_dim}"
             )
         if self.timestep_embedding != "projected":
-            problems.append(
+            yield (
                 f"model.timestep_embedding={self.timestep_embedding} is for model.patch_embed=linear; the U-Net takes"
                 " the timestep in each of its layers"
             )
-        return problems
 
 
 # What each `codec.kind` makes of images. The codecs themselves are in `codec.CODECS`.
@@ -293,44 +287,25 @@ class CodecConfig(Section):
             return [(self.sizes[0], f"image_size {self.image_size}")]
         return [(size, f"image_sizes: {size}") for size in self.sizes]
 
-    @model_validator(mode="after")
-    def _kind_fits(self) -> CodecConfig:
+    def _misfits(self) -> Iterator[str]:
         if self.kind not in CODEC_KINDS:
-            raise ValueError(f"codec.kind={self.kind} does not exist; choose {' or '.join(CODEC_KINDS)}")
-        problems = []
-        of_a_folder = (
-            "folder",
-            "latent_channels",
-            "downscale",
-            "scale",
-            "shift",
-            "codebook_size",
-            "fingerprint",
-        )
+            yield f"codec.kind={self.kind} does not exist; choose {' or '.join(CODEC_KINDS)}"
+            return
         if self.kind == "pixels":
-            problems += [
-                f"codec.{name} belongs to an autoencoder; set codec.kind=kl or vq, or remove it"
-                for name in of_a_folder
-                if getattr(self, name)
-            ]
+            for name in type(self).model_fields:
+                if name not in ("kind", "channels", "image_size", "image_sizes") and getattr(self, name):
+                    yield f"codec.{name} belongs to an autoencoder; set codec.kind=kl or vq, or remove it"
         elif self.is_autoencoder and not self.folder:
-            problems.append(f"codec.kind={self.kind} needs codec.folder, the folder of an autoencoder")
+            yield f"codec.kind={self.kind} needs codec.folder, the folder of an autoencoder"
         elif not (self.latent_channels and self.downscale):
-            problems.append("codec.latent_channels and codec.downscale must be those of the codec")
+            yield "codec.latent_channels and codec.downscale must be those of the codec"
         else:
-            problems += [
-                f"codec.{name} must be a multiple of codec.downscale {self.downscale}"
-                for size, name in self.named_sizes()
-                if size.height % self.downscale or size.width % self.downscale
-            ]
-        problems += [
-            f"codec.{name} must be one number or {self.depth}, one per channel, got {len(getattr(self, name))}"
-            for name in ("scale", "shift")
-            if len(getattr(self, name)) not in (0, 1, self.depth)
-        ]
-        if problems:
-            raise ValueError(PROBLEM_SEPARATOR.join(problems))
-        return self
+            for size, name in self.named_sizes():
+                if size.height % self.downscale or size.width % self.downscale:
+                    yield f"codec.{name} must be a multiple of codec.downscale {self.downscale}"
+        for name in ("scale", "shift"):
+            if (given := len(getattr(self, name))) not in (0, 1, self.depth):
+                yield f"codec.{name} must be one number or {self.depth}, one per channel, got {given}"
 
 
 class DiffusionConfig(Section):
@@ -359,23 +334,22 @@ class DiffusionConfig(Section):
         500, description="images that come before their caption get timesteps below this; 0: no limit"
     )
 
-    def problems(self) -> list[str]:
-        """Values that do not fit together, one line each."""
-        found = []
+    def problems(self) -> Iterator[str]:
+        """Values that do not fit together, one line each. `Config` asks, so that other sections are heard too."""
         if self.max_timestep_before_caption > self.steps:
-            found.append("diffusion.max_timestep_before_caption must not exceed diffusion.steps")
+            yield "diffusion.max_timestep_before_caption must not exceed diffusion.steps"
         if self.timestep_sampling == "logit-normal" and self.prediction == "epsilon":
-            found.append(
+            yield (
                 "diffusion.timestep_sampling=logit-normal rarely draws the highest timesteps, where sampling begins and"
                 " predicted noise says least about the image; use it with diffusion.prediction=v or flow"
             )
         if self.timestep_shift != 1 and self.prediction != "flow":
-            found.append(
+            yield (
                 f"diffusion.timestep_shift={self.timestep_shift:g} is for diffusion.prediction=flow;"
                 f" {self.prediction} takes 1"
             )
         if self.loss_weight == "min-snr" and self.prediction == "flow":
-            found.append(
+            yield (
                 "diffusion.loss_weight=min-snr is for diffusion.prediction=epsilon or v;"
                 " flow weighs by diffusion.timestep_sampling and diffusion.timestep_shift"
             )
@@ -383,17 +357,14 @@ class DiffusionConfig(Section):
             self.loss_weight == "none"
             and self.min_snr_gamma != type(self).model_fields["min_snr_gamma"].default
         ):
-            found.append(
-                f"diffusion.min_snr_gamma={self.min_snr_gamma:g} does nothing without diffusion.loss_weight=min-snr"
-            )
-        return found
+            yield f"diffusion.min_snr_gamma={self.min_snr_gamma:g} does nothing without diffusion.loss_weight=min-snr"
 
 
 class WeightFrom(Section):
     """One entry of a schedule of weights."""
 
     from_step: NonNegativeInt = Field(description="first step with this weight")
-    weight: Annotated[float, Field(ge=0)] = Field(
+    weight: NonNegativeFloat = Field(
         description="share of the tokens, relative to the other sources; 0: none"
     )
 
@@ -401,7 +372,7 @@ class WeightFrom(Section):
 # How a weight may be written. Pydantic names these words where a mistake is.
 WEIGHT_FORMS = ("constant weight", "schedule of weights")
 WeightOrSchedule = Annotated[
-    Annotated[Weight, Tag(WEIGHT_FORMS[0])] | Annotated[list[WeightFrom], Tag(WEIGHT_FORMS[1])],
+    Annotated[PositiveFloat, Tag(WEIGHT_FORMS[0])] | Annotated[list[WeightFrom], Tag(WEIGHT_FORMS[1])],
     Discriminator(lambda value: WEIGHT_FORMS[isinstance(value, list)]),
 ]
 
@@ -463,7 +434,7 @@ class CacheConfig(Section):
     connections: PositiveInt = Field(4, description="shards that a process downloads at once")
     attempts: PositiveInt = Field(5, description="attempts at a shard before its samples count as bad")
     timeout: PositiveFloat = Field(30.0, description="seconds without a byte after which an attempt ends")
-    pause: Annotated[float, Field(ge=0)] = Field(
+    pause: NonNegativeFloat = Field(
         1.0, description="seconds before the second attempt, doubled before each further one"
     )
 
@@ -501,13 +472,11 @@ class OptimizerConfig(Section):
     """AdamW and the cosine schedule of the paper (section 4.1)."""
 
     learning_rate: PositiveFloat = Field(3e-4, description="peak learning rate")
-    final_learning_rate: Annotated[float, Field(ge=0)] = Field(
-        1.5e-5, description="learning rate at the last step"
-    )
+    final_learning_rate: NonNegativeFloat = Field(1.5e-5, description="learning rate at the last step")
     warmup_steps: NonNegativeInt = Field(4000, description="steps of linear warm-up")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas")
     epsilon: PositiveFloat = Field(1e-8, description="AdamW epsilon")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices only")
+    weight_decay: NonNegativeFloat = Field(0.1, description="on matrices only")
     gradient_clip: PositiveFloat = Field(1.0, description="maximum global gradient norm")
     ema_decay: Decay = Field(0.0, description="decay of the moving average of the weights; 0: none")
 
@@ -540,17 +509,12 @@ class ZeroConfig(Section):
     )
     nvme_path: FilePath = Field("", description="folder on a local disk for what is offloaded to nvme")
 
-    @model_validator(mode="after")
-    def _stage_can(self) -> ZeroConfig:
-        problems = []
+    def _misfits(self) -> Iterator[str]:
         for name in ("offload_parameters", "hpz_partition_size"):
             if self.stage < 3 and getattr(self, name) != type(self).model_fields[name].default:
-                problems.append(f"train.zero.{name} needs train.zero.stage=3, got {self.stage}")
+                yield f"train.zero.{name} needs train.zero.stage=3, got {self.stage}"
         if self.offload_parameters == "nvme" and not self.nvme_path:
-            problems.append("train.zero.nvme_path must name a folder for what is offloaded to nvme")
-        if problems:
-            raise ValueError(PROBLEM_SEPARATOR.join(problems))
-        return self
+            yield "train.zero.nvme_path must name a folder for what is offloaded to nvme"
 
 
 class TrainConfig(Section):
@@ -572,7 +536,7 @@ class TrainConfig(Section):
     sequence_parallel: PositiveInt = Field(
         1, description="ranks that share each sequence, each with a slice of its positions; 1: none"
     )
-    z_loss: Annotated[float, Field(ge=0)] = Field(
+    z_loss: NonNegativeFloat = Field(
         0.0, description="weight of the squared log normaliser of the text head, in the gradient only"
     )
     loss_chunk_size: PositiveInt = Field(4096, description="text targets whose logits are in memory at once")
@@ -651,5 +615,5 @@ class SampleGridConfig(Section):
         "auto",
         description="ddpm or ddim, for flow euler or heun; auto: ddim, for flow euler",
     )
-    guidance: Annotated[float, Field(ge=0)] = Field(3.0, description="guidance scale; 1: none")
+    guidance: NonNegativeFloat = Field(3.0, description="guidance scale; 1: none")
     seed: SamplingSeed = Field(0, description="seed of the first image; image k has seed + k")

@@ -5,7 +5,6 @@ I images, C channels, H/W latent height and width, K timestep buckets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.schedule import CosineSchedule, RectifiedFlowSchedule, Schedule
-from transfusion.schema import TIMESTEP_BUCKETS
+from transfusion.schema import TIMESTEP_BUCKETS, LossTerms
 
 
 class NoisedImages(NamedTuple):
@@ -22,16 +21,6 @@ class NoisedImages(NamedTuple):
 
     noisy: Tensor
     target: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLoss:
-    """Squared error summed over elements and their count, in all ([]) and by timestep bucket ([K]); fp32."""
-
-    total: Tensor
-    count: Tensor
-    bucket_total_K: Tensor
-    bucket_count_K: Tensor
 
 
 class ImageObjective:
@@ -79,8 +68,11 @@ class ImageObjective:
 
     def loss(
         self, prediction: Tensor, target: Tensor, image_weight_I: Tensor, timestep_I: Tensor
-    ) -> ImageLoss:
-        """Weighted squared error over unweighted elements. A perfect prediction gives exactly zero."""
+    ) -> LossTerms:
+        """ "image" and "image_by_timestep": weighted squared error over unweighted elements.
+
+        A perfect prediction gives exactly zero.
+        """
         error_I = (prediction.float() - target).square().flatten(1).sum(1) * image_weight_I
         timestep_weight_I = self.timestep_weight(timestep_I)
         if timestep_weight_I is not None:
@@ -88,9 +80,9 @@ class ImageObjective:
         elements_I = image_weight_I * target[0].numel()
         bucket_I = timestep_I * TIMESTEP_BUCKETS // self.schedule.steps
         zeros_K = torch.zeros(TIMESTEP_BUCKETS, device=target.device)
-        return ImageLoss(
-            error_I.sum(),
-            elements_I.sum(),
-            zeros_K.index_add(0, bucket_I, error_I.detach()),
-            zeros_K.index_add(0, bucket_I, elements_I),
+        error_K = zeros_K.index_add(0, bucket_I, error_I.detach())
+        elements_K = zeros_K.index_add(0, bucket_I, elements_I)
+        return LossTerms(
+            {"image": error_I.sum(), "image_by_timestep": error_K},
+            {"image": elements_I.sum(), "image_by_timestep": elements_K},
         )

@@ -121,3 +121,8 @@ class DDIM(SpacedSampler):
 def start_noise(key_I: Tensor, shape: tuple[int, ...]) -> Tensor:
     """x_T for each key, fp32 [I, *shape]."""
     return counter_normal(key_I, shape, stream=START_STREAM)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans, 2022); scale 1 is the conditional prediction."""
+    return unconditional + scale * (conditional - unconditional)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion.flow import Euler, Heun
@@ -13,27 +14,21 @@ from transfusion.diffusion.schedule import CosineSchedule
 SamplerBuilder = Callable[[DiffusionConfig, int, float | None], Sampler]
 
 
-def _cosine(sampler: type[SpacedSampler]) -> SamplerBuilder:
-    def build(config: DiffusionConfig, steps: int, clip: float | None) -> Sampler:
-        assert config.prediction != "flow"
-        # With a bound, the bound holds the error.
-        min_alpha_bar = MIN_ALPHA_BAR if clip is None else 0.0
-        schedule = CosineSchedule(config.steps)
-        return sampler(schedule, steps, predicts=config.prediction, clip=clip, min_alpha_bar=min_alpha_bar)
-
-    return build
+def _cosine(sampler: type[SpacedSampler], config: DiffusionConfig, steps: int, clip: float | None) -> Sampler:
+    assert config.prediction != "flow"
+    # With a bound, the bound holds the error.
+    min_alpha_bar = MIN_ALPHA_BAR if clip is None else 0.0
+    schedule = CosineSchedule(config.steps)
+    return sampler(schedule, steps, predicts=config.prediction, clip=clip, min_alpha_bar=min_alpha_bar)
 
 
-def _flow(sampler: type[Euler]) -> SamplerBuilder:
-    def build(config: DiffusionConfig, steps: int, clip: float | None) -> Sampler:
-        return sampler(config.steps, steps, shift=config.timestep_shift, clip=clip)
-
-    return build
+def _flow(sampler: type[Euler], config: DiffusionConfig, steps: int, clip: float | None) -> Sampler:
+    return sampler(config.steps, steps, shift=config.timestep_shift, clip=clip)
 
 
 BUILDERS: dict[str, SamplerBuilder] = {
-    "ddpm": _cosine(DDPM),
-    "ddim": _cosine(DDIM),
-    "euler": _flow(Euler),
-    "heun": _flow(Heun),
+    "ddpm": partial(_cosine, DDPM),
+    "ddim": partial(_cosine, DDIM),
+    "euler": partial(_flow, Euler),
+    "heun": partial(_flow, Heun),
 }

@@ -8,7 +8,7 @@ from torch import nn
 from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.data.loading.validation import EvaluationLoader
-from transfusion.families.build import build_loss
+from transfusion.families.build import family_of
 from transfusion.schema import LossTerms
 
 
@@ -25,7 +25,7 @@ def validation_losses(
     codec: of the images; None: their pixels.
     Noise and timesteps of the images are keyed by sample, so two checkpoints are measured on the same noise.
     """
-    loss = build_loss(config, codec)
+    loss = family_of(config).loss(config, codec)
     total: LossTerms | None = None
     for batch in loader:
         terms = loss.terms(model, batch.to(device)).double()

@@ -1,13 +1,11 @@
-"""From a configuration to its family, its network and its loss."""
+"""From a configuration to its family and its network."""
 
 from __future__ import annotations
 
 import torch
 
-from transfusion.codec import Codec
 from transfusion.config import CodecConfig, Config, ModelConfig
 from transfusion.families import FAMILIES, Family
-from transfusion.losses.loss import Loss
 from transfusion.model.attention import PlainAttention, Sharing
 from transfusion.model.backbone import Backbone
 
@@ -34,11 +32,6 @@ def build_model(config: Config, sharing: Sharing | None = None) -> Backbone:
         z_loss=config.train.z_loss,
         sharing=sharing,
     )
-
-
-def build_loss(config: Config, codec: Codec | None) -> Loss:
-    """The loss of the configuration's family. codec: of the images; None: batches hold what the network reads."""
-    return family_of(config).loss(config, codec)
 
 
 def count_parameters(config: ModelConfig, codec: CodecConfig) -> dict[str, int]:

@@ -5,7 +5,6 @@ R rows at hand, D width.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -39,23 +38,19 @@ class Limits:
     length: int
 
 
-class _Phase(enum.Enum):
-    DECODING = enum.auto()
-    WAITS_FOR_IMAGE = enum.auto()
-    DONE = enum.auto()
-
-
 @dataclass(slots=True)
 class _Row:
-    """One answer in the making. `number` is its place in the request, which its random draws depend on."""
+    """One answer in the making. `number` is its place in the request, which its random draws depend on.
+
+    size: of the image that it waits for. None: it decodes, unless it is done.
+    """
 
     number: int
-    phase: _Phase = _Phase.DECODING
+    done: bool = False
+    size: Size | None = None
     parts: list[list[int] | Tensor] = field(default_factory=list)
     tokens: int = 0
     images: int = 0
-    # Of the image that it waits for.
-    size: Size | None = None
 
     def say(self, token: int) -> None:
         if not self.parts or isinstance(self.parts[-1], Tensor):
@@ -80,12 +75,8 @@ class InterleavedGenerator:
         image: ImageSampling,
         limits: Limits,
     ) -> None:
-        self.runner, self.tokenizer, self.diffusion, self.draw_images = (
-            runner,
-            tokenizer,
-            diffusion,
-            draw_images,
-        )
+        self.runner, self.tokenizer = runner, tokenizer
+        self.diffusion, self.draw_images = diffusion, draw_images
         self.text, self.image, self.limits = text, image, limits
         # Of drawn images, by what begins them.
         self._size_by_begin_token = {
@@ -99,15 +90,18 @@ class InterleavedGenerator:
         rows = [_Row(first_row + place) for place in range(len(prompts))]
         cache, state_BD = self._read_prompts(prompts)
         while True:
-            decoding = [place for place, row in enumerate(rows) if row.phase is _Phase.DECODING]
-            waiting = [place for place, row in enumerate(rows) if row.phase is _Phase.WAITS_FOR_IMAGE]
+            left = [place for place, row in enumerate(rows) if not row.done]
+            decoding = [place for place in left if rows[place].size is None]
             # Images wait until no row decodes, so that as many as possible are drawn in one batch.
             if decoding:
                 self._decode_step(rows, decoding, cache, state_BD)
-            elif waiting:
-                self._draw(rows, waiting, cache, state_BD)
+            elif left:
+                self._draw(rows, left, cache, state_BD)
             else:
-                return [self._answer(row) for row in rows]
+                return [
+                    [part if isinstance(part, Tensor) else self.tokenizer.decode(part) for part in row.parts]
+                    for row in rows
+                ]
 
     def _read_prompts(self, prompts: Sequence[Sequence[Part]]) -> tuple[KeyValueCache, Tensor]:
         """The cache that holds the prompts, and the state [B, D] that the first new tokens are read from."""
@@ -142,14 +136,14 @@ class InterleavedGenerator:
         for place, token in zip(decoding, chosen, strict=True):
             row = rows[place]
             if token == SpecialToken.END_DOCUMENT:
-                row.phase = _Phase.DONE
+                row.done = True
             elif token in self._size_by_begin_token:
-                row.phase, row.size = _Phase.WAITS_FOR_IMAGE, self._size_by_begin_token[token]
+                row.size = self._size_by_begin_token[token]
             else:
                 row.say(token)
-                if row.tokens == self.limits.tokens or cache.lengths[place] + 1 >= self.limits.length:
-                    row.phase = _Phase.DONE
-            if row.phase is not _Phase.DONE:
+                full = cache.lengths[place] + 1 >= self.limits.length
+                row.done = full or row.tokens == self.limits.tokens
+            if not row.done:
                 reading.append((place, token))
         if reading:
             places = [place for place, _ in reading]
@@ -193,11 +187,8 @@ class InterleavedGenerator:
             row = rows[place]
             row.parts.append(pixels_CHW)
             row.images += 1
-            room = cache.lengths[place] + self.runner.sizes.patches(size) + 1 < self.limits.length
-            row.phase = _Phase.DECODING if room else _Phase.DONE
+            row.size = None
+            row.done = cache.lengths[place] + self.runner.sizes.patches(size) + 1 >= self.limits.length
         view = cache.view(waiting)
         block = self.runner.image_block(codec.as_context(drawn), view.lengths, size)
         state_BD[waiting] = self.runner.read(view, block)
-
-    def _answer(self, row: _Row) -> list[Part]:
-        return [part if isinstance(part, Tensor) else self.tokenizer.decode(part) for part in row.parts]

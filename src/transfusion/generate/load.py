@@ -42,15 +42,13 @@ def load_model(found: ModelFolder, weights: Weights, tokenizer: Tokenizer, devic
 
 
 def _weight_file(found: ModelFolder, weights: Weights) -> Path:
-    if weights == "auto":
-        return found.preferred
-    if weights == "raw":
-        return found.weights
-    if weights != "ema":
+    files = {"auto": found.preferred, "raw": found.weights, "ema": found.average}
+    if weights not in files:
         raise UserError(f"weights {weights!r} do not exist; choose auto, raw or ema")
-    if found.average is None:
+    path = files[weights]
+    if path is None:
         raise UserError(
             f"{found.weights.parent} holds no averaged weights (the run had optimizer.ema_decay=0);"
             " use the raw ones"
         )
-    return found.average
+    return path

@@ -11,6 +11,7 @@ dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,9 +59,7 @@ class KeyValueCache:
 
     def view(self, rows: Sequence[int] | None = None) -> CacheRows:
         """The given rows, all of them by default, as a forward reads and extends them."""
-        everything = list(range(len(self.lengths)))
-        chosen = everything if rows is None else list(rows)
-        return CacheRows(self, chosen, whole=chosen == everything)
+        return CacheRows(self, list(range(len(self.lengths)) if rows is None else rows))
 
     def storage(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, L, K, E] of a layer, made at first use for keys [..., K, E] like the given."""
@@ -81,14 +80,14 @@ class KeyValueCache:
 class CacheRows:
     """Rows of a cache for one forward after another; `layers` is what the model's `run_blocks` takes."""
 
-    def __init__(self, cache: KeyValueCache, rows: list[int], *, whole: bool) -> None:
+    def __init__(self, cache: KeyValueCache, rows: list[int]) -> None:
         self._cache = cache
         self._rows = rows
-        self.attend = cache.attend
         # Where a forward takes every row, the storage itself is read; else the rows are gathered from it.
+        whole = rows == list(range(len(cache.lengths)))
         self._row_R = None if whole else torch.tensor(rows, device=cache.device)
         self._slot_N: Tensor | None = None
-        self.layers: Sequence[_Layer] = [_Layer(self, layer) for layer in range(len(cache._storage))]
+        self.layers: list[Attend] = [partial(self._attend, layer) for layer in range(len(cache._storage))]
 
     @property
     def lengths(self) -> list[int]:
@@ -119,6 +118,10 @@ class CacheRows:
             results.append(rows_RLKE.transpose(1, 2))
         return results[0], results[1]
 
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
+        """Attention of one layer to the keys of these rows and the new ones, which it writes: an `Attend`."""
+        return self._cache.attend(query, *self.write(layer, key, value), mask)
+
     def _slots(self, count: int) -> Tensor:
         """Where the next `count` positions of each row go: int64 [R * count] into [B * L]."""
         if self._slot_N is None or len(self._slot_N) != len(self._rows) * count:
@@ -129,14 +132,3 @@ class CacheRows:
             start_R1 = torch.tensor(starts, device=self._cache.device)[:, None]
             self._slot_N = (start_R1 + torch.arange(count, device=self._cache.device)).flatten()
         return self._slot_N
-
-
-class _Layer:
-    """Attention of one layer to the keys of these rows and the new ones, which it writes: an `Attend`."""
-
-    def __init__(self, rows: CacheRows, layer: int) -> None:
-        self._rows, self._layer = rows, layer
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
-        key, value = self._rows.write(self._layer, key, value)
-        return self._rows.attend(query, key, value, mask)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from transfusion.config import Config, DiffusionConfig
 from transfusion.config.objectives import PREDICTED, SAMPLERS
-from transfusion.diffusion.guidance import guide
-from transfusion.diffusion.sampler import Denoiser, Sampler, start_noise
+from transfusion.diffusion.sampler import Denoiser, Sampler, guide, start_noise
 from transfusion.diffusion.samplers import BUILDERS
 from transfusion.errors import UserError
 from transfusion.inference.cache import KeyValueCache
@@ -97,11 +96,7 @@ def denoiser(
     assert isinstance(model, Transfusion)
     images, guided, size = len(rows), sampling.guidance != 1, sampling.size or runner.sizes.first
     patches, latent_shape = runner.sizes.patches(size), runner.latent_shape(size)
-    parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
-    if guided:
-        parts.append((runner.unconditional(size), [0] * images))
-    longest = max(cache.lengths[row] for cache, chosen in parts for row in chosen)
-    view = KeyValueCache.gathered(parts, longest + patches).view()
+    view = runner.branches(prefixes, rows, size, guided=guided).view()
     position_RPA = runner.image_positions(view.lengths, size)[:, :patches]
     mask = view.mask(runner.image_ends(len(position_RPA), patches))
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from transfusion.config import DiffusionConfig
-from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.noise import counter_normal
+from transfusion.diffusion.sampler import guide
 from transfusion.inference.cache import KeyValueCache
 from transfusion.inference.image_diffusion import ImageSampling
 from transfusion.inference.runner import ModelInput, ModelRunner
@@ -38,13 +38,9 @@ def draw_tokens(
     """
     model = runner.model
     assert isinstance(model, Chameleon)
-    images, guided, size = len(rows), sampling.guidance != 1, sampling.size or runner.sizes.first
+    guided, size = sampling.guidance != 1, sampling.size or runner.sizes.first
     patches = runner.sizes.patches(size)
-    parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
-    if guided:
-        parts.append((runner.unconditional(size), [0] * images))
-    longest = max(cache.lengths[row] for cache, chosen in parts for row in chosen)
-    cache = KeyValueCache.gathered(parts, longest + patches)
+    cache = runner.branches(prefixes, rows, size, guided=guided)
     # <BOI> is read once more, for the state that the first token is drawn from.
     cache.lengths = [length - 1 for length in cache.lengths]
     view = cache.view()

@@ -98,6 +98,16 @@ class ModelRunner:
         self.read(cache.view(), self.prefix_block([layout], [first]))
         return cache
 
+    def branches(
+        self, prefixes: KeyValueCache, rows: Sequence[int], size: Size, *, guided: bool
+    ) -> KeyValueCache:
+        """Copies of the given rows with room for an image of this size, guided: with as many unconditional ones."""
+        parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
+        if guided:
+            parts.append((self.unconditional(size), [0] * len(rows)))
+        longest = max(cache.lengths[row] for cache, chosen in parts for row in chosen)
+        return KeyValueCache.gathered(parts, longest + self.sizes.patches(size))
+
     def prefix_block(
         self, layouts: Sequence[Layout], counts: Sequence[int], images: Sequence[Tensor] = ()
     ) -> ModelInput:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from transfusion.codec.shapes import image_elements
+from transfusion.codec.interface import image_elements
 from transfusion.config import CodecConfig
 from transfusion.schema import Batch, LossTerms
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from transfusion.codec import Codec, encoded
@@ -13,7 +13,7 @@ from transfusion.config import CodecConfig, DiffusionConfig
 from transfusion.diffusion.objective import ImageObjective
 from transfusion.losses.loss import ratio, target_counts
 from transfusion.model.patches import unpatchify_groups
-from transfusion.schema import TIMESTEP_BUCKETS, Batch, LossTerms
+from transfusion.schema import Batch, LossTerms
 
 
 class TransfusionLoss:
@@ -35,18 +35,14 @@ class TransfusionLoss:
             for group in batch.media
         ]
         output = model(batch, [images.noisy for images in noised])
-        device = batch.token_ids_BS.device
-        image_sum, image_count = torch.zeros((), device=device), torch.zeros((), device=device)
-        bucket_sum, bucket_count = (torch.zeros(TIMESTEP_BUCKETS, device=device) for _ in range(2))
         predictions = unpatchify_groups(output.prediction_NE, [images.noisy for images in noised])
-        for group, images, prediction in zip(batch.media, noised, predictions, strict=True):
-            loss = self.objective.loss(prediction, images.target, group.image_weight_I, group.timestep_I)
-            image_sum, image_count = image_sum + loss.total, image_count + loss.count
-            bucket_sum, bucket_count = bucket_sum + loss.bucket_total_K, bucket_count + loss.bucket_count_K
-        text_count = batch.text_weight_BS.sum()
+        parts = [
+            self.objective.loss(prediction, images.target, group.image_weight_I, group.timestep_I)
+            for group, images, prediction in zip(batch.media, noised, predictions, strict=True)
+        ]
+        images = functools.reduce(LossTerms.plus, parts)
         return LossTerms(
-            {"text": output.text_sum, "image": image_sum, "image_by_timestep": bucket_sum},
-            {"text": text_count, "image": image_count, "image_by_timestep": bucket_count},
+            {"text": output.text_sum, **images.sums}, {"text": batch.text_weight_BS.sum(), **images.counts}
         )
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ B rows, S positions, A position axes, D width, N patches of all images.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,3 +60,22 @@ class Backbone(nn.Module, ABC):
                 attend = None if layers is None else layers[layer]
                 hidden_BSD = block(hidden_BSD, cosine_BSF, sine_BSF, mask, attend)
         return hidden_BSD
+
+
+def compile_blocks(model: Backbone) -> None:
+    """Compile each block's forward for training; sampling, whose shapes change all the time, stays eager.
+
+    The forward and not the module is compiled, so that ZeRO's hooks stay outside of the graph.
+    """
+    for block in model.blocks:
+        block.forward = _compiled_when_training(block)
+
+
+def _compiled_when_training(block: nn.Module) -> Callable[..., Tensor]:
+    eager = block.forward
+    compiled = torch.compile(eager, dynamic=False)
+
+    def forward(*arguments: Any) -> Tensor:
+        return (compiled if torch.is_grad_enabled() else eager)(*arguments)
+
+    return forward

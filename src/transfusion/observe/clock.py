@@ -19,7 +19,6 @@ class Interval:
     """The time between two log lines, pauses left out. shares: of `seconds`, by the name of the span."""
 
     seconds: float
-    steps: int
     tokens_per_second: float | None
     shares: dict[str, float]
 
@@ -37,7 +36,6 @@ class Clock:
         self._paused = 0.0
         self._pause_depth = 0
         self._interval_start = 0.0
-        self._interval_steps = 0
         self._interval_tokens = 0
         self._interval_spans: defaultdict[str, float] = defaultdict(float)
         self._step_times: deque[float] = deque([0.0], maxlen=ETA_WINDOW + 1)
@@ -75,7 +73,6 @@ class Clock:
 
     def step_done(self, tokens: int) -> None:
         """Note the end of a step over `tokens` tokens of all ranks."""
-        self._interval_steps += 1
         self._interval_tokens += tokens
         self._step_times.append(self.active_seconds)
 
@@ -85,13 +82,12 @@ class Clock:
         seconds = end - self._interval_start
         interval = Interval(
             seconds=seconds,
-            steps=self._interval_steps,
             tokens_per_second=self._interval_tokens / seconds if seconds > 0 else None,
             shares={
                 name: time / seconds if seconds > 0 else 0.0 for name, time in self._interval_spans.items()
             },
         )
-        self._interval_start, self._interval_steps, self._interval_tokens = end, 0, 0
+        self._interval_start, self._interval_tokens = end, 0
         self._interval_spans = defaultdict(float)
         return interval
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from transfusion.codec.shapes import latent_shape
+from transfusion.codec.interface import latent_shape
 from transfusion.config import CodecConfig, Config
 from transfusion.families.build import family_of
 from transfusion.model.backbone import Backbone

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
 from transfusion.losses.loss import Loss, ratio
-from transfusion.parallel.collectives import group_device
+from transfusion.parallel.collectives import sum_over_ranks
 from transfusion.schema import LossTerms
 
 
@@ -41,11 +40,8 @@ class MeanLosses:
         tensors = [*summed.sums.values(), *summed.counts.values()]
         figures = torch.tensor([*extra_sums, images], dtype=torch.float64, device=tensors[0].device)
         flat = torch.cat([*(tensor.reshape(-1) for tensor in tensors), figures])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            flat = flat.to(group_device())
-            dist.all_reduce(flat)
         sizes = [tensor.numel() for tensor in tensors]
-        *totals, added = (part.tolist() for part in flat.split([*sizes, len(figures)]))
+        *totals, added = (part.tolist() for part in sum_over_ranks(flat).split([*sizes, len(figures)]))
         half = len(summed.sums)
         sums, counts = (dict(zip(summed.sums, each, strict=True)) for each in (totals[:half], totals[half:]))
         means = {name: list(map(ratio, sums[name], counts[name])) for name in sums}

@@ -84,14 +84,11 @@ class MetricsLog:
         self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n")
         return line
 
-    def close(self) -> None:
-        self._file.close()
-
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ PLAIN_LINES = 100
 
 
 class Progress:
-    """Shows lines of metrics.jsonl on stderr. Off in every process but the main one.
+    """Shows lines of metrics.jsonl on stderr.
 
     rich asks the terminal, NO_COLOR and TERM what may be shown. first_step: where this start begins.
     """
@@ -24,16 +24,14 @@ class Progress:
         total_steps: int,
         *,
         first_step: int = 0,
-        enabled: bool = True,
         console: Console | None = None,
     ) -> None:
         self._total = total_steps
         self._every = max(1, total_steps // PLAIN_LINES)
         self._next_plain = first_step
-        self._enabled = enabled
         self._console = console or Console(stderr=True, highlight=False)
         self._bar: RichProgress | None = None
-        if enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = RichProgress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=None),
@@ -46,8 +44,6 @@ class Progress:
 
     def update(self, line: Mapping[str, Any], *, seconds_left: float | None = None) -> None:
         """Show the figures of one line."""
-        if not self._enabled:
-            return
         step = int(line["step"])
         figures = describe(line, seconds_left=seconds_left)
         if self._bar is not None:
@@ -57,17 +53,14 @@ class Progress:
             # Not wrapped at the width of a terminal that is not there.
             self._console.print(f"step {step}/{self._total}  {figures}", soft_wrap=True, markup=False)
 
-    def close(self) -> None:
-        """Leave the last state on the terminal and give it back."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Leave the last state on the terminal and give it back."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 def describe(line: Mapping[str, Any], *, seconds_left: float | None = None) -> str:

@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from transfusion.config import Config
 from transfusion.observe.metrics import MetricsLog, StepMetrics
 from transfusion.observe.progress import Progress
 from transfusion.observe.runfolder import RunFolder
-from transfusion.observe.sinks import open_metric_logger
+from transfusion.observe.sinks import MetricLogger, open_metric_logger
 
 
+@dataclass(frozen=True, slots=True)
 class Record:
-    """Opens all of it on entering, and closes it on leaving. first_step: where this start begins."""
+    """All places that a run is written to, open."""
 
-    def __init__(self, config: Config, folder: RunFolder, first_step: int) -> None:
-        self._config, self._folder, self._first_step = config, folder, first_step
-
-    def __enter__(self) -> Record:
-        with ExitStack() as stack:
-            self._metrics = stack.enter_context(MetricsLog(self._folder.metrics))
-            self._metric_logger = open_metric_logger(
-                self._config, self._folder, attempt=self._metrics.attempt
-            )
-            stack.callback(self._metric_logger.close)
-            progress = Progress(self._config.train.steps, first_step=self._first_step)
-            self._progress = stack.enter_context(progress)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    folder: RunFolder
+    metrics: MetricsLog
+    metric_logger: MetricLogger
+    progress: Progress
 
     def write(self, metrics: StepMetrics, *, seconds_left: float | None) -> None:
         """One line of metrics, everywhere."""
-        line = self._metrics.append(metrics)
-        self._metric_logger.write(line)
-        self._progress.update(line, seconds_left=seconds_left)
+        line = self.metrics.append(metrics)
+        self.metric_logger.write(line)
+        self.progress.update(line, seconds_left=seconds_left)
 
     def grid(self, step: int, write: Callable[[Path], None]) -> None:
         """The sample grid of a step, which `write` puts into a file."""
-        path = self._folder.grid(step)
+        path = self.folder.grid(step)
         write(path)
-        self._metric_logger.image(step, path)
+        self.metric_logger.image(step, path)
+
+
+@contextmanager
+def open_record(config: Config, folder: RunFolder, first_step: int) -> Iterator[Record]:
+    """Open all of it, and close it at the end. first_step: where this start begins."""
+    with (
+        MetricsLog(folder.metrics) as metrics,
+        closing(open_metric_logger(config, folder, attempt=metrics.attempt)) as metric_logger,
+        Progress(config.train.steps, first_step=first_step) as progress,
+    ):
+        yield Record(folder, metrics, metric_logger, progress)

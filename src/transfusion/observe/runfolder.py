@@ -2,85 +2,47 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
 from transfusion.checkpoint import layout
-from transfusion.config import CodecConfig, Config
+from transfusion.config import CodecConfig, Section
 from transfusion.config.codec_folder import folder_files
 from transfusion.config.yaml_files import dump
 from transfusion.data.shards.sample import Fault
 from transfusion.errors import UserError
-from transfusion.files import atomic_file, atomic_write_text, file_digest, remove_unfinished
+from transfusion.files import (
+    atomic_copy,
+    atomic_file,
+    atomic_write_text,
+    file_digest,
+    lock,
+    remove_unfinished,
+)
 from transfusion.observe.environment import describe_environment
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """runs/<name>/ and the names of what it holds. Making one of these touches nothing on disk."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "env.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def quarantine(self) -> Path:
-        return self.path / "quarantine.jsonl"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer.model"
-
-    @property
-    def codec(self) -> Path:
-        return self.path / "codec"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def stalls(self) -> Path:
-        return self.path / "stalls"
-
-    @property
-    def memory(self) -> Path:
-        return self.path / "memory"
-
-    @property
-    def wandb_id(self) -> Path:
-        return self.path / "wandb_id"
-
-    @property
-    def export(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "env.json"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "log.txt"
+        self.quarantine = path / "quarantine.jsonl"
+        self.tokenizer = path / "tokenizer.model"
+        self.codec = path / "codec"
+        self.samples = path / "samples"
+        self.checkpoints = path / "checkpoints"
+        self.stalls = path / "stalls"
+        self.memory = path / "memory"
+        self.wandb_id = path / "wandb_id"
+        self.report = path / "report.html"
 
     def grid(self, step: int) -> Path:
         """Where the sample grid of a step stands."""
@@ -104,16 +66,14 @@ class RunFolder:
             file = open(self.path / "lock", "a", encoding="utf-8")  # noqa: SIM115 - held as long as the run
         except OSError as error:
             raise self._unwritable(error) from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file, wait=False):
             file.close()
             raise UserError(
                 f"another process trains in {self.path}; wait for it, end it, or choose another run.dir"
-            ) from None
+            )
         return file
 
-    def create(self, config: Config, *, arguments: Sequence[str] = ()) -> None:
+    def create(self, config: Section, *, arguments: Sequence[str] = ()) -> None:
         """Make the folders and write the resolved config and what this start runs on (main process only).
 
         Raises UserError if the folder cannot be written.
@@ -144,8 +104,7 @@ class RunFolder:
         """Copy the tokenizer, so that the run stays usable whatever becomes of the file."""
         try:
             if not self.tokenizer.is_file() or not _same_bytes(self.tokenizer, path):
-                with atomic_file(self.tokenizer) as partial:
-                    shutil.copyfile(path, partial)
+                atomic_copy(path, self.tokenizer)
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -160,8 +119,7 @@ class RunFolder:
             for file in files:
                 kept = self.codec / file.name
                 if not kept.is_file() or file_digest(kept) != file_digest(file):
-                    with atomic_file(kept) as partial:
-                        shutil.copyfile(file, partial)
+                    atomic_copy(file, kept)
         except OSError as error:
             raise self._unwritable(error) from None
 

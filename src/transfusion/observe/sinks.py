@@ -89,17 +89,28 @@ def open_metric_logger(config: Config, folder: RunFolder, *, attempt: int) -> Me
     if not config.log.wandb:
         return NoLogger()
     wandb = _import_wandb()
-    run = wandb.init(
-        project=config.log.project,
-        name=config.run.name,
-        id=_id_of(folder),
-        resume="allow",
-        dir=str(folder.path),
-        config={**config.as_dict(), "attempt": attempt},
-        mode=None if _mode_is_chosen(wandb) else "offline",
-        reinit="finish_previous",
-        settings=wandb.Settings(save_code=False, disable_git=True, disable_job_creation=True, console="off"),
-    )
+    # By WANDB_MODE or wandb's settings; its own default is to send everything.
+    mode_is_chosen = "mode" in wandb.setup().settings.model_fields_set
+    try:
+        run = wandb.init(
+            project=config.log.project,
+            name=config.run.name,
+            id=_id_of(folder),
+            resume="allow",
+            dir=str(folder.path),
+            config={**config.as_dict(), "attempt": attempt},
+            mode=None if mode_is_chosen else "offline",
+            reinit="finish_previous",
+            settings=wandb.Settings(
+                save_code=False, disable_git=True, disable_job_creation=True, console="off"
+            ),
+        )
+    except Exception as error:
+        # wandb has errors of many kinds: no key, no network, a project of others, a full disk.
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"wandb cannot start: {reason}; run `wandb login`, set WANDB_MODE=offline, or log.wandb=false"
+        ) from None
     logger.info("wandb run %s, %s", run.id, "offline" if run.offline else run.url)
     return WandbLogger(run, wandb.Image)
 
@@ -142,8 +153,3 @@ def _import_wandb() -> Any:
             "log.wandb=true, but wandb is not installed; run `pip install wandb`, or set log.wandb=false"
         ) from None
     return wandb
-
-
-def _mode_is_chosen(wandb: Any) -> bool:
-    """Whether WANDB_MODE or wandb's settings name a mode; its own default is to send everything."""
-    return "mode" in wandb.setup().settings.model_fields_set

@@ -9,11 +9,14 @@ from torch import Tensor
 
 
 class MovingAverage:
-    """The average of a fixed list of fp32 tensors, such as this rank's shards. Starts at their values."""
+    """The average of a fixed list of fp32 tensors, such as this rank's shards. Starts at their values.
+
+    With a decay of 0 none is kept.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], decay: float) -> None:
         self.decay = decay
-        self.tensors = [tensor.detach() for tensor in tensors]
+        self.tensors = [tensor.detach() for tensor in tensors] if decay else []
         self.averages = [tensor.clone() for tensor in self.tensors]
 
     @torch.no_grad()

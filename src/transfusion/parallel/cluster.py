@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from transfusion.files import atomic_write_text
+from transfusion.files import atomic_write_text, remove_leftover
 from transfusion.parallel.collectives import broadcast_from_main, gather, group_device
 from transfusion.parallel.environment import Environment
 
@@ -88,26 +88,19 @@ def bandwidths(here: Environment, sizes: Sequence[int] = ()) -> list[Bandwidth]:
     for size in sizes or (SIZES if here.device.type == "cuda" else SIZES_ON_CPU):
         part = torch.ones(size // 4, device=group_device())
         whole = torch.empty(ranks * part.numel(), device=group_device())
-        seconds = _slowest([_timed(lambda part=part: dist.all_reduce(part)) for _ in range(REPEATS + 1)])
-        found.append(_bandwidth("all_reduce", size, seconds, 2 * (ranks - 1) / ranks * size))
-        seconds = _slowest(
-            [
-                _timed(lambda part=part, whole=whole: dist.all_gather_into_tensor(whole, part))
-                for _ in range(REPEATS + 1)
-            ]
-        )
-        found.append(_bandwidth("all_gather", size, seconds, (ranks - 1) * size))
+        for name, collective, tensors, moved in (
+            ("all_reduce", dist.all_reduce, (part,), 2 * (ranks - 1) / ranks * size),
+            ("all_gather", dist.all_gather_into_tensor, (whole, part), (ranks - 1) * size),
+        ):
+            seconds = _slowest([_timed(collective, *tensors) for _ in range(REPEATS + 1)])
+            found.append(Bandwidth(name, size, 1e3 * seconds, moved / seconds / 1e9))
     return found
 
 
-def _bandwidth(collective: str, size: int, seconds: float, moved: float) -> Bandwidth:
-    return Bandwidth(collective, size, 1e3 * seconds, moved / seconds / 1e9)
-
-
-def _timed(work: Any) -> float:
+def _timed(collective: Any, *tensors: torch.Tensor) -> float:
     dist.barrier()
     begin = time.perf_counter()
-    work()
+    collective(*tensors)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - begin
@@ -128,13 +121,10 @@ def storage_problems(here: Environment, folder: Path) -> list[str]:
     """
     name = broadcast_from_main(lambda: f".doctor-{secrets.token_hex(4)}")
     place = folder / name
-    problem = _share(here, place) or ""
-    problems = gather(problem)
+    problems = gather(_share(here, place))
     dist.barrier()
-    if here.is_main and place.is_dir():
-        for path in place.iterdir():
-            path.unlink(missing_ok=True)
-        place.rmdir()
+    if here.is_main:
+        remove_leftover(place)
     return [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
 
 

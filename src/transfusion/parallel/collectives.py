@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from transfusion.errors import UserError
-from transfusion.schema import Decision
+from transfusion.losses.loss import Loss
+from transfusion.schema import Batch, Decision
 
 T = TypeVar("T")
 DECISION_OF_SIGNAL = {
@@ -79,6 +81,26 @@ def gather(value: T) -> list[T]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def sum_over_ranks(figures: Tensor) -> Tensor:
+    """The sum of every rank's tensor, on the device that the process group exchanges fastest."""
+    if _is_shared():
+        figures = figures.to(group_device())
+        dist.all_reduce(figures)
+    return figures
+
+
+def global_counts(batches: Sequence[Batch], loss: Loss) -> dict[str, Tensor]:
+    """Count what this rank's micro-batches of one step hold, and sum it over all ranks in one collective.
+
+    By the names of the loss's terms, float32 without a dimension. The loss of every micro-batch is divided by these, so
+    that neither the number of ranks nor that of micro-batches changes the gradient.
+    """
+    # float64: a global batch of images has more elements than float32 counts exactly.
+    mine = [loss.counts(batch) for batch in batches]
+    counts = torch.stack([torch.stack([each[name] for each in mine]).sum() for name in mine[0]])
+    return dict(zip(mine[0], sum_over_ranks(counts).float(), strict=True))
 
 
 def describe(error: OSError) -> str:

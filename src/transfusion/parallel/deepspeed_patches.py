@@ -7,7 +7,6 @@ step. So a version that they were not written for is refused before anything is 
 from __future__ import annotations
 
 import logging
-import math
 import re
 import sys
 import warnings
@@ -99,9 +98,6 @@ def refuse_norms_above(zero: Any, largest: float) -> Iterator[list[float]]:
     It has no setting for that. Yields a list, which holds the norm that was refused, if one was.
     """
     refused: list[float] = []
-    if math.isinf(largest) and largest > 0:
-        yield refused
-        return
     # Stages and dtypes have optimisers of their own; each asks this function of its module.
     home = sys.modules[type(zero).__module__]
     original = home.is_invalid_grad_norm

@@ -48,7 +48,7 @@ _groups_joined: list[Environment] = []
 
 
 class Placement(NamedTuple):
-    """This process's place, as its launcher tells it; `variables` are what torch.distributed reads."""
+    """This process's place, as its launcher tells it. variables: where the others are found, if it does not."""
 
     rank: int
     local_rank: int
@@ -94,7 +94,9 @@ def start(threads: int = 0, *, timeout: timedelta = TIMEOUT) -> Environment:
     else:
         # DeepSpeed guesses its accelerator from installed packages; without a GPU the guess may be wrong.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.update(place.variables)
+    # What torch.distributed and DeepSpeed read.
+    numbers = {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.world_size}
+    os.environ.update({name: str(number) for name, number in numbers.items()} | place.variables)
     # Collectives that are kept for `flight_recorder`.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDS)
     count = threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
@@ -229,7 +231,7 @@ def placement(variables: Mapping[str, str]) -> Placement:
             f"an MPI launcher started {variables['PMI_SIZE']} processes and does not tell which of them share this"
             " machine; use torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
         )
-    return Placement(0, 0, 1, 1, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    return Placement(0, 0, 1, 1, {})
 
 
 def _from_torchrun(variables: Mapping[str, str]) -> Placement:
@@ -242,12 +244,12 @@ def _from_torchrun(variables: Mapping[str, str]) -> Placement:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in variables:
                 raise UserError(f"WORLD_SIZE={world_size} but {name} is not set; use torchrun, or set it")
-    return Placement(rank, local_rank, world_size, local_size, {"LOCAL_RANK": str(local_rank)})
+    return Placement(rank, local_rank, world_size, local_size, {})
 
 
 def _from_mpirun(variables: Mapping[str, str], names: Sequence[str]) -> Placement:
     rank, world_size, local_rank, local_size = (_integer(variables, name) for name in names)
-    exported = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size)}
+    exported = {"MASTER_PORT": variables.get("MASTER_PORT", MPI_PORT)}
     if "MASTER_ADDR" not in variables:
         if local_size < world_size:
             raise UserError(
@@ -255,7 +257,6 @@ def _from_mpirun(variables: Mapping[str, str], names: Sequence[str]) -> Placemen
                 " give all of them the first machine's name, as in mpirun -x MASTER_ADDR=HOST"
             )
         exported["MASTER_ADDR"] = "127.0.0.1"
-    exported["MASTER_PORT"] = variables.get("MASTER_PORT", MPI_PORT)
     return Placement(rank, local_rank, world_size, local_size, exported)
 
 
@@ -265,7 +266,7 @@ def _from_slurm(variables: Mapping[str, str]) -> Placement:
     local_size = _tasks_on_node(
         variables.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)), _integer(variables, "SLURM_NODEID", 0)
     )
-    exported = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size)}
+    exported = {}
     if "MASTER_ADDR" not in variables:
         exported["MASTER_ADDR"] = _first_host(variables.get("SLURM_STEP_NODELIST", "localhost"))
     if "MASTER_PORT" not in variables:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from transfusion.parallel.collectives import group_device
+from transfusion.parallel.collectives import sum_over_ranks
 from transfusion.parallel.parameter_shards import module_of
 
 
@@ -49,9 +48,7 @@ class ModuleNorms:
     def begin(self, *, wanted: bool) -> None:
         """Before a step; `wanted`: on all ranks alike."""
         device = self._flats[0].device
-        self._squares = (
-            torch.zeros(len(self._modules), dtype=torch.float32, device=device) if wanted else None
-        )
+        self._squares = torch.zeros(len(self._modules), device=device) if wanted else None
 
     def take(self, global_norm: float) -> dict[str, float] | None:
         """The norm of each module after a step that was made; None where `begin` was not asked for them.
@@ -61,10 +58,8 @@ class ModuleNorms:
         squares, self._squares = self._squares, None
         if squares is None:
             return None
-        if dist.get_world_size() > 1:
-            # Where the optimiser is offloaded, its gradients lie elsewhere.
-            squares = squares.to(group_device())
-            dist.all_reduce(squares)
+        # Where the optimiser is offloaded, its gradients lie on the host.
+        squares = sum_over_ranks(squares)
         clipped_norm = squares.sum().sqrt()
         norms = squares.sqrt() * (global_norm / clipped_norm.clamp(min=torch.finfo(torch.float32).tiny))
         return dict(zip(self._modules, norms.tolist(), strict=True))

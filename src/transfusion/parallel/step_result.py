@@ -43,21 +43,3 @@ class PendingResult:
             skipped=bool(skipped),
             module_norms=None if skipped or self._module_norms is None else dict(self._module_norms),
         )
-
-
-class UpdateCount:
-    """Optimiser updates made: steps less those that were skipped, which the device counts."""
-
-    def __init__(self, updates: int = 0) -> None:
-        self._steps = updates
-        self._skipped: Tensor | None = None
-
-    def add(self, skipped: Tensor) -> None:
-        """One more step; `skipped`: 0-dim bool."""
-        self._steps += 1
-        counted = skipped.to(torch.int64)
-        self._skipped = counted if self._skipped is None else self._skipped + counted
-
-    def read(self) -> int:
-        """Waits for the device."""
-        return self._steps - (0 if self._skipped is None else int(self._skipped))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.model.attention import Attend, PlainAttention
+from transfusion.model.attention import PlainAttention
 from transfusion.schema import Batch, BatchCounts, MediaGroup, Modality, PatchRoutes
 from transfusion_kernels import IntervalMask
 
@@ -97,23 +97,11 @@ class SequenceGroup:
         """See `Sharing.attention`."""
         return UlyssesAttention(self, PlainAttention(backend))
 
-    def attend(self, plain: Attend, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
-        """Attention of a slice: query [B, H, s, E], key and value [B, K, s, E] to [B, H, s, E]."""
-        R, heads = self.degree, query.shape[1] // self.degree
-        key_heads = key.shape[1] // R
-        parts = [x.unflatten(1, (R, -1)) for x in (query, key, value)]
-        mine = self._swap(torch.cat(parts, dim=2).transpose(0, 1))
-        whole = mine.permute(1, 2, 0, 3, 4).flatten(2, 3)  # all positions of a share of the heads
-        query, key, value = whole.split([heads, key_heads, key_heads], dim=1)
-        attended = plain(query, key, value, mask)
-        back = self._swap(attended.unflatten(2, (R, -1)).permute(2, 0, 1, 3, 4))
-        return back.transpose(0, 1).flatten(1, 2)
-
     def exchange(self, x_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Send the first sent[0] rows to the first rank, and so on; returns what the ranks sent here, in order."""
         return _all_to_all(x_ND, list(sent), list(received), self.name)
 
-    def _swap(self, x_R: Tensor) -> Tensor:
+    def swap(self, x_R: Tensor) -> Tensor:
         """Part r to rank r, for all r; returns the part of this rank from every rank."""
         ones = [1] * self.degree
         return _all_to_all(x_R, ones, ones, self.name)
@@ -209,7 +197,18 @@ class UlyssesAttention:
     plain: PlainAttention
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
-        """See `Attend`. In evaluation a rank has whole rows, and with them as many queries as the mask."""
+        """See `Attend`: of a slice query [B, H, s, E], key and value [B, K, s, E] to [B, H, s, E].
+
+        In evaluation a rank has whole rows, and with them as many queries as the mask.
+        """
         if mask.num_queries == query.shape[2]:
             return self.plain(query, key, value, mask)
-        return self.group.attend(self.plain, query, key, value, mask)
+        R, heads = self.group.degree, query.shape[1] // self.group.degree
+        key_heads = key.shape[1] // R
+        parts = [x.unflatten(1, (R, -1)) for x in (query, key, value)]
+        mine = self.group.swap(torch.cat(parts, dim=2).transpose(0, 1))
+        whole = mine.permute(1, 2, 0, 3, 4).flatten(2, 3)  # all positions of a share of the heads
+        query, key, value = whole.split([heads, key_heads, key_heads], dim=1)
+        attended = self.plain(query, key, value, mask)
+        back = self.group.swap(attended.unflatten(2, (R, -1)).permute(2, 0, 1, 3, 4))
+        return back.transpose(0, 1).flatten(1, 2)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +12,8 @@ from torch import Tensor, nn
 
 from transfusion.codec import Codec
 from transfusion.config import Config
-from transfusion.errors import UserError
-from transfusion.families.build import build_loss, build_model
-from transfusion.losses.loss import training_loss
-from transfusion.model.backbone import Backbone
-from transfusion.model.compilation import compile_blocks
+from transfusion.families.build import build_model
+from transfusion.model.backbone import Backbone, compile_blocks
 from transfusion.model.initialise import initial_value
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
@@ -27,62 +22,51 @@ from transfusion.parallel.deepspeed_patches import (
     import_deepspeed,
     refuse_norms_above,
 )
-from transfusion.parallel.engine import Weights
+from transfusion.parallel.engine import Engine, Weights
 from transfusion.parallel.environment import Environment, join_group
 from transfusion.parallel.module_norms import FlatSlice, ModuleNorms
-from transfusion.parallel.parameter_shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
-from transfusion.parallel.step_result import PendingResult, UpdateCount
+from transfusion.parallel.parameter_shards import Shard
+from transfusion.parallel.step_result import PendingResult
 from transfusion.parallel.ulysses import SequenceGroup
 from transfusion.parallel.zero_config import deepspeed_config
-from transfusion.schema import Batch, LossTerms
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """ZeRO stage 1, 2 or 3. All state that trains lies in a few flat fp32 tensors a rank, `self.flats`."""
 
     def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
         deepspeed = import_deepspeed()
         join_group(environment)
-        self.config = config
-        self.device, self.rank, self.world_size = environment.device, environment.rank, environment.world_size
-        self._count = UpdateCount()
+        super().__init__(config, environment, codec)
+        self.rank, self.world_size = environment.rank, environment.world_size
         self.sequence = SequenceGroup(
             config.train.sequence_parallel, rank=self.rank, world_size=self.world_size
         )
         self.stage = config.train.zero.stage
-        self.loss = build_loss(config, codec)
         with torch.device("meta"):
             described = dict(build_model(config).named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in described.items()}
-        with _quiet():
-            model = self._wrap(deepspeed, described)
+        # DeepSpeed reports its own start there. Errors are raised all the same.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model = self._wrap(deepspeed, described)
+        self.runner = self.engine
         if config.train.compile:
-            compile_blocks(model)
+            compile_blocks(self.model)
         self.flats = _flat_weights(self.zero, self.stage)
-        groups.create_moments(self.adamw, self.flats)
+        groups.create_moments(self.optimizer, self.flats)
         self.slices = {
             name: flat_slice
-            for name, parameter in model.named_parameters()
+            for name, parameter in self.model.named_parameters()
             if (flat_slice := _locate(self.zero, self.stage, parameter, described[name].numel(), self.rank))
         }
-        self.norms = ModuleNorms(self.adamw, self.flats, self.slices, list(self.shapes))
+        self.norms = ModuleNorms(self.optimizer, self.flats, self.slices, list(self.shapes))
         self._initialise()
-        self.averages = config.optimizer.ema_decay > 0
-        self.average = MovingAverage(self.flats if self.averages else [], config.optimizer.ema_decay)
+        self.average = MovingAverage(self.flats, config.optimizer.ema_decay)
 
-    @property
-    def updates(self) -> int:
-        """See `Engine.updates`."""
-        return self._count.read()
-
-    def forward_backward(self, batch: Batch, counts: Mapping[str, Tensor]) -> LossTerms:
-        """See `Engine.forward_backward`; DeepSpeed is told that `step` ends the accumulation."""
-        terms = self.loss.terms(self.engine, batch.to(self.device))
-        counts = {name: count.to(self.device) for name, count in counts.items()}
+    def _backward(self, loss: Tensor) -> None:
+        """See `Engine._backward`. That `step` ends the accumulation is in DeepSpeed's configuration."""
         # DeepSpeed averages gradients over ranks, where ours are parts of one sum.
-        loss = training_loss(self.loss.combine(terms, counts)) * self.world_size
-        self.engine.backward(loss)
-        return terms.detached()
+        self.engine.backward(loss * self.world_size)
 
     def step(
         self, learning_rate: float, *, max_norm: float = math.inf, module_norms: bool = False
@@ -92,11 +76,11 @@ class ZeroEngine:
         With a fused AdamW in stage 3 nothing waits for the device, unless `module_norms` are asked for. Otherwise
         DeepSpeed reads the norm, and skips the update on all ranks where it is not finite.
         """
-        groups.set_learning_rate(self.adamw, learning_rate)
+        groups.set_learning_rate(self.optimizer, learning_rate)
         self.norms.begin(wanted=module_norms)
-        on_device = groups.is_fused(self.adamw) and self.stage == 3 and not self.zero.offload_optimizer
+        on_device = groups.is_fused(self.optimizer) and self.stage == 3 and not self.zero.offload_optimizer
         if on_device:
-            with clip_and_skip_on_device(self.zero, self.adamw, max_norm) as decided:
+            with clip_and_skip_on_device(self.zero, self.optimizer, max_norm) as decided:
                 self.engine.step()
             norm, skipped = decided
             self.average.update(unless=skipped)
@@ -108,45 +92,18 @@ class ZeroEngine:
                 self.average.update()
             kept = self.engine.get_global_grad_norm() if applied else refused[0] if refused else math.inf
             norm, skipped = torch.as_tensor(kept), torch.tensor(not applied)
-        self._count.add(skipped)
+        self._updates = self._updates + (~skipped).long()
         norms = self.norms.take(float(norm)) if module_norms and not skipped else None
         return PendingResult(norm, skipped, norms)
-
-    @contextmanager
-    def evaluation(self, weights: Weights) -> Iterator[Backbone]:
-        """See `Engine.evaluation`; averages and weights are swapped shard by shard, nothing is gathered."""
-        if weights == "ema" and not self.averages:
-            raise UserError("no moving average is kept: set optimizer.ema_decay, or evaluate the raw weights")
-        self._use(weights)
-        self.engine.eval()
-        try:
-            with torch.no_grad():
-                yield self.engine.module
-        finally:
-            self.engine.train()
-            self._use(weights)
 
     def shards(self) -> list[Shard]:
         """See `Engine.shards`."""
         shards = []
         for name, (flat, offset, start, length) in self.slices.items():
-            state = self.adamw.state[self.flats[flat]]
-            values = {
-                WEIGHT: self.flats[flat].detach(),
-                FIRST_MOMENT: state["exp_avg"],
-                SECOND_MOMENT: state["exp_avg_sq"],
-            }
-            if self.averages:
-                values[AVERAGE] = self.average.averages[flat]
+            values = self._values(flat, self.flats[flat])
             slices = {kind: tensor.narrow(0, offset, length) for kind, tensor in values.items()}
             shards.append(Shard(name, self.shapes[name], start, length, slices))
         return shards
-
-    def shards_written(self, updates: int) -> None:
-        """See `Engine.shards_written`."""
-        self._count = UpdateCount(updates)
-        groups.set_updates(self.adamw, updates)
-        self._refresh()
 
     def _wrap(self, deepspeed: Any, described: dict[str, nn.Parameter]) -> Backbone:
         """Build the network and AdamW and hand both to DeepSpeed; `described` gives every parameter's shape."""
@@ -160,9 +117,9 @@ class ZeroEngine:
             model = build_model(self.config, self.sequence if self.sequence.degree > 1 else None)
         parameters = dict(model.named_parameters())
         decayed = groups.parameter_groups(described, parameters, self.config.optimizer.weight_decay)
-        self.adamw = groups.adamw(decayed, self.config.optimizer, fused=groups.runs_fused(self.device))
+        self.optimizer = groups.adamw(decayed, self.config.optimizer, fused=groups.runs_fused(self.device))
         self.engine, self.zero, _, _ = deepspeed.initialize(
-            model=model, optimizer=self.adamw, config=settings
+            model=model, optimizer=self.optimizer, config=settings
         )
         return model
 
@@ -176,6 +133,7 @@ class ZeroEngine:
         self._refresh()
 
     def _use(self, weights: Weights) -> None:
+        """See `Engine._use`; averages and weights are swapped shard by shard, nothing is gathered."""
         if self.stage == 3:
             # Evaluation visits modules in another order than training: forget the recorded one, lest
             # DeepSpeed gathers ahead what will not be used.
@@ -200,13 +158,6 @@ class ZeroEngine:
         kept = self.zero.persistent_parameters
         if kept:
             kept[0].all_gather(kept)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep DeepSpeed's reports of its own start off the terminal; errors are raised all the same."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _flat_weights(zero: Any, stage: int) -> list[Tensor]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import yaml
 
 from transfusion.config import Config
+from transfusion.config.checking import load_values
 from transfusion.errors import UserError
 from transfusion.plan.prediction import Plan, make_plan
 
@@ -35,7 +33,7 @@ def to_fit(plan: Plan) -> Advice | None:
         return max(alone, key=lambda advice: advice.plan.tokens_per_second)
     together: dict[str, str] = {}
     for setting in _savers(plan):
-        together[_key(setting)] = setting
+        together[setting.partition("=")[0]] = setting
         advice = _tried(plan, list(together.values()))
         if advice and advice.plan.fits:
             return _fewest(plan, advice)
@@ -99,11 +97,10 @@ def _hasteners(plan: Plan) -> Iterator[str]:
 def _tried(plan: Plan, settings: Sequence[str], gpus: int | None = None) -> Advice | None:
     """None where the settings cannot be."""
     told = (*settings, *([f"--gpus {gpus}"] if gpus else []))
+    gpus = gpus or plan.division.gpus
     try:
         config = applied(plan.config, settings)
-        return Advice(
-            told, make_plan(config, gpus or plan.division.gpus, plan.gpu.name.lower(), plan.document_mix)
-        )
+        return Advice(told, make_plan(config, gpus, plan.gpu.name.lower(), plan.document_mix))
     except (UserError, ValueError):
         return None
 
@@ -121,17 +118,5 @@ def _fewest(plan: Plan, advice: Advice) -> Advice:
 
 
 def applied(config: Config, settings: Sequence[str]) -> Config:
-    """The configuration with `section.key=value` set. Raises ValueError where that cannot be."""
-    values: dict[str, Any] = config.model_dump()
-    for setting in settings:
-        key, _, text = setting.partition("=")
-        *sections, name = key.split(".")
-        target = values
-        for section in sections:
-            target = target[section]
-        target[name] = yaml.safe_load(text)
-    return Config.model_validate(values)
-
-
-def _key(setting: str) -> str:
-    return setting.partition("=")[0]
+    """The configuration with `section.key=value` set. Raises UserError where that cannot be."""
+    return load_values(config.model_dump(), settings, where="the plan", reads_codec=False)

@@ -7,11 +7,11 @@ kept, and scatters the sum of its gradients. Ranks that share rows exchange head
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transfusion.config import Config
 from transfusion.plan.machines import Gpu
-from transfusion.plan.network import Network
+from transfusion.plan.network import Network, compute_dtype
 from transfusion.plan.workload import Division
 
 FP32 = 4
@@ -49,49 +49,33 @@ def communicate(
     reductions = count_reductions(network.sizes, zero.reduce_bucket_size)
     reduce_seconds = gpu.ring_seconds(FP32 * network.elements, ranks, reductions)
     exchanged, between = _exchange(config, division, positions, gpu)
-    if zero.stage == 3:
-        gathered, gathers, gather_seconds = _gather(config, network, ranks, gpu)
-        return Communication(
-            gathered=gathered,
-            reduced=FP32 * network.elements,
-            exchanged=exchanged,
-            calls=gathers + reductions,
-            seconds_of_micro_batch=gather_seconds + reduce_seconds,
-            seconds_between_layers=between,
-        )
-    after = width_of(config) * network.elements
     # Stage 1 adds gradients up on each rank and sends them once a step.
     each, once = (0.0, reduce_seconds) if zero.stage == 1 else (reduce_seconds, 0.0)
-    return Communication(
+    sent = Communication(
         reduced=FP32 * network.elements,
         exchanged=exchanged,
-        after_step=after,
         calls=reductions,
         seconds_of_micro_batch=each,
         seconds_between_layers=between,
-        seconds_of_step=once + gpu.ring_seconds(after, ranks, reductions),
     )
-
-
-def width_of(config: Config) -> int:
-    """Bytes of a weight as the network uses it."""
-    return 2 if config.train.precision == "bf16" else FP32
-
-
-def keeps_gathers(config: Config, large: int) -> bool:
-    """Whether weights, `large` elements, stay gathered from the forward to the backward pass."""
-    zero = config.train.zero
-    return large <= min(zero.max_live_parameters, zero.max_reuse_distance)
+    if zero.stage == 3:
+        gathered, gathers, seconds = _gather(config, network, ranks, gpu)
+        return replace(
+            sent, gathered=gathered, calls=gathers + reductions, seconds_of_micro_batch=seconds + each
+        )
+    after = compute_dtype(config).itemsize * network.elements
+    return replace(sent, after_step=after, seconds_of_step=once + gpu.ring_seconds(after, ranks, reductions))
 
 
 def _gather(config: Config, network: Network, ranks: int, gpu: Gpu) -> tuple[int, int, float]:
     """Bytes, calls and seconds of the gathers of a micro-batch under stage 3."""
     zero = config.train.zero
     large = network.larger_than(zero.persistence_threshold)
-    size = width_of(config) * large
+    size = compute_dtype(config).itemsize * large
     calls = config.model.layers + sum(each >= zero.persistence_threshold for each in network.outside)
     seconds = gpu.ring_seconds(size, ranks, calls)
-    passes = 1 if keeps_gathers(config, large) else 2
+    # Whether the weights stay gathered from the forward to the backward pass.
+    passes = 1 if large <= min(zero.max_live_parameters, zero.max_reuse_distance) else 2
     if passes == 2:
         # With hpZ the second gather stays among the ranks that hold a copy between them.
         again = zero.hpz_partition_size if zero.hpz_partition_size > 1 else ranks
@@ -107,7 +91,7 @@ def _exchange(config: Config, division: Division, positions: int, gpu: Gpu) -> t
     values = 2 * (model.heads + model.kv_heads) * model.head_dim
     again = 0 if config.train.activation_checkpointing == "none" else 1
     exchanges = model.layers * (2 + again)
-    sent = exchanges * positions * values * width_of(config) * (ranks - 1) // ranks
+    sent = exchanges * positions * values * compute_dtype(config).itemsize * (ranks - 1) // ranks
     rate = gpu.nvlink if ranks <= gpu.gpus_per_machine else gpu.network
     return sent, sent / rate
 

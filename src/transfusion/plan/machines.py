@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIGA, TERA = 1e9, 1e12
 MIB, GIB = 2**20, 2**30
@@ -71,35 +71,23 @@ class Gpu:
         return max(within, between) + calls * around
 
 
+_H200 = Gpu(
+    name="H200",
+    memory=141e9,
+    peak=989.4 * TERA,
+    products=794.5 * TERA,
+    half_width=380,
+    attention={64: 380 * TERA, 128: 480 * TERA},
+    fp32=50 * TERA,
+    copy=4.2 * TERA,
+    host=50 * GIGA,
+    host_copy=25 * GIGA,
+    nvlink=360 * GIGA,
+    network=42 * GIGA,
+)
 GPUS = {
-    "h200": Gpu(
-        name="H200",
-        memory=141e9,
-        peak=989.4 * TERA,
-        products=794.5 * TERA,
-        half_width=380,
-        attention={64: 380 * TERA, 128: 480 * TERA},
-        fp32=50 * TERA,
-        copy=4.2 * TERA,
-        host=50 * GIGA,
-        host_copy=25 * GIGA,
-        nvlink=360 * GIGA,
-        network=42 * GIGA,
-    ),
-    "h100": Gpu(
-        name="H100",
-        memory=80e9,
-        peak=989.4 * TERA,
-        products=794.5 * TERA,
-        half_width=380,
-        attention={64: 380 * TERA, 128: 480 * TERA},
-        fp32=50 * TERA,
-        copy=2.9 * TERA,
-        host=50 * GIGA,
-        host_copy=25 * GIGA,
-        nvlink=360 * GIGA,
-        network=42 * GIGA,
-    ),
+    "h200": _H200,
+    "h100": replace(_H200, name="H100", memory=80e9, copy=2.9 * TERA),
     "a100": Gpu(
         name="A100",
         memory=80e9,

@@ -6,16 +6,13 @@ N: parameters. Deduced from `parallel.local` and, for ZeRO, from DeepSpeed 0.19.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, fields, replace
-
-import torch
 
 from transfusion.config import Config
 from transfusion.observe.flops import ImageLoad, Workload
-from transfusion.plan.communication import FP32, width_of
-from transfusion.plan.network import Network
-from transfusion.plan.tracing import ACTIVATIONS, GRADIENTS, LOGITS, PARAMETERS, Trace
+from transfusion.plan.communication import FP32
+from transfusion.plan.network import Network, compute_dtype
+from transfusion.plan.tracing import ACTIVATIONS, GRADIENTS, LOGITS, Trace
 
 # exp_avg and exp_avg_sq.
 MOMENTS = 2 * FP32
@@ -48,14 +45,14 @@ def local_memory(config: Config, network: Network, trace: Trace) -> Memory:
     """Of the local engine."""
     elements, largest = network.elements, network.largest
     averages = FP32 * elements if config.optimizer.ema_decay else 0
+    traced = {kind: trace.peak[kind] for kind in (GRADIENTS, ACTIVATIONS, LOGITS)}
     if config.train.precision == "fp32":
         kept = Memory(parameters=FP32 * elements, optimizer=MOMENTS * elements + averages)
-        moments = [replace(kept, **_traced(trace.peak))]
+        moments = [replace(kept, **traced)]
     else:
         # The optimiser's weights and gradients are fp32 copies; gradients are rounded up one by one.
         kept = Memory(parameters=2 * elements, optimizer=(FP32 + MOMENTS) * elements + averages)
         added = FP32 * elements if trace.accumulates else 0
-        traced = _traced(trace.peak)
         moments = [replace(kept, **traced | {"gradients": traced["gradients"] + added})]
         halves = 2 * elements if trace.accumulates else 0
         moments.append(replace(kept, gradients=FP32 * (elements + largest) + halves))
@@ -67,7 +64,7 @@ def local_memory(config: Config, network: Network, trace: Trace) -> Memory:
 def zero_memory(config: Config, network: Network, trace: Trace, ranks: int) -> Memory:
     """Of one rank of the ZeRO engine, parts being equal among `ranks`."""
     zero, elements = config.train.zero, network.elements
-    width = width_of(config)
+    width = compute_dtype(config).itemsize
     part = -(-elements // ranks)
     states = FP32 + MOMENTS + (FP32 if config.optimizer.ema_decay else 0)
     # On its way a bucket's gradients are copied, in the order in which the ranks get them. Where all gradients fit in
@@ -103,14 +100,12 @@ def zero_memory(config: Config, network: Network, trace: Trace, ranks: int) -> M
 
 def _offload(config: Config, kept: Memory, small: int) -> Memory:
     """Move to the host what the configuration says. small: bytes of weights that stay."""
-    zero, moved = config.train.zero, kept
+    zero = config.train.zero
     if zero.offload_optimizer != "none":
-        away = kept.optimizer + kept.gradients
-        moved = replace(moved, optimizer=0, gradients=0, offloaded=away)
+        kept = replace(kept, optimizer=0, gradients=0, offloaded=kept.optimizer + kept.gradients)
     if zero.offload_parameters != "none":
-        away = kept.parameters - small
-        moved = replace(moved, parameters=small, offloaded=moved.offloaded + away)
-    return moved
+        kept = replace(kept, parameters=small, offloaded=kept.offloaded + kept.parameters - small)
+    return kept
 
 
 def load_of_rank(load: Workload, sequence_ranks: int) -> Workload:
@@ -126,13 +121,3 @@ def load_of_rank(load: Workload, sequence_ranks: int) -> Workload:
             for shape, real, carried in load.images
         ),
     )
-
-
-def compute_dtype(config: Config) -> torch.dtype:
-    """What the network runs in."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
-def _traced(peak: Counter[str]) -> dict[str, int]:
-    assert peak[PARAMETERS] > 0
-    return {kind: peak[kind] for kind in (GRADIENTS, ACTIVATIONS, LOGITS)}

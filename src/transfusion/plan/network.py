@@ -10,8 +10,6 @@ import torch
 from transfusion.config import Config
 from transfusion.families.build import build_model
 
-VOCABULARY_OF_THE_PAPER = 32_000
-
 
 @dataclass(frozen=True, slots=True)
 class Network:
@@ -58,8 +56,6 @@ class Network:
         )
 
 
-def with_vocabulary(config: Config) -> Config:
-    """A vocabulary that the tokenizer would give is taken to be the paper's."""
-    if config.model.vocabulary:
-        return config
-    return config.with_vocabulary(VOCABULARY_OF_THE_PAPER)
+def compute_dtype(config: Config) -> torch.dtype:
+    """What the network runs in."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32

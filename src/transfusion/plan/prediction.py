@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from transfusion.config import Config
 from transfusion.observe.flops import FlopModel, Work, Workload
 from transfusion.plan.communication import Communication, communicate
 from transfusion.plan.machines import GPUS, Gpu
-from transfusion.plan.memory import Memory, compute_dtype, load_of_rank, local_memory, zero_memory
-from transfusion.plan.network import Network, with_vocabulary
+from transfusion.plan.memory import Memory, load_of_rank, local_memory, zero_memory
+from transfusion.plan.network import Network, compute_dtype
 from transfusion.plan.speed import Seconds, step_seconds
 from transfusion.plan.tracing import Trace, trace_step
 from transfusion.plan.workload import Division, DocumentMix
+
+# Taken where the tokenizer, which is not read here, would give it: the paper's.
+DEFAULT_VOCABULARY = 32_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,11 @@ class Plan:
     def gpu_hours(self) -> float:
         return self.hours * self.division.gpus
 
+    def operations(self, convention: str) -> float:
+        """Of a step on all GPUs, by a convention of `observe.flops`."""
+        total: float = getattr(self.work, convention).total
+        return total * self.division.micro_batches * self.division.gpus
+
     def share_of_peak(self, convention: str) -> float:
         """MFU: operations by a convention of `observe.flops` over those of the GPU's published peak."""
         operations = getattr(self.work, convention).total * self.division.micro_batches
@@ -60,6 +68,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
+        conventions = [field.name for field in fields(self.work)]
         return {
             "run": self.config.run.name,
             "gpu": self.gpu.name,
@@ -67,19 +76,13 @@ class Plan:
             "assumed_documents": asdict(self.document_mix),
             "parameters": {**self.network.parts, "total": self.network.elements},
             "division": asdict(self.division),
-            "micro_batch_of_a_rank": {
-                **asdict(self.load),
-                "operations": {name: asdict(part) for name, part in _parts(self.work)},
-            },
-            "operations_of_a_step": {
-                name: part.total * self.division.micro_batches * self.division.gpus
-                for name, part in _parts(self.work)
-            },
+            "micro_batch_of_a_rank": {**asdict(self.load), "operations": asdict(self.work)},
+            "operations_of_a_step": {name: self.operations(name) for name in conventions},
             "memory_bytes": {**asdict(self.memory), "total": self.memory.total, "usable": self.gpu.usable},
             "fits": self.fits,
             "communication": asdict(self.communication),
             "seconds_of_a_step": {**asdict(self.seconds), "total": self.seconds.total},
-            "share_of_peak": {name: self.share_of_peak(name) for name, _ in _parts(self.work)},
+            "share_of_peak": {name: self.share_of_peak(name) for name in conventions},
             "tokens_of_a_step": self.tokens_of_step,
             "tokens_per_second": self.tokens_per_second,
             "steps": self.config.train.steps,
@@ -90,7 +93,9 @@ class Plan:
 
 def make_plan(config: Config, gpus: int, gpu: str = "h200", document_mix: DocumentMix | None = None) -> Plan:
     """Predict a run. Raises UserError where the rows of a step cannot be shared by so many GPUs."""
-    config, document_mix, kind = with_vocabulary(config), document_mix or DocumentMix(), GPUS[gpu]
+    if not config.model.vocabulary:
+        config = config.with_vocabulary(DEFAULT_VOCABULARY)
+    document_mix, kind = document_mix or DocumentMix(), GPUS[gpu]
     division = Division.of(config, gpus)
     load = load_of_rank(document_mix.workload(config, division.micro_batch_size), division.sequence_ranks)
     local = config.train.engine == "local"
@@ -111,10 +116,6 @@ def make_plan(config: Config, gpus: int, gpu: str = "h200", document_mix: Docume
         communication=communication,
         seconds=step_seconds(config, division, work, trace, communication, network.elements, head, kind),
     )
-
-
-def _parts(work: Work) -> list[tuple[str, Any]]:
-    return [("exact", work.exact), ("hardware", work.hardware), ("palm", work.palm)]
 
 
 def _traced_part(config: Config) -> str:

@@ -34,19 +34,16 @@ def warnings(plan: Plan) -> list[str]:
         if advice:
             remedy = f"set {advice}: {gib(advice.plan.memory.total)}, {advice.plan.tokens_per_second:,.0f} tokens/s"
         return [*found, f"{lacking}; {remedy}"]
-    hastened = suggest_speedups(plan)
-    if plan.seconds.exposed > MUCH_WAITING * plan.seconds.total:
-        remedy = "more rows per micro-batch, or fewer GPUs, would wait less"
-        if hastened:
-            remedy = f"set {hastened[0]}: {hastened[0].plan.tokens_per_second / plan.tokens_per_second:.2f}x as fast"
-        share = plan.seconds.exposed / plan.seconds.total
-        found.append(f"{share:.0%} of a step waits for communication; {remedy}")
-    elif hastened:
-        best = hastened[0]
-        found.append(
-            f"{best} would be {best.plan.tokens_per_second / plan.tokens_per_second:.2f}x as fast and fits"
-            f" ({gib(best.plan.memory.total)})"
+    best = next(iter(suggest_speedups(plan)), None)
+    gain = f"{best.plan.tokens_per_second / plan.tokens_per_second:.2f}x as fast" if best else ""
+    share = plan.seconds.exposed / plan.seconds.total
+    if share > MUCH_WAITING:
+        remedy = (
+            f"set {best}: {gain}" if best else "more rows per micro-batch, or fewer GPUs, would wait less"
         )
+        found.append(f"{share:.0%} of a step waits for communication; {remedy}")
+    elif best:
+        found.append(f"{best} would be {gain} and fits ({gib(best.plan.memory.total)})")
     return found
 
 
@@ -72,8 +69,8 @@ def _figures(plan: Plan) -> Iterator[str]:
     yield _row("  a GPU", f"{division.micro_batches} micro-batches of {division.micro_batch_size} rows")
     for name, meaning in MEANINGS.items():
         part = getattr(plan.work, name)
-        whole = part.total * division.micro_batches * division.gpus
-        yield _row(f"  FLOPs, {name}", f"{whole:.4g}  {part.attention / part.total:.1%} attention; {meaning}")
+        share = f"{part.attention / part.total:.1%} attention"
+        yield _row(f"  FLOPs, {name}", f"{plan.operations(name):.4g}  {share}; {meaning}")
     yield ""
     for field in fields(plan.memory):
         yield _row(f"memory, {field.name}", gib(getattr(plan.memory, field.name)))

@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields
 
 from transfusion.config import Config
 from transfusion.observe.flops import Work
-from transfusion.plan.communication import FP32, Communication, width_of
+from transfusion.plan.communication import FP32, Communication
 from transfusion.plan.machines import Gpu
+from transfusion.plan.network import compute_dtype
 from transfusion.plan.tracing import Trace
 from transfusion.plan.workload import Division
 
@@ -90,4 +91,6 @@ def _optimizer(config: Config, share: float, gpu: Gpu) -> float:
     """share: parameters of this rank."""
     if config.train.zero.offload_optimizer == "none":
         return OPTIMIZER_TRAFFIC * share / gpu.copy
-    return OPTIMIZER_TRAFFIC * share / gpu.host_copy + (FP32 + width_of(config)) * share / gpu.host
+    return (
+        OPTIMIZER_TRAFFIC * share / gpu.host_copy + (FP32 + compute_dtype(config).itemsize) * share / gpu.host
+    )

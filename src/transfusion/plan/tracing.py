@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transfusion.config import Config
-from transfusion.families.build import build_loss, build_model
+from transfusion.families.build import build_model, family_of
 from transfusion.observe.flops import ImageLoad, Workload
 from transfusion.schema import Batch, BatchCounts, Kind, MediaGroup, Modality
 from transfusion.sequence.layout import position_axes
 from transfusion_kernels import IntervalMask
 
 PARAMETERS, GRADIENTS, ACTIVATIONS, LOGITS = "parameters", "gradients", "activations", "logits"
-
 
 # Layers of the two small networks from which a larger one is extended: every layer adds the same.
 FEW_LAYERS = (2, 3)
@@ -110,13 +108,18 @@ class LiveBytes(TorchDispatchMode):
         self.live[kind] += storage.nbytes()
         weakref.finalize(storage, self._freed, key, storage.nbytes())
 
-    def recount(self, tensor: Tensor, kind: str) -> None:
-        """Count under `kind` what was counted under another."""
-        storage = tensor.untyped_storage()
+    def recount_gradient(self, parameter: Tensor) -> None:
+        """Count a parameter's gradient as such, in place of what it was counted under when it was made."""
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
         former = self._kinds[storage._cdata]
-        self._kinds[storage._cdata] = kind
+        self._kinds[storage._cdata] = GRADIENTS
         self.live[former] -= storage.nbytes()
-        self.live[kind] += storage.nbytes()
+        self.live[GRADIENTS] += storage.nbytes()
+
+    def set_kind(self, kind: str, *_: Any) -> None:
+        """What tensors are counted under from now on."""
+        self.kind = kind
 
     def _freed(self, key: int, size: int) -> None:
         self.live[self._kinds.pop(key)] -= size
@@ -146,12 +149,15 @@ def trace_step(
 def _run(
     config: Config, load: Workload, dtype: torch.dtype, accumulates: bool, on_gpu: bool, layers: int
 ) -> Trace:
+    # Of the attentions that fake tensors of the CPU can take; all but the dense one hold alike.
+    attention = "reference" if config.train.attention == "reference" else "cpu"
+    train = config.train.model_copy(update={"attention": attention})
     model_config = config.model.model_copy(update={"layers": layers})
-    config = config.model_copy(update={"model": model_config, "train": _runnable(config)})
+    config = config.model_copy(update={"model": model_config, "train": train})
     with torch.device("meta"):
         model = build_model(config).to(dtype)
     # Made before: its tables are kept for the whole process, and must hold values.
-    loss = build_loss(config, None)
+    loss = family_of(config).loss(config, None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
         if on_gpu:
@@ -159,8 +165,11 @@ def _run(
         live = LiveBytes()
         for parameter in model.parameters():
             live.count(parameter, PARAMETERS)
-            parameter.register_post_accumulate_grad_hook(_recount_gradient(live))
-        _count_logits(model, live)
+            parameter.register_post_accumulate_grad_hook(live.recount_gradient)
+        # What the text head makes, its gradients among it, counts as logits.
+        head = model.get_submodule("lm_head")
+        head.register_forward_pre_hook(functools.partial(live.set_kind, LOGITS))
+        head.register_forward_hook(functools.partial(live.set_kind, ACTIVATIONS))
         with live:
             for _ in range(2 if accumulates else 1):
                 live.traffic, live.operators = 0, 0
@@ -196,7 +205,6 @@ def _fake_group(config: Config, load: ImageLoad) -> MediaGroup:
     """Pixels, or the latents that an autoencoder has made of them before training."""
     images, (_, height, width) = load.carried, load.shape
     patches = height * width // config.model.patch_size**2
-    # Latents and tokens were made before training.
     kind: Kind = "pixels" if config.codec.kind == "pixels" else config.codec.makes
     types = {"pixels": torch.uint8, "latents": torch.float32, "tokens": torch.int32}
     shape = (images, height, width) if kind == "tokens" else (images, *load.shape)
@@ -222,50 +230,18 @@ class _OneOperatorNorm(torch.autograd.Function):
     """What RMSNorm keeps, reads and writes on a GPU, where torch runs it as one operator; the values mean nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, _ = ctx.saved_tensors
-        return grad + x, torch.empty_like(weight)
+        grad_x = grad + x
+        return torch.empty_like(weight), grad_x
 
 
 def _fuse_norms(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
-            module.forward = functools.partial(_one_operator, module)  # type: ignore[method-assign]
-
-
-def _one_operator(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    normed: Tensor = _OneOperatorNorm.apply(x, norm.weight)
-    return normed
-
-
-def _runnable(config: Config) -> Any:
-    """The train section with an attention that fake tensors of the CPU can take; all but the dense one hold alike."""
-    attention = "reference" if config.train.attention == "reference" else "cpu"
-    return config.train.model_copy(update={"attention": attention})
-
-
-def _recount_gradient(live: LiveBytes) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        live.recount(parameter.grad, GRADIENTS)
-
-    return hook
-
-
-def _count_logits(model: nn.Module, live: LiveBytes) -> None:
-    """Count what the text head makes, its gradients among it, as logits."""
-    head = model.get_submodule("lm_head")
-
-    def begin(*_: Any) -> None:
-        live.kind = LOGITS
-
-    def end(*_: Any) -> None:
-        live.kind = ACTIVATIONS
-
-    head.register_forward_pre_hook(begin)
-    head.register_forward_hook(end)
+            module.forward = functools.partial(_OneOperatorNorm.apply, module.weight)  # type: ignore[method-assign]

@@ -14,7 +14,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,7 +27,7 @@ from transfusion.config.experiments import SEPARATOR, Cell, Grid
 from transfusion.errors import UserError
 from transfusion.evaluate.suites.run import METRICS
 from transfusion.files import FINGERPRINT_BYTES, atomic_write_text, digest, fingerprint
-from transfusion.scaling.cost import Cost, cost_of, within
+from transfusion.scaling.cost import cost_of, within
 
 TABLE, RECORD, EXPORT = "cells.jsonl", "cell.json", "export"
 # What a cell's record leaves out of its configuration's mark: where it stands.
@@ -95,7 +94,6 @@ def run_grid(
     """
     failed = []
     out.mkdir(parents=True, exist_ok=True)
-    table = threading.Lock()
     with _ended_by_signals(), ThreadPoolExecutor(processes) as pool:
         running = {pool.submit(_run, job, launcher, say): job for job in jobs if _record(job) is None}
         try:
@@ -106,8 +104,7 @@ def run_grid(
                 except UserError as error:
                     failed.append(job.name)
                     say(f"{job.name}: {error}")
-                with table:
-                    write_table(out)
+                write_table(out)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -136,12 +133,11 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def write_table(out: Path) -> list[dict[str, Any]]:
-    """Gather the records of all finished runs into OUT/cells.jsonl, in the grid's order; returns them."""
+def write_table(out: Path) -> None:
+    """Gather the records of all finished runs into OUT/cells.jsonl, in the grid's order."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob(f"*/{RECORD}")]
     records.sort(key=lambda record: (record["place"], record["seed"]))
     atomic_write_text(out / TABLE, "".join(json.dumps(record) + "\n" for record in records))
-    return records
 
 
 def _digest(classifier: str) -> str:
@@ -171,26 +167,15 @@ def _run(job: Job, launcher: str, say: Say) -> str:
     _call(job, [*shlex.split(launcher or here), "train", *words])
     trained = time.monotonic() - begin
     model = export(job.folder, job.folder / EXPORT)
+    details: dict[str, Any] = {}
     if job.grid.suites:
         options = [word for suite in job.grid.suites for word in ("--suite", suite)]
         if job.grid.classifier:
             options += ["--classifier", job.grid.classifier]
         _call(job, [*shlex.split(here), "eval", str(model), *options, "--out", str(job.folder)])
-    seconds = time.monotonic() - begin
-    record = _as_record(job, config, cost) | {
-        "train_seconds": round(trained, 1),
-        "seconds": round(seconds, 1),
-    }
-    atomic_write_text(job.folder / RECORD, json.dumps(record, indent=1) + "\n")
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
-    return f"done in {seconds:.0f} s; {figures}"
-
-
-def _as_record(job: Job, config: Config, cost: Cost) -> dict[str, Any]:
-    details: dict[str, Any] = {}
-    if job.grid.suites:
         details = json.loads((job.folder / METRICS).read_text(encoding="utf-8"))["details"]
-    return {
+    seconds = time.monotonic() - begin
+    record = {
         "cell": job.cell.name,
         "axes": job.cell.values,
         "place": job.cell.place,
@@ -202,7 +187,12 @@ def _as_record(job: Job, config: Config, cost: Cost) -> dict[str, Any]:
         "parameters": cost.parameters,
         "metrics": {name: detail["value"] for name, detail in details.items()},
         "higher_is_better": {name: detail["higher_is_better"] for name, detail in details.items()},
+        "train_seconds": round(trained, 1),
+        "seconds": round(seconds, 1),
     }
+    atomic_write_text(job.folder / RECORD, json.dumps(record, indent=1) + "\n")
+    figures = ", ".join(f"{name} {detail['value']:.4g}" for name, detail in details.items())
+    return f"done in {seconds:.0f} s; {figures}"
 
 
 def _call(job: Job, command: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from transfusion.errors import UserError
-from transfusion.scaling.results import Comparison, Series
+from transfusion.scaling.results import Comparison
 
 # Two that colour-blind readers tell apart, then further ones.
 COLOURS = ("#1f6fb4", "#d9730d", "#2a8a57", "#8a4fb0", "#777777")
@@ -19,11 +19,13 @@ PANEL = (4.4, 3.6)
 # The laws are drawn so far beyond their points, as a factor.
 REACH = 2.0
 PLACES = 60
+# By kind of file. Without the date the same results give the same bytes.
+METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 def draw(comparisons: Sequence[Comparison], out: Path, *, title: str = "") -> None:
     """Write a .png, .svg or .pdf. Raises UserError without matplotlib or for another kind of file."""
-    if out.suffix not in (".png", ".svg", ".pdf"):
+    if out.suffix not in METADATA:
         raise UserError(f"{out} must end in .png, .svg or .pdf")
     try:
         from matplotlib.figure import Figure
@@ -40,27 +42,22 @@ def draw(comparisons: Sequence[Comparison], out: Path, *, title: str = "") -> No
     if title:
         figure.suptitle(title)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Without the date the same results give the same bytes.
-    metadata = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[
-        out.suffix
-    ]
-    figure.savefig(out, dpi=150, metadata=metadata)
+    figure.savefig(out, dpi=150, metadata=METADATA[out.suffix])
 
 
 def _panel(axes: Any, comparison: Comparison) -> None:
     for number, (name, series) in enumerate(comparison.series.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        axes.plot(
-            series.flops,
-            series.values,
-            marker,
-            color=colour,
-            markersize=5,
-            alpha=0.75,
-            label=_label(name, series),
-        )
+        label = name
         if series.law is not None:
-            _line(axes, series, colour)
+            left_out = f", {series.left_out} left out" if series.left_out else ""
+            label = f"{name}: exponent {series.law.exponent:.2f}{left_out}"
+        axes.plot(series.flops, series.values, marker, color=colour, markersize=5, alpha=0.75, label=label)
+        if series.law is not None:
+            flops = np.geomspace(min(series.flops) / REACH, max(series.flops) * REACH, PLACES)
+            low, high = series.law.band(flops)
+            axes.plot(flops, series.law.at(flops), color=colour, linewidth=1.4)
+            axes.fill_between(flops, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_yscale("log")
     # As numbers, not as powers of ten: the figures of a grid seldom span more than one.
@@ -72,18 +69,3 @@ def _panel(axes: Any, comparison: Comparison) -> None:
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.legend(fontsize=8, frameon=False)
-
-
-def _line(axes: Any, series: Series, colour: str) -> None:
-    assert series.law is not None
-    flops = np.geomspace(min(series.flops) / REACH, max(series.flops) * REACH, PLACES)
-    low, high = series.law.band(flops)
-    axes.plot(flops, series.law.at(flops), color=colour, linewidth=1.4)
-    axes.fill_between(flops, low, high, color=colour, alpha=0.15, linewidth=0)
-
-
-def _label(name: str, series: Series) -> str:
-    if series.law is None:
-        return name
-    left_out = f", {series.left_out} left out" if series.left_out else ""
-    return f"{name}: exponent {series.law.exponent:.2f}{left_out}"

@@ -130,7 +130,10 @@ def tokenize_pair(
 
 
 def tokenize_text(token_ids: NDArray[np.integer], first: int, tokens: int) -> TokenizedDocument:
-    """A piece of a text document; see `lay_out_text`."""
+    """`tokens` tokens from `first` of the text document <BOS> token_ids <EOS>.
+
+    A piece that ends inside the document still learns its last token's true successor.
+    """
     end = first + tokens
     inside = token_ids[max(first - 1, 0) : end].astype(np.int64)
     before = _BOS if first == 0 else _BOS[:0]
@@ -149,14 +152,6 @@ def lay_out(
     return lay_out_all(
         [tokenize_document(segments, finished=finished)], axes=axes, causal_images=causal_images
     )
-
-
-def lay_out_text(token_ids: NDArray[np.integer], first: int, tokens: int, *, axes: int = 1) -> Layout:
-    """`tokens` tokens from `first` of the text document <BOS> token_ids <EOS>.
-
-    A piece that ends inside the document still learns its last token's true successor.
-    """
-    return lay_out_all([tokenize_text(token_ids, first, tokens)], axes=axes)
 
 
 def lay_out_all(

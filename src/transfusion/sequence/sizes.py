@@ -40,11 +40,6 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"
 
-    @property
-    def turned(self) -> Size:
-        """The same on its side."""
-        return Size(self.width, self.height)
-
 
 def nearest(sizes: Sequence[Size], height_I: NDArray[Any], width_I: NDArray[Any]) -> Integers:
     """Numbers [I] of the sizes with the aspect ratio nearest to that of each image.
@@ -151,7 +146,8 @@ class ImageSizes:
 
     @functools.cached_property
     def _turned(self) -> dict[Size, Size]:
-        return {size: size.turned if size.turned in self.sizes else size for size in self.sizes}
+        turned = {size: Size(size.width, size.height) for size in self.sizes}
+        return {size: other if other in self.sizes else size for size, other in turned.items()}
 
     def numbers(self, height_I: NDArray[Any], width_I: NDArray[Any], is_latent_I: NDArray[Any]) -> Integers:
         """Numbers [I] of the sizes of stored images and latents, by the height and width that they have there.

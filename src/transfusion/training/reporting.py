@@ -13,7 +13,7 @@ from transfusion.generate.pipeline import Pipeline
 from transfusion.observe.losses import MeanLosses
 from transfusion.observe.memory import peak_gib
 from transfusion.observe.metrics import StepMetrics
-from transfusion.observe.record import Record
+from transfusion.observe.record import Record, open_record
 from transfusion.optim.schedule import learning_rate
 from transfusion.parallel.collectives import gather, raise_together
 from transfusion.parallel.engine import Weights
@@ -35,7 +35,7 @@ class Reporter:
         self._images = 0
 
     def __enter__(self) -> Reporter:
-        record = Record(self.parts.config, self.parts.folder, self.parts.state.step)
+        record = open_record(self.parts.config, self.parts.folder, self.parts.state.step)
         is_main = self.parts.here.is_main
         self._record = raise_together(lambda: self._open.enter_context(record) if is_main else None)
         return self

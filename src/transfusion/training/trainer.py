@@ -10,8 +10,7 @@ from transfusion.data.index.source_index import too_many_faults
 from transfusion.errors import EXIT_STOPPED_EARLY, UserError
 from transfusion.observe.profiling import profiled
 from transfusion.parallel import environment
-from transfusion.parallel.collectives import Signals, raise_together, reduce_decision
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import Signals, global_counts, raise_together, reduce_decision
 from transfusion.parallel.environment import Environment
 from transfusion.schema import Batch, Decision
 from transfusion.training.out_of_memory import is_out_of_memory, out_of_memory
@@ -51,12 +50,8 @@ class Trainer:
         """Called by all ranks together. Raises UserError on all of them."""
         self.parts = parts = RunParts(config, here)
         self.config, self.here, self.folder, self.lock = parts.config, here, parts.folder, parts.lock
-        self.engine, self.state, self.loader, self.saver = (
-            parts.engine,
-            parts.state,
-            parts.loader,
-            parts.saver,
-        )
+        self.engine, self.state = parts.engine, parts.state
+        self.loader, self.saver = parts.loader, parts.saver
         self.clock, self.limit, self.watchdog = parts.clock, parts.limit, parts.watchdog
         self.recovery, self.reporter = Recovery(parts), Reporter(parts)
 
@@ -92,7 +87,8 @@ class Trainer:
                 self.reporter.grid()
             while state.step < steps:
                 self._profiled_step()
-                decision = self._agree(max(signals.take(), self._time_is_up()))
+                time_is_up = Decision.SAVE_AND_STOP if self.limit.reached else Decision.CONTINUE
+                decision = self._agree(max(signals.take(), time_is_up))
                 at_end = state.step == steps
                 saves = at_end or decision >= Decision.SAVE or state.step % self.config.checkpoint.every == 0
                 logs = saves or state.step % self.config.log.every == 0
@@ -151,9 +147,6 @@ class Trainer:
         batches = self.loader.next_step()
         self.parts.operation_meter.note(batches)
         return batches
-
-    def _time_is_up(self) -> Decision:
-        return Decision.SAVE_AND_STOP if self.limit.reached else Decision.CONTINUE
 
     def _agree(self, mine: Decision) -> Decision:
         """What all ranks do next, how many samples of the step could not be read, and whether all have written the

@@ -117,19 +117,15 @@ class Watchdog:
                 return
 
     def _tell(self, doing: _Doing) -> None:
-        try:
-            log.warning("%s", self._report(doing))
-        except OSError as error:
-            log.warning("rank %d is stuck, and cannot write why: %s", self._rank, error)
-
-    def _report(self, doing: _Doing) -> str:
-        """Write both files; returns the line for the log."""
         record = flight_record()
         meaning = _OTHER_RANK if waiting_in(record) else _NO_BATCH if doing.activity == LOADER else _THIS_RANK
         seconds = time.monotonic() - doing.since
         where = f"rank {self._rank} is stuck in step {doing.step}"
         summary = f"{where}: {doing.activity} for {seconds:.0f} s; {meaning}"
-        return f"{summary}; {self._write(summary, record)} has the stacks"
+        try:
+            log.warning("%s; %s has the stacks", summary, self._write(summary, record))
+        except OSError as error:
+            log.warning("rank %d is stuck, and cannot write why: %s", self._rank, error)
 
     def _write(self, summary: str, record: dict[str, Any]) -> Path:
         """Both files, each whole or not there: others watch for them."""

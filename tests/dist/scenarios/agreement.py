@@ -15,10 +15,9 @@ from handmade import (
 )
 
 from transfusion.errors import UserError
-from transfusion.families.build import build_loss
+from transfusion.families.build import family_of
 from transfusion.parallel.build import build_engine
-from transfusion.parallel.collectives import reduce_decision
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import global_counts, reduce_decision
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.ulysses import SequenceGroup
 from transfusion.schema import Decision
@@ -47,7 +46,9 @@ def agreement(here: Environment) -> dict[str, Any]:
     decision = Decision.SAVE_AND_STOP if here.rank == 1 else Decision.CONTINUE
     result = reduce_decision(decision, 3 + here.rank, 10**12)
     content: Content = "image" if here.rank else "text"
-    counts = global_counts([make_batch(content, 1), make_batch(content, 2)], build_loss(small_config(), None))
+    config = small_config()
+    loss = family_of(config).loss(config, None)
+    counts = global_counts([make_batch(content, 1), make_batch(content, 2)], loss)
     expected = counts_of([make_batch(kind, seed) for kind in ("text", "image") for seed in (1, 2)])
     try:
         build_engine(small_config(train__engine="local"), here)

@@ -32,7 +32,7 @@ from scenarios.common import (
 from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.optim import groups
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.parallel.zero import ZeroEngine

@@ -23,6 +23,7 @@ from scenarios.common import (
 )
 from transfusion.checkpoint import llama
 from transfusion.checkpoint.llama import Llama, start_from_llama
+from transfusion.config.weights_folder import index_name
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.parallel.zero import ZeroEngine
@@ -85,7 +86,7 @@ def write_llama(folder: Path, source: LocalEngine) -> None:
         file = f"model-{number}.safetensors"
         save_file(half, str(folder / file))
         weight_map |= dict.fromkeys(half, file)
-    (folder / llama.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / index_name(llama.STEM)).write_text(json.dumps({"weight_map": weight_map}))
     settings = {
         "model_type": "llama", "num_hidden_layers": model.layers, "hidden_size": model.hidden_size,
         "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,

@@ -26,7 +26,7 @@ from scenarios.common import (
     whole_weights,
 )
 from transfusion.config import Config
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.parallel.zero import ZeroEngine

@@ -11,7 +11,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parents[3] / "campaigns"))
 import data
 import exact_batches
-from transfusion.data.index.open import build_indexes
+from transfusion.data.index.source_index import build_indexes
 from transfusion.data.loading.loader import plan_settings
 from transfusion.data.viewing.plan_stats import measure_plan
 from transfusion.sequence.tokenizer import Tokenizer

@@ -9,8 +9,8 @@ import step
 from transfusion.observe.flops import Workload
 from transfusion.parallel import environment
 from transfusion.parallel.build import build_engine
-from transfusion.plan.memory import compute_dtype, local_memory
-from transfusion.plan.network import Network
+from transfusion.plan.memory import local_memory
+from transfusion.plan.network import Network, compute_dtype
 from transfusion.plan.tracing import trace_step
 
 SMALL = (

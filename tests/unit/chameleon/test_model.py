@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.config import CodecConfig, Config
-from transfusion.config.checking import check
+from transfusion.config.checking import check_as
 from transfusion.errors import UserError
-from transfusion.families.build import build_loss, build_model
+from transfusion.families.build import build_model, family_of
 from transfusion.generate import Pipeline
 from transfusion.losses.chameleon import ChameleonLoss
 from transfusion.model import Chameleon, Transfusion
 from transfusion.model.embedding import rotary_angles
 from transfusion.model.patches import Grid
 from transfusion.observe.flops import FlopModel
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.schema import Batch, ImageSegment, TextSegment
@@ -196,7 +196,7 @@ def test_what_does_not_fit_the_family_is_refused_at_once() -> None:
     pixels = {"kind": "pixels", "folder": "", "latent_channels": 0, "downscale": 0, "codebook_size": 0}
     values = values_of(codec=pixels, model={"patch_size": 2, "image_attention": "bidirectional"})
     with pytest.raises(UserError, match="3 problems") as caught:
-        check(values)
+        check_as(Config, values, where="test")
     for words in (
         "patch_size must be 1",
         "image_attention must be causal",
@@ -204,13 +204,13 @@ def test_what_does_not_fit_the_family_is_refused_at_once() -> None:
     ):
         assert words in str(caught.value)
     with pytest.raises(UserError, match="learns latents"):
-        check(values_of(model={"family": "transfusion", "patch_size": 1}))
+        check_as(Config, values_of(model={"family": "transfusion", "patch_size": 1}), where="test")
 
 
 def test_a_loss_without_its_codec_is_a_mistake(build: Build, pack: Any) -> None:
     config, model = build()
     with pytest.raises(ValueError, match="needs the configuration's codec"):
-        build_loss(config, None).terms(model, pairs(pack, config))
+        family_of(config).loss(config, None).terms(model, pairs(pack, config))
 
 
 def test_operations_are_those_that_torch_counts(build: Build, pack: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from transfusion.cli import doctor
-from transfusion.cli.doctor import Finding, exit_code, print_findings, run_doctor
+from transfusion.cli.doctor import Finding, exit_code, print_table, run_doctor
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def test_a_triton_without_a_compiler_names_the_compiler(monkeypatch: pytest.Monk
 
 
 def test_findings_are_printed_with_their_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    print_findings([Finding("part", "missing", "not installed", "pip install part", required=True)])
+    print_table([Finding("part", "missing", "not installed", "pip install part", required=True)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["MISSING", "part", "not", "installed"]
     assert lines[1].split() == ["->", "pip", "install", "part"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +18,17 @@ from PIL import Image
 from transfusion.codec import encoded, open_codec
 from transfusion.codec_train import encode as encoding
 from transfusion.codec_train.encode import encode_shards
-from transfusion.config import CodecConfig, Config
+from transfusion.config import CodecConfig, Config, SourceConfig
 from transfusion.data.images.decode import decode
 from transfusion.data.images.latents import read_record, read_tokens, record_path
+from transfusion.data.index.source_index import build_index
 from transfusion.data.loading.loader import Loader
-from transfusion.data.shards.sample import SampleError
+from transfusion.data.shards.sample import RawSample, SampleError
+from transfusion.data.shards.scan import scan
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.errors import UserError
 from transfusion.losses.chameleon import ChameleonLoss
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import global_counts
 from transfusion.sequence.tokenizer import Tokenizer
 
 Settings = Callable[..., CodecConfig]
@@ -48,7 +52,9 @@ def test_latents_stand_beside_their_images(
     ]  # fmt: skip
     before, after = members(shards), members(tmp_path / "out")
     added = {name for name in after if name.endswith(".latent.npy")}
-    assert {name: data for name, data in after.items() if name not in added} == before and len(added) == 11
+    # The damaged sample is left out with all its members.
+    kept = {name: data for name, data in before.items() if not name.startswith("000010005.")}
+    assert {name: data for name, data in after.items() if name not in added} == kept and len(added) == 11
     codec = open_codec(config)
     for name in added:
         image = decode(before[name.replace("latent.npy", "png")], channels=3, image_size=16)
@@ -79,10 +85,10 @@ def test_a_killed_encoding_goes_on(
 ) -> None:
     config, told = settings(kl_folder), []
 
-    def killed(*job: Any) -> Any:
-        if job[2].name == "00001.tar":
+    def killed(job: Any) -> Any:
+        if job.target.name == "00001.tar":
             raise KeyboardInterrupt
-        return honest(*job)
+        return honest(job)
 
     honest = encoding.encode_shard
     monkeypatch.setattr(encoding, "encode_shard", killed)
@@ -269,3 +275,81 @@ def test_latents_of_several_sizes(
             loader(other, tmp_path / "out", tokenizer)
         with pytest.raises(UserError, match="at 16x16, 16x32, 32x16 pixels, not of"):
             encode_shards(other, [f"{tmp_path}/images/*.tar"], tmp_path / "out")
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]], **header: int) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as writer:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            for field, value in header.items():
+                setattr(member, field, value)
+            writer.addfile(member, io.BytesIO(data))
+    return path.read_bytes()
+
+
+def pair_of(key: str, shade: int) -> list[tuple[str, bytes]]:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (shade, 0, 0)).save(stream, "PNG")
+    return [(f"{key}.png", stream.getvalue()), (f"{key}.txt", f"shade {shade}".encode())]
+
+
+def keys_of(path: Path) -> list[str]:
+    return [found.key for found in scan(path) if isinstance(found, RawSample)]
+
+
+def test_it_sees_the_samples_that_the_index_sees(kl_folder: Path, settings: Settings, tmp_path: Path) -> None:
+    """Archives glued together, damage between them, odd owners, long names, names in capitals."""
+    long = "a" * 180
+    first = tar_of(
+        tmp_path / "a.tar", pair_of("000", 1) + pair_of("001", 2), uid=1 << 40, gid=1 << 33, mtime=1 << 40
+    )
+    second = tar_of(tmp_path / "b.tar", pair_of(f"folder/{long}", 3) + pair_of("Cafe\u0301", 4))
+    damaged = tar_of(tmp_path / "c.tar", pair_of("004", 5)).replace(b"004.png", b"004.pnG", 1)
+    third = tar_of(
+        tmp_path / "d.tar",
+        [("005.PNG", pair_of("x", 6)[0][1]), ("005.txt", b"six"), ("006.txt", b"a"), ("006.txt", b"b")],
+    )
+    shard = tmp_path / "s" / "00000.tar"
+    shard.parent.mkdir()
+    shard.write_bytes(first + second + damaged + third)
+    (record,) = encode_shards(settings(kl_folder), [str(shard)], tmp_path / "out")
+    target = tmp_path / "out" / "00000.tar"
+    assert keys_of(target) == keys_of(shard) == ["000", "001", f"folder/{long}", "Cafe\u0301", "005"]
+    assert record.encoded == 5 and record.left_out["duplicate_member"] == 1
+    assert all(found.images[0].latent_channels for found in scan(target) if isinstance(found, RawSample))
+
+
+def test_a_source_that_was_written_anew_is_encoded_again(
+    kl_folder: Path, settings: Settings, tmp_path: Path
+) -> None:
+    shard, out, seen = tmp_path / "s" / "00000.tar", tmp_path / "out", list[bool]()
+
+    def encode() -> str:
+        encode_shards(settings(kl_folder), [str(shard)], out, progress=lambda *told: seen.append(told[2]))
+        return next(found.text for found in scan(out / "00000.tar") if isinstance(found, RawSample))
+
+    tar_of(shard, pair_of("000", 10))
+    before = shard.stat()
+    assert encode() == "shade 10" == encode()
+    tar_of(shard, pair_of("000", 20))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert shard.stat().st_size == before.st_size
+    assert encode() == "shade 20" and seen == [False, True, False]
+    # Another time alone is another state of the same bytes.
+    os.utime(shard, (5, 5))
+    assert encode() == "shade 20" and seen[-1]
+
+
+def test_latents_beside_the_record_of_others_are_refused(
+    kl_folder: Path, settings: Settings, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    codec = settings(kl_folder)
+    for name, shade in (("one", 10), ("two", 20)):
+        tar_of(tmp_path / name / "00000.tar", pair_of("000", shade))
+        encode_shards(codec, [str(tmp_path / name / "00000.tar")], tmp_path / f"{name}-out")
+    shutil.copy(tmp_path / "two-out" / "00000.tar", tmp_path / "one-out")
+    source = SourceConfig(name="s", shards=str(tmp_path / "one-out" / "*.tar"))
+    with pytest.raises(UserError, match=r"are not those that 00000_latents\.json tells of"):
+        build_index(source, tokenizer, patches=16, sequence_length=128, codec=codec)

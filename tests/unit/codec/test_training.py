@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from transfusion.codec import open_codec
 from transfusion.codec_train import codebook, features
-from transfusion.codec_train.discriminator import adaptive_weight, discriminator_loss
+from transfusion.codec_train.losses import adaptive_weight, discriminator_loss
 from transfusion.codec_train.settings import CodecTrainConfig
 from transfusion.codec_train.train import CodecTrainer, train_codec
 from transfusion.config import CodecConfig

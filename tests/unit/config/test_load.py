@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from transfusion.config import Config, load_config
-from transfusion.config.checking import check
+from transfusion.config.checking import check_as
 from transfusion.config.yaml_files import dump, explain
 from transfusion.errors import UserError
 
@@ -186,7 +186,7 @@ def test_shares_are_numbers_or_schedules() -> None:
     schedule = "data.sources.1.weight=[{from_step: 0, weight: 0}, {from_step: 100, weight: 0.25}]"
     config = load_config(None, [SOURCES, "data.sources.0.weight=0.75", schedule])
     assert [source.schedule for source in config.data.sources] == [((0, 0.75),), ((0, 0.0), (100, 0.25))]
-    assert check(config.as_dict()) == config
+    assert check_as(Config, config.as_dict(), where="test") == config
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def columns() -> dict[str, NDArray[Any]]:
 def test_what_is_written_comes_back(tmp_path: Path, given: dict[str, NDArray[Any]]) -> None:
     path = tmp_path / "a.index"
     write_columns(path, given, FACTS)
-    facts, places = read_header(path)
+    facts, places = read_header(path.open("rb"))
     assert facts == FACTS and places.keys() == given.keys()
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         for name, values in given.items():
@@ -63,15 +63,15 @@ def test_damage_to_the_head_and_a_cut_are_told(tmp_path: Path) -> None:
     for place in range(0, head - padding, 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(DamagedFile):
-            read_header(path)
+            read_header(path.open("rb"))
     for length in (0, 7, 8, head - 1, head, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(DamagedFile):
-            read_header(path)
+            read_header(path.open("rb"))
     for text in (b"[]", b"5", b'{"__metadata__": []}', b"{}"):
         path.write_bytes(len(text).to_bytes(8, "little") + text)
         with pytest.raises(DamagedFile):
-            read_header(path)
+            read_header(path.open("rb"))
     path.write_bytes(whole + b"\0")
     with pytest.raises(DamagedFile):
-        read_header(path)
+        read_header(path.open("rb"))

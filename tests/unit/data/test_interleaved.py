@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from transfusion.config import Config
-from transfusion.data.index.open import build_indexes
-from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.index.source_index import SourceIndex, build_indexes
 from transfusion.data.loading.loader import Loader
 from transfusion.data.loading.rows import RowBuilder, RowSettings
 from transfusion.data.loading.validation import documents

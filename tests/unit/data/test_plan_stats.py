@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 
 import numpy as np
@@ -12,7 +13,6 @@ from transfusion.config import load_config
 from transfusion.data.planning.epoch import SourceLengths, Variant, VariantRule
 from transfusion.data.planning.packing import Planner, PlanSettings
 from transfusion.data.viewing.plan_stats import (
-    as_dict,
     describe,
     lognormal_lengths,
     measure_config,
@@ -71,7 +71,7 @@ def test_it_counts_what_the_rows_hold() -> None:
     assert found.sources["texts"].max_share_error_of_a_batch == pytest.approx(worst)
     assert found.texts_cut == cut and found.text_imbalance == pytest.approx(np.mean(imbalance))
     assert found.padding_share == pytest.approx(1 - tokens.total() / (64 * 8 * 4096))
-    assert json.loads(json.dumps(as_dict(found)))["sources"]["pairs"]["samples"] == 6000
+    assert json.loads(json.dumps(dataclasses.asdict(found)))["sources"]["pairs"]["samples"] == 6000
     assert "padding" in describe(found)
 
 

@@ -28,12 +28,11 @@ from typer.testing import CliRunner
 
 from transfusion.cli import main
 from transfusion.config import CacheConfig, Config
-from transfusion.data.index.open import build_indexes
+from transfusion.data.index.source_index import build_indexes
 from transfusion.data.loading.loader import Loader
 from transfusion.data.loading.prefetch import shards_of
 from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.data.loading.validation import documents as all_documents
-from transfusion.data.planning import packing
 from transfusion.data.planning.epoch import Windows
 from transfusion.data.remote import download
 from transfusion.data.remote.cache import CacheSettings, RemoteShard, ShardCache
@@ -220,7 +219,7 @@ def test_an_epoch_downloads_each_shard_once_and_keeps_the_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ten shards through a cache of seven, windows of three, a block and open rows smaller than a window."""
-    monkeypatch.setattr(packing, "_ROWS_PER_BLOCK", 8)
+    monkeypatch.setattr("transfusion.data.planning.epoch._ROWS_PER_BLOCK", 8)
     bound = 7 * shard_bytes + 1000
     config = make(web.address, texts=False, packing_buffer=2, cache={"gigabytes": bound / 1e9})
     with loaders(config, tokenizer) as (loader,):
@@ -254,7 +253,7 @@ def test_rows_that_nothing_fits_do_not_hold_their_shards(
     folder: Path, make: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows to come are fetched before what only rows need that may stay open for ever."""
-    monkeypatch.setattr(packing, "_ROWS_PER_BLOCK", 8)
+    monkeypatch.setattr("transfusion.data.planning.epoch._ROWS_PER_BLOCK", 8)
     with loaders(make(f"file:{folder}", texts=False), tokenizer) as (loader,):
         assert loader.fetching is not None
         for _ in range(60):
@@ -291,7 +290,7 @@ def test_who_waits_for_a_download_can_be_stopped(folder: Path, tmp_path: Path) -
 def test_a_tiny_cache_goes_above_its_bound_by_one_step(
     web: Web, make: Make, tokenizer: Tokenizer, shard_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "_ROWS_PER_BLOCK", 8)
+    monkeypatch.setattr("transfusion.data.planning.epoch._ROWS_PER_BLOCK", 8)
     config = make(web.address, texts=False, global_batch_size=1, cache={"gigabytes": 1e-9})
     with loaders(config, tokenizer) as (loader,):
         cache = cache_of(loader)

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from transfusion.config import Config
-from transfusion.data.index.open import build_indexes
-from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.index.source_index import SourceIndex, build_indexes
 from transfusion.data.loading.collate import collate
 from transfusion.data.loading.rows import Row, RowBuilder, RowSettings
 from transfusion.data.planning.epoch import Variant
@@ -175,7 +174,7 @@ def test_a_batch_without_images_carries_one_of_weight_zero(
     settings = RowSettings.of(config)
     builder = RowBuilder(indexes, settings)
     row: Row = (
-        builder.build((DocumentSpan(1, 0, 0, 0, 100, Variant.TEXT),)) if kind == "text" else builder.empty()
+        builder.build((DocumentSpan(1, 0, 0, 0, 100, Variant.TEXT),)) if kind == "text" else builder.build(())
     )
     batch = collate([row], settings)
     (group,) = batch.media

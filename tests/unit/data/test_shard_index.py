@@ -180,14 +180,14 @@ def test_training_makes_what_is_missing_and_renews_its_own(
         return build_index(source, tokenizer, patches=16, sequence_length=128, place=IndexLocation(**place))
 
     opened()
-    beside = mixed.with_name("00000.tar.index")
+    beside = mixed.with_name(f"00000.tar.{tokenizer.fingerprint[:8]}.index")
     assert beside.is_file()
     beside.write_bytes(b"damaged")
     assert len(opened()) == 4
     # Read in another way it is another file.
     strict = source.model_copy(update={"verify": "sha256"})
     assert len(build_index(strict, tokenizer, patches=16, sequence_length=128, place=IndexLocation())) < 4
-    assert mixed.with_name("00000.tar.sha256.index").is_file()
+    assert mixed.with_name(f"00000.tar.{tokenizer.fingerprint[:8]}.sha256.index").is_file()
     beside.unlink()
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"data\.index=DIR"):
@@ -203,7 +203,7 @@ def test_a_file_of_an_earlier_version_is_made_anew_with_one_line(
 ) -> None:
     """Also in a folder that was named, where what is stale is otherwise refused."""
     place = IndexLocation(folder=tmp_path / "index" if given else None)
-    path = place.path(LocalShard(mixed))
+    path = place.path(LocalShard(mixed), "none", tokenizer.fingerprint)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"transfusion\x1aidx\n" + bytes(200))
     source = SourceConfig(name="s", shards=str(mixed))

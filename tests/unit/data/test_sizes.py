@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from transfusion.config import Config
-from transfusion.data.index.open import build_indexes
+from transfusion.data.index.source_index import build_indexes
 from transfusion.data.loading.loader import Loader
 from transfusion.data.loading.rows import RowBuilder, RowSettings
 from transfusion.data.loading.validation import EvaluationLoader

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from transfusion.config import DiffusionConfig
-from transfusion.diffusion.guidance import guide
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.objective import ImageObjective
+from transfusion.diffusion.sampler import guide
 from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.schema import TIMESTEP_BUCKETS
 
@@ -87,7 +87,7 @@ def test_a_perfect_prediction_has_no_loss(name: Any, loss_weight: Any) -> None:
     timestep = torch.tensor([5, 995])
     noised = objective.corrupt(torch.rand(2, 1, 8, 8), timestep, torch.tensor([1, 2]))
     loss = objective.loss(noised.target.clone(), noised.target, torch.ones(2), timestep)
-    assert loss.total == 0 and loss.count == 128
+    assert loss.sums["image"] == 0 and loss.counts["image"] == 128
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
@@ -104,9 +104,9 @@ def test_min_snr_weighs_an_error_as_one_of_the_image(name: Any, gamma: float) ->
     # The image that an answer means: x_0 = (x - sigma eps) / signal = signal x - sigma v.
     in_image = sigma / signal * 0.01 if name == "epsilon" else sigma * 0.01
     expected = (signal / sigma).square().clamp(max=gamma) * in_image.square() * 4
-    torch.testing.assert_close(loss.total, expected[[0, 1, 3]].sum(), rtol=1e-3, atol=0)
-    torch.testing.assert_close(loss.bucket_total_K.sum(), loss.total)
-    assert loss.count == 12, "the count is not weighted by the timestep"
+    torch.testing.assert_close(loss.sums["image"], expected[[0, 1, 3]].sum(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(loss.sums["image_by_timestep"].sum(), loss.sums["image"])
+    assert loss.counts["image"] == 12, "the count is not weighted by the timestep"
 
 
 def test_buckets_and_weights_split_the_loss() -> None:
@@ -115,10 +115,10 @@ def test_buckets_and_weights_split_the_loss() -> None:
     weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
     prediction, target = torch.randn(5, 1, 2, 2), torch.randn(5, 1, 2, 2)
     loss = objective.loss(prediction, target, weight, timestep)
-    assert loss.count == 16 and len(loss.bucket_count_K) == TIMESTEP_BUCKETS
-    assert loss.bucket_count_K.tolist() == [8, 4, 0, 0, 0, 0, 0, 0, 0, 4]
-    torch.testing.assert_close(loss.total, (prediction - target)[:4].square().sum())
-    torch.testing.assert_close(loss.bucket_total_K.sum(), loss.total)
+    assert loss.counts["image"] == 16 and len(loss.counts["image_by_timestep"]) == TIMESTEP_BUCKETS
+    assert loss.counts["image_by_timestep"].tolist() == [8, 4, 0, 0, 0, 0, 0, 0, 0, 4]
+    torch.testing.assert_close(loss.sums["image"], (prediction - target)[:4].square().sum())
+    torch.testing.assert_close(loss.sums["image_by_timestep"].sum(), loss.sums["image"])
 
 
 def test_guidance_runs_from_the_unconditional_through_the_conditional_prediction() -> None:

@@ -20,7 +20,8 @@ from transfusion.config.yaml_files import dump
 from transfusion.errors import UserError
 from transfusion.evaluate.report.curves import figure
 from transfusion.evaluate.report.page import data_uri, write_report
-from transfusion.observe import MetricsLog, RunFolder, StepMetrics
+from transfusion.observe.metrics import MetricsLog, StepMetrics
+from transfusion.observe.runfolder import RunFolder
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from transfusion.config import Config
-from transfusion.data.loading.rows import pair_segments
-from transfusion.data.planning.epoch import Variant
-from transfusion.diffusion.guidance import guide
+from transfusion.diffusion.sampler import guide
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline
 from transfusion.inference import image_diffusion
 from transfusion.inference.cache import CacheRows
 from transfusion.model.patches import Encoding
-from transfusion.schema import ImageSegment
+from transfusion.schema import ImageSegment, TextSegment
 from transfusion.sequence.layout import lay_out, position_axes
 
 
@@ -69,12 +67,7 @@ def test_the_unconditional_branch_is_a_dropped_caption_of_training(
     pipeline = build_pipeline(position=position)
     calls = Calls(pipeline)
     pipeline.sample(["a handwritten three"], guidance=3.0, steps=2)
-    trained = lay_out(
-        pair_segments(
-            pipeline.tokenizer.encode("a handwritten three"), ImageSegment(None, 16), Variant.CAPTION_DROPPED
-        ),
-        axes=position_axes(position),
-    )
+    trained = lay_out([ImageSegment(None, 16)], axes=position_axes(position))
     hidden_BSD, position_BSA, end_BS = calls.inputs[1]
     expected_BSD = pipeline.runner.model.embedding(torch.from_numpy(trained.token_ids_S[:2]))[None]
     assert torch.equal(hidden_BSD, expected_BSD)
@@ -93,9 +86,7 @@ def test_prompt_and_image_are_laid_out_as_in_training(
     calls = Calls(pipeline)
     pipeline.sample(["a handwritten three"], guidance=1.0, steps=1)
     ids = pipeline.tokenizer.encode("a handwritten three")
-    trained = lay_out(
-        pair_segments(ids, ImageSegment(None, 16), Variant.CAPTION_FIRST), axes=position_axes(position)
-    )
+    trained = lay_out([TextSegment(tuple(ids)), ImageSegment(None, 16)], axes=position_axes(position))
     first = trained.images[0][0]
     for (_, position_BSA, end_BS), part in zip(
         calls.inputs, (slice(0, first), slice(first, first + 16)), strict=True

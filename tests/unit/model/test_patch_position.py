@@ -14,7 +14,7 @@ from transfusion.config import CodecConfig, Config, ModelConfig
 from transfusion.model import Transfusion
 from transfusion.model.patch_position import PatchPosition
 from transfusion.model.patches import Grid
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.schema import Batch, ImageSegment

@@ -14,7 +14,7 @@ from torch import Tensor
 from transfusion.config import Config
 from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.model import Transfusion
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import global_counts
 from transfusion.schema import Batch, Segment, TextSegment
 from transfusion.sequence.layout import image_segment
 from transfusion.sequence.sizes import Size

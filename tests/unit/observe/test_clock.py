@@ -31,7 +31,6 @@ def test_a_lap_tells_speed_and_shares() -> None:
         clock.step_done(tokens=100)
     interval = clock.interval()
     assert interval.seconds == pytest.approx(8.0)
-    assert interval.steps == 2
     assert interval.tokens_per_second == pytest.approx(25.0)
     assert interval.shares == pytest.approx({"data_wait": 0.25, "step": 0.75})
 
@@ -46,7 +45,7 @@ def test_a_lap_starts_empty_and_an_empty_one_has_no_speed() -> None:
     assert clock.interval().tokens_per_second is None
     hand.move(2.0)
     interval = clock.interval()
-    assert interval.shares == {} and interval.tokens_per_second == 0 and interval.steps == 0
+    assert interval.shares == {} and interval.tokens_per_second == 0
 
 
 def test_pauses_count_for_nothing_also_inside_a_span_and_nested() -> None:

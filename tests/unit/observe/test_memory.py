@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from transfusion.observe import memory, peak_gib
+from transfusion.observe import memory
+from transfusion.observe.memory import peak_gib
 
 CHILD = "import sys; block = bytearray(200 * 2**20); print(len(block), flush=True); sys.stdin.read()"
 

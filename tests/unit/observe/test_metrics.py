@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from transfusion.observe import MetricsLog, StepMetrics, read_metrics
-from transfusion.observe.metrics import without_nan
+from transfusion.observe.metrics import MetricsLog, StepMetrics, read_metrics, without_nan
 
 
 def metrics(step: int, **changes: Any) -> StepMetrics:
@@ -37,12 +36,11 @@ def metrics(step: int, **changes: Any) -> StepMetrics:
 
 
 def test_a_line_is_on_disk_at_once(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
-    written = log.append(metrics(1))
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [written]
+    with MetricsLog(tmp_path / "run" / "metrics.jsonl") as log:
+        written = log.append(metrics(1))
+        assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [written]
     assert written["attempt"] == 1 and written["time"] > 1e9
     assert written["image_loss_by_timestep"][-1] is None
-    log.close()
 
 
 def test_no_nan_reaches_the_file(tmp_path: Path) -> None:
@@ -117,7 +115,7 @@ def test_a_killed_process_loses_no_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path;"
-        "from test_metrics import metrics; from transfusion.observe import MetricsLog;"
+        "from test_metrics import metrics; from transfusion.observe.metrics import MetricsLog;"
         "log = MetricsLog(Path(sys.argv[1]));"
         "[log.append(metrics(step)) for step in range(50)];"
         "os.kill(os.getpid(), signal.SIGKILL)"

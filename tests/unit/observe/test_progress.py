@@ -83,10 +83,3 @@ def test_no_color_is_honoured_on_a_terminal() -> None:
         progress.update(LINE)
     assert "step 7/10" in stream.getvalue()
     assert "\x1b[3" not in stream.getvalue().replace("\x1b[?", ""), "no foreground colour"
-
-
-def test_other_processes_are_silent() -> None:
-    stream = io.StringIO()
-    with Progress(10, enabled=False, console=Console(file=stream)) as progress:
-        progress.update(LINE)
-    assert stream.getvalue() == ""

@@ -13,8 +13,10 @@ import pytest
 from transfusion.config import load_config
 from transfusion.data.shards.sample import Fault
 from transfusion.errors import UserError
-from transfusion.observe import RunFolder, runfolder, start_logging
+from transfusion.observe import runfolder
+from transfusion.observe.console import start_logging
 from transfusion.observe.environment import describe_environment, git_state, package_version
+from transfusion.observe.runfolder import RunFolder
 
 
 @pytest.fixture

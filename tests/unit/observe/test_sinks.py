@@ -11,9 +11,8 @@ import pytest
 
 from transfusion.config import load_config
 from transfusion.errors import UserError
-from transfusion.observe import open_metric_logger
 from transfusion.observe.runfolder import RunFolder
-from transfusion.observe.sinks import NoLogger, panel_values, refuse_missing_logger
+from transfusion.observe.sinks import NoLogger, open_metric_logger, panel_values, refuse_missing_logger
 
 ON = load_config(None, ["log.wandb=true", "run.name=first", "log.project=ours", "codec.image_size=8"])
 LINE = {"step": 3, "loss": 1.0, "text_loss": None, "image_loss_by_timestep": [0.5] + [None] * 9, "tokens": 7}

@@ -27,7 +27,7 @@ from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.model.initialise import initialise
 from transfusion.optim import groups
 from transfusion.parallel.build import build_engine
-from transfusion.parallel.counts import global_counts
+from transfusion.parallel.collectives import global_counts
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion_kernels import dispatch

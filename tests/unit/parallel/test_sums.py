@@ -9,7 +9,7 @@ import torch
 from handmade import make_batch, small_config
 
 from transfusion.evaluate.validation_losses import validation_losses
-from transfusion.families.build import build_loss
+from transfusion.families.build import family_of
 from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.observe.losses import MeanLosses
 from transfusion.schema import TIMESTEP_BUCKETS, LossTerms
@@ -26,7 +26,8 @@ def terms(value: float) -> LossTerms:
 
 def test_an_interval_of_steps() -> None:
     parts = [terms(LARGE), *(terms(1.0) for _ in range(8))]
-    loss = build_loss(small_config(), None)
+    config = small_config()
+    loss = family_of(config).loss(config, None)
     images = int(LARGE) + 1
     parts = [replace(part, counts={**part.counts, "text": torch.tensor(1.0)}) for part in parts]
     found = MeanLosses.over_ranks(parts, loss, [0.5], images=images)

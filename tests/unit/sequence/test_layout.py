@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
-from transfusion.sequence.layout import lay_out, lay_out_text
+from transfusion.sequence.layout import lay_out, lay_out_all, tokenize_text
 
 BOS, EOS, BOI, EOI, PATCH = (
     int(token)
@@ -94,7 +94,7 @@ def test_pieces_of_a_text_keep_every_target() -> None:
     for cuts in ([32], [1, 31], [10, 10, 12], [31, 1]):
         first, targets, weights, inputs = 0, [], [], []
         for tokens in cuts:
-            piece = lay_out_text(ids, first, tokens)
+            piece = lay_out_all([tokenize_text(ids, first, tokens)])
             assert len(piece) == tokens
             assert piece.position_SA[:, 0].tolist() == list(range(tokens))
             assert piece.end_key_S.tolist() == list(range(1, tokens + 1))

@@ -162,18 +162,15 @@ def _to_srgb(profile: bytes, mode: str) -> Any:
         source = ImageCms.getOpenProfile(io.BytesIO(profile))
         goal = "RGBA" if mode == "RGBA" else "RGB"
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, goal)
-        before = _colours().convert(mode)
+        # A grid of 9 x 9 x 9 colours.
+        axis = np.linspace(0, 255, 9).astype(np.uint8)
+        grid = np.stack(np.meshgrid(axis, axis, axis), axis=-1).reshape(1, -1, 3)
+        before = Image.fromarray(grid).convert(mode)
         after = transform.apply(before)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
     there, here = (np.asarray(image.convert("RGB")).astype(int) for image in (before, after))
     return None if mode != "CMYK" and np.abs(here - there).max() <= _SAME_COLOUR else transform
-
-
-def _colours() -> Image.Image:
-    """A grid of 9 x 9 x 9 colours."""
-    axis = np.linspace(0, 255, 9).astype(np.uint8)
-    return Image.fromarray(np.stack(np.meshgrid(axis, axis, axis), axis=-1).reshape(1, -1, 3))
 
 
 def _by_opencv(data: bytes) -> PixelArray | None:

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -25,6 +25,12 @@ from transfusion.sequence.sizes import Size
 # A header longer than this is none of ours; only so much is parsed.
 HEADER_BYTES = 4096
 _TYPES, _TOKEN_TYPES = ("float16", "float32"), ("uint16", "int32")
+# By version of the format. The third differs from the second in names of fields alone, which no array here has.
+_READERS = {
+    (1, 0): npy.read_array_header_1_0,
+    (2, 0): npy.read_array_header_2_0,
+    (3, 0): npy.read_array_header_2_0,
+}
 # What the index knows tokens by: channels of a latent that is a number.
 TOKEN_CHANNELS = 1
 # Extensions of what a codec writes beside an image.
@@ -34,8 +40,8 @@ LATENTS, TOKENS = "latent.npy", "tokens.npy"
 class LatentRecord(NamedTuple):
     """Of one shard: the codec's fingerprint, the size of the images, how many have latents, which do not and why.
 
-    source, source_bytes: the shard that the images came from. image_size: side of square images; 0: they have
-    other sizes, `image_sizes`.
+    digest: of the shard with the latents. source: name and facts of the shard that the images came from. image_size:
+    side of square images; 0: they have other sizes, `image_sizes`.
     """
 
     codec: str
@@ -43,8 +49,8 @@ class LatentRecord(NamedTuple):
     image_size: int
     encoded: int
     left_out: dict[str, int]
-    source: str
-    source_bytes: int
+    digest: str
+    source: dict[str, str | int]
     image_sizes: tuple[str, ...] = ()
 
     @property
@@ -74,7 +80,7 @@ def read_record(shard: Path) -> LatentRecord | None:
         return None
 
 
-def refuse_other_latents(shard: Path, codec: CodecConfig, source: str) -> None:
+def refuse_other_latents(shard: Path, digest: str, codec: CodecConfig, source: str) -> None:
     """Raise UserError where the latents of a shard are of another codec or image size than the configuration's.
 
     Under codec.kind=pixels latents of unknown origin are taken as they are; with an autoencoder they are refused.
@@ -86,6 +92,8 @@ def refuse_other_latents(shard: Path, codec: CodecConfig, source: str) -> None:
         problem = f"come from an unknown codec ({record_path(shard).name} is missing)"
     elif record.codec != codec.fingerprint:
         problem = f"were made by codec {record.codec}, not by {codec.fingerprint or 'codec.kind=pixels'}"
+    elif record.digest != digest:
+        problem = f"are not those that {record_path(shard).name} tells of"
     elif record.sizes != set(codec.sizes):
         made = ", ".join(sorted(map(str, record.sizes)))
         problem = (
@@ -104,27 +112,20 @@ def latent_shape(head: bytes, size: int) -> tuple[int, int, int]:
 
     Raises SampleError.
     """
-    stream = io.BytesIO(head)
-    shape, _, kind = _header(stream)
-    _refuse_malformed(shape, kind, size - stream.tell(), types=_TYPES, dimensions=3)
-    return shape[0], shape[1], shape[2]
+    channels, height, width = _shape(head, size, types=_TYPES, dimensions=3)
+    return channels, height, width
 
 
 def token_shape(head: bytes, size: int) -> tuple[int, int, int]:
     """[TOKEN_CHANNELS, h, w] of a file of tokens; otherwise as `latent_shape`."""
-    stream = io.BytesIO(head)
-    shape, _, kind = _header(stream)
-    _refuse_malformed(shape, kind, size - stream.tell(), types=_TOKEN_TYPES, dimensions=2)
-    return TOKEN_CHANNELS, shape[0], shape[1]
+    height, width = _shape(head, size, types=_TOKEN_TYPES, dimensions=2)
+    return TOKEN_CHANNELS, height, width
 
 
 def read_latent(data: bytes) -> NDArray[np.float32]:
     """The latents as float32 [C, h, w]. Raises SampleError, also where a value is not finite."""
-    shape = latent_shape(data[:HEADER_BYTES], len(data))
-    stream = io.BytesIO(data)
-    _, columns_first, kind = _header(stream)
-    values = np.frombuffer(data, kind, offset=stream.tell())
-    values = values.reshape(shape, order="F" if columns_first else "C").astype(np.float32, order="C")
+    latent_shape(data[:HEADER_BYTES], len(data))
+    values = npy.read_array(io.BytesIO(data)).astype(np.float32, order="C")
     if not np.isfinite(values).all():
         raise SampleError("latent_not_finite")
     return values
@@ -132,34 +133,26 @@ def read_latent(data: bytes) -> NDArray[np.float32]:
 
 def read_tokens(data: bytes, codebook_size: int) -> NDArray[np.int32]:
     """The tokens as int32 [h, w]. Raises SampleError, also where one is no entry of a codebook of that size."""
-    _, height, width = token_shape(data[:HEADER_BYTES], len(data))
-    stream = io.BytesIO(data)
-    _, columns_first, kind = _header(stream)
-    values = np.frombuffer(data, kind, offset=stream.tell())
-    tokens = values.reshape((height, width), order="F" if columns_first else "C").astype(np.int32, order="C")
+    token_shape(data[:HEADER_BYTES], len(data))
+    tokens = npy.read_array(io.BytesIO(data)).astype(np.int32, order="C")
     if tokens.min() < 0 or tokens.max() >= codebook_size:
         raise SampleError("token_range")
     return tokens
 
 
-def _refuse_malformed(
-    shape: tuple[int, ...], kind: np.dtype[Any], size: int, *, types: Sequence[str], dimensions: int
-) -> None:
-    """Raise SampleError unless an array of this shape and type fills `size` bytes and is one of those allowed."""
+def _shape(head: bytes, size: int, *, types: Sequence[str], dimensions: int) -> tuple[int, ...]:
+    """Raises SampleError unless the array has one of these types, so many dimensions, and fills the file."""
+    stream = io.BytesIO(head)
+    try:
+        read = _READERS[npy.read_magic(stream)]
+        shape, _, kind = read(stream, max_header_size=HEADER_BYTES)
+    except Exception:
+        # The parser of NumPy's own format raises whatever a malformed literal makes it raise.
+        raise SampleError("latent_corrupt") from None
     if kind.name not in types:
         raise SampleError("latent_dtype")
     if len(shape) != dimensions or min(shape) < 1:
         raise SampleError("latent_shape")
-    if size != math.prod(shape) * kind.itemsize:
+    if size - stream.tell() != math.prod(shape) * kind.itemsize:
         raise SampleError("latent_corrupt")
-
-
-def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    try:
-        version = npy.read_magic(stream)
-        if version == (1, 0):
-            return npy.read_array_header_1_0(stream, max_header_size=HEADER_BYTES)
-        return npy.read_array_header_2_0(stream, max_header_size=HEADER_BYTES)
-    except Exception:
-        # The parser of NumPy's own format raises whatever a malformed literal makes it raise.
-        raise SampleError("latent_corrupt") from None
+    return shape

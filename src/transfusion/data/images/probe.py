@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from transfusion.data.shards.sample import SampleError
 from transfusion.sequence.sizes import MAX_ASPECT as MAX_ASPECT
@@ -21,13 +21,14 @@ MAX_METADATA = 1 << 20
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 # Of a PNG: length and kind of a chunk, and its checksum.
 CHUNK, CHECKSUM = struct.Struct(">I4s"), struct.Struct(">I")
+_WEBP_CHUNK = struct.Struct("<4sI")
 # Start of frame: all of C0 to CF but the tables (C4), a reserved one (C8) and arithmetic conditioning (CC).
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Markers that stand alone: restarts and TEM.
 _ALONE = frozenset((*range(0xD0, 0xD8), 0x01))
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-# Bytes before the compressed part of a PNG text or profile: keyword, a zero, and these.
-_COMPRESSED = {b"zTXt": 1, b"iCCP": 1}
+# Chunks of a PNG with a text or profile that may be compressed.
+_COMPRESSED = (b"zTXt", b"iCCP", b"iTXt")
 
 
 class ImageFacts(NamedTuple):
@@ -54,7 +55,7 @@ def probe(data: bytes) -> ImageFacts:
     raise SampleError("image_corrupt")
 
 
-def _checked(width: int, height: int, *, animated: bool = False) -> ImageFacts:
+def _checked(width: int, height: int) -> ImageFacts:
     if not width or not height:
         raise SampleError("image_corrupt")
     if width * height > MAX_PIXELS:
@@ -63,7 +64,7 @@ def _checked(width: int, height: int, *, animated: bool = False) -> ImageFacts:
         raise SampleError("image_too_small")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise SampleError("image_aspect")
-    return ImageFacts(width, height, animated)
+    return ImageFacts(width, height)
 
 
 def _png(data: bytes) -> ImageFacts:
@@ -76,7 +77,7 @@ def _png(data: bytes) -> ImageFacts:
             # Judged first: what is too large or too small is so however it goes on.
             if kind != b"IHDR" or length != 13:
                 raise SampleError("image_truncated" if size < 33 else "image_corrupt")
-            facts = _checked(_big(data, body), _big(data, body + 4))
+            facts = _checked(_integer(data, body, 4, "big"), _integer(data, body + 4, 4, "big"))
         if end > size:
             break
         if zlib.crc32(view[position + 4 : end - 4]) != CHECKSUM.unpack_from(data, end - 4)[0]:
@@ -86,8 +87,8 @@ def _png(data: bytes) -> ImageFacts:
         elif kind == b"IEND":
             if not has_pixels:
                 raise SampleError("image_corrupt")
-            return facts._replace(animated=True) if animated else facts
-        elif kind in _COMPRESSED or kind == b"iTXt":
+            return facts._replace(animated=animated)
+        elif kind in _COMPRESSED:
             _refuse_bomb(kind, data[body : end - 4])
         elif kind == b"acTL":
             animated = True
@@ -103,7 +104,8 @@ def _refuse_bomb(kind: bytes, body: bytes) -> None:
         # A flag and a method, then language and translated keyword, each up to a zero.
         rest = rest[2:].partition(b"\0")[2].partition(b"\0")[2]
     else:
-        rest = rest[_COMPRESSED[kind] :]
+        # A method.
+        rest = rest[1:]
     inflater = zlib.decompressobj()
     try:
         inflated = inflater.decompress(rest, MAX_METADATA)
@@ -129,10 +131,8 @@ def _jpeg(data: bytes) -> ImageFacts:
             continue
         length = int.from_bytes(data[position + 2 : position + 4])
         if marker in _FRAMES:
-            if position + 9 > len(data):
-                break
-            height, width = data[position + 5 : position + 7], data[position + 7 : position + 9]
-            facts = _checked(int.from_bytes(width), int.from_bytes(height))
+            height, width = (_integer(data, position + at, 2, "big") for at in (5, 7))
+            facts = _checked(width, height)
         if marker == _START_OF_SCAN:
             if facts is None:
                 raise SampleError("image_corrupt")
@@ -150,23 +150,21 @@ def _webp(data: bytes) -> ImageFacts:
     facts, position, animated, has_pixels = None, 12, False, False
     end = 8 + int.from_bytes(data[4:8], "little")
     while position + 8 <= min(end, len(data)):
-        kind, length = (
-            data[position : position + 4],
-            int.from_bytes(data[position + 4 : position + 8], "little"),
-        )
+        kind, length = _WEBP_CHUNK.unpack_from(data, position)
         body = position + 8
         if kind == b"VP8X" and facts is None:
-            width, height = (1 + _little(data, body + at, 3) for at in (4, 7))
+            width, height = (1 + _integer(data, body + at, 3, "little") for at in (4, 7))
             animated = bool(data[body] & 2)
             facts = _checked(width, height)
         elif kind == b"VP8 " and facts is None:
             if data[body + 3 : body + 6] != b"\x9d\x01\x2a":
                 raise SampleError("image_corrupt")
-            facts = _checked(_little(data, body + 6, 2) & 0x3FFF, _little(data, body + 8, 2) & 0x3FFF)
+            width, height = (_integer(data, body + at, 2, "little") & 0x3FFF for at in (6, 8))
+            facts = _checked(width, height)
         elif kind == b"VP8L" and facts is None:
             if data[body] != 0x2F:
                 raise SampleError("image_corrupt")
-            bits = _little(data, body + 1, 4)
+            bits = _integer(data, body + 1, 4, "little")
             facts = _checked((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
         has_pixels |= kind in (b"VP8 ", b"VP8L", b"ANMF")
         position = body + length + (length & 1)
@@ -176,16 +174,10 @@ def _webp(data: bytes) -> ImageFacts:
         raise SampleError("image_truncated")
     if not has_pixels:
         raise SampleError("image_corrupt")
-    return ImageFacts(facts.width, facts.height, animated)
+    return facts._replace(animated=animated)
 
 
-def _big(data: bytes, position: int) -> int:
-    if position + 4 > len(data):
-        raise SampleError("image_truncated")
-    return int.from_bytes(data[position : position + 4])
-
-
-def _little(data: bytes, position: int, count: int) -> int:
+def _integer(data: bytes, position: int, count: int, order: Literal["little", "big"]) -> int:
     if position + count > len(data):
         raise SampleError("image_truncated")
-    return int.from_bytes(data[position : position + count], "little")
+    return int.from_bytes(data[position : position + count], order)

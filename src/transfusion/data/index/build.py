@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import functools
 import json
 import logging
@@ -14,11 +13,11 @@ import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from transfusion.config import CacheConfig, Config
 from transfusion.config.sections import Verify
@@ -32,12 +31,11 @@ from transfusion.data.index.shard_index import (
 )
 from transfusion.data.remote.cache import CacheSettings, RemoteShard
 from transfusion.data.remote.download import DownloadFailed
-from transfusion.data.shards.sample import Fault
 from transfusion.data.shards.scan import is_shard
 from transfusion.data.shards.shard import LocalShard, Shard
 from transfusion.data.shards.webdataset import expand_all
 from transfusion.errors import UserError
-from transfusion.files import atomic_file, remove_unfinished
+from transfusion.files import atomic_file, atomic_write_text, lock, remove_unfinished
 from transfusion.sequence.tokenizer import Tokenizer
 from transfusion.urls import is_address, redacted
 
@@ -48,6 +46,8 @@ COUNTERS, QUARANTINE = "counters.json", "quarantine.jsonl"
 # Passed over and counted, but no damage: what archivers of other systems leave behind.
 HARMLESS = "member_ignored"
 _SUFFIX = ".index"
+# Of a tokenizer's fingerprint, in names of index files.
+_TOKENIZER_DIGITS = 8
 # Fewer bytes than these are read before a process has started.
 _WORTH_PROCESSES = 1 << 26
 # Fewer samples than this say nothing about a share of bad ones: a run never dies of the first.
@@ -65,11 +65,15 @@ class IndexLocation:
     folder: Path | None = None
     fallback: Path | None = None
 
-    def path(self, shard: Shard, verify: Verify = "none") -> Path:
-        """The index file of this shard, read in this way. Raises UserError when there is no place for it."""
+    def path(self, shard: Shard, verify: Verify = "none", tokenizer: str = "") -> Path:
+        """The index file of this shard, read in this way. Raises UserError when there is no place for it.
+
+        tokenizer: its fingerprint. Beside a shard runs with other tokenizers keep index files of their own.
+        """
         suffix = _SUFFIX if verify == "none" else f".{verify}{_SUFFIX}"
         if self.folder is None and shard.folder is not None:
-            beside = shard.folder / (shard.name + suffix)
+            own = f".{tokenizer[:_TOKENIZER_DIGITS]}" if tokenizer else ""
+            beside = shard.folder / f"{shard.name}{own}{suffix}"
             if beside.exists() or os.access(shard.folder, os.W_OK):
                 return beside
         folder = self.folder or self.fallback
@@ -103,7 +107,10 @@ def open_indexes(
 
     Raises UserError for a stale one in `place.folder`, with the command that renews it.
     """
-    orders = [_Order(shard, place.path(shard, verify), tokenizer, verify) for shard in shards]
+    orders = [
+        _Order(shard, place.path(shard, verify, tokenizer.fingerprint), tokenizer, verify) for shard in shards
+    ]
+    _compare(orders)
     missing = [order for order in orders if not _is_there(order, place)]
     _tell_of_former(order.path for order in missing)
     for folder in sorted({order.path.parent for order in missing}):
@@ -111,6 +118,34 @@ def open_indexes(
             here = [order for order in missing if order.path.parent == folder]
             _make([order for order in here if not _is_there(order, place)])
     return [ShardIndex(order.path, order.shard) for order in orders]
+
+
+def _compare(orders: Sequence[_Order]) -> None:
+    """Read the shards that may have changed since they were indexed, as copies; one process does it for all."""
+    doubtful = [order for order in orders if _is_doubtful(order)]
+    if doubtful:
+        log.info(
+            "comparing %d shards whose times are not those of their index, such as %s",
+            len(doubtful),
+            doubtful[0].shard,
+        )
+    for folder in sorted({order.path.parent for order in doubtful}):
+        # What cannot be locked cannot be written either: then each process compares for itself.
+        with contextlib.suppress(PermissionError), _locked(folder), ThreadPoolExecutor(cores()) as pool:
+            list(pool.map(_try_to_compare, [order for order in doubtful if order.path.parent == folder]))
+
+
+def _is_doubtful(order: _Order) -> bool:
+    try:
+        return ShardIndex(order.path, order.shard).is_doubtful
+    except (FileNotFoundError, StaleIndex):
+        return False
+
+
+def _try_to_compare(order: _Order) -> None:
+    # Opened anew: another process may have compared it meanwhile. What is stale is told later.
+    with contextlib.suppress(FileNotFoundError, StaleIndex):
+        ShardIndex(order.path, order.shard).compare()
 
 
 def _is_there(order: _Order, place: IndexLocation) -> bool:
@@ -145,10 +180,10 @@ class IndexReport:
         kinds = ", ".join(f"{count[kind]:,} {kind}" for kind in _KINDS)
         faults = ", ".join(f"{reason}: {number:,}" for reason, number in count["faults"].items())
         lines = [f"{len(count['shards']):,} shards, {count['samples']:,} samples: {kinds}"]
-        lines += [f"left out: {faults}"] if faults else []
-        lines += (
-            [f"no shards: {sum(count['files_skipped'].values()):,} files"] if count["files_skipped"] else []
-        )
+        if faults:
+            lines.append(f"left out: {faults}")
+        if skipped := sum(count["files_skipped"].values()):
+            lines.append(f"no shards: {skipped:,} files")
         return lines
 
 
@@ -214,8 +249,11 @@ def write_index(
         _make(work, processes=processes, progress=progress)
         indexes = [ShardIndex(order.path, order.shard) for order in orders.values()]
         report = _report(indexes, max_share, dict(sorted(skipped.items())))
-        _write_lines(out / QUARANTINE, (fault for index in indexes for fault in index.faults()))
-        _write_lines(out / COUNTERS, [report.counters])
+        faults = (json.dumps(asdict(fault)) + "\n" for index in indexes for fault in index.faults())
+        # In ASCII, since a name may hold bytes that are no UTF-8.
+        with atomic_file(out / QUARANTINE) as unfinished, unfinished.open("w", encoding="ascii") as stream:
+            stream.writelines(faults)
+        atomic_write_text(out / COUNTERS, json.dumps(report.counters, indent=1) + "\n")
     return report
 
 
@@ -345,9 +383,7 @@ def _loaded(path: Path) -> Tokenizer:
 
 def _report(indexes: Sequence[ShardIndex], max_share: float, skipped: dict[str, int]) -> IndexReport:
     names = collections.Counter(index.shard.name for index in indexes)
-    reasons: collections.Counter[str] = collections.Counter()
-    notes: collections.Counter[str] = collections.Counter()
-    kinds: collections.Counter[str] = collections.Counter()
+    reasons, notes, kinds = (collections.Counter[str]() for _ in range(3))
     shards: dict[str, Any] = {}
     bad: list[str] = []
     samples = damaged = 0
@@ -359,7 +395,10 @@ def _report(indexes: Sequence[ShardIndex], max_share: float, skipped: dict[str, 
         shards[name] = {
             "samples": len(index),
             "faults": dict(sorted(here.items())),
-            "problems": sorted({fault.reason for fault in faults if is_problem_of_shard(fault)}),
+            # Those that say something of the whole shard, though a sample may be named with them.
+            "problems": sorted(
+                {fault.reason for fault in faults if not fault.key or fault.reason.startswith("tar_")}
+            ),
         }
         if harm > max_share * (len(index) + harm):
             bad.append(name)
@@ -383,11 +422,6 @@ def _report(indexes: Sequence[ShardIndex], max_share: float, skipped: dict[str, 
     return IndexReport(counters, bad, past_limit)
 
 
-def is_problem_of_shard(fault: Fault) -> bool:
-    """Whether the fault says something of the whole shard, though a sample may be named with it."""
-    return not fault.key or fault.reason.startswith("tar_")
-
-
 def _kinds(index: ShardIndex) -> dict[str, int]:
     interleaved, images = index["elements_N"] > 0, index["stored_images_N"] > 0
     return {
@@ -398,22 +432,10 @@ def _kinds(index: ShardIndex) -> dict[str, int]:
     }
 
 
-def _write_lines(path: Path, records: Any) -> None:
-    with atomic_file(path) as unfinished, unfinished.open("w", encoding="ascii") as stream:
-        for record in records:
-            _write(stream, record)
-
-
-def _write(stream: TextIO, record: Fault | dict[str, Any]) -> None:
-    """One line for a fault; ASCII, since a name may hold bytes that are no UTF-8."""
-    plain = asdict(record) if isinstance(record, Fault) else record
-    stream.write(json.dumps(plain, indent=None if isinstance(record, Fault) else 1) + "\n")
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Only one process at a time makes index files of a folder; the others wait and then find them."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{_SUFFIX}.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        lock(stream)
         yield

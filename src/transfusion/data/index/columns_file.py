@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,11 +68,10 @@ def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], facts: Mappin
             stream.write(values.data)
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Column]]:
-    """The facts, and where the columns stand. Raises OSError, and DamagedFile."""
-    with path.open("rb") as stream:
-        size, length = int.from_bytes(stream.read(8), "little"), os.fstat(stream.fileno()).st_size
-        text = stream.read(size) if size <= _MAX_HEADER_BYTES else b""
+def read_header(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Column]]:
+    """The facts, and where the columns stand, of an open file. Raises OSError, and DamagedFile."""
+    size, length = int.from_bytes(stream.read(8), "little"), os.fstat(stream.fileno()).st_size
+    text = stream.read(size) if size <= _MAX_HEADER_BYTES else b""
     try:
         places = json.loads(text)
         metadata = places.pop("__metadata__")

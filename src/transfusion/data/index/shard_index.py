@@ -10,16 +10,17 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
+import errno
+import json
 import mmap
 import os
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +32,13 @@ from transfusion.data.remote.download import ShardChanged
 from transfusion.data.shards import sample, scan, validate
 from transfusion.data.shards.sample import Fault, RawSample
 from transfusion.data.shards.shard import Shard
-from transfusion.files import fingerprint
+from transfusion.files import atomic_write_text, fingerprint
+from transfusion.sequence.tokenizer import Tokenizer
 
 Integers = NDArray[np.int64]
 
 # Raised whenever the same shard would give another file.
-_VERSION = 2
+_VERSION = 3
 # How files of earlier versions began.
 _FORMER_MAGIC = b"transfusion\x1aidx\n"
 _COLUMNS = (
@@ -48,18 +50,10 @@ _COLUMNS = (
 _LETTERS_AT_ONCE, _IDS_AT_ONCE = 1 << 14, 1 << 16
 # Beside the index of a remote shard, once a download has shown that the shard is another.
 _CHANGED = ".changed"
+# Beside an index: the state that its shard had when its bytes were last compared, as of a copy.
+_COMPARED = ".compared"
 # Shards of one row; a process may open a few hundred files.
 _OPEN_AT_ONCE = 64
-
-
-class Encoder(Protocol):
-    """A tokenizer, as far as an index needs one."""
-
-    fingerprint: str
-    vocabulary: int
-
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without control tokens."""
 
 
 class IndexFingerprint(NamedTuple):
@@ -69,7 +63,7 @@ class IndexFingerprint(NamedTuple):
     policy: str
 
     @classmethod
-    def of(cls, encoder: Encoder | None) -> IndexFingerprint:
+    def of(cls, encoder: Tokenizer | None) -> IndexFingerprint:
         """encoder: None where texts are not tokenised."""
         limits = [
             _VERSION, sample.CAPTION_BYTES, sample.DOCUMENT_BYTES, scan.MAX_NAME, validate.MAX_MEMBER,
@@ -96,16 +90,21 @@ class ShardIndex:
         self.path, self.shard = path, shard
         self._arrays: dict[str, NDArray[Any]] = {}
         try:
-            self._facts, self._columns = read_header(path)
+            with path.open("rb") as stream:
+                self._facts, self._columns = read_header(stream)
         except DamagedFile:
             former = is_former(path)
             raise (
                 FormerIndex("it is of an earlier version") if former else StaleIndex("it is damaged")
             ) from None
+        self._header = self._facts, self._columns
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            compared = json.loads(self._compared.read_text(encoding="utf-8"))
+            if compared["digest"] == self._facts["digest"]:
+                self._facts = self._facts | compared
 
     def __len__(self) -> int:
-        count: int = self._facts["samples"]
-        return count
+        return self._facts["samples"]
 
     @property
     def notes(self) -> dict[str, int]:
@@ -123,6 +122,24 @@ class ShardIndex:
         if (self.shard.is_remote and self._changed.exists()) or self.shard.has_changed(stated):
             raise StaleIndex("the shard has changed since")
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the shard may have changed, which reading all of it would tell."""
+        return any(self._facts.get(name) != value for name, value in self.shard.state().items())
+
+    def compare(self, *, always: bool = False) -> None:
+        """Read all of a shard that may have changed, or `always`. Where its bytes are the same the next start knows.
+
+        Raises StaleIndex.
+        """
+        state, doubtful = self.shard.state(), self.is_doubtful
+        if (always or doubtful) and self.shard.has_changed(self._facts, read=always):
+            raise StaleIndex("the shard has changed since")
+        if doubtful:
+            self._facts = self._facts | state
+            with contextlib.suppress(OSError):
+                atomic_write_text(self._compared, json.dumps({**state, "digest": self._facts["digest"]}))
+
     def verify(self) -> None:
         """Raises StaleIndex when the checksum of any array is wrong."""
         for name, column in self._columns.items():
@@ -139,6 +156,10 @@ class ShardIndex:
     def _map(self) -> mmap.mmap:
         # One for all columns: a process may have 65,530 of them.
         with self.path.open("rb") as stream:
+            if read_header(stream) != self._header:
+                raise OSError(
+                    errno.ESTALE, "replaced while it was read; start the command again", str(self.path)
+                )
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
     @cached_property
@@ -176,8 +197,7 @@ class ShardIndex:
 
     def elements(self, sample: int) -> list[int]:
         """In reading order t >= 0: the next t tokens of the text; -1 - p: image p. Empty for pairs and texts."""
-        elements: list[int] = self["element_E"][slice(*self.element_start_N[sample : sample + 2])].tolist()
-        return elements
+        return self["element_E"][slice(*self.element_start_N[sample : sample + 2])].tolist()
 
     def read_image(self, sample: int, image_number: int = 0, shards: OpenShards | None = None) -> bytes:
         """Bytes of an image or latent, as they are now in the shard; a remote one is fetched. Raises OSError.
@@ -207,10 +227,14 @@ class ShardIndex:
         return self.shard.copy_name(self._facts)
 
     @property
+    def digest(self) -> str:
+        """Hash of all bytes of a local shard."""
+        return self._facts["digest"]
+
+    @property
     def shard_bytes(self) -> int:
         """Size of the shard when it was indexed."""
-        size: int = self._facts["size"]
-        return size
+        return self._facts["size"]
 
     @contextlib.contextmanager
     def _noting_changes(self) -> Iterator[None]:
@@ -223,15 +247,15 @@ class ShardIndex:
             raise
 
     @property
+    def _compared(self) -> Path:
+        return self.path.with_name(self.path.name + _COMPARED)
+
+    @property
     def _changed(self) -> Path:
         return self.path.with_name(self.path.name + _CHANGED)
 
-    @cached_property
-    def has_latents(self) -> bool:
-        """Whether any of the shard's are latents, not images."""
-        return bool(self["latent_channels_I"].any())
-
     def is_latent(self, sample: int, image_number: int = 0) -> bool:
+        """Whether this is a latent, not an image."""
         return bool(self["latent_channels_I"].item(self.image_start_N.item(sample) + image_number))
 
     def fault(self, sample: int, reason: str) -> Fault:
@@ -252,15 +276,17 @@ class ShardIndex:
             "path": self.path,
             "shard": self.shard,
             "_facts": self._facts,
+            "_header": self._header,
             "_columns": self._columns,
             "_arrays": {},
         }
 
 
-class OpenShards:
+class OpenShards(contextlib.ExitStack):
     """Shards opened once for several images, and closed together."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._descriptors: dict[int, int] = {}
 
     def descriptor(self, index: ShardIndex) -> int:
@@ -269,37 +295,19 @@ class OpenShards:
         if descriptor is None:
             if len(self._descriptors) == _OPEN_AT_ONCE:
                 self.close()
+                self._descriptors.clear()
             descriptor = self._descriptors[id(index)] = index.open()
+            self.callback(os.close, descriptor)
         return descriptor
 
-    def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
 
-    def __enter__(self) -> OpenShards:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def index_shard(shard: Shard, path: Path, encoder: Encoder | None, verify: Verify = "none") -> None:
+def index_shard(shard: Shard, path: Path, encoder: Tokenizer | None, verify: Verify = "none") -> None:
     """Read the shard once, a remote one through its cache, and write its index file, whole or not at all.
 
     encoder: None: texts have no tokens. verify: see `scan`. Raises OSError, and UserError where a download ends in one.
     """
-    with shard.whole() as (file, facts):
-        _write_index(file, path, encoder, verify, {"shard": shard.name, **facts})
-    path.with_name(path.name + _CHANGED).unlink(missing_ok=True)
-
-
-def _write_index(
-    file: Path, path: Path, encoder: Encoder | None, verify: Verify, facts: dict[str, Any]
-) -> None:
     # Token ids wait on the disk: a shard of texts has more of them than of all else.
-    with tempfile.TemporaryFile(dir=path.parent) as spool:
+    with shard.whole() as (file, facts), tempfile.TemporaryFile(dir=path.parent) as spool:
         collector = _Collector(spool, encoder)
         for found in scan.scan(file, verify):
             if isinstance(found, Fault):
@@ -307,15 +315,16 @@ def _write_index(
             else:
                 collector.add(found)
         columns, counted = collector.finish()
-        write_columns(
-            path, columns, facts | IndexFingerprint.of(encoder)._asdict() | {"verify": verify} | counted
-        )
+        prints = IndexFingerprint.of(encoder)._asdict()
+        write_columns(path, columns, {"shard": shard.name, **facts, **prints, "verify": verify, **counted})
+    for mark in (_CHANGED, _COMPARED):
+        path.with_name(path.name + mark).unlink(missing_ok=True)
 
 
 class _Collector:
     """Collects columns in memory, a few bytes a sample, and token ids in a file."""
 
-    def __init__(self, spool: BinaryIO, encoder: Encoder | None) -> None:
+    def __init__(self, spool: BinaryIO, encoder: Tokenizer | None) -> None:
         self._spool, self._encoder = spool, encoder
         self._id_type = np.dtype("<u2" if encoder is None or encoder.vocabulary <= 1 << 16 else "<i4")
         self._columns = {name: array.array("q") for name in _COLUMNS}

@@ -5,7 +5,6 @@ Shape suffixes: N samples of the source, C their texts and captions, T tokens of
 
 from __future__ import annotations
 
-import collections
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -15,13 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transfusion.config import CacheConfig, CodecConfig, SourceConfig
+from transfusion.config import CacheConfig, CodecConfig, Config, SourceConfig
 from transfusion.data.images.latents import refuse_other_latents
-from transfusion.data.index.build import HARMLESS, IndexLocation, find_shards, open_indexes, too_many_faults
+from transfusion.data.index.build import (
+    HARMLESS,
+    IndexLocation,
+    cache_of,
+    find_shards,
+    open_indexes,
+    too_many_faults,
+)
 from transfusion.data.index.shard_index import Integers, OpenShards, ShardIndex
 from transfusion.data.planning.epoch import Schedule, SourceLengths, Windows
 from transfusion.data.remote.cache import CacheSettings
-from transfusion.data.shards.sample import Fault
+from transfusion.data.shards.sample import Fault, reasons
 from transfusion.data.shards.scan import is_shard
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, Segment, TextSegment
@@ -63,7 +69,6 @@ class SourceIndex:
         self._parts, self._patches, self._sequence_length = tuple(parts), patches, sequence_length
         self._sizes = sizes if sizes and sizes.is_multi_size else None
         self._image = ImageSegment(None, patches)
-        self._has_latents = any(part.has_latents for part in parts)
         self._size_numbers: dict[int, NDArray[np.uint8]] = {}
         views = [
             _FittingSamples(part, self._document_patches(part, number), sequence_length, latent_channels)
@@ -98,8 +103,7 @@ class SourceIndex:
     @property
     def is_pair_N(self) -> NDArray[np.bool_]:
         """An image with captions."""
-        is_pair_N: NDArray[np.bool_] = (self.lengths.images_N > 0) & ~self.lengths.interleaved_N
-        return is_pair_N
+        return (self.lengths.images_N > 0) & ~self.lengths.interleaved_N
 
     def part(self, shard: int) -> ShardIndex:
         """The index of one shard, by its number."""
@@ -107,24 +111,23 @@ class SourceIndex:
 
     def key(self, sample: int) -> str:
         """Key of the sample, unique in its shard."""
-        part, place = self._place(sample)
+        _, part, place = self._located(sample)
         return part.key(place)
 
     def text_ids(self, sample: int, caption: int = 0) -> TokenIds:
         """Ids of the sample's text, or of the caption with this number among its own."""
-        part, place = self._place(sample)
+        _, part, place = self._located(sample)
         first, end = part.caption_start_N.item(place), part.caption_start_N.item(place + 1)
         if end - first > 1:
             lengths = part["tokens_C"][first:end]
             longest = self._sequence_length - self.image(sample).patches - PAIR_CONTROL_TOKENS
             first += int(np.flatnonzero(lengths <= longest)[caption])
         start_C = part.token_start_C
-        ids: TokenIds = part["token_ids_T"][start_C.item(first) : start_C.item(first + 1)]
-        return ids
+        return part["token_ids_T"][start_C.item(first) : start_C.item(first + 1)]
 
     def segments(self, sample: int) -> tuple[list[Segment], list[int]]:
         """An interleaved document without its pixels, and which of the sample's images each image in it is."""
-        part, place = self._place(sample)
+        _, part, place = self._located(sample)
         ids, segments, images, first = self.text_ids(sample).tolist(), list[Segment](), list[int](), 0
         for element in part.elements(place):
             if element < 0:
@@ -137,10 +140,8 @@ class SourceIndex:
 
     def image(self, sample: int, image_number: int = 0) -> ImageSegment:
         """One of the sample's images as planned, without its pixels."""
-        if self._sizes is None:
-            return self._image
         size = self.size(sample, image_number)
-        return image_segment(self._sizes, size) if size else self._image
+        return image_segment(self._sizes, size) if self._sizes and size else self._image
 
     def size(self, sample: int, image_number: int = 0) -> Size | None:
         """The size that one of the sample's images takes; None: there is only one."""
@@ -185,23 +186,18 @@ class SourceIndex:
 
         shards: open ones, where several are read.
         """
-        part, place = self._place(sample)
+        _, part, place = self._located(sample)
         return part.read_image(place, image_number, shards)
 
     def is_latent(self, sample: int, image_number: int = 0) -> bool:
         """Whether these are latents, not an image."""
-        if not self._has_latents:
-            return False
-        part, place = self._place(sample)
+        _, part, place = self._located(sample)
         return part.is_latent(place, image_number)
 
     def fault(self, sample: int, reason: str) -> Fault:
         """A fault of this sample, found when it was read."""
-        part, place = self._place(sample)
+        _, part, place = self._located(sample)
         return part.fault(place, reason)
-
-    def _place(self, sample: int) -> tuple[ShardIndex, int]:
-        return self._located(sample)[1:]
 
     def _located(self, sample: int) -> tuple[int, ShardIndex, int]:
         """Number of the shard, its index, and the number of the sample there."""
@@ -241,10 +237,8 @@ class _FittingSamples:
         strange_I = (channels_I > 0) & (channels_I != latent_channels) & (latent_channels > 0)
         strange = set(np.repeat(np.arange(len(part)), part["stored_images_N"])[strange_I].tolist())
         fits_C &= ~np.repeat(np.isin(np.arange(len(part)), list(strange)), self.captions_N)
-        if not fits_C.all():
-            self._leave_out(part, fits_C, strange)
-
-    def _leave_out(self, part: ShardIndex, fits_C: NDArray[np.bool_], strange: set[int]) -> None:
+        if fits_C.all():
+            return
         fitting_N = np.add.reduceat(fits_C, part.caption_start_N[:-1], dtype=np.int64)
         self.kept = np.flatnonzero(fitting_N)
         for sample in np.flatnonzero(fitting_N == 0).tolist():
@@ -279,7 +273,7 @@ def build_index(
         # What stands beside a remote shard is not seen.
         beside = part.shard.folder
         if codec and beside is not None and part["latent_channels_I"].any():
-            refuse_other_latents(beside / part.shard.name, codec, source.name)
+            refuse_other_latents(beside / part.shard.name, part.digest, codec, source.name)
     index = SourceIndex(
         source.name,
         parts,
@@ -292,9 +286,28 @@ def build_index(
     )
     if not len(index):
         raise UserError(
-            f"source {source.name} has no usable sample in {len(shards)} shards{_why(index.faults)}"
+            f"source {source.name} has no usable sample in {len(shards)} shards{reasons(index.faults)}"
         )
     return index
+
+
+def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> list[SourceIndex]:
+    """The index of each source, for rows and images of this configuration; missing files of it are made."""
+    folder = Path(config.data.index) if config.data.index else None
+    return [
+        build_index(
+            source,
+            tokenizer,
+            patches=config.patches_per_image,
+            sequence_length=config.data.sequence_length,
+            place=IndexLocation(folder=folder, fallback=Path(config.run.folder) / "index"),
+            latent_channels=source.latent_channels or config.codec.stored_channels,
+            cache=cache_of(config),
+            codec=config.codec,
+            sizes=config.image_sizes,
+        )
+        for source in sources
+    ]
 
 
 def refuse_too_many(indexes: Iterable[SourceIndex], max_share: float) -> None:
@@ -303,7 +316,7 @@ def refuse_too_many(indexes: Iterable[SourceIndex], max_share: float) -> None:
         harm = [fault for fault in index.faults if fault.reason != HARMLESS]
         if too_many_faults(len(harm), len(harm) + len(index), max_share):
             raise UserError(
-                f"source {index.name}: {len(harm)} of {len(harm) + len(index)} samples are bad{_why(harm)};"
+                f"source {index.name}: {len(harm)} of {len(harm) + len(index)} samples are bad{reasons(harm)};"
                 f" fix the shards, or raise data.max_bad_fraction ({max_share})"
             )
 
@@ -315,10 +328,3 @@ def _sums(counts: NDArray[Any]) -> Integers:
 
 def _joined(arrays: Sequence[NDArray[Any]], kind: type) -> NDArray[Any]:
     return np.concatenate(arrays).astype(kind) if arrays else np.empty(0, kind)
-
-
-def _why(faults: Iterable[Fault]) -> str:
-    counts = collections.Counter(fault.reason for fault in faults)
-    return (
-        f" ({', '.join(f'{reason}: {count}' for reason, count in counts.most_common(4))})" if counts else ""
-    )

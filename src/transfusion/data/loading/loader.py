@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 from transfusion.config import Config, SourceConfig
 from transfusion.data.index.build import cache_of
-from transfusion.data.index.open import build_indexes
-from transfusion.data.index.source_index import refuse_too_many
+from transfusion.data.index.source_index import build_indexes, refuse_too_many
 from transfusion.data.loading.collate import collate
 from transfusion.data.loading.prefetch import PlanFetcher
 from transfusion.data.loading.rows import Row, RowBuilder, RowSettings
 from transfusion.data.loading.workers import LocalWorkers, ProcessWorkers, RowWorkers
 from transfusion.data.planning.epoch import VariantRule
-from transfusion.data.planning.packing import DocumentSpan, Planner, PlanSettings, RowPlan, State
+from transfusion.data.planning.packing import Planner, PlanSettings, RowPlan, State
 from transfusion.data.shards.sample import Fault
 from transfusion.errors import UserError
 from transfusion.schema import Batch, BatchCounts
@@ -137,14 +136,14 @@ class Loader:
 
     def samples(self) -> list[str]:
         """The samples of this rank's last step, a line for each row, with the source and key of each."""
+        indexes = self.indexes
         return [
-            f"row {number}: " + ", ".join(self._name(span) for span in plan)
+            f"row {number}: "
+            + ", ".join(
+                f"{indexes[span.source].name} {indexes[span.source].key(span.sample)}" for span in plan
+            )
             for number, plan in enumerate(self._plans)
         ]
-
-    def _name(self, span: DocumentSpan) -> str:
-        index = self.indexes[span.source]
-        return f"{index.name} {index.key(span.sample)}"
 
     def counters(self) -> dict[str, Any]:
         """What this rank was given so far, by the names of `BatchCounts`.
@@ -167,7 +166,7 @@ class Loader:
 
     def complaint(self) -> str:
         """The last shard that could not be downloaded, and why. Empty where all could."""
-        return self.fetching.fetcher.complaint() if self.fetching is not None else ""
+        return self.fetching.fetcher.complaint if self.fetching is not None else ""
 
     def __enter__(self) -> Loader:
         return self

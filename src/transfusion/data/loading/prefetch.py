@@ -24,7 +24,6 @@ from transfusion.data.planning.packing import Planner, RowPlan
 from transfusion.data.remote.cache import (
     FORGIVEN_SECONDS,
     CacheSettings,
-    ShardCache,
     shard_cache,
 )
 from transfusion.data.remote.download import DownloadFailed, Stopped
@@ -62,19 +61,20 @@ class Fetcher:
 
     def __init__(self, indexes: Sequence[SourceIndex], settings: CacheSettings) -> None:
         self.waited_seconds = 0.0
+        # The last shard that was given up, and why.
+        self.complaint = ""
         self._indexes, self._settings = tuple(indexes), settings
-        self.cache: ShardCache = shard_cache(settings)
+        self.cache = shard_cache(settings)
         self.cache.clear_failures()
         # Shards of the batches in hand, then of those that are coming, then what comes after them.
         self._in_hand: collections.deque[ShardRefs] = collections.deque()
         self._coming: collections.deque[ShardRefs] = collections.deque()
         self._after: list[ShardRef] = []
-        self._sizes: dict[ShardRef, int] = {}
         self._horizon: dict[ShardRef, bool] = {}
         self._here: set[ShardRef] = set()
         self._busy: set[ShardRef] = set()
         self._given_up: dict[ShardRef, float] = {}
-        self._complaint, self._warned = "", False
+        self._warned = False
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._stop = threading.Event()
@@ -101,13 +101,17 @@ class Fetcher:
     def is_ready(self) -> bool:
         """Whether all that the next batch needs is there, or given up. Raises UserError for a full disk and such."""
         with self._changed:
-            return self._is_ready(self._coming[0])
+            if self._error is not None:
+                raise self._error
+            return all(
+                shard_ref in self._here or shard_ref in self._given_up for shard_ref in self._coming[0]
+            )
 
     def begin_batch(self) -> None:
         """Wait until the next batch may be built. Raises as `is_ready`."""
         begin = time.monotonic()
         with self._changed:
-            while not self._is_ready(self._coming[0]):
+            while not self.is_ready():
                 self._changed.wait()
             self._in_hand.append(self._coming.popleft())
         self.waited_seconds += time.monotonic() - begin
@@ -118,11 +122,6 @@ class Fetcher:
             self._in_hand.popleft()
         self._look_ahead()
 
-    def complaint(self) -> str:
-        """The last shard that was given up, and why; empty: none."""
-        with self._changed:
-            return self._complaint
-
     def close(self) -> None:
         """End the threads; nothing is held any more."""
         self._stop.set()
@@ -131,11 +130,6 @@ class Fetcher:
         for thread in self._threads:
             thread.join()
         self.cache.pin(self, ())
-
-    def _is_ready(self, shard_refs: ShardRefs) -> bool:
-        if self._error is not None:
-            raise self._error
-        return all(shard_ref in self._here or shard_ref in self._given_up for shard_ref in shard_refs)
 
     def _reachable(self, after: Iterable[ShardRef]) -> Iterator[ShardRef]:
         """As many of them as the cache could ever hold."""
@@ -179,7 +173,7 @@ class Fetcher:
             for shard_ref in [shard_ref for shard_ref in self._given_up if shard_ref not in horizon]:
                 del self._given_up[shard_ref]
         if not same:
-            self.cache.pin(self, map(self._copy_name, horizon))
+            self.cache.pin(self, [self._part(shard_ref).copy_name for shard_ref in horizon])
             if let_go:
                 self.cache.trim()
         with self._changed:
@@ -190,12 +184,7 @@ class Fetcher:
         return self._indexes[source].part(shard)
 
     def _size(self, shard_ref: ShardRef) -> int:
-        if shard_ref not in self._sizes:
-            self._sizes[shard_ref] = self._part(shard_ref).shard_bytes
-        return self._sizes[shard_ref]
-
-    def _copy_name(self, shard_ref: ShardRef) -> str:
-        return self._part(shard_ref).copy_name
+        return self._part(shard_ref).shard_bytes
 
     def _next(self) -> tuple[ShardRef, bool] | None:
         """What to fetch now, and whether it must come even above the bound."""
@@ -237,7 +226,7 @@ class Fetcher:
         except DownloadFailed as error:
             with self._changed:
                 self._given_up[shard_ref] = time.monotonic()
-                self._complaint = f"{self._part(shard_ref).shard}: {error.strerror}"
+                self.complaint = f"{self._part(shard_ref).shard}: {error.strerror}"
         # Whatever it is, the thread that waits for the shard must hear of it.
         except Exception as error:
             with self._changed:
@@ -302,6 +291,7 @@ class _SourceSchedule:
         self.name, source = index.name, index.lengths
         self._number, self._epoch_order = number, order
         assert source.windows is not None
+        self._windows = source.windows
         shown_K = np.bincount(source.windows.shard_of(np.flatnonzero(source.images_N)))
         self._shards = {shard for shard in np.flatnonzero(shown_K).tolist() if index.shards[shard].is_remote}
         tokens = source.text_tokens_C.mean() + source.image_tokens(np.arange(len(source))).mean()
@@ -310,9 +300,8 @@ class _SourceSchedule:
 
     def ahead(self, draw: int) -> Iterator[tuple[float, ShardRef]]:
         """(about how much later, shard), for an epoch and the window that is under way."""
-        windows = self._epoch_order.source.windows
-        assert windows is not None
-        some = itertools.islice(self._epoch_order.shards_ahead(draw), len(windows.counts_K) + windows.shards)
+        count = len(self._windows.counts_K) + self._windows.shards
+        some = itertools.islice(self._epoch_order.shards_ahead(draw), count)
         for first, shard in some if self._shards else ():
             if shard in self._shards:
                 yield (first - draw) * self._stride, (self._number, shard)

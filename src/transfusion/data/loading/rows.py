@@ -24,7 +24,7 @@ from transfusion.data.planning.epoch import Variant
 from transfusion.data.planning.packing import DocumentSpan, RowPlan
 from transfusion.data.shards.sample import Fault, SampleError
 from transfusion.files import name_hash
-from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken, TextSegment
+from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken
 from transfusion.sequence.layout import (
     TokenizedDocument,
     image_segment,
@@ -116,16 +116,15 @@ class RowBuilder:
         self._cached_bytes = 0
 
     def build(self, plan: RowPlan) -> Row:
-        """The planned row. A sample that cannot be read keeps its place, masked out, as a fault of the row."""
+        """The planned row, of padding alone where no spans are planned.
+
+        A sample that cannot be read keeps its place, masked out, as a fault of the row.
+        """
         decoded, faults = self._decode(plan)
         tokenized = [self._tokenize(span, decoded.get(number, ())) for number, span in enumerate(plan)]
         bad = [number for number, span in enumerate(plan) if _has_images(span) and number not in decoded]
         images = self._images(plan, tokenized, decoded)
         return joined(tokenized, self._settings, images, faults, masked_out=bad)
-
-    def empty(self) -> Row:
-        """A row of padding alone."""
-        return self.build(())
 
     def _tokenize(self, span: DocumentSpan, values: Sequence[Values]) -> TokenizedDocument:
         """values: of its images; none of a span whose images could not be had."""
@@ -189,38 +188,24 @@ class RowBuilder:
             return ()
         starts = borders(tokenized)
         places = [(number, image) for number, values in decoded.items() for image in range(len(values))]
-        understood = [
-            sum(tokenized[number].images[image][:2]) + _AFTER_LAST_IMAGE < len(tokenized[number].token_ids_S)
+        # Timesteps and noise are hashes of (seed, source, epoch, sample, image).
+        words = [
+            (self._source_keys[plan[number].source], plan[number].epoch, plan[number].sample, image)
             for number, image in places
         ]
-        timesteps, noise_keys = self._random([plan[number] for number, _ in places], places, understood)
-        return tuple(
-            RowImage(
-                decoded[number][image],
-                starts[number] + tokenized[number].images[image][0],
-                tokenized[number].images[image][1],
-                *drawn,
-            )
-            for (number, image), *drawn in zip(places, timesteps, noise_keys, strict=True)
-        )
-
-    def _random(
-        self, spans: Sequence[DocumentSpan], places: Sequence[tuple[int, int]], understood: Sequence[bool]
-    ) -> tuple[list[int], list[int]]:
-        """Timestep and noise key of each image, by hashes of (seed, source, epoch, sample, image)."""
-        # An image with something after it is there to be understood, so it is not noised beyond recognition.
-        law = self._settings.timesteps
-        limits = [self._settings.image_first_timesteps if goes_on else law.steps for goes_on in understood]
-        words = (
-            [self._source_keys[span.source] for span in spans],
-            [span.epoch for span in spans],
-            [span.sample for span in spans],
-            [image for _, image in places],
-        )
-        uniforms = hash_rng.uniform(self._settings.seed, _TIMESTEP, *words).tolist()
-        noise_keys = hash_rng.bits(self._settings.seed, _NOISE, *words) >> np.uint64(1)
-        timesteps = [law.draw(uniform, limit) for uniform, limit in zip(uniforms, limits, strict=True)]
-        return timesteps, noise_keys.tolist()
+        columns = np.array(words, np.uint64).reshape(-1, 4).T
+        uniforms = hash_rng.uniform(self._settings.seed, _TIMESTEP, *columns)
+        noise_keys = hash_rng.bits(self._settings.seed, _NOISE, *columns) >> np.uint64(1)
+        law, images = self._settings.timesteps, []
+        drawn = zip(places, uniforms.tolist(), noise_keys.tolist(), strict=True)
+        for (number, image), uniform, noise_key in drawn:
+            first, patches = tokenized[number].images[image][:2]
+            # An image with something after it is there to be understood, so it is not noised beyond recognition.
+            goes_on = first + patches + _AFTER_LAST_IMAGE < len(tokenized[number].token_ids_S)
+            timestep = law.draw(uniform, self._settings.image_first_timesteps if goes_on else law.steps)
+            values = decoded[number][image]
+            images.append(RowImage(values, starts[number] + first, patches, timestep, noise_key))
+        return tuple(images)
 
 
 def read_values(
@@ -239,23 +224,15 @@ def read_values(
     if not index.is_latent(sample, image_number):
         turned = settings.sizes.rotated(size)
         return decode_to(data, size, turned=turned, channels=settings.channels)
-    latent: Values = (
-        read_tokens(data, settings.codebook_size) if settings.codebook_size else read_latent(data)
-    )
-    latent_shape = settings.sizes.latents(size)
-    if latent.shape != (
-        latent_shape if settings.codebook_size else (settings.latent_channels, *latent_shape)
-    ):
+    latent: Values
+    shape: tuple[int, ...] = settings.sizes.latents(size)
+    if settings.codebook_size:
+        latent = read_tokens(data, settings.codebook_size)
+    else:
+        latent, shape = read_latent(data), (settings.latent_channels, *shape)
+    if latent.shape != shape:
         raise SampleError("latent_shape")
     return latent
-
-
-def pair_segments(caption_ids: Sequence[int], image: ImageSegment, variant: int) -> list[Segment]:
-    """Segments of an image with its caption, in the order of the variant."""
-    caption = TextSegment(tuple(caption_ids))
-    if variant == Variant.CAPTION_DROPPED:
-        return [image]
-    return [caption, image] if variant == Variant.CAPTION_FIRST else [image, caption]
 
 
 def with_values(segments: Sequence[Segment], values: Sequence[Values], sizes: ImageSizes) -> list[Segment]:

@@ -7,16 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from transfusion.config import Config, SourceConfig
 from transfusion.data.index.build import cache_of
-from transfusion.data.index.open import build_indexes
-from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.index.source_index import SourceIndex, build_indexes
 from transfusion.data.loading.collate import collate
 from transfusion.data.loading.prefetch import Fetcher, shards_of
-from transfusion.data.loading.rows import RowBuilder, RowSettings, pair_segments, read_values, with_values
-from transfusion.data.planning.epoch import Variant, VariantRule
+from transfusion.data.loading.rows import RowBuilder, RowSettings, read_values, with_values
+from transfusion.data.planning.epoch import VariantRule
 from transfusion.data.planning.packing import PlanSettings, RowPlan, plan_once
 from transfusion.data.shards.sample import Fault, SampleError
 from transfusion.errors import UserError
-from transfusion.schema import Batch, Document, TextSegment
+from transfusion.schema import Batch, Document, Segment, TextSegment
 from transfusion.sequence.tokenizer import Tokenizer
 
 # So many that a text is cut only where it is longer than a row: a cut takes context away.
@@ -89,7 +88,7 @@ class EvaluationLoader:
                 if fetcher is not None:
                     fetcher.begin_batch()
                 rows = [self._builder.build(plan) for plan in plans]
-                rows += [self._builder.empty() for _ in range(self._rows - len(rows))]
+                rows += [self._builder.build(()) for _ in range(self._rows - len(rows))]
                 if fetcher is not None:
                     fetcher.end_batch()
                 yield collate(rows, self._settings)
@@ -127,15 +126,13 @@ def documents(
 
 def _document(index: SourceIndex, sample: int, config: Config) -> Document:
     settings = RowSettings.of(config)
+    segments: list[Segment]
     if index.lengths.interleaved_N[sample]:
         segments, images = index.segments(sample)
-        values = [read_values(index, sample, image, settings) for image in images]
-        segments = with_values(segments, values, settings.sizes)
-    elif index.lengths.images_N[sample]:
-        values = [read_values(index, sample, 0, settings)]
-        ids = index.text_ids(sample).tolist()
-        segments = pair_segments(ids, index.image(sample), Variant.CAPTION_FIRST)
-        segments = with_values(segments, values, settings.sizes)
     else:
-        segments = [TextSegment(tuple(index.text_ids(sample).tolist()))]
+        segments, images = [TextSegment(tuple(index.text_ids(sample).tolist()))], []
+        if index.lengths.images_N[sample]:
+            segments, images = [*segments, index.image(sample)], [0]
+    values = [read_values(index, sample, image, settings) for image in images]
+    segments = with_values(segments, values, settings.sizes)
     return Document(tuple(segments), index.name, index.key(sample))

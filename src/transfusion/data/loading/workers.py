@@ -109,9 +109,9 @@ class _SharedBuffer:
         self._descriptor = _anonymous_file() if descriptor is None else descriptor
         self._view: mmap.mmap | None = None
 
-    def descriptor_for_child(self) -> Any:
-        """What a process that is being started is given instead of the number of our descriptor."""
-        return DupFd(self._descriptor)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """On the way into a process that is being started, which has another number for our descriptor."""
+        return _received, (DupFd(self._descriptor),)
 
     def write(self, arrays: Sequence[memoryview]) -> list[int]:
         """Put arrays one after another; returns their borders."""
@@ -174,9 +174,7 @@ class _Worker:
             context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._buffer = _SharedBuffer()
-        self._process = context.Process(
-            target=_work, args=(theirs, _BufferInTransit(self._buffer), self._builder), daemon=True
-        )
+        self._process = context.Process(target=_work, args=(theirs, self._buffer, self._builder), daemon=True)
         self._process.start()
         # With our copy of its end closed, its death reads as the end of the pipe.
         theirs.close()
@@ -187,8 +185,7 @@ class _Worker:
         answer: _Packed | Exception = self._connection.recv()
         if isinstance(answer, Exception):
             raise RuntimeError("a loader process failed") from answer
-        row: Row = pickle.loads(answer.rest, buffers=self._buffer.read(answer.borders))
-        return row
+        return pickle.loads(answer.rest, buffers=self._buffer.read(answer.borders))
 
     def restart(self) -> None:
         self.stop()
@@ -199,16 +196,6 @@ class _Worker:
         self._process.terminate()
         self._process.join()
         self._buffer.close()
-
-
-class _BufferInTransit:
-    """A buffer on its way into a process that is being started."""
-
-    def __init__(self, buffer: _SharedBuffer) -> None:
-        self._buffer = buffer
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (self._buffer.descriptor_for_child(),)
 
 
 def _received(descriptor: Any) -> _SharedBuffer:

@@ -24,6 +24,8 @@ Schedule = tuple[tuple[int, float], ...]
 _ORDER, _DROP, _CAPTION_FIRST, _CAPTION, _SHARDS = (
     name_hash(name) for name in ("order", "caption drop", "caption first", "caption", "shards")
 )
+# Rows of a block, rounded to whole batches: enough that a document of many rows is spread over many batches.
+_ROWS_PER_BLOCK = 512
 # The order of the shards is kept of as many epochs: draws may lie on both sides of a border.
 _EPOCHS_KEPT = 2
 
@@ -65,13 +67,11 @@ class Windows:
                 place_D[here_D] - begin, end - begin, seed, _ORDER, key, epoch, window
             )
         turn_D = np.searchsorted(start_K[:-1], inside_D, side="right") - 1
-        sample_D: Integers = self._first_K[order_K[turn_D]] + inside_D - start_K[turn_D]
-        return sample_D
+        return self._first_K[order_K[turn_D]] + inside_D - start_K[turn_D]
 
     def shard_of(self, sample_D: Integers) -> Integers:
         """Number of the shard of each sample."""
-        shard_D: Integers = np.searchsorted(self._first_K, sample_D, side="right") - 1
-        return shard_D
+        return np.searchsorted(self._first_K, sample_D, side="right") - 1
 
     def ahead(self, place: int, seed: int, key: int, epoch: int) -> Iterator[tuple[int, int]]:
         """Shards that the epoch needs from this place on: (place from which on, shard), window after window."""
@@ -152,12 +152,10 @@ class SourceLengths:
         return len(self.images_N)
 
     def captions(self, sample_D: Integers) -> Integers:
-        counts: Integers = self.caption_start_N[sample_D + 1] - self.caption_start_N[sample_D]
-        return counts
+        return self.caption_start_N[sample_D + 1] - self.caption_start_N[sample_D]
 
     def text_tokens(self, sample_D: Integers, caption_D: Integers) -> Integers:
-        tokens: Integers = self.text_tokens_C[self.caption_start_N[sample_D] + caption_D]
-        return tokens
+        return self.text_tokens_C[self.caption_start_N[sample_D] + caption_D]
 
     def image_tokens(self, sample_D: Integers) -> Integers:
         images_D = self.images_N[sample_D]
@@ -190,6 +188,30 @@ class VariantRule:
     caption_dropout: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """rows: of a global batch. packing_buffer: rows that wait for fitting documents at once."""
+
+    rows: int
+    sequence_length: int
+    packing_buffer: int
+    variants: VariantRule
+
+    @property
+    def min_span(self) -> int:
+        """A text is not cut into spans shorter than this."""
+        return max(1, min(32, self.sequence_length // 8))
+
+    @property
+    def closing_gap(self) -> int:
+        """A row with fewer free tokens is done."""
+        return max(1, min(32, self.sequence_length // 64))
+
+    @property
+    def batches_per_block(self) -> int:
+        return max(2, _ROWS_PER_BLOCK // self.rows)
+
+
 class SpanTable(NamedTuple):
     """Spans [P] of documents: `tokens` tokens from `first` of a draw of a source; whole: its whole length."""
 
@@ -202,6 +224,15 @@ class SpanTable(NamedTuple):
     variant: Integers
     caption: Integers
     whole: Integers
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[SpanTable]) -> SpanTable:
+        """The spans of the tables, one table after another."""
+        return cls(*map(np.concatenate, zip(*tables, strict=True)))
+
+    def at(self, places: Integers | slice) -> SpanTable:
+        """The spans at these places."""
+        return SpanTable(*(column[places] for column in self))
 
 
 def share_at(schedule: Schedule, step: int) -> float:
@@ -286,5 +317,4 @@ class EpochOrder:
     def _captions(self, epoch_D: Integers, sample_D: Integers) -> Integers:
         """Which of its captions each has, by the same kind of hash."""
         place_D = hash_rng.uniform(self._rule.seed, _CAPTION, self._key, epoch_D, sample_D)
-        chosen: Integers = (place_D * self.source.captions(sample_D)).astype(np.int64)
-        return chosen
+        return (place_D * self.source.captions(sample_D)).astype(np.int64)

@@ -27,8 +27,7 @@ def bits(*words: ArrayLike) -> Words:
 
 def uniform(*words: ArrayLike) -> NDArray[np.float64]:
     """Numbers in [0, 1) with 53 random bits, by the same words as `bits`."""
-    fractions: NDArray[np.float64] = (bits(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return fractions
+    return (bits(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permuted(positions: ArrayLike, size: int, *words: ArrayLike) -> NDArray[np.int64]:

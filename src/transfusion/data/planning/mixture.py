@@ -11,44 +11,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from transfusion.data.planning.epoch import EpochOrder, Integers, Lengths, SpanTable, VariantRule, share_at
+from transfusion.data.planning.epoch import EpochOrder, Integers, Lengths, PlanSettings, SpanTable, share_at
 
 # Ticks of a clock a token, for a source that is alone.
 _TICKS = 1 << 16
 _MIN_DRAWN = 256
-# Where a source stands: number of its next draw, tokens already given of that document, clock.
-Cursor = list[int]
-Cursors = dict[str, Cursor]
-
-
-def fresh_cursors(sources: Sequence[Lengths]) -> Cursors:
-    """Every source at its first document."""
-    return {source.name: [0, 0, 0] for source in sources}
+# Where each source stands: number of its next draw, tokens already given of that document, clock.
+Cursors = dict[str, list[int]]
 
 
 class Mixture:
     """The stream from some cursors on, under the shares of one step."""
 
     def __init__(
-        self,
-        sources: Sequence[Lengths],
-        variants: VariantRule,
-        cursors: Cursors,
-        *,
-        step: int,
-        sequence_length: int,
-        min_span: int,
+        self, sources: Sequence[Lengths], settings: PlanSettings, cursors: Cursors, *, step: int
     ) -> None:
         """A text longer than `sequence_length` is given in parts of that length, none below `min_span`."""
         shares = [share_at(source.schedule, step) for source in sources]
         total = sum(shares)
-        self._names = [source.name for source in sources]
-        self._source_cursors = [
-            _SourceCursor(EpochOrder(source, variants), cursors[source.name], sequence_length, min_span)
-            for source in sources
-        ]
         # Ticks a token; a source without a share has no clock and gives nothing.
-        self._rates = [max(1, round(_TICKS * total / share)) if share else 0 for share in shares]
+        rates = [max(1, round(_TICKS * total / share)) if share else 0 for share in shares]
+        self._source_cursors = [
+            _SourceCursor(number, source, settings, cursors[source.name], rate)
+            for number, (source, rate) in enumerate(zip(sources, rates, strict=True))
+        ]
         if any(first == step for source in sources for first, _ in source.schedule):
             # What was given under other shares is not made up for.
             for source_cursor in self._source_cursors:
@@ -56,45 +42,39 @@ class Mixture:
 
     def ahead(self, tokens: int) -> SpanTable:
         """The next spans in order, about so many tokens of them; they stay in the stream until taken."""
-        active = [
-            (source_cursor, rate)
-            for source_cursor, rate in zip(self._source_cursors, self._rates, strict=True)
-            if rate
-        ]
-        horizon = min(source_cursor.clock for source_cursor, _ in active) + (tokens + 1) * _TICKS
+        horizon = self._slowest() + (tokens + 1) * _TICKS
         found, clocks = [], []
-        for number, (source_cursor, rate) in enumerate(zip(self._source_cursors, self._rates, strict=True)):
-            if rate and source_cursor.clock < horizon:
-                spans = source_cursor.spans(-(-(horizon - source_cursor.clock) // rate), number)
+        for source_cursor in self._source_cursors:
+            if source_cursor.rate and source_cursor.clock < horizon:
+                spans = source_cursor.spans(-(-(horizon - source_cursor.clock) // source_cursor.rate))
                 start = np.cumsum(spans.tokens) - spans.tokens
                 found.append(spans)
-                clocks.append(source_cursor.clock + start * rate)
+                clocks.append(source_cursor.clock + start * source_cursor.rate)
         clock = np.concatenate(clocks)
         order = np.argsort(clock, kind="stable")
-        order = order[clock[order] < horizon]
-        return SpanTable(*(np.concatenate(column)[order] for column in zip(*found, strict=True)))
+        return SpanTable.concatenate(found).at(order[clock[order] < horizon])
 
     def take(self, spans: SpanTable, count: int) -> None:
         """The first `count` of the spans that `ahead` gave are no longer in the stream."""
-        for number, (source_cursor, rate) in enumerate(zip(self._source_cursors, self._rates, strict=True)):
+        for number, source_cursor in enumerate(self._source_cursors):
             here = np.flatnonzero(spans.source[:count] == number)
             if len(here):
                 last = here[-1]
                 end = int(spans.first[last] + spans.tokens[last])
                 whole = end == int(spans.whole[last])
                 source_cursor.seek(int(spans.draw[last]) + whole, 0 if whole else end)
-                source_cursor.clock += int(spans.tokens[here].sum()) * rate
+                source_cursor.clock += int(spans.tokens[here].sum()) * source_cursor.rate
+
+    def _slowest(self) -> int:
+        """The clock that is furthest behind."""
+        return min(source_cursor.clock for source_cursor in self._source_cursors if source_cursor.rate)
 
     def cursors(self) -> Cursors:
         """Where the sources stand. Clocks count from the one that is furthest behind."""
-        slowest = min(
-            source_cursor.clock
-            for source_cursor, rate in zip(self._source_cursors, self._rates, strict=True)
-            if rate
-        )
+        slowest = self._slowest()
         return {
-            name: [source_cursor.draw, source_cursor.first, source_cursor.clock - slowest if rate else 0]
-            for name, source_cursor, rate in zip(self._names, self._source_cursors, self._rates, strict=True)
+            each.name: [each.draw, each.first, each.clock - slowest if each.rate else 0]
+            for each in self._source_cursors
         }
 
     def next_draws(self) -> list[int]:
@@ -103,33 +83,35 @@ class Mixture:
 
     def whole_documents(self, source: int, draw_D: Integers) -> SpanTable:
         """These draws of a source, uncut."""
-        documents = self._source_cursors[source].epoch_order.documents(draw_D)
-        return documents._replace(source=np.full_like(draw_D, source))
+        return self._source_cursors[source].documents(draw_D)
 
     def documents(self, count: int) -> SpanTable:
         """The next `count` documents of the only source, in spans."""
-        return self._source_cursors[0].spans_of(count, 0)
+        return self._source_cursors[0].spans_of(count)
 
 
 class _SourceCursor:
     """One source: where it stands, and the documents drawn ahead."""
 
-    def __init__(self, epoch_order: EpochOrder, cursor: Cursor, sequence_length: int, min_span: int) -> None:
-        self.epoch_order = epoch_order
+    def __init__(
+        self, number: int, source: Lengths, settings: PlanSettings, cursor: Sequence[int], rate: int
+    ) -> None:
+        self.name, self.rate = source.name, rate
         self.draw, self.first, self.clock = cursor
-        self._sequence_length, self._shortest = sequence_length, min_span
-        self._drawn = self._draw(self.draw, 0)
+        self._number, self._epoch_order = number, EpochOrder(source, settings.variants)
+        self._sequence_length, self._shortest = settings.sequence_length, settings.min_span
+        self._drawn = self.documents(np.empty(0, np.int64))
 
-    def _draw(self, first: int, count: int) -> SpanTable:
-        return self.epoch_order.documents(np.arange(first, first + count, dtype=np.int64))
+    def documents(self, draw_D: Integers) -> SpanTable:
+        """These draws, uncut."""
+        return self._epoch_order.documents(draw_D)._replace(source=np.full_like(draw_D, self._number))
 
     def seek(self, draw: int, first: int) -> None:
         """Stand at this token of this draw."""
-        skipped = draw - self.draw
-        self._drawn = SpanTable(*(column[skipped:] for column in self._drawn))
+        self._drawn = self._drawn.at(slice(draw - self.draw, None))
         self.draw, self.first = draw, first
 
-    def spans(self, tokens: int, source: int) -> SpanTable:
+    def spans(self, tokens: int) -> SpanTable:
         """Spans from here on, at least so many tokens."""
         wanted = tokens + self.first
         while (have := int(self._drawn.tokens.sum())) < wanted:
@@ -137,19 +119,18 @@ class _SourceCursor:
             more = (wanted - have) * known // have if have else 0
             self._extend(max(_MIN_DRAWN, more + more // 16))
         ends = np.cumsum(self._drawn.tokens)
-        return self.spans_of(int(np.searchsorted(ends, wanted)) + 1, source)
+        return self.spans_of(int(np.searchsorted(ends, wanted)) + 1)
 
-    def spans_of(self, count: int, source: int) -> SpanTable:
+    def spans_of(self, count: int) -> SpanTable:
         """Spans of the next `count` documents."""
         if len(self._drawn.tokens) < count:
             self._extend(count - len(self._drawn.tokens))
-        whole = SpanTable(*(column[:count] for column in self._drawn))
-        whole = whole._replace(source=np.full(count, source))
-        return self._cut(whole)
+        return self._cut(self._drawn.at(slice(count)))
 
     def _extend(self, count: int) -> None:
-        more = self._draw(self.draw + len(self._drawn.tokens), count)
-        self._drawn = SpanTable(*(np.concatenate(pair) for pair in zip(self._drawn, more, strict=True)))
+        first = self.draw + len(self._drawn.tokens)
+        more = self.documents(np.arange(first, first + count, dtype=np.int64))
+        self._drawn = SpanTable.concatenate([self._drawn, more])
 
     def _cut(self, documents: SpanTable) -> SpanTable:
         """Parts of at most a row; the first document goes on where it was left."""
@@ -166,5 +147,4 @@ class _SourceCursor:
         tokens[short] += self._shortest
         offset[short] -= self._shortest
         tokens[short - 1] -= self._shortest
-        spans = SpanTable(*(column[document] for column in documents))
-        return spans._replace(first=begin[document] + offset, tokens=tokens)
+        return documents.at(document)._replace(first=begin[document] + offset, tokens=tokens)

@@ -8,6 +8,7 @@ share of text.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,20 +19,18 @@ import numpy as np
 from transfusion.data.planning.epoch import (
     Integers,
     Lengths,
+    PlanSettings,
     SpanTable,
     Variant,
-    VariantRule,
     next_change,
     share_at,
 )
-from transfusion.data.planning.mixture import Mixture, fresh_cursors
+from transfusion.data.planning.mixture import Mixture
 from transfusion.errors import UserError
 from transfusion.files import fingerprint
 
 # Stands in the fingerprint: a plan made by other rules is another plan.
 _FORMAT = 2
-# Rows of a block, rounded to whole batches: enough that a document of many rows is spread over many batches.
-_ROWS_PER_BLOCK = 512
 
 
 class DocumentSpan(NamedTuple):
@@ -49,30 +48,6 @@ class DocumentSpan(NamedTuple):
 
 RowPlan = tuple[DocumentSpan, ...]
 State = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanSettings:
-    """rows: of a global batch. packing_buffer: rows that wait for fitting documents at once."""
-
-    rows: int
-    sequence_length: int
-    packing_buffer: int
-    variants: VariantRule
-
-    @property
-    def min_span(self) -> int:
-        """A text is not cut into spans shorter than this."""
-        return max(1, min(32, self.sequence_length // 8))
-
-    @property
-    def closing_gap(self) -> int:
-        """A row with fewer free tokens is done."""
-        return max(1, min(32, self.sequence_length // 64))
-
-    @property
-    def batches_per_block(self) -> int:
-        return max(2, _ROWS_PER_BLOCK // self.rows)
 
 
 class Planner:
@@ -148,7 +123,7 @@ def fresh(sources: Sequence[Lengths]) -> State:
     batch: number of its first batch. sources: where each stands (`mixture.Cursor`). open, ready: rows that wait for
     more and rows that wait for their block, as `_written` puts them.
     """
-    return {"batch": 0, "sources": fresh_cursors(sources), "open": [], "ready": []}
+    return {"batch": 0, "sources": {source.name: [0, 0, 0] for source in sources}, "open": [], "ready": []}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,14 +152,7 @@ def plan_block(sources: Sequence[Lengths], settings: PlanSettings, start: State)
     if change is not None:
         batches = min(batches, change - start["batch"])
     wanted = batches * settings.rows
-    mixture = Mixture(
-        sources,
-        settings.variants,
-        start["sources"],
-        step=start["batch"],
-        sequence_length=settings.sequence_length,
-        min_span=settings.min_span,
-    )
+    mixture = Mixture(sources, settings, start["sources"], step=start["batch"])
     packer = _Packer(settings)
     packer.resume(_read(start, mixture), len(start["open"]))
     while len(packer.done) < wanted:
@@ -243,11 +211,7 @@ class _Packer:
         Best fit, else a new row, else the widest gap for a part of a text; else the fullest row is done.
         """
         settings, free, rows, done = self._settings, self._free, self.rows, self.done
-        length, packing_buffer, closing_gap = (
-            settings.sequence_length,
-            settings.packing_buffer,
-            settings.closing_gap,
-        )
+        length, closing_gap = settings.sequence_length, settings.closing_gap
         given = sum(len(columns.tokens) for columns in self._given)
         cuttable = (spans.variant == Variant.TEXT).tolist()
         columns = zip(spans.tokens.tolist(), spans.first.tolist(), cuttable, strict=True)
@@ -258,7 +222,7 @@ class _Packer:
             while rest:
                 part, place = rest, bisect_left(free, rest)
                 if place == len(free):
-                    if place < packing_buffer:
+                    if place < settings.packing_buffer:
                         free.append(length)
                         rows.append([])
                     else:
@@ -287,9 +251,7 @@ class _Packer:
 
     def spans(self) -> SpanTable:
         """The spans that the rows name."""
-        number = np.array(self._number, dtype=np.int64)
-        all_given = SpanTable(*(np.concatenate(column) for column in zip(*self._given, strict=True)))
-        chosen = SpanTable(*(column[number] for column in all_given))
+        chosen = SpanTable.concatenate(self._given).at(np.array(self._number, dtype=np.int64))
         return chosen._replace(
             first=np.array(self._first, dtype=np.int64), tokens=np.array(self._tokens, dtype=np.int64)
         )
@@ -324,14 +286,7 @@ def plan_once(sources: Sequence[Lengths], settings: PlanSettings, *, epoch: int 
     """Rows that hold every document of every source exactly once, source after source: for evaluation."""
     packer = _Packer(settings)
     for number, source in enumerate(sources):
-        mixture = Mixture(
-            [source],
-            settings.variants,
-            {source.name: [epoch * len(source), 0, 0]},
-            step=0,
-            sequence_length=settings.sequence_length,
-            min_span=settings.min_span,
-        )
+        mixture = Mixture([source], settings, {source.name: [epoch * len(source), 0, 0]}, step=0)
         spans = mixture.documents(len(source))
         packer.place(spans._replace(source=np.full_like(spans.source, number)), 1 << 62)
     spans = packer.spans()
@@ -340,16 +295,8 @@ def plan_once(sources: Sequence[Lengths], settings: PlanSettings, *, epoch: int 
 
 
 def _row_plan(spans: SpanTable, row: Sequence[int]) -> RowPlan:
-    columns = (
-        spans.source,
-        spans.epoch,
-        spans.sample,
-        spans.first,
-        spans.tokens,
-        spans.variant,
-        spans.caption,
-    )
-    return tuple(map(DocumentSpan._make, zip(*(column[row].tolist() for column in columns), strict=True)))
+    columns = (getattr(spans, name)[row].tolist() for name in DocumentSpan._fields)
+    return tuple(map(DocumentSpan._make, zip(*columns, strict=True)))
 
 
 def _written(spans: SpanTable, rows: Sequence[list[int]], mixture: Mixture) -> list[list[Any]]:
@@ -383,15 +330,8 @@ def _read(start: State, mixture: Mixture) -> list[SpanTable]:
         found[:, here] = np.stack(mixture.whole_documents(number, next_draw - behind[here]))
     spans = SpanTable(*found)
     spans = spans._replace(first=first, tokens=np.where(tokens > 0, tokens, spans.whole))
-    borders = np.cumsum([len(row) for row in rows])[:-1]
-    return (
-        [
-            SpanTable(*columns)
-            for columns in zip(*(np.split(column, borders) for column in spans), strict=True)
-        ]
-        if rows
-        else []
-    )
+    ends = itertools.accumulate(map(len, rows))
+    return [spans.at(slice(end - len(row), end)) for row, end in zip(rows, ends, strict=True)]
 
 
 def _fingerprint(sources: Sequence[Lengths], settings: PlanSettings) -> str:

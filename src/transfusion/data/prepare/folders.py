@@ -10,7 +10,7 @@ from typing import Any
 
 from transfusion.data.images.probe import probe
 from transfusion.data.planning import hash_rng
-from transfusion.data.shards.sample import Fault, RawSample, SampleError
+from transfusion.data.shards.sample import Fault, RawSample, SampleError, utf8
 from transfusion.data.shards.scan import scan
 from transfusion.data.shards.validate import IMAGE_EXTENSIONS
 from transfusion.data.shards.webdataset import Sample
@@ -61,41 +61,36 @@ def collect_folder(folder: Path, *, seed: int, validation: float) -> Collection:
         raise UserError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}); name another folder")
     files = [file for image in images for file in (image, image.with_suffix(".txt"))]
     listing = [_signature(file, folder) for file in files if file.is_file()]
-    collection = Collection(
-        {"kind": "folder", "files": listing, "seed": seed, "validation": validation}, (), ()
-    )
-    parts: dict[bool, list[Path]] = {True: [], False: []}
+    identity = {"kind": "folder", "files": listing, "seed": seed, "validation": validation}
+    skipped: list[Fault] = []
+    parts: dict[bool, list[Path]] = {False: [], True: []}
     for path in images:
         key = path.relative_to(folder).with_suffix("").as_posix()
         parts[is_validation(key, seed, validation)].append(path)
-    collection.train = _images(parts[False], folder, collection.skipped)
-    collection.validation = _images(parts[True], folder, collection.skipped)
-    return collection
+    train, held = (_images(paths, folder, skipped) for paths in parts.values())
+    return Collection(identity, train, held, skipped)
 
 
 def _images(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iterator[Sample]:
     for path in paths:
         name = path.relative_to(folder).as_posix()
         try:
-            caption = path.with_suffix(".txt").read_bytes().decode().strip()
+            caption = utf8(path.with_suffix(".txt").read_bytes()).strip()
             data = path.read_bytes()
             facts = probe(data)
+            if not caption:
+                raise SampleError("caption_empty")
         except FileNotFoundError:
-            skipped.append(Fault(folder.name, name, "caption_missing"))
-        except UnicodeDecodeError:
-            skipped.append(Fault(folder.name, name, "text_encoding"))
-        except (SampleError, OSError) as error:
-            skipped.append(
-                Fault(folder.name, name, str(error) if isinstance(error, SampleError) else "file_unreadable")
-            )
+            reason = "caption_missing"
+        except OSError:
+            reason = "file_unreadable"
+        except SampleError as error:
+            reason = str(error)
         else:
-            if caption:
-                extension = path.suffix.lower().lstrip(".")
-                yield image_sample(
-                    data, extension, caption, file=name, width=facts.width, height=facts.height
-                )
-            else:
-                skipped.append(Fault(folder.name, name, "caption_empty"))
+            extension = path.suffix.lower().lstrip(".")
+            yield image_sample(data, extension, caption, file=name, width=facts.width, height=facts.height)
+            continue
+        skipped.append(Fault(folder.name, name, reason))
 
 
 def collect_lines(path: Path, *, seed: int, validation: float) -> Collection:
@@ -106,7 +101,7 @@ def collect_lines(path: Path, *, seed: int, validation: float) -> Collection:
         "seed": seed,
         "validation": validation,
     }
-    collection = Collection(identity, (), ())
+    skipped: list[Fault] = []
 
     def split(wanted: bool) -> Iterator[Sample]:
         for found in scan(path):
@@ -115,10 +110,9 @@ def collect_lines(path: Path, *, seed: int, validation: float) -> Collection:
             if isinstance(found, RawSample):
                 yield {"txt": found.text.encode()}
             else:
-                collection.skipped.append(found)
+                skipped.append(found)
 
-    collection.train, collection.validation = split(False), split(True)
-    return collection
+    return Collection(identity, split(False), split(True), skipped)
 
 
 def _signature(path: Path, folder: Path) -> list[Any]:

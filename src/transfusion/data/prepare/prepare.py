@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import io
+import itertools
 import json
 import platform
 import re
@@ -23,6 +24,7 @@ from PIL import Image
 
 from transfusion.data.prepare.digits import captions_for
 from transfusion.data.prepare.folders import Collection, collect_folder, collect_lines, image_sample
+from transfusion.data.shards.sample import reasons
 from transfusion.data.shards.webdataset import Sample, sample_key, write_shards
 from transfusion.errors import UserError
 from transfusion.files import fingerprint, unfinished_path
@@ -57,13 +59,11 @@ def prepare(source: str, out: Path, *, seed: int = 0, validation: float | None =
     mark = fingerprint({"format": _FORMAT, **collection.identity})
     if existing := _existing(out, mark):
         return existing
+    parts = {TRAIN: collection.train, VALIDATION: collection.validation}
     with _unfinished(out) as folder:
-        counts = {
-            TRAIN: _write(collection.train, folder / TRAIN),
-            VALIDATION: _write(collection.validation, folder / VALIDATION),
-        }
+        counts = {name: _write(samples, folder / name) for name, samples in parts.items()}
         if not counts[TRAIN]:
-            raise UserError(f"{source} has no usable sample{_reasons(collection)}")
+            raise UserError(f"{source} has no usable sample{reasons(collection.skipped)}")
         skipped = dict(collections.Counter(fault.reason for fault in collection.skipped))
         record = {"fingerprint": mark, "source": source, "seed": seed, **counts, "skipped": skipped}
         record["skipped_samples"] = [[fault.key, fault.reason] for fault in collection.skipped]
@@ -159,16 +159,10 @@ def cut_off_end(texts: list[str], share: float) -> tuple[list[str], list[str]]:
 
 
 def _write(samples: Iterable[Sample], folder: Path) -> int:
-    count = 0
-
-    def counted() -> Iterator[Sample]:
-        nonlocal count
-        for sample in samples:
-            count += 1
-            yield sample
-
-    write_shards(counted(), folder)
-    return count
+    numbers = itertools.count()
+    # Not strict: a number is taken only behind a sample, so the next one is how many there were.
+    write_shards((sample for sample, _ in zip(samples, numbers, strict=False)), folder)
+    return next(numbers)
 
 
 def _existing(out: Path, mark: str) -> PrepareResult | None:
@@ -202,8 +196,3 @@ def _unfinished(out: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _reasons(collection: Collection) -> str:
-    counts = collections.Counter(fault.reason for fault in collection.skipped)
-    return f" ({', '.join(f'{reason}: {count}' for reason, count in counts.items())})" if counts else ""

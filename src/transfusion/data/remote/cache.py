@@ -9,7 +9,6 @@ up a short while ago, and why). A dead process holds no lock: its leases and unf
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import logging
 import os
@@ -20,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from transfusion.config import CacheConfig
 from transfusion.data.remote.download import (
@@ -30,11 +29,11 @@ from transfusion.data.remote.download import (
     ShardDigest,
     Stopped,
     download,
-    unwritable,
+    writing,
 )
 from transfusion.data.shards.shard import Facts
 from transfusion.errors import UserError
-from transfusion.files import UNFINISHED, unfinished_path
+from transfusion.files import UNFINISHED, lock, unfinished_path
 from transfusion.urls import file_name, identity, redacted
 
 log = logging.getLogger(__name__)
@@ -115,7 +114,10 @@ class RemoteShard:
         with self.cache.fetched_new(self) as (copy, digest):
             yield copy, digest._asdict()
 
-    def has_changed(self, facts: Facts) -> bool:
+    def state(self) -> dict[str, int]:
+        return {}
+
+    def has_changed(self, facts: Facts, *, read: bool = False) -> bool:
         """What stands at the address now is not asked: each copy is compared when it is downloaded."""
         return False
 
@@ -157,7 +159,7 @@ class ShardCache:
             # Locked: no other may find the lease before it is held.
             with self._locked():
                 self._lease = (self._folder / "leases" / self._token).open("w+", encoding="utf-8")
-                fcntl.flock(self._lease, fcntl.LOCK_EX)
+                lock(self._lease)
                 self._of_others()
                 self._copies_of_living()
         except OSError as error:
@@ -175,13 +177,11 @@ class ShardCache:
             self._held[holder] = frozenset(names)
             if not self._held[holder]:
                 del self._held[holder]
-            try:
+            with writing(str(self._folder)):
                 self._lease.seek(0)
                 self._lease.truncate()
                 self._lease.write("\n".join(sorted(self._own())))
                 self._lease.flush()
-            except OSError as error:
-                raise unwritable(error, str(self._folder)) from None
 
     def fetch(
         self,
@@ -269,11 +269,8 @@ class ShardCache:
     def _begin(self, path: Path, size: int) -> Path:
         """An empty unfinished file that already counts as many bytes as it will have."""
         unfinished = unfinished_path(path, self._token)
-        try:
-            with unfinished.open("wb") as stream:
-                stream.truncate(size)
-        except OSError as error:
-            raise unwritable(error, str(self._folder)) from None
+        with writing(str(self._folder)), unfinished.open("wb") as stream:
+            stream.truncate(size)
         return unfinished
 
     def _reserve(self, wanted: int) -> int:
@@ -349,7 +346,7 @@ class ShardCache:
             if lease.name == self._token:
                 continue
             with contextlib.suppress(FileNotFoundError), lease.open(encoding="utf-8") as stream:
-                if _is_free(stream):
+                if lock(stream, wait=False):
                     lease.unlink(missing_ok=True)
                 else:
                     names.update(stream.read().split("\n"))
@@ -371,26 +368,17 @@ class ShardCache:
     def _locked(self) -> Iterator[None]:
         """Only one process and thread at a time counts, removes and publishes."""
         with (self._folder / ".lock").open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            lock(stream)
             yield
 
     @contextlib.contextmanager
     def _one_at_a_time(self, shard: RemoteShard, stop: threading.Event) -> Iterator[None]:
         """One download of a shard; who waited finds the copy. Raises Stopped."""
         with (self._folder / "locks" / shard.identity).open("w") as stream:
-            while not _is_free(stream):
+            while not lock(stream, wait=False):
                 if stop.wait(_GLANCE_SECONDS):
                     raise Stopped
             yield
-
-
-def _is_free(stream: IO[str]) -> bool:
-    """Whether nobody held this file's lock; now we do, until it is closed."""
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _advice(error: DownloadFailed, attempts: int) -> str:

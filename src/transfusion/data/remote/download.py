@@ -9,8 +9,7 @@ import select
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Generator
-from io import FileIO
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +104,7 @@ def _once(
 ) -> ShardDigest:
     digest, size, room = hasher(), 0, wanted.size if wanted else 0
     # One byte more than wanted tells enough.
-    most = wanted.size + 1 if wanted else 1 << 62
+    most, shown = wanted.size + 1 if wanted else 1 << 62, redacted(address)
     with path.open("r+b", buffering=0) as file, contextlib.closing(_chunks(address, timeout, stop)) as chunks:
         for chunk in chunks:
             chunk = chunk[: most - size]
@@ -116,37 +115,31 @@ def _once(
             if size > room:
                 room += reserve(size - room)
                 file.truncate(room)
-            _write(file, chunk, address)
-        _finish(file, size, address)
+            rest = memoryview(chunk)
+            with writing(shown):
+                while rest:
+                    rest = rest[file.write(rest) :]
+        with writing(shown):
+            file.truncate(size)
+            # A copy that has its name is whole, also after a power cut.
+            os.fsync(file.fileno())
     return ShardDigest(size, digest.hexdigest())
 
 
-def _write(file: FileIO, chunk: bytes, address: str) -> None:
-    rest = memoryview(chunk)
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Raises UserError for a disk that is full or cannot be written."""
     try:
-        while rest:
-            rest = rest[file.write(rest) :]
+        yield
     except OSError as error:
-        raise unwritable(error, redacted(address)) from None
-
-
-def _finish(file: FileIO, size: int, address: str) -> None:
-    try:
-        file.truncate(size)
-        # A copy that has its name is whole, also after a power cut.
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise unwritable(error, redacted(address)) from None
-
-
-def unwritable(error: OSError, what: str) -> UserError:
-    """The line for a disk that is full or cannot be written."""
-    if error.errno in _NO_ROOM:
-        return UserError(
-            f"the disk is full while {what} is cached; free some space, lower data.cache.gigabytes,"
-            " or name another folder with data.cache.folder"
-        )
-    return UserError(f"cannot write {what} into the cache: {error.strerror}; name another data.cache.folder")
+        if error.errno in _NO_ROOM:
+            raise UserError(
+                f"the disk is full while {what} is cached; free some space, lower data.cache.gigabytes,"
+                " or name another folder with data.cache.folder"
+            ) from None
+        raise UserError(
+            f"cannot write {what} into the cache: {error.strerror}; name another data.cache.folder"
+        ) from None
 
 
 def _chunks(address: str, timeout: float, stop: threading.Event) -> Generator[bytes]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,9 +17,14 @@ _JSON_SPACE = " \t\n\r"
 _raw_decode = json.JSONDecoder().raw_decode
 # In bytes of UTF-8.
 _LONGEST_CHARACTER = 4
-# All controls but tab and line feed; line ends are one line feed before this is asked. Those that part words first.
-_SPACES = re.compile("[\x0b\x0c\x1c-\x1f\x85]")
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What is mended in this order: a pattern, what takes its place, and the note. Of all controls but tab and line feed
+# those that part words come first.
+_MENDINGS = (
+    (f"^{_BOM}", "", "bom_stripped"),
+    ("\r\n?", "\n", "newlines_normalised"),
+    ("[\x0b\x0c\x1c-\x1f\x85]", " ", "white_space_normalised"),
+    ("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", "controls_removed"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,12 @@ class Fault:
     key: str
     reason: str
     offset: int = 0
+
+
+def reasons(faults: Iterable[Fault]) -> str:
+    """The most common reasons and their counts, to stand behind a message; empty for no faults."""
+    counts = collections.Counter(fault.reason for fault in faults).most_common(4)
+    return f" ({', '.join(f'{reason}: {count}' for reason, count in counts)})" if counts else ""
 
 
 class StoredImage(NamedTuple):
@@ -110,18 +123,10 @@ def _mended(text: str, greatest: int, notes: list[str]) -> str:
     if "\0" in text:
         # No one writes it: these bytes are not what they were.
         raise SampleError("text_control")
-    if text.startswith(_BOM):
-        text = text.removeprefix(_BOM)
-        notes.append("bom_stripped")
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        notes.append("newlines_normalised")
-    if _SPACES.search(text):
-        text = _SPACES.sub(" ", text)
-        notes.append("white_space_normalised")
-    if _CONTROLS.search(text):
-        text = _CONTROLS.sub("", text)
-        notes.append("controls_removed")
+    for pattern, replacement, note in _MENDINGS:
+        text, count = re.subn(pattern, replacement, text)
+        if count:
+            notes.append(note)
     return text
 
 

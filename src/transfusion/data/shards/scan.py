@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import array
 import functools
-import itertools
+import operator
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from transfusion.data.shards.sample import (
     document,
     json_object,
 )
+from transfusion.data.shards.shard import Shard
 from transfusion.data.shards.tar import TarWalk
 from transfusion.data.shards.validate import IMAGE_EXTENSIONS, Group, SampleValidator
 
@@ -45,12 +45,7 @@ _EXTENSIONS_KEPT = 64
 _NAME_REASONS = ("name_unsafe", "member_ignored")
 
 
-class _Named(Protocol):
-    @property
-    def suffix(self) -> str: ...
-
-
-def is_shard(path: _Named) -> bool:
+def is_shard(path: Path | Shard) -> bool:
     """Whether the file's name says that it holds samples."""
     return path.suffix.lower() in SHARD_EXTENSIONS
 
@@ -83,10 +78,8 @@ def texts(paths: Iterable[Path]) -> Iterator[str]:
 def _scan_lines(shard: str, descriptor: int) -> Iterator[RawSample | Fault]:
     offset = 0
     with open(descriptor, "rb", closefd=False) as stream:
-        for number in itertools.count():
-            line = stream.readline(_LONGEST_LINE)
-            if not line:
-                break
+        lines = iter(functools.partial(stream.readline, _LONGEST_LINE), b"")
+        for number, line in enumerate(lines):
             start, whole = offset, line
             offset += len(line)
             while len(whole) == _LONGEST_LINE and not whole.endswith(b"\n"):
@@ -116,12 +109,12 @@ def _text_of_line(line: bytes, notes: list[str]) -> str:
 def _scan_tar(shard: str, descriptor: int, verify: Verify) -> Iterator[RawSample | Fault]:
     """Twice over the samples: first to find keys that come again, then to judge them one by one."""
     validator, walk = SampleValidator(descriptor, verify), TarWalk(descriptor)
-    scattered, repeated, groups = _survey(_groups(walk))
-    if groups is None:
+    scattered, repeated, kept = _survey(groups(walk))
+    if kept is None:
         walk = TarWalk(descriptor)
     met: set[int] = set()
     told: set[str] = set()
-    for group in _groups(walk) if groups is None else groups:
+    for group in groups(walk) if kept is None else kept:
         mark = hash(group.key)
         if mark in scattered or mark in repeated:
             if mark in met and mark in scattered:
@@ -140,13 +133,13 @@ def _scan_tar(shard: str, descriptor: int, verify: Verify) -> Iterator[RawSample
             yield Fault(shard, "", reason, offset)
 
 
-def _survey(groups: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | None]:
+def _survey(found: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | None]:
     """Keys (their hashes) whose members are scattered, keys that come again with the same kind of member, and the
     groups themselves where they are not too many."""
     marks, kinds = array.array("q"), array.array("q")
     kept: list[Group] | None = []
     members = 0
-    for group in groups:
+    for group in found:
         members += len(group.members) + 1
         if kept is not None:
             kept.append(group)
@@ -154,7 +147,7 @@ def _survey(groups: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | 
         if group.reason in _NAME_REASONS:
             continue
         marks.append(hash(group.key))
-        kinds.append(_kinds(group))
+        kinds.append(functools.reduce(operator.or_, map(_kind, group.members), 0))
     unique, counts = np.unique(np.frombuffer(marks, np.int64), return_counts=True)
     again = set(unique[counts > 1].tolist())
     first: dict[int, int] = {}
@@ -167,21 +160,17 @@ def _survey(groups: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | 
     return again - repeated, repeated, kept
 
 
-def _kinds(group: Group) -> int:
-    """A bit for each kind of member: all images are one kind."""
-    kinds = 0
-    for extension in group.members:
-        kinds |= _kind(extension)
-    return kinds
-
-
 @functools.lru_cache(_EXTENSIONS_KEPT)
 def _kind(extension: str) -> int:
+    """A bit for each kind of member: all images are one kind."""
     return 1 if extension in IMAGE_EXTENSIONS else 2 << zlib.crc32(extension.encode()) % 61
 
 
-def _groups(walk: TarWalk) -> Iterator[Group]:
-    """Runs of members of one key; each name that is refused or ignored is told once, as a group of its own."""
+def groups(walk: TarWalk) -> Iterator[Group]:
+    """Runs of members of one key, as the index sees them.
+
+    Each name that is refused or ignored is told once, as a group of its own.
+    """
     group: Group | None = None
     aside: tuple[str, str] | None = None
     for member in walk:
@@ -214,18 +203,14 @@ def _split(name: str, size: int) -> tuple[str, str, str]:
         return plain[1], plain[2], ""
     folder, slash, base = name.rpartition("/")
     if size > MAX_NAME or _UNSAFE_NAME.search(name):
-        folder, slash, base = _last_part(name)
+        # At whichever slash comes last.
+        folder, slash, base = max((name.rpartition(sign) for sign in "/\\"), key=lambda parts: len(parts[0]))
         return folder + slash + _stem(base), "", "name_unsafe"
     stem = _stem(base)
     extension = base[len(stem) + 1 :].lower()
     if stem.startswith(".") or not extension or "__MACOSX" in folder.split("/"):
         return folder + slash + stem, "", "member_ignored"
     return folder + slash + stem, extension, ""
-
-
-def _last_part(name: str) -> tuple[str, str, str]:
-    """As rpartition, at whichever slash comes last."""
-    return max((name.rpartition(slash) for slash in "/\\"), key=lambda parts: len(parts[0]))
 
 
 def _stem(base: str) -> str:

@@ -7,6 +7,7 @@ that was indexed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transfusion.files import digest, hasher
+from transfusion.files import digest, file_state, known_digest
 
 Facts = Mapping[str, Any]
 
-_ENDS, _PLACES, _PLACE = 1 << 16, 62, 1 << 12
 _PATH_DIGEST_BYTES = 4
 
 
@@ -50,14 +50,20 @@ class Shard(Protocol):
     def siblings(self) -> str:
         """What names it and others like it on a command line."""
 
+    def state(self) -> dict[str, int]:
+        """What tells cheaply that it may be another one, a part of its facts; empty where nothing does."""
+
     def nominal_bytes(self) -> int:
         """Its size, or what it counts for where that is not known yet."""
 
     def whole(self) -> AbstractContextManager[tuple[Path, dict[str, Any]]]:
         """The file as it is now, to be read from end to end, and its facts. Raises OSError, and UserError."""
 
-    def has_changed(self, facts: Facts) -> bool:
-        """Whether it is known to be another one than these facts are of. Raises OSError where it is gone."""
+    def has_changed(self, facts: Facts, *, read: bool = False) -> bool:
+        """Whether it is known to be another one than these facts are of. Raises OSError where it is gone.
+
+        read: compare all bytes of a local one, though its state is that of the facts.
+        """
 
     def fetch(self, facts: Facts, *, must: bool = True, stop: threading.Event | None = None) -> bool:
         """See that it can be opened. False says that there is no room now. See `remote.cache.ShardCache.fetch`."""
@@ -107,38 +113,34 @@ class LocalShard:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        status = self.path.stat()
-        yield (
-            self.path,
-            {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "digest": _sampled_digest(self.path)},
-        )
+        state = file_state(self.path)
+        yield self.path, {**state, "digest": known_digest(self.path, state)}
 
-    def has_changed(self, facts: Facts) -> bool:
-        status = self.path.stat()
-        if status.st_size != facts["size"]:
+    def state(self) -> dict[str, int]:
+        return file_state(self.path)
+
+    def has_changed(self, facts: Facts, *, read: bool = False) -> bool:
+        state = file_state(self.path)
+        if state["size"] != facts["size"]:
             return True
-        # A copy has another time but the same bytes.
-        return bool(status.st_mtime_ns != facts["mtime_ns"] and _sampled_digest(self.path) != facts["digest"])
+        # A copy has another state but the same bytes.
+        doubtful = read or state != state_of(facts)
+        return doubtful and known_digest(self.path, state) != facts["digest"]
 
     def fetch(self, facts: Facts, *, must: bool = True, stop: threading.Event | None = None) -> bool:
         return True
 
     def open(self, facts: Facts) -> int:
-        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        if file_state(descriptor) != state_of(facts) and self.has_changed(facts):
+            os.close(descriptor)
+            raise OSError(errno.ESTALE, "changed since it was indexed", str(self.path))
+        return descriptor
 
     def copy_name(self, facts: Facts) -> str:
         return self.name
 
 
-def _sampled_digest(shard: Path) -> str:
-    """Of the head, the tail and places between: whatever rewrites a shard changes one of them."""
-    with shard.open("rb", buffering=0) as stream:
-        length = os.fstat(stream.fileno()).st_size
-        sampled = hasher(8)
-        sampled.update(str(length).encode())
-        spans: Mapping[int, int] = {0: _ENDS, max(0, length - _ENDS): _ENDS} | {
-            length * place // _PLACES: _PLACE for place in range(1, _PLACES) if length > 2 * _ENDS
-        }
-        for offset, size in sorted(spans.items()):
-            sampled.update(os.pread(stream.fileno(), size, offset))
-    return sampled.hexdigest()
+def state_of(facts: Facts) -> dict[str, int]:
+    """The part of a local shard's facts that `file_state` tells."""
+    return {name: facts[name] for name in ("size", "mtime_ns", "ctime_ns", "inode")}

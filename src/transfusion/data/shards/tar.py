@@ -203,7 +203,12 @@ class TarWalk:
             elif header.kind == b"x":
                 pax = _pax(content)
             position = data + _padded(header.size)
-        size = _decimal(pax[b"size"]) if b"size" in pax else header.size
+        size = header.size
+        if b"size" in pax:
+            digits = pax[b"size"]
+            if not digits.isdigit() or len(digits) > 20:
+                raise _BadHeaderError
+            size = int(digits)
         sparse = pax and any(key.startswith(b"GNU.sparse.") for key in pax)
         regular = header.kind in _REGULAR and not sparse
         name = pax.get(b"path") or long_name or header.name
@@ -321,12 +326,6 @@ def _pax(content: bytes) -> dict[bytes, bytes]:
         records[match[2]] = content[match.end() : end - 1]
         position = end
     return records
-
-
-def _decimal(digits: bytes) -> int:
-    if not digits.isdigit() or len(digits) > 20:
-        raise _BadHeaderError
-    return int(digits)
 
 
 def _padded(size: int) -> int:

@@ -30,6 +30,8 @@ MAX_ELEMENTS = 256
 
 # Of the head of a file and its size: [C, h, w] of what is stored there.
 ShapeOf = Callable[[bytes, int], tuple[int, int, int]]
+# Of a sample: its texts, images and elements.
+Contents = tuple[tuple[str, ...], tuple[StoredImage, ...], tuple[int, ...]]
 
 _ELEMENT_IMAGE = re.compile(rf"img\d{{1,6}}\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
@@ -50,18 +52,15 @@ class Group:
 
     def add(self, extension: str, member: Member) -> None:
         """Take a member in, or remember why the sample is none."""
+        reason = member.torn
         if extension in self.members:
-            self._refuse("duplicate_member")
-        elif member.torn:
-            self._refuse(member.torn)
-        elif not member.regular:
-            self._refuse("member_type")
-        elif member.size > MAX_MEMBER:
-            self._refuse("member_oversize")
-        self.members[extension] = member
-
-    def _refuse(self, reason: str) -> None:
+            reason = "duplicate_member"
+        elif not reason and not member.regular:
+            reason = "member_type"
+        elif not reason and member.size > MAX_MEMBER:
+            reason = "member_oversize"
         self.reason = self.reason or reason
+        self.members[extension] = member
 
 
 class SampleValidator:
@@ -74,48 +73,48 @@ class SampleValidator:
         """The sample of this group. Raises SampleError with the reason why it is none."""
         if group.reason:
             raise SampleError(group.reason)
+        notes: list[str] = []
         try:
-            found = self._read(group)
+            texts, images, elements = self._read(group, notes)
         except SampleError as error:
             # Where a shard merely ends early, what is missing tells more than that it ended.
             hidden = group.damage not in ("", NO_END_MARKER)
             raise SampleError(group.damage if hidden else str(error)) from None
-        if group.damage and not found.images:
+        if group.damage and not images:
             # A text alone may be the caption of an image that is gone.
             raise SampleError(group.damage)
-        return found
+        return RawSample(group.key, texts, images, elements, group.offset, tuple(notes))
 
-    def _read(self, group: Group) -> RawSample:
+    def _read(self, group: Group, notes: list[str]) -> Contents:
         members = group.members
         images = [name for name in IMAGE_EXTENSIONS if name in members]
         if len(images) > 1:
             raise SampleError("ambiguous_image")
         if LATENTS in members:
-            return self._pair(group, members[LATENTS], shape=latent_shape)
+            return self._pair(group, members[LATENTS], notes, shape=latent_shape)
         if TOKENS in members:
-            return self._pair(group, members[TOKENS], shape=token_shape)
+            return self._pair(group, members[TOKENS], notes, shape=token_shape)
         if images:
-            return self._pair(group, members[images[0]])
+            return self._pair(group, members[images[0]], notes)
         if "npy" in members:
-            return self._pair(group, members["npy"], shape=latent_shape)
+            return self._pair(group, members["npy"], notes, shape=latent_shape)
         if "json" in members:
-            facts = self._facts(group)
+            facts = json_object(self._bytes(members["json"], DOCUMENT_BYTES))
             if "elements" not in facts:
                 raise SampleError("image_missing")
-            return self._interleaved(group, facts["elements"])
+            return self._interleaved(group, facts["elements"], notes)
         if set(members) != {"txt"}:
             raise SampleError("image_missing")
-        notes: list[str] = []
-        text = document(self._text(members["txt"], DOCUMENT_BYTES), notes)
-        return RawSample(group.key, (text,), offset=group.offset, notes=tuple(notes))
+        return (document(utf8(self._bytes(members["txt"], DOCUMENT_BYTES)), notes),), (), ()
 
-    def _pair(self, group: Group, member: Member, *, shape: ShapeOf | None = None) -> RawSample:
+    def _pair(
+        self, group: Group, member: Member, notes: list[str], *, shape: ShapeOf | None = None
+    ) -> Contents:
         """shape: of latents or tokens; None: the member is an image."""
-        notes: list[str] = []
         facts: dict[str, Any] = {}
         if "json" in group.members:
             try:
-                facts = self._facts(group)
+                facts = json_object(self._bytes(group.members["json"], DOCUMENT_BYTES))
             except SampleError as error:
                 if "txt" not in group.members:
                     raise
@@ -123,14 +122,18 @@ class SampleValidator:
                 notes.append(str(error))
         captions = self._captions(group, facts, notes)
         if shape is not None:
-            return RawSample(
-                group.key, captions, (self._latent(member, shape),), offset=group.offset, notes=tuple(notes)
-            )
+            head = self._window.read(member.start, min(member.size, HEADER_BYTES))
+            channels, height, width = shape(head, member.size)
+            return captions, (StoredImage(member.start, member.size, width, height, channels),), ()
         data = self._bytes(member)
         image = self._image(member, data, notes)
         if self._verify:
-            _refuse_other(data, facts.get("sha256"))
-        return RawSample(group.key, captions, (image,), offset=group.offset, notes=tuple(notes))
+            stated = facts.get("sha256")
+            if not isinstance(stated, str):
+                raise SampleError("hash_missing")
+            if sha256(data) != stated.lower():
+                raise SampleError("image_other")
+        return captions, (image,), ()
 
     def _captions(self, group: Group, facts: dict[str, Any], notes: list[str]) -> tuple[str, ...]:
         """The captions listed in `captions`, with the one of KEY.txt, or else of `caption`, among them."""
@@ -142,7 +145,7 @@ class SampleValidator:
             except SampleError:
                 notes.append("caption_ignored")
         if "txt" in group.members:
-            main = caption(self._text(group.members["txt"], CAPTION_BYTES), notes)
+            main = caption(utf8(self._bytes(group.members["txt"], CAPTION_BYTES)), notes)
             if self._verify and not _is_caption(main, facts):
                 raise SampleError("caption_other")
         elif isinstance(facts.get("caption"), str):
@@ -153,8 +156,7 @@ class SampleValidator:
             raise SampleError("caption_missing")
         return tuple(captions) if main in captions else (main, *captions)
 
-    def _interleaved(self, group: Group, elements: Any) -> RawSample:
-        notes: list[str] = []
+    def _interleaved(self, group: Group, elements: Any, notes: list[str]) -> Contents:
         if not isinstance(elements, list):
             raise SampleError("interleaved_element")
         if not elements:
@@ -184,7 +186,7 @@ class SampleValidator:
             notes.append("interleaved_unused_image")
         shown = [group.members[name] for name in names]
         images = tuple(self._image(member, self._bytes(member), notes) for member in shown)
-        return RawSample(group.key, tuple(texts), images, tuple(order), group.offset, tuple(notes))
+        return tuple(texts), images, tuple(order)
 
     def _image(self, member: Member, data: bytes, notes: list[str]) -> StoredImage:
         facts = probe(data)
@@ -192,32 +194,11 @@ class SampleValidator:
             notes.append("image_animated")
         return StoredImage(member.start, member.size, facts.width, facts.height)
 
-    def _latent(self, member: Member, shape: ShapeOf) -> StoredImage:
-        head = self._window.read(member.start, min(member.size, HEADER_BYTES))
-        channels, height, width = shape(head, member.size)
-        return StoredImage(member.start, member.size, width, height, channels)
-
-    def _facts(self, group: Group) -> dict[str, Any]:
-        member = group.members["json"]
-        if member.size > DOCUMENT_BYTES:
+    def _bytes(self, member: Member, maximum: int | None = None) -> bytes:
+        """maximum: of a text."""
+        if maximum is not None and member.size > maximum:
             raise SampleError("text_oversize")
-        return json_object(self._bytes(member))
-
-    def _text(self, member: Member, greatest: int) -> str:
-        if member.size > greatest:
-            raise SampleError("text_oversize")
-        return utf8(self._bytes(member))
-
-    def _bytes(self, member: Member) -> bytes:
         return self._window.read(member.start, member.size)
-
-
-def _refuse_other(image: bytes, stated: object) -> None:
-    """Raise SampleError for an image that is not the one whose SHA-256 KEY.json states."""
-    if not isinstance(stated, str):
-        raise SampleError("hash_missing")
-    if sha256(image) != stated.lower():
-        raise SampleError("image_other")
 
 
 def _is_caption(text: str, facts: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,34 +40,24 @@ def write_shards(samples: Iterable[Sample], out: Path, *, per_shard: int = SAMPL
     Same samples, same bytes. A shard has its final name only when it is whole. A member named `json`, `txt`,
     `png` and so on becomes KEY.json, KEY.txt, KEY.png with KEY from `sample_key`.
     """
+    # Imported here, since it brings torch along, which processes that only find shards do without.
+    from webdataset.writer import TarWriter
+
     if not 1 <= per_shard <= MAX_SHARD:
         raise UserError(f"samples per shard must be 1 to {MAX_SHARD}, got {per_shard}")
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    remaining = iter(samples)
-    for shard in itertools.count():
-        first = next(remaining, None)
-        if first is None:
-            return written
-        members = itertools.chain([first], itertools.islice(remaining, per_shard - 1))
-        path = out / f"{shard:05d}.tar"
-        _write_one(members, path, first_number=shard * per_shard, per_shard=per_shard)
-        written.append(path)
-    raise AssertionError("unreachable")
-
-
-def _write_one(samples: Iterator[Sample], path: Path, *, first_number: int, per_shard: int) -> None:
-    # Imported here, since it brings torch along, which processes that only find shards do without.
-    from webdataset.writer import TarWriter
-
-    # The members are bytes already, so webdataset's encoders stay out of it.
-    with (
-        atomic_file(path) as unfinished,
-        unfinished.open("wb") as stream,
-        TarWriter(stream, encoder=False, mtime=0, compress=False) as writer,
-    ):
-        for number, sample in enumerate(samples, first_number):
-            writer.write({"__key__": sample_key(number, per_shard), **sample})
+    for shard, members in itertools.groupby(enumerate(samples), lambda numbered: numbered[0] // per_shard):
+        written.append(out / f"{shard:05d}.tar")
+        # The members are bytes already, so webdataset's encoders stay out of it.
+        with (
+            atomic_file(written[-1]) as unfinished,
+            unfinished.open("wb") as stream,
+            TarWriter(stream, encoder=False, mtime=0, compress=False) as writer,
+        ):
+            for number, sample in members:
+                writer.write({"__key__": sample_key(number, per_shard), **sample})
+    return written
 
 
 def expand(specs: str | Sequence[str]) -> list[Path]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import collections
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from transfusion.config import Config
-from transfusion.data.index.open import build_indexes
-from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.index.source_index import SourceIndex, build_indexes
 from transfusion.data.loading.loader import plan_settings
 from transfusion.data.loading.rows import RowBuilder, RowSettings
 from transfusion.data.planning.packing import Planner
-from transfusion.data.viewing.plan_stats import as_dict, measure_plan
+from transfusion.data.viewing.plan_stats import measure_plan
 from transfusion.data.viewing.row_page import DrawnRow, overview, page
 from transfusion.errors import UserError
 from transfusion.sequence.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def show_rows(config: Config, out: Path, *, rows: int = 4, step: int = 0) -> Non
     if out.suffix not in _SUFFIXES:
         raise UserError(f"out {out} must end in {' or '.join(_SUFFIXES)}")
     indexes, tokenizer, config = _opened(config)
-    planner = _planner(config, indexes)
+    planner = Planner([index.lengths for index in indexes], plan_settings(config))
     for _ in range(step):
         # Of a batch that is passed over, no row is wanted.
         planner.next_batch(0, config.data.global_batch_size)
@@ -55,7 +55,7 @@ def show_rows(config: Config, out: Path, *, rows: int = 4, step: int = 0) -> Non
 def stats_config(config: Config, *, steps: int = 64) -> dict[str, Any]:
     """Plain values: of each source its samples, lengths and faults, and what the plan makes of them all."""
     indexes, _, config = _opened(config)
-    found = as_dict(measure_plan([index.lengths for index in indexes], plan_settings(config), batches=steps))
+    found = asdict(measure_plan([index.lengths for index in indexes], plan_settings(config), batches=steps))
     for index in indexes:
         found["sources"][index.name] |= _source_stats(index, config)
     return found
@@ -68,10 +68,6 @@ def _opened(config: Config) -> tuple[list[SourceIndex], Tokenizer, Config]:
     tokenizer = Tokenizer(config.data.tokenizer)
     config = config.with_vocabulary(tokenizer.vocabulary)
     return build_indexes(config, config.data.sources, tokenizer), tokenizer, config
-
-
-def _planner(config: Config, indexes: list[SourceIndex]) -> Planner:
-    return Planner([index.lengths for index in indexes], plan_settings(config))
 
 
 def _source_stats(index: SourceIndex, config: Config) -> dict[str, Any]:

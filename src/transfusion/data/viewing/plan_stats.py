@@ -1,7 +1,7 @@
 """What a plan looks like, measured without reading anything: shares, padding, balance, time and memory.
 
 Of the real lengths of an index, or of as many samples as are asked for, with lengths like those of an index.
-Shape suffixes: D samples asked for together, Q quantiles, P spans, R rows of a block, S sources.
+Shape suffixes: D samples asked for together, Q quantiles, P spans.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from transfusion.config import Config
-from transfusion.data.index.open import build_indexes
+from transfusion.data.index.source_index import build_indexes
 from transfusion.data.loading.loader import plan_settings, rows_per_rank
 from transfusion.data.planning import hash_rng
 from transfusion.data.planning.epoch import Integers, Lengths, Schedule, Variant, share_at
@@ -46,11 +45,8 @@ class SimulatedLengths:
     quantiles_Q: Integers
     patches: int
     pairs: float
-
-    @property
-    def windows(self) -> None:
-        """Order costs the plan next to nothing."""
-        return None
+    # Order costs the plan next to nothing.
+    windows: None = None
 
     def __len__(self) -> int:
         return self.samples
@@ -60,8 +56,7 @@ class SimulatedLengths:
 
     def text_tokens(self, sample_D: Integers, caption_D: Integers) -> Integers:
         place_D = hash_rng.uniform(_LENGTH, name_hash(self.name), sample_D) * len(self.quantiles_Q)
-        tokens: Integers = self.quantiles_Q[place_D.astype(np.int64)]
-        return tokens
+        return self.quantiles_Q[place_D.astype(np.int64)]
 
     def image_tokens(self, sample_D: Integers) -> Integers:
         has_image_D = hash_rng.uniform(_IMAGE, name_hash(self.name), sample_D) < self.pairs
@@ -207,9 +202,8 @@ def _look(
     found.texts_cut += int(cut_texts_P.sum())
     fits_P = spans.whole[member_P] <= found.sequence_length
     found.texts_cut_that_fit_a_row += int((cut_texts_P & fits_P).sum())
-    by_row_RS = np.zeros((len(block.members), len(sources)), dtype=np.int64)
-    np.add.at(by_row_RS, (row_P, source_P), tokens_P)
-    by_batch = by_row_RS.reshape(block.batches, found.rows, len(sources)).sum(1)
+    by_batch = np.zeros((block.batches, len(sources)), dtype=np.int64)
+    np.add.at(by_batch, (row_P // found.rows, source_P), tokens_P)
     shares = by_batch / by_batch.sum(1, keepdims=True)
     wanted = np.array([share_at(source.schedule, step) for source in sources])
     wanted = wanted / wanted.sum()
@@ -219,19 +213,16 @@ def _look(
         each.wanted_share += float(wanted[number]) * block.batches
         error = float(np.abs(shares[:, number] - wanted[number]).max())
         each.max_share_error_of_a_batch = max(each.max_share_error_of_a_batch, error)
-    text_R = np.bincount(row_P, tokens_P * is_text_P, len(block.members))
-    images_R = np.bincount(row_P, ~is_text_P, len(block.members))
-    return [
-        (_imbalance(text, found.ranks), _imbalance(images, found.ranks))
-        for text, images in zip(
-            text_R.reshape(block.batches, -1), images_R.reshape(block.batches, -1), strict=True
-        )
-    ]
+    # Rank r has rows r, r + ranks, ... of each batch.
+    rank_P = row_P // found.rows * found.ranks + row_P % found.ranks
+    text, images = (
+        np.bincount(rank_P, weights, block.batches * found.ranks).reshape(block.batches, found.ranks)
+        for weights in (tokens_P * is_text_P, ~is_text_P)
+    )
+    return list(zip(map(_imbalance, text), map(_imbalance, images), strict=True))
 
 
-def _imbalance(of_rows: np.ndarray, ranks: int) -> float:
-    """Rank r has rows r, r + ranks, ..."""
-    of_ranks = of_rows.reshape(-1, ranks).sum(0)
+def _imbalance(of_ranks: np.ndarray) -> float:
     mean = of_ranks.mean()
     return float(of_ranks.max() / mean - 1) if mean else 0.0
 
@@ -240,11 +231,6 @@ def _peak_mib() -> float:
     """Resident memory at its greatest; macOS counts in bytes, Linux in KiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-
-
-def as_dict(found: Survey) -> dict[str, Any]:
-    """Plain values."""
-    return asdict(found)
 
 
 def measure_config(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from transfusion.data.loading.rows import Row, RowImage
 from transfusion.schema import Modality, SpecialToken
@@ -109,15 +109,20 @@ def _runs(row: Row, span: _Span) -> Iterator[tuple[int, int, Modality]]:
         yield span.first + start, span.first + end, Modality(int(modality[start]))
 
 
+def _stretches(row: Row, spans: Sequence[_Span]) -> Iterator[tuple[int, int, str]]:
+    """From where to where the band of a row has which colour; padding is what the others leave of it."""
+    yield 0, len(row.token_ids_S), _COLOURS[Modality.PADDING]
+    for span in spans:
+        yield from ((first, end, _COLOURS[modality]) for first, end, modality in _runs(row, span))
+
+
 def _band(row: Row, spans: Sequence[_Span]) -> str:
     """The whole row as one line of coloured stretches, with a mark at each border of documents."""
     length = len(row.token_ids_S)
-    parts = [f'<rect width="{length}" height="10" fill="{_COLOURS[Modality.PADDING]}"/>']
-    for span in spans:
-        parts += [
-            f'<rect x="{first}" width="{end - first}" height="10" fill="{_COLOURS[modality]}"/>'
-            for first, end, modality in _runs(row, span)
-        ]
+    parts = [
+        f'<rect x="{first}" width="{end - first}" height="10" fill="{colour}"/>'
+        for first, end, colour in _stretches(row, spans)
+    ]
     parts += [
         f'<rect x="{span.first}" width="{length / 1200:.2f}" height="10" fill="{_BORDER}"/>' for span in spans
     ]
@@ -214,33 +219,22 @@ def overview(rows: Sequence[DrawnRow]) -> Image.Image:
         row, spans = drawn.row, list(_spans(drawn))
         top = margin + number * height
         scale = band_width / len(row.token_ids_S)
-        band = (top + 70, top + 98)
-
-        def box(
-            first: int, end: int, band: tuple[int, int] = band, scale: float = scale
-        ) -> tuple[float, ...]:
-            return margin + first * scale, band[0], margin + end * scale, band[1]
-
+        upper, lower = top + 70, top + 98
         used = spans[-1].end if spans else 0
-        draw.rectangle(box(0, len(row.token_ids_S)), fill=_COLOURS[Modality.PADDING])
-        for span in spans:
-            for first, end, modality in _runs(row, span):
-                draw.rectangle(box(first, end), fill=_COLOURS[modality])
+        for first, end, colour in _stretches(row, spans):
+            draw.rectangle((margin + first * scale, upper, margin + end * scale, lower), fill=colour)
         for span in spans:
             left = margin + span.first * scale
-            draw.line((left, band[0] - 3, left, band[1] + 3), fill=_BORDER)
+            draw.line((left, upper - 3, left, lower + 3), fill=_BORDER)
         free = float(margin)
         for image in row.images:
             left = margin + image.first_patch * scale
             if left >= free:
-                thumbnail = _as_image(image).convert("RGB")
-                scale_down = 52 / max(thumbnail.size)
-                shape = [max(1, round(side * scale_down)) for side in thumbnail.size]
-                thumbnail = thumbnail.resize((shape[0], shape[1]), Image.Resampling.BICUBIC)
+                thumbnail = ImageOps.contain(_as_image(image).convert("RGB"), (52, 52))
                 canvas.paste(thumbnail, (min(int(left), int(band_width) + margin - 52), top + 12))
                 free = left + 54
         facts = f"row {number}: {len(spans)} documents or parts, {len(row.images)} images, {used:,} positions"
-        draw.text((margin, band[1] + 8), facts, fill=_BORDER, font=font)
+        draw.text((margin, lower + 8), facts, fill=_BORDER, font=font)
         pixels = Image.fromarray(_mask_pixels(row)).resize((mask, mask), Image.Resampling.BOX)
         canvas.paste(pixels, (width - margin - mask, top + 4))
         draw.rectangle(

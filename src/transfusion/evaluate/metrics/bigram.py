@@ -38,7 +38,8 @@ class Bigram:
     def probability(self, context: int, word: int) -> float:
         """P(word | context)."""
         seen = self.contexts[context]
-        lower = self._unigram(word)
+        unseen = DISCOUNT * len(self.words) / self.total / self.vocabulary
+        lower = max(self.words[word] - DISCOUNT, 0.0) / self.total + unseen
         if not seen:
             return lower
         reserved = DISCOUNT * self.followers[context] / seen
@@ -51,10 +52,6 @@ class Bigram:
             row = _with_borders(document)
             total -= sum(math.log(self.probability(v, w)) for v, w in itertools.pairwise(row))
         return total
-
-    def _unigram(self, word: int) -> float:
-        reserved = DISCOUNT * len(self.words) / self.total
-        return max(self.words[word] - DISCOUNT, 0.0) / self.total + reserved / self.vocabulary
 
 
 def _with_borders(document: Sequence[int]) -> list[int]:

@@ -10,10 +10,11 @@ I images, C channels, H/W height and width, F features, K words.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from transfusion.config import Config
+from transfusion.config import Config, SourceConfig
 from transfusion.data.loading.validation import documents
 from transfusion.errors import UserError
 from transfusion.evaluate.metrics.frechet import Gaussian, gaussian_of
@@ -52,7 +53,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.words, self.channels, self.image_size = tuple(words), channels, image_size
         layers: list[nn.Module] = []
-        for inputs, width in zip((channels, *WIDTHS), WIDTHS, strict=False):
+        for inputs, width in itertools.pairwise((channels, *WIDTHS)):
             layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.to_features = nn.Linear(WIDTHS[-1], FEATURES)
@@ -86,15 +87,23 @@ def words_of(caption: str) -> list[str]:
     return re.findall(r"\w+", caption.lower())
 
 
-def common_words(captions: Iterable[str]) -> list[str]:
+def common_words(captions: Sequence[str]) -> list[str]:
     """The commonest words, none of them rare, and none that almost every caption has."""
-    counts: Counter[str] = Counter()
-    total = 0
-    for caption in captions:
-        counts.update(set(words_of(caption)))
-        total += 1
-    told = [word for word, count in counts.most_common() if MIN_IMAGES <= count <= 0.9 * total]
-    return told[:MAX_WORDS]
+    counts = Counter(word for caption in captions for word in set(words_of(caption)))
+    most = 0.9 * len(captions)
+    return [word for word, count in counts.most_common() if MIN_IMAGES <= count <= most][:MAX_WORDS]
+
+
+def single_images(
+    config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer
+) -> Iterator[tuple[str, Tensor, str]]:
+    """Key, values [C, H, W] and caption of the documents with one image, in file order."""
+    for document in documents(config, sources, tokenizer):
+        images = [part for part in document.segments if isinstance(part, ImageSegment)]
+        if len(images) == 1:
+            texts = [part for part in document.segments if isinstance(part, TextSegment)]
+            caption = "".join(tokenizer.decode(part.token_ids) for part in texts)
+            yield document.key, torch.as_tensor(images[0].values_CHW), caption
 
 
 def captioned_images(config: Config, tokenizer: Tokenizer, *, validation: bool) -> tuple[Tensor, list[str]]:
@@ -105,21 +114,13 @@ def captioned_images(config: Config, tokenizer: Tokenizer, *, validation: bool) 
     where = "data.validation" if validation else "data.sources"
     sources = config.data.validation if validation else config.data.sources
     values, captions = [], []
-    for document in documents(config, sources, tokenizer):
-        images = [part for part in document.segments if isinstance(part, ImageSegment)]
-        if len(images) == 1:
-            values.append(torch.as_tensor(images[0].values_CHW))
-            if values[-1].dtype != torch.uint8:
-                raise UserError(
-                    f"{where} has latents at {document.key}, and the classifier needs images; name their shards"
-                )
-            captions.append(
-                "".join(
-                    tokenizer.decode(part.token_ids)
-                    for part in document.segments
-                    if isinstance(part, TextSegment)
-                )
+    for key, values_CHW, caption in single_images(config, sources, tokenizer):
+        if values_CHW.dtype != torch.uint8:
+            raise UserError(
+                f"{where} has latents at {key}, and the classifier needs images; name their shards"
             )
+        values.append(values_CHW)
+        captions.append(caption)
     if not values:
         raise UserError(f"{where} names no images with captions")
     return torch.stack(values), captions

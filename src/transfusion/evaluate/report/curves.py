@@ -118,9 +118,8 @@ def _draw_buckets(lines: list[dict[str, Any]]) -> Panel | None:
 
 def _bucket_colour(bucket: int) -> str:
     place = bucket / max(1, TIMESTEP_BUCKETS - 1) * (len(BUCKET_STOPS) - 1)
-    low = min(int(place), len(BUCKET_STOPS) - 2)
-    mixed = [round(a + (b - a) * (place - low)) for a, b in zip(*BUCKET_STOPS[low : low + 2], strict=True)]
-    return "#" + "".join(f"{part:02x}" for part in mixed)
+    parts = (np.interp(place, range(len(BUCKET_STOPS)), stops) for stops in zip(*BUCKET_STOPS, strict=True))
+    return "#" + "".join(f"{round(part):02x}" for part in parts)
 
 
 def _draw(curve: Curve, *, width: float = 4.6, height: float = 2.9) -> Panel:
@@ -143,7 +142,11 @@ def _draw(curve: Curve, *, width: float = 4.6, height: float = 2.9) -> Panel:
             legend.get_title().set_color(FAINT)
         buffer = io.StringIO()
         drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Panel(curve.title, _inline(buffer.getvalue(), label=curve.title))
+    # The <svg> element alone, scaled by the page, with its stand-in colours as CSS variables.
+    _, element, svg = buffer.getvalue().partition("<svg ")
+    for colour, variable in STYLE_COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return Panel(curve.title, f'{element}role="img" aria-label="{curve.title}" {svg}')
 
 
 def _plot(axes: Any, curve: Curve) -> None:
@@ -205,11 +208,3 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
         reach = min(widest, place)
         smooth.append(values[place - reach : place + reach + 1].mean())
     return np.asarray(smooth)
-
-
-def _inline(svg: str, *, label: str) -> str:
-    """The <svg> element alone, scaled by the page, with its stand-in colours as CSS variables."""
-    svg = svg[svg.index("<svg") :]
-    for colour, variable in STYLE_COLOURS.items():
-        svg = svg.replace(colour, variable)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

@@ -87,14 +87,14 @@ def write_report(run_folder: Path) -> Path:
 def gather(folder: RunFolder) -> dict[str, Any]:
     """Everything that the template shows, empty where the run has none."""
     lines = read_metrics(folder.metrics)
-    config = _yaml(folder.config)
-    environment = _json(folder.environment)
+    config = _mapping(folder.config, yaml.safe_load)
+    environment = _mapping(folder.environment, json.loads)
     captions = _jsonl(folder.path / "evaluation" / "captions.jsonl")
     diffusion = config.get("diffusion") or {}
     return {
         "name": (config.get("run") or {}).get("name") or folder.path.name,
         "facts": _facts(lines, config, environment),
-        "metrics": _metrics(_json(folder.path / "metrics.json")),
+        "metrics": _metrics(_mapping(folder.path / "metrics.json", json.loads)),
         "curves": [_draw(curve) for curve in _loss_curves(lines, diffusion)],
         "validation": any(
             line.get("validation_text_loss") or line.get("validation_image_loss") for line in lines
@@ -117,9 +117,6 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "environment": _flat(environment),
         "config_text": folder.config.read_text(encoding="utf-8") if folder.config.is_file() else "",
     }
-
-
-# ---- text and figures ----------------------------------------------------------------------------------
 
 
 def _facts(
@@ -201,9 +198,6 @@ def _entry(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-# ---- images ------------------------------------------------------------------------------------------
-
-
 def _grids(samples: Path) -> list[Figure]:
     """The first grid, the last, and some evenly between."""
     files = sorted(samples.glob("step_*.png"), key=_step_of)
@@ -269,27 +263,10 @@ def data_uri(file: Path, *, smallest: int = IMAGE_SIDE, largest: int = MAX_SIDE)
     elif longest > largest:
         image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    if longest >= MAX_SIDE and image.mode == "RGB":
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-        kind = "jpeg"
-    else:
-        image.save(buffer, "PNG", optimize=True)
-        kind = "png"
+    kind = "jpeg" if longest >= MAX_SIDE and image.mode == "RGB" else "png"
+    # Each kind passes over the other's option.
+    image.save(buffer, kind, quality=JPEG_QUALITY, optimize=kind == "png")
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# ---- curves --------------------------------------------------------------------------------------------
-
-
-# ---- files ---------------------------------------------------------------------------------------------
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return _mapping(file, json.loads)
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    return _mapping(file, yaml.safe_load)
 
 
 def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from transfusion.config import SourceConfig
 from transfusion.config.objectives import SAMPLERS
-from transfusion.data.loading.validation import documents
 from transfusion.data.prepare.digits import DIGIT_WORDS, digit_in_caption
 from transfusion.errors import UserError
+from transfusion.evaluate.metrics.classifier import single_images
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.generate.image_files import save_samples, to_image
 from transfusion.generate.pipeline import Pipeline
-from transfusion.schema import ImageSegment, TextSegment
 
 Pixels = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -127,16 +126,10 @@ def _captions(pipeline: Pipeline, folder: Path, values: torch.Tensor, labels: La
 def _images(pipeline: Pipeline, sources: list[SourceConfig]) -> tuple[Pixels, Labels, torch.Tensor]:
     """Pixels in [0, 1] [I, E], digits [I] and uint8 values [I, C, H, W] of the sources' images."""
     values, labels = [], []
-    for document in documents(pipeline.config, sources, pipeline.tokenizer):
-        images = [part for part in document.segments if isinstance(part, ImageSegment)]
-        text = "".join(
-            pipeline.tokenizer.decode(part.token_ids)
-            for part in document.segments
-            if isinstance(part, TextSegment)
-        )
-        digit = digit_in_caption(text)
-        if len(images) == 1 and digit is not None:
-            values.append(torch.as_tensor(images[0].values_CHW))
+    for _, values_CHW, caption in single_images(pipeline.config, sources, pipeline.tokenizer):
+        digit = digit_in_caption(caption)
+        if digit is not None:
+            values.append(values_CHW)
             labels.append(digit)
     if len(set(labels)) < len(DIGIT_WORDS):
         raise UserError(
@@ -151,17 +144,10 @@ def _scaled(values_ICHW: torch.Tensor) -> Pixels:
     return values_ICHW.flatten(1).numpy().astype(np.float64) / 255.0
 
 
-def _distances(left: Pixels, right: Pixels) -> Pixels:
-    """Euclidean distances between all images, [len(left), len(right)]."""
-    squared = (left**2).sum(1)[:, None] + (right**2).sum(1)[None] - 2 * left @ right.T
-    return np.sqrt(squared.clip(min=0.0))
-
-
 def _spread(pixels: Pixels) -> float:
     """Mean distance between two different images."""
-    upper = np.triu_indices(len(pixels), k=1)
-    return float(_distances(pixels, pixels)[upper].mean())
+    return float(torch.pdist(torch.from_numpy(pixels)).mean())
 
 
 def _nearest(pixels: Pixels, train: Pixels) -> float:
-    return float(_distances(pixels, train).min(1).mean())
+    return float(torch.cdist(torch.from_numpy(pixels), torch.from_numpy(train)).amin(1).mean())

@@ -57,16 +57,20 @@ def images(pipeline: Pipeline, out: Path, *, classifier_path: Path) -> dict[str,
     features = f"the features of {classifier_path.name} (no FID: its own small network)"
     real_ones = f"the {len(validation)} real validation images"
     between = f"{features} of {{}} and of the {classifier.images} training images"
+
+    def distance(pixels_ICHW: torch.Tensor) -> float:
+        return frechet_distance(
+            gaussian_of(features_of(classifier, pixels_ICHW).numpy()), classifier.reference
+        )
+
     return {
         "classifier_frechet": Metric(
-            value=frechet_distance(gaussian_of(features_of(classifier, drawn).numpy()), classifier.reference),
+            value=distance(drawn),
             higher_is_better=False,
             how=f"Fréchet distance between {between.format(settings)}",
         ),
         "classifier_frechet_of_validation": Metric(
-            value=frechet_distance(
-                gaussian_of(features_of(classifier, validation).numpy()), classifier.reference
-            ),
+            value=distance(validation),
             higher_is_better=False,
             how=f"the same between {between.format(real_ones)}: what can be reached",
         ),

@@ -59,7 +59,10 @@ def run_suites(
     metrics: dict[str, Metric] = {}
     for name in names:
         metrics |= suites[name](pipeline, out)
-    _write(out / METRICS, metrics, known)
+    # Names and numbers on top, for whoever compares; how each was measured under `details`.
+    details = known | {name: metric.as_dict() for name, metric in metrics.items()}
+    values = {name: detail["value"] for name, detail in details.items()}
+    atomic_write_text(out / METRICS, json.dumps(values | {"details": details}, indent=2) + "\n")
     return metrics
 
 
@@ -71,12 +74,3 @@ def _known(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8"))["details"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; delete it, or name another folder with --out") from None
-
-
-def _write(path: Path, metrics: dict[str, Metric], known: dict[str, Any]) -> None:
-    """Names and numbers on top, for whoever compares; how each was measured under `details`."""
-    details = known | {name: metric.as_dict() for name, metric in metrics.items()}
-    text = json.dumps(
-        {name: detail["value"] for name, detail in details.items()} | {"details": details}, indent=2
-    )
-    atomic_write_text(path, text + "\n")

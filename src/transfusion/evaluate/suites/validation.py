@@ -31,28 +31,21 @@ def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
         terms = validation_losses(
             pipeline.runner.model, loader, plain, pipeline.runner.device, pipeline.runner.codec
         )
-        if float(terms.counts[_media(terms)]):
-            name, metric = _image_metric(pipeline, source, terms)
-            metrics[name] = metric
+        # The one term of a family that is no text, such as "image".
+        media = next(name for name, total in terms.sums.items() if name != "text" and total.dim() == 0)
+        if float(terms.counts[media]):
+            # Those of two families are no measures of each other.
+            name, unit, how = pipeline.family.image_metric(diffusion)
+            value = float(terms.sums[media] / terms.counts[media])
+            metrics[f"{source.name}_{name}"] = Metric(
+                value=value, unit=unit, higher_is_better=False, how=how.format(source.name)
+            )
             continue
         measured = _text_metrics(pipeline, source, terms)
         # The first text source has the plain names; further ones carry their own.
         taken = not measured.keys().isdisjoint(metrics)
         metrics |= {f"{source.name}_{name}" if taken else name: metric for name, metric in measured.items()}
     return metrics
-
-
-def _media(terms: LossTerms) -> str:
-    """The one term of a family that is no text, such as "image"."""
-    return next(name for name, total in terms.sums.items() if name != "text" and total.dim() == 0)
-
-
-def _image_metric(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> tuple[str, Metric]:
-    """Name and metric of the image loss. Those of two families are no measures of each other."""
-    name, unit, how = pipeline.family.image_metric(pipeline.config.diffusion)
-    value = float(terms.sums[_media(terms)] / terms.counts[_media(terms)])
-    metric = Metric(value=value, unit=unit, higher_is_better=False, how=how.format(source.name))
-    return f"{source.name}_{name}", metric
 
 
 def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> dict[str, Metric]:
@@ -69,12 +62,10 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
         nats = bigram.nats(texts)
         threshold = nats / tokens
         how = "interpolated absolute-discount (0.75) bigram, fitted on the same training text and tokenizer"
-        metrics["bigram_nats_per_token"] = Metric(
-            value=threshold, unit="nats/token", higher_is_better=False, how=how
-        )
-        metrics["bigram_nats_per_byte"] = Metric(
-            value=nats / size, unit="nats/byte", higher_is_better=False, how=how
-        )
+        for unit, count in (("token", tokens), ("byte", size)):
+            metrics[f"bigram_nats_per_{unit}"] = Metric(
+                value=nats / count, unit=f"nats/{unit}", higher_is_better=False, how=how
+            )
     total = float(terms.sums["text"])
     metrics["text_loss_nats_per_token"] = Metric(
         value=total / tokens,
