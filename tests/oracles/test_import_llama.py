@@ -228,7 +228,10 @@ def test_numbers_that_need_a_scale_are_refused(tmp_path: Path, dtype: torch.dtyp
             {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
             "is scaled",
         ),
-        ({"vocab_size": 7}, "says vocab_size=7"),
+        ({"vocab_size": 7}, r"says \[7, 32\] \(vocab_size"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "is scaled"),
+        ({"rope_scaling": 2.0}, "is scaled"),
+        ({"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": "linear"}, "is scaled"),
     ],
 )
 def test_settings_that_change_the_numbers_are_refused(

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 STEM = "model"
+# Keys of a rotary embedding that is not scaled.
+_PLAIN_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 # Of the embedding, compared at once.
 _ROWS = 4096
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -148,12 +150,13 @@ def _refuse_other_tensors(
             f"cannot start from the Llama in {folder}: this network has no place for {min(left)}"
             f" ({len(left)} such tensors)"
         )
-    rows = tensors[EMBEDDING].shape[0]
-    if settings.get("vocab_size", rows) != rows:
-        raise UserError(
-            f"{folder}: {EMBEDDING} has {rows} rows, and {CONFIG} says vocab_size={settings['vocab_size']};"
-            " copy both from one model"
-        )
+    shape = (settings.get("vocab_size", tensors[EMBEDDING].shape[0]), settings["hidden_size"])
+    for name in (EMBEDDING, HEAD):
+        if name in tensors and tensors[name].shape != shape:
+            raise UserError(
+                f"{folder}: {name} has shape {list(tensors[name].shape)}, and {CONFIG} says {list(shape)} (vocab_size,"
+                " hidden_size); copy both from one model"
+            )
 
 
 def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelConfig) -> None:
@@ -162,10 +165,11 @@ def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelCo
     if settings.get("model_type") != "llama":
         problems.append(f"its model_type is {settings.get('model_type')!r}, and only 'llama' can be read")
     # Up to transformers 4 under names of its own, from 5 on together.
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    if not plain or rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
-        problems.append(f"its rotary embedding is scaled ({rope}), and this network's is not")
+    ropes = [settings[key] for key in ("rope_parameters", "rope_scaling") if settings.get(key)]
+    for rope in ropes:
+        if not isinstance(rope, dict) or rope.keys() - _PLAIN_ROPE or _type_of(rope) != "default":
+            problems.append(f"its rotary embedding is scaled ({rope}), and this network's is not")
+    rope = {key: value for each in reversed(ropes) if isinstance(each, dict) for key, value in each.items()}
     if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor") or 1) != 1:
         problems.append("its partial_rotary_factor is not 1, and this network rotates all dimensions")
     problems += _unknown(settings)
@@ -193,6 +197,10 @@ def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelCo
         problems.append("its network has other dimensions: set " + " ".join(different))
     if problems:
         raise UserError(f"cannot start from the Llama in {folder}: " + "; ".join(problems))
+
+
+def _type_of(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _unknown(settings: dict[str, Any]) -> Iterator[str]:

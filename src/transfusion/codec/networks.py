@@ -67,7 +67,7 @@ def load_network(folder: str | Path) -> Network:
             raise UserError(
                 f"codec.folder {folder} has {what} weights: {', '.join(sorted(names)[:3])}{more}; copy it again"
             )
-    frozen: Network = network.eval().requires_grad_(False)
+    frozen: Network = network.float().eval().requires_grad_(False)
     return frozen
 
 

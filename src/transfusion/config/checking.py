@@ -13,7 +13,7 @@ from transfusion.config import codec_folder
 from transfusion.config.config import Config
 from transfusion.config.sections import PROBLEM_SEPARATOR, WEIGHT_FORMS
 from transfusion.config.yaml_files import override
-from transfusion.errors import UserError
+from transfusion.errors import UserError, shown
 from transfusion.urls import redacted_text
 
 # Keys that had another name before version 0.1.0, those of codec training too, with what their last part is now.
@@ -115,11 +115,11 @@ def _explain(error: Any, kind: type[BaseModel]) -> list[str]:
             return [f"{path} is now {path.removesuffix(str(error['loc'][-1]))}{RENAMED[general]}"]
         near = difflib.get_close_matches(general, list(_known_keys(kind)), n=1, cutoff=0.5)
         remedy = f"; did you mean {near[0]}?" if near else "; `transfusion config` lists every key"
-        return [f"{path} is not a known key{remedy}"]
+        return [f"{shown(path)} is not a known key{remedy}"]
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message.split(PROBLEM_SEPARATOR)
-    return [f"{path}: {message[0].lower()}{message[1:]}, got {error['input']!r}"]
+    return [f"{shown(path)}: {message[0].lower()}{message[1:]}, got {shown(repr(error['input']))}"]
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

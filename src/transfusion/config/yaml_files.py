@@ -20,6 +20,11 @@ from transfusion.errors import UserError
 from transfusion.urls import redacted_text
 
 _TAG = "tag:yaml.org,2002:"
+# Line ends to YAML 1.1, and letters to everyone else.
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+_MAX_DIGITS, _MAX_DEPTH = 100, 32
+# Letters of an override in a message.
+_SHOWN = 200
 _FORMS = {
     # Numbers that the versions of YAML read differently: 010, 0b1, 2:30.
     "doubtful": r"[-+]?0[0-9_]+|0o[0-7]+|[-+]?0b[01_]+|[-+]?[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9]*)?",
@@ -44,18 +49,24 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        line_by_key: dict[str, int] = {}
+        line_by_key: dict[Any, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue
-            if key.value in line_by_key:
-                first = line_by_key[key.value]
+            # 1 and 0x1 are one key.
+            value = key.value if key.tag == _TAG + "merge" else self.construct_object(key)
+            if value in line_by_key:
                 raise _Misread(
-                    problem=f"{key.value} stands here a second time, first in line {first}; join both",
+                    problem=f"{key.value} stands here a second time, first in line {line_by_key[value]}; join both",
                     problem_mark=key.start_mark,
                 )
-            line_by_key[key.value] = key.start_mark.line + 1
+            line_by_key[value] = key.start_mark.line + 1
         return node
+
+    def construct_number(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _MAX_DIGITS:
+            raise _Misread(problem="this number has too many digits", problem_mark=node.start_mark)
+        return int(self.construct_yaml_int(node))
 
     def refuse_number(self, node: yaml.ScalarNode) -> None:
         raise _Misread(
@@ -66,11 +77,19 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor(_TAG + "doubtful", _Loader.refuse_number)
+_Loader.add_constructor(_TAG + "int", _Loader.construct_number)
 
 
 class _Dumper(yaml.SafeDumper):
     # Quotes text that either version of YAML takes for something else.
     yaml_implicit_resolvers = yaml.SafeDumper.yaml_implicit_resolvers | _RESOLVERS
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = '"' if _LINE_ENDS.search(text) else None
+        return self.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def parse(text: str) -> Any:
@@ -79,6 +98,10 @@ def parse(text: str) -> Any:
     Raises ValueError for what is no YAML, has a key twice in one section, or a number that versions of YAML read
     differently.
     """
+    if odd := _LINE_ENDS.search(text):
+        raise ValueError(
+            f'it holds U+{ord(odd[0]):04X}, which YAML takes for a line end; write it as "\\u{ord(odd[0]):04X}"'
+        )
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -99,8 +122,10 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: base files form a circle")
     values = read_yaml(path)
-    bases = values.pop("base", [])
+    bases = values.pop("base", None) or []
     names = [bases] if isinstance(bases, str) else bases
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: base must name a file or a list of files, got {bases!r}")
     merged = read_all([beside(path, base) for base in names], (*seen, path.resolve()))
     _merge(merged, values)
     return merged
@@ -164,13 +189,13 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     problems = []
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator or not key:
-            problems.append(f"{override!r} is not an override; write section.key=value")
+        if not separator or not key or key.count(".") > _MAX_DEPTH:
+            problems.append(f"{override[:_SHOWN]!r} is not an override; write section.key=value")
             continue
         try:
             put(values, key.lstrip("-"), _value(text))
         except (ValueError, TypeError) as error:
-            problems.append(f"{override!r} cannot be read: {str(error).removeprefix('line 1: ')}")
+            problems.append(f"{override[:_SHOWN]!r} cannot be read: {str(error).removeprefix('line 1: ')}")
     return problems
 
 

@@ -135,3 +135,32 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         f"{tmp_path}/a/*.tar",
         [f"{tmp_path}/b.tar", "c.tar"],
     ]
+
+
+@pytest.mark.parametrize("text", ["base: 5", "base: [9]", "base: [a, ~]", "base: {a: b}"])
+def test_a_base_that_is_no_file_name_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match="base must name a file or a list of files, got"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_an_empty_base_is_none(tmp_path: Path) -> None:
+    for text in ("base:", "base: ~", "base: []"):
+        (tmp_path / "a.yaml").write_text(f"{text}\ntrain: {{steps: 3}}\n")
+        assert load_config(tmp_path / "a.yaml").train.steps == 3
+
+
+@pytest.mark.parametrize("text", ["{1: 2, 0x1: 3}", "{true: 1, True: 2}", "{+1: 7, 1: 2}"])
+def test_one_key_in_two_spellings_is_given_twice(text: str) -> None:
+    with pytest.raises(ValueError, match="stands here a second time"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a." * 2000 + "b=1", "train.steps=0x" + "f" * 9000, "train.steps=" + "9" * 9000, "run.name=a\x85b"],
+)
+def test_what_is_beyond_all_measure_is_refused_in_one_short_line(text: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(None, [text])
+    assert len(str(refused.value)) < 1000 and "\n" not in str(refused.value)

@@ -13,6 +13,7 @@ from PIL import Image, ImageCms
 
 from transfusion.data.images.decode import decode, decode_to
 from transfusion.data.images.probe import probe
+from transfusion.data.shards.sample import SampleError
 from transfusion.sequence.sizes import Size
 
 SIDE = 16
@@ -140,22 +141,23 @@ def test_a_transparent_grey_is_white_whatever_the_bits(bits: int) -> None:
 
 
 def test_bits_of_a_transparent_colour_beyond_those_of_a_pixel_say_nothing() -> None:
+    dark = png(1, 0, [[0] * SIDE] * SIDE, chunk(b"tRNS", struct.pack(">H", 2)))
+    assert means(dark) == [255, 255, 255]
     data = png(8, 0, [[7] * SIDE] * SIDE, chunk(b"tRNS", struct.pack(">H", 0x0107)))
     assert means(data) == [255, 255, 255]
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_a_transparent_colour_is_white_whatever_the_bits(bits: int) -> None:
-    scale = 1 if bits == 8 else 257
-    transparent, other = [scale * each for each in (10, 20, 30)], [scale * each for each in (10, 20, 31)]
-    data = png(
-        bits,
-        2,
-        [(transparent + other) * (SIDE // 2)] * SIDE,
-        chunk(b"tRNS", struct.pack(">3H", *transparent)),
-    )
-    found = decode(data, channels=3, image_size=SIDE)
+def test_a_transparent_colour_is_white() -> None:
+    transparent, other = [10, 20, 30], [10, 20, 31]
+    more = chunk(b"tRNS", struct.pack(">3H", *transparent))
+    found = decode(png(8, 2, [(transparent + other) * (SIDE // 2)] * SIDE, more), channels=3, image_size=SIDE)
     assert found[:, 0, 0].tolist() == [255, 255, 255] and found[:, 0, 1].tolist() == [10, 20, 31]
+
+
+def test_a_transparent_colour_that_only_lower_bits_tell_is_refused_by_name() -> None:
+    data = png(16, 2, [[300, 700, 900] * SIDE] * SIDE, chunk(b"tRNS", struct.pack(">3H", 300, 700, 900)))
+    with pytest.raises(SampleError, match="image_transparency"):
+        probe(data)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -249,6 +251,20 @@ def test_torn_exif_turns_nothing(kind: str, exif: bytes) -> None:
     assert means(data) == pytest.approx(RED, abs=3)
 
 
+BROKEN_CHUNKS = {
+    "a text compressed in an unknown way": chunk(b"zTXt", b"Comment\0\1\7\xf2"),
+    "a text without a name": chunk(b"zTXt", b"\0\1\7\xf2"),
+    "a short density": chunk(b"pHYs", b"\0\0"),
+    "a short gamma": chunk(b"gAMA", b"\0"),
+    "a short profile": chunk(b"iCCP", b"x\0\1"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_CHUNKS.values(), ids=BROKEN_CHUNKS)
+def test_a_broken_chunk_beside_good_pixels_changes_nothing(broken: bytes) -> None:
+    assert means(png(8, 2, [list(RED) * SIDE] * SIDE, broken)) == list(RED)
+
+
 @pytest.mark.parametrize("junk", [b"\0\0", b"\x12\x34\x56", b"\xff\0\xff\0", b"\xff" * 9, b"text between"])
 def test_junk_between_the_markers_of_a_jpeg_is_passed_over(junk: bytes) -> None:
     data = encoded(plain(RED), "JPEG")
@@ -258,8 +274,6 @@ def test_junk_between_the_markers_of_a_jpeg_is_passed_over(junk: bytes) -> None:
 
 
 def test_a_jpeg_of_markers_alone_is_no_image() -> None:
-    from transfusion.data.shards.sample import SampleError
-
     for data in (
         b"\xff\xd8\xff" + bytes(1 << 20),
         b"\xff\xd8" + b"\xff" * (1 << 20),

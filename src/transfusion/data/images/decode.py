@@ -7,6 +7,7 @@ import importlib
 import io
 import warnings
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ _WITH_ALPHA = 4
 _TABLES = ([b"PLTE"], [b"PLTE", b"tRNS"])
 # Where a PNG has its bits a value and its kind of pixel.
 _BITS_AT, _KIND_AT = 24, 25
+# Of a PNG what its pixels need.
+_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 # So far, of 255, a profile may differ from sRGB and count as it.
 _SAME_COLOUR = 2
 # Where Pillow keeps what may tell how an image is turned.
@@ -82,13 +85,25 @@ def decode_to(data: bytes, size: Size, *, turned: Size | None = None, channels: 
     """
     try:
         values = _by_opencv(data)
-        image, on_its_side = _by_pillow(data) if values is None else (_as_image(values), False)
+        image, on_its_side = _read(data) if values is None else (_as_image(values), False)
         return _to_values(image, channels, turned if turned and on_its_side else size)
     except SampleError:
         raise
     except Exception:
         # Of an image with colours by number and no table of them Pillow finds out last, by an assertion.
         raise SampleError("image_corrupt") from None
+
+
+def _read(data: bytes) -> tuple[Image.Image, bool]:
+    """As `_by_pillow`. Metadata of a PNG that Pillow stumbles over are left out."""
+    try:
+        return _by_pillow(data)
+    except SampleError:
+        raise
+    except Exception:
+        if not data.startswith(_PNG):
+            raise
+        return _by_pillow(_bare(data))
 
 
 def _by_pillow(data: bytes) -> tuple[Image.Image, bool]:
@@ -124,13 +139,30 @@ def _orientation(image: Image.Image) -> int | None:
 
 def _scale_transparency(image: Image.Image, data: bytes) -> None:
     """The transparent colour of a PNG in the scale of the pixels; Pillow leaves it in that of the file."""
-    bits, colour = data[_BITS_AT], image.info["transparency"]
-    if data[_KIND_AT] == _GREY and bits in (2, 4, 8):
+    bits, (stored, *_) = data[_BITS_AT], [body for kind, body in _chunks(data) if kind == b"tRNS"]
+    if data[_KIND_AT] == _GREY and bits <= 8:
         highest = (1 << bits) - 1
-        image.info["transparency"] = (colour & highest) * 255 // highest
+        image.info["transparency"] = (int.from_bytes(stored[:2]) & highest) * 255 // highest
     elif image.mode == "RGB":
-        # Of 16 bits Pillow has kept the upper half.
-        image.info["transparency"] = tuple(value >> 8 if bits == 16 else value & 255 for value in colour)
+        image.info["transparency"] = tuple(stored[1:6:2])
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kinds and contents of the chunks of a whole PNG."""
+    position = len(_PNG)
+    while position + CHUNK.size <= len(data):
+        length, kind = CHUNK.unpack_from(data, position)
+        yield kind, data[position + 8 : position + 8 + length]
+        position += 12 + length
+
+
+def _bare(data: bytes) -> bytes:
+    """A PNG of the chunks that its pixels need."""
+    bare = bytearray(_PNG)
+    for kind, body in _chunks(data):
+        if kind in _NEEDED:
+            bare += CHUNK.pack(len(body), kind) + body + CHECKSUM.pack(zlib.crc32(kind + body))
+    return bytes(bare)
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:

@@ -19,6 +19,8 @@ MIN_SIDE = 8
 MAX_METADATA = 1 << 20
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+# Of a PNG: sixteen bits of red, green and blue.
+_DEEP_COLOUR = bytes((16, 2))
 # Of a PNG: length and kind of a chunk, and its checksum.
 CHUNK, CHECKSUM = struct.Struct(">I4s"), struct.Struct(">I")
 _WEBP_CHUNK = struct.Struct("<4sI")
@@ -84,6 +86,9 @@ def _png(data: bytes) -> ImageFacts:
             raise SampleError("image_corrupt")
         if kind == b"IDAT":
             has_pixels = True
+        elif kind == b"tRNS" and data[24:26] == _DEEP_COLOUR:
+            # Which of the pixels are meant only their lower bits tell, which decoders drop.
+            raise SampleError("image_transparency")
         elif kind == b"IEND":
             if not has_pixels:
                 raise SampleError("image_corrupt")

@@ -15,7 +15,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from transfusion.errors import UserError
+from transfusion.errors import UserError, shown
 from transfusion.files import atomic_file
 from transfusion.urls import is_address, redacted, scheme
 
@@ -24,7 +24,9 @@ SAMPLES_PER_SHARD = 1000
 MAX_SHARD = 10_000
 # Of one brace range: a slip of the finger should not fill the memory.
 MAX_NAMES = 1_000_000
-_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)\}")
+# Letters of a path, which no system takes longer.
+_MAX_PATH = 4096
 
 Sample = Mapping[str, bytes]
 
@@ -93,7 +95,7 @@ def open_address(address: str) -> Any:
     # Imported here, since it brings torch along.
     from webdataset.gopen import gopen, gopen_schemes
 
-    kind, shown = scheme(address), redacted(address)
+    kind, named = scheme(address), redacted(address)
     try:
         if kind == "file" or kind in gopen_schemes:
             return gopen(address)
@@ -106,11 +108,11 @@ def open_address(address: str) -> Any:
             raise
         needs = missing or getattr(error, "name", None) or f"a library for {kind}:"
         raise UserError(
-            f"{shown} needs {needs}, which is not installed; install it, or write a command: `pipe:COMMAND`"
+            f"{named} needs {needs}, which is not installed; install it, or write a command: `pipe:COMMAND`"
         ) from None
     except ValueError:
         raise UserError(
-            f"{kind}: ({shown}) cannot be opened; write https:, gs:, hf:, file: or a command, `pipe:COMMAND`"
+            f"{kind}: ({named}) cannot be opened; write https:, gs:, hf:, file: or a command, `pipe:COMMAND`"
         ) from None
     except OSError:
         raise
@@ -134,37 +136,64 @@ def _expand_one(spec: str) -> list[Path]:
         known = os.path.dirname(known)
     paths: list[Path] = []
     for rest in _brace_ranges(spec[len(known) :]):
-        name = Path(known + rest)
-        found = sorted(glob.glob(glob.escape(known) + rest, recursive=True))
-        matches = [Path(match) for match in found if Path(match).is_file()]
+        name = known + rest
+        try:
+            found = (
+                sorted(glob.glob(glob.escape(known) + rest, recursive=True)) if len(name) < _MAX_PATH else []
+            )
+        except RecursionError:
+            found = []
+        matches = [Path(match) for match in found if os.path.isfile(match)]
         if not matches:
-            raise UserError(f"no shard {name}; {_nearby(name)}")
+            raise UserError(f"no shard {shown(name)}; {_nearby(Path(name))}")
         paths += matches
     return paths
 
 
 def _brace_ranges(spec: str) -> list[str]:
-    shown = redacted(spec) if is_address(spec) else spec
-    # braceexpand writes out a range before it gives the first name.
-    if all(abs(int(end) - int(first)) <= MAX_NAMES for first, end in _RANGE.findall(spec)):
+    named = shown(redacted(spec) if is_address(spec) else spec)
+    if _least_names(spec) <= MAX_NAMES:
         try:
             names = list(itertools.islice(braceexpand(spec), MAX_NAMES + 1))
         except (ValueError, RecursionError):
-            raise UserError(f"shards {shown!r} has an unbalanced brace; write {{00000..00012}}.tar") from None
+            raise UserError(f"shards {named!r} has an unbalanced brace; write {{00000..00012}}.tar") from None
         if len(names) <= MAX_NAMES:
             return names
     raise UserError(
-        f"shards {shown!r} stands for more than {MAX_NAMES:,} names; split it into several sources"
+        f"shards {named!r} stands for more than {MAX_NAMES:,} names; split it into several sources"
     )
+
+
+def _least_names(spec: str) -> int:
+    """At least so many names are meant; braceexpand needs time and memory for all of them before it gives the first.
+
+    Of braces in braces only the outer ones count.
+    """
+    product, choices, depth, begin = 1, 1, 0, 0
+    for place, letter in enumerate(spec):
+        if letter == "{":
+            begin = begin if depth else place
+            depth += 1
+            choices = choices if depth > 1 else 1
+        elif letter == "," and depth == 1:
+            choices += 1
+        elif letter == "}" and depth:
+            depth -= 1
+            if not depth:
+                ends = _RANGE.fullmatch(spec, begin, place + 1)
+                product *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else choices
+                if product > MAX_NAMES:
+                    break
+    return product
 
 
 def _nearby(path: Path) -> str:
     """What stands where the missing file was looked for."""
     folder = path.parent
-    while not folder.is_dir() or glob.has_magic(str(folder)):
+    while not os.path.isdir(folder):
         folder = folder.parent
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     if not names:
-        return f"{folder} is empty; `transfusion prepare` writes shards"
+        return f"{shown(folder)} is empty; `transfusion prepare` writes shards"
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{folder} holds {', '.join(names[:3])}{more}"
+    return f"{shown(folder)} holds {', '.join(map(shown, names[:3]))}{more}"
