@@ -378,6 +378,7 @@ WeightOrSchedule = Annotated[
 
 
 Verify = Literal["none", "sha256"]
+SourceKind = Literal["auto", "pairs", "texts", "interleaved", "mixed"]
 
 
 class SourceConfig(Section):
@@ -392,6 +393,11 @@ class SourceConfig(Section):
     )
     latent_channels: NonNegativeInt = Field(
         0, description="channels of precomputed latents (KEY.latent.npy, KEY.npy); 0: those of the codec"
+    )
+    kind: SourceKind = Field(
+        "auto",
+        description="what the shards hold. Other samples are left out as faults. auto: a shard with more pairs than"
+        " texts holds no texts, so that a caption whose image is gone is none",
     )
     verify: Verify = Field(
         "none",

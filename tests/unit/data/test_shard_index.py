@@ -85,7 +85,7 @@ def test_all_that_was_found_comes_back(mixed: Path, tmp_path: Path, tokenizer: T
 
 
 def test_a_source_of_everything(mixed: Path, tokenizer: Tokenizer) -> None:
-    source = SourceConfig(name="s", shards=str(mixed))
+    source = SourceConfig(name="s", shards=str(mixed), kind="mixed")
     index = build_index(source, tokenizer, patches=16, sequence_length=128, latent_channels=1)
     assert index.is_pair_N.tolist() == [True, False, False, True] and index.lengths.images_N.tolist() == [
         1,
@@ -105,7 +105,7 @@ def test_a_source_of_everything(mixed: Path, tokenizer: Tokenizer) -> None:
 
 def test_what_does_not_fit_a_row_is_left_out(mixed: Path, tokenizer: Tokenizer) -> None:
     def opened(sequence_length: int, channels: int = 1) -> SourceIndex:
-        source = SourceConfig(name="s", shards=str(mixed))
+        source = SourceConfig(name="s", shards=str(mixed), kind="mixed")
         return build_index(
             source, tokenizer, patches=16, sequence_length=sequence_length, latent_channels=channels
         )
@@ -138,7 +138,10 @@ def test_a_stale_index_is_refused_with_the_command_that_renews_it(
     mixed: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    job, source = IndexJob([str(mixed)], tokenizer.path), SourceConfig(name="s", shards=str(mixed))
+    job, source = (
+        IndexJob([str(mixed)], tokenizer.path),
+        SourceConfig(name="s", shards=str(mixed), kind="mixed"),
+    )
 
     def opened() -> SourceIndex:
         return build_index(
@@ -174,7 +177,7 @@ def test_a_stale_index_is_refused_with_the_command_that_renews_it(
 def test_training_makes_what_is_missing_and_renews_its_own(
     mixed: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = SourceConfig(name="s", shards=str(mixed))
+    source = SourceConfig(name="s", shards=str(mixed), kind="mixed")
 
     def opened(**place: Path) -> SourceIndex:
         return build_index(source, tokenizer, patches=16, sequence_length=128, place=IndexLocation(**place))
@@ -206,7 +209,7 @@ def test_a_file_of_an_earlier_version_is_made_anew_with_one_line(
     path = place.path(LocalShard(mixed), "none", tokenizer.fingerprint)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"transfusion\x1aidx\n" + bytes(200))
-    source = SourceConfig(name="s", shards=str(mixed))
+    source = SourceConfig(name="s", shards=str(mixed), kind="mixed")
     with caplog.at_level("WARNING"):
         assert len(build_index(source, tokenizer, patches=16, sequence_length=128, place=place)) == 4
     (line,) = caplog.messages
@@ -229,7 +232,7 @@ def test_the_command(tmp_path: Path, data: Path) -> None:
     assert counters["files_skipped"] == {".json": 1} and counters["bad_shards"] == ["00001.tar"]
     assert "00001.tar" in first.stderr
     lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
-    assert [sorted(line) for line in lines] == [["key", "offset", "reason", "shard"]] * 2
+    assert [sorted(line) for line in lines] == [["key", "lost", "offset", "reason", "shard"]] * 2
     assert [line["key"] for line in lines] == ["000010014", "000010015"]
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     limited = transfusion(

@@ -108,8 +108,8 @@ def test_long_texts_of_one_letter_take_time_in_proportion(tokenizer: Tokenizer, 
         assert tokenizer.decode(ids) == text
         return taken
 
-    # Quadratic time would be 16 times the smaller one.
-    assert seconds(80_000) < 8 * seconds(20_000) + 0.2
+    # Quadratic time was 40 seconds for half of it.
+    assert seconds(80_000) < 8 * seconds(20_000) + 1
 
 
 def test_texts_are_cut_for_the_trainer_in_proportion_and_without_loss() -> None:

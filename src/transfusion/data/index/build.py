@@ -15,8 +15,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from transfusion.config import CacheConfig, Config
@@ -31,8 +32,10 @@ from transfusion.data.index.shard_index import (
 )
 from transfusion.data.remote.cache import CacheSettings, RemoteShard
 from transfusion.data.remote.download import DownloadFailed
+from transfusion.data.shards.sample import Fault, lost_by_reason
 from transfusion.data.shards.scan import is_shard
 from transfusion.data.shards.shard import LocalShard, Shard
+from transfusion.data.shards.tar import NO_END_MARKER, TRUNCATED, UNREADABLE
 from transfusion.data.shards.webdataset import expand_all
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, atomic_write_text, lock, remove_unfinished
@@ -45,6 +48,8 @@ _KINDS = ("texts", "pairs", "interleaved", "tokens")
 COUNTERS, QUARANTINE = "counters.json", "quarantine.jsonl"
 # Passed over and counted, but no damage: what archivers of other systems leave behind.
 HARMLESS = "member_ignored"
+# Of a shard whose end, or all of it, is missing.
+_CUT = (UNREADABLE, TRUNCATED, NO_END_MARKER)
 _SUFFIX = ".index"
 # Of a tokenizer's fingerprint, in names of index files.
 _TOKENIZER_DIGITS = 8
@@ -278,6 +283,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def faults_of(parts: Sequence[ShardIndex]) -> list[list[Fault]]:
+    """What was left out of each shard. One that cannot be read, or was cut short, costs what others hold more."""
+    found = [list(part.faults()) for part in parts]
+    is_cut = [any(fault.reason in _CUT for fault in faults) for faults in found]
+    whole = [len(part) for part, cut in zip(parts, is_cut, strict=True) if not cut]
+    usual = round(fmean(whole)) if whole else 0
+    for part, faults, cut in zip(parts, found, is_cut, strict=True):
+        if cut:
+            place = next(n for n, fault in enumerate(faults) if fault.reason in _CUT)
+            others = sum(fault.lost for fault in faults) - faults[place].lost
+            lost = max(faults[place].lost, usual - len(part) - others)
+            faults[place] = replace(faults[place], lost=lost)
+    return found
+
+
 def too_many_faults(faults: int, samples: int, max_share: float) -> bool:
     """Whether more than this share of the samples (good and bad) is bad."""
     return faults > max_share * max(samples, _MIN_SAMPLES)
@@ -387,10 +407,9 @@ def _report(indexes: Sequence[ShardIndex], max_share: float, skipped: dict[str, 
     shards: dict[str, Any] = {}
     bad: list[str] = []
     samples = damaged = 0
-    for index in indexes:
-        faults = list(index.faults())
-        here = collections.Counter(fault.reason for fault in faults)
-        harm = sum(fault.reason != HARMLESS for fault in faults)
+    for index, faults in zip(indexes, faults_of(indexes), strict=True):
+        here = lost_by_reason(faults)
+        harm = here.total() - here[HARMLESS]
         name = index.shard.name if names[index.shard.name] == 1 else str(index.shard)
         shards[name] = {
             "samples": len(index),

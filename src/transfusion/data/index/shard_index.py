@@ -44,7 +44,7 @@ _FORMER_MAGIC = b"transfusion\x1aidx\n"
 _COLUMNS = (
     "key_bytes_N", "offset_N", "captions_N", "stored_images_N", "elements_N", "tokens_C", "image_offset_I",
     "image_size_I", "image_width_I", "image_height_I", "latent_channels_I", "element_E", "fault_key_bytes_F",
-    "fault_offset_F", "fault_reason_F",
+    "fault_offset_F", "fault_reason_F", "fault_lost_F",
 )  # fmt: skip
 # Letters that are tokenised together, and token ids that are written together.
 _LETTERS_AT_ONCE, _IDS_AT_ONCE = 1 << 14, 1 << 16
@@ -265,10 +265,10 @@ class ShardIndex:
     def faults(self) -> Iterator[Fault]:
         """What was left out when the shard was read."""
         starts = _borders(self["fault_key_bytes_F"])
-        columns = zip(self["fault_reason_F"].tolist(), self["fault_offset_F"].tolist(), strict=True)
-        for number, (reason, offset) in enumerate(columns):
+        columns = (self[name].tolist() for name in ("fault_reason_F", "fault_offset_F", "fault_lost_F"))
+        for number, (reason, offset, lost) in enumerate(zip(*columns, strict=True)):
             key = _text(self["fault_keys"], starts, number)
-            yield Fault(self.shard.name, key, self._facts["reasons"][reason], offset)
+            yield Fault(self.shard.name, key, self._facts["reasons"][reason], offset, lost)
 
     def __getstate__(self) -> dict[str, Any]:
         # Other processes map the file themselves.
@@ -385,6 +385,7 @@ class _Collector:
         self._columns["fault_key_bytes_F"].append(len(key))
         self._columns["fault_offset_F"].append(fault.offset)
         self._columns["fault_reason_F"].append(reason)
+        self._columns["fault_lost_F"].append(fault.lost)
 
     def finish(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """All columns, and what was counted."""

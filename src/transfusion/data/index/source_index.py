@@ -6,6 +6,7 @@ Shape suffixes: N samples of the source, C their texts and captions, T tokens of
 from __future__ import annotations
 
 import itertools
+import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfusion.config import CacheConfig, CodecConfig, Config, SourceConfig
+from transfusion.config.sections import SourceKind
 from transfusion.data.images.latents import refuse_other_latents
 from transfusion.data.index.build import (
     HARMLESS,
     IndexLocation,
     cache_of,
+    faults_of,
     find_shards,
     open_indexes,
     too_many_faults,
@@ -29,6 +32,7 @@ from transfusion.data.planning.epoch import Schedule, SourceLengths, Windows
 from transfusion.data.remote.cache import CacheSettings
 from transfusion.data.shards.sample import Fault, reasons
 from transfusion.data.shards.scan import is_shard
+from transfusion.data.shards.shard import Shard
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, Segment, TextSegment
 from transfusion.sequence.layout import (
@@ -40,6 +44,11 @@ from transfusion.sequence.layout import (
 from transfusion.sequence.sizes import ImageSizes, Size
 from transfusion.sequence.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
+# Files that stand beside shards and belong there, and those that hold samples nobody can read.
+_OWN_FILES = (".index", ".compared", ".changed", "_latents.json")
+_PACKED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4", ".zip", ".7z", ".rar")
 # Two bytes a token where the vocabulary allows.
 TokenIds = NDArray[np.uint16] | NDArray[np.int32]
 
@@ -58,6 +67,7 @@ class SourceIndex:
         shuffle_window: int = 1,
         sizes: ImageSizes | None = None,
         schedule: Schedule = ((0, 1.0),),
+        kind: SourceKind = "auto",
     ) -> None:
         """patches: of one image, or with `sizes` those of the size that it takes. latent_channels: of precomputed
         latents; 0: any. shuffle_window: of a remote source.
@@ -71,8 +81,10 @@ class SourceIndex:
         self._image = ImageSegment(None, patches)
         self._size_numbers: dict[int, NDArray[np.uint8]] = {}
         views = [
-            _FittingSamples(part, self._document_patches(part, number), sequence_length, latent_channels)
-            for number, part in enumerate(parts)
+            _FittingSamples(
+                part, faults, self._document_patches(part, number), sequence_length, latent_channels, kind
+            )
+            for number, (part, faults) in enumerate(zip(parts, faults_of(parts), strict=True))
         ]
         # Which samples of each shard are kept; None: all.
         self._kept = [view.kept for view in views]
@@ -219,7 +231,13 @@ class _FittingSamples:
     """
 
     def __init__(
-        self, part: ShardIndex, patches_N: Integers, sequence_length: int, latent_channels: int
+        self,
+        part: ShardIndex,
+        faults: list[Fault],
+        patches_N: Integers,
+        sequence_length: int,
+        latent_channels: int,
+        kind: SourceKind,
     ) -> None:
         self.captions_N: NDArray[Any] = part["captions_N"]
         self.tokens_C: NDArray[Any] = part["tokens_C"]
@@ -227,7 +245,7 @@ class _FittingSamples:
         self.interleaved_N: NDArray[np.bool_] = (part["elements_N"] > 0) & (self.images_N > 0)
         self.patches_N = patches_N
         self.kept: Integers | None = None
-        self.faults = list(part.faults())
+        self.faults = faults
         longest_N = sequence_length - TEXT_CONTROL_TOKENS - patches_N - self.images_N * IMAGE_CONTROL_TOKENS
         is_cut_N = self.images_N == 0
         fits_C = np.repeat(is_cut_N, self.captions_N) | (
@@ -237,15 +255,31 @@ class _FittingSamples:
         strange_I = (channels_I > 0) & (channels_I != latent_channels) & (latent_channels > 0)
         strange = set(np.repeat(np.arange(len(part)), part["stored_images_N"])[strange_I].tolist())
         fits_C &= ~np.repeat(np.isin(np.arange(len(part)), list(strange)), self.captions_N)
+        wrong_N = self._of_other_kinds(part, kind)
+        fits_C &= ~np.repeat(wrong_N, self.captions_N)
         if fits_C.all():
             return
         fitting_N = np.add.reduceat(fits_C, part.caption_start_N[:-1], dtype=np.int64)
         self.kept = np.flatnonzero(fitting_N)
         for sample in np.flatnonzero(fitting_N == 0).tolist():
-            self.faults.append(part.fault(sample, "latent_shape" if sample in strange else "longer_than_row"))
+            reason = "latent_shape" if sample in strange else "longer_than_row"
+            if wrong_N[sample]:
+                reason = "other_kind" if self.images_N[sample] else "image_missing"
+            self.faults.append(part.fault(sample, reason))
         self.captions_N, self.tokens_C = fitting_N[self.kept], self.tokens_C[fits_C]
         self.images_N, self.interleaved_N = self.images_N[self.kept], self.interleaved_N[self.kept]
         self.patches_N = self.patches_N[self.kept]
+
+    def _of_other_kinds(self, part: ShardIndex, kind: SourceKind) -> NDArray[np.bool_]:
+        """Which samples [N] the source should not hold. By itself a shard of more pairs than texts has no texts."""
+        is_document_N = part["elements_N"] > 0
+        is_pair_N, is_text_N = (self.images_N > 0) & ~is_document_N, (self.images_N == 0) & ~is_document_N
+        if kind == "auto":
+            kind = "pairs" if is_pair_N.sum() > is_text_N.sum() else "mixed"
+            is_pair_N = is_pair_N | is_document_N
+        wanted = {"texts": is_text_N, "pairs": is_pair_N, "interleaved": is_document_N}
+        wrong_N: NDArray[np.bool_] = ~wanted[kind] if kind in wanted else np.zeros(len(part), np.bool_)
+        return wrong_N
 
 
 def build_index(
@@ -267,7 +301,9 @@ def build_index(
     another codec, or no good sample is left.
     """
     cache = cache or CacheSettings.of(CacheConfig(), Path("cache"))
-    shards = [shard for shard in find_shards(source.shards, cache) if is_shard(shard)]
+    found = find_shards(source.shards, cache)
+    shards = [shard for shard in found if is_shard(shard)]
+    _tell_of_others(source.name, [shard for shard in found if not is_shard(shard)], len(found))
     parts = open_indexes(shards, tokenizer, place or IndexLocation(), source.verify)
     for part in parts:
         # What stands beside a remote shard is not seen.
@@ -283,12 +319,31 @@ def build_index(
         shuffle_window=source.shuffle_window,
         sizes=sizes,
         schedule=source.schedule,
+        kind=source.kind,
     )
     if not len(index):
         raise UserError(
             f"source {source.name} has no usable sample in {len(shards)} shards{reasons(index.faults)}"
         )
     return index
+
+
+def _tell_of_others(source: str, others: Sequence[Shard], named: int) -> None:
+    """A warning of files that a source names and nobody reads. Raises UserError for compressed shards."""
+    others = [other for other in others if not other.name.endswith(_OWN_FILES)]
+    if packed := [other for other in others if other.name.lower().endswith(_PACKED)]:
+        raise UserError(
+            f"source {source}: {len(packed)} of {named} files are compressed and cannot be read, such as"
+            f" {packed[0]}; unpack them to .tar or .jsonl, or leave them out of `shards`"
+        )
+    if others:
+        log.warning(
+            "source %s: %d of %d files are no .tar or .jsonl and are not read, such as %s",
+            source,
+            len(others),
+            named,
+            others[0],
+        )
 
 
 def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> list[SourceIndex]:
@@ -314,9 +369,10 @@ def refuse_too_many(indexes: Iterable[SourceIndex], max_share: float) -> None:
     """Raises UserError for a source with too many faults, with its reasons."""
     for index in indexes:
         harm = [fault for fault in index.faults if fault.reason != HARMLESS]
-        if too_many_faults(len(harm), len(harm) + len(index), max_share):
+        lost = sum(fault.lost for fault in harm)
+        if too_many_faults(lost, lost + len(index), max_share):
             raise UserError(
-                f"source {index.name}: {len(harm)} of {len(harm) + len(index)} samples are bad{reasons(harm)};"
+                f"source {index.name}: {lost} of {lost + len(index)} samples are bad{reasons(harm)};"
                 f" fix the shards, or raise data.max_bad_fraction ({max_share})"
             )
 

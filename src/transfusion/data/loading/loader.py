@@ -17,7 +17,7 @@ from transfusion.data.loading.rows import Row, RowBuilder, RowSettings
 from transfusion.data.loading.workers import LocalWorkers, ProcessWorkers, RowWorkers
 from transfusion.data.planning.epoch import VariantRule
 from transfusion.data.planning.packing import Planner, PlanSettings, RowPlan, State
-from transfusion.data.shards.sample import Fault
+from transfusion.data.shards.sample import Fault, lost_by_reason
 from transfusion.errors import UserError
 from transfusion.schema import Batch, BatchCounts
 from transfusion.sequence.tokenizer import Tokenizer
@@ -151,7 +151,7 @@ class Loader:
         `faults` counts bad samples by reason, those of the index too.
         """
         counts: dict[str, Any] = dataclasses.asdict(self._totals)
-        counts["faults"] = dict(collections.Counter(fault.reason for fault in self.faults()))
+        counts["faults"] = dict(lost_by_reason(self.faults()))
         return counts
 
     def faults(self) -> list[Fault]:

@@ -32,19 +32,28 @@ class Fault:
     """A sample that is left out, and why; the same reason for all of its kind.
 
     key: as it stands in the shard, `line N` (from 0) of a text file, or empty where the shard itself is at fault.
-    offset: of its first byte in the shard.
+    offset: of its first byte in the shard. lost: samples that it costs, as far as that can be told.
     """
 
     shard: str
     key: str
     reason: str
     offset: int = 0
+    lost: int = 1
 
 
 def reasons(faults: Iterable[Fault]) -> str:
-    """The most common reasons and their counts, to stand behind a message; empty for no faults."""
-    counts = collections.Counter(fault.reason for fault in faults).most_common(4)
+    """The most common reasons and the samples lost, to stand behind a message; empty for no faults."""
+    counts = lost_by_reason(faults).most_common(4)
     return f" ({', '.join(f'{reason}: {count}' for reason, count in counts)})" if counts else ""
+
+
+def lost_by_reason(faults: Iterable[Fault]) -> collections.Counter[str]:
+    """Samples that faults cost."""
+    counts: collections.Counter[str] = collections.Counter()
+    for fault in faults:
+        counts[fault.reason] += fault.lost
+    return counts
 
 
 class StoredImage(NamedTuple):

@@ -109,11 +109,12 @@ def _text_of_line(line: bytes, notes: list[str]) -> str:
 def _scan_tar(shard: str, descriptor: int, verify: Verify) -> Iterator[RawSample | Fault]:
     """Twice over the samples: first to find keys that come again, then to judge them one by one."""
     validator, walk = SampleValidator(descriptor, verify), TarWalk(descriptor)
-    scattered, repeated, kept = _survey(groups(walk))
+    scattered, repeated, kept, count = _survey(groups(walk))
     if kept is None:
         walk = TarWalk(descriptor)
     met: set[int] = set()
     told: set[str] = set()
+    lost = _lost(walk, count)
     for group in groups(walk) if kept is None else kept:
         mark = hash(group.key)
         if mark in scattered or mark in repeated:
@@ -126,16 +127,27 @@ def _scan_tar(shard: str, descriptor: int, verify: Verify) -> Iterator[RawSample
         try:
             yield validator.sample(group)
         except SampleError as error:
-            told.add(str(error))
-            yield Fault(shard, group.key, str(error), group.offset)
+            reason = str(error)
+            cost = group.samples if reason in told else lost.get(reason, group.samples)
+            yield Fault(shard, group.key, reason, group.offset, cost)
+            told.add(reason)
     for reason, offset in walk.problems.items():
         if reason not in told:
-            yield Fault(shard, "", reason, offset)
+            yield Fault(shard, "", reason, offset, lost.get(reason, 1))
 
 
-def _survey(found: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | None]:
-    """Keys (their hashes) whose members are scattered, keys that come again with the same kind of member, and the
-    groups themselves where they are not too many."""
+def _lost(walk: TarWalk, count: int) -> dict[str, int]:
+    """By reason the samples that stood where a walk passed over bytes, if they were as large as the others."""
+    read = walk.length - walk.skipped.total()
+    return {
+        reason: max(1, round(skipped * count / read)) if count and read > 0 else 1
+        for reason, skipped in walk.skipped.items()
+    }
+
+
+def _survey(found: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | None, int]:
+    """Keys (their hashes) whose members are scattered, keys that come again with the same kind of member, the groups
+    themselves where they are not too many, and how many they are."""
     marks, kinds = array.array("q"), array.array("q")
     kept: list[Group] | None = []
     members = 0
@@ -157,7 +169,7 @@ def _survey(found: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | N
             repeated.add(mark)
         elif mark in again:
             first[mark] |= kind
-    return again - repeated, repeated, kept
+    return again - repeated, repeated, kept, len(marks)
 
 
 @functools.lru_cache(_EXTENSIONS_KEPT)

@@ -6,6 +6,7 @@ is claimed on a header's word, no link is followed, and reading goes on at the n
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 import zlib
@@ -90,13 +91,15 @@ class TarWalk:
     """Iterates over the members once.
 
     problems: by reason the offset of the first, complete when the walk has ended. latest: the last one so far.
+    skipped: by reason the bytes that were passed over.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.problems: dict[str, int] = {}
+        self.skipped: collections.Counter[str] = collections.Counter()
         self.latest: tuple[str, int] = ("", -1)
         self._descriptor = descriptor
-        self._length = os.fstat(descriptor).st_size
+        self.length = os.fstat(descriptor).st_size
         self._window = Window(descriptor)
         # Of the window that begins at `_known_from`, by where they stand, with where the next stand.
         self._known: dict[int, tuple[Member, int]] = {}
@@ -121,18 +124,20 @@ class TarWalk:
                 self._note(BAD_HEADER, place)
                 # Searched from the next block on: the size of a lying header says nothing.
                 position, before = self._search(place + BLOCK), BAD_HEADER
+                self.skipped[BAD_HEADER] += position - place
                 continue
             if following is None:
                 # Cut off here, or a lie: members behind it tell.
                 following = self._search(place + BLOCK)
-                member = member._replace(torn=TRUNCATED if following >= self._length else BAD_HEADER)
+                member = member._replace(torn=TRUNCATED if following >= self.length else BAD_HEADER)
                 self._note(member.torn, place)
+                self.skipped[member.torn] += following - place
             found = True
             if member.name:
                 yield member
             position, before = following, member.torn
         if not found:
-            readable = self._length and not self.problems.keys() & {BAD_HEADER, TRUNCATED}
+            readable = self.length and not self.problems.keys() & {BAD_HEADER, TRUNCATED}
             self.problems = {EMPTY if readable else UNREADABLE: 0}
 
     def _look_around(self, position: int) -> tuple[Member, int] | None:
@@ -140,12 +145,12 @@ class TarWalk:
         if len(self._block(position)) < BLOCK or self._known_from == self._window.start:
             return None
         self._known_from = self._window.start
-        self._known = _plain_members(self._window.data, self._window.start, self._length)
+        self._known = _plain_members(self._window.data, self._window.start, self.length)
         return self._known.get(position)
 
     def _next_header(self, position: int, found: bool) -> int | None:
         """Where the next header stands: here, or behind an end marker; None at the end."""
-        left = self._length - position
+        left = self.length - position
         if left < BLOCK:
             if left > 0:
                 self._note(TRUNCATED, position)
@@ -155,25 +160,25 @@ class TarWalk:
         if self._block(position) != _ZEROS:
             return position
         place = self._behind_zeros(position)
-        if place >= self._length:
+        if place >= self.length:
             return None
         self._note(TRAILING_DATA, place)
         return place
 
     def _behind_zeros(self, position: int) -> int:
         """The first block from here on that is not all zeros, or the end."""
-        while position < self._length:
+        while position < self.length:
             data = os.pread(self._descriptor, _SEARCHED_AT_ONCE, position)
             zeros = len(data) - len(data.lstrip(b"\0"))
             if zeros < len(data):
                 place = position + zeros // BLOCK * BLOCK
-                return place if self._length - place >= BLOCK else self._length
-            position += len(data) or self._length
-        return self._length
+                return place if self.length - place >= BLOCK else self.length
+            position += len(data) or self.length
+        return self.length
 
     def _search(self, position: int) -> int:
         """The next block that is a whole header, or the end."""
-        while position < self._length:
+        while position < self.length:
             data = os.pread(self._descriptor, _SEARCHED_AT_ONCE, position)
             magic = data.find(_MAGIC, _MAGIC_OFFSET)
             while magic >= 0:
@@ -181,8 +186,8 @@ class TarWalk:
                 if start % BLOCK == 0 and _is_whole(data[start : start + BLOCK]):
                     return position + start
                 magic = data.find(_MAGIC, magic + 1)
-            position += len(data) or self._length
-        return self._length
+            position += len(data) or self.length
+        return self.length
 
     def _member(self, place: int, before: str) -> tuple[Member, int | None]:
         """The member whose headers begin here, and where the next begin: None if its data is not all there.
@@ -195,7 +200,7 @@ class TarWalk:
             data = position + BLOCK
             if header.kind not in (b"L", b"K", b"x", b"g"):
                 break
-            if header.size > min(MAX_EXTENSION, self._length - data):
+            if header.size > min(MAX_EXTENSION, self.length - data):
                 raise _BadHeaderError
             content = os.pread(self._descriptor, header.size, data)
             if header.kind == b"L":
@@ -217,9 +222,9 @@ class TarWalk:
         if header.kind == _DIRECTORY or (regular and name.endswith(b"/")):
             name = b""
         member = Member(name, place, data, size, regular, "", before)
-        if size > self._length - data:
+        if size > self.length - data:
             return member, None
-        return member, min(data + _padded(size), self._length)
+        return member, min(data + _padded(size), self.length)
 
     def _block(self, position: int) -> bytes:
         return self._window.read(position, BLOCK)

@@ -33,6 +33,7 @@ ShapeOf = Callable[[bytes, int], tuple[int, int, int]]
 # Of a sample: its texts, images and elements.
 Contents = tuple[tuple[str, ...], tuple[StoredImage, ...], tuple[int, ...]]
 
+_DOTTED = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _ELEMENT_IMAGE = re.compile(rf"img\d{{1,6}}\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 
@@ -49,6 +50,14 @@ class Group:
     members: dict[str, Member] = field(default_factory=dict)
     reason: str = ""
     damage: str = ""
+
+    @property
+    def samples(self) -> int:
+        """How many were meant: several where dots in names, as in cat.0.png and cat.1.png, made one key of them."""
+        if "json" in self.members:
+            return 1
+        named = (name for name in self.members if "." in name and not _ELEMENT_IMAGE.fullmatch(name))
+        return max(1, sum(name.endswith(_DOTTED) for name in named))
 
     def add(self, extension: str, member: Member) -> None:
         """Take a member in, or remember why the sample is none."""
@@ -104,7 +113,7 @@ class SampleValidator:
                 raise SampleError("image_missing")
             return self._interleaved(group, facts["elements"], notes)
         if set(members) != {"txt"}:
-            raise SampleError("image_missing")
+            raise SampleError("dotted_names" if group.samples > 1 else "image_missing")
         return (document(utf8(self._bytes(members["txt"], DOCUMENT_BYTES)), notes),), (), ()
 
     def _pair(
