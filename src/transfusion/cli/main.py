@@ -112,7 +112,9 @@ def prepare(
     state = "already there" if result.reused else "written"
     print(f"{result.out}: {result.train} training and {result.validation} validation samples, {state}")
     for reason, count in result.skipped.items():
-        print(f"left out: {count} x {reason}", file=sys.stderr)
+        print(f"left out: {count} x {reason}; {result.out}/prepared.json names them", file=sys.stderr)
+    if not result.validation:
+        print("nothing is kept for validation: train with data.validation=[]", file=sys.stderr)
 
 
 @tokenizer_app.command("train")

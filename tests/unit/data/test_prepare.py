@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from sklearn.datasets import load_digits
 
 from transfusion.data.images.decode import decode
@@ -139,3 +141,110 @@ def test_unknown_sources_are_one_line(source: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fixed split"):
         prepare("digits", tmp_path / "out", validation=0.5)
     assert not list(tmp_path.iterdir())
+
+
+def captioned(folder: Path, name: str, data: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data)
+    (folder / name).with_suffix(".txt").write_text(f"caption of {name}")
+
+
+def image_bytes(kind: str, shade: int = 100, **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (shade, 200, 30)).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def test_what_pillow_reads_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    kinds = {
+        "bmp": "BMP",
+        "gif": "GIF",
+        "tiff": "TIFF",
+        "ppm": "PPM",
+        "tga": "TGA",
+        "jfif": "JPEG",
+        "jpe": "JPEG",
+    }
+    if features.check("avif"):
+        kinds["avif"] = "AVIF"
+    for extension, kind in kinds.items():
+        captioned(tmp_path / "f", f"a.{extension}.{extension}", image_bytes(kind))
+    captioned(tmp_path / "f", "a GIF called.jpg", image_bytes("GIF"))
+    captioned(tmp_path / "f", "a JPEG called.png", image_bytes("JPEG"))
+    result = prepare(str(tmp_path / "f"), tmp_path / "out", validation=0)
+    assert result.train == len(kinds) + 2 and result.skipped == {}
+    (shard,) = expand(f"{tmp_path}/out/train/*.tar")
+    stored = shard.read_bytes()
+    for sample in read(tmp_path / "out/train"):
+        (place,) = sample.images
+        values = decode(stored[place.offset : place.offset + place.size], channels=3, image_size=16)
+        assert np.abs(values.reshape(3, -1).mean(1) - (100, 200, 30)).max() < 4, sample.text
+
+
+def test_what_nobody_reads_is_counted_and_named(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    for number in range(3):
+        captioned(folder, f"{number}.png", image_bytes("PNG"))
+    captioned(folder, "phone.heic", b"\0\0\0\x18ftypheic")
+    (folder / "film.mp4").write_bytes(b"")
+    (folder / "lone.txt").write_text("its image is gone")
+    (folder / "no caption.png").write_bytes(image_bytes("PNG"))
+    (folder / ".DS_Store").write_bytes(b"")
+    result = prepare(str(folder), tmp_path / "out", validation=0)
+    assert result.train == 3
+    assert result.skipped == {
+        "file_not_read": 1,
+        "image_missing": 1,
+        "format_not_read": 1,
+        "caption_missing": 1,
+    }
+    named = json.loads((tmp_path / "out/prepared.json").read_text())["skipped_samples"]
+    assert sorted(named) == [
+        ["film.mp4", "file_not_read"],
+        ["lone.txt", "image_missing"],
+        ["no caption.png", "caption_missing"],
+        ["phone.heic", "format_not_read"],
+    ]
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    captioned(tmp_path / "f", "0.png", image_bytes("PNG"))
+    captioned(tmp_path / "elsewhere", "1.png", image_bytes("PNG"))
+    (tmp_path / "f/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "f")
+    (tmp_path / "f/broken").symlink_to(tmp_path / "nowhere")
+    assert prepare(str(tmp_path / "f"), tmp_path / "out", validation=0).train == 2
+
+
+def test_a_name_that_is_no_utf8_is_carried(tmp_path: Path) -> None:
+    captioned(tmp_path / "f", "0.png", image_bytes("PNG"))
+    folder = os.fsencode(tmp_path / "f")
+    for extension, data in ((b"png", image_bytes("PNG")), (b"txt", b"a coffee house")):
+        Path(os.fsdecode(folder + b"/caf\xe9." + extension)).write_bytes(data)
+    Path(os.fsdecode(folder + b"/\xff.mp4")).write_bytes(b"")
+    result = prepare(str(tmp_path / "f"), tmp_path / "out", validation=0)
+    assert result.train == 2 and result.skipped == {"file_not_read": 1}
+    assert r'"file": "caf\\xe9.png"' in next((tmp_path / "out/train").glob("*.tar")).read_bytes().decode(
+        "latin-1"
+    )
+    assert prepare(str(tmp_path / "f"), tmp_path / "out", validation=0).reused
+
+
+@pytest.mark.parametrize(("images", "validation"), [(2, 1), (12, 1), (1, 0)])
+def test_a_few_images_keep_one_for_validation(tmp_path: Path, images: int, validation: int) -> None:
+    for number in range(images):
+        captioned(tmp_path / "f", f"{number}.png", image_bytes("PNG", shade=number))
+    result = prepare(str(tmp_path / "f"), tmp_path / "out")
+    assert (result.train, result.validation) == (images - validation, validation)
+
+
+def test_an_image_that_was_changed_is_prepared_anew(tmp_path: Path) -> None:
+    captioned(tmp_path / "f", "0.png", image_bytes("PNG", 1))
+    prepare(str(tmp_path / "f"), tmp_path / "out")
+    file = tmp_path / "f/0.png"
+    before = file.stat()
+    file.write_bytes(image_bytes("PNG", 2))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    with pytest.raises(UserError, match="holds another preparation"):
+        prepare(str(tmp_path / "f"), tmp_path / "out")

@@ -25,6 +25,8 @@ except ImportError:
 
 # By content, never by name; everything else Pillow can open is refused.
 FORMATS = ("JPEG", "PNG", "WEBP")
+# What `as_png` reads besides.
+OTHER_FORMATS = ("BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000", "TGA")
 
 _PNG, _PNG_HEAD, _GREY, _PALETTE = b"\x89PNG\r\n\x1a\n", 33, 0, 3
 # Pixels. Compositing would take three times the memory of a larger image, where Pillow is as fast.
@@ -106,14 +108,33 @@ def _read(data: bytes) -> tuple[Image.Image, bool]:
         return _by_pillow(_bare(data))
 
 
-def _by_pillow(data: bytes) -> tuple[Image.Image, bool]:
+def as_png(data: bytes) -> bytes:
+    """An image of another format than those of shards as a PNG of the same colours: upright, in sRGB, its first frame.
+
+    Raises SampleError where Pillow does not read it, or no PNG holds its values.
+    """
+    try:
+        image, _ = _by_pillow(data, OTHER_FORMATS)
+        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
+            image = image.convert("RGB")
+        stream = io.BytesIO()
+        image.save(stream, "PNG", icc_profile=None)
+    except SampleError:
+        raise
+    except Exception:
+        # Pillow has errors of every kind for what it does not read or write.
+        raise SampleError("format_not_read") from None
+    return stream.getvalue()
+
+
+def _by_pillow(data: bytes, formats: tuple[str, ...] = FORMATS) -> tuple[Image.Image, bool]:
     """Upright, and whether it was stored on its side. Raises whatever a broken image makes Pillow raise."""
     # Another library in the process may have switched this on; half an image is not a sample.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     with warnings.catch_warnings():
         # Pillow's limit on pixels is not ours, and odd metadata are no matter.
         warnings.simplefilter("ignore")
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
         if image.width * image.height > MAX_PIXELS:
             raise SampleError("image_too_large")
         image.load()

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transfusion.data.images.probe import probe
+from transfusion.data.images.decode import as_png
+from transfusion.data.images.probe import ImageFacts, probe
 from transfusion.data.planning import hash_rng
 from transfusion.data.shards.sample import Fault, RawSample, SampleError, utf8
 from transfusion.data.shards.scan import scan
 from transfusion.data.shards.validate import IMAGE_EXTENSIONS
 from transfusion.data.shards.webdataset import Sample
 from transfusion.errors import UserError
-from transfusion.files import name_hash, sha256
+from transfusion.files import file_state, name_hash, sha256
 
 _SPLIT = name_hash("held out")
+# Of images besides those of shards: what Pillow reads becomes a PNG, the others are told.
+OTHER_EXTENSIONS = (
+    "jfif", "jpe", "bmp", "dib", "gif", "tif", "tiff", "avif", "heic", "heif", "jp2", "j2k", "jxl", "ppm", "pgm",
+    "pnm", "tga",
+)  # fmt: skip
+_MAGIC = ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpg"), (b"RIFF", "webp"))
 
 
 @dataclass(slots=True)
@@ -35,7 +43,11 @@ class Collection:
 
 def is_validation(key: str, seed: int, share: float) -> bool:
     """Whether the sample with this key is held out: decided by a hash, so it stays when others come or go."""
-    return bool(hash_rng.uniform(seed, _SPLIT, name_hash(key))[0] < share)
+    return _draw(key, seed) < share
+
+
+def _draw(key: str, seed: int) -> float:
+    return float(hash_rng.uniform(seed, _SPLIT, name_hash(key))[0])
 
 
 def image_sample(image: bytes, extension: str, caption: str, **facts: Any) -> Sample:
@@ -52,32 +64,67 @@ def image_sample(image: bytes, extension: str, caption: str, **facts: Any) -> Sa
 
 
 def collect_folder(folder: Path, *, seed: int, validation: float) -> Collection:
-    """Images below the folder, each with the caption in a .txt file of the same name beside it."""
-    images = sorted(
-        (path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS),
-        key=lambda path: path.relative_to(folder).as_posix(),
-    )
+    """Images below the folder, each with the caption in a .txt file of the same name beside it. Links are followed."""
+    files = _files(folder)
+    images = [path for path in files if _extension(path) in (*IMAGE_EXTENSIONS, *OTHER_EXTENSIONS)]
     if not images:
         raise UserError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}); name another folder")
-    files = [file for image in images for file in (image, image.with_suffix(".txt"))]
-    listing = [_signature(file, folder) for file in files if file.is_file()]
+    captions = {image.with_suffix(".txt") for image in images}
+    read = captions.union(images)
+    listing = [_signature(path, folder) for path in files if path in read]
     identity = {"kind": "folder", "files": listing, "seed": seed, "validation": validation}
-    skipped: list[Fault] = []
-    parts: dict[bool, list[Path]] = {False: [], True: []}
-    for path in images:
-        key = path.relative_to(folder).with_suffix("").as_posix()
-        parts[is_validation(key, seed, validation)].append(path)
-    train, held = (_images(paths, folder, skipped) for paths in parts.values())
-    return Collection(identity, train, held, skipped)
+    skipped = [
+        Fault(
+            folder.name,
+            _name(path, folder),
+            "image_missing" if _extension(path) == "txt" else "file_not_read",
+        )
+        for path in files
+        if path not in read and not path.name.startswith(".")
+    ]
+    keys = {path: path.relative_to(folder).with_suffix("").as_posix() for path in images}
+    held = {path for path in images if is_validation(keys[path], seed, validation)}
+    if validation and not held and len(images) > 1:
+        # Of a small folder the one that a larger share would keep first.
+        held = {min(images, key=lambda path: _draw(keys[path], seed))}
+    return Collection(
+        identity,
+        _images([path for path in images if path not in held], folder, skipped),
+        _images([path for path in images if path in held], folder, skipped),
+        skipped,
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below, in the order of their names. A folder that several links lead to is read once."""
+    found, seen = list[Path](), set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(
+            name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen
+        )
+        found += [Path(place, name) for name in names]
+    return sorted(
+        (path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix()
+    )
+
+
+def _extension(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")
+
+
+def _name(path: Path, folder: Path) -> str:
+    """As any file can hold it: bytes that are no UTF-8 are spelt."""
+    name = path.relative_to(folder).as_posix()
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _images(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iterator[Sample]:
     for path in paths:
-        name = path.relative_to(folder).as_posix()
+        name = _name(path, folder)
         try:
             caption = utf8(path.with_suffix(".txt").read_bytes()).strip()
-            data = path.read_bytes()
-            facts = probe(data)
+            data, extension, facts = _stored(path)
             if not caption:
                 raise SampleError("caption_empty")
         except FileNotFoundError:
@@ -87,10 +134,18 @@ def _images(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iterat
         except SampleError as error:
             reason = str(error)
         else:
-            extension = path.suffix.lower().lstrip(".")
             yield image_sample(data, extension, caption, file=name, width=facts.width, height=facts.height)
             continue
         skipped.append(Fault(folder.name, name, reason))
+
+
+def _stored(path: Path) -> tuple[bytes, str, ImageFacts]:
+    """An image as shards hold it, and its extension there. Raises OSError and SampleError."""
+    data = path.read_bytes()
+    kind = next((kind for magic, kind in _MAGIC if data.startswith(magic)), "")
+    if data and not kind:
+        data, kind = as_png(data), "png"
+    return data, kind, probe(data)
 
 
 def collect_lines(path: Path, *, seed: int, validation: float) -> Collection:
@@ -116,5 +171,4 @@ def collect_lines(path: Path, *, seed: int, validation: float) -> Collection:
 
 
 def _signature(path: Path, folder: Path) -> list[Any]:
-    status = path.stat()
-    return [path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns]
+    return [_name(path, folder), *file_state(path).values()]

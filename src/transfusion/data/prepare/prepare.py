@@ -34,7 +34,7 @@ VALIDATION_DIGITS = 297
 _VALIDATION_DOCS = 0.1
 _VALIDATION_OTHERS = 0.02
 # Raised whenever the same source would give other shards.
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True)
