@@ -61,7 +61,7 @@ from transfusion.data.loading.loader import Loader, plan_settings
 from transfusion.data.planning.epoch import EpochOrder, Lengths, Variant
 from transfusion.data.planning.packing import Planner
 from transfusion.data.prepare.folders import image_sample
-from transfusion.data.shards.scan import texts
+from transfusion.data.shards.scan import Texts
 from transfusion.data.shards.webdataset import Sample, expand, write_shards
 from transfusion.data.viewing.plan_stats import Survey, measure_config, measure_plan
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
@@ -345,7 +345,7 @@ def steps_alone(config: Config, index: SourceIndex, tokenizer: Tokenizer) -> dic
     flat = [on_white(image) for image in decoded]
     resize = functools.partial(resized, side=config.codec.image_size)
     small = [resize(image) for image in flat]
-    captions = list(texts(index.shards))
+    captions = list(Texts(index.shards))
     facts = [
         json.dumps({"caption": text, "sha256": hashlib.sha256(data).hexdigest()}).encode()
         for data, text in zip(images, captions, strict=True)
@@ -614,7 +614,7 @@ def main() -> int:
         # Nothing is written beside the data.
         config = make_config(options.data, model, index=str(Path(folder) / "index"))
         shards = [shard for source in config.data.sources for shard in expand(source.shards)]
-        train_tokenizer(texts(shards), model, vocabulary=VOCABULARY)
+        train_tokenizer(Texts(shards), model, vocabulary=VOCABULARY)
         for part in wanted:
             record[part] = parts[part](config, options.rounds)
             print(json.dumps({part: record[part]}, indent=2), flush=True)

@@ -44,7 +44,7 @@ from transfusion.data.loading.loader import Loader
 from transfusion.data.loading.workers import ProcessWorkers
 from transfusion.data.prepare.folders import image_sample
 from transfusion.data.prepare.prepare import prepare
-from transfusion.data.shards.scan import texts
+from transfusion.data.shards.scan import Texts
 from transfusion.data.shards.webdataset import Sample, expand, write_shards
 from transfusion.schema import Batch
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
@@ -79,7 +79,7 @@ def make_config(folder: Path) -> Config:
         write_shards(coloured(random.Random(0)), folder / "colours" / "validation")
     model = folder / "tokenizer.model"
     if not model.exists():
-        train_tokenizer(texts(expand(f"{folder}/*/train/*.tar")), model, vocabulary=1024)
+        train_tokenizer(Texts(expand(f"{folder}/*/train/*.tar")), model, vocabulary=1024)
     shares = {"digits": 0.25, "colours": 0.25, "docs": 0.5}
     sources = [
         {"name": name, "shards": f"{folder}/{name}/validation/*.tar", "weight": share}

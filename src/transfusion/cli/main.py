@@ -124,11 +124,15 @@ def train_tokenizer(
     vocabulary: Annotated[int, typer.Option(min=1, help="pieces, control tokens included")] = 32_000,
 ) -> None:
     """Train a sentencepiece tokenizer on the texts and captions of shards."""
-    from transfusion.data.shards.scan import texts
+    from transfusion.data.shards.scan import Texts
     from transfusion.data.shards.webdataset import expand
     from transfusion.sequence.tokenizer import train_tokenizer as run
 
-    tokenizer = run(texts(expand(shards)), out, vocabulary=vocabulary)
+    tokenizer = run(Texts(expand(shards)), out, vocabulary=vocabulary)
+    if tokenizer.vocabulary < vocabulary:
+        print(
+            f"the texts are too few for {vocabulary} pieces: these are all that they allow", file=sys.stderr
+        )
     print(f"{out}: {tokenizer.vocabulary} pieces")
 
 

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from transfusion.data.images.decode import PixelArray, decode
-from transfusion.data.shards.sample import Fault, RawSample, SampleError
-from transfusion.data.shards.scan import scan
+from transfusion.data.images.probe import probe
+from transfusion.data.shards.sample import SampleError
+from transfusion.data.shards.scan import groups
+from transfusion.data.shards.tar import TarWalk
+from transfusion.data.shards.validate import IMAGE_EXTENSIONS
 from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError
 
@@ -55,12 +58,19 @@ class ImageSet:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def _look_through(self, number: int, path: Path) -> None:
-        for found in scan(path):
-            if isinstance(found, RawSample):
-                images = (image for image in found.images if not image.latent_channels)
-                self._places += [_Place(number, image.offset, image.size) for image in images]
-            elif isinstance(found, Fault) and found.reason.startswith("image_"):
-                self._damaged += 1
+        """Every image, with or without a caption, in whatever kind of sample."""
+        with path.open("rb") as stream:
+            for group in groups(TarWalk(stream.fileno())):
+                for name, member in () if group.reason else group.members.items():
+                    if name.rpartition(".")[2] not in IMAGE_EXTENSIONS:
+                        continue
+                    stream.seek(member.start)
+                    try:
+                        probe(stream.read(member.size))
+                    except SampleError:
+                        self._damaged += 1
+                    else:
+                        self._places.append(_Place(number, member.start, member.size))
 
     def __len__(self) -> int:
         return len(self._places)

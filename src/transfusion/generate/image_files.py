@@ -63,10 +63,12 @@ def to_image(pixels_CHW: Tensor) -> Image.Image:
 def save_samples(samples: Sequence[SampledImage], out: Path) -> None:
     """Write 0000.png, 0001.png, ... and index.jsonl (file, prompt, seed), the index last and at once.
 
-    Raises UserError when `out` cannot be a folder.
+    Images that a former index names, and this one does not, are removed. Raises UserError when `out` cannot be a
+    folder.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        former = _named(out / INDEX)
         lines = []
         for number, sample in enumerate(samples):
             name = f"{number:04d}.png"
@@ -74,8 +76,18 @@ def save_samples(samples: Sequence[SampledImage], out: Path) -> None:
             record = {"file": name, "prompt": sample.prompt, "seed": sample.seed}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         atomic_write_text(out / INDEX, "".join(lines))
+        for name in former[len(samples) :]:
+            (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write images to {out}: {error.strerror}; name another folder") from None
+
+
+def _named(index: Path) -> list[str]:
+    """Images that `save_samples` has written, in order; none where the file is not its own."""
+    if not index.is_file():
+        return []
+    count = len(index.read_bytes().splitlines())
+    return [f"{number:04d}.png" for number in range(count)]
 
 
 def write_grid(samples: Sequence[SampledImage], path: Path, config: SampleGridConfig) -> None:

@@ -116,7 +116,8 @@ def bytes_of_pieces(pieces: Sequence[str]) -> list[bytes]:
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocabulary: int) -> Tokenizer:
     """Train byte-pair pieces on the texts and write the model to `out`, whole or not at all.
 
-    The same texts give the same file. Raises UserError when texts are too few or the vocabulary too small.
+    The same texts give the same file. Where they are too few for so many pieces it has all that they allow, if they can
+    be read again. Raises UserError when there are none, or the vocabulary is too small.
     """
     model = io.BytesIO()
     try:
@@ -137,6 +138,9 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocabulary: int) -> Toke
             **_control_options(),
         )
     except RuntimeError as error:
+        most = re.search(r"value <= (\d+)", str(error))
+        if most and not isinstance(texts, Iterator):
+            return train_tokenizer(texts, out, vocabulary=int(most[1]))
         raise UserError(_explain(str(error), vocabulary)) from None
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as unfinished:

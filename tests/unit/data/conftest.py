@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def texts(data: Path) -> list[str]:
-    return list(scan.texts(expand(f"{data}/*/train/*.tar")))
+    return list(scan.Texts(expand(f"{data}/*/train/*.tar")))
 
 
 @pytest.fixture(scope="session")

@@ -69,13 +69,14 @@ def test_the_same_texts_give_the_same_file(tokenizer: Tokenizer, texts: list[str
     assert [path.name for path in again.path.parent.iterdir()] == ["again.model"]
 
 
-def test_too_few_texts_name_the_greatest_vocabulary(tmp_path: Path) -> None:
-    out = tmp_path / "tokenizer.model"
+def test_too_few_texts_give_all_the_pieces_that_they_allow(tmp_path: Path) -> None:
+    out, texts = tmp_path / "tokenizer.model", ["a few words", "and a few more"]
     with pytest.raises(UserError, match=r"maximum vocabulary is (\d+)") as refused:
-        train_tokenizer(["a few words", "and a few more"], out, vocabulary=5000)
+        train_tokenizer(iter(texts), out, vocabulary=5000)
     assert not list(tmp_path.iterdir())
     greatest = int(str(refused.value).rsplit(" ", 1)[1])
-    assert train_tokenizer(["a few words", "and a few more"], out, vocabulary=greatest).vocabulary == greatest
+    assert train_tokenizer(texts, out, vocabulary=greatest).vocabulary == greatest
+    assert train_tokenizer(texts, out, vocabulary=5000).vocabulary == greatest
     with pytest.raises(UserError, match="too small"):
         train_tokenizer(["a few words"], out, vocabulary=100)
     with pytest.raises(UserError, match="no text"):

@@ -20,7 +20,7 @@ from transfusion import load_config, train
 from transfusion.codec import encoded
 from transfusion.codec.pixels import PixelCodec
 from transfusion.config.families import FAMILY_SETTINGS, FamilySettings
-from transfusion.data.shards.scan import texts
+from transfusion.data.shards.scan import Texts
 from transfusion.data.shards.webdataset import expand, write_shards
 from transfusion.families import FAMILIES, TRANSFUSION
 from transfusion.families.family import Family, ImageMetric
@@ -92,7 +92,7 @@ def values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str
     monkeypatch.setitem(FAMILIES, "traces", family)
     monkeypatch.setitem(FAMILY_SETTINGS, "traces", FamilySettings(reads="latents"))
     write_shards((sample(number) for number in range(48)), tmp_path / "shards")
-    train_tokenizer(texts(expand([f"{tmp_path}/shards/*.tar"])), tmp_path / "t.model", vocabulary=292)
+    train_tokenizer(Texts(expand([f"{tmp_path}/shards/*.tar"])), tmp_path / "t.model", vocabulary=292)
     source = f"{{name: traces, shards: {tmp_path}/shards/*.tar}}"
     yield [
         "model={family: traces, layers: 1, hidden_size: 32, heads: 2, patch_size: 1}",

@@ -67,12 +67,17 @@ def scan(path: Path, verify: Verify = "none") -> Iterator[RawSample | Fault]:
         os.close(descriptor)
 
 
-def texts(paths: Iterable[Path]) -> Iterator[str]:
-    """Texts and captions of all good samples, to train a tokenizer on."""
-    for path in paths:
-        for found in scan(path):
-            if isinstance(found, RawSample):
-                yield from found.texts
+class Texts:
+    """Texts and captions of all good samples, to train a tokenizer on. They may be read several times."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._paths = list(paths)
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self._paths:
+            for found in scan(path):
+                if isinstance(found, RawSample):
+                    yield from found.texts
 
 
 def _scan_lines(shard: str, descriptor: int) -> Iterator[RawSample | Fault]:
