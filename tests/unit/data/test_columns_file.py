@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from transfusion.data.index.columns_file import DamagedFile, read_header, write_columns
+from transfusion.data.index.columns_file import DamagedFile, map_file, read_header, write_columns
 
 FACTS = {"samples": 3, "notes": {"bom_stripped": 1}, "shard": "ä.tar"}
 
@@ -75,3 +77,29 @@ def test_damage_to_the_head_and_a_cut_are_told(tmp_path: Path) -> None:
     path.write_bytes(whole + b"\0")
     with pytest.raises(DamagedFile):
         read_header(path.open("rb"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors by /proc")
+def test_a_mapped_file_takes_no_descriptor_and_goes_with_its_arrays(tmp_path: Path) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    def opened() -> int:
+        return sum(
+            str(tmp_path) in os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+        )
+
+    held = []
+    for number in range(20):
+        path = tmp_path / f"{number}.index"
+        write_columns(path, {"a": np.arange(1000, dtype="<u2")}, {})
+        with path.open("rb") as stream:
+            _, columns = read_header(stream)
+            held.append(columns["a"].values(map_file(stream)))
+    assert all(np.array_equal(values, np.arange(1000)) for values in held)
+    assert (opened(), mapped()) == (0, 20)
+    with pytest.raises(ValueError, match="read-only"):
+        held[0][0] = 7
+    held.clear()
+    gc.collect()
+    assert mapped() == 0

@@ -6,9 +6,12 @@ JSON under `facts` of its metadata, beside a CRC-32 of each column and a digest 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
+import sys
+import weakref
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,13 +42,34 @@ class Column(NamedTuple):
     offset: int
     checksum: int
 
-    def values(self, file: mmap.mmap) -> NDArray[Any]:
+    def values(self, file: Any) -> NDArray[Any]:
         """The column [N] of a mapped file, read from the disk where it is used."""
-        return (
-            np.frombuffer(file, self.dtype, self.length, self.offset)
-            if self.length
-            else np.empty(0, self.dtype)
-        )
+        if not self.length:
+            return np.empty(0, self.dtype)
+        values: NDArray[Any] = np.frombuffer(file, self.dtype, self.length, self.offset)
+        values.flags.writeable = False
+        return values
+
+
+def map_file(stream: BinaryIO) -> Any:
+    """All bytes of an open file as a buffer, read where they are used. It needs no descriptor once it is mapped.
+
+    Python's own mapping keeps one until Python 3.13, and thousands of shards are more than a process may have.
+    """
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ, trackfd=False)
+    size = os.fstat(stream.fileno()).st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, stream.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), stream.name)
+    buffer = (ctypes.c_ubyte * size).from_address(address)
+    # Arrays over the buffer keep it.
+    weakref.finalize(buffer, libc.munmap, address, size)
+    return buffer
 
 
 def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ import collections
 import contextlib
 import errno
 import json
-import mmap
 import os
 import tempfile
 import threading
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from transfusion.config.sections import Verify
 from transfusion.data.images import probe
-from transfusion.data.index.columns_file import DamagedFile, read_header, write_columns
+from transfusion.data.index.columns_file import DamagedFile, map_file, read_header, write_columns
 from transfusion.data.remote.download import ShardChanged
 from transfusion.data.shards import sample, scan, validate
 from transfusion.data.shards.sample import Fault, RawSample
@@ -153,14 +152,14 @@ class ShardIndex:
         return array
 
     @cached_property
-    def _map(self) -> mmap.mmap:
+    def _map(self) -> Any:
         # One for all columns: a process may have 65,530 of them.
         with self.path.open("rb") as stream:
             if read_header(stream) != self._header:
                 raise OSError(
                     errno.ESTALE, "replaced while it was read; start the command again", str(self.path)
                 )
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            return map_file(stream)
 
     @cached_property
     def caption_start_N(self) -> Integers:
