@@ -95,7 +95,9 @@ def fetch(
     from transfusion.codec.networks import fetch_network
 
     fetch_network(name, out, subfolder=subfolder)
-    typer.echo(out)
+    typer.echo(
+        f"{out}: an autoencoder; train with codec.folder={out}, or see `transfusion codec encode --help`"
+    )
 
 
 def _settings(folder: str, image_size: int, sizes: Sequence[str] = ()) -> CodecConfig:

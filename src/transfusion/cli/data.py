@@ -103,6 +103,12 @@ def index_shards(
     workers: Annotated[
         int, typer.Option(min=0, help="processes; 0: one per core, or none for little data")
     ] = 0,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="read all shards again, and renew the index of one whose bytes have changed"
+        ),
+    ] = False,
 ) -> None:
     """Index shards. Finds each good sample and its length, and what is left out and why.
 
@@ -119,7 +125,7 @@ def index_shards(
         jobs = [IndexJob(spec, tokenizer, verify=verify)]
     with _byte_bar("index") as progress:
         limit = DataConfig().max_bad_fraction if max_bad_fraction is None else max_bad_fraction
-        report = write_index(jobs, out, max_share=limit, processes=workers, progress=progress)
+        report = write_index(jobs, out, max_share=limit, processes=workers, read=check, progress=progress)
     for line in report.describe():
         typer.echo(line)
     for shard in report.bad_shards:

@@ -183,7 +183,11 @@ def export(
     """Export a run's newest checkpoint as a folder of safetensors."""
     from transfusion.checkpoint.export import export as write
 
-    print(write(run, out))
+    folder = write(run, out)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(
+        f"{folder}: a model of {size / 1e6:.1f} MB; draw with `transfusion sample {folder} --prompt TEXT --out DIR`"
+    )
 
 
 def _known_sampler(name: str) -> str:

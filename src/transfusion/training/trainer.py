@@ -95,11 +95,15 @@ class Trainer:
                 result = self.recovery.read(all_steps=logs)
                 if saves:
                     self.limit.save_begins()
+                # Whoever asks for a stop may wait for seconds only: then nothing is measured or drawn.
+                stops = decision == Decision.SAVE_AND_STOP and not at_end
                 if logs and result is not None:
-                    self.reporter.line(result, validation=saves)
+                    self.reporter.line(result, validation=saves and not stops)
+                if saves and not stops:
+                    self.reporter.grid()
                 if saves:
                     self._save()
-                if decision == Decision.SAVE_AND_STOP and not at_end:
+                if stops:
                     self.saver.finish()
                     log.warning("stopped at step %d after saving; the same command continues", state.step)
                     return EXIT_STOPPED_EARLY
@@ -175,7 +179,6 @@ class Trainer:
         return decision
 
     def _save(self) -> None:
-        self.reporter.grid()
         self.watchdog.note("saving", self.state.step)
         with self.clock.pause():
             self.reporter.quarantine()

@@ -10,7 +10,8 @@ import pytest
 
 from transfusion.config import SourceConfig
 from transfusion.data.index import build
-from transfusion.data.index.build import IndexLocation
+from transfusion.data.index.build import IndexJob, IndexLocation, write_index
+from transfusion.data.index.columns_file import read_header, write_columns
 from transfusion.data.index.source_index import SourceIndex, build_index
 from transfusion.data.shards import shard as module
 from transfusion.data.shards.shard import LocalShard
@@ -146,3 +147,37 @@ def test_all_bytes_are_compared_on_request(tmp_path: Path, tokenizer: Tokenizer)
     assert not part.is_doubtful
     with pytest.raises(build.StaleIndex, match="the shard has changed since"):
         part.compare(always=True)
+
+
+def test_data_index_compares_all_bytes_when_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    shard, out = write(tmp_path / "s", TEXTS), tmp_path / "out"
+    job = IndexJob([str(shard)], tokenizer.path)
+    write_index([job], out, max_share=1)
+    (path,) = out.glob("*.index")
+    made = path.read_bytes()
+    write_index([job], out, max_share=1, read=True)
+    assert path.read_bytes() == made
+    # As if the disk had lost a bit: the state of the file is what it was.
+    facts, columns = read_header(path.open("rb"))
+    write_columns(
+        path, {name: column.values(made) for name, column in columns.items()}, facts | {"digest": "0" * 32}
+    )
+    other = path.read_bytes()
+    write_index([job], out, max_share=1)
+    assert path.read_bytes() == other
+    write_index([job], out, max_share=1, read=True)
+    assert path.read_bytes() == made
+
+
+def test_an_index_without_states_is_stale_and_no_riddle(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    shard, out = write(tmp_path / "s", TEXTS), tmp_path / "out"
+    write_index([IndexJob([str(shard)], tokenizer.path)], out, max_share=1)
+    (path,) = out.glob("*.index")
+    facts, columns = read_header(path.open("rb"))
+    values = {name: column.values(path.read_bytes()) for name, column in columns.items()}
+    former = {name: fact for name, fact in facts.items() if name not in ("ctime_ns", "inode")} | {
+        "policy": "former"
+    }
+    write_columns(path, values, former)
+    with pytest.raises(UserError, match="is stale: it was made with other rules"):
+        opened(shard, tokenizer, folder=out)

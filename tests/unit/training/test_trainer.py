@@ -32,6 +32,7 @@ from transfusion.optim import groups
 from transfusion.parallel.environment import Environment
 from transfusion.schema import Batch, LossTerms
 from transfusion.sequence.tokenizer import Tokenizer
+from transfusion.training.reporting import Reporter
 from transfusion.training.trainer import Trainer
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
@@ -421,6 +422,38 @@ def test_a_signal_saves_and_goes_on(
     assert run(config) == 0
     steps = sorted(path.name for path in (Path(config.run.folder) / "checkpoints").glob("step_*"))
     assert steps == ["step_00000003", "step_00000006"]
+
+
+def test_at_a_stop_nothing_is_measured_or_drawn_before_the_save(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build_config("stopped", steps=6)
+    measured: list[int] = []
+
+    def ask(number: int, terms: LossTerms) -> LossTerms:
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return terms
+
+    def keep(name: str) -> None:
+        real = getattr(Reporter, name)
+
+        def noted(self: Reporter) -> Any:
+            measured.append(self.parts.state.step)
+            return real(self)
+
+        monkeypatch.setattr(Reporter, name, noted)
+
+    interfere(monkeypatch, ask)
+    keep("grid")
+    keep("_validation_losses")
+    assert run(config) == 75
+    steps = sorted(path.name for path in (Path(config.run.folder) / "checkpoints").glob("step_*"))
+    assert steps[-1] == f"step_{lines(config)[-1]['step']:08d}"
+    stopped = lines(config)[-1]["step"]
+    assert measured and stopped not in measured
+    monkeypatch.undo()
+    assert run(config) == 0
 
 
 def test_telemetry_of_chosen_steps(build_config: Callable[..., Config]) -> None:

@@ -227,12 +227,13 @@ def write_index(
     *,
     max_share: float,
     processes: int = 0,
+    read: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> IndexReport:
     """Index all shards of the jobs into `out`, with counters.json and quarantine.jsonl; run again, it goes on.
 
-    max_share: of bad samples. processes: 0: one a core, or only this one for little. progress: called with
-    (bytes done, bytes to do).
+    max_share: of bad samples. processes: 0: one a core, or only this one for little. read: compare all bytes of shards
+    that were indexed before. progress: called with (bytes done, bytes to do).
     Raises UserError when a spec names nothing, or no shard.
     """
     place = IndexLocation(folder=out)
@@ -249,7 +250,9 @@ def write_index(
             orders[path] = _Order(shard, path, encoder, job.verify)
         skipped.update(path.suffix or "none" for path in found if not is_shard(path))
     with _locked(out):
-        work = [order for order in orders.values() if not _is_whole(order)]
+        with ThreadPoolExecutor(cores()) as pool:
+            whole = list(pool.map(functools.partial(_is_whole, read=read), orders.values()))
+        work = [order for order, good in zip(orders.values(), whole, strict=True) if not good]
         _tell_of_former(order.path for order in work)
         _make(work, processes=processes, progress=progress)
         indexes = [ShardIndex(order.path, order.shard) for order in orders.values()]
@@ -303,10 +306,12 @@ def too_many_faults(faults: int, samples: int, max_share: float) -> bool:
     return faults > max_share * max(samples, _MIN_SAMPLES)
 
 
-def _is_whole(order: _Order) -> bool:
+def _is_whole(order: _Order, *, read: bool) -> bool:
+    """read: compare all bytes of the shard, though its state says that it has not changed."""
     try:
         index = ShardIndex(order.path, order.shard)
         index.check(IndexFingerprint.of(order.encoder))
+        index.compare(always=read)
         index.verify()
     except (FileNotFoundError, StaleIndex):
         return False

@@ -141,6 +141,6 @@ class LocalShard:
         return self.name
 
 
-def state_of(facts: Facts) -> dict[str, int]:
+def state_of(facts: Facts) -> dict[str, Any]:
     """The part of a local shard's facts that `file_state` tells."""
-    return {name: facts[name] for name in ("size", "mtime_ns", "ctime_ns", "inode")}
+    return {name: facts.get(name) for name in ("size", "mtime_ns", "ctime_ns", "inode")}
