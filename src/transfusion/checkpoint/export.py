@@ -23,7 +23,7 @@ from transfusion.checkpoint.stream import write_tensors
 from transfusion.config import Config
 from transfusion.config.checking import check_as
 from transfusion.config.codec_folder import KINDS, folder_files
-from transfusion.errors import UserError
+from transfusion.errors import UserError, describe
 from transfusion.files import (
     UNFINISHED,
     atomic_copy,
@@ -32,7 +32,6 @@ from transfusion.files import (
     replace_folder,
     sync_folder,
 )
-from transfusion.parallel.collectives import describe
 from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT
 
 FORMAT = "transfusion model"

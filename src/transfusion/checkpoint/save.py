@@ -21,7 +21,7 @@ from torch import Tensor
 from transfusion.checkpoint import layout
 from transfusion.checkpoint.layout import FileRecord, Manifest, ParameterRecord
 from transfusion.checkpoint.stream import write_tensors
-from transfusion.errors import UserError
+from transfusion.errors import UserError, describe
 from transfusion.files import (
     UNFINISHED,
     atomic_write_text,
@@ -30,7 +30,7 @@ from transfusion.files import (
     replace_folder,
     sync_folder,
 )
-from transfusion.parallel.collectives import describe, raise_together
+from transfusion.parallel.collectives import raise_together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.parameter_shards import AVERAGE, FIRST_MOMENT, SECOND_MOMENT, WEIGHT, Shard
 from transfusion.schema import TrainState
@@ -172,7 +172,7 @@ def _together(work: Callable[[], T], folder: Path) -> T:
             return work()
         except OSError as error:
             raise UserError(
-                f"cannot save {folder}: {describe(error)}; free space or set another run.dir"
+                f"cannot save {folder}: {describe(error)}; set another run.dir, or free space"
             ) from error
 
     return raise_together(part)

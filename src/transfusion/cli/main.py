@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from transfusion import __version__
 from transfusion.cli.codec import codec_app
 from transfusion.cli.data import data_app
 from transfusion.cli.scaling import scaling_app
-from transfusion.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+from transfusion.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError, describe
 from transfusion.parallel import environment
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 
@@ -49,6 +50,10 @@ def main() -> NoReturn:
 
 
 def _run() -> int:
+    # What a terminal cannot show is spelt, and ends no command.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # No shell puts the home folder in place of a ~ behind `--out=`.
     arguments = [
         re.sub(r"^(--[a-z-]+=)(~.*)$", lambda found: found[1] + os.path.expanduser(found[2]), argument)
@@ -67,7 +72,7 @@ def _run() -> int:
         command = error.ctx.command_path if error.ctx else "transfusion"
         return _refuse(f"{text} See `{command} --help`.")
     except OSError as error:
-        return _refuse(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        return _refuse(describe(error))
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     return code or 0

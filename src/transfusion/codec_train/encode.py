@@ -40,9 +40,8 @@ from transfusion.data.shards.shard import LocalShard
 from transfusion.data.shards.tar import EMPTY, UNREADABLE, TarWalk
 from transfusion.data.shards.validate import IMAGE_EXTENSIONS, Group, SampleValidator
 from transfusion.data.shards.webdataset import expand
-from transfusion.errors import UserError
+from transfusion.errors import UserError, describe
 from transfusion.files import atomic_file, atomic_write_text, file_digest, remove_unfinished
-from transfusion.parallel.collectives import describe
 from transfusion.parallel.environment import find_device
 from transfusion.sequence.sizes import ImageSizes
 

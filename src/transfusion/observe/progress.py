@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
-# A plain log of a whole run has about this many lines.
+# A plain log of a whole run has about this many lines, and one more where so many seconds pass without any.
 PLAIN_LINES = 100
+SILENCE_SECONDS = 10.0
+# Columns of a terminal that has room for a bar beside the figures.
+BAR_COLUMNS = 120
 
 
 class Progress:
@@ -25,33 +31,57 @@ class Progress:
         *,
         first_step: int = 0,
         console: Console | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total = total_steps
         self._every = max(1, total_steps // PLAIN_LINES)
         self._next_plain = first_step
+        self._now, self._last_plain = now, -math.inf
         self._console = console or Console(stderr=True, highlight=False)
         self._bar: RichProgress | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
+            # Figures are cut at the edge of a narrow terminal, the step and the time left are not.
             self._bar = RichProgress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+                *([BarColumn(bar_width=20)] if self._console.width >= BAR_COLUMNS else []),
+                TextColumn(
+                    "{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+                ),
                 console=self._console,
                 expand=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task("train", total=total_steps, completed=first_step, figures="")
+            self._task = self._bar.add_task(
+                "train", total=total_steps, completed=first_step, left="", figures=""
+            )
+
+    def alive(self, step: int, *, seconds_left: float | None = None) -> None:
+        """Show that a step was done: at once the first, then whenever nothing else was shown for a while."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, left=_left(seconds_left))
+        elif self._is_silent:
+            self._plain(step, _left(seconds_left))
+
+    @property
+    def _is_silent(self) -> bool:
+        return self._now() - self._last_plain >= SILENCE_SECONDS
+
+    def _plain(self, step: int, *texts: str) -> None:
+        self._last_plain = self._now()
+        line = "  ".join(text for text in (f"step {step}/{self._total}", *texts) if text)
+        # Not wrapped at the width of a terminal that is not there.
+        self._console.print(line, soft_wrap=True, markup=False)
 
     def update(self, line: Mapping[str, Any], *, seconds_left: float | None = None) -> None:
         """Show the figures of one line."""
         step = int(line["step"])
-        figures = describe(line, seconds_left=seconds_left)
+        figures, left = describe(line), _left(seconds_left)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=figures)
-        elif step >= self._next_plain or step >= self._total:
+            self._bar.update(self._task, completed=step, left=left, figures=figures)
+        elif step >= min(self._next_plain, self._total) or self._is_silent:
             self._next_plain = step - step % self._every + self._every
-            # Not wrapped at the width of a terminal that is not there.
-            self._console.print(f"step {step}/{self._total}  {figures}", soft_wrap=True, markup=False)
+            self._plain(step, left, figures)
 
     def __enter__(self) -> Progress:
         return self
@@ -63,7 +93,11 @@ class Progress:
             self._bar = None
 
 
-def describe(line: Mapping[str, Any], *, seconds_left: float | None = None) -> str:
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f"left {duration(seconds)}"
+
+
+def describe(line: Mapping[str, Any]) -> str:
     """The figures of one line in one short text; what is not known is left out."""
     parts = [
         _figure("loss", line.get("loss"), ".4f"),
@@ -79,7 +113,6 @@ def describe(line: Mapping[str, Any], *, seconds_left: float | None = None) -> s
         _figure("data wait", line.get("data_wait"), ".1%"),
         _figure("", line.get("memory_gib"), ".2f", " GiB"),
         f"{line['skipped']} skipped" if line.get("skipped") else "",
-        f"left {duration(seconds_left)}" if seconds_left is not None else "",
     ]
     return "  ".join(part for part in parts if part)
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from transfusion.errors import UserError
+from transfusion.errors import UserError, describe
 from transfusion.losses.loss import Loss
 from transfusion.schema import Batch, Decision
 
@@ -101,12 +101,6 @@ def global_counts(batches: Sequence[Batch], loss: Loss) -> dict[str, Tensor]:
     mine = [loss.counts(batch) for batch in batches]
     counts = torch.stack([torch.stack([each[name] for each in mine]).sum() for name in mine[0]])
     return dict(zip(mine[0], sum_over_ranks(counts).float(), strict=True))
-
-
-def describe(error: OSError) -> str:
-    """What the system says is wrong, and with which file."""
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"
 
 
 def group_device() -> torch.device:

@@ -61,6 +61,13 @@ class Reporter:
             log.warning("samples left out, by reason: %s; see %s", faults, parts.folder.quarantine)
         self.quarantine()
 
+    def alive(self) -> None:
+        """Show that the run goes on, between lines."""
+        parts = self.parts
+        if self._record:
+            left = parts.clock.seconds_left(parts.config.train.steps - parts.state.step)
+            self._record.progress.alive(parts.state.step, seconds_left=left)
+
     def note(self, batches: list[Batch], terms: list[LossTerms]) -> None:
         """Keep what this rank's micro-batches of a step came to, for the next line."""
         self._terms += terms

@@ -67,6 +67,12 @@ class Trainer:
         except Exception as error:
             # Of this rank alone: no collective from here on.
             self.watchdog.died(error)
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(
+                    f"train.compile=true: torch cannot compile the network here ({reason}); install a C++ compiler"
+                    " (apt-get install build-essential), or set train.compile=false"
+                ) from error
             if not is_out_of_memory(error):
                 raise
             place = {"rank": self.here.rank, "world_size": self.here.world_size, "step": self.state.step + 1}
@@ -93,6 +99,8 @@ class Trainer:
                 saves = at_end or decision >= Decision.SAVE or state.step % self.config.checkpoint.every == 0
                 logs = saves or state.step % self.config.log.every == 0
                 result = self.recovery.read(all_steps=logs)
+                if not logs:
+                    self.reporter.alive()
                 if saves:
                     self.limit.save_begins()
                 # Whoever asks for a stop may wait for seconds only: then nothing is measured or drawn.

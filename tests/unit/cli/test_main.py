@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -165,3 +166,30 @@ def test_a_patch_of_more_values_than_the_width_is_warned_of(
 def test_without_a_command_the_help_is_shown() -> None:
     done = transfusion()
     assert "prepare" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_a_terminal_cannot_show_is_spelt() -> None:
+    done = transfusion("config", "configs/train/quickstart.yaml", "run.name=é中", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and r'"\xE9\u4E2D"' in done.stdout
+    done = transfusion("train", "fehlt-é.yaml", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and r"cannot read config fehlt-\xe9.yaml" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EMFILE, "ulimit -n 65536"),
+        (errno.ENOSPC, "free some space"),
+        (errno.EROFS, "that can be written"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line_with_its_file_and_what_helps(
+    here: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "some/file")
+
+    monkeypatch.setattr("transfusion.config.load_config", fail)
+    code, _, told = here("config", "configs/train/quickstart.yaml")
+    assert code == 2 and len(told.splitlines()) == 1
+    assert f"{os.strerror(number)} (some/file); " in told and remedy in told

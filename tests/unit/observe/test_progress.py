@@ -24,9 +24,8 @@ LINE: dict[str, Any] = {
 
 
 def test_describe_rounds_and_leaves_out_what_is_unknown() -> None:
-    text = describe(LINE, seconds_left=200.0)
-    assert text == (
-        "loss 2.3457  text 1.5000  gradient 0.500  12,346 tok/s  data wait 3.4%  1.25 GiB  left 3m 20s"
+    assert (
+        describe(LINE) == "loss 2.3457  text 1.5000  gradient 0.500  12,346 tok/s  data wait 3.4%  1.25 GiB"
     )
     assert "2 skipped" in describe({**LINE, "skipped": 2})
     assert describe({"step": 1}) == ""
@@ -73,6 +72,36 @@ def test_on_a_terminal_one_line_is_redrawn() -> None:
         progress.update(LINE, seconds_left=3.0)
     assert "step 7/10" in stream.getvalue() and "loss 2.3457" in stream.getvalue()
     assert "\x1b[" in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 119, 120, 200])
+def test_however_narrow_the_step_and_the_time_left_are_shown(width: int) -> None:
+    stream = io.StringIO()
+    console = Console(
+        file=stream, force_terminal=True, width=width, _environ={"TERM": "xterm", "NO_COLOR": "1"}
+    )
+    with Progress(250_000, console=console) as progress:
+        progress.update({**LINE, "step": 123_456}, seconds_left=400_000.0)
+    last = [line for line in stream.getvalue().replace("\r", "\n").splitlines() if "step" in line][-1]
+    assert "step 123456/250000" in last and "left 4d 15h" in last and "loss 2.3457" in last
+
+
+def test_between_lines_a_plain_log_is_never_silent_for_long() -> None:
+    seconds = 0.0
+    stream = io.StringIO()
+    console = Console(file=stream, highlight=False)
+    with Progress(1000, console=console, now=lambda: seconds) as progress:
+        for step in range(1, 9):
+            seconds += 4.0
+            progress.alive(step, seconds_left=4.0 * (1000 - step))
+        progress.update({**LINE, "step": 9}, seconds_left=None)
+        progress.alive(10)
+    assert [line.split("  ")[:2] for line in stream.getvalue().splitlines()] == [
+        ["step 1/1000", "left 1h 06m"],
+        ["step 4/1000", "left 1h 06m"],
+        ["step 7/1000", "left 1h 06m"],
+        ["step 9/1000", "loss 2.3457"],
+    ]
 
 
 def test_no_color_is_honoured_on_a_terminal() -> None:

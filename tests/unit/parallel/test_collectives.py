@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from transfusion.errors import UserError
+from transfusion.errors import UserError, describe
 from transfusion.parallel.collectives import (
     Signals,
     broadcast_from_main,
@@ -27,7 +27,7 @@ import json, sys
 from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
-from transfusion.errors import UserError
+from transfusion.errors import UserError, describe
 from transfusion.parallel.collectives import broadcast_from_main, gather, raise_together
 folder, rank, cases = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 dist.init_process_group(
@@ -71,7 +71,7 @@ def test_the_first_error_of_any_rank_is_raised_on_all(tmp_path: Path) -> None:
     # What fails on which rank, what `raise_together` then sees on all (none: the rank), and `broadcast_from_main`.
     cases: list[tuple[dict[str, str], str | None, int | str]] = [
         ({}, None, 0),
-        ({"1": "disk"}, "No space left on device (file_1)", 0),
+        ({"1": "disk"}, describe(OSError(28, "No space left on device", "file_1")), 0),
         ({"2": "third", "1": "second"}, "second", 0),
         ({"0": "first"}, "first", "first"),
     ]

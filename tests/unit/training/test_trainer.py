@@ -456,6 +456,20 @@ def test_at_a_stop_nothing_is_measured_or_drawn_before_the_save(
     assert run(config) == 0
 
 
+def test_a_network_that_torch_cannot_compile_is_told_with_the_remedy(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(number: int, terms: LossTerms) -> LossTerms:
+        raise torch._dynamo.exc.Unsupported("no working compiler\nfound")
+
+    config = build_config("uncompiled", steps=2)
+    interfere(monkeypatch, fail)
+    with pytest.raises(
+        UserError, match=r"cannot compile the network here \(no working compiler found.*compile=false"
+    ):
+        run(config)
+
+
 def test_telemetry_of_chosen_steps(build_config: Callable[..., Config]) -> None:
     """Gradient norms of the parts in logged steps, which together are the whole one, and a trace of step 2."""
     config = build_config("told", steps=4, log=2, telemetry={"gradient_norms": True, "profile_steps": [2]})

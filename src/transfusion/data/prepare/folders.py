@@ -12,7 +12,7 @@ from typing import Any
 from transfusion.data.images.decode import as_png
 from transfusion.data.images.probe import ImageFacts, probe
 from transfusion.data.planning import hash_rng
-from transfusion.data.shards.sample import Fault, RawSample, SampleError, utf8
+from transfusion.data.shards.sample import Fault, RawSample, SampleError, caption, utf8
 from transfusion.data.shards.scan import scan
 from transfusion.data.shards.validate import IMAGE_EXTENSIONS
 from transfusion.data.shards.webdataset import Sample
@@ -123,10 +123,8 @@ def _images(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iterat
     for path in paths:
         name = _name(path, folder)
         try:
-            caption = utf8(path.with_suffix(".txt").read_bytes()).strip()
+            text = caption(utf8(path.with_suffix(".txt").read_bytes()), [])
             data, extension, facts = _stored(path)
-            if not caption:
-                raise SampleError("caption_empty")
         except FileNotFoundError:
             reason = "caption_missing"
         except OSError:
@@ -134,7 +132,7 @@ def _images(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iterat
         except SampleError as error:
             reason = str(error)
         else:
-            yield image_sample(data, extension, caption, file=name, width=facts.width, height=facts.height)
+            yield image_sample(data, extension, text, file=name, width=facts.width, height=facts.height)
             continue
         skipped.append(Fault(folder.name, name, reason))
 
