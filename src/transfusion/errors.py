@@ -17,10 +17,10 @@ EXIT_STOPPED_EARLY = 75
 EXIT_INTERRUPTED = 130
 
 
-def describe(error: OSError) -> str:
-    """What the system says is wrong, with which file, and what helps where that is known."""
+def describe(error: OSError, *, advise: bool = True) -> str:
+    """What the system says is wrong, with which file, and with `advise` what helps where that is known."""
     where = f" ({shown(error.filename)})" if error.filename else ""
-    remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+    remedy = f"; {_REMEDIES[error.errno]}" if advise and error.errno in _REMEDIES else ""
     return f"{error.strerror or error}{where}{remedy}"
 
 

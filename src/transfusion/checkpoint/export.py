@@ -79,7 +79,9 @@ def export(source: str | Path, out: str | Path) -> Path:
         _write(unfinished, SliceReader(folder, manifest), tokenizer, codec)
         replace_folder(unfinished, out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {describe(error)}; name another folder") from error
+        raise UserError(
+            f"cannot write {out}: {describe(error, advise=False)}; name another folder"
+        ) from error
     return out
 
 

@@ -172,7 +172,7 @@ def _together(work: Callable[[], T], folder: Path) -> T:
             return work()
         except OSError as error:
             raise UserError(
-                f"cannot save {folder}: {describe(error)}; set another run.dir, or free space"
+                f"cannot save {folder}: {describe(error, advise=False)}; free space or set another run.dir"
             ) from error
 
     return raise_together(part)
