@@ -166,10 +166,14 @@ def _downloaded(name: str, subfolder: str) -> Path:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warnings of diffusers, which here are errors of our own or about nothing."""
+    from diffusers.utils import logging as its_logging
+
     logger = logging.getLogger("diffusers")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    its_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        its_logging.enable_progress_bar()

@@ -122,8 +122,8 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: base files form a circle")
     values = read_yaml(path)
-    bases = values.pop("base", None) or []
-    names = [bases] if isinstance(bases, str) else bases
+    bases = values.pop("base", None)
+    names = [] if bases is None else [bases] if isinstance(bases, str) else bases
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: base must name a file or a list of files, got {bases!r}")
     merged = read_all([beside(path, base) for base in names], (*seen, path.resolve()))

@@ -137,7 +137,9 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
-@pytest.mark.parametrize("text", ["base: 5", "base: [9]", "base: [a, ~]", "base: {a: b}"])
+@pytest.mark.parametrize(
+    "text", ["base: 5", "base: 0", "base: false", "base: [9]", "base: [a, ~]", "base: {a: b}"]
+)
 def test_a_base_that_is_no_file_name_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match="base must name a file or a list of files, got"):

@@ -263,6 +263,9 @@ BROKEN_CHUNKS = {
 @pytest.mark.parametrize("broken", BROKEN_CHUNKS.values(), ids=BROKEN_CHUNKS)
 def test_a_broken_chunk_beside_good_pixels_changes_nothing(broken: bytes) -> None:
     assert means(png(8, 2, [list(RED) * SIDE] * SIDE, broken)) == list(RED)
+    profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(exchanging()))
+    if b"iCCP" not in broken:
+        assert means(png(8, 2, [list(RED) * SIDE] * SIDE, profile, broken)) == pytest.approx(GREEN, abs=2)
 
 
 @pytest.mark.parametrize("junk", [b"\0\0", b"\x12\x34\x56", b"\xff\0\xff\0", b"\xff" * 9, b"text between"])

@@ -7,7 +7,7 @@ import importlib
 import io
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,14 +98,16 @@ def decode_to(data: bytes, size: Size, *, turned: Size | None = None, channels: 
 
 def _read(data: bytes) -> tuple[Image.Image, bool]:
     """As `_by_pillow`. Metadata of a PNG that Pillow stumbles over are left out."""
-    try:
-        return _by_pillow(data)
-    except SampleError:
-        raise
-    except Exception:
-        if not data.startswith(_PNG):
+    for kinds in (None, (*_NEEDED, b"iCCP", b"eXIf"), _NEEDED):
+        try:
+            return _by_pillow(_only(kinds, data) if kinds else data)
+        except SampleError:
             raise
-        return _by_pillow(_bare(data))
+        except Exception:
+            # Pillow has errors of every kind.
+            if not data.startswith(_PNG):
+                break
+    raise SampleError("image_corrupt")
 
 
 def as_png(data: bytes) -> bytes:
@@ -177,13 +179,13 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         position += 12 + length
 
 
-def _bare(data: bytes) -> bytes:
-    """A PNG of the chunks that its pixels need."""
-    bare = bytearray(_PNG)
+def _only(kinds: Sequence[bytes], data: bytes) -> bytes:
+    """A PNG with chunks of these kinds alone."""
+    kept = bytearray(_PNG)
     for kind, body in _chunks(data):
-        if kind in _NEEDED:
-            bare += CHUNK.pack(len(body), kind) + body + CHECKSUM.pack(zlib.crc32(kind + body))
-    return bytes(bare)
+        if kind in kinds:
+            kept += CHUNK.pack(len(body), kind) + body + CHECKSUM.pack(zlib.crc32(kind + body))
+    return bytes(kept)
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:

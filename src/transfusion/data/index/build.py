@@ -257,7 +257,7 @@ def write_index(
         _make(work, processes=processes, progress=progress)
         indexes = [ShardIndex(order.path, order.shard) for order in orders.values()]
         report = _report(indexes, max_share, dict(sorted(skipped.items())))
-        faults = (json.dumps(asdict(fault)) + "\n" for index in indexes for fault in index.faults())
+        faults = (json.dumps(asdict(fault)) + "\n" for part in faults_of(indexes) for fault in part)
         # In ASCII, since a name may hold bytes that are no UTF-8.
         with atomic_file(out / QUARANTINE) as unfinished, unfinished.open("w", encoding="ascii") as stream:
             stream.writelines(faults)
