@@ -256,8 +256,9 @@ def write_index(
         _tell_of_former(order.path for order in work)
         _make(work, processes=processes, progress=progress)
         indexes = [ShardIndex(order.path, order.shard) for order in orders.values()]
-        report = _report(indexes, max_share, dict(sorted(skipped.items())))
-        faults = (json.dumps(asdict(fault)) + "\n" for part in faults_of(indexes) for fault in part)
+        left_out = faults_of(indexes)
+        report = _report(indexes, left_out, max_share, dict(sorted(skipped.items())))
+        faults = (json.dumps(asdict(fault)) + "\n" for part in left_out for fault in part)
         # In ASCII, since a name may hold bytes that are no UTF-8.
         with atomic_file(out / QUARANTINE) as unfinished, unfinished.open("w", encoding="ascii") as stream:
             stream.writelines(faults)
@@ -406,13 +407,16 @@ def _loaded(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def _report(indexes: Sequence[ShardIndex], max_share: float, skipped: dict[str, int]) -> IndexReport:
+def _report(
+    indexes: Sequence[ShardIndex], found: Sequence[list[Fault]], max_share: float, skipped: dict[str, int]
+) -> IndexReport:
+    """found: faults of each shard."""
     names = collections.Counter(index.shard.name for index in indexes)
     reasons, notes, kinds = (collections.Counter[str]() for _ in range(3))
     shards: dict[str, Any] = {}
     bad: list[str] = []
     samples = damaged = 0
-    for index, faults in zip(indexes, faults_of(indexes), strict=True):
+    for index, faults in zip(indexes, found, strict=True):
         here = lost_by_reason(faults)
         harm = here.total() - here[HARMLESS]
         name = index.shard.name if names[index.shard.name] == 1 else str(index.shard)
