@@ -188,8 +188,13 @@ def half_a_file(place: Place) -> dict[str, Any]:
 def evaluation(place: Place) -> dict[str, Any]:
     """kill -9 of the second rank amid the validation losses of step 6."""
     place.run("evaluation", 2, "evaluation")
-    require(len(place.figures("evaluation")) == 5, "the line of step 6 was not written")
-    return place.goes_on("evaluation", 2)
+    require(len(place.figures("evaluation")) == 6, "the line of step 6 was written before")
+    require("step_00000006" in place.check_published("evaluation"), "and the step was saved")
+    found = place.goes_on("evaluation", 2)
+    metrics = (place.folder / "runs/evaluation/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    validated = [line["step"] for line in map(json.loads, metrics) if "validation_text_loss" in line]
+    require(validated == [3, 6, 9], "what was left out is measured by the next start")
+    return found
 
 
 def full_disk(place: Place) -> dict[str, Any]:

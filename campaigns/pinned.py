@@ -152,7 +152,8 @@ def losses(folder: Path, processes: int) -> list[list[float]]:
     settings = (f"run.dir={out}", f"train.steps={STEPS}", "train.threads=1", "sample_grid.prompts=[]")
     run(folder, "train", CONFIG, *settings, processes=processes)
     lines = (folder / out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [[line[name] for name in LOSSES] for line in map(json.loads, lines)]
+    # Validation losses stand in lines of their own.
+    return [[line[name] for name in LOSSES] for line in map(json.loads, lines) if "loss" in line]
 
 
 def weights(file: Path) -> str:

@@ -86,7 +86,7 @@ EXIT_CODES = """\
 | 3 | a check failed: `eval --check`, `data index` with too many bad samples, `doctor` |
 | 69 | a lost process ended the run |
 | 75 | stopped early and saved: run the same command again |
-| 130 | interrupted by Ctrl-C |
+| 130 | interrupted by Ctrl-C. A training saves at the first and ends with 75 |
 """
 
 

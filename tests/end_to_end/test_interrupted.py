@@ -78,6 +78,27 @@ def test_stopped_by_a_signal_saves_and_exits_with_75(workplace: Any, straight: P
 
 
 @pytest.mark.slow
+def test_after_ctrl_c_the_last_line_is_that_the_same_command_continues(
+    workplace: Any, straight: Path
+) -> None:
+    """Under torchrun too, whose own messages come before it. Both have the signal from the terminal."""
+    run = workplace.folder / "runs/interrupted"
+    command = workplace.train("runs/interrupted", f"train.steps={STEPS}", "checkpoint.every=100")
+    process = workplace.start(*command, processes=2)
+    wait_for_step(run, 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=LONGEST_WAIT)
+    step = read_metrics(run / "metrics.jsonl")[-1]["step"]
+    last = f"stopped at step {step} after saving; the same command continues"
+    assert "SignalException" in err and err.splitlines()[-1] == f"transfusion: {last}"
+    process = workplace.start(*command)
+    wait_for_step(run, step + 1, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=LONGEST_WAIT)
+    assert process.returncode == 75 and "the same command continues" in err.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_refused_until_it_is_deleted(workplace: Any, straight: Path) -> None:
     """The refusal changes nothing; after what it advises, the run goes on from the checkpoint before."""
     run = workplace.folder / "runs/torn"

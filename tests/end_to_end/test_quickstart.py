@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from transfusion.observe.metrics import read_metrics
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +70,7 @@ def test_from_nothing_to_the_report_and_on_again(checkout: Path, quickstart: Qui
     assert {"generation_accuracy", "caption_accuracy", "text_loss_nats_per_token"} <= set(metrics)
     assert len((run / "images" / "index.jsonl").read_text(encoding="utf-8").splitlines()) == 16
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(1, 7))
 
     again = quickstart(*FEW_STEPS)
     assert again.returncode == 0, again.stdout + again.stderr

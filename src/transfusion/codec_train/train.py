@@ -119,11 +119,16 @@ class CodecTrainer:
                 if self.step % self.config.log_every == 0 or self.step == self.config.steps:
                     self._log(metrics, parts)
                 asked = signals.take()
-                if asked or self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+                measures = self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps
+                if asked or measures:
                     self._save()
                 if asked == Decision.SAVE_AND_STOP and self.step < self.config.steps:
-                    log.warning("stopped at step %d after saving; the same command continues", self.step)
-                    return EXIT_STOPPED_EARLY
+                    break
+                if measures:
+                    self._measure(metrics)
+        if self.step < self.config.steps:
+            log.warning("stopped at step %d after saving; the same command continues", self.step)
+            return EXIT_STOPPED_EARLY
         self.write_codec()
         return 0
 
@@ -229,13 +234,14 @@ class CodecTrainer:
             # In a step that revived entries the count has just begun anew.
             found = self.codebook_use or codebook.use(self.chosen_K)
             line |= {"codebook_used": found.used, "codebook_perplexity": found.perplexity}
-        if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
-            with self.averaged() as network:
-                line["validation_psnr"] = reconstruction_psnr(
-                    network, self.validation, self.device, _VALIDATION_IMAGES
-                )
-            log.info("step %d: validation PSNR %.2f dB", self.step, line["validation_psnr"])
         metrics.write(json.dumps(line) + "\n")
+        metrics.flush()
+
+    def _measure(self, metrics: Any) -> None:
+        with self.averaged() as network:
+            psnr = reconstruction_psnr(network, self.validation, self.device, _VALIDATION_IMAGES)
+        log.info("step %d: validation PSNR %.2f dB", self.step, psnr)
+        metrics.write(json.dumps({"step": self.step, "validation_psnr": psnr}) + "\n")
         metrics.flush()
 
     def _save(self) -> None:

@@ -448,6 +448,11 @@ class CacheConfig(Section):
 class DataConfig(Section):
     sources: list[SourceConfig] = Field(default_factory=list, description="what to train on")
     validation: list[SourceConfig] = Field(default_factory=list, description="what to evaluate on")
+    validation_limit: NonNegativeInt = Field(
+        1000,
+        description="documents of `validation` that training measures at a checkpoint, the same ones each time; 0: all,"
+        " as `transfusion eval` always does",
+    )
     tokenizer: FilePath = Field("", description="sentencepiece model file")
     index: FilePath = Field(
         "",

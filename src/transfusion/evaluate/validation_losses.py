@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -19,15 +21,17 @@ def validation_losses(
     config: Config,
     device: torch.device,
     codec: Codec | None = None,
+    on_batch: Callable[[int], object] = int,
 ) -> LossTerms:
     """This rank's loss sums over its share of the validation data; every rank runs the same number of forwards.
 
-    codec: of the images; None: their pixels.
+    codec: of the images; None: their pixels. on_batch: told how many batches are done, before each.
     Noise and timesteps of the images are keyed by sample, so two checkpoints are measured on the same noise.
     """
     loss = family_of(config).loss(config, codec)
     total: LossTerms | None = None
-    for batch in loader:
+    for number, batch in enumerate(loader):
+        on_batch(number)
         terms = loss.terms(model, batch.to(device)).double()
         total = terms if total is None else total.plus(terms)
     if total is None:

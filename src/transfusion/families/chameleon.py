@@ -11,6 +11,7 @@ CHAMELEON = Family(
     network=Chameleon,
     loss=lambda config, codec: ChameleonLoss(config.codec, codec),
     draw=draw_tokens,
+    image_calls=lambda sampling, config, patches: patches,
     # Image tokens pass the blocks and the head as the text's do.
     image_operations=lambda network, shape, recomputes: 0,
     head_targets=lambda shape: shape[1] * shape[2],

@@ -67,6 +67,7 @@ class Family:
         network: Built from the sections `model` and `codec`.
         loss: From a configuration and its open codec. Without a codec, batches hold what the network reads.
         draw: Draws images.
+        image_calls: How often drawing images of so many patches calls the model.
         image_operations: Operations of forward and backward through what encodes and decodes one image. Takes the
             network, the shape [C, H, W] of the latents, and whether blocks are computed again.
         head_targets: How many tokens of an image with latents [C, H, W] the text head predicts.
@@ -76,6 +77,7 @@ class Family:
     network: type[Backbone]
     loss: Callable[[Config, Codec | None], Loss]
     draw: ImageGenerator
+    image_calls: Callable[[ImageSampling, DiffusionConfig, int], int]
     image_operations: Callable[[Backbone, tuple[int, int, int], bool], int]
     head_targets: Callable[[tuple[int, int, int]], int]
     image_metric: Callable[[DiffusionConfig], ImageMetric]

@@ -38,6 +38,7 @@ TRANSFUSION = Family(
     network=Transfusion,
     loss=lambda config, codec: TransfusionLoss(config.diffusion, codec, config.codec),
     draw=image_diffusion.draw,
+    image_calls=lambda sampling, config, patches: image_diffusion.calls(sampling, config),
     image_operations=image_operations,
     head_targets=lambda shape: 0,
     image_metric=image_metric,

@@ -5,8 +5,9 @@ C channels, H/W image height and width, I images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,9 @@ from transfusion.sequence.layout import Layout
 from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer
 from transfusion.tokens import MAX_SAMPLING_SEED
+
+# Told how many of how many calls of the model are done.
+OnCall = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,8 @@ class Pipeline:
         seed: int = 0,
         batch: int = 64,
         size: tuple[int, int] | None = None,
+        on_call: OnCall | None = None,
+        on_images: Callable[[list[SampledImage]], object] | None = None,
     ) -> list[SampledImage]:
         """Draw images of captions.
 
@@ -126,6 +132,9 @@ class Pipeline:
             seed: Of the first image. Image k of the call has seed `seed + k`, from 0 to 2**38 - 1.
             batch: Images that are drawn at once.
             size: Height and width in pixels, one of the model's sizes. None takes the first.
+            on_call: Called before each call of the model, with how many are done and how many there are. What it raises
+                ends the drawing.
+            on_images: Called with each batch of images as soon as it is drawn.
 
         Returns:
             All images of the first caption, then those of the next.
@@ -138,10 +147,19 @@ class Pipeline:
         sampling = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=_size(size))
         wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
         self._check_sampling(sampling, wanted)
-        return self._draw(wanted, list(range(seed, seed + len(wanted))), sampling, batch)
+        seeds = list(range(seed, seed + len(wanted)))
+        sampling = self._counted(sampling, -(-len(wanted) // batch), on_call)
+        found: list[SampledImage] = []
+        for images in self._draw(wanted, seeds, sampling, batch):
+            found += images
+            if on_images is not None:
+                on_images(images)
+        return found
 
     @torch.no_grad()
-    def sample_grid(self, grid: SampleGridConfig, *, rank: int = 0, ranks: int = 1) -> list[SampledImage]:
+    def sample_grid(
+        self, grid: SampleGridConfig, *, rank: int = 0, ranks: int = 1, on_call: OnCall | None = None
+    ) -> list[SampledImage]:
         """Draw this rank's share of a grid.
 
         Every rank runs the same number of forwards. One with a shorter share draws the last image again.
@@ -151,6 +169,7 @@ class Pipeline:
                 euler.
             rank: Number of this process among those that share the grid, from 0.
             ranks: How many those are.
+            on_call: As in `sample`, for one size after another. Called by every rank equally often.
 
         Returns:
             For one size after another, images number `rank`, `rank + ranks` and so on of what `sample` gives. Seeds
@@ -175,7 +194,8 @@ class Pipeline:
             )
             self._check_sampling(sampling, wanted)
             seeds = [seed + number for number in drawn]
-            images = self._draw([wanted[number] for number in drawn], seeds, sampling, share)
+            sampling = self._counted(sampling, 1, on_call)
+            (images,) = self._draw([wanted[number] for number in drawn], seeds, sampling, share)
             found += [image for image, number in zip(images, mine, strict=True) if number < len(wanted)]
         return found
 
@@ -287,9 +307,8 @@ class Pipeline:
 
     def _draw(
         self, prompts: list[str], seeds: list[int], sampling: ImageSampling, batch: int
-    ) -> list[SampledImage]:
+    ) -> Iterator[list[SampledImage]]:
         """`batch` images at a time, each from its own seed."""
-        drawn = []
         for start in range(0, len(prompts), batch):
             part, keys = prompts[start : start + batch], seeds[start : start + batch]
             distinct = list(dict.fromkeys(part))
@@ -301,8 +320,16 @@ class Pipeline:
             rows = [distinct.index(prompt) for prompt in part]
             encoded = self.family.draw(self.runner, cache, rows, keys, sampling, self.config.diffusion)
             images = self.runner.codec.decode(encoded).cpu()
-            drawn += [SampledImage(*item) for item in zip(images, part, keys, strict=True)]
-        return drawn
+            yield [SampledImage(*item) for item in zip(images, part, keys, strict=True)]
+
+    def _counted(self, sampling: ImageSampling, batches: int, on_call: OnCall | None) -> ImageSampling:
+        """The settings with `on_call`, told how many calls of so many batches are done."""
+        if on_call is None:
+            return sampling
+        patches = self.runner.sizes.patches(sampling.size or self.runner.sizes.first)
+        calls = batches * self.family.image_calls(sampling, self.config.diffusion, patches)
+        done = itertools.count()
+        return replace(sampling, on_call=lambda: on_call(next(done), calls))
 
     def _caption_first(self, prompt: str, size: Size | None) -> Layout:
         caption = TextSegment(tuple(self.tokenizer.encode(prompt)))

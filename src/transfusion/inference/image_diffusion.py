@@ -7,7 +7,7 @@ height and width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ class ImageSampling:
     """How images are drawn. guidance 1 is the model itself; steps are calls of the model for each image.
 
     sampler "auto": the first of `SAMPLERS` for the model's objective. heun calls twice a step, but once in the last.
-    size: one of the model's; None: the first.
+    size: one of the model's; None: the first. on_call: called before each call of the model that draws.
     """
 
     guidance: float = 3.0
@@ -38,6 +38,7 @@ class ImageSampling:
     sampler: str = "auto"
     seed: int = 0
     size: Size | None = None
+    on_call: Callable[[], object] = int
 
 
 def check(sampling: ImageSampling, config: Config) -> None:
@@ -65,8 +66,16 @@ def check(sampling: ImageSampling, config: Config) -> None:
 
 def build_sampler(sampling: ImageSampling, config: DiffusionConfig, *, clip: float | None) -> Sampler:
     """The sampler of checked settings, for a model of this objective. clip: bound of the clean latents."""
-    name = SAMPLERS[config.prediction][0] if sampling.sampler == "auto" else sampling.sampler
-    return BUILDERS[name](config, sampling.steps, clip)
+    return BUILDERS[_sampler_name(sampling, config)](config, sampling.steps, clip)
+
+
+def calls(sampling: ImageSampling, config: DiffusionConfig) -> int:
+    """How often images of these settings call the model."""
+    return (2 if _sampler_name(sampling, config) == "heun" else 1) * (sampling.steps - 1) + 1
+
+
+def _sampler_name(sampling: ImageSampling, config: DiffusionConfig) -> str:
+    return SAMPLERS[config.prediction][0] if sampling.sampler == "auto" else sampling.sampler
 
 
 def draw(
@@ -101,6 +110,7 @@ def denoiser(
     mask = view.mask(runner.image_ends(len(position_RPA), patches))
 
     def predict(latent_ICHW: Tensor, timestep: float) -> Tensor:
+        sampling.on_call()
         timestep_I = torch.full((images,), timestep, device=runner.device)
         encoding = model.encode_patches([latent_ICHW], timestep_I)
         if guided:

@@ -51,6 +51,7 @@ def draw_tokens(
     grid = Grid(len(view.lengths), *runner.sizes.grid(size))
     drawn: list[Tensor] = []
     for place in range(patches):
+        sampling.on_call()
         logit_RK = runner.logits(state_RD)[:, model.config.vocabulary :]
         if guided:
             conditional, unconditional = logit_RK.chunk(2)

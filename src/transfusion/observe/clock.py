@@ -126,7 +126,6 @@ class TimeLimit:
         self._steps.append(self._now() - self._step_start)
 
     def save_begins(self) -> None:
-        """With the validation losses and images that go with it."""
         self._save_start = self._now()
 
     def save_ends(self) -> None:

@@ -1,6 +1,7 @@
 """metrics.jsonl, the record of a run: one JSON object a logged step, appended at once.
 
-A run that is killed and started again writes some steps twice; the last line of a step counts.
+Validation losses are measured after their step was saved, and stand in a line of their own with the same step. A run
+that is killed and started again writes some steps twice. Of each name the last value of a step counts.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class StepMetrics:
     """What is known after a step. A loss is a mean over its targets, None where the step had none.
 
     losses: by the names of the loss's terms, such as "text". series: those of several values, such as
-    "image_by_timestep". validation: as losses, at checkpoints only. tokens, images: seen since the run's first step.
+    "image_by_timestep". tokens, images: seen since the run's first step.
     data_wait: share of the time since the last line that was spent waiting for data. memory_gib: peak.
     mfu, hfu, mfu_palm, gemm_share: see `utilization.Utilization`; a mean over the ranks.
     skipped: steps so far whose update was left out. roll_backs: times so far that a former checkpoint was
@@ -47,19 +48,17 @@ class StepMetrics:
     gemm_share: float | None = None
     roll_backs: int = 0
     gradient_norms: dict[str, float] | None = None
-    validation: Mapping[str, float | None] = field(default_factory=dict)
 
     def line(self) -> dict[str, Any]:
-        """Flat, as it is written: `text_loss`, `image_loss_by_timestep`, `validation_text_loss` and so on."""
+        """Flat, as it is written: `text_loss`, `image_loss_by_timestep` and so on."""
         values = {name: getattr(self, name) for name in self.__slots__}
-        losses, series, validation = (values.pop(name) for name in ("losses", "series", "validation"))
+        losses, series = values.pop("losses"), values.pop("series")
         return {
             "step": values.pop("step"),
             "loss": values.pop("loss"),
             **{f"{name}_loss": loss for name, loss in losses.items()},
             **{name.replace("_by_", "_loss_by_"): each for name, each in series.items()},
             **values,
-            **{f"validation_{name}_loss": loss for name, loss in validation.items()},
         }
 
 
@@ -80,7 +79,16 @@ class MetricsLog:
 
     def append(self, metrics: StepMetrics) -> dict[str, Any]:
         """Write one line, with the time and the attempt; returns the line as readers will see it."""
-        line = without_nan({**metrics.line(), "time": round(time.time(), 3), "attempt": self.attempt})
+        return self._append(metrics.line())
+
+    def append_validation(self, step: int, losses: Mapping[str, float | None]) -> dict[str, Any]:
+        """As `append`, of the validation losses of a step: `validation_text_loss` and so on."""
+        return self._append(
+            {"step": step} | {f"validation_{name}_loss": loss for name, loss in losses.items()}
+        )
+
+    def _append(self, values: dict[str, Any]) -> dict[str, Any]:
+        line = without_nan({**values, "time": round(time.time(), 3), "attempt": self.attempt})
         self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n")
         return line
 
@@ -92,12 +100,21 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in step order, the last one of each step. A torn line is left out.
+    """The steps of metrics.jsonl in order, of each name its last value. A torn line is left out.
 
     An absent file is an empty run.
     """
-    last_of_step = {line["step"]: line for line in _lines(path)}
-    return [last_of_step[step] for step in sorted(last_of_step)]
+    steps: dict[int, dict[str, Any]] = {}
+    for line in _lines(path):
+        steps.setdefault(line["step"], {}).update(line)
+    return [steps[step] for step in sorted(steps)]
+
+
+def has_validation(path: Path, step: int) -> bool:
+    """Whether metrics.jsonl has validation losses of this step."""
+    return any(
+        line["step"] == step and any(name.startswith("validation_") for name in line) for line in _lines(path)
+    )
 
 
 def without_nan(value: Any) -> Any:

@@ -39,6 +39,7 @@ class Progress:
         self._now, self._last_plain = now, -math.inf
         self._console = console or Console(stderr=True, highlight=False)
         self._bar: RichProgress | None = None
+        self._left = self._figures = ""
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             # Figures are cut at the edge of a narrow terminal, the step and the time left are not.
             self._bar = RichProgress(
@@ -56,12 +57,16 @@ class Progress:
                 "train", total=total_steps, completed=first_step, left="", figures=""
             )
 
-    def alive(self, step: int, *, seconds_left: float | None = None) -> None:
-        """Show that a step was done: at once the first, then whenever nothing else was shown for a while."""
+    def alive(self, step: int, *, seconds_left: float | None = None, doing: str = "") -> None:
+        """Show that the run goes on: at once the first time, then whenever nothing else was shown for a while.
+
+        doing: what is done beside training, such as "validation 3/20".
+        """
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, left=_left(seconds_left))
+            self._left = self._left if seconds_left is None else _left(seconds_left)
+            self._bar.update(self._task, completed=step, left=self._left, figures=doing or self._figures)
         elif self._is_silent:
-            self._plain(step, _left(seconds_left))
+            self._plain(step, _left(seconds_left), doing)
 
     @property
     def _is_silent(self) -> bool:
@@ -78,6 +83,7 @@ class Progress:
         step = int(line["step"])
         figures, left = describe(line), _left(seconds_left)
         if self._bar is not None:
+            self._left, self._figures = left, figures
             self._bar.update(self._task, completed=step, left=left, figures=figures)
         elif step >= min(self._next_plain, self._total) or self._is_silent:
             self._next_plain = step - step % self._every + self._every

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from transfusion.observe.metrics import MetricsLog, StepMetrics
 from transfusion.observe.progress import Progress
 from transfusion.observe.runfolder import RunFolder
 from transfusion.observe.sinks import MetricLogger, open_metric_logger
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,13 @@ class Record:
         line = self.metrics.append(metrics)
         self.metric_logger.write(line)
         self.progress.update(line, seconds_left=seconds_left)
+
+    def validation(self, step: int, losses: Mapping[str, float | None]) -> None:
+        """The validation losses of a step, after its own line."""
+        line = self.metrics.append_validation(step, losses)
+        self.metric_logger.write(line)
+        told = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+        log.info("step %d: validation losses  %s", step, "  ".join(told))
 
     def grid(self, step: int, write: Callable[[Path], None]) -> None:
         """The sample grid of a step, which `write` puts into a file."""

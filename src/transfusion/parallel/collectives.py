@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import signal
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -15,8 +18,13 @@ from transfusion.errors import UserError, describe
 from transfusion.losses.loss import Loss
 from transfusion.schema import Batch, Decision
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+# A launcher passes Ctrl-C on to processes that had it from the terminal already. After so many seconds it is another.
+SECOND_INTERRUPT_SECONDS = 2.0
 DECISION_OF_SIGNAL = {
+    signal.SIGINT: Decision.SAVE_AND_STOP,
     signal.SIGTERM: Decision.SAVE_AND_STOP,
     signal.SIGUSR1: Decision.SAVE_AND_STOP,
     signal.SIGUSR2: Decision.SAVE,
@@ -115,15 +123,22 @@ def _is_shared() -> bool:
 
 
 class Signals:
-    """Turns signals into decisions, to be asked at a step boundary: SIGTERM and SIGUSR1 into
+    """Turns signals into decisions, to be asked at a step boundary: Ctrl-C (SIGINT), SIGTERM and SIGUSR1 into
     `Decision.SAVE_AND_STOP`, SIGUSR2 into `Decision.SAVE`.
 
-    A context manager of the main thread: the former handlers come back at its end.
+    A second Ctrl-C raises KeyboardInterrupt. A context manager of the main thread: the former handlers come back at
+    its end.
     """
 
     def __init__(self) -> None:
         self._decision = Decision.CONTINUE
+        self._interrupted = math.inf
         self._former: dict[signal.Signals, Any] = {}
+
+    @property
+    def stop(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._decision == Decision.SAVE_AND_STOP
 
     def take(self) -> Decision:
         """The most urgent decision asked for. SAVE is told once, SAVE_AND_STOP from then on."""
@@ -145,4 +160,10 @@ class Signals:
         self._former.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if time.monotonic() - self._interrupted > SECOND_INTERRUPT_SECONDS:
+                raise KeyboardInterrupt
+            if self._interrupted == math.inf:
+                self._interrupted = time.monotonic()
+                log.info("saving after this step; Ctrl-C again ends at once, without saving")
         self._decision = max(self._decision, DECISION_OF_SIGNAL[signal.Signals(number)])

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,12 @@ NAME_SECONDS = 60.0
 # the end of a process alone can take ten seconds.
 HEAD_START = 30.0
 FLIGHT_RECORDS = "2000"
+# Waits for the end of the process behind a descriptor, and then speaks. torchrun kills after thirty seconds.
+_SAY_BELOW = """
+import select, sys
+select.select([int(sys.argv[1])], [], [], 60)
+print(sys.argv[2], file=sys.stderr)
+"""
 # What this process has been in, if only for a while.
 _groups_joined: list[Environment] = []
 
@@ -196,6 +203,25 @@ def say_once(message: str) -> None:
         return
     time.sleep(HEAD_START)
     print(f"transfusion: rank {placement(os.environ).rank}: {message}", file=sys.stderr, flush=True)
+
+
+def say_below_launcher(message: str) -> None:
+    """Print a message on stderr again, once torchrun or deepspeed has ended: below what they say at their end.
+
+    Without one of them, and where the system cannot tell of another process's end, nothing is printed.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ
+    if not launched or not is_first_process() or not hasattr(os, "pidfd_open"):
+        return
+    with contextlib.suppress(OSError):
+        launcher = os.pidfd_open(os.getppid())
+        subprocess.Popen(
+            [sys.executable, "-S", "-c", _SAY_BELOW, str(launcher), f"transfusion: {message}"],
+            pass_fds=[launcher],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
 
 def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:

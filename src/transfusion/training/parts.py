@@ -86,7 +86,10 @@ class RunParts:
 
     def _open_validation(self) -> EvaluationLoader:
         ranks = {"rank": self.here.rank, "world_size": self.here.world_size}
-        return EvaluationLoader(self.config, self.config.data.validation, self.tokenizer, **ranks)
+        data = self.config.data
+        return EvaluationLoader(
+            self.config, data.validation, self.tokenizer, limit=data.validation_limit, **ranks
+        )
 
     def _create_folder(self) -> None:
         if self.here.is_main:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.image_files import write_grid
 from transfusion.generate.pipeline import Pipeline
 from transfusion.observe.losses import MeanLosses
 from transfusion.observe.memory import peak_gib
-from transfusion.observe.metrics import StepMetrics
+from transfusion.observe.metrics import StepMetrics, has_validation
 from transfusion.observe.record import Record, open_record
 from transfusion.optim.schedule import learning_rate
-from transfusion.parallel.collectives import gather, raise_together
+from transfusion.parallel.collectives import broadcast_from_main, gather, raise_together
 from transfusion.parallel.engine import Weights
 from transfusion.schema import Batch, LossTerms, StepResult
 from transfusion.training.parts import RunParts
@@ -73,29 +75,70 @@ class Reporter:
         self._terms += terms
         self._images += sum(batch.counts.images for batch in batches)
 
-    def line(self, result: StepResult, *, validation: bool) -> None:
-        """Sum the losses over steps and ranks and write a line of metrics. validation: measure these losses too."""
+    def line(self, result: StepResult) -> None:
+        """Sum the losses over steps and ranks and write a line of metrics."""
         parts = self.parts
-        parts.watchdog.note("validation losses and metrics", parts.state.step)
+        parts.watchdog.note("metrics", parts.state.step)
         losses = MeanLosses.over_ranks(
             self._terms, parts.engine.loss, parts.operation_meter.take(), images=self._images
         )
         self._terms, self._images = [], 0
         parts.state.images += losses.images
-        measured = self._validation_losses() if validation else None
-        line = self._metrics(result, losses, measured)
+        line = self._metrics(result, losses)
         seconds_left = parts.clock.seconds_left(parts.config.train.steps - parts.state.step)
         raise_together(lambda: self._record.write(line, seconds_left=seconds_left) if self._record else None)
 
-    def grid(self) -> None:
+    def is_unmeasured(self) -> bool:
+        """Whether what `measure` leaves of this step is not there yet, as far as the configuration asks for it."""
+        parts = self.parts
+        step, folder = parts.state.step, parts.folder
+
+        def look() -> bool:
+            no_grid = bool(parts.config.sample_grid.prompts) and not folder.grid(step).exists()
+            return no_grid or (
+                step > 0 and parts.validation is not None and not has_validation(folder.metrics, step)
+            )
+
+        return broadcast_from_main(look)
+
+    def measure(self, between: Callable[[], None]) -> None:
+        """Validation losses and the sample grid of this step. Before the first step there is only the grid.
+
+        between: called on all ranks together before each part of the work. What it raises ends the measurement.
+        """
+        with self.parts.clock.pause():
+            if self.parts.validation is not None and self.parts.state.step:
+                self._validation(self.parts.validation, between)
+            if self.parts.config.sample_grid.prompts:
+                self._grid(between)
+
+    def _validation(self, loader: EvaluationLoader, between: Callable[[], None]) -> None:
+        parts, step = self.parts, self.parts.state.step
+
+        def on_batch(number: int) -> None:
+            self._doing(f"validation {number}/{len(loader)}")
+            between()
+
+        with parts.engine.evaluation(self._best_weights()) as module:
+            terms = validation_losses(
+                module, loader, parts.config, parts.engine.device, parts.codec, on_batch
+            )
+            found = MeanLosses.over_ranks([terms], parts.engine.loss).means
+        raise_together(lambda: self._record.validation(step, found) if self._record else None)
+
+    def _grid(self, between: Callable[[], None]) -> None:
         """The fixed-seed images, each rank drawing its share with the same number of forwards."""
         parts, sample = self.parts, self.parts.config.sample_grid
-        if not sample.prompts:
-            return
-        parts.watchdog.note("drawing the sample grid", parts.state.step)
-        with parts.clock.pause(), parts.engine.evaluation(self._best_weights()) as module:
+
+        def on_call(done: int, calls: int) -> None:
+            self._doing(f"sample grid {done}/{calls}")
+            between()
+
+        with parts.engine.evaluation(self._best_weights()) as module:
             pipeline = Pipeline(module, parts.tokenizer, parts.config, parts.engine.device, parts.codec)
-            mine = pipeline.sample_grid(sample, rank=parts.here.rank, ranks=parts.here.world_size)
+            mine = pipeline.sample_grid(
+                sample, rank=parts.here.rank, ranks=parts.here.world_size, on_call=on_call
+            )
             images = [image for part in gather(mine) for image in part]
         images.sort(key=lambda image: image.seed)
 
@@ -114,7 +157,13 @@ class Reporter:
         faults = [fault for part in found for fault in part]
         raise_together(lambda: parts.folder.add_to_quarantine(faults) if parts.here.is_main else None)
 
-    def _metrics(self, result: StepResult, losses: MeanLosses, measured: MeanLosses | None) -> StepMetrics:
+    def _doing(self, what: str) -> None:
+        """Note and show what is done beside training."""
+        self.parts.watchdog.note(what, self.parts.state.step)
+        if self._record:
+            self._record.progress.alive(self.parts.state.step, doing=what)
+
+    def _metrics(self, result: StepResult, losses: MeanLosses) -> StepMetrics:
         parts, state, config = self.parts, self.parts.state, self.parts.config
         interval = parts.clock.interval()
         utilization = parts.operation_meter.utilization(
@@ -137,18 +186,7 @@ class Reporter:
             data_wait=interval.shares.get("data", 0.0),
             **asdict(utilization),
             memory_gib=peak_gib(parts.engine.device),
-            validation=measured.means if measured else {},
         )
-
-    def _validation_losses(self) -> MeanLosses | None:
-        parts = self.parts
-        if parts.validation is None:
-            return None
-        with parts.clock.pause(), parts.engine.evaluation(self._best_weights()) as module:
-            terms = validation_losses(
-                module, parts.validation, parts.config, parts.engine.device, parts.codec
-            )
-            return MeanLosses.over_ranks([terms], parts.engine.loss)
 
     def _best_weights(self) -> Weights:
         return "ema" if self.parts.engine.averages else "raw"

@@ -43,6 +43,10 @@ def train(config: Config) -> int:
         environment.stop()
 
 
+class _StopMeasuringError(Exception):
+    """A stop was asked for amid validation losses or the sample grid."""
+
+
 class Trainer:
     """One run on this process. What it consists of is in `parts`."""
 
@@ -53,7 +57,7 @@ class Trainer:
         self.engine, self.state = parts.engine, parts.state
         self.loader, self.saver = parts.loader, parts.saver
         self.clock, self.limit, self.watchdog = parts.clock, parts.limit, parts.watchdog
-        self.recovery, self.reporter = Recovery(parts), Reporter(parts)
+        self.recovery, self.reporter, self.signals = Recovery(parts), Reporter(parts), Signals()
 
     def run(self) -> int:
         """Steps until the last one or until asked to stop; saves on the way. Returns the exit code."""
@@ -80,44 +84,74 @@ class Trainer:
 
     def _run(self) -> int:
         steps, state = self.config.train.steps, self.state
-        if state.step >= steps:
+        # A former start may have been stopped after its save, before it had measured what belongs to that step.
+        measures = self._is_measured(state.step) and self.reporter.is_unmeasured()
+        if state.step >= steps and not measures:
             log.info("already at step %d of %d: nothing to do", state.step, steps)
             return 0
         self.reporter.announce()
         with ExitStack() as stack:
             stack.enter_context(self.loader)
-            signals = stack.enter_context(Signals())
+            stack.enter_context(self.signals)
             stack.enter_context(self.watchdog)
             stack.enter_context(self.reporter)
-            if state.step == 0:
-                self.reporter.grid()
-            while state.step < steps:
+            stopped = measures and not self._measure()
+            while state.step < steps and not stopped:
                 self._profiled_step()
                 time_is_up = Decision.SAVE_AND_STOP if self.limit.reached else Decision.CONTINUE
-                decision = self._agree(max(signals.take(), time_is_up))
-                at_end = state.step == steps
-                saves = at_end or decision >= Decision.SAVE or state.step % self.config.checkpoint.every == 0
+                decision = self._agree(max(self.signals.take(), time_is_up))
+                stopped = decision == Decision.SAVE_AND_STOP
+                measures = self._is_measured(state.step)
+                saves = measures or decision >= Decision.SAVE
                 logs = saves or state.step % self.config.log.every == 0
                 result = self.recovery.read(all_steps=logs)
                 if not logs:
                     self.reporter.alive()
-                if saves:
-                    self.limit.save_begins()
-                # Whoever asks for a stop may wait for seconds only: then nothing is measured or drawn.
-                stops = decision == Decision.SAVE_AND_STOP and not at_end
                 if logs and result is not None:
-                    self.reporter.line(result, validation=saves and not stops)
-                if saves and not stops:
-                    self.reporter.grid()
+                    self.reporter.line(result)
                 if saves:
                     self._save()
-                if stops:
-                    self.saver.finish()
-                    log.warning("stopped at step %d after saving; the same command continues", state.step)
-                    return EXIT_STOPPED_EARLY
+                # Whoever asks for a stop may wait for seconds only.
+                if measures:
+                    stopped = stopped or not self._measure()
             self.saver.finish()
+        if stopped:
+            message = f"stopped at step {state.step} after saving; the same command continues"
+            log.info("%s", message)
+            environment.say_below_launcher(message)
+            return EXIT_STOPPED_EARLY
         log.info("done: step %d of %d", state.step, steps)
         return 0
+
+    def _is_measured(self, step: int) -> bool:
+        """Whether this step is saved and measured in any case."""
+        return step == self.config.train.steps or step % self.config.checkpoint.every == 0
+
+    def _measure(self) -> bool:
+        """Validation losses and the sample grid, after the save. Returns False where a stop was asked for meanwhile."""
+        try:
+            self.reporter.measure(self._go_on_measuring)
+        except _StopMeasuringError:
+            return False
+        return True
+
+    def _go_on_measuring(self) -> None:
+        """Between two parts of a measurement, on all ranks: publish the save under way once all have written it.
+
+        Raises _StopMeasuringError on all ranks once any is asked to stop.
+        """
+        stops = self.signals.stop or self.limit.reached
+        mine = Decision.SAVE_AND_STOP if stops else Decision.CONTINUE
+        decision, (written,) = reduce_decision(mine, int(self.saver.written))
+        self._publish(written)
+        if decision == Decision.SAVE_AND_STOP:
+            raise _StopMeasuringError
+
+    def _publish(self, written: int) -> None:
+        """Finish the save under way once so many ranks have written it as there are."""
+        if written == self.here.world_size:
+            self.saver.finish()
+            self.limit.save_ends()
 
     def _profiled_step(self) -> None:
         """`train_step`, timed, and in the steps of log.profile_steps traced."""
@@ -173,9 +207,7 @@ class Trainer:
         decision, (faults, samples, written) = reduce_decision(mine, *reading, int(self.saver.written))
         state.faults += faults
         state.samples += samples
-        if written == self.here.world_size:
-            self.saver.finish()
-            self.limit.save_ends()
+        self._publish(written)
         if too_many_faults(state.faults, state.samples, most):
             self.reporter.quarantine()
             complaint = self.loader.complaint()
@@ -188,6 +220,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.watchdog.note("saving", self.state.step)
+        self.limit.save_begins()
         with self.clock.pause():
             self.reporter.quarantine()
             self.saver.begin(self.state, copy=self.config.checkpoint.asynchronous)

@@ -23,6 +23,7 @@ from transfusion.config.checking import check_as
 from transfusion.config.codec_folder import WEIGHTS
 from transfusion.errors import UserError
 from transfusion.observe.console import start_logging
+from transfusion.observe.metrics import read_metrics
 
 CPU = torch.device("cpu")
 
@@ -152,6 +153,10 @@ def test_every_setting_counts(
     assert not same
 
 
+def metrics_of(config: CodecTrainConfig) -> list[dict[str, Any]]:
+    return read_metrics(Path(config.run.folder) / "metrics.jsonl")
+
+
 def test_what_is_trained_on_and_left_away_is_told(
     make: Callable[..., CodecTrainConfig],
 ) -> None:
@@ -173,8 +178,7 @@ def test_what_is_trained_on_and_left_away_is_told(
             "none"
         )
         assert losses["adversarial"].startswith(told) and f"adversarial loss: {told}" in log
-        lines = (Path(config.run.folder) / "metrics.jsonl").read_text().splitlines()
-        judged = ["discriminator" in json.loads(line) for line in lines]
+        judged = ["discriminator" in line for line in metrics_of(config)]
         assert judged == ([False] * 3 if run == "late" else [False, True, True])
 
 
@@ -206,8 +210,10 @@ def test_steps_between_lines_and_checkpoints(make: Callable[..., CodecTrainConfi
     finally:
         torch.set_num_threads(threads)
     folder = Path(config.run.folder)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 5] and all("validation_psnr" in line for line in lines)
+    lines = metrics_of(config)
+    # Measured at each checkpoint, logged at every third step and at the last.
+    assert [line["step"] for line in lines if "learning_rate" in line] == [3, 5]
+    assert [line["step"] for line in lines if "validation_psnr" in line] == [1, 2, 3, 4, 5]
     # The two newest are kept.
     assert [path.stem for path in sorted((folder / "checkpoints").iterdir())] == [
         "step_00000004",
@@ -218,8 +224,7 @@ def test_steps_between_lines_and_checkpoints(make: Callable[..., CodecTrainConfi
 def test_a_step_that_revives_tells_what_it_counted(make: Callable[..., CodecTrainConfig]) -> None:
     config = make(kind="vq", loss={"revive_every": 2})
     assert train_codec(config) == 0
-    lines = (Path(config.run.folder) / "metrics.jsonl").read_text().splitlines()
-    assert all(json.loads(line)["codebook_used"] > 0 for line in lines)
+    assert all(line["codebook_used"] > 0 for line in metrics_of(config))
 
 
 def test_the_folder_is_measured_and_loads(
@@ -230,7 +235,7 @@ def test_the_folder_is_measured_and_loads(
     )
     assert train_codec(config) == 0
     folder = Path(config.run.folder)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(config)
     assert [line["step"] for line in lines] == list(range(1, 31))
     assert lines[-1]["validation_psnr"] > lines[1]["validation_psnr"] + 1
     rates = [line["learning_rate"] for line in lines]

@@ -85,6 +85,7 @@ def values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str
         network=Traces,
         loss=lambda config, codec: TraceLoss(),
         draw=TRANSFUSION.draw,
+        image_calls=TRANSFUSION.image_calls,
         image_operations=TRANSFUSION.image_operations,
         head_targets=TRANSFUSION.head_targets,
         image_metric=lambda diffusion: ImageMetric("trace_loss", "", "mean absolute error of {}"),

@@ -22,6 +22,7 @@ from handmade import HostReads
 
 from transfusion.config import Config
 from transfusion.data.index.source_index import SourceIndex
+from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.data.prepare.prepare import prepare
 from transfusion.errors import UserError
 from transfusion.losses.transfusion import TransfusionLoss
@@ -29,8 +30,9 @@ from transfusion.observe.clock import TimeLimit
 from transfusion.observe.console import start_logging
 from transfusion.observe.metrics import read_metrics
 from transfusion.optim import groups
+from transfusion.parallel import collectives
 from transfusion.parallel.environment import Environment
-from transfusion.schema import Batch, LossTerms
+from transfusion.schema import Batch, Decision, LossTerms
 from transfusion.sequence.tokenizer import Tokenizer
 from transfusion.training.reporting import Reporter
 from transfusion.training.trainer import Trainer
@@ -424,36 +426,119 @@ def test_a_signal_saves_and_goes_on(
     assert steps == ["step_00000003", "step_00000006"]
 
 
-def test_at_a_stop_nothing_is_measured_or_drawn_before_the_save(
-    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+def measured_config(build_config: Callable[..., Config], digits: Path, run: str, steps: int) -> Config:
+    """Of a run that saves, measures six batches and draws a grid after every second step."""
+    config = build_config(run, steps=steps, checkpoint=2)
+    validation = [config.data.sources[0]]
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"validation": validation, "validation_limit": 32}),
+            "sample_grid": config.sample_grid.model_copy(
+                update={"prompts": ["a"], "steps": 3, "guidance": 1.0}
+            ),
+        }
+    )
+
+
+def saved(config: Config) -> list[int]:
+    names = (Path(config.run.folder) / "checkpoints").glob("step_*")
+    return sorted(int(path.name.removeprefix("step_")) for path in names if (path / "manifest.json").exists())
+
+
+def validated(config: Config) -> list[int]:
+    return [line["step"] for line in lines(config) if "validation_text_loss" in line]
+
+
+def drawn(config: Config) -> list[int]:
+    names = (Path(config.run.folder) / "samples").glob("*.png")
+    return sorted(int(path.stem.removeprefix("step_")) for path in names)
+
+
+@pytest.mark.parametrize("during", ["validation 2/", "sample grid 1/"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_step_is_saved_before_it_is_measured_and_a_stop_waits_for_no_measurement(
+    build_config: Callable[..., Config],
+    digits: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    during: str,
+    number: signal.Signals,
 ) -> None:
-    config = build_config("stopped", steps=6)
-    measured: list[int] = []
+    """The line of the step is there too, and what was left out is measured by the next start."""
+    config = measured_config(build_config, digits, "measured", 4)
+    real, seen = Reporter._doing, []
 
-    def ask(number: int, terms: LossTerms) -> LossTerms:
-        if number == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return terms
+    def doing(self: Reporter, what: str) -> None:
+        real(self, what)
+        if self.parts.state.step == 2:
+            seen.append(what)
+            assert saved(config) == [2] and lines(config)[-1]["step"] == 2
+            if what.startswith(during):
+                os.kill(os.getpid(), number)
 
-    def keep(name: str) -> None:
-        real = getattr(Reporter, name)
-
-        def noted(self: Reporter) -> Any:
-            measured.append(self.parts.state.step)
-            return real(self)
-
-        monkeypatch.setattr(Reporter, name, noted)
-
-    interfere(monkeypatch, ask)
-    keep("grid")
-    keep("_validation_losses")
+    monkeypatch.setattr(Reporter, "_doing", doing)
     assert run(config) == 75
-    steps = sorted(path.name for path in (Path(config.run.folder) / "checkpoints").glob("step_*"))
-    assert steps[-1] == f"step_{lines(config)[-1]['step']:08d}"
-    stopped = lines(config)[-1]["step"]
-    assert measured and stopped not in measured
+    assert seen[-1].startswith(during) and saved(config) == [2]
+    amid_losses = during.startswith("validation")
+    assert validated(config) == ([] if amid_losses else [2]) and drawn(config) == [0]
     monkeypatch.undo()
     assert run(config) == 0
+    assert validated(config) == [2, 4] and drawn(config) == [0, 2, 4]
+    straight = measured_config(build_config, digits, "straight", 4)
+    assert run(straight) == 0
+    assert lines(straight) == lines(config)
+
+
+def test_a_stop_amid_the_last_measurement_leaves_it_to_the_next_start(
+    build_config: Callable[..., Config], digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = measured_config(build_config, digits, "last", 2)
+    monkeypatch.setattr(
+        Reporter, "_doing", lambda self, what: self.parts.state.step and os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert run(config) == 75 and saved(config) == [2] and not validated(config)
+    monkeypatch.undo()
+    assert run(config) == 0 and validated(config) == [2] and drawn(config) == [0, 2]
+    # A further one has nothing to do.
+    assert run(config) == 0 and len((Path(config.run.folder) / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a launcher passes on to a process that had it from the terminal is no second one."""
+    now = [100.0]
+    monkeypatch.setattr(collectives.time, "monotonic", lambda: now[0])
+    with collectives.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += 0.5
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.stop and signals.take() == Decision.SAVE_AND_STOP
+        now[0] += 3
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_validation_is_limited_to_the_same_documents_each_time(
+    build_config: Callable[..., Config], digits: Path, tokenizer: Tokenizer
+) -> None:
+    config = build_config("limited", steps=1)
+    sources = [config.data.sources[0], config.data.sources[0].model_copy(update={"name": "again"})]
+
+    def spans(ranks: int, limit: int) -> set[Any]:
+        loaders = [
+            EvaluationLoader(config, sources, tokenizer, rank=rank, world_size=ranks, limit=limit)
+            for rank in range(ranks)
+        ]
+        return {
+            (span.source, span.sample)
+            for loader in loaders
+            for plan in loader._plans[loader._rank :: ranks]
+            for span in plan
+        }
+
+    whole = spans(1, 0)
+    few = spans(1, 20)
+    assert len(few) == 20 and few < whole and {source for source, _ in few} == {0, 1}
+    assert spans(1, 20) == few == spans(3, 20)
+    assert spans(1, len(whole) + 1) == whole and len(spans(1, 1)) == 2
 
 
 def test_a_network_that_torch_cannot_compile_is_told_with_the_remedy(

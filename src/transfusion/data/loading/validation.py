@@ -1,4 +1,4 @@
-"""Validation data: every document exactly once, the same on any number of ranks."""
+"""Validation data: every document exactly once, or the same few each time, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class EvaluationLoader:
         rank: Number of this rank among those that share the batches, from 0.
         world_size: How many those are.
         rows: Of one batch of one rank. 0 takes as many as a micro-batch of training.
+        limit: Documents of a pass, drawn from all sources alike, the same ones in each. 0 takes all.
         caption_first: Share of the pairs whose caption comes before the image. With all of them, images are measured
             at every noise level, and captions without the image.
 
@@ -50,6 +51,7 @@ class EvaluationLoader:
         rank: int = 0,
         world_size: int = 1,
         rows: int = 0,
+        limit: int = 0,
         caption_first: float = 1.0,
     ) -> None:
         if not sources:
@@ -65,7 +67,7 @@ class EvaluationLoader:
         length = config.data.sequence_length
         plan = PlanSettings(rows=self._rows, sequence_length=length, packing_buffer=_OPEN_ROWS, variants=rule)
         lengths = [index.lengths for index in self.indexes]
-        self._plans: list[RowPlan] = list(plan_once(lengths, plan))
+        self._plans: list[RowPlan] = list(plan_once(lengths, plan, limit=limit))
 
     def __len__(self) -> int:
         """Batches of each rank."""

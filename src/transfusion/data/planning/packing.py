@@ -282,12 +282,19 @@ def balanced_order(text: Integers, per_batch: int, turn: int) -> Integers:
     return np.concatenate([rows_of_batch[:, ::2], rows_of_batch[:, 1::2][:, ::-1]], axis=1).ravel()
 
 
-def plan_once(sources: Sequence[Lengths], settings: PlanSettings, *, epoch: int = 0) -> Iterator[RowPlan]:
-    """Rows that hold every document of every source exactly once, source after source: for evaluation."""
+def plan_once(
+    sources: Sequence[Lengths], settings: PlanSettings, *, epoch: int = 0, limit: int = 0
+) -> Iterator[RowPlan]:
+    """Rows that hold every document of every source exactly once, source after source: for evaluation.
+
+    limit: of so many documents, drawn from all sources alike. 0: all.
+    """
     packer = _Packer(settings)
+    total = sum(map(len, sources))
     for number, source in enumerate(sources):
         mixture = Mixture([source], settings, {source.name: [epoch * len(source), 0, 0]}, step=0)
-        spans = mixture.documents(len(source))
+        drawn = max(1, limit * len(source) // total) if 0 < limit < total else len(source)
+        spans = mixture.documents(drawn)
         packer.place(spans._replace(source=np.full_like(spans.source, number)), 1 << 62)
     spans = packer.spans()
     for row in [*packer.done, *packer.rows]:
