@@ -1,7 +1,8 @@
 """From a checkpoint to a model folder that needs no trainer: weights, configuration, tokenizer.
 
-config.json               this format's version, the step, the weight files, the run's configuration
-model.safetensors         the weights, fp32
+config.json               this format's version, the step, the run's configuration, an id of all that the folder holds,
+                          the names of the weight files and the digests of the other files
+model.safetensors         the weights, fp32, with the same id in the metadata
 model.ema.safetensors     their moving average, where the run kept one
 tokenizer.model
 codec/                    the autoencoder, where the run has one: a folder of diffusers
@@ -25,9 +26,14 @@ from transfusion.config.checking import check_as
 from transfusion.config.codec_folder import KINDS, folder_files
 from transfusion.errors import UserError, describe
 from transfusion.files import (
+    DIGEST_BYTES,
     UNFINISHED,
     atomic_copy,
     atomic_write_text,
+    file_digest,
+    file_state,
+    fingerprint,
+    known_digest,
     remove_leftover,
     replace_folder,
     sync_folder,
@@ -35,10 +41,12 @@ from transfusion.files import (
 from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT
 
 FORMAT = "transfusion model"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 CODEC = "codec"
+EXPORT_ID = "export_id"
+EXPORT_AGAIN = "export the model again: transfusion export RUN --out DIR"
 WEIGHT_FILES = {WEIGHT: "model.safetensors", AVERAGE: "model.ema.safetensors"}
 
 
@@ -86,35 +94,57 @@ def export(source: str | Path, out: str | Path) -> Path:
 
 
 def read_export(folder: str | Path) -> ModelFolder:
-    """What a model folder holds; UserError that names the first file that is missing or unreadable."""
+    """What a model folder holds. Of the weights the headers alone are read.
+
+    Raises UserError that names the first file that is missing, unreadable or of another export.
+    """
     folder = Path(folder)
-    remedy = "export the model again: transfusion export RUN --out DIR"
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        version = values["format_version"]
         if values["format"] != FORMAT:
             raise ValueError
-        version, step, names = values["format_version"], values["step"], values["weights"]
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{folder} has model format {version}, this version reads {FORMAT_VERSION}; {EXPORT_AGAIN}"
+            )
+        step, plain, export_id = values["step"], values["config"], values[EXPORT_ID]
+        names, digests = dict(values["weights"]), dict(values["digests"])
+        weights = folder / names[WEIGHT]
+        average = folder / names[AVERAGE] if AVERAGE in names else None
     except OSError as error:
-        raise UserError(f"{folder} is not a model folder: {CONFIG}: {error.strerror}; {remedy}") from None
+        raise UserError(
+            f"{folder} is not a model folder: {CONFIG}: {error.strerror}; {EXPORT_AGAIN}"
+        ) from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} is not a model folder: {CONFIG} is not an export's; {remedy}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{folder} has model format {version}, this version reads {FORMAT_VERSION}; {remedy}")
-    config = check_as(Config, values["config"], where=str(folder / CONFIG))
-    for name in [*names.values(), TOKENIZER]:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: {name} is missing; {remedy}")
-    for name in names.values():
+        raise UserError(
+            f"{folder} is not a model folder: {CONFIG} is not an export's; {EXPORT_AGAIN}"
+        ) from None
+    config = check_as(Config, plain, where=str(folder / CONFIG))
+    for name in [*names.values(), TOKENIZER, *digests]:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder}: {name} is missing; {EXPORT_AGAIN}")
         try:
-            with safe_open(str(folder / name), framework="pt"):
-                pass
+            if name in names.values():
+                fits = _export_id(path) == export_id
+            else:
+                fits = known_digest(path, file_state(path)) == digests.get(name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: {name} cannot be read ({error}); {remedy}") from None
+            raise UserError(f"{folder}: {name} cannot be read ({error}); {EXPORT_AGAIN}") from None
+        if not fits:
+            raise UserError(
+                f"{folder}: {name} is of another export than {CONFIG}, or damaged; {EXPORT_AGAIN}"
+            )
     if config.codec.is_autoencoder:
         beside = config.codec.model_copy(update={"folder": str(folder / CODEC)})
         config = config.model_copy(update={"codec": beside})
-    average = folder / names[AVERAGE] if AVERAGE in names else None
-    return ModelFolder(config, step, folder / names[WEIGHT], average, folder / TOKENIZER)
+    return ModelFolder(config, step, weights, average, folder / TOKENIZER)
+
+
+def _export_id(weights: Path) -> str | None:
+    with safe_open(str(weights), framework="pt") as opened:
+        return (opened.metadata() or {}).get(EXPORT_ID)
 
 
 def _checkpoint(source: Path) -> Path:
@@ -170,22 +200,27 @@ def _refuse_foreign(out: Path) -> None:
 
 def _write(folder: Path, reader: SliceReader, tokenizer: Path, codec: Path | None) -> None:
     manifest = reader.manifest
-    files = {kind: name for kind, name in WEIGHT_FILES.items() if kind in manifest.kinds}
-    description = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "step": manifest.state["step"],
-        "weights": files,
-        "config": manifest.config,
-    }
-    atomic_write_text(folder / CONFIG, json.dumps(description, indent=1) + "\n")
-    shapes = {name: record.shape for name, record in manifest.parameters.items()}
-    for kind, file in files.items():
-        write_tensors(folder / file, shapes, partial(reader.read_whole, kind), metadata={"format": "pt"})
     atomic_copy(tokenizer, folder / TOKENIZER)
+    copied = [TOKENIZER]
     if codec is not None:
         (folder / CODEC).mkdir()
         for source in folder_files(codec):
-            atomic_copy(source, folder / CODEC / source.name)
+            copied.append(f"{CODEC}/{source.name}")
+            atomic_copy(source, folder / copied[-1])
         sync_folder(folder / CODEC)
+    content = {
+        "step": manifest.state["step"],
+        "weights": {kind: name for kind, name in WEIGHT_FILES.items() if kind in manifest.kinds},
+        "digests": {name: file_digest(folder / name) for name in copied},
+        "config": manifest.config,
+    }
+    # What the weights are made of stands for them: they are not read twice.
+    sources = [record.blake2b for record in manifest.files.values()]
+    export_id = fingerprint([content, sources], DIGEST_BYTES)
+    marks = {"format": FORMAT, "format_version": FORMAT_VERSION, EXPORT_ID: export_id}
+    atomic_write_text(folder / CONFIG, json.dumps(marks | content, indent=1) + "\n")
+    shapes = {name: record.shape for name, record in manifest.parameters.items()}
+    metadata = {"format": "pt", EXPORT_ID: export_id}
+    for kind, file in content["weights"].items():
+        write_tensors(folder / file, shapes, partial(reader.read_whole, kind), metadata=metadata)
     sync_folder(folder)

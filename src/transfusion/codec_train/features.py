@@ -7,21 +7,25 @@ I images, C channels, h/w height and width of a layer.
 from __future__ import annotations
 
 import itertools
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from transfusion.config.weights_folder import check_tensors
 from transfusion.errors import UserError
 
 # Mean and deviation of ImageNet's pixels, of [0, 1].
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
+# The channel weights of LPIPS, one for each layer that is compared.
+_LIN = {
+    f"lin{number}.model.1.weight": (1, width, 1, 1) for number, width in enumerate((64, 128, 256, 512, 512))
+}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _RANDOM_WIDTHS, _RANDOM_SEED = (32, 64, 128), 20_240_820
 
 
@@ -154,31 +158,41 @@ def feature_distance(kind: str, weights: str) -> FeatureDistance | None:
     if kind == "random":
         return FeatureDistance(RandomFeatures())
     state = _read_state(Path(weights))
-    if kind == "vgg16":
-        return FeatureDistance(_loaded(VGG16(), state, weights), _lpips(state))
-    return FeatureDistance(_loaded(ResNet50(), state, weights))
+    if kind == "resnet50":
+        return FeatureDistance(_loaded(ResNet50(), state, weights, head="fc.", beside={}))
+    lin = _LIN if state.keys() & _LIN.keys() else {}
+    network = _loaded(VGG16(), state, weights, head="classifier.", beside=lin)
+    return FeatureDistance(network, [state[name].float().view(-1, 1, 1) for name in lin])
 
 
-def _loaded(network: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
-    mine = network.state_dict()
-    needed = {name for name in mine if not name.endswith("num_batches_tracked")}
-    if missing := sorted(
-        name for name in needed if name not in state or state[name].shape != mine[name].shape
-    ):
+def _loaded(
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    head: str,
+    beside: Mapping[str, Sequence[int]],
+) -> nn.Module:
+    """The network with all of `state` but its head and what training counted. beside: what else must be there."""
+    counts = "num_batches_tracked"
+    mine = {name: value.shape for name, value in network.state_dict().items() if not name.endswith(counts)}
+    given = {
+        name: each for name, each in state.items() if not name.startswith(head) and not name.endswith(counts)
+    }
+    try:
+        check_tensors({name: each.shape for name, each in given.items()}, {**mine, **beside})
+        for name, each in sorted(given.items()):
+            if each.dtype not in _FLOATS:
+                raise ValueError(
+                    f"{name} is stored as {each.dtype}, which is no floating point that can be read"
+                )
+    except ValueError as error:
         raise UserError(
-            f"{source} is not a state dict of {type(network).__name__}: {missing[0]} and {len(missing) - 1} more are"
-            " missing or of another shape; name a file with the parameter names of torchvision"
-        )
-    network.load_state_dict({name: state[name].float() for name in needed}, strict=False)
+            f"{source} is not a state dict of {type(network).__name__}: {error}; name a file with the parameters of"
+            " torchvision and no others"
+        ) from None
+    network.load_state_dict({name: given[name].float() for name in mine}, strict=False)
     return network
-
-
-def _lpips(state: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """The channel weights of LPIPS, where the file holds them beside those of the network."""
-    names = [f"lin{number}.model.1.weight" for number in range(5)]
-    if not state.keys() >= set(names):
-        return None
-    return [state[name].float().view(-1, 1, 1) for name in names]
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -192,7 +206,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     except OSError as error:
         raise UserError(f"cannot read weights {path}: {error.strerror or error}") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, AttributeError, EOFError) as error:
+    except Exception as error:
+        # Whatever a torn file or another pickle makes safetensors and torch raise.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a file of weights: {reason}; save it as .safetensors") from None
     prefix = "module.encoder_q."

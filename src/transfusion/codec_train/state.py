@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from transfusion.config.weights_folder import stored_tensors
 from transfusion.errors import UserError
 from transfusion.files import atomic_file, remove_unfinished
 
@@ -45,6 +46,15 @@ def load_optimiser(
             adam.state[parameter] = {"step": torch.tensor(float(updates)), **moments}
 
 
+def optimiser_shapes(prefix: str, module: nn.Module) -> dict[str, torch.Size]:
+    """What `optimiser_tensors` holds once there are moments: then of all parameters."""
+    return {
+        f"{prefix}/{moment}/{name}": parameter.shape
+        for name, parameter in module.named_parameters()
+        for moment in _MOMENTS
+    }
+
+
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
     """Write a checkpoint whole or not at all, and delete all but the two newest."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,6 +74,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
     if not found:
         return None
     try:
+        stored_tensors(found[-1:], found[-1].stem)
         with safe_open(str(found[-1]), framework="pt") as file:
             facts = json.loads(file.metadata()["facts"])
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118

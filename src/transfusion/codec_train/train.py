@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transfusion.codec_train.images import ImageSet
 from transfusion.codec_train.losses import CodecLoss, PatchDiscriminator, discriminator_loss, reconstruct
 from transfusion.codec_train.measure import latent_statistics, reconstruction_psnr
 from transfusion.codec_train.settings import CodecTrainConfig
+from transfusion.config.weights_folder import check_tensors
 from transfusion.errors import EXIT_STOPPED_EARLY, UserError
 from transfusion.files import (
     atomic_write_text,
@@ -271,6 +272,13 @@ class CodecTrainer:
                 f"{self.folder.path} holds the training of another codec (kind, network or image size differ);"
                 " choose another run.dir"
             )
+        try:
+            check_tensors({name: value.shape for name, value in tensors.items()}, self._shapes(tensors))
+        except ValueError as error:
+            raise UserError(
+                f"{self.folder.checkpoints}: step {facts['step']} does not fit this codec: {error}; delete its file to"
+                " continue from the one before, or choose another run.dir"
+            ) from None
         self.step, self.seconds = facts["step"], facts["seconds"]
         for (prefix, module, adam), updates in zip(self.trained, facts["updates"], strict=True):
             start = f"{prefix}/weight/"
@@ -284,6 +292,19 @@ class CodecTrainer:
             # A run may have turned its moving average on since.
             average.copy_(tensors.get(f"network/average/{name}", parameter.detach()))
         self.chosen_K.copy_(tensors["chosen"])
+
+    def _shapes(self, saved: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        """What `_save` writes; averages and the moments of a network all or not at all, as in `saved`."""
+        wanted = {"chosen": self.chosen_K.shape}
+        parameters = self.network.named_parameters()
+        groups = [{f"network/average/{name}": value.shape for name, value in parameters}]
+        for prefix, module, _ in self.trained:
+            wanted |= {f"{prefix}/weight/{name}": value.shape for name, value in module.state_dict().items()}
+            groups.append(state.optimiser_shapes(prefix, module))
+        for group in groups:
+            if group.keys() & saved.keys():
+                wanted |= group
+        return wanted
 
     def _identity(self) -> str:
         config = self.config

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +81,19 @@ def stored_tensors(files: Sequence[Path], stem: str) -> dict[str, StoredTensor]:
                 " take the weights that are not quantised"
             )
     return found
+
+
+def check_tensors(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
+    """Shapes by name: nothing may be missing, left over or of another shape."""
+    for problem, names in (
+        ("missing", wanted.keys() - found.keys()),
+        ("left over", found.keys() - wanted.keys()),
+    ):
+        if names:
+            raise ValueError(f"{min(names)} is {problem} ({len(names)} such tensors)")
+    for name, shape in sorted(wanted.items()):
+        if list(found[name]) != list(shape):
+            raise ValueError(f"{name} has shape {list(found[name])} instead of {list(shape)}")
 
 
 def _begin(file: Path) -> bytes:

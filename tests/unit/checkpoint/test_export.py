@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from handmade import make_batch, small_config, train_step
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from transfusion.checkpoint.export import export, read_export
+from transfusion.checkpoint.layout import read_manifest
 from transfusion.checkpoint.save import save
 from transfusion.errors import UserError
 from transfusion.families.build import build_model
@@ -24,9 +26,9 @@ from transfusion.schema import TrainState
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 
 
-def make_run(folder: Path, *, decay: float = 0.5) -> LocalEngine:
+def make_run(folder: Path, *, decay: float = 0.5, seed: int = 0) -> LocalEngine:
     engine = LocalEngine(small_config(optimizer__ema_decay=decay), ALONE)
-    train_step(engine, [make_batch("mixed", 0)])
+    train_step(engine, [make_batch("mixed", seed)])
     save(folder, engine, TrainState(step=7), keep=1)
     (folder / "tokenizer.model").write_bytes(b"pieces")
     return engine
@@ -185,6 +187,70 @@ def test_a_missing_file_is_named(run: Path, tmp_path: Path, name: str) -> None:
         read_export(out)
 
 
+def test_one_checkpoint_always_gives_the_same_folder(run: Path, tmp_path: Path) -> None:
+    one, other = export(run, tmp_path / "model"), export(run, tmp_path / "again")
+    for path in one.iterdir():
+        assert path.read_bytes() == (other / path.name).read_bytes()
+    found = read_export(Path(shutil.copytree(one, tmp_path / "copied")))
+    assert found.config == read_export(one).config
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.ema.safetensors"])
+def test_files_of_two_exports_are_refused(run: Path, tmp_path: Path, name: str) -> None:
+    """Of the same settings, step and shapes: nothing but the id tells them apart."""
+    out = export(run, tmp_path / "model")
+    make_run(tmp_path / "other", seed=1)
+    shutil.copy(export(tmp_path / "other", tmp_path / "newer") / name, out)
+    told = "model.safetensors" if name == "config.json" else name
+    with pytest.raises(
+        UserError, match=rf"{told} is of another export than config\.json.*: transfusion export RUN"
+    ):
+        read_export(out)
+
+
+def test_weights_without_an_id_are_refused(run: Path, tmp_path: Path) -> None:
+    out = export(run, tmp_path / "model")
+    save_file(load_file(out / "model.safetensors"), out / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors is of another export"):
+        read_export(out)
+
+
+def test_a_swapped_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
+    out = export(run, tmp_path / "model")
+    (out / "tokenizer.model").write_bytes(b"others")
+    with pytest.raises(UserError, match=r"tokenizer\.model is of another export than config\.json"):
+        read_export(out)
+
+
+def test_a_codec_of_another_export_is_refused(tmp_path: Path) -> None:
+    files = ("config.json", "diffusion_pytorch_model.safetensors")
+    (tmp_path / "run" / "codec").mkdir(parents=True)
+    for name in files:
+        (tmp_path / "run" / "codec" / name).write_text("{}")
+    make_run(tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step_00000007"
+    manifest = read_manifest(path)
+    codec = {
+        **manifest.config["codec"],
+        "kind": "kl",
+        "folder": "elsewhere",
+        "latent_channels": 1,
+        "downscale": 1,
+    }
+    changed = replace(manifest, config={**manifest.config, "codec": codec})
+    (path / "manifest.json").write_text(changed.as_json())
+    out = export(tmp_path / "run", tmp_path / "model")
+    assert read_export(out).config.codec.folder == str(out / "codec")
+    for name in files:
+        (out / "codec" / name).write_text("[]")
+        with pytest.raises(UserError, match=rf"codec/{name} is of another export than config\.json"):
+            read_export(out)
+        (out / "codec" / name).unlink()
+        with pytest.raises(UserError, match=rf"codec/{name} is missing"):
+            read_export(out)
+        (out / "codec" / name).write_text("{}")
+
+
 def test_other_configs_and_torn_weights_are_refused(run: Path, tmp_path: Path) -> None:
     out = export(run, tmp_path / "model")
     weights = out / "model.safetensors"
@@ -194,10 +260,10 @@ def test_other_configs_and_torn_weights_are_refused(run: Path, tmp_path: Path) -
         read_export(out)
     weights.write_bytes(whole)
     text = (out / "config.json").read_text()
-    (out / "config.json").write_text(text.replace('"format_version": 2', '"format_version": 1'))
-    with pytest.raises(UserError, match="has model format 1, this version reads 2"):
+    (out / "config.json").write_text(text.replace('"format_version": 3', '"format_version": 2'))
+    with pytest.raises(UserError, match="has model format 2, this version reads 3; export the model again"):
         read_export(out)
-    for broken in ('"config": []', '"config": {"model": "x"}'):
+    for broken in ('"config": []', '"config": {"model": "x"}', '"config": {}, "weights": {}', '"digests": 1'):
         damaged = json.loads(text)
         del damaged["config"]
         (out / "config.json").write_text(json.dumps(damaged)[:-1] + f", {broken}}}")

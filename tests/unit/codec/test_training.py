@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -355,6 +357,86 @@ def test_moco_weights_are_read_and_others_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("weights")
     with pytest.raises(UserError, match="is not a file of weights"):
         features.feature_distance("vgg16", str(tmp_path / "text.pth"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"features.0.bias": None}, r"features\.0\.bias is missing"),
+        ({"features.0.bias": torch.zeros(5)}, r"features\.0\.bias has shape \[5\] instead of \[4\]"),
+        ({"features.13.bias": torch.zeros(4)}, r"features\.13\.bias is left over"),
+        ({"lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}, r"lin1\.model\.1\.weight is missing"),
+        ({"lins.0.model.1.weight": torch.zeros(1, 64, 1, 1)}, r"lins\.0\.model\.1\.weight is left over"),
+        (
+            {"features.0.bias": torch.zeros(4, dtype=torch.int8)},
+            r"features\.0\.bias is stored as torch\.int8",
+        ),
+        (
+            {"features.0.bias": torch.zeros(4).to(torch.float8_e5m2)},
+            r"features\.0\.bias is stored as torch\.float8",
+        ),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_features_of_weights_that_mean_something_else(
+    tmp_path: Path, changes: dict[str, Tensor | None], told: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_VGG16", (4, 0, 4, 0, 4, 0, 4, 0, 4))
+    path, write = tmp_path / f"vgg.{suffix}", save_file if suffix == "safetensors" else torch.save
+    state = _torchvision_names(features.VGG16()) | {"classifier.0.weight": torch.zeros(3)}
+    write(state, path)
+    assert features.feature_distance("vgg16", str(path)) is not None, "the head is not needed"
+    write({name: each for name, each in {**state, **changes}.items() if each is not None}, path)
+    with pytest.raises(UserError, match=f"is not a state dict of VGG16: {told}"):
+        features.feature_distance("vgg16", str(path))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_runs_nothing_and_a_torn_one_is_refused(tmp_path: Path) -> None:
+    class Running:
+        def __reduce__(self) -> Any:
+            return (tmp_path.joinpath("ran").touch, ())
+
+    path = tmp_path / "vgg.pth"
+    torch.save({"features.0.weight": Running()}, path)
+    whole = io.BytesIO()
+    torch.save({"features.0.weight": torch.zeros(2)}, whole, _use_new_zipfile_serialization=False)
+    data = whole.getvalue()
+    for content in (
+        path.read_bytes(),
+        *(data[:cut] + b"\x80" + data[cut + 1 :] for cut in range(0, len(data), 5)),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is not a"):
+            features.feature_distance("vgg16", str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_that_holds_something_else(make: Callable[..., CodecTrainConfig]) -> None:
+    network = make().network.as_dict() | {"attention": True}
+    loss = {"adversarial": 0.5, "adversarial_from": 0}
+    config = make(loss=loss, steps=1, network=network)
+    assert train_codec(config) == 0
+    CodecTrainer(config, CPU).close()
+    path = Path(config.run.folder) / "checkpoints" / "step_00000001.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    saved = load_file(path)
+    of_bias = [name for name in saved if name.endswith(("decoder.conv_out.bias", "layers.0.bias"))]
+    assert len(of_bias) == 7, "weight, average and moments, of the discriminator no average"
+    one = torch.zeros(1)
+    cases: list[tuple[dict[str, Tensor | None], str]] = [
+        *(({name: None}, f"step 1 does not fit this codec: {name} is missing") for name in of_bias),
+        ({"network/weight/more": one}, "network/weight/more is left over"),
+        ({"another": one}, "another is left over"),
+        ({"chosen": one}, r"chosen has shape \[1\] instead of \[0\]"),
+        ({"chosen": torch.zeros(0, dtype=torch.int64)}, r"is damaged \(chosen is stored as I64"),
+    ]
+    for changes, told in cases:
+        changed = {**saved, **changes}
+        save_file({name: each for name, each in changed.items() if each is not None}, path, metadata=metadata)
+        with pytest.raises(UserError, match=told):
+            CodecTrainer(config, CPU)
 
 
 @pytest.mark.parametrize(

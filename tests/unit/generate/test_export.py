@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from transfusion.checkpoint import export
 from transfusion.config import Config
 from transfusion.errors import UserError
+from transfusion.files import file_digest
 from transfusion.generate import Pipeline
+from transfusion.generate.load import Weights
 from transfusion.model import Transfusion
 from transfusion.sequence.tokenizer import Tokenizer
+
+MARKED = {"format": "pt", export.EXPORT_ID: "one"}
 
 
 @pytest.fixture
@@ -28,15 +32,17 @@ def folder(
     _, average = build_model(seed=1)
     names = dict(export.WEIGHT_FILES)
     for file, model in zip(names.values(), (raw, average), strict=True):
-        save_file(model.state_dict(), tmp_path / file, metadata={"format": "pt"})
+        save_file(model.state_dict(), tmp_path / file, metadata=MARKED)
     shutil.copy(tokenizer.path, tmp_path / export.TOKENIZER)
     values = config.as_dict()
     values["model"]["vocabulary"] = 0
     description = {
         "format": export.FORMAT,
         "format_version": export.FORMAT_VERSION,
+        export.EXPORT_ID: "one",
         "step": 5,
         "weights": names,
+        "digests": {export.TOKENIZER: file_digest(tmp_path / export.TOKENIZER)},
         "config": values,
     }
     (tmp_path / export.CONFIG).write_text(json.dumps(description))
@@ -69,7 +75,7 @@ def test_an_export_knows_what_its_model_predicts(folder: Path, prediction: str) 
     description["config"]["diffusion"]["prediction"] = prediction
     (folder / export.CONFIG).write_text(json.dumps(description))
     pipeline = Pipeline.from_export(folder, device="cpu")
-    own, other = {"v": ("ddpm", "euler"), "flow": ("euler", "ddpm")}[prediction]
+    own, other = {"v": ("ddim", "euler"), "flow": ("euler", "ddim")}[prediction]
     drawn[prediction] = images(pipeline)
     assert not torch.equal(drawn["epsilon"], drawn[prediction])
     named = pipeline.sample(["a handwritten three"], steps=3, sampler=own)
@@ -99,9 +105,48 @@ def test_weights_of_another_model_are_refused(
     folder: Path, build_model: Callable[..., tuple[Config, Transfusion]]
 ) -> None:
     _, other = build_model(hidden_size=16, heads=2)
-    save_file(other.state_dict(), folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors does not match config"):
+    save_file(other.state_dict(), folder / "model.safetensors", metadata=MARKED)
+    with pytest.raises(
+        UserError, match=r"model\.safetensors does not match config.*has shape \[.*\] instead of"
+    ):
         Pipeline.from_export(folder, weights="raw")
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"norm.weight": None}, r"norm\.weight is missing \(1 such tensors\)"),
+        (
+            {"norm.scale": torch.ones(1), "norm.zero": torch.ones(1)},
+            r"norm\.scale is left over \(2 such tensors\)",
+        ),
+        *(
+            (
+                {"norm.weight": torch.ones(32).to(dtype)},
+                r"norm\.weight is stored as .*only F64, F32, F16, BF16",
+            )
+            for dtype in (torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn)
+        ),
+    ],
+)
+def test_tensors_that_mean_something_else_are_refused_by_name(
+    folder: Path, weights: Weights, changes: dict[str, torch.Tensor | None], told: str
+) -> None:
+    path = folder / {"raw": "model.safetensors", "ema": "model.ema.safetensors"}[weights]
+    changed = {**load_file(path), **changes}
+    save_file({name: each for name, each in changed.items() if each is not None}, path, metadata=MARKED)
+    with pytest.raises(UserError, match=rf"{path.name} does not match config\.json: {told}") as caught:
+        Pipeline.from_export(folder, weights=weights)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_other_widths_are_read(folder: Path, dtype: torch.dtype) -> None:
+    path = folder / "model.ema.safetensors"
+    save_file({name: each.to(dtype) for name, each in load_file(path).items()}, path, metadata=MARKED)
+    model = Pipeline.from_export(folder, device="cpu").runner.model
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
 
 
 def test_a_larger_tokenizer_is_refused(folder: Path) -> None:
