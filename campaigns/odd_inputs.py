@@ -1,10 +1,12 @@
-"""Makes odd weights, configurations, images and long texts at random: each is read rightly or refused in one line.
+"""Makes odd inputs of several kinds at random: each is read rightly or refused in one line.
 
-    .venv/bin/python campaigns/odd_inputs.py [--times 5000] [--seed 0] [--only KIND] [--out FILE]
+    .venv/bin/python campaigns/odd_inputs.py [--times 6000] [--seed 0] [--only KIND] [--out FILE]
 
-What an input means is decided here, apart from the functions that read it. Seed, kind and number give the same input
-each time. Wrong is what was read as if nothing were odd, an error that is not meant for users, and a hang. Exits with
-3 when something went wrong.
+The kinds have equal shares: weights, configurations, images and long texts, here, and in `odd_shards` shards and
+folders of which much is lost, and names and texts that are hard to write again. What an input means is decided there
+and here, apart from the functions that read it. Seed, kind and number give the same input each time. Wrong is what was
+read as if nothing were odd, what was lost and not counted, an error that is not meant for users, and a hang. Exits
+with 3 when something went wrong.
 """
 
 from __future__ import annotations
@@ -12,12 +14,10 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
-import io
 import json
 import math
 import random
 import re
-import signal
 import struct
 import sys
 import tempfile
@@ -36,8 +36,10 @@ from PIL import Image, ImageCms
 from safetensors.torch import save_file
 from torch import Tensor
 
+from odd_base import SILENT, Outcome, judge, kl_folder, stored, tokenizer
+from odd_shards import lost, narrow
 from transfusion.checkpoint.llama import start_from_llama
-from transfusion.codec.networks import load_network, new_network, save_network
+from transfusion.codec.networks import load_network
 from transfusion.config import Config, load_config
 from transfusion.config.codec_folder import STEM as KL_STEM
 from transfusion.config.yaml_files import dump, parse
@@ -49,34 +51,17 @@ from transfusion.errors import UserError
 from transfusion.observe.environment import describe_environment
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
-from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-# Sound inputs that are refused by name all the same.
-LIMITS = ("image_transparency",)
 KEPT = ("time", "python", "platform", "cpu", "cpu_count", "packages", "git", "transfusion")
-# Of the process, not of the clock, so that a busy machine makes no hangs.
-HANG_SECONDS, TELL_SECONDS = 5.0, 10.0
-SILENT = "is read as if nothing were odd"
-
-
-class Outcome(NamedTuple):
-    """what: the input, for eyes. verdict: read, refused or failed. wrong: what is wrong with that; empty: nothing."""
-
-    what: str
-    verdict: str
-    wrong: str = ""
-
-
-class Hang(BaseException):
-    """No Exception, since readers turn those into refusals."""
+TELL_SECONDS = 10.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--times", type=int, default=5000)
+    parser.add_argument("--times", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "odd-inputs.json")
@@ -116,35 +101,6 @@ def run(kinds: Sequence[str], times: int, seed: int) -> tuple[collections.Counte
             told = time.monotonic()
             print(f"{number + 1} of {times}, {len(wrong)} wrong", file=sys.stderr, flush=True)
     return counts, wrong
-
-
-def judge(
-    what: str,
-    check: Callable[[], str],
-    *,
-    sure: bool = False,
-    refusals: tuple[type[Exception], ...] = (UserError, SampleError),
-) -> Outcome:
-    """check: reads the input and tells what is wrong with what it got. sure: to refuse the input is wrong too."""
-
-    def stop(*_: object) -> None:
-        raise Hang
-
-    former = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, HANG_SECONDS)
-    try:
-        return Outcome(what, "read", check())
-    except refusals as error:
-        wrong = f"is refused in several lines: {str(error)[:80]!r}" if "\n" in str(error) else ""
-        sure = sure and str(error) not in LIMITS
-        return Outcome(what, "refused", f"is refused: {error}" if sure else wrong)
-    except Hang:
-        return Outcome(what, "failed", f"takes more than {HANG_SECONDS:.0f} s")
-    except Exception as error:
-        return Outcome(what, "failed", f"gives {type(error).__name__}: {str(error)[:200]}")
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, former)
 
 
 # ---- weights -------------------------------------------------------------------------------------------
@@ -206,13 +162,8 @@ class Folder:
 @functools.cache
 def kl_base() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings and tensors of a tiny autoencoder."""
-    torch.manual_seed(0)
-    network = new_network(
-        "kl", channels=3, latent_channels=2, widths=(8,), layers=1, groups=4, attention=False, image_size=8
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        save_network(network, Path(folder))
-        return json.loads((Path(folder) / "config.json").read_text()), dict(network.state_dict())
+    settings = json.loads((kl_folder() / "config.json").read_text())
+    return settings, dict(load_network(kl_folder()).state_dict())
 
 
 @functools.cache
@@ -657,12 +608,6 @@ def odd_chunk(rng: random.Random) -> bytes:
     return chunk(kind, rng.choice(TEXTS) + between + packed)
 
 
-def stored(image: Image.Image, kind: str, profile: bytes, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, icc_profile=profile or None, **options)
-    return stream.getvalue()
-
-
 def jpeg(rng: random.Random, size: tuple[int, int], profile: bytes, junk: bool) -> Picture:
     """Grey or colours, with odd segments, and what is none, between the first and the next."""
     mode, colour = rng.choice(("L", "RGB")), rng.randbytes(3)
@@ -718,13 +663,6 @@ CHARACTERS = {
 TIMES_LONGER, TIMES_SLOWER, ALLOWANCE_SECONDS = 4, 8.0, 0.3
 
 
-@functools.cache
-def tokenizer() -> Tokenizer:
-    with tempfile.TemporaryDirectory() as folder:
-        texts = ["a photo of a fox, some text and numbers 0123456789 {}"] * 9
-        return train_tokenizer(texts, Path(folder) / "tokenizer.model", vocabulary=300)
-
-
 def long(rng: random.Random, folder: Path) -> Outcome:
     """A repeated unit, then four times as much of it."""
     unit = "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 5)))
@@ -760,7 +698,9 @@ def long(rng: random.Random, folder: Path) -> Outcome:
 
 
 KINDS: dict[str, Callable[[random.Random, Path], Outcome]]
-KINDS = {"weights": weights, "configuration": configuration, "images": images, "long": long}
+KINDS = {
+    "weights": weights, "configuration": configuration, "images": images, "long": long, "lost": lost, "narrow": narrow,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

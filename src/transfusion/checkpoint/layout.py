@@ -143,10 +143,15 @@ def model_fingerprint(config: Config) -> str:
 
 def model_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that must agree between a checkpoint and the run that loads it."""
-    # Not where the autoencoder lies: its fingerprint tells which it is. What is empty says nothing.
+    # Not where the autoencoder lies, whose fingerprint tells which it is, nor how images are cut. What is empty says
+    # nothing.
     return {
         "model": config["model"],
-        "codec": {name: value for name, value in config["codec"].items() if value and name != "folder"},
+        "codec": {
+            name: value
+            for name, value in config["codec"].items()
+            if value and name not in ("folder", "resize")
+        },
         # The same weights that answer with the noise are wrong about a velocity.
         "diffusion": {"prediction": config["diffusion"]["prediction"]},
     }
@@ -154,4 +159,7 @@ def model_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def damaged(folder: Path, problem: str) -> UserError:
     """The error for a checkpoint that cannot be trusted."""
-    return UserError(f"{folder} is damaged: {problem}; delete the folder to continue from the one before it")
+    return UserError(
+        f"{folder} is damaged: {problem}; delete the folder to continue from the one before it, or"
+        " without one from the start"
+    )

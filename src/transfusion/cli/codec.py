@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -46,6 +46,10 @@ def encode(
     size: Annotated[
         list[str] | None, typer.Option(help="in place of --image-size: HEIGHTxWIDTH; repeat for several")
     ] = None,
+    resize: Annotated[
+        Literal["crop", "pad", "fit"],
+        typer.Option(help="codec.resize of the trainings that read the latents"),
+    ] = "crop",
     workers: Annotated[int, typer.Option(min=1, help="processes, one shard each")] = 1,
     device: Device = "cpu",
 ) -> None:
@@ -57,7 +61,7 @@ def encode(
         left_out = "".join(f", left out: {count} x {reason}" for reason, count in record.left_out.items())
         typer.echo(f"{name}: {record.encoded} images{' (already there)' if reused else ''}{left_out}")
 
-    settings = _settings(codec, image_size, size or [])
+    settings = _settings(codec, image_size, size or []).model_copy(update={"resize": resize})
     records = encode_shards(settings, shards, out, workers=workers, device=device, progress=progress)
     total = sum(record.encoded for record in records)
     typer.echo(f"{out}: {total} images in {len(records)} shards, by codec {settings.fingerprint}")

@@ -34,13 +34,13 @@ from transfusion.data.images.latents import (
     record_path,
     record_sizes,
 )
-from transfusion.data.shards.sample import SampleError
-from transfusion.data.shards.scan import groups
+from transfusion.data.shards.sample import Fault, SampleError
+from transfusion.data.shards.scan import pick_shards, scan_groups
 from transfusion.data.shards.shard import LocalShard
-from transfusion.data.shards.tar import EMPTY, UNREADABLE, TarWalk
-from transfusion.data.shards.validate import IMAGE_EXTENSIONS, Group, SampleValidator
+from transfusion.data.shards.tar import EMPTY, UNREADABLE
+from transfusion.data.shards.validate import IMAGE_EXTENSIONS, Group
 from transfusion.data.shards.webdataset import expand
-from transfusion.errors import UserError, describe
+from transfusion.errors import UserError, describe, shown
 from transfusion.files import atomic_file, atomic_write_text, file_digest, remove_unfinished
 from transfusion.parallel.environment import find_device
 from transfusion.sequence.sizes import ImageSizes
@@ -77,7 +77,7 @@ def encode_shards(
     """
     device = str(find_device(device))
     open_codec(codec)
-    sources = [path for path in expand(shards) if path.suffix == ".tar"]
+    sources = pick_shards(expand(shards), "codec encode", (".tar",))
     _refuse(codec, sources, out)
     out.mkdir(parents=True, exist_ok=True)
     records: dict[Path, LatentRecord] = {}
@@ -117,8 +117,7 @@ def encode_shard(job: _Job) -> LatentRecord:
             atomic_file(target) as partial,
             tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as writer,
         ):
-            walk = TarWalk(stream.fileno())
-            found = _samples(walk, stream.fileno(), left_out)
+            found = _samples(source.name, stream.fileno(), left_out)
             while chunk := list(itertools.islice(found, _AT_ONCE)):
                 read = [_read(stream, group) for group in chunk]
                 values = _encoded([_decoded(members, codec, left_out) for members in read], encode)
@@ -128,23 +127,25 @@ def encode_shard(job: _Job) -> LatentRecord:
                         _add(writer, f"{group.key}.{name}", data)
                     if number in values:
                         _add(writer, f"{group.key}.{extension}", _array_file(values[number]))
-            if walk.problems.keys() & {UNREADABLE, EMPTY}:
-                raise UserError(f"{source} cannot be read: it is no tar; `transfusion data index` shows why")
-            left_out.update(walk.problems.keys())
+            if left_out.keys() & {UNREADABLE, EMPTY}:
+                raise UserError(
+                    f"{shown(source)} cannot be read: it is no tar; `transfusion data index` shows why"
+                )
+        image_size, image_sizes = record_sizes(codec)
+        record = LatentRecord(
+            codec=codec.fingerprint,
+            kind=codec.kind,
+            image_size=image_size,
+            image_sizes=image_sizes,
+            resize=codec.resize,
+            encoded=encoded,
+            left_out=dict(left_out),
+            digest=file_digest(target),
+            source={"shard": source.name, **facts},
+        )
+        atomic_write_text(record_path(target), json.dumps(record._asdict(), indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"{source} cannot be encoded: {describe(error)}") from None
-    image_size, image_sizes = record_sizes(codec)
-    record = LatentRecord(
-        codec=codec.fingerprint,
-        kind=codec.kind,
-        image_size=image_size,
-        image_sizes=image_sizes,
-        encoded=encoded,
-        left_out=dict(left_out),
-        digest=file_digest(target),
-        source={"shard": source.name, **facts},
-    )
-    atomic_write_text(record_path(target), json.dumps(record._asdict(), indent=1) + "\n")
+        raise UserError(f"{shown(source)} cannot be encoded: {describe(error)}") from None
     return record
 
 
@@ -169,16 +170,18 @@ def _refuse(codec: CodecConfig, sources: Sequence[Path], out: Path) -> None:
     names = collections.Counter(source.name for source in sources)
     name, count = names.most_common(1)[0]
     if count > 1:
-        raise UserError(f"{count} shards are called {name}; encode them into folders of their own")
+        raise UserError(f"{count} shards are called {shown(name)}; encode them into folders of their own")
     for source in sources:
         if source.resolve() == (out / source.name).resolve():
-            raise UserError(f"{out} is the folder of {source.name}; name another folder")
+            raise UserError(f"{shown(out)} is the folder of {shown(source.name)}; name another folder")
         record = read_record(out / source.name)
-        if record and (record.codec, record.sizes) != (codec.fingerprint, set(codec.sizes)):
+        mine = (codec.fingerprint, set(codec.sizes), codec.resize)
+        if record and (record.codec, record.sizes, record.resize) != mine:
             made = ", ".join(sorted(map(str, record.sizes)))
+            asked = ", ".join(map(str, codec.sizes))
             raise UserError(
-                f"{out / source.name} holds latents of codec {record.codec} at {made} pixels, not of"
-                f" {codec.fingerprint} at {', '.join(map(str, codec.sizes))}; name another folder, or remove it"
+                f"{shown(out / source.name)} holds latents of codec {record.codec} at {made} pixels ({record.resize}),"
+                f" not of {codec.fingerprint} at {asked} ({codec.resize}); name another folder, or remove it"
             )
 
 
@@ -193,15 +196,17 @@ def _run(jobs: Sequence[_Job], workers: int) -> Iterator[LatentRecord]:
         yield from pool.map(encode_shard, jobs)
 
 
-def _samples(walk: TarWalk, descriptor: int, left_out: collections.Counter[str]) -> Iterator[Group]:
-    """What an index takes as samples. Whatever it leaves out is counted and not carried along."""
-    validator = SampleValidator(descriptor, "none")
-    for group in groups(walk):
-        try:
-            validator.sample(group)
-        except SampleError as error:
-            left_out[str(error)] += 1
-        else:
+def _samples(shard: str, descriptor: int, left_out: collections.Counter[str]) -> Iterator[Group]:
+    """What an index takes as samples. Whatever it leaves out is counted and not carried along.
+
+    So are latents without their image: nothing here can make them anew, and their caption alone is no text.
+    """
+    for group, found in scan_groups(shard, descriptor):
+        if isinstance(found, Fault):
+            left_out[found.reason] += found.lost
+        elif group and found.images and not found.elements and not group.members.keys() & {*IMAGE_EXTENSIONS}:
+            left_out["image_missing"] += 1
+        elif group:
             yield group
 
 
@@ -224,9 +229,9 @@ def _decoded(
         left_out.update(["ambiguous_image"] * (len(images) > 1))
         return None
     try:
-        sizes = ImageSizes(codec.sizes, codec.downscale, 1)
+        sizes = ImageSizes(codec.sizes, codec.downscale, 1, resize=codec.resize)
         if not sizes.is_multi_size:
-            return decode_to(images[0], sizes.first, channels=codec.channels)
+            return decode_to(images[0], sizes.first, channels=codec.channels, resize=codec.resize)
         return decode_fitting(images[0], sizes, channels=codec.channels)
     except SampleError as error:
         left_out[str(error)] += 1

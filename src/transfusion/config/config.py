@@ -49,7 +49,11 @@ class Config(Section):
     def image_sizes(self) -> ImageSizes:
         """The sizes of images, how they are cut into patches, and what begins them: once the vocabulary is known."""
         return ImageSizes(
-            self.codec.sizes, self.codec.downscale or 1, self.model.patch_size, self.model.vocabulary
+            self.codec.sizes,
+            self.codec.downscale or 1,
+            self.model.patch_size,
+            self.model.vocabulary,
+            self.codec.resize,
         )
 
     @property

@@ -11,11 +11,10 @@ PREDICTED: dict[PredictionName, str] = {
     "v": "velocity",
     "flow": "flow velocity",
 }
-# What can draw images with a network of each prediction. "auto" is the first, in the training grid the first that
-# adds no noise on its way. Each is built by `diffusion.samplers.BUILDERS`.
+# What can draw images with a network of each prediction. "auto" is the first. `diffusion.samplers.BUILDERS` builds
+# each.
 SAMPLERS: dict[PredictionName, tuple[str, ...]] = {
-    "epsilon": ("ddpm", "ddim"),
-    "v": ("ddpm", "ddim"),
+    "epsilon": ("ddim", "ddpm"),
+    "v": ("ddim", "ddpm"),
     "flow": ("euler", "heun"),
 }
-GRID_SAMPLER: dict[PredictionName, str] = {"epsilon": "ddim", "v": "ddim", "flow": "euler"}

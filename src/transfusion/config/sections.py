@@ -29,7 +29,7 @@ from pydantic import (
 
 from transfusion.config.codec_folder import KINDS
 from transfusion.config.objectives import PredictionName
-from transfusion.sequence.sizes import Size
+from transfusion.sequence.sizes import Resize, Size
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 from transfusion.urls import redacted_plain
 
@@ -229,6 +229,11 @@ class CodecConfig(Section):
         (),
         description="several HEIGHTxWIDTH, in place of image_size. Each image gets that of the nearest aspect ratio",
     )
+    resize: Resize = Field(
+        "crop",
+        description="how an image of another shape comes to its size. crop: its middle; pad: all of it, on white; fit:"
+        " stretched",
+    )
     folder: FilePath = Field(
         "", description="folder of the autoencoder, in the layout of diffusers, not for pixels"
     )
@@ -293,7 +298,9 @@ class CodecConfig(Section):
             return
         if self.kind == "pixels":
             for name in type(self).model_fields:
-                if name not in ("kind", "channels", "image_size", "image_sizes") and getattr(self, name):
+                if name not in ("kind", "channels", "image_size", "image_sizes", "resize") and getattr(
+                    self, name
+                ):
                     yield f"codec.{name} belongs to an autoencoder; set codec.kind=kl or vq, or remove it"
         elif self.is_autoencoder and not self.folder:
             yield f"codec.kind={self.kind} needs codec.folder, the folder of an autoencoder"
@@ -624,7 +631,7 @@ class SampleGridConfig(Section):
     steps: PositiveInt = Field(50, description="sampler steps")
     sampler: str = Field(
         "auto",
-        description="ddpm or ddim, for flow euler or heun; auto: ddim, for flow euler",
+        description="ddim or ddpm, for flow euler or heun; auto: ddim, for flow euler",
     )
     guidance: NonNegativeFloat = Field(3.0, description="guidance scale; 1: none")
     seed: SamplingSeed = Field(0, description="seed of the first image; image k has seed + k")

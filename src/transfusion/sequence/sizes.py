@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,11 @@ from transfusion.tokens import SpecialToken
 
 Integers = NDArray[np.int64]
 
+Resize = Literal["crop", "pad", "fit"]
 # Of the longer side to the shorter one; images and sizes beyond are refused.
 MAX_ASPECT = 20
+# Width to height of the shapes that are proposed.
+_SHAPES = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 2), (3, 1), (1, 3))
 _FORM = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 
@@ -56,6 +59,29 @@ def nearest(sizes: Sequence[Size], height_I: NDArray[Any], width_I: NDArray[Any]
     return chosen
 
 
+def share_cut(size_I2: NDArray[Any], height_I: NDArray[Any], width_I: NDArray[Any]) -> NDArray[np.float64]:
+    """Share [I] of the pixels of images that lie outside of the shape of the sizes [I, 2] that they take."""
+    wanted_I, have_I = size_I2[:, 0] * width_I, size_I2[:, 1] * height_I
+    share: NDArray[np.float64] = 1 - np.minimum(wanted_I, have_I) / np.maximum(wanted_I, have_I)
+    return share
+
+
+def propose_sizes(height_I: NDArray[Any], width_I: NDArray[Any], *, side: int, step: int) -> list[Size]:
+    """Sizes that suit these images: multiples of `step` of about the area of a square of `side`, most wanted first.
+
+    As many shapes as at least a twentieth of the images each is nearest to.
+    """
+    shapes = []
+    for columns, rows in _SHAPES:
+        height = step * max(1, round(side * (rows / columns) ** 0.5 / step))
+        shapes.append(Size(height, step * max(1, round(side * (columns / rows) ** 0.5 / step))))
+    shapes = list(dict.fromkeys(shapes))
+    taken = nearest(shapes, height_I, width_I)
+    count_K = np.bincount(taken, minlength=len(shapes))
+    order = np.argsort(-count_K, kind="stable")
+    return [shapes[number] for number in order if count_K[number] >= max(1, len(taken) / 20)]
+
+
 def _quotient(a: Integers, b: Integers) -> NDArray[np.float64]:
     """The greater over the less: 1 where they are equal."""
     quotient: NDArray[np.float64] = np.maximum(a, b) / np.minimum(a, b)
@@ -67,13 +93,14 @@ class ImageSizes:
     """The sizes of a configuration, and how they are cut: the one place that says so.
 
     downscale: pixels a side of one latent. patch_size: latents a side of one patch. vocabulary: ids of the model, whose
-    last ones begin images.
+    last ones begin images. resize: how an image of another shape comes to its size, see `codec.resize`.
     """
 
     sizes: tuple[Size, ...]
     downscale: int
     patch_size: int
     vocabulary: int = 0
+    resize: Resize = "crop"
 
     @property
     def first(self) -> Size:

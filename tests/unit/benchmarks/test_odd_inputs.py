@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from transfusion.config import Config
 from transfusion.data.shards.sample import SampleError
 
 sys.path.append(str(Path(__file__).parents[3] / "campaigns"))
+import odd_base
 import odd_inputs
+import odd_shards
 
 
 @pytest.mark.parametrize("kind", odd_inputs.KINDS)
@@ -34,6 +36,7 @@ def test_the_same_seed_makes_the_same_inputs(kind: str, monkeypatch: pytest.Monk
         return odd_inputs.Outcome(what, "read")
 
     monkeypatch.setattr(odd_inputs, "judge", note)
+    monkeypatch.setattr(odd_shards, "judge", note)
     for seed in (0, 0, 1):
         odd_inputs.run([kind], times=10, seed=seed)
     part = len(made) // 3
@@ -65,7 +68,7 @@ def hang(*_: object, **__: object) -> Any:
 
 
 # Kind, reader, what is in its place, and what must be told of it.
-FAULTS: list[tuple[str, str, Callable[..., Any], str]] = [
+FAULTS: list[tuple[str, str, Any, str]] = [
     ("weights", "read_kl", lambda _: odd_inputs.kl_base()[1], "is read as if nothing were odd"),
     (
         "weights",
@@ -81,15 +84,21 @@ FAULTS: list[tuple[str, str, Callable[..., Any], str]] = [
     ("images", "probe", crash, "gives KeyError"),
     ("long", "document", square, "and a quarter of it"),
     ("long", "parse", hang, "takes more than"),
+    ("lost", "refuse_too_many", lambda *_: None, "is refused as ''"),
+    ("lost", "texts_of", lambda _: [], "has [], not"),
+    ("lost", "prepare", crash, "gives KeyError"),
+    ("narrow", "encode_shards", lambda *_: [], "has no record of its latents"),
+    ("narrow", "scan", lambda *_: [], "is told of as"),
+    ("narrow", "cli", SimpleNamespace(_run=lambda: print("\u4e2d") or 0), "gives UnicodeEncodeError"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "reader", "fault", "told"), FAULTS)
 def test_a_planted_fault_is_noticed(
-    kind: str, reader: str, fault: Callable[..., Any], told: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, reader: str, fault: Any, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(odd_inputs, reader, fault)
-    monkeypatch.setattr(odd_inputs, "HANG_SECONDS", 2.0)
+    monkeypatch.setattr(odd_shards if kind in ("lost", "narrow") else odd_inputs, reader, fault)
+    monkeypatch.setattr(odd_base, "HANG_SECONDS", 2.0)
     if kind == "long":
         monkeypatch.setattr(odd_inputs, "CHARACTERS", {reader: odd_inputs.CHARACTERS[reader]})
     _, wrong = odd_inputs.run([kind], times=1 if kind == "long" else 25, seed=0)

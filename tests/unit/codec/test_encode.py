@@ -179,6 +179,10 @@ def test_latents_of_another_codec_are_refused(
         (rescaled, f"made by codec {config.fingerprint}, not by {rescaled.fingerprint}"),
         (CodecConfig(image_size=16), f"{config.fingerprint}, not by codec.kind=pixels"),
         (settings(kl_folder, image_size=32), "images of 16x16 pixels, and the configuration has 32x32"),
+        (
+            config.model_copy(update={"resize": "pad"}),
+            "brought to size by crop, and the configuration has pad",
+        ),
     ):
         with pytest.raises(UserError, match=told):
             loader(other, out, tokenizer)
@@ -273,7 +277,7 @@ def test_latents_of_several_sizes(
             UserError, match="are of images of 16x16, 16x32, 32x16 pixels, and the configuration has"
         ):
             loader(other, tmp_path / "out", tokenizer)
-        with pytest.raises(UserError, match="at 16x16, 16x32, 32x16 pixels, not of"):
+        with pytest.raises(UserError, match=r"at 16x16, 16x32, 32x16 pixels \(crop\), not of"):
             encode_shards(other, [f"{tmp_path}/images/*.tar"], tmp_path / "out")
 
 
@@ -353,3 +357,40 @@ def test_latents_beside_the_record_of_others_are_refused(
     source = SourceConfig(name="s", shards=str(tmp_path / "one-out" / "*.tar"))
     with pytest.raises(UserError, match=r"are not those that 00000_latents\.json tells of"):
         build_index(source, tokenizer, patches=16, sequence_length=128, codec=codec)
+
+
+def test_what_an_index_leaves_out_is_not_encoded(kl_folder: Path, settings: Settings, tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(stream, "PNG")
+    image, caption, long = stream.getvalue(), b"a picture", "k" * 250
+    stream = io.BytesIO()
+    np.save(stream, np.zeros((4, 4, 4), np.float16))
+    shard = tmp_path / "s" / "A.TAR"
+    shard.parent.mkdir()
+    with tarfile.open(shard, "w") as writer:
+        for name, data in (
+            ("a.png", image), ("a.txt", caption), (f"{long}.png", image), (f"{long}.txt", caption), ("b.txt", caption),
+            ("c.latent.npy", stream.getvalue()), ("c.txt", caption), ("b.png", image),
+        ):  # fmt: skip
+            encoding._add(writer, name, data)
+    (record,) = encode_shards(settings(kl_folder), [str(shard)], tmp_path / "out")
+    # Scattered members are no text, nor is the caption of latents that cannot be made again.
+    assert record.encoded == 2 and record.left_out == {"not_adjacent": 1, "image_missing": 1}
+    found = list(scan(tmp_path / "out" / "A.TAR"))
+    assert [(each.key, len(each.images)) for each in found if isinstance(each, RawSample)] == [
+        ("a", 1),
+        (long, 1),
+    ]
+    assert len(found) == 2
+
+
+def test_files_that_are_not_encoded_are_told(
+    shards: Path, kl_folder: Path, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(shards, tmp_path / "s")
+    (tmp_path / "s" / "texts.jsonl").write_text('{"text": "a"}\n')
+    encode_shards(settings(kl_folder), [f"{tmp_path}/s/*"], tmp_path / "out")
+    assert [line for line in caplog.messages if "are no .tar and are not read, such as" in line]
+    (tmp_path / "s" / "9.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="compressed and cannot be read"):
+        encode_shards(settings(kl_folder), [f"{tmp_path}/s/*"], tmp_path / "out")

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image, ImageFile
 
 from transfusion.data.images import decode as module
-from transfusion.data.images.decode import decode
+from transfusion.data.images.decode import decode, decode_to
 from transfusion.data.shards.sample import SampleError
+from transfusion.sequence.sizes import Size
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -40,6 +41,23 @@ def test_other_sizes_are_cropped_to_the_centre() -> None:
     values = np.zeros((8, 16), np.uint8)
     values[:, 4:12] = 200
     assert decode(encoded(Image.fromarray(values)), channels=1, image_size=4).min() == 200
+
+
+def test_all_of_an_image_may_be_kept() -> None:
+    """pad: on white, in the middle. fit: stretched. What has the shape already comes out alike in all three."""
+    values = np.full((8, 24), 100, np.uint8)
+    values[:, 0] = values[:, -1] = 0
+    wide = encoded(Image.fromarray(values))
+    padded = decode_to(wide, Size(12, 12), channels=1, resize="pad")[0]
+    assert (padded[:4] == 255).all() and (padded[8:] == 255).all() and (padded[4:8] < 110).all()
+    assert padded[5, 0] < 60 > padded[5, -1]
+    fitted = decode_to(wide, Size(12, 12), channels=1, resize="fit")[0]
+    assert (fitted < 110).all() and fitted[5, 0] < 60
+    assert (decode_to(wide, Size(12, 12), channels=1)[0] > 90).all()
+    same = [decode_to(wide, Size(4, 12), channels=1, resize=resize) for resize in ("crop", "pad", "fit")]
+    assert np.array_equal(same[0], same[1]) and np.array_equal(same[0], same[2])
+    colour = decode_to(wide, Size(24, 24), channels=3, resize="pad")
+    assert colour.shape == (3, 24, 24) and (colour[:, :8] == 255).all()
 
 
 def test_transparency_is_white() -> None:

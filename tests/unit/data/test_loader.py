@@ -223,7 +223,7 @@ def test_bad_samples_are_counted_and_survived(
     source = SourceConfig(name="digits", shards=f"{bad_shards}/*.tar")
     # A shard that is cut short costs what the other one holds more.
     with pytest.raises(
-        UserError, match=r"of 1999 samples are bad \(tar_truncated: \d{3}, caption_empty: 1\)"
+        UserError, match=r"of 2000 samples are bad \(tar_truncated: \d{3}, caption_empty: 1\)"
     ):
         Loader(make_config(), [source], tokenizer, rank=0, world_size=1)
     config = make_config(max_bad_fraction=0.5)

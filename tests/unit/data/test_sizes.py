@@ -159,3 +159,25 @@ def test_a_stored_image_keeps_its_middle(config: Config, tokenizer: Tokenizer, t
         (DocumentSpan(0, 0, 0, 0, 60, Variant.CAPTION_FIRST, 0),)
     )
     assert row.images[0].values_CHW.shape == (1, 8, 16) and (row.images[0].values_CHW == 200).all()
+
+
+def test_what_cropping_takes_away_is_told_with_sizes_that_keep_more(
+    config: Config, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """All images three times as wide as high: a square has a third of them."""
+    wide = io.BytesIO()
+    Image.new("L", (48, 16), 90).save(wide, "PNG")
+    write_shards([{"png": wide.getvalue(), "txt": b"the digit"} for _ in range(9)], tmp_path / "wide")
+    codec = config.codec.model_copy(update={"image_sizes": (), "image_size": 16})
+    sources = [config.data.sources[0].model_copy(update={"shards": f"{tmp_path}/wide/*.tar", "name": "wide"})]
+    data = config.data.model_copy(update={"sources": sources})
+    square = config.model_copy(update={"codec": codec, "data": data})
+    told = stats_config(square)["sources"]["wide"]["cut_away"]
+    assert told == (
+        "source wide: 67% of the pixels are cut away, since images become 16x16; codec.image_sizes=[10x28] cuts 7%,"
+        " codec.resize=pad cuts nothing"
+    )
+    assert told in describe_stats(stats_config(square))
+    for changed in ({"resize": "pad"}, {"resize": "fit"}, {"image_sizes": ("10x28",)}):
+        other = square.model_copy(update={"codec": codec.model_copy(update=changed)})
+        assert not stats_config(other)["sources"]["wide"]["cut_away"]

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFile
 
 from transfusion.data.images.probe import CHECKSUM, CHUNK, MAX_PIXELS, probe
 from transfusion.data.shards.sample import SampleError
-from transfusion.sequence.sizes import ImageSizes, Size
+from transfusion.sequence.sizes import ImageSizes, Resize, Size
 
 try:
     opencv: Any = importlib.import_module("cv2")
@@ -76,19 +76,22 @@ def decode_fitting(data: bytes, sizes: ImageSizes, *, channels: int) -> PixelArr
     """As `decode_to`, to the size that such an image takes."""
     facts = probe(data)
     size = sizes.for_image(facts.height, facts.width)
-    return decode_to(data, size, turned=sizes.rotated(size), channels=channels)
+    return decode_to(data, size, turned=sizes.rotated(size), channels=channels, resize=sizes.resize)
 
 
-def decode_to(data: bytes, size: Size, *, turned: Size | None = None, channels: int) -> PixelArray:
-    """The image as uint8 [channels, height, width]: upright, in sRGB, on white, its middle cut to the shape, bicubic.
+def decode_to(
+    data: bytes, size: Size, *, turned: Size | None = None, channels: int, resize: Resize = "crop"
+) -> PixelArray:
+    """The image as uint8 [channels, height, width]: upright, in sRGB, on white, bicubic.
 
     An image of that size already is not resampled. turned: the size instead of an image that was stored on its
-    side. channels: 1 grey, 3 colour. Raises SampleError. The same bits with and without OpenCV.
+    side. channels: 1 grey, 3 colour. resize: crop takes its middle, pad all of it on white, fit stretches it. The
+    same bits with and without OpenCV. Raises SampleError.
     """
     try:
         values = _by_opencv(data)
         image, on_its_side = _read(data) if values is None else (_as_image(values), False)
-        return _to_values(image, channels, turned if turned and on_its_side else size)
+        return _to_values(image, channels, turned if turned and on_its_side else size, resize)
     except SampleError:
         raise
     except Exception:
@@ -295,13 +298,13 @@ def _is_plain(data: bytes) -> bool:
     return pixels and all(count <= min(colours, 1 << data[24]) for _, count in transparency)
 
 
-def _to_values(image: Image.Image, channels: int, size: Size) -> PixelArray:
+def _to_values(image: Image.Image, channels: int, size: Size, resize: Resize) -> PixelArray:
     mode = "L" if channels == 1 else "RGB"
     flat = _on_white(_eight_bit(image))
     if flat.mode != mode:
         flat = flat.convert(mode)
     if flat.size != (size.width, size.height):
-        flat = _middle(flat, size).resize((size.width, size.height), Image.Resampling.BICUBIC)
+        flat = _resized(flat, size, resize)
     if channels == 1:
         return np.array(flat)[None]
     # Pillow takes the colours of each line apart; so only whole lines are left to be moved.
@@ -309,6 +312,20 @@ def _to_values(image: Image.Image, channels: int, size: Size) -> PixelArray:
         size.height, channels, size.width
     )
     return np.ascontiguousarray(lines_HCW.swapaxes(0, 1))
+
+
+def _resized(image: Image.Image, size: Size, resize: Resize) -> Image.Image:
+    whole = (size.width, size.height)
+    if resize == "crop":
+        image = _middle(image, size)
+    if resize != "pad":
+        return image.resize(whole, Image.Resampling.BICUBIC)
+    columns = min(size.width, max(1, _rounded(image.width * size.height, image.height)))
+    rows = min(size.height, max(1, _rounded(image.height * size.width, image.width)))
+    padded = Image.new(image.mode, whole, "white")
+    place = (size.width - columns) // 2, (size.height - rows) // 2
+    padded.paste(image.resize((columns, rows), Image.Resampling.BICUBIC), place)
+    return padded
 
 
 def _middle(image: Image.Image, size: Size) -> Image.Image:

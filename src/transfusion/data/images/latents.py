@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from transfusion.config import CodecConfig
 from transfusion.data.shards.sample import SampleError
-from transfusion.errors import UserError
+from transfusion.errors import UserError, shown
 from transfusion.sequence.sizes import Size
 
 # A header longer than this is none of ours; only so much is parsed.
@@ -52,6 +52,7 @@ class LatentRecord(NamedTuple):
     digest: str
     source: dict[str, str | int]
     image_sizes: tuple[str, ...] = ()
+    resize: str = "crop"
 
     @property
     def sizes(self) -> frozenset[Size]:
@@ -89,20 +90,24 @@ def refuse_other_latents(shard: Path, digest: str, codec: CodecConfig, source: s
     if record is None and codec.kind == "pixels":
         return
     if record is None:
-        problem = f"come from an unknown codec ({record_path(shard).name} is missing)"
+        problem = f"come from an unknown codec ({shown(record_path(shard).name)} is missing)"
     elif record.codec != codec.fingerprint:
         problem = f"were made by codec {record.codec}, not by {codec.fingerprint or 'codec.kind=pixels'}"
     elif record.digest != digest:
-        problem = f"are not those that {record_path(shard).name} tells of"
+        problem = f"are not those that {shown(record_path(shard).name)} tells of"
     elif record.sizes != set(codec.sizes):
         made = ", ".join(sorted(map(str, record.sizes)))
         problem = (
             f"are of images of {made} pixels, and the configuration has {', '.join(map(str, codec.sizes))}"
         )
+    elif record.resize != codec.resize:
+        problem = (
+            f"are of images brought to size by {record.resize}, and the configuration has {codec.resize}"
+        )
     else:
         return
     raise UserError(
-        f"source {source}: the latents in {shard} {problem}; name the shards of the images, or encode them again"
+        f"source {source}: the latents in {shown(shard)} {problem}; name the shards of the images, or encode them again"
         " with `transfusion codec encode`"
     )
 

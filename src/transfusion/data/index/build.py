@@ -20,8 +20,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from transfusion.config import CacheConfig, Config
-from transfusion.config.sections import Verify
+from transfusion.config.sections import SourceKind, Verify
 from transfusion.data.index.shard_index import (
     FormerIndex,
     IndexFingerprint,
@@ -33,12 +36,12 @@ from transfusion.data.index.shard_index import (
 from transfusion.data.remote.cache import CacheSettings, RemoteShard
 from transfusion.data.remote.download import DownloadFailed
 from transfusion.data.shards.sample import Fault, lost_by_reason
-from transfusion.data.shards.scan import is_shard
+from transfusion.data.shards.scan import LINES_TRUNCATED, is_shard, pick_shards
 from transfusion.data.shards.shard import LocalShard, Shard
 from transfusion.data.shards.tar import NO_END_MARKER, TRUNCATED, UNREADABLE
 from transfusion.data.shards.webdataset import expand_all
-from transfusion.errors import UserError
-from transfusion.files import atomic_file, atomic_write_text, lock, remove_unfinished
+from transfusion.errors import UserError, shown
+from transfusion.files import atomic_file, atomic_write_text, digest, lock, remove_unfinished
 from transfusion.sequence.tokenizer import Tokenizer
 from transfusion.urls import is_address, redacted
 
@@ -49,10 +52,12 @@ COUNTERS, QUARANTINE = "counters.json", "quarantine.jsonl"
 # Passed over and counted, but no damage: what archivers of other systems leave behind.
 HARMLESS = "member_ignored"
 # Of a shard whose end, or all of it, is missing.
-_CUT = (UNREADABLE, TRUNCATED, NO_END_MARKER)
+_CUT = (UNREADABLE, TRUNCATED, NO_END_MARKER, LINES_TRUNCATED)
 _SUFFIX = ".index"
 # Of a tokenizer's fingerprint, in names of index files.
 _TOKENIZER_DIGITS = 8
+# Of a shard's name in those of its index files: bytes, and letters and bytes of a hash where it is longer.
+_LONGEST_NAME, _SHOWN_LETTERS, _NAME_DIGEST_BYTES = 192, 32, 8
 # Fewer bytes than these are read before a process has started.
 _WORTH_PROCESSES = 1 << 26
 # Fewer samples than this say nothing about a share of bad ones: a run never dies of the first.
@@ -76,9 +81,13 @@ class IndexLocation:
         tokenizer: its fingerprint. Beside a shard runs with other tokenizers keep index files of their own.
         """
         suffix = _SUFFIX if verify == "none" else f".{verify}{_SUFFIX}"
+        name = shard.name
+        if len(os.fsencode(name)) > _LONGEST_NAME:
+            # What is added must be a name too.
+            name = f"{name[:_SHOWN_LETTERS]}.{digest(os.fsencode(name), _NAME_DIGEST_BYTES)}"
         if self.folder is None and shard.folder is not None:
             own = f".{tokenizer[:_TOKENIZER_DIGITS]}" if tokenizer else ""
-            beside = shard.folder / f"{shard.name}{own}{suffix}"
+            beside = shard.folder / f"{name}{own}{suffix}"
             if beside.exists() or os.access(shard.folder, os.W_OK):
                 return beside
         folder = self.folder or self.fallback
@@ -87,7 +96,7 @@ class IndexLocation:
                 f"the index of {shard} cannot be written beside it; name a folder with data.index=DIR"
             )
         # Shards of several folders may have one name.
-        return folder / f"{shard.name}.{shard.identity}{suffix}"
+        return folder / f"{name}.{shard.identity}{suffix}"
 
 
 class _Order(NamedTuple):
@@ -97,6 +106,7 @@ class _Order(NamedTuple):
     path: Path
     encoder: Tokenizer | None
     verify: Verify
+    kind: SourceKind = "auto"
 
 
 def find_shards(specs: str | Sequence[str], cache: CacheSettings) -> list[Shard]:
@@ -120,8 +130,10 @@ def open_indexes(
     _tell_of_former(order.path for order in missing)
     for folder in sorted({order.path.parent for order in missing}):
         with _locked(folder):
-            here = [order for order in missing if order.path.parent == folder]
-            _make([order for order in here if not _is_there(order, place)])
+            here = [order for order in missing if order.path.parent == folder and not _is_there(order, place)]
+            if here:
+                log.info("indexing %d shards; their index files stay in %s", len(here), shown(folder))
+            _make(here)
     return [ShardIndex(order.path, order.shard) for order in orders]
 
 
@@ -166,7 +178,8 @@ def _is_there(order: _Order, place: IndexLocation) -> bool:
         words += ["--tokenizer", str(order.encoder.path)] if order.encoder else []
         words += ["--verify", order.verify] if order.verify != "none" else []
         raise UserError(
-            f"{order.path}, the index of {order.shard}, is stale: {why}; renew it with `{shlex.join(words)}`"
+            f"{shown(order.path)}, the index of {order.shard}, is stale: {why};"
+            f" renew it with `{shown(shlex.join(words))}`"
         ) from None
     return True
 
@@ -195,13 +208,14 @@ class IndexReport:
 class IndexJob(NamedTuple):
     """Shards, and the tokenizer for their texts; None: token lengths are left out, and training refuses the index.
 
-    cache: for remote shards; None: a folder beside the index files. verify: see `scan`.
+    cache: for remote shards; None: a folder beside the index files. verify: see `scan`. kind: see `ShardIndex.stray_N`.
     """
 
     specs: Sequence[str]
     tokenizer: Path | None
     cache: CacheSettings | None = None
     verify: Verify = "none"
+    kind: SourceKind = "auto"
 
     @classmethod
     def of(cls, config: Config) -> list[IndexJob]:
@@ -216,6 +230,7 @@ class IndexJob(NamedTuple):
                 tokenizer,
                 cache,
                 source.verify,
+                source.kind,
             )
             for source in (*config.data.sources, *config.data.validation)
         ]
@@ -243,11 +258,11 @@ def write_index(
         found = find_shards(job.specs, job.cache or CacheSettings.of(CacheConfig(), out / "cache"))
         if not any(map(is_shard, found)):
             named = ", ".join(redacted(spec) if is_address(spec) else spec for spec in job.specs)
-            raise UserError(f"{named}: none of {len(found)} files is a .tar or .jsonl shard")
+            raise UserError(f"{shown(named)}: none of {len(found)} files is a .tar or .jsonl shard")
         encoder = Tokenizer(job.tokenizer) if job.tokenizer else None
-        for shard in filter(is_shard, found):
+        for shard in pick_shards(found, "index"):
             path = place.path(shard, job.verify)
-            orders[path] = _Order(shard, path, encoder, job.verify)
+            orders[path] = _Order(shard, path, encoder, job.verify, job.kind)
         skipped.update(path.suffix or "none" for path in found if not is_shard(path))
     with _locked(out):
         with ThreadPoolExecutor(cores()) as pool:
@@ -256,14 +271,47 @@ def write_index(
         _tell_of_former(order.path for order in work)
         _make(work, processes=processes, progress=progress)
         indexes = [ShardIndex(order.path, order.shard) for order in orders.values()]
-        left_out = faults_of(indexes)
-        report = _report(indexes, left_out, max_share, dict(sorted(skipped.items())))
+        kinds = [order.kind for order in orders.values()]
+        left_out = faults_of(indexes, kinds)
+        report = _report(indexes, kinds, left_out, max_share, dict(sorted(skipped.items())))
         faults = (json.dumps(asdict(fault)) + "\n" for part in left_out for fault in part)
         # In ASCII, since a name may hold bytes that are no UTF-8.
         with atomic_file(out / QUARANTINE) as unfinished, unfinished.open("w", encoding="ascii") as stream:
             stream.writelines(faults)
         atomic_write_text(out / COUNTERS, json.dumps(report.counters, indent=1) + "\n")
     return report
+
+
+class IndexState(NamedTuple):
+    """How index files fit their shards, whose bytes were all read. stale: of those that do not, with the reason."""
+
+    shards: int
+    missing: int
+    stale: list[str]
+
+
+def check_indexes(config: Config) -> IndexState:
+    """Read all local shards of a configuration and compare them with the index files that a training would open.
+
+    Raises UserError for shards or a tokenizer that are not there.
+    """
+    folder = Path(config.data.index) if config.data.index else None
+    place = IndexLocation(folder=folder, fallback=Path(config.run.folder) / "index")
+    encoder = Tokenizer(config.data.tokenizer)
+    shards, missing, stale = 0, 0, list[str]()
+    for job in IndexJob.of(config):
+        found = find_shards(job.specs, job.cache or cache_of(config))
+        for shard in pick_shards([shard for shard in found if not shard.is_remote], "index"):
+            shards += 1
+            try:
+                index = ShardIndex(place.path(shard, job.verify, encoder.fingerprint), shard)
+                index.check(IndexFingerprint.of(encoder))
+                index.compare(always=True)
+            except (FileNotFoundError, FormerIndex):
+                missing += 1
+            except StaleIndex as why:
+                stale.append(f"{shown(str(shard))}: {why}")
+    return IndexState(shards, missing, stale)
 
 
 def _tell_of_former(paths: Iterable[Path]) -> None:
@@ -273,7 +321,7 @@ def _tell_of_former(paths: Iterable[Path]) -> None:
         log.warning(
             "index files of an earlier version are made again: %d, such as %s",
             len(former),
-            former[0],
+            shown(former[0]),
         )
 
 
@@ -287,24 +335,32 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def faults_of(parts: Sequence[ShardIndex]) -> list[list[Fault]]:
-    """What was left out of each shard. One that cannot be read, or was cut short, costs what others hold more."""
+def faults_of(parts: Sequence[ShardIndex], kinds: Sequence[SourceKind]) -> list[list[Fault]]:
+    """What was left out of each shard, which is to hold samples of this kind.
+
+    One that cannot be read, or was cut short, costs what others held more.
+    """
     found = [list(part.faults()) for part in parts]
     is_cut = [any(fault.reason in _CUT for fault in faults) for faults in found]
-    whole = [len(part) for part, cut in zip(parts, is_cut, strict=True) if not cut]
+    held = [
+        len(part) + sum(fault.lost for fault in faults if fault.reason != HARMLESS)
+        for part, faults in zip(parts, found, strict=True)
+    ]
+    whole = [count for count, cut in zip(held, is_cut, strict=True) if not cut]
     usual = round(fmean(whole)) if whole else 0
-    for part, faults, cut in zip(parts, found, is_cut, strict=True):
-        if cut:
+    for faults, count, cut in zip(found, held, is_cut, strict=True):
+        if cut and usual > count:
             place = next(n for n, fault in enumerate(faults) if fault.reason in _CUT)
-            others = sum(fault.lost for fault in faults) - faults[place].lost
-            lost = max(faults[place].lost, usual - len(part) - others)
-            faults[place] = replace(faults[place], lost=lost)
-    return found
+            faults[place] = replace(faults[place], lost=faults[place].lost + usual - count)
+    return [
+        [*faults, *part.stray_faults(kind)] for part, faults, kind in zip(parts, found, kinds, strict=True)
+    ]
 
 
 def too_many_faults(faults: int, samples: int, max_share: float) -> bool:
     """Whether more than this share of the samples (good and bad) is bad."""
-    return faults > max_share * max(samples, _MIN_SAMPLES)
+    # Divided, a share in decimals is what it says: 0.29 times 100 is less than 29.
+    return faults / max(samples, _MIN_SAMPLES) > max_share
 
 
 def _is_whole(order: _Order, *, read: bool) -> bool:
@@ -408,37 +464,47 @@ def _loaded(path: Path) -> Tokenizer:
 
 
 def _report(
-    indexes: Sequence[ShardIndex], found: Sequence[list[Fault]], max_share: float, skipped: dict[str, int]
+    indexes: Sequence[ShardIndex],
+    kinds: Sequence[SourceKind],
+    found: Sequence[list[Fault]],
+    max_share: float,
+    skipped: dict[str, int],
 ) -> IndexReport:
-    """found: faults of each shard."""
+    """kinds: of samples that each shard is to hold. found: faults of each."""
     names = collections.Counter(index.shard.name for index in indexes)
-    reasons, notes, kinds = (collections.Counter[str]() for _ in range(3))
+    reasons, notes, totals = (collections.Counter[str]() for _ in range(3))
     shards: dict[str, Any] = {}
     bad: list[str] = []
     samples = damaged = 0
-    for index, faults in zip(indexes, found, strict=True):
+    for index, kind, faults in zip(indexes, kinds, found, strict=True):
         here = lost_by_reason(faults)
+        good_N = ~index.stray_N(kind)
+        good = int(good_N.sum())
         harm = here.total() - here[HARMLESS]
         name = index.shard.name if names[index.shard.name] == 1 else str(index.shard)
         shards[name] = {
-            "samples": len(index),
+            "samples": good,
             "faults": dict(sorted(here.items())),
             # Those that say something of the whole shard, though a sample may be named with them.
             "problems": sorted(
-                {fault.reason for fault in faults if not fault.key or fault.reason.startswith("tar_")}
+                {
+                    fault.reason
+                    for fault in faults
+                    if not fault.key or fault.reason.startswith(("tar_", "lines_"))
+                }
             ),
         }
-        if harm > max_share * (len(index) + harm):
+        if harm and harm / (good + harm) > max_share:
             bad.append(name)
         reasons.update(here)
         notes.update(index.notes)
-        kinds.update(_kinds(index))
-        samples += len(index)
+        totals.update(_kinds(index, good_N))
+        samples += good
         damaged += harm
     past_limit = too_many_faults(damaged, samples + damaged, max_share)
     counters = {
         "samples": samples,
-        **{kind: kinds[kind] for kind in _KINDS},
+        **{kind: totals[kind] for kind in _KINDS},
         "faults": dict(sorted(reasons.items())),
         "notes": dict(sorted(notes.items())),
         "files_skipped": skipped,
@@ -450,13 +516,13 @@ def _report(
     return IndexReport(counters, bad, past_limit)
 
 
-def _kinds(index: ShardIndex) -> dict[str, int]:
-    interleaved, images = index["elements_N"] > 0, index["stored_images_N"] > 0
+def _kinds(index: ShardIndex, good_N: NDArray[np.bool_]) -> dict[str, int]:
+    interleaved_N, image_N = index["elements_N"] > 0, index["stored_images_N"] > 0
     return {
-        "interleaved": int(interleaved.sum()),
-        "pairs": int((images & ~interleaved).sum()),
-        "texts": int((~images & ~interleaved).sum()),
-        "tokens": len(index["token_ids_T"]),
+        "interleaved": int((interleaved_N & good_N).sum()),
+        "pairs": int((image_N & ~interleaved_N & good_N).sum()),
+        "texts": int((~image_N & ~interleaved_N & good_N).sum()),
+        "tokens": int(index["tokens_C"][np.repeat(good_N, index["captions_N"])].sum()),
     }
 
 

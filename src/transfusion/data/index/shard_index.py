@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from transfusion.config.sections import Verify
+from transfusion.config.sections import SourceKind, Verify
 from transfusion.data.images import probe
 from transfusion.data.index.columns_file import DamagedFile, map_file, read_header, write_columns
 from transfusion.data.remote.download import ShardChanged
@@ -37,7 +37,7 @@ from transfusion.sequence.tokenizer import Tokenizer
 Integers = NDArray[np.int64]
 
 # Raised whenever the same shard would give another file.
-_VERSION = 3
+_VERSION = 4
 # How files of earlier versions began.
 _FORMER_MAGIC = b"transfusion\x1aidx\n"
 _COLUMNS = (
@@ -53,6 +53,14 @@ _CHANGED = ".changed"
 _COMPARED = ".compared"
 # Shards of one row; a process may open a few hundred files.
 _OPEN_AT_ONCE = 64
+
+
+# Faults of what has an image and may have had a caption.
+_OF_PAIRS = (
+    "ambiguous_image", "caption_missing", "caption_empty", "caption_other", "hash_missing", "image_empty",
+    "image_truncated", "image_corrupt", "image_transparency", "image_too_large", "image_too_small", "image_aspect",
+    "image_metadata_bomb", "image_other",
+)  # fmt: skip
 
 
 class IndexFingerprint(NamedTuple):
@@ -260,6 +268,26 @@ class ShardIndex:
     def fault(self, sample: int, reason: str) -> Fault:
         """A fault of a good sample, found later."""
         return Fault(self.shard.name, self.key(sample), reason, int(self["offset_N"][sample]))
+
+    def stray_N(self, kind: SourceKind) -> NDArray[np.bool_]:
+        """Which good samples a source of this kind should not hold.
+
+        By itself a shard of more pairs than texts, damaged pairs among them, holds no texts.
+        """
+        is_document_N, has_images_N = self["elements_N"] > 0, self["stored_images_N"] > 0
+        is_pair_N, is_text_N = has_images_N & ~is_document_N, ~has_images_N & ~is_document_N
+        if kind == "auto":
+            damaged = sum(fault.lost for fault in self.faults() if fault.reason in _OF_PAIRS)
+            kind = "pairs" if is_pair_N.sum() + damaged > is_text_N.sum() else "mixed"
+            is_pair_N = is_pair_N | is_document_N
+        wanted = {"texts": is_text_N, "pairs": is_pair_N, "interleaved": is_document_N}
+        stray_N: NDArray[np.bool_] = ~wanted[kind] if kind in wanted else np.zeros(len(self), np.bool_)
+        return stray_N
+
+    def stray_faults(self, kind: SourceKind) -> Iterator[Fault]:
+        """Those samples as faults."""
+        for number in np.flatnonzero(self.stray_N(kind)).tolist():
+            yield self.fault(number, "other_kind" if self["stored_images_N"][number] else "image_missing")
 
     def faults(self) -> Iterator[Fault]:
         """What was left out when the shard was read."""

@@ -6,7 +6,6 @@ Shape suffixes: N samples of the source, C their texts and captions, T tokens of
 from __future__ import annotations
 
 import itertools
-import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,8 +30,7 @@ from transfusion.data.index.shard_index import Integers, OpenShards, ShardIndex
 from transfusion.data.planning.epoch import Schedule, SourceLengths, Windows
 from transfusion.data.remote.cache import CacheSettings
 from transfusion.data.shards.sample import Fault, reasons
-from transfusion.data.shards.scan import is_shard
-from transfusion.data.shards.shard import Shard
+from transfusion.data.shards.scan import pick_shards
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, Segment, TextSegment
 from transfusion.sequence.layout import (
@@ -44,11 +42,6 @@ from transfusion.sequence.layout import (
 from transfusion.sequence.sizes import ImageSizes, Size
 from transfusion.sequence.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
-# Files that stand beside shards and belong there, and those that hold samples nobody can read.
-_OWN_FILES = (".index", ".compared", ".changed", "_latents.json")
-_PACKED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4", ".zip", ".7z", ".rar")
 # Two bytes a token where the vocabulary allows.
 TokenIds = NDArray[np.uint16] | NDArray[np.int32]
 
@@ -84,7 +77,9 @@ class SourceIndex:
             _FittingSamples(
                 part, faults, self._document_patches(part, number), sequence_length, latent_channels, kind
             )
-            for number, (part, faults) in enumerate(zip(parts, faults_of(parts), strict=True))
+            for number, (part, faults) in enumerate(
+                zip(parts, faults_of(parts, [kind] * len(parts)), strict=True)
+            )
         ]
         # Which samples of each shard are kept; None: all.
         self._kept = [view.kept for view in views]
@@ -255,31 +250,19 @@ class _FittingSamples:
         strange_I = (channels_I > 0) & (channels_I != latent_channels) & (latent_channels > 0)
         strange = set(np.repeat(np.arange(len(part)), part["stored_images_N"])[strange_I].tolist())
         fits_C &= ~np.repeat(np.isin(np.arange(len(part)), list(strange)), self.captions_N)
-        wrong_N = self._of_other_kinds(part, kind)
+        # Those of another kind are among the faults already.
+        wrong_N = part.stray_N(kind)
         fits_C &= ~np.repeat(wrong_N, self.captions_N)
         if fits_C.all():
             return
         fitting_N = np.add.reduceat(fits_C, part.caption_start_N[:-1], dtype=np.int64)
         self.kept = np.flatnonzero(fitting_N)
-        for sample in np.flatnonzero(fitting_N == 0).tolist():
+        for sample in np.flatnonzero((fitting_N == 0) & ~wrong_N).tolist():
             reason = "latent_shape" if sample in strange else "longer_than_row"
-            if wrong_N[sample]:
-                reason = "other_kind" if self.images_N[sample] else "image_missing"
             self.faults.append(part.fault(sample, reason))
         self.captions_N, self.tokens_C = fitting_N[self.kept], self.tokens_C[fits_C]
         self.images_N, self.interleaved_N = self.images_N[self.kept], self.interleaved_N[self.kept]
         self.patches_N = self.patches_N[self.kept]
-
-    def _of_other_kinds(self, part: ShardIndex, kind: SourceKind) -> NDArray[np.bool_]:
-        """Which samples [N] the source should not hold. By itself a shard of more pairs than texts has no texts."""
-        is_document_N = part["elements_N"] > 0
-        is_pair_N, is_text_N = (self.images_N > 0) & ~is_document_N, (self.images_N == 0) & ~is_document_N
-        if kind == "auto":
-            kind = "pairs" if is_pair_N.sum() > is_text_N.sum() else "mixed"
-            is_pair_N = is_pair_N | is_document_N
-        wanted = {"texts": is_text_N, "pairs": is_pair_N, "interleaved": is_document_N}
-        wrong_N: NDArray[np.bool_] = ~wanted[kind] if kind in wanted else np.zeros(len(part), np.bool_)
-        return wrong_N
 
 
 def build_index(
@@ -302,8 +285,7 @@ def build_index(
     """
     cache = cache or CacheSettings.of(CacheConfig(), Path("cache"))
     found = find_shards(source.shards, cache)
-    shards = [shard for shard in found if is_shard(shard)]
-    _tell_of_others(source.name, [shard for shard in found if not is_shard(shard)], len(found))
+    shards = pick_shards(found, f"source {source.name}")
     parts = open_indexes(shards, tokenizer, place or IndexLocation(), source.verify)
     for part in parts:
         # What stands beside a remote shard is not seen.
@@ -326,24 +308,6 @@ def build_index(
             f"source {source.name} has no usable sample in {len(shards)} shards{reasons(index.faults)}"
         )
     return index
-
-
-def _tell_of_others(source: str, others: Sequence[Shard], named: int) -> None:
-    """A warning of files that a source names and nobody reads. Raises UserError for compressed shards."""
-    others = [other for other in others if not other.name.endswith(_OWN_FILES)]
-    if packed := [other for other in others if other.name.lower().endswith(_PACKED)]:
-        raise UserError(
-            f"source {source}: {len(packed)} of {named} files are compressed and cannot be read, such as"
-            f" {packed[0]}; unpack them to .tar or .jsonl, or leave them out of `shards`"
-        )
-    if others:
-        log.warning(
-            "source %s: %d of %d files are no .tar or .jsonl and are not read, such as %s",
-            source,
-            len(others),
-            named,
-            others[0],
-        )
 
 
 def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> list[SourceIndex]:
@@ -373,7 +337,7 @@ def refuse_too_many(indexes: Iterable[SourceIndex], max_share: float) -> None:
         if too_many_faults(lost, lost + len(index), max_share):
             raise UserError(
                 f"source {index.name}: {lost} of {lost + len(index)} samples are bad{reasons(harm)};"
-                f" fix the shards, or raise data.max_bad_fraction ({max_share})"
+                f" `transfusion data index` lists them; fix the shards, or raise data.max_bad_fraction ({max_share})"
             )
 
 

@@ -191,7 +191,8 @@ def rows_per_rank(rows: int, world_size: int) -> int:
         below, above = rows // world_size * world_size, -(-rows // world_size) * world_size
         nearest = above if not below or above - rows <= rows - below else below
         raise UserError(
-            f"data.global_batch_size {rows} cannot be shared by {world_size} ranks; the nearest that can is {nearest}"
+            f"data.global_batch_size {rows} cannot be shared by {world_size} ranks; the nearest that can is {nearest},"
+            " and a run that has begun needs another number of ranks"
         )
     return rows // world_size
 

@@ -223,7 +223,7 @@ def read_values(
     size = index.size(sample, image_number) or settings.sizes.first
     if not index.is_latent(sample, image_number):
         turned = settings.sizes.rotated(size)
-        return decode_to(data, size, turned=turned, channels=settings.channels)
+        return decode_to(data, size, turned=turned, channels=settings.channels, resize=settings.sizes.resize)
     latent: Values
     shape: tuple[int, ...] = settings.sizes.latents(size)
     if settings.codebook_size:

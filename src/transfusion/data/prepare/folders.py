@@ -16,7 +16,7 @@ from transfusion.data.shards.sample import Fault, RawSample, SampleError, captio
 from transfusion.data.shards.scan import scan
 from transfusion.data.shards.validate import IMAGE_EXTENSIONS
 from transfusion.data.shards.webdataset import Sample
-from transfusion.errors import UserError
+from transfusion.errors import UserError, shown
 from transfusion.files import file_state, name_hash, sha256
 
 _SPLIT = name_hash("held out")
@@ -65,21 +65,22 @@ def image_sample(image: bytes, extension: str, caption: str, **facts: Any) -> Sa
 
 def collect_folder(folder: Path, *, seed: int, validation: float) -> Collection:
     """Images below the folder, each with the caption in a .txt file of the same name beside it. Links are followed."""
-    files = _files(folder)
-    images = [path for path in files if _extension(path) in (*IMAGE_EXTENSIONS, *OTHER_EXTENSIONS)]
+    files, unreadable = _files(folder)
+    images = list(filter(_is_image, files))
     if not images:
-        raise UserError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}); name another folder")
-    captions = {image.with_suffix(".txt") for image in images}
+        raise UserError(
+            f"{shown(folder)} holds no images ({', '.join(IMAGE_EXTENSIONS)}); name another folder"
+        )
+    # Of links to nothing, too: there the image is missing, and no caption is alone.
+    captions = {image.with_suffix(".txt") for image in filter(_is_image, (*files, *unreadable))}
     read = captions.union(images)
     listing = [_signature(path, folder) for path in files if path in read]
     identity = {"kind": "folder", "files": listing, "seed": seed, "validation": validation}
+    told = [(path, "image_missing" if _extension(path) == "txt" else "file_not_read") for path in files]
+    told += [(path, "file_unreadable") for path in unreadable]
     skipped = [
-        Fault(
-            folder.name,
-            _name(path, folder),
-            "image_missing" if _extension(path) == "txt" else "file_not_read",
-        )
-        for path in files
+        Fault(folder.name, _name(path, folder), reason)
+        for path, reason in told
         if path not in read and not path.name.startswith(".")
     ]
     keys = {path: path.relative_to(folder).with_suffix("").as_posix() for path in images}
@@ -95,18 +96,30 @@ def collect_folder(folder: Path, *, seed: int, validation: float) -> Collection:
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    """All files below, in the order of their names. A folder that several links lead to is read once."""
-    found, seen = list[Path](), set[str]()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        folders[:] = sorted(
-            name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen
-        )
-        found += [Path(place, name) for name in names]
-    return sorted(
-        (path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix()
-    )
+def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """All files below, in the order of their names, and what cannot be read: folders, links to nothing, pipes.
+
+    A folder that several links lead to is read once.
+    """
+    found, unreadable, seen = list[Path](), list[Path](), set[str]()
+
+    def refuse(error: OSError) -> None:
+        unreadable.append(Path(error.filename))
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for path in (Path(place, name) for name in names):
+            (found if path.is_file() else unreadable).append(path)
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix()), sorted(unreadable)
+
+
+def _is_image(path: Path) -> bool:
+    return _extension(path) in (*IMAGE_EXTENSIONS, *OTHER_EXTENSIONS)
 
 
 def _extension(path: Path) -> str:

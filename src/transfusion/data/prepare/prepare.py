@@ -26,7 +26,7 @@ from transfusion.data.prepare.digits import captions_for
 from transfusion.data.prepare.folders import Collection, collect_folder, collect_lines, image_sample
 from transfusion.data.shards.sample import reasons
 from transfusion.data.shards.webdataset import Sample, sample_key, write_shards
-from transfusion.errors import UserError
+from transfusion.errors import UserError, shown
 from transfusion.files import fingerprint, unfinished_path
 
 TRAIN, VALIDATION, RECORD = "train", "validation", "prepared.json"
@@ -34,7 +34,7 @@ VALIDATION_DIGITS = 297
 _VALIDATION_DOCS = 0.1
 _VALIDATION_OTHERS = 0.02
 # Raised whenever the same source would give other shards.
-_FORMAT = 4
+_FORMAT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,14 @@ def prepare(source: str, out: Path, *, seed: int = 0, validation: float | None =
     with _unfinished(out) as folder:
         counts = {name: _write(samples, folder / name) for name, samples in parts.items()}
         if not counts[TRAIN]:
-            raise UserError(f"{source} has no usable sample{reasons(collection.skipped)}")
+            held = counts[VALIDATION]
+            remedy = f" for training: all {held} are kept for validation; lower --validation" if held else ""
+            raise UserError(f"{shown(source)} has no usable sample{remedy}{reasons(collection.skipped)}")
         skipped = dict(collections.Counter(fault.reason for fault in collection.skipped))
         record = {"fingerprint": mark, "source": source, "seed": seed, **counts, "skipped": skipped}
         record["skipped_samples"] = [[fault.key, fault.reason] for fault in collection.skipped]
-        (folder / RECORD).write_text(
-            json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        # In ASCII, since the source may have a name that is no UTF-8.
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="ascii")
     return PrepareResult(out, counts[TRAIN], counts[VALIDATION], skipped, reused=False)
 
 
@@ -87,10 +88,10 @@ def _collect(source: str, seed: int, validation: float | None) -> Collection:
     path, share = Path(source), _VALIDATION_OTHERS if validation is None else validation
     if path.is_dir():
         return collect_folder(path, seed=seed, validation=share)
-    if path.is_file() and path.suffix == ".jsonl":
+    if path.is_file() and path.suffix.lower() == ".jsonl":
         return collect_lines(path, seed=seed, validation=share)
     what = "is neither a folder nor a .jsonl file" if path.exists() else "does not exist"
-    raise UserError(f"{source} {what}; name digits, python-docs, a folder of images or a .jsonl file")
+    raise UserError(f"{shown(source)} {what}; name digits, python-docs, a folder of images or a .jsonl file")
 
 
 def collect_digits(seed: int) -> Collection:
@@ -170,15 +171,15 @@ def _existing(out: Path, mark: str) -> PrepareResult | None:
     if not out.exists():
         return None
     if not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder")
+        raise UserError(f"{shown(out)} is a file; name a folder")
     if not any(out.iterdir()):
         return None
     record: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
     if record.get("fingerprint") != mark:
-        holds = f"another preparation ({record['source']})" if "source" in record else "other files"
-        raise UserError(f"{out} holds {holds}; choose another folder, or remove it first")
+        holds = f"another preparation ({shown(record['source'])})" if "source" in record else "other files"
+        raise UserError(f"{shown(out)} holds {holds}; choose another folder, or remove it first")
     return PrepareResult(out, record[TRAIN], record[VALIDATION], record["skipped"], reused=True)
 
 
@@ -193,6 +194,6 @@ def _unfinished(out: Path) -> Iterator[Path]:
         # An empty folder gives way; one that filled meanwhile does not.
         folder.replace(out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+        raise UserError(f"cannot write {shown(out)}: {error.strerror}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,12 +18,12 @@ _raw_decode = json.JSONDecoder().raw_decode
 # In bytes of UTF-8.
 _LONGEST_CHARACTER = 4
 # What is mended in this order: a pattern, what takes its place, and the note. Of all controls but tab and line feed
-# those that part words come first.
+# those that part words come first, and byte order marks last: what is mended once must stay as it is.
 _MENDINGS = (
-    (f"^{_BOM}", "", "bom_stripped"),
     ("\r\n?", "\n", "newlines_normalised"),
     ("[\x0b\x0c\x1c-\x1f\x85]", " ", "white_space_normalised"),
     ("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", "controls_removed"),
+    (f"^{_BOM}+", "", "bom_stripped"),
 )
 
 
@@ -110,9 +110,16 @@ def document(text: str, notes: list[str]) -> str:
     return text
 
 
+def piece(text: str, notes: list[str]) -> str:
+    """A text among images, mended; it may be white space alone, or empty. Raises SampleError."""
+    return _mended(text, DOCUMENT_BYTES, notes)
+
+
 def caption(text: str, notes: list[str]) -> str:
     """A caption, mended, without white space at its ends. Raises SampleError."""
     text = _mended(text, CAPTION_BYTES, notes).strip()
+    if text.startswith(_BOM):
+        text = re.sub(rf"^[\s{_BOM}]+", "", text)
     if not text:
         raise SampleError("caption_empty")
     return text

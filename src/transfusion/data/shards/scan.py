@@ -7,13 +7,16 @@ lists the reasons.
 from __future__ import annotations
 
 import array
+import collections
 import functools
+import logging
 import operator
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -30,9 +33,18 @@ from transfusion.data.shards.sample import (
 from transfusion.data.shards.shard import Shard
 from transfusion.data.shards.tar import TarWalk
 from transfusion.data.shards.validate import IMAGE_EXTENSIONS, Group, SampleValidator
+from transfusion.errors import UserError, shown
 
+log = logging.getLogger(__name__)
+
+File = TypeVar("File", Path, Shard)
 SHARD_EXTENSIONS = (".tar", ".jsonl")
+# Files that stand beside shards and belong there, and those that hold samples nobody can read.
+_OWN_FILES = (".index", ".compared", ".changed", "_latents.json")
+_PACKED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4", ".zip", ".7z", ".rar")
+# Of a key, and of what follows its dot: so what is added to a sample can always be read.
 MAX_NAME = 255
+LINES_TRUNCATED = "lines_truncated"
 
 # JSON may spell each byte of a text in six.
 _LONGEST_LINE = 6 * DOCUMENT_BYTES + CAPTION_BYTES
@@ -50,6 +62,30 @@ def is_shard(path: Path | Shard) -> bool:
     return path.suffix.lower() in SHARD_EXTENSIONS
 
 
+def pick_shards(found: Sequence[File], who: str, extensions: Sequence[str] = SHARD_EXTENSIONS) -> list[File]:
+    """The shards among these files. Warns of others, on behalf of `who`. Raises UserError for compressed ones."""
+    picked, others = list[File](), list[File]()
+    for file in found:
+        is_picked = file.suffix.lower() in extensions
+        if is_picked or not file.name.endswith(_OWN_FILES):
+            (picked if is_picked else others).append(file)
+    if packed := [file for file in others if file.name.lower().endswith(_PACKED)]:
+        raise UserError(
+            f"{who}: {len(packed)} of {len(found)} files are compressed and cannot be read, such as"
+            f" {shown(packed[0])}; unpack them to .tar or .jsonl, or leave them out of `shards`"
+        )
+    if others:
+        log.warning(
+            "%s: %d of %d files are no %s and are not read, such as %s",
+            who,
+            len(others),
+            len(found),
+            " or ".join(extensions),
+            shown(others[0]),
+        )
+    return picked
+
+
 def scan(path: Path, verify: Verify = "none") -> Iterator[RawSample | Fault]:
     """Samples and faults of a .tar shard or a .jsonl file, in file order; what is wrong with the shard comes last.
 
@@ -62,7 +98,7 @@ def scan(path: Path, verify: Verify = "none") -> Iterator[RawSample | Fault]:
         if path.suffix.lower() == ".jsonl":
             yield from _scan_lines(path.name, descriptor)
         else:
-            yield from _scan_tar(path.name, descriptor, verify)
+            yield from (found for _, found in scan_groups(path.name, descriptor, verify))
     finally:
         os.close(descriptor)
 
@@ -71,7 +107,8 @@ class Texts:
     """Texts and captions of all good samples, to train a tokenizer on. They may be read several times."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._paths = list(paths)
+        """Raises UserError for compressed shards."""
+        self._paths = pick_shards(list(paths), "texts")
 
     def __iter__(self) -> Iterator[str]:
         for path in self._paths:
@@ -95,7 +132,10 @@ def _scan_lines(shard: str, descriptor: int) -> Iterator[RawSample | Fault]:
                 text = _text_of_line(line, notes)
                 yield RawSample(key, (text,), offset=start, notes=tuple(notes))
             except SampleError as error:
-                yield Fault(shard, key, str(error), start)
+                is_cut = not whole.endswith(b"\n") and str(error) in ("json_invalid", "text_encoding")
+                # Zeros stand for lines that were never written.
+                meant = round((offset - start) * number / start) if start and b"\0" in line else 1
+                yield Fault(shard, key, LINES_TRUNCATED if is_cut else str(error), start, max(1, meant))
     if not offset:
         yield Fault(shard, "", "shard_empty")
 
@@ -111,18 +151,21 @@ def _text_of_line(line: bytes, notes: list[str]) -> str:
     return document(text, notes)
 
 
-def _scan_tar(shard: str, descriptor: int, verify: Verify) -> Iterator[RawSample | Fault]:
-    """Twice over the samples: first to find keys that come again, then to judge them one by one."""
+def scan_groups(
+    shard: str, descriptor: int, verify: Verify = "none"
+) -> Iterator[tuple[Group | None, RawSample | Fault]]:
+    """As `scan` of an open tar, with the members of each good sample.
+
+    Twice over the samples: first to find keys that come again, then to judge them one by one.
+    """
     validator, walk = SampleValidator(descriptor, verify), TarWalk(descriptor)
     scattered, repeated, kept, count = _survey(groups(walk))
+    met, told, lost = set[int](), set[str](), _lost(walk, count)
     if kept is None:
         walk = TarWalk(descriptor)
-    met: set[int] = set()
-    told: set[str] = set()
-    lost = _lost(walk, count)
     for group in groups(walk) if kept is None else kept:
         mark = hash(group.key)
-        if mark in scattered or mark in repeated:
+        if group.reason not in _NAME_REASONS and (mark in scattered or mark in repeated):
             if mark in met and mark in scattered:
                 continue
             group.reason = (
@@ -130,15 +173,15 @@ def _scan_tar(shard: str, descriptor: int, verify: Verify) -> Iterator[RawSample
             )
             met.add(mark)
         try:
-            yield validator.sample(group)
+            yield group, validator.sample(group)
         except SampleError as error:
             reason = str(error)
-            cost = group.samples if reason in told else lost.get(reason, group.samples)
-            yield Fault(shard, group.key, reason, group.offset, cost)
+            meant = scattered[mark] if reason == "not_adjacent" else group.samples
+            yield None, Fault(shard, group.key, reason, group.offset, max(lost.pop(reason, 0), meant))
             told.add(reason)
     for reason, offset in walk.problems.items():
         if reason not in told:
-            yield Fault(shard, "", reason, offset, lost.get(reason, 1))
+            yield None, Fault(shard, "", reason, offset, lost.get(reason, 1))
 
 
 def _lost(walk: TarWalk, count: int) -> dict[str, int]:
@@ -150,10 +193,11 @@ def _lost(walk: TarWalk, count: int) -> dict[str, int]:
     }
 
 
-def _survey(found: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | None, int]:
-    """Keys (their hashes) whose members are scattered, keys that come again with the same kind of member, the groups
-    themselves where they are not too many, and how many they are."""
+def _survey(found: Iterable[Group]) -> tuple[dict[int, int], set[int], list[Group] | None, int]:
+    """Keys (their hashes) whose members are scattered and the samples that were meant, keys that come again with the
+    same kind of member, the groups themselves where they are not too many, and how many they are."""
     marks, kinds = array.array("q"), array.array("q")
+    dotted: collections.Counter[int] = collections.Counter()
     kept: list[Group] | None = []
     members = 0
     for group in found:
@@ -165,6 +209,8 @@ def _survey(found: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | N
             continue
         marks.append(hash(group.key))
         kinds.append(functools.reduce(operator.or_, map(_kind, group.members), 0))
+        if meant := group.dotted:
+            dotted[marks[-1]] += meant
     unique, counts = np.unique(np.frombuffer(marks, np.int64), return_counts=True)
     again = set(unique[counts > 1].tolist())
     first: dict[int, int] = {}
@@ -174,7 +220,7 @@ def _survey(found: Iterable[Group]) -> tuple[set[int], set[int], list[Group] | N
             repeated.add(mark)
         elif mark in again:
             first[mark] |= kind
-    return again - repeated, repeated, kept, len(marks)
+    return {mark: max(1, dotted[mark]) for mark in again - repeated}, repeated, kept, len(marks)
 
 
 @functools.lru_cache(_EXTENSIONS_KEPT)
@@ -218,13 +264,13 @@ def _split(name: str, size: int) -> tuple[str, str, str]:
     plain = _PLAIN_NAME.fullmatch(name)
     if plain and size <= MAX_NAME:
         return plain[1], plain[2], ""
-    folder, slash, base = name.rpartition("/")
-    if size > MAX_NAME or _UNSAFE_NAME.search(name):
-        # At whichever slash comes last.
-        folder, slash, base = max((name.rpartition(sign) for sign in "/\\"), key=lambda parts: len(parts[0]))
-        return folder + slash + _stem(base), "", "name_unsafe"
+    # At whichever slash comes last.
+    folder, slash, base = max((name.rpartition(sign) for sign in "/\\"), key=lambda parts: len(parts[0]))
     stem = _stem(base)
     extension = base[len(stem) + 1 :].lower()
+    longest = max(len(part.encode("utf-8", "surrogateescape")) for part in (folder + slash + stem, extension))
+    if longest > MAX_NAME or _UNSAFE_NAME.search(name):
+        return folder + slash + stem, "", "name_unsafe"
     if stem.startswith(".") or not extension or "__MACOSX" in folder.split("/"):
         return folder + slash + stem, "", "member_ignored"
     return folder + slash + stem, extension, ""

@@ -83,7 +83,9 @@ class LocalShard:
     is_remote = False
 
     def __str__(self) -> str:
-        return str(self.path)
+        # In one line, whatever letters it has.
+        path = str(self.path)
+        return path if path.isprintable() else ascii(path)
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)

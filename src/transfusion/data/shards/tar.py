@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 BLOCK = 512
 # Of long names and pax records; a header may claim any size.
 MAX_EXTENSION = 1 << 20
+# What writers fill an archive up to, and the most that any does. Zeros beyond it stand for what was never written.
+_RECORD, _LARGEST_RECORD = 20 * BLOCK, 1 << 20
 
 NO_END_MARKER, TRUNCATED, BAD_HEADER = "tar_no_end_marker", "tar_truncated", "tar_bad_header"
 TRAILING_DATA, EMPTY, UNREADABLE = "tar_trailing_data", "tar_empty", "tar_unreadable"
@@ -40,7 +42,7 @@ _KIND, _PREFIX = 156, 345
 _REGULAR, _DIRECTORY = (b"0", b"\0", b"7"), b"5"
 # Types without data whatever their size field says: hard and symbolic links, devices, pipes.
 _NO_DATA = (b"1", b"2", b"3", b"4", b"6")
-_PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]{1,255})=")
+_PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
 
 
 class Member(NamedTuple):
@@ -137,7 +139,7 @@ class TarWalk:
                 yield member
             position, before = following, member.torn
         if not found:
-            readable = self.length and not self.problems.keys() & {BAD_HEADER, TRUNCATED}
+            readable = 0 < self.length <= _RECORD and not self.problems.keys() & {BAD_HEADER, TRUNCATED}
             self.problems = {EMPTY if readable else UNREADABLE: 0}
 
     def _look_around(self, position: int) -> tuple[Member, int] | None:
@@ -160,10 +162,15 @@ class TarWalk:
         if self._block(position) != _ZEROS:
             return position
         place = self._behind_zeros(position)
-        if place >= self.length:
-            return None
-        self._note(TRAILING_DATA, place)
-        return place
+        reason = TRAILING_DATA if place < self.length else TRUNCATED
+        # Larger records than the usual are powers of two.
+        record = max(_RECORD, min(_LARGEST_RECORD, self.length & -self.length))
+        is_hole = place - position > record + 2 * BLOCK
+        if is_hole:
+            self.skipped[reason] += place - position
+        if is_hole or place < self.length:
+            self._note(reason, place)
+        return place if place < self.length else None
 
     def _behind_zeros(self, position: int) -> int:
         """The first block from here on that is not all zeros, or the end."""
@@ -322,7 +329,7 @@ def _number(field: bytes) -> int:
 
 
 def _pax(content: bytes) -> dict[bytes, bytes]:
-    """Records `LENGTH KEY=VALUE` and a line end; what is malformed ends them."""
+    """Records `LENGTH KEY=VALUE` and a line end. Of a malformed one nobody knows what it says."""
     records, position = {}, 0
     while match := _PAX_RECORD.match(content, position):
         end = position + int(match[1])
@@ -330,6 +337,8 @@ def _pax(content: bytes) -> dict[bytes, bytes]:
             raise _BadHeaderError
         records[match[2]] = content[match.end() : end - 1]
         position = end
+    if content[position:].strip(b"\0"):
+        raise _BadHeaderError
     return records
 
 

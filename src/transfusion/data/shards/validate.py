@@ -19,6 +19,7 @@ from transfusion.data.shards.sample import (
     caption,
     document,
     json_object,
+    piece,
     utf8,
 )
 from transfusion.data.shards.tar import NO_END_MARKER, Member, Window
@@ -52,12 +53,17 @@ class Group:
     damage: str = ""
 
     @property
-    def samples(self) -> int:
-        """How many were meant: several where dots in names, as in cat.0.png and cat.1.png, made one key of them."""
+    def dotted(self) -> int:
+        """How many were meant where dots in names, as in cat.0.png and cat.1.png, made one key of them; else 0."""
         if "json" in self.members:
-            return 1
-        named = (name for name in self.members if "." in name and not _ELEMENT_IMAGE.fullmatch(name))
-        return max(1, sum(name.endswith(_DOTTED) for name in named))
+            return 0
+        named = [name for name in self.members if "." in name and not _ELEMENT_IMAGE.fullmatch(name)]
+        return max(sum(name.endswith(ends) for name in named) for ends in (_DOTTED, ".txt", ".json"))
+
+    @property
+    def samples(self) -> int:
+        """How many were meant."""
+        return max(1, self.dotted)
 
     def add(self, extension: str, member: Member) -> None:
         """Take a member in, or remember why the sample is none."""
@@ -184,9 +190,9 @@ class SampleValidator:
                 if not _ELEMENT_IMAGE.fullmatch(value) or value not in group.members:
                     raise SampleError("interleaved_ref")
                 order.append(-1 - names.setdefault(value, len(names)))
-            elif value:
+            elif text := piece(value, notes):
                 order.append(len(texts))
-                texts.append(document(value, notes) if value.strip() else value)
+                texts.append(text)
         if not names and not any(text.strip() for text in texts):
             raise SampleError("interleaved_empty")
         if sum(map(len, texts)) > DOCUMENT_BYTES:

@@ -15,6 +15,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
+from transfusion.data.shards.scan import SHARD_EXTENSIONS
 from transfusion.errors import UserError, shown
 from transfusion.files import atomic_file
 from transfusion.urls import is_address, redacted, scheme
@@ -144,6 +145,12 @@ def _expand_one(spec: str) -> list[Path]:
         except RecursionError:
             found = []
         matches = [Path(match) for match in found if os.path.isfile(match)]
+        for other in (Path(match) for match in found if match.lower().endswith(SHARD_EXTENSIONS)):
+            if not other.is_file():
+                kind = (
+                    "a folder" if other.is_dir() else "a link to nothing" if other.is_symlink() else "no file"
+                )
+                raise UserError(f"shard {shown(other)} is {kind}; mend it, or leave it out of `shards`")
         if not matches:
             raise UserError(f"no shard {shown(name)}; {_nearby(Path(name))}")
         paths += matches

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from transfusion.config import Config
+from transfusion.data.index.shapes import cut_away
 from transfusion.data.index.source_index import SourceIndex, build_indexes
 from transfusion.data.loading.loader import plan_settings
 from transfusion.data.loading.rows import RowBuilder, RowSettings
@@ -83,6 +84,7 @@ def _source_stats(index: SourceIndex, config: Config) -> dict[str, Any]:
         },
         "longer_than_a_row": int((tokens_C > config.data.sequence_length).sum()),
         "image_sizes": index.images_by_size(),
+        "cut_away": cut_away(index, config.image_sizes),
         "faults": dict(collections.Counter(fault.reason for fault in index.faults).most_common()),
     }
 
@@ -112,6 +114,7 @@ def describe_stats(found: dict[str, Any]) -> str:
         for name, each in found["sources"].items()
         for size, count in each["image_sizes"].items()
     ]
+    lines += [each["cut_away"] for each in found["sources"].values() if each["cut_away"]]
     faults = [
         f"{name}: {count:,} x {reason}"
         for name, each in found["sources"].items()

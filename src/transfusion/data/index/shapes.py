@@ -1,0 +1,68 @@
+"""What bringing images to their sizes cuts away, and which sizes would cut less.
+
+I images, K sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transfusion.data.index.source_index import SourceIndex
+from transfusion.sequence.sizes import ImageSizes, Size, nearest, propose_sizes, share_cut
+
+# So many shards of a source are looked at, evenly spread.
+_SHARDS = 64
+# Below it nobody misses what is cut.
+WORTH_TELLING = 0.1
+
+
+class Shapes(NamedTuple):
+    """Stored heights and widths [I] of images in pixels."""
+
+    height_I: NDArray[Any]
+    width_I: NDArray[Any]
+
+    def cut(self, sizes: Sequence[Size]) -> float:
+        """Mean share of an image's pixels that cropping to the nearest of these sizes takes away."""
+        chosen_I = nearest(sizes, *self)
+        return float(share_cut(np.array(sizes, np.int64)[chosen_I], *self).mean())
+
+
+def shapes_of(index: SourceIndex) -> Shapes:
+    """Of the images of a source that are stored as images, those of `_SHARDS` of its shards."""
+    step = max(1, len(index.shards) // _SHARDS)
+    parts = [index.part(number) for number in range(0, len(index.shards), step)]
+    joined = [
+        np.concatenate([part[name][part["latent_channels_I"] == 0] for part in parts]).astype(np.int64)
+        for name in ("image_height_I", "image_width_I")
+    ]
+    return Shapes(*joined)
+
+
+def cut_away(index: SourceIndex, sizes: ImageSizes) -> str:
+    """What cropping takes away of a source's images, and what would take less. Empty where it is little."""
+    shapes = shapes_of(index)
+    if sizes.resize != "crop" or not len(shapes.height_I):
+        return ""
+    cut = shapes.cut(sizes.sizes)
+    if cut < WORTH_TELLING:
+        return ""
+    return (
+        f"source {index.name}: {cut:.0%} of the pixels are cut away, since images become {sizes.named()};"
+        f" {better_sizes(shapes, sizes)}codec.resize=pad cuts nothing"
+    )
+
+
+def better_sizes(shapes: Shapes, sizes: ImageSizes) -> str:
+    """Sizes of about the area of the first that suit the images, as a configuration names them."""
+    side = round(math.sqrt(sizes.first.height * sizes.first.width))
+    proposed = propose_sizes(*shapes, side=side, step=sizes.downscale * sizes.patch_size)
+    if set(proposed) <= set(sizes.sizes):
+        return ""
+    named = ",".join(map(str, proposed))
+    return f"codec.image_sizes=[{named}] cuts {shapes.cut(proposed):.0%}, "
