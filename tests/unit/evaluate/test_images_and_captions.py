@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from transfusion.config import Config
 from transfusion.errors import UserError
@@ -70,11 +72,40 @@ def test_the_same_seed_gives_the_same_classifier_and_a_file_gives_it_back(
     (tmp_path / "other").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is not a classifier"):
         load_classifier(tmp_path / "other")
+    save_file(classifier.state_dict(), tmp_path / "other")
+    with pytest.raises(UserError, match=r"is not a classifier \(it says so nowhere\)"):
+        load_classifier(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"to_words.bias": None}, r"to_words\.bias is missing"),
+        ({"more": torch.ones(1)}, r"more is left over"),
+        ({"to_words.bias": torch.ones(4, dtype=torch.int8)}, r"to_words\.bias is stored as I8"),
+        ({"to_words.bias": torch.ones(5)}, r"to_words\.bias has shape \[5\] instead of \[4\]"),
+    ],
+)
+def test_a_classifier_with_other_tensors_is_refused_by_name(
+    classifier: Classifier, tmp_path: Path, changes: dict[str, torch.Tensor | None], told: str
+) -> None:
+    path = tmp_path / "classifier.safetensors"
+    save_classifier(classifier, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    changed = {**classifier.state_dict(), **changes}
+    weights = {name: each for name, each in changed.items() if each is not None}
+    save_file(weights, path, metadata=metadata)
+    with pytest.raises(UserError, match=rf"is not a classifier \({told}"):
+        load_classifier(path)
 
 
 def test_words_are_common_but_not_everywhere() -> None:
     captions = ["a cat"] * 50 + ["a Dog!"] * 30 + ["a rare bird"] * 3
     assert common_words(captions) == ["cat", "dog"]
+    alphabet = "abcdefghijklmnopqrst"
+    equals = [" ".join(alphabet)] * 20 + ["z y"] * 21 + ["other"] * 9
+    assert common_words(equals) == ["y", "z", *alphabet], "whatever the hash seed, equals follow the alphabet"
     with pytest.raises(UserError, match="nothing to learn"):
         train_classifier(coloured(4)[0], ["the same"] * 4)
 
@@ -157,4 +188,5 @@ def test_captions_are_scored_against_their_own_images(
     metric = images_and_captions.captions(pipeline, tmp_path)["caption_token_f1"]
     assert metric.value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
     lines = (tmp_path / "evaluation" / "captions.jsonl").read_text().splitlines()
-    assert json.loads(lines[1]) == {"caption": "square", "expected": "A green square.", "f1": 0.5}
+    said = {"caption": "square", "expected": "A green square.", "f1": 0.5}
+    assert json.loads(lines[1]) == {"image": "evaluation/validation/0001.png", **said}

@@ -48,9 +48,10 @@ def log_steps(folder: RunFolder, steps: range) -> None:
                     tokens_per_second=1e4,
                     data_wait=0.0,
                     memory_gib=1.0,
-                    validation={"text": 2.0} if step % 10 == 0 else {},
                 )
             )
+            if step % 10 == 0:
+                log.append_validation(step, {"text": 2.0})
 
 
 def make_image(path: Path, *, size: int = 8, colour: bool = False) -> None:
@@ -188,6 +189,54 @@ def test_what_was_measured_stands_in_it(whole_run: RunFolder) -> None:
     assert "Image loss by timestep" in text and "80 to 90 %" in text
     assert "<argument>" in text
     assert "gradient_clip: 1.0" in text
+
+
+def test_the_time_is_that_of_all_starts_also_of_steps_that_were_done_again(run: RunFolder) -> None:
+    """A start that is killed before its first checkpoint leaves lines that the next one writes anew."""
+    step = {"loss": 3.0, "text_loss": 2.0, "tokens": 1000, "images": 10}
+    starts = [(1, range(100, 401, 100)), (2, range(5000, 5061, 20)), (3, [9000])]
+    write_lines(
+        run.metrics,
+        [
+            {"step": number + 1, **step, "time": float(time), "attempt": attempt}
+            for attempt, times in starts
+            for number, time in enumerate(times)
+        ],
+    )
+    text = " ".join(read(write_report(run.path)).text.split())
+    assert "which took 6m 00s (all 3 starts together, without the time between them)" in text
+    write_lines(run.metrics, [{"step": 1, **step, "time": 5.0, "attempt": 1}])
+    assert "which took 0s on" in " ".join(read(write_report(run.path)).text.split())
+
+
+@pytest.mark.parametrize(
+    ("family", "losses", "titles"),
+    [
+        (
+            "transfusion",
+            ("text", "image"),
+            ["Text loss, nats a token", "Image loss, squared error of the noise"],
+        ),
+        ("chameleon", ("text", "image"), ["Text loss, nats a token", "Image loss, nats a token"]),
+        ("of-somebody", ("text", "trace"), ["Text loss, nats a token", "Trace loss"]),
+    ],
+)
+def test_each_loss_of_a_family_has_a_curve_with_its_unit(
+    run: RunFolder, family: str, losses: tuple[str, ...], titles: list[str]
+) -> None:
+    run.config.write_text(f"model: {{family: {family}}}\n")
+    lines: list[dict[str, Any]] = [
+        {"step": step, "loss": 3.0, "tokens": step, "images": 0, "time": 0.0, "attempt": 1}
+        | {f"{name}_loss": 1.0 + step for name in losses}
+        for step in range(1, 4)
+    ]
+    validation = {f"validation_{name}_loss": 2.0 for name in losses}
+    write_lines(run.metrics, [*lines, {"step": 4, **validation, "time": 1.0, "attempt": 1}])
+    html = write_report(run.path).read_text(encoding="utf-8")
+    assert re.findall(r"<h3>([^<]*)</h3>", html) == [*titles, "Total loss, as weighted"]
+    text = " ".join(Page(html).text.split())
+    assert "3 tokens and 0 images in 4 steps" in text and "Dots: validation data" in text
+    assert f"the {losses[1]} loss at 4" in text
 
 
 def test_the_first_and_the_last_grid_are_shown_and_few_between(whole_run: RunFolder) -> None:

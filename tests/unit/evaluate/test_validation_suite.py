@@ -45,7 +45,7 @@ def test_the_image_loss_is_the_plain_error_and_says_of_what(
         )
 
     monkeypatch.setattr(validation, "validation_losses", losses)
-    monkeypatch.setattr(validation, "EvaluationLoader", lambda *_, **__: None)
+    monkeypatch.setattr(validation, "EvaluationLoader", lambda *_, **__: [])
     runner = SimpleNamespace(model=None, device=None, codec=None)
     pipeline: Any = SimpleNamespace(
         config=config, runner=runner, tokenizer=None, family=FAMILIES["transfusion"]

@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,12 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from transfusion.config import Config, SourceConfig
-from transfusion.data.loading.validation import documents
+from transfusion.config import Config
+from transfusion.config.weights_folder import check_tensors, stored_tensors
 from transfusion.errors import UserError
+from transfusion.evaluate.captioned_images import captioned_images
 from transfusion.evaluate.metrics.frechet import Gaussian, gaussian_of
+from transfusion.evaluate.telling import Telling
+from transfusion.evaluate.telling import say as say_on_stderr
 from transfusion.files import atomic_file
-from transfusion.schema import ImageSegment, TextSegment
+from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer
 
 FORMAT = "transfusion classifier"
@@ -43,15 +46,16 @@ _MAX_SHIFT = 2
 class Classifier(nn.Module):
     """Three strided convolutions, the mean over places, FEATURES numbers, and a logit for each word.
 
-    images, mean_F, covariance_FF: how many it was trained on, and their features as a Gaussian.
+    sizes: of the images that it reads. images, mean_F, covariance_FF: how many it was trained on, and their features as
+    a Gaussian.
     """
 
     mean_F: Tensor
     covariance_FF: Tensor
 
-    def __init__(self, words: Sequence[str], channels: int, image_size: int) -> None:
+    def __init__(self, words: Sequence[str], channels: int, sizes: Sequence[Size]) -> None:
         super().__init__()
-        self.words, self.channels, self.image_size = tuple(words), channels, image_size
+        self.words, self.channels, self.sizes = tuple(words), channels, tuple(sizes)
         layers: list[nn.Module] = []
         for inputs, width in itertools.pairwise((channels, *WIDTHS)):
             layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
@@ -88,51 +92,20 @@ def words_of(caption: str) -> list[str]:
 
 
 def common_words(captions: Sequence[str]) -> list[str]:
-    """The commonest words, none of them rare, and none that almost every caption has."""
+    """The commonest words, none of them rare, and none that almost every caption has. Equals follow the alphabet."""
     counts = Counter(word for caption in captions for word in set(words_of(caption)))
     most = 0.9 * len(captions)
-    return [word for word, count in counts.most_common() if MIN_IMAGES <= count <= most][:MAX_WORDS]
-
-
-def single_images(
-    config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer
-) -> Iterator[tuple[str, Tensor, str]]:
-    """Key, values [C, H, W] and caption of the documents with one image, in file order."""
-    for document in documents(config, sources, tokenizer):
-        images = [part for part in document.segments if isinstance(part, ImageSegment)]
-        if len(images) == 1:
-            texts = [part for part in document.segments if isinstance(part, TextSegment)]
-            caption = "".join(tokenizer.decode(part.token_ids) for part in texts)
-            yield document.key, torch.as_tensor(images[0].values_CHW), caption
-
-
-def captioned_images(config: Config, tokenizer: Tokenizer, *, validation: bool) -> tuple[Tensor, list[str]]:
-    """uint8 [I, C, H, W] and captions of the single images of a configuration's sources, in file order.
-
-    Raises UserError where there are none, or latents in their place.
-    """
-    where = "data.validation" if validation else "data.sources"
-    sources = config.data.validation if validation else config.data.sources
-    values, captions = [], []
-    for key, values_CHW, caption in single_images(config, sources, tokenizer):
-        if values_CHW.dtype != torch.uint8:
-            raise UserError(
-                f"{where} has latents at {key}, and the classifier needs images; name their shards"
-            )
-        values.append(values_CHW)
-        captions.append(caption)
-    if not values:
-        raise UserError(f"{where} names no images with captions")
-    return torch.stack(values), captions
+    fitting = [word for word, count in counts.items() if MIN_IMAGES <= count <= most]
+    return sorted(fitting, key=lambda word: (-counts[word], word))[:MAX_WORDS]
 
 
 def train_classifier(
-    pixels_ICHW: Tensor,
+    images: Sequence[Tensor],
     captions: Sequence[str],
     *,
     epochs: int = 8,
     seed: int = 0,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say_on_stderr,
 ) -> Classifier:
     """A classifier of these images; AdamW, images shifted by up to two pixels. Raises UserError without words."""
     words = common_words(captions)
@@ -144,48 +117,63 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = Classifier(words, *pixels_ICHW.shape[1:3])
+        sizes = sorted({Size(*image.shape[1:]) for image in images})
+        classifier = Classifier(words, images[0].shape[0], sizes)
     wanted_IK = classifier.has_words(captions)
-    steps = epochs * -(-len(pixels_ICHW) // BATCH)
+    steps = epochs * -(-len(images) // BATCH)
+    tell = Telling(f"training on {len(images)} images and {len(words)} words", say=say)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for epoch in range(epochs):
         total = 0.0
-        for chosen in torch.randperm(len(pixels_ICHW), generator=generator).split(BATCH):
-            logit_IK = classifier(_shifted(pixels_ICHW[chosen], generator))
+        for chosen in torch.randperm(len(images), generator=generator).split(BATCH):
+            tell(schedule.last_epoch, steps)
+            part = [images[number] for number in chosen.tolist()]
+            logit_IK = _by_size(part, lambda pixels: classifier(_shifted(pixels, generator)))
             loss = nn.functional.binary_cross_entropy_with_logits(logit_IK, wanted_IK[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             total += float(loss.detach()) * len(chosen)
-        say(f"epoch {epoch + 1} of {epochs}: {total / len(pixels_ICHW):.4f} nats a word and image")
-    mean, covariance = gaussian_of(features_of(classifier, pixels_ICHW).numpy())
+        say(f"epoch {epoch + 1} of {epochs}: {total / len(images):.4f} nats a word and image")
+    mean, covariance = gaussian_of(features_of(classifier, images).numpy())
     classifier.mean_F.copy_(torch.from_numpy(mean))
     classifier.covariance_FF.copy_(torch.from_numpy(covariance))
-    classifier.images = len(pixels_ICHW)
+    classifier.images = len(images)
     return classifier.eval()
 
 
 @torch.no_grad()
-def recall(classifier: Classifier, pixels_ICHW: Tensor, captions: Sequence[str]) -> float:
+def recall(classifier: Classifier, images: Sequence[Tensor], captions: Sequence[str]) -> float:
     """Share of the captions' known words that are among the likeliest ones, as many as the caption has."""
     wanted_IK = classifier.has_words(captions)
-    logit_IK = torch.cat([classifier(part) for part in pixels_ICHW.split(BATCH)])
+    logit_IK = _by_size(images, classifier)
     rank_IK = logit_IK.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     found = ((rank_IK < wanted_IK.sum(-1, keepdim=True)) * wanted_IK).sum()
     return float(found / wanted_IK.sum().clamp(min=1.0))
 
 
 @torch.no_grad()
-def features_of(classifier: Classifier, pixels_ICHW: Tensor) -> Tensor:
-    """float32 [I, F]. Raises UserError for images of another size than the classifier's."""
-    if tuple(pixels_ICHW.shape[1:]) != (classifier.channels, classifier.image_size, classifier.image_size):
-        raise UserError(
-            f"the classifier reads {classifier.channels} x {classifier.image_size} x {classifier.image_size}, the"
-            f" images are {' x '.join(map(str, pixels_ICHW.shape[1:]))}; train one for their size"
+def features_of(classifier: Classifier, images: Sequence[Tensor]) -> Tensor:
+    """float32 [I, F]. Raises UserError for images of other sizes than the classifier's."""
+    known = {(classifier.channels, *size) for size in classifier.sizes}
+    if others := sorted({tuple(image.shape) for image in images} - known):
+        reads, found = (
+            " or ".join(" x ".join(map(str, shape)) for shape in shapes) for shapes in (sorted(known), others)
         )
-    return torch.cat([classifier.features(part) for part in pixels_ICHW.split(BATCH)])
+        raise UserError(f"the classifier reads {reads}, the images are {found}; train one for their size")
+    return _by_size(images, classifier.features)
+
+
+def _by_size(images: Sequence[Tensor], read: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `read` says of each image, from BATCH of one size at a time."""
+    places: dict[torch.Size, list[int]] = {}
+    for place, image in enumerate(images):
+        places.setdefault(image.shape, []).append(place)
+    parts = [same[start : start + BATCH] for same in places.values() for start in range(0, len(same), BATCH)]
+    answers = torch.cat([read(torch.stack([images[place] for place in part])) for part in parts])
+    return answers[torch.tensor([place for part in parts for place in part]).argsort()]
 
 
 def save_classifier(classifier: Classifier, path: Path) -> None:
@@ -193,7 +181,7 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
     facts = {
         "words": classifier.words,
         "channels": classifier.channels,
-        "image_size": classifier.image_size,
+        "sizes": classifier.sizes,
         "images": classifier.images,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,27 +191,39 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
 
 
 def load_classifier(path: Path) -> Classifier:
-    """A saved classifier. Raises UserError for a missing or foreign file."""
+    """A saved classifier. Raises UserError for a missing or foreign file, and names a tensor that does not fit."""
     try:
+        stored = stored_tensors([path], path.stem)
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if metadata.get("format") != FORMAT:
+            raise ValueError("it says so nowhere")
         facts = json.loads(metadata["classifier"])
-        classifier = Classifier(facts["words"], facts["channels"], facts["image_size"])
+        # Files of before had one size, a square.
+        sizes = facts["sizes"] if "sizes" in facts else [[facts["image_size"]] * 2]
+        classifier = Classifier(facts["words"], facts["channels"], [Size(*size) for size in sizes])
+        check_tensors(
+            {name: tensor.shape for name, tensor in stored.items()},
+            {name: tensor.shape for name, tensor in classifier.state_dict().items()},
+        )
         classifier.load_state_dict(weights)
         classifier.images = facts["images"]
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{path} is not a classifier; `transfusion classifier CONFIG --out {path}` makes one"
+            f"{path} is not a classifier ({reason}); `transfusion classifier CONFIG --out {path}` makes one"
         ) from None
     return classifier.eval()
 
 
-def train_from_config(config: Config, *, epochs: int = 8, say: Callable[[str], None] = print) -> Classifier:
+def train_from_config(
+    config: Config, *, epochs: int = 8, say: Callable[[str], None] = say_on_stderr
+) -> Classifier:
     """A classifier of a configuration's training images, seeded by run.seed; says its recall on validation ones."""
     tokenizer = Tokenizer(config.data.tokenizer)
-    pixels_ICHW, captions = captioned_images(config, tokenizer, validation=False)
-    classifier = train_classifier(pixels_ICHW, captions, epochs=epochs, seed=config.run.seed, say=say)
+    images, captions = captioned_images(config, tokenizer, validation=False)
+    classifier = train_classifier(images, captions, epochs=epochs, seed=config.run.seed, say=say)
     if config.data.validation:
         validation = captioned_images(config, tokenizer, validation=True)
         say(f"recall of the words of validation captions: {recall(classifier, *validation):.3f}")

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from transfusion.config import DiffusionConfig
 from transfusion.config.objectives import PREDICTED
+from transfusion.families import FAMILIES
 from transfusion.schema import TIMESTEP_BUCKETS
 
 CURVE_POINTS = 400
@@ -64,22 +66,39 @@ def figure(value: Any) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
-def _loss_curves(lines: list[dict[str, Any]], diffusion: dict[str, Any]) -> list[Curve]:
-    predicted = PREDICTED.get(diffusion.get("prediction", "epsilon"), "")
-    weighted = ", by min-SNR" if diffusion.get("loss_weight") == "min-snr" else ""
+def _loss_curves(lines: list[dict[str, Any]], config: dict[str, Any]) -> list[Curve]:
+    """One for each loss of the model's family, and the total."""
     return _present(
-        Curve(
-            "Text loss, nats a token",
-            [("", TEXT, _series(lines, "text_loss"))],
-            marked=_series(lines, "validation_text_loss"),
-        ),
-        Curve(
-            f"Image loss, squared error of the {predicted}{weighted}",
-            [("", IMAGE, _series(lines, "image_loss"))],
-            marked=_series(lines, "validation_image_loss"),
+        *(
+            Curve(
+                ", ".join(filter(None, (f"{name.capitalize()} loss", _unit(name, config)))),
+                [("", TEXT if name == "text" else IMAGE, _series(lines, f"{name}_loss"))],
+                marked=_series(lines, f"validation_{name}_loss"),
+            )
+            for name in _loss_names(lines)
         ),
         Curve("Total loss, as weighted", [("", TOTAL, _series(lines, "loss"))]),
     )
+
+
+def _loss_names(lines: list[dict[str, Any]]) -> list[str]:
+    """Names of the losses of a family, such as "text" and "image", in the order in which they were written."""
+    names = dict.fromkeys(name for line in lines for name in line if name.endswith("_loss"))
+    return [name.removesuffix("_loss") for name in names if not name.startswith("validation_")]
+
+
+def _unit(name: str, config: dict[str, Any]) -> str:
+    """What a loss is counted in; empty where nobody tells."""
+    family = FAMILIES.get((config.get("model") or {}).get("family", "transfusion"))
+    counted = family.image_metric(DiffusionConfig()).unit if family else ""
+    if name == "text" or (name == "image" and counted == "nats/token"):
+        return "nats a token"
+    if name != "image" or family is None:
+        return ""
+    diffusion = config.get("diffusion") or {}
+    predicted = PREDICTED.get(diffusion.get("prediction", "epsilon"), "")
+    weighted = ", by min-SNR" if diffusion.get("loss_weight") == "min-snr" else ""
+    return f"squared error of the {predicted}{weighted}"
 
 
 def _machine_curves(lines: list[dict[str, Any]]) -> list[Curve]:

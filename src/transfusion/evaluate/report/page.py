@@ -22,6 +22,7 @@ from transfusion.evaluate.report.curves import (
     _draw,
     _draw_buckets,
     _loss_curves,
+    _loss_names,
     _machine_curves,
     _series,
     figure,
@@ -61,7 +62,7 @@ def write_report(run_folder: Path) -> Path:
     Raises UserError if the folder is not one of a run, or if matplotlib or jinja2 is missing.
     """
     folder = RunFolder(Path(run_folder))
-    if not (folder.config.is_file() or folder.metrics.is_file()):
+    if not is_run(folder.path):
         raise UserError(
             f"{folder.path} is not the folder of a run (no config.yaml, no metrics.jsonl); "
             f"give the folder that `transfusion train` wrote, such as runs/quickstart"
@@ -84,6 +85,12 @@ def write_report(run_folder: Path) -> Path:
     return folder.report
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is one that training wrote, so that it can have a report."""
+    folder = RunFolder(path)
+    return folder.config.is_file() or folder.metrics.is_file()
+
+
 def gather(folder: RunFolder) -> dict[str, Any]:
     """Everything that the template shows, empty where the run has none."""
     lines = read_metrics(folder.metrics)
@@ -93,12 +100,10 @@ def gather(folder: RunFolder) -> dict[str, Any]:
     diffusion = config.get("diffusion") or {}
     return {
         "name": (config.get("run") or {}).get("name") or folder.path.name,
-        "facts": _facts(lines, config, environment),
+        "facts": _facts(lines, config, environment) | _starts(_jsonl(folder.metrics)),
         "metrics": _metrics(_mapping(folder.path / "metrics.json", json.loads)),
-        "curves": [_draw(curve) for curve in _loss_curves(lines, diffusion)],
-        "validation": any(
-            line.get("validation_text_loss") or line.get("validation_image_loss") for line in lines
-        ),
+        "curves": [_draw(curve) for curve in _loss_curves(lines, config)],
+        "validation": any(name.startswith("validation_") for line in lines for name in line),
         "bucket_curve": _draw_buckets(lines),
         "predicts_noise": diffusion.get("prediction", "epsilon") == "epsilon",
         "machine_curves": [_draw(curve) for curve in _machine_curves(lines)],
@@ -134,26 +139,27 @@ def _facts(
         "steps": 0,
     }
     if lines:
+        # The newest line may be one of validation losses alone.
+        last = next((line for line in reversed(lines) if "tokens" in line), lines[-1])
+        endings = {name: _ending(lines, f"{name}_loss") for name in _loss_names(lines)}
         facts |= {
             "steps": lines[-1]["step"],
-            "tokens": lines[-1].get("tokens"),
-            "images": lines[-1].get("images"),
-            "duration": duration(_seconds(lines)),
-            "attempts": len({line.get("attempt") for line in lines}),
-            "skipped": lines[-1].get("skipped"),
-            "faults": lines[-1].get("faults"),
-            "text_loss": _ending(lines, "text_loss"),
-            "image_loss": _ending(lines, "image_loss"),
+            "endings": {name: value for name, value in endings.items() if value is not None},
+            **{name: last.get(name) for name in ("tokens", "images", "skipped", "faults")},
         }
     return facts
 
 
-def _seconds(lines: list[dict[str, Any]]) -> float:
-    """Time from the first line to the last of each attempt, added up."""
+def _starts(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often the run was started, and the time from the first line to the last of each start, added up.
+
+    lines: all that were written, those of steps that a later start did again among them.
+    """
     times: dict[Any, list[float]] = {}
     for line in lines:
         times.setdefault(line.get("attempt"), []).append(line.get("time") or 0.0)
-    return sum(max(stamps) - min(stamps) for stamps in times.values())
+    seconds = sum(max(stamps) - min(stamps) for stamps in times.values())
+    return {"starts": len(times), "duration": duration(seconds)}
 
 
 def _ending(lines: list[dict[str, Any]], name: str) -> float | None:

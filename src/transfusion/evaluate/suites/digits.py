@@ -5,7 +5,6 @@ I images, E pixels an image.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 from transfusion.config import SourceConfig
-from transfusion.config.objectives import SAMPLERS
+from transfusion.config.objectives import PredictionName
 from transfusion.data.prepare.digits import DIGIT_WORDS, digit_in_caption
 from transfusion.errors import UserError
-from transfusion.evaluate.metrics.classifier import single_images
+from transfusion.evaluate.captioned_images import single_images
 from transfusion.evaluate.metrics.metric import Metric
-from transfusion.generate.image_files import save_samples, to_image
+from transfusion.evaluate.suites.evidence import describe, save_captions, save_drawn
+from transfusion.evaluate.telling import Telling
 from transfusion.generate.pipeline import Pipeline
+from transfusion.sequence.sizes import Size
 
 Pixels = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -27,8 +28,9 @@ Labels = NDArray[np.int64]
 SAMPLES = 20
 GUIDANCE = 3.0
 SAMPLER_STEPS = 50
+# For flow the only one without a second call a step.
+SAMPLER: dict[PredictionName, str] = {"epsilon": "ddpm", "v": "ddpm", "flow": "euler"}
 GENERATION_BAR, DIVERSITY_BAR, CAPTION_BAR = 0.95, 0.5, 0.90
-MAX_CAPTION_TOKENS = 32
 
 
 def digits(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
@@ -38,32 +40,40 @@ def digits(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     """
     train_pixels, train_labels, _ = _images(pipeline, pipeline.config.data.sources)
     test_pixels, test_labels, test_values = _images(pipeline, pipeline.config.data.validation)
-    folder = out / "evaluation"
-    return _generation(
-        pipeline, folder / "generated", train_pixels, train_labels, test_pixels, test_labels
-    ) | _captions(pipeline, folder, test_values, test_labels)
+    size = Size(*test_values.shape[2:])
+    drawn = _generation(pipeline, out, size, train_pixels, train_labels, test_pixels, test_labels)
+    return drawn | _captions(pipeline, out, test_values, test_labels)
 
 
 def _generation(
-    pipeline: Pipeline, folder: Path, train: Pixels, train_labels: Labels, test: Pixels, test_labels: Labels
+    pipeline: Pipeline,
+    out: Path,
+    size: Size,
+    train: Pixels,
+    train_labels: Labels,
+    test: Pixels,
+    test_labels: Labels,
 ) -> dict[str, Metric]:
     from sklearn.svm import SVC
 
     classifier = SVC(gamma=0.2).fit(train, train_labels)
     prompts = [f"a handwritten {word}" for word in DIGIT_WORDS]
+    sampler = SAMPLER[pipeline.config.diffusion.prediction]
     samples = pipeline.sample(
         prompts,
         per_prompt=SAMPLES,
         guidance=GUIDANCE,
         steps=SAMPLER_STEPS,
+        sampler=sampler,
         seed=0,
         batch=SAMPLES * 10,
+        size=size,
+        on_call=Telling(f"drawing {SAMPLES} images of each of {len(prompts)} digits"),
     )
-    save_samples(samples, folder)
+    save_drawn(samples, out)
     drawn = _scaled(torch.stack([sample.pixels for sample in samples]))
     wanted = np.repeat(np.arange(len(prompts)), SAMPLES)
-    sampler = SAMPLERS[pipeline.config.diffusion.prediction][0].upper()
-    settings = f"{sampler} {SAMPLER_STEPS} steps, guidance {GUIDANCE:g}, seeds from 0"
+    settings = f"{sampler.upper()} {SAMPLER_STEPS} steps, guidance {GUIDANCE:g}, seeds from 0"
     ratios = [
         _spread(drawn[wanted == digit]) / _spread(train[train_labels == digit])
         for digit in range(len(prompts))
@@ -96,27 +106,20 @@ def _generation(
     }
 
 
-def _captions(pipeline: Pipeline, folder: Path, values: torch.Tensor, labels: Labels) -> dict[str, Metric]:
-    captions = pipeline.caption(values, max_tokens=MAX_CAPTION_TOKENS)
-    images = folder / "validation"
-    images.mkdir(parents=True, exist_ok=True)
-    lines, correct = [], 0
-    for number, (caption, label) in enumerate(zip(captions, labels.tolist(), strict=True)):
-        right = digit_in_caption(caption) == label
-        correct += right
-        path = images / f"{number:04d}.png"
-        to_image(values[number]).save(path)
-        record = {
-            "image": path.relative_to(folder.parent).as_posix(),
+def _captions(pipeline: Pipeline, out: Path, values: torch.Tensor, labels: Labels) -> dict[str, Metric]:
+    captions = describe(pipeline, list(values))
+    lines = [
+        {
             "caption": caption,
             "expected": DIGIT_WORDS[label],
-            "correct": right,
+            "correct": digit_in_caption(caption) == label,
         }
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    (folder / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+        for caption, label in zip(captions, labels.tolist(), strict=True)
+    ]
+    save_captions(lines, list(values), out)
     return {
         "caption_accuracy": Metric(
-            value=correct / len(captions),
+            value=sum(bool(line["correct"]) for line in lines) / len(captions),
             threshold=CAPTION_BAR,
             how=f"greedy captions of the {len(captions)} validation images that name exactly the right digit",
         )
@@ -126,7 +129,8 @@ def _captions(pipeline: Pipeline, folder: Path, values: torch.Tensor, labels: La
 def _images(pipeline: Pipeline, sources: list[SourceConfig]) -> tuple[Pixels, Labels, torch.Tensor]:
     """Pixels in [0, 1] [I, E], digits [I] and uint8 values [I, C, H, W] of the sources' images."""
     values, labels = [], []
-    for _, values_CHW, caption in single_images(pipeline.config, sources, pipeline.tokenizer):
+    tell = Telling("reading the digits of " + " and ".join(source.name for source in sources))
+    for _, values_CHW, caption in tell.each(single_images(pipeline.config, sources, pipeline.tokenizer)):
         digit = digit_in_caption(caption)
         if digit is not None:
             values.append(values_CHW)
@@ -136,6 +140,8 @@ def _images(pipeline: Pipeline, sources: list[SourceConfig]) -> tuple[Pixels, La
             f"the digits suite needs captioned images of all ten digits, found {len(set(labels))};"
             " it is for models trained on `transfusion prepare digits`"
         )
+    if len({value.shape for value in values}) > 1:
+        raise UserError("the digits suite compares pixels and needs images of one size; choose another suite")
     stacked = torch.stack(values)
     return _scaled(stacked), np.array(labels), stacked
 

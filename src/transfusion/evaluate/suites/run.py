@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 
+from transfusion.config import SourceConfig
+from transfusion.data.shards.webdataset import expand_all
 from transfusion.errors import UserError
+from transfusion.evaluate.captioned_images import NoCaptionedImagesError
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.suites.digits import digits
-from transfusion.evaluate.suites.images_and_captions import captions, images
+from transfusion.evaluate.suites.images_and_captions import captions, images, samples
 from transfusion.evaluate.suites.validation import validation
+from transfusion.evaluate.telling import say
 from transfusion.files import atomic_write_text
 from transfusion.generate.pipeline import Pipeline, Weights
 
@@ -24,7 +28,14 @@ METRICS = "metrics.json"
 Suite = Callable[[Pipeline, Path], dict[str, Metric]]
 
 # By name. `images` needs a classifier beside them.
-SUITES: dict[str, Suite] = {"validation": validation, "digits": digits, "captions": captions}
+SUITES: dict[str, Suite] = {
+    "validation": validation,
+    "samples": samples,
+    "digits": digits,
+    "captions": captions,
+}
+# What runs where none is named. Of these, what the data do not allow is left out.
+DEFAULT = ("validation", "samples")
 
 
 def run_suites(
@@ -38,8 +49,8 @@ def run_suites(
 ) -> dict[str, Metric]:
     """Run suites on an exported model; writes OUT/metrics.json (added to what is there) and OUT/evaluation/.
 
-    classifier: for the suite `images`. Raises UserError for an unknown suite, or when the model's validation data is
-    not to be found.
+    names: none are the default ones, as far as the data allow. classifier: for the suite `images`. Raises UserError for
+    an unknown suite, or when the model's validation data is not to be found.
     """
     suites = dict(SUITES)
     if classifier is not None:
@@ -52,18 +63,37 @@ def run_suites(
     if unknown:
         raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join(suites)}")
     pipeline = Pipeline.from_export(model, weights=weights, device=device)
+    _refuse_missing_shards(pipeline.config.data.validation)
     if pipeline.config.train.threads:
         torch.set_num_threads(pipeline.config.train.threads)
     out.mkdir(parents=True, exist_ok=True)
     known = _known(out / METRICS)
     metrics: dict[str, Metric] = {}
-    for name in names:
-        metrics |= suites[name](pipeline, out)
+    for name in names or DEFAULT:
+        say(f"suite {name}")
+        try:
+            metrics |= suites[name](pipeline, out)
+        except NoCaptionedImagesError as reason:
+            if names:
+                raise
+            say(f"suite {name} is left out: {reason}")
     # Names and numbers on top, for whoever compares; how each was measured under `details`.
     details = known | {name: metric.as_dict() for name, metric in metrics.items()}
     values = {name: detail["value"] for name, detail in details.items()}
     atomic_write_text(out / METRICS, json.dumps(values | {"details": details}, indent=2) + "\n")
     return metrics
+
+
+def _refuse_missing_shards(sources: Sequence[SourceConfig]) -> None:
+    """Raises UserError that says where shards were sought, since a model may be used in another folder than its run."""
+    for source in sources:
+        try:
+            expand_all(source.shards)
+        except UserError as error:
+            raise UserError(
+                f"{error}; the model names its data as seen from the folder where its training was started, and this"
+                f" is {Path.cwd()}: change to that folder"
+            ) from None
 
 
 def _known(path: Path) -> dict[str, Any]:

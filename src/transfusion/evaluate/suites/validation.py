@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from transfusion.config import SourceConfig
@@ -9,6 +10,7 @@ from transfusion.data.loading.validation import EvaluationLoader, documents
 from transfusion.errors import UserError
 from transfusion.evaluate.metrics.bigram import Bigram
 from transfusion.evaluate.metrics.metric import Metric
+from transfusion.evaluate.telling import Telling
 from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.pipeline import Pipeline
 from transfusion.schema import LossTerms, TextSegment
@@ -28,9 +30,8 @@ def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     for source in pipeline.config.data.validation:
         loader = EvaluationLoader(pipeline.config, [source], pipeline.tokenizer, rows=8)
-        terms = validation_losses(
-            pipeline.runner.model, loader, plain, pipeline.runner.device, pipeline.runner.codec
-        )
+        runner, tell = pipeline.runner, Telling(f"losses of validation {source.name}, {len(loader)} batches")
+        terms = validation_losses(runner.model, loader, plain, runner.device, runner.codec, tell)
         # The one term of a family that is no text, such as "image".
         media = next(name for name, total in terms.sums.items() if name != "text" and total.dim() == 0)
         if float(terms.counts[media]):
@@ -49,7 +50,7 @@ def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
 
 
 def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> dict[str, Metric]:
-    texts = _texts(pipeline, source)
+    texts = list(_texts(pipeline, source))
     tokens = sum(len(ids) + 1 for ids in texts)
     size = sum(len(pipeline.tokenizer.decode(ids).encode()) for ids in texts)
     if tokens != int(terms.counts["text"]):
@@ -58,8 +59,9 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
     threshold = None
     training = next((known for known in pipeline.config.data.sources if known.name == source.name), None)
     if training is not None:
-        bigram = Bigram(_texts(pipeline, training), pipeline.config.model.vocabulary)
-        nats = bigram.nats(texts)
+        tell = Telling(f"fitting the bigram on the training text of {source.name}")
+        bigram = Bigram(tell.each(_texts(pipeline, training)), pipeline.config.model.vocabulary)
+        nats = bigram.nats(tell.each(texts))
         threshold = nats / tokens
         how = "interpolated absolute-discount (0.75) bigram, fitted on the same training text and tokenizer"
         for unit, count in (("token", tokens), ("byte", size)):
@@ -80,9 +82,9 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
     return metrics
 
 
-def _texts(pipeline: Pipeline, source: SourceConfig) -> list[list[int]]:
+def _texts(pipeline: Pipeline, source: SourceConfig) -> Iterator[list[int]]:
     """Token ids of each document of a text source."""
-    return [
-        [token for part in document.segments if isinstance(part, TextSegment) for token in part.token_ids]
-        for document in documents(pipeline.config, [source], pipeline.tokenizer)
-    ]
+    for document in documents(pipeline.config, [source], pipeline.tokenizer):
+        yield [
+            token for part in document.segments if isinstance(part, TextSegment) for token in part.token_ids
+        ]

@@ -1,0 +1,107 @@
+"""The captioned images of a configuration's data, all of them or a few.
+
+C channels, H/W image height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfusion.config import Config, SourceConfig
+from transfusion.data.index.source_index import SourceIndex, build_indexes
+from transfusion.data.loading.rows import RowSettings, read_values
+from transfusion.data.loading.validation import documents
+from transfusion.data.shards.sample import SampleError
+from transfusion.errors import UserError
+from transfusion.evaluate.telling import Telling
+from transfusion.generate.pipeline import Pipeline
+from transfusion.schema import ImageSegment, TextSegment
+from transfusion.sequence.tokenizer import Tokenizer
+
+
+class NoCaptionedImagesError(UserError):
+    """The data hold no images with captions."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where} names no images with captions")
+
+
+def single_images(
+    config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer
+) -> Iterator[tuple[str, Tensor, str]]:
+    """Key, values [C, H, W] and caption of the documents with one image, in file order."""
+    for document in documents(config, sources, tokenizer):
+        images = [part for part in document.segments if isinstance(part, ImageSegment)]
+        if len(images) == 1:
+            texts = [part for part in document.segments if isinstance(part, TextSegment)]
+            caption = "".join(tokenizer.decode(part.token_ids) for part in texts)
+            yield document.key, torch.as_tensor(images[0].values_CHW), caption
+
+
+def captioned_images(
+    config: Config, tokenizer: Tokenizer, *, validation: bool
+) -> tuple[list[Tensor], list[str]]:
+    """uint8 [C, H, W] and captions of the single images of a configuration's sources, in file order.
+
+    Raises UserError where there are none, or latents in their place.
+    """
+    where = "data.validation" if validation else "data.sources"
+    sources = config.data.validation if validation else config.data.sources
+    images, captions = [], []
+    tell = Telling(f"reading the images of {where}")
+    for key, values_CHW, caption in tell.each(single_images(config, sources, tokenizer)):
+        if values_CHW.dtype != torch.uint8:
+            raise UserError(
+                f"{where} has latents at {key}, and the classifier needs images; name their shards"
+            )
+        images.append(values_CHW)
+        captions.append(caption)
+    if not images:
+        raise NoCaptionedImagesError(where)
+    return images, captions
+
+
+@torch.no_grad()
+def some_captioned_images(pipeline: Pipeline, most: int) -> tuple[list[Tensor], list[str], int]:
+    """As `captioned_images`, a few of the validation data, evenly spread; and how many there are.
+
+    No other image is read. Stored latents come as the codec decodes them. Raises NoCaptionedImagesError.
+    """
+    config, runner = pipeline.config, pipeline.runner
+    settings = RowSettings.of(config)
+    known = [
+        (index, sample)
+        for index in build_indexes(config, config.data.validation, pipeline.tokenizer)
+        for sample in np.flatnonzero(index.lengths.images_N == 1).tolist()
+    ]
+    images, captions = [], []
+    for place in evenly(len(known), most):
+        index, sample = known[place]
+        caption = pipeline.tokenizer.decode(index.text_ids(sample).tolist())
+        try:
+            values = torch.as_tensor(read_values(index, sample, _image_number(index, sample), settings))
+        except (SampleError, OSError):
+            continue
+        if values.dtype != torch.uint8:
+            encoded = values.float() if values.is_floating_point() else values.long()
+            values = runner.codec.decode(encoded[None].to(runner.device))[0].cpu()
+        if caption.strip():
+            images.append(values)
+            captions.append(caption)
+    if not images:
+        raise NoCaptionedImagesError("data.validation")
+    return images, captions, len(known)
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many of the numbers below `count`, the first and the last among them."""
+    return [round(place) for place in np.linspace(0, count - 1, min(most, count)).tolist()]
+
+
+def _image_number(index: SourceIndex, sample: int) -> int:
+    """Of the sample's stored images the one that its document shows."""
+    return index.segments(sample)[1][0] if index.lengths.interleaved_N[sample] else 0

@@ -1,0 +1,44 @@
+"""Short lines on stderr, so that whoever waits for an evaluation sees what is done and how far it is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+SILENCE_SECONDS = 10.0
+
+Item = TypeVar("Item")
+
+
+def say(line: str) -> None:
+    """Print a line on stderr at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Telling:
+    """Says what begins, and how far it is whenever it has said nothing for ten seconds."""
+
+    def __init__(
+        self,
+        doing: str,
+        *,
+        say: Callable[[str], None] = say,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._doing, self._say, self._now = doing, say, now
+        say(doing)
+        self._last = now()
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """Note that so much is done."""
+        if self._now() - self._last >= SILENCE_SECONDS:
+            self._say(f"{self._doing}: {done:,}" + (f" of {total:,}" if total else ""))
+            self._last = self._now()
+
+    def each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, each noted before it is given."""
+        for done, item in enumerate(items):
+            self(done)
+            yield item

@@ -1,0 +1,251 @@
+"""Suites on real shards and a small network: what runs by itself, what is left to be looked at, images of two sizes."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transfusion.config import Config
+from transfusion.data.prepare.digits import DIGIT_WORDS
+from transfusion.data.shards.webdataset import write_shards
+from transfusion.errors import UserError
+from transfusion.evaluate import captioned_images
+from transfusion.evaluate.metrics import classifier as classifiers
+from transfusion.evaluate.metrics.classifier import save_classifier, train_classifier
+from transfusion.evaluate.suites import digits, evidence, images_and_captions
+from transfusion.evaluate.suites.run import run_suites
+from transfusion.evaluate.telling import Telling
+from transfusion.generate.pipeline import Pipeline
+
+Open = Callable[..., Path]
+
+
+def png(size: tuple[int, int], seed: int) -> bytes:
+    stream = io.BytesIO()
+    values = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    Image.fromarray(values).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def write_pairs(folder: Path, captions: Sequence[str], sizes: Sequence[tuple[int, int]] = ((8, 8),)) -> str:
+    """Shards of captioned images whose sizes take turns; a pattern that names them."""
+    samples = [
+        {"png": png(sizes[number % len(sizes)], number), "txt": caption.encode()}
+        for number, caption in enumerate(captions)
+    ]
+    write_shards(samples, folder, per_shard=25)
+    return f"{folder}/*.tar"
+
+
+@pytest.fixture
+def open_model(build_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
+    """open_model(data section, **build_model's) -> a folder that `run_suites` opens as that untrained model."""
+
+    def make(data: dict[str, Any], **fields: Any) -> Path:
+        config, network = build_model(**fields)
+        values = config.as_dict()
+        values["data"] = {"sequence_length": 128, "tokenizer": str(tokenizer.path), **data}
+        values["run"] = {"dir": str(tmp_path / "run")}
+        pipeline = Pipeline(network, tokenizer, Config.model_validate(values), "cpu")
+        monkeypatch.setattr(Pipeline, "from_export", lambda *_, **__: pipeline)
+        # What is drawn and said is not judged here.
+        monkeypatch.setattr(evidence, "SAMPLER_STEPS", 2)
+        monkeypatch.setattr(evidence, "MAX_CAPTION_TOKENS", 3)
+        return tmp_path / "model"
+
+    return make
+
+
+def source(shards: str, name: str = "pairs") -> dict[str, str]:
+    return {"name": name, "shards": shards}
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_without_a_suite_losses_are_measured_and_a_few_images_drawn_and_captioned(
+    open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = [f"a handwritten {DIGIT_WORDS[number % 10]} {number}" for number in range(70)]
+    model = open_model({"validation": [source(write_pairs(tmp_path / "pairs", captions))]})
+    read: list[int] = []
+    read_values = captioned_images.read_values
+    monkeypatch.setattr(
+        captioned_images, "read_values", lambda *some: read.append(some[1]) or read_values(*some)
+    )
+    metrics = run_suites(model, [], tmp_path / "out")
+    assert metrics.keys() == {"pairs_image_loss", "caption_token_f1"}
+    assert "32 of the 70 validation images" in metrics["caption_token_f1"].how
+    assert len(read) == 32 and read[0] == 0 and read[-1] == 69, "evenly spread, and no other is read"
+    assert max(np.diff(read)) <= 3
+    left = tmp_path / "out" / "evaluation"
+    drawn = lines_of(left / "generated" / "index.jsonl")
+    assert [line["prompt"] for line in drawn] == [
+        captions[read[place]] for place in (0, 4, 9, 13, 18, 22, 27, 31)
+    ]
+    assert len(list((left / "generated").glob("*.png"))) == 8
+    said = lines_of(left / "captions.jsonl")
+    assert [line["expected"] for line in said] == [captions[number] for number in read]
+    assert all((tmp_path / "out" / line["image"]).is_file() for line in said)
+    told = capsys.readouterr().err
+    assert "suite validation" in told and "suite samples" in told
+    assert "drawing 8 images" in told and "captioning 32 images" in told
+
+    before = contents(left)
+    run_suites(model, [], tmp_path / "out")
+    assert contents(left) == before, "the same images and captions each time"
+
+
+def test_of_texts_alone_the_losses_are_measured_and_what_is_left_out_is_told(
+    open_model: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"someone wrote {word}"}) + "\n" for word in DIGIT_WORDS))
+    model = open_model({"validation": [source(str(texts), "texts")]})
+    metrics = run_suites(model, [], tmp_path / "out")
+    assert metrics.keys() == {"text_loss_nats_per_token", "text_loss_nats_per_byte"}
+    assert (
+        "suite samples is left out: data.validation names no images with captions" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out" / "evaluation").exists()
+    with pytest.raises(UserError, match="no images with captions"):
+        run_suites(model, ["samples"], tmp_path / "out")
+
+
+def test_named_by_hand_all_captions_are_measured(open_model: Open, tmp_path: Path) -> None:
+    pattern = write_pairs(tmp_path / "pairs", ["the digit seven"] * 70)
+    metrics = run_suites(open_model({"validation": [source(pattern)]}), ["captions"], tmp_path / "out")
+    assert "the 70 validation images" in metrics["caption_token_f1"].how
+    said = lines_of(tmp_path / "out" / "evaluation" / "captions.jsonl")
+    assert len(said) == 70 and sum("image" in line for line in said) == 64
+
+
+def test_stored_latents_are_looked_at_as_the_codec_shows_them(open_model: Open, tmp_path: Path) -> None:
+    latents = np.random.default_rng(0).uniform(-1, 1, (4, 1, 8, 8)).astype(np.float32)
+    samples = []
+    for latent in latents:
+        stream = io.BytesIO()
+        np.save(stream, latent)
+        samples.append({"latent.npy": stream.getvalue(), "txt": b"the digit seven"})
+    write_shards(samples, tmp_path / "latents")
+    model = open_model({"validation": [source(f"{tmp_path}/latents/*.tar")]})
+    run_suites(model, ["samples"], tmp_path / "out")
+    for number, latent in enumerate(latents):
+        with Image.open(tmp_path / "out" / "evaluation" / "validation" / f"{number:04d}.png") as image:
+            assert np.abs(np.asarray(image) - (latent[0] + 1) * 127.5).max() <= 0.5
+
+
+def test_nothing_of_a_former_evaluation_is_left_among_the_new_images(
+    open_model: Open, tmp_path: Path
+) -> None:
+    left = tmp_path / "out" / "evaluation"
+    for folder in ("generated", "validation"):
+        (left / folder).mkdir(parents=True)
+        (left / folder / "0500.png").write_bytes(png((8, 8), 0))
+    (left / "generated" / "index.jsonl").write_text('{"file": "0500.png", "prompt": "old"}\n')
+    (left / "captions.jsonl").write_text('{"caption": "old"}\n' * 99)
+    pattern = write_pairs(tmp_path / "pairs", ["the digit seven"] * 3)
+    run_suites(open_model({"validation": [source(pattern)]}), ["samples"], tmp_path / "out")
+    names = ["0000.png", "0001.png", "0002.png"]
+    assert sorted(path.name for path in (left / "validation").iterdir()) == names
+    assert sorted(path.name for path in (left / "generated").iterdir()) == [*names, "index.jsonl"]
+    assert len(lines_of(left / "captions.jsonl")) == 3
+
+
+def test_shards_that_are_not_here_are_told_with_the_folder_where_they_were_sought(
+    open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pairs(tmp_path / "start" / "pairs", ["the digit seven"])
+    (tmp_path / "elsewhere").mkdir()
+    model = open_model({"validation": [source("pairs/*.tar")]})
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    remedy = f"{re.escape(str(tmp_path / 'elsewhere'))}: change to that folder"
+    with pytest.raises(UserError, match=rf"no shard pairs/\*\.tar.*training was started.*{remedy}"):
+        run_suites(model, [], tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "start")
+    assert run_suites(model, ["samples"], tmp_path / "out")
+
+
+TWO_SIZES = {"image_sizes": ["8x16", "8x8"], "position": "2d"}
+
+
+def test_images_of_two_sizes_are_captioned_and_drawn_at_their_own_sizes(
+    open_model: Open, tmp_path: Path
+) -> None:
+    captions = [f"the digit {DIGIT_WORDS[number]}" for number in range(8)]
+    pattern = write_pairs(tmp_path / "pairs", captions, [(8, 8), (8, 16)])
+    model = open_model({"validation": [source(pattern)]}, **TWO_SIZES)
+    run_suites(model, ["samples", "captions"], tmp_path / "out")
+    left = tmp_path / "out" / "evaluation"
+    drawn = lines_of(left / "generated" / "index.jsonl")
+    assert sorted(line["prompt"] for line in drawn) == sorted(captions)
+    assert sorted(line["seed"] for line in drawn) == list(range(8))
+    for line in drawn:
+        with Image.open(left / "generated" / line["file"]) as image:
+            wide = captions.index(line["prompt"]) % 2
+            assert image.size == ((16, 8) if wide else (8, 8))
+    assert [line["expected"] for line in lines_of(left / "captions.jsonl")] == captions
+
+
+def test_a_classifier_of_two_sizes_judges_images_of_both(
+    open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images_and_captions, "SAMPLES", 10)
+    monkeypatch.setattr(classifiers, "MIN_IMAGES", 3)
+    captions = [f"the digit {DIGIT_WORDS[number % 3]}" for number in range(12)]
+    pattern = write_pairs(tmp_path / "pairs", captions, [(8, 8), (8, 16)])
+    model = open_model({"sources": [source(pattern)], "validation": [source(pattern)]}, **TWO_SIZES)
+    pipeline = Pipeline.from_export(model)
+    found = captioned_images.captioned_images(pipeline.config, pipeline.tokenizer, validation=False)
+    path = tmp_path / "classifier.safetensors"
+    save_classifier(train_classifier(*found, epochs=1, say=lambda line: None), path)
+    metrics = run_suites(model, ["images"], tmp_path / "out", classifier=path)
+    assert 0 <= metrics["classifier_word_recall"].value <= 1
+    assert metrics["classifier_frechet_of_validation"].value < 1e-6, "the same images as those of training"
+
+
+def test_digits_are_drawn_at_the_size_of_the_digits_where_a_model_has_another_first(
+    open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digits, "SAMPLES", 2)
+    monkeypatch.setattr(digits, "SAMPLER_STEPS", 2)
+    captions = [f"a handwritten {word}" for word in DIGIT_WORDS] * 2
+    square = write_pairs(tmp_path / "square", captions)
+    model = open_model({"sources": [source(square)], "validation": [source(square)]}, **TWO_SIZES)
+    metrics = run_suites(model, ["digits"], tmp_path / "out")
+    assert metrics["classifier_accuracy_on_real"].value == 1.0
+    assert len(lines_of(tmp_path / "out" / "evaluation" / "generated" / "index.jsonl")) == 20
+    mixed = write_pairs(tmp_path / "mixed", captions, [(8, 8), (8, 16)])
+    model = open_model({"sources": [source(mixed)], "validation": [source(mixed)]}, **TWO_SIZES)
+    with pytest.raises(UserError, match="needs images of one size"):
+        run_suites(model, ["digits"], tmp_path / "out")
+
+
+def test_whoever_waits_is_told_at_the_beginning_and_every_ten_seconds() -> None:
+    told: list[str] = []
+    now = [0.0]
+    tell = Telling("drawing 8 images", say=told.append, now=lambda: now[0])
+    for done in range(25):
+        now[0] += 1.0
+        tell(done, 25)
+    for _ in tell.each("abcdef"):
+        now[0] += 1.0
+    assert told == [
+        "drawing 8 images",
+        "drawing 8 images: 9 of 25",
+        "drawing 8 images: 19 of 25",
+        "drawing 8 images: 5",
+    ]
