@@ -43,6 +43,8 @@ LONGER = ("train.steps=120", "checkpoint.every=7")
 COMPARED = ("loss", "text_loss", "image_loss", "image_loss_by_timestep", "gradient_norm", "tokens", "images")
 # A lost rank must have ended the others by then.
 MAX_SECONDS = 120.0
+# From a signal amid validation losses to the end of all processes, the launcher's own end included.
+MAX_STOP = 10.0
 # Of other numbers of processes, where sums are rounded in another order.
 CLOSE = 1e-4
 # More than the first line of metrics, less than a rank's part of a checkpoint.
@@ -189,12 +191,26 @@ def evaluation(place: Place) -> dict[str, Any]:
     """kill -9 of the second rank amid the validation losses of step 6."""
     place.run("evaluation", 2, "evaluation")
     require(len(place.figures("evaluation")) == 6, "the line of step 6 was written before")
-    require("step_00000006" in place.check_published("evaluation"), "and the step was saved")
     found = place.goes_on("evaluation", 2)
     metrics = (place.folder / "runs/evaluation/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     validated = [line["step"] for line in map(json.loads, metrics) if "validation_text_loss" in line]
     require(validated == [3, 6, 9], "what was left out is measured by the next start")
     return found
+
+
+def stop_amid_validation(place: Place) -> dict[str, Any]:
+    """SIGTERM to both ranks amid the validation losses of step 3, over far more documents than a stop may wait for."""
+    sources = ", ".join(
+        f"{{name: digits{number}, shards: digits/{part}/*.tar}}"
+        for number, part in enumerate(["validation", *["train"] * 20])
+    )
+    more = (f"data.validation=[{sources}]", "data.validation_limit=0")
+    ended = place.run("stop", 2, "stop amid validation", *more)
+    require("stopped at step 3 after saving" in ended.printed, f"it stops: {ended.printed[-2000:]}")
+    require("step_00000003" in place.check_published("stop"), "the step is saved")
+    require(ended.seconds_after < MAX_STOP, f"within {MAX_STOP:.0f} s, not {ended.seconds_after:.1f}")
+    require(len(place.figures("stop")) == 3, "its line is written")
+    return {"seconds_to_end": round(ended.seconds_after, 1), **place.goes_on("stop", 2)}
 
 
 def full_disk(place: Place) -> dict[str, Any]:
@@ -289,6 +305,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "save": save,
     "half a file": half_a_file,
     "evaluation": evaluation,
+    "stop amid validation": stop_amid_validation,
     "full disk": full_disk,
     "sigterm": sigterm,
     "frozen rank": frozen_rank,
@@ -374,6 +391,15 @@ def as_rank(blow: str, arguments: list[str]) -> None:
             return losses(*given)
 
         reporting.validation_losses = amid
+    elif blow == "stop amid validation":
+        show = reporting.Reporter._doing
+
+        def doing(self: reporting.Reporter, what: str) -> None:
+            show(self, what)
+            if what.startswith("validation 5/"):
+                strike(signal.SIGTERM)
+
+        reporting.Reporter._doing = doing  # type: ignore[method-assign]
     elif blow == "full disk" and second():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, FULL_DISK_BYTES))

@@ -80,6 +80,8 @@ def pin(folder: Path) -> dict[str, Any]:
         "3",
         "--steps",
         "10",
+        "--sampler",
+        "ddpm",
         "--seed",
         "0",
     )

@@ -72,5 +72,11 @@ def test_the_walk_through_of_the_guide(workplace: Any, tmp_path: Path) -> None:
     } <= said.keys()
     assert len(list((tmp_path / "images").glob("*.png"))) == 2
     assert json.loads(said["caption"].splitlines()[-1])["image"] == "photo.jpg"
-    assert "images_image_loss" in json.loads((tmp_path / "runs/own/metrics.json").read_text())
-    assert (tmp_path / "runs/own/report.html").exists()
+    metrics = json.loads((tmp_path / "runs/own/metrics.json").read_text())
+    assert {"images_image_loss", "caption_token_f1"} <= metrics.keys()
+    page = (tmp_path / "runs/own/report.html").read_text(encoding="utf-8")
+    evidence = tmp_path / "runs/own/evaluation"
+    drawn = (evidence / "generated" / "index.jsonl").read_text().splitlines()
+    said_of = (evidence / "captions.jsonl").read_text().splitlines()
+    assert drawn and said_of and page.count("data:image/png") == len(drawn) + len(said_of)
+    assert "Text loss, nats a token" in page

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from transfusion.checkpoint.llama_vocabulary import pieces_of_folder
+from transfusion.checkpoint.llama_vocabulary import TOKENIZERS, pieces_of_folder
 from transfusion.config import Config, ModelConfig
 from transfusion.config.weights_folder import StoredTensor, stored_tensors, weight_files
 from transfusion.errors import UserError
@@ -86,6 +86,12 @@ def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None
     raise_together(lambda: _fill(engine.shards(), llama, row_V))
     engine.shards_written(0)
     found = int((row_V >= 0).sum())
+    if engine.rank == 0 and not any((folder / name).is_file() for name in TOKENIZERS):
+        log.warning(
+            "%s holds no tokenizer: its row N of the embedding becomes that of piece N here, which is right only where"
+            " both tokenizers number alike",
+            folder,
+        )
     log.info("weights of %s: %d of %d rows of the embedding are from it", folder, found, len(row_V))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from transfusion.errors import UserError
 from transfusion.sequence.tokenizer import bytes_of_pieces, read_pieces
 
+# In the order in which they are looked for.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # By their names elsewhere; ours have no bytes of their own.
 CONTROL_NAMES = {
     "<s>": b"<BOS>",
@@ -25,7 +27,7 @@ def pieces_of_folder(folder: Path) -> dict[bytes, int] | None:
     Reads tokenizer.json (byte-level and sentencepiece-like byte-pair pieces), else tokenizer.model. Control tokens
     stand under our own names for them. Raises UserError for a file of another kind.
     """
-    described, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    described, model = (folder / name for name in TOKENIZERS)
     if described.exists():
         return _from_json(described)
     if not model.exists():

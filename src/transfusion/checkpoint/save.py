@@ -172,7 +172,8 @@ def _together(work: Callable[[], T], folder: Path) -> T:
             return work()
         except OSError as error:
             raise UserError(
-                f"cannot save {folder}: {describe(error, advise=False)}; free space or set another run.dir"
+                f"cannot save {folder}: {describe(error, advise=False)}; free space or set another run.dir,"
+                " with the run folder moved there"
             ) from error
 
     return raise_together(part)

@@ -84,9 +84,9 @@ def run_doctor() -> list[Finding]:
     return findings
 
 
-def main() -> int:
-    """Look, print, and say with the exit code whether training can run."""
-    findings = run_doctor()
+def main(more: Sequence[Finding] = ()) -> int:
+    """Look, print, and say with the exit code whether training can run. more: what else was found."""
+    findings = [*run_doctor(), *more]
     print_table(findings)
     code = exit_code(findings)
     print("\nTraining cannot run yet: see what is MISSING." if code else "\nTraining can run.")

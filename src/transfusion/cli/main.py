@@ -73,6 +73,14 @@ def _run() -> int:
         return _refuse(f"{text} See `{command} --help`.")
     except OSError as error:
         return _refuse(describe(error))
+    except (RuntimeError, MemoryError) as error:
+        from transfusion.training.out_of_memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _refuse(
+            "out of memory; ask for fewer or smaller images or shorter texts at once, or use another --device"
+        )
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     return code or 0
@@ -211,13 +219,11 @@ def sample(
     out: Annotated[Path, typer.Option(help="folder for the images and index.jsonl")],
     n: Annotated[int, typer.Option("-n", min=1, help="images per caption")] = 1,
     cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")] = 3.0,
-    steps: Annotated[
-        int, typer.Option("--steps", "--num-inference-steps", min=1, help="sampler steps")
-    ] = 100,
+    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1, help="sampler steps")] = 25,
     sampler: Annotated[
         str,
         typer.Option(
-            callback=_known_sampler, help="ddpm or ddim, for flow euler or heun; auto: ddpm, for flow euler"
+            callback=_known_sampler, help="ddim or ddpm, for flow euler or heun; auto: ddim, for flow euler"
         ),
     ] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="image k has seed + k")] = 0,
@@ -228,8 +234,9 @@ def sample(
     device: Device = "auto",
 ) -> None:
     """Draw images from captions."""
-    from transfusion.generate.image_files import save_samples
+    from transfusion.generate.image_files import SampleFolder
     from transfusion.generate.pipeline import Pipeline
+    from transfusion.observe.progress import CallProgress
     from transfusion.sequence.sizes import Size
 
     try:
@@ -237,11 +244,22 @@ def sample(
     except ValueError as error:
         raise UserError(f"--size: {error}") from None
     pipeline = Pipeline.from_export(model, weights=weights, device=device)
-    samples = pipeline.sample(
-        prompt, per_prompt=n, guidance=cfg, steps=steps, sampler=sampler, seed=seed, size=wanted
-    )
-    save_samples(samples, out)
-    print(f"{out}: {len(samples)} images and index.jsonl")
+    folder = SampleFolder(out)
+    with CallProgress(lambda: f"{folder.count} of {n * len(prompt)} images") as progress:
+        pipeline.sample(
+            prompt,
+            per_prompt=n,
+            guidance=cfg,
+            steps=steps,
+            sampler=sampler,
+            seed=seed,
+            # Fewer at a time come sooner, and a CPU loses little.
+            batch=64 if pipeline.runner.device.type == "cuda" else 8,
+            size=wanted,
+            on_call=progress,
+            on_images=folder.add,
+        )
+    print(f"{out}: {folder.count} images and index.jsonl")
 
 
 @app.command()
@@ -268,10 +286,17 @@ def caption(
 def evaluate(
     model: Model,
     suite: Annotated[
-        list[str] | None, typer.Option(help="validation, digits, images, captions; repeat for several")
+        list[str] | None,
+        typer.Option(
+            help="validation, samples, digits, images, captions; repeat for several; none: validation, and samples"
+            " where the data have captioned images"
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder for metrics.json and the generated samples; default: MODEL")
+        Path | None,
+        typer.Option(
+            help="folder for metrics.json and evaluation/: the run's, for its report; default: MODEL"
+        ),
     ] = None,
     weights: Weights = "auto",
     device: Device = "auto",
@@ -282,14 +307,19 @@ def evaluate(
         bool, typer.Option("--check", help="exit with code 3 when a metric misses its threshold")
     ] = False,
 ) -> None:
-    """Evaluate a model on its validation data. Writes metrics.json."""
+    """Evaluate a model on its validation data. Writes metrics.json, and images and captions to look at."""
+    from transfusion.checkpoint.export import read_export
+    from transfusion.evaluate.report.page import is_run
     from transfusion.evaluate.suites.run import run_suites
 
-    metrics = run_suites(
-        model, suite or ["validation"], out or model, weights=weights, device=device, classifier=classifier
-    )
+    folder = out or model
+    metrics = run_suites(model, suite or [], folder, weights=weights, device=device, classifier=classifier)
     for name, metric in metrics.items():
         print(f"{name:32} {metric.describe()}")
+    run = folder if is_run(folder) else Path(read_export(model).config.run.folder)
+    before = "" if run == folder else f"`transfusion eval {model} --out {run}`, then "
+    left = "metrics.json and evaluation/" if (folder / "evaluation").is_dir() else "metrics.json"
+    print(f"{folder}: {left}; for the report: {before}`transfusion report {run}`")
     if check and any(metric.passed is False for metric in metrics.values()):
         raise typer.Exit(3)
 
@@ -305,8 +335,12 @@ def classifier(
     from transfusion.config import load_config
     from transfusion.evaluate.metrics.classifier import save_classifier, train_from_config
 
-    save_classifier(train_from_config(load_config(config, overrides or []), epochs=epochs), out)
-    print(out)
+    made = train_from_config(load_config(config, overrides or []), epochs=epochs)
+    save_classifier(made, out)
+    print(
+        f"{out}: a classifier of {made.images} images and {len(made.words)} words; measure with"
+        f" `transfusion eval MODEL --suite images --classifier {out}`"
+    )
 
 
 @app.command()
@@ -314,11 +348,15 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     """Write report.html, the page of a run. It has curves, images, captions, metrics and the configuration."""
     from transfusion.evaluate.report.page import write_report
 
-    print(write_report(run))
+    print(f"{write_report(run)}: the page of the run; open it in a browser")
 
 
 @app.command()
 def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="a configuration, to look at its data and run folder too")
+    ] = None,
+    overrides: Overrides = None,
     cluster: Annotated[
         bool, typer.Option("--cluster", help="compare the processes of torchrun, deepspeed or srun")
     ] = False,
@@ -326,14 +364,19 @@ def doctor(
         Path, typer.Option(help="with --cluster: the folder of runs, which all machines see")
     ] = Path(),
 ) -> None:
-    """Check the installation. Shows what training will use, and how to install what is missing."""
+    """Check the installation, and with a configuration all that its run needs. Reads all bytes of its shards."""
     if cluster:
         from transfusion.cli.doctor_cluster import main as compare
 
         raise typer.Exit(compare(folder))
     from transfusion.cli.doctor import main as run
 
-    raise typer.Exit(run())
+    if config is None:
+        raise typer.Exit(run())
+    from transfusion.cli.doctor_run import look_at_run
+    from transfusion.config import load_config
+
+    raise typer.Exit(run(look_at_run(load_config(config, overrides or []))))
 
 
 @app.command("config")

@@ -159,7 +159,10 @@ def _downloaded(name: str, subfolder: str) -> Path:
     except Exception as error:
         # The hub's client and what is below it have errors of their own.
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{name} cannot be fetched: {reason}") from None
+        raise UserError(
+            f"{name} cannot be fetched: {reason}; check the name and the network, and"
+            " for a closed model run `hf auth login`"
+        ) from None
     return Path(root) / subfolder
 
 

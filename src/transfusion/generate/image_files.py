@@ -6,7 +6,8 @@ C channels, H/W image height and width.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from transfusion.config import Config, SampleGridConfig
 from transfusion.data.images.decode import decode_fitting
 from transfusion.data.images.probe import MAX_PIXELS, MIN_SIDE
 from transfusion.data.shards.sample import SampleError
-from transfusion.errors import UserError
+from transfusion.errors import UserError, describe
 from transfusion.files import atomic_file, atomic_write_text
 from transfusion.generate.pipeline import SampledImage
 from transfusion.sequence.sizes import MAX_ASPECT
@@ -60,34 +61,55 @@ def to_image(pixels_CHW: Tensor) -> Image.Image:
     return Image.fromarray(values[0] if values.shape[0] == 1 else values.transpose(1, 2, 0))
 
 
-def save_samples(samples: Sequence[SampledImage], out: Path) -> None:
-    """Write 0000.png, 0001.png, ... and index.jsonl (file, prompt, seed), the index last and at once.
+class SampleFolder:
+    """A folder of drawn images: 0000.png and so on, and index.jsonl (file, prompt, seed), which names what is there.
 
-    Images that a former index names, and this one does not, are removed. Raises UserError when `out` cannot be a
-    folder.
+    Made at once, so that nobody draws for a folder that cannot be. What another index names is removed when the first
+    image comes. Each image is there and named as soon as it is added. Raises UserError where `out` cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        former = _named(out / INDEX)
-        lines = []
-        for number, sample in enumerate(samples):
-            name = f"{number:04d}.png"
-            to_image(sample.pixels).save(out / name)
-            record = {"file": name, "prompt": sample.prompt, "seed": sample.seed}
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        atomic_write_text(out / INDEX, "".join(lines))
-        for name in former[len(samples) :]:
-            (out / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write images to {out}: {error.strerror}; name another folder") from None
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.count = out, 0
+        with self._told():
+            out.mkdir(parents=True, exist_ok=True)
+
+    def add(self, samples: Sequence[SampledImage]) -> None:
+        """Write these images, numbered after those before."""
+        with self._told():
+            if not self.count:
+                self._clear()
+            for sample in samples:
+                name = _name(self.count)
+                with atomic_file(self.out / name) as unfinished:
+                    to_image(sample.pixels).save(unfinished, format="PNG")
+                record = {"file": name, "prompt": sample.prompt, "seed": sample.seed}
+                with (self.out / INDEX).open("a", encoding="utf-8") as index:
+                    index.write(json.dumps(record, ensure_ascii=False) + "\n")
+                self.count += 1
+
+    def _clear(self) -> None:
+        index = self.out / INDEX
+        former = len(index.read_bytes().splitlines()) if index.is_file() else 0
+        atomic_write_text(index, "")
+        for number in range(former):
+            (self.out / _name(number)).unlink(missing_ok=True)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = describe(error, advise=False)
+            raise UserError(f"cannot write images to {self.out}: {reason}; name another folder") from None
 
 
-def _named(index: Path) -> list[str]:
-    """Images that `save_samples` has written, in order; none where the file is not its own."""
-    if not index.is_file():
-        return []
-    count = len(index.read_bytes().splitlines())
-    return [f"{number:04d}.png" for number in range(count)]
+def save_samples(samples: Sequence[SampledImage], out: Path) -> None:
+    """Write all images of a drawing into a `SampleFolder`."""
+    SampleFolder(out).add(samples)
+
+
+def _name(number: int) -> str:
+    return f"{number:04d}.png"
 
 
 def write_grid(samples: Sequence[SampledImage], path: Path, config: SampleGridConfig) -> None:

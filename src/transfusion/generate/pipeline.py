@@ -16,7 +16,6 @@ from torch import Tensor
 from transfusion.checkpoint.export import read_export
 from transfusion.codec import Codec, open_codec
 from transfusion.config import Config, SampleGridConfig
-from transfusion.config.objectives import GRID_SAMPLER
 from transfusion.errors import UserError
 from transfusion.families.build import family_of
 from transfusion.generate.interleaved import InterleavedGenerator, Limits, Part
@@ -111,7 +110,7 @@ class Pipeline:
         *,
         per_prompt: int = 1,
         guidance: float = 3.0,
-        steps: int = 100,
+        steps: int = 25,
         sampler: str = "auto",
         seed: int = 0,
         batch: int = 64,
@@ -128,7 +127,7 @@ class Pipeline:
                 model that was trained with `data.caption_dropout` above 0.
             steps: Sampler steps for each image, from 1 to `diffusion.steps`. Each calls the model once. With heun it is
                 twice, except in the last. A Chameleon model draws token by token, whatever the steps and the sampler.
-            sampler: "ddpm" or "ddim", for flow prediction "euler" or "heun". "auto" is ddpm, for flow euler.
+            sampler: "ddim" or "ddpm", for flow prediction "euler" or "heun". "auto" is ddim, for flow euler.
             seed: Of the first image. Image k of the call has seed `seed + k`, from 0 to 2**38 - 1.
             batch: Images that are drawn at once.
             size: Height and width in pixels, one of the model's sizes. None takes the first.
@@ -165,8 +164,7 @@ class Pipeline:
         Every rank runs the same number of forwards. One with a shorter share draws the last image again.
 
         Args:
-            grid: Captions, sizes and settings, such as `config.sample_grid`. Its sampler "auto" is ddim, for flow
-                euler.
+            grid: Captions, sizes and settings, such as `config.sample_grid`.
             rank: Number of this process among those that share the grid, from 0.
             ranks: How many those are.
             on_call: As in `sample`, for one size after another. Called by every rank equally often.
@@ -178,8 +176,6 @@ class Pipeline:
         Raises:
             UserError: As `sample`.
         """
-        automatic = GRID_SAMPLER[self.config.diffusion.prediction]
-        sampler = automatic if grid.sampler == "auto" else grid.sampler
         wanted = [prompt for prompt in grid.prompts for _ in range(grid.per_prompt)]
         if not wanted:
             return []
@@ -190,7 +186,7 @@ class Pipeline:
         for turn, size in enumerate(map(Size.parse, grid.sizes) if grid.sizes else (None,)):
             seed = grid.seed + turn * len(wanted)
             sampling = ImageSampling(
-                guidance=grid.guidance, steps=grid.steps, sampler=sampler, seed=seed, size=size
+                guidance=grid.guidance, steps=grid.steps, sampler=grid.sampler, seed=seed, size=size
             )
             self._check_sampling(sampling, wanted)
             seeds = [seed + number for number in drawn]
@@ -247,7 +243,7 @@ class Pipeline:
         temperature: float = 0.0,
         top_p: float = 1.0,
         guidance: float = 3.0,
-        steps: int = 100,
+        steps: int = 25,
         sampler: str = "auto",
         seed: int = 0,
         batch: int = 64,

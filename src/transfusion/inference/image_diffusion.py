@@ -34,7 +34,7 @@ class ImageSampling:
     """
 
     guidance: float = 3.0
-    steps: int = 100
+    steps: int = 25
     sampler: str = "auto"
     seed: int = 0
     size: Size | None = None

@@ -99,6 +99,30 @@ class Progress:
             self._bar = None
 
 
+class CallProgress:
+    """Shows how far many calls of a model are, with the time left. Called before each with those done and all of them.
+
+    what: in words, such as "8 of 64 images".
+    """
+
+    def __init__(self, what: Callable[[], str], *, now: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._now, self._start = what, now, now()
+        self._shown: Progress | None = None
+
+    def __call__(self, done: int, calls: int) -> None:
+        if self._shown is None:
+            self._shown, self._start = Progress(calls, now=self._now), self._now()
+        left = (self._now() - self._start) / done * (calls - done) if done else None
+        self._shown.alive(done, seconds_left=left, doing=self._what())
+
+    def __enter__(self) -> CallProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._shown is not None:
+            self._shown.__exit__(*error)
+
+
 def _left(seconds: float | None) -> str:
     return "" if seconds is None else f"left {duration(seconds)}"
 

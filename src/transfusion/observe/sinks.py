@@ -89,8 +89,8 @@ def open_metric_logger(config: Config, folder: RunFolder, *, attempt: int) -> Me
     if not config.log.wandb:
         return NoLogger()
     wandb = _import_wandb()
-    # By WANDB_MODE or wandb's settings; its own default is to send everything.
-    mode_is_chosen = "mode" in wandb.setup().settings.model_fields_set
+    # By the user's environment or wandb's settings. Its own defaults are to send everything, and to say much.
+    chosen = wandb.setup().settings.model_fields_set
     try:
         run = wandb.init(
             project=config.log.project,
@@ -99,10 +99,14 @@ def open_metric_logger(config: Config, folder: RunFolder, *, attempt: int) -> Me
             resume="allow",
             dir=str(folder.path),
             config={**config.as_dict(), "attempt": attempt},
-            mode=None if mode_is_chosen else "offline",
+            mode=None if "mode" in chosen else "offline",
             reinit="finish_previous",
             settings=wandb.Settings(
-                save_code=False, disable_git=True, disable_job_creation=True, console="off"
+                save_code=False,
+                disable_git=True,
+                disable_job_creation=True,
+                console="off",
+                **({} if "silent" in chosen else {"silent": True}),
             ),
         )
     except Exception as error:
@@ -111,7 +115,9 @@ def open_metric_logger(config: Config, folder: RunFolder, *, attempt: int) -> Me
         raise UserError(
             f"wandb cannot start: {reason}; run `wandb login`, set WANDB_MODE=offline, or log.wandb=false"
         ) from None
-    logger.info("wandb run %s, %s", run.id, "offline" if run.offline else run.url)
+    # Each start of an offline run has a folder of its own, all with one id.
+    sync = f"offline; send all starts of it with `wandb sync {folder.path}/wandb/offline-run-*`"
+    logger.info("wandb run %s, %s", run.id, sync if run.offline else run.url)
     return WandbLogger(run, wandb.Image)
 
 

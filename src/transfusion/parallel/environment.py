@@ -94,7 +94,8 @@ def start(threads: int = 0, *, timeout: timedelta = TIMEOUT) -> Environment:
     if cuda and place.local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {place.local_rank} of this machine has no GPU of its own, "
-            f"{torch.cuda.device_count()} found; start at most that many processes a machine"
+            f"{torch.cuda.device_count()} found; start at most that many processes a machine, under SLURM without"
+            " --gpus-per-task, so that each process sees all GPUs of its machine"
         )
     if cuda:
         torch.cuda.set_device(place.local_rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from transfusion.config import Config
@@ -15,16 +16,21 @@ from transfusion.plan.network import Network, compute_dtype
 from transfusion.plan.speed import Seconds, step_seconds
 from transfusion.plan.tracing import Trace, trace_step
 from transfusion.plan.workload import Division, DocumentMix
+from transfusion.sequence.tokenizer import Tokenizer
 
-# Taken where the tokenizer, which is not read here, would give it: the paper's.
+# The paper's, taken where neither the configuration nor a tokenizer says it.
 DEFAULT_VOCABULARY = 32_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is predicted of a run. load, work: of one rank's micro-batch. document_mix: the documents assumed."""
+    """What is predicted of a run. load, work: of one rank's micro-batch. document_mix: the documents assumed.
+
+    assumes_vocabulary: neither the configuration nor a tokenizer says how many pieces there are.
+    """
 
     config: Config
+    assumes_vocabulary: bool
     gpu: Gpu
     document_mix: DocumentMix
     division: Division
@@ -74,6 +80,8 @@ class Plan:
             "gpu": self.gpu.name,
             "gpus": self.division.gpus,
             "assumed_documents": asdict(self.document_mix),
+            "vocabulary": self.config.model.vocabulary,
+            "vocabulary_is_assumed": self.assumes_vocabulary,
             "parameters": {**self.network.parts, "total": self.network.elements},
             "division": asdict(self.division),
             "micro_batch_of_a_rank": {**asdict(self.load), "operations": asdict(self.work)},
@@ -92,8 +100,15 @@ class Plan:
 
 
 def make_plan(config: Config, gpus: int, gpu: str = "h200", document_mix: DocumentMix | None = None) -> Plan:
-    """Predict a run. Raises UserError where the rows of a step cannot be shared by so many GPUs."""
-    if not config.model.vocabulary:
+    """Predict a run. Reads its tokenizer, where that is there already.
+
+    Raises UserError for rows of a step that so many GPUs cannot share, or a file that is no tokenizer.
+    """
+    has_tokenizer = bool(config.data.tokenizer) and Path(config.data.tokenizer).exists()
+    if has_tokenizer:
+        config = config.with_vocabulary(Tokenizer(config.data.tokenizer).vocabulary)
+    assumes_vocabulary = not config.model.vocabulary
+    if assumes_vocabulary:
         config = config.with_vocabulary(DEFAULT_VOCABULARY)
     document_mix, kind = document_mix or DocumentMix(), GPUS[gpu]
     division = Division.of(config, gpus)
@@ -106,6 +121,7 @@ def make_plan(config: Config, gpus: int, gpu: str = "h200", document_mix: Docume
     work, head = flops.work(load), 2.0 * flops.lm_head * load.text_targets
     return Plan(
         config=config,
+        assumes_vocabulary=assumes_vocabulary,
         gpu=kind,
         document_mix=document_mix,
         division=division,

@@ -61,7 +61,9 @@ def _figures(plan: Plan) -> Iterator[str]:
         f" texts of {documents.text_tokens}"
     )
     yield ""
-    yield _row("parameters", f"{network.elements:,}")
+    assumed = ", which is assumed: there is no tokenizer yet" if plan.assumes_vocabulary else ""
+    vocabulary = f"with a vocabulary of {config.model.vocabulary:,}{assumed}"
+    yield _row("parameters", f"{network.elements:,}, {vocabulary}")
     for name, count in network.parts.items():
         yield _row(f"  {name}", f"{count:,}  {count / network.elements:.2%}")
     yield ""

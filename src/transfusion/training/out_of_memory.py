@@ -25,7 +25,7 @@ def remember_allocations(device: torch.device) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a tensor found no room, on a GPU or on the host."""
     # The host's allocator has no class of its own for it.
-    return isinstance(error, torch.OutOfMemoryError) or (
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
     )
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from transfusion.data.index.shapes import cut_away
 from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.image_files import write_grid
@@ -15,6 +16,7 @@ from transfusion.generate.pipeline import Pipeline
 from transfusion.observe.losses import MeanLosses
 from transfusion.observe.memory import peak_gib
 from transfusion.observe.metrics import StepMetrics, has_validation
+from transfusion.observe.progress import duration
 from transfusion.observe.record import Record, open_record
 from transfusion.optim.schedule import learning_rate
 from transfusion.parallel.collectives import broadcast_from_main, gather, raise_together
@@ -23,6 +25,9 @@ from transfusion.schema import Batch, LossTerms, StepResult
 from transfusion.training.parts import RunParts
 
 log = logging.getLogger(__name__)
+
+# Seconds on a CPU that nobody expects who has not been told.
+_TOO_LONG = 6 * 3600.0
 
 
 class Reporter:
@@ -59,9 +64,23 @@ class Reporter:
         )
         for warning in config.warnings() if parts.here.is_main else ():
             log.warning("%s", warning)
+        for index in parts.loader.indexes if parts.here.is_main else ():
+            if warning := cut_away(index, config.image_sizes):
+                log.warning("%s", warning)
         if faults := parts.loader.counters()["faults"]:
             log.warning("samples left out, by reason: %s; see %s", faults, parts.folder.quarantine)
         self.quarantine()
+
+    def warn_of_slowness(self) -> None:
+        """Say, after the first step of a start, that a CPU will take all too long."""
+        parts = self.parts
+        left = parts.clock.seconds_left(parts.config.train.steps - parts.state.step) or 0.0
+        if parts.here.is_main and parts.engine.device.type == "cpu" and left > _TOO_LONG:
+            log.warning(
+                "at this pace the run takes about %s on this CPU: train on a GPU, or lower train.steps, model.layers,"
+                " model.hidden_size, codec.image_size or data.global_batch_size; the guide to data has a table",
+                duration(left),
+            )
 
     def alive(self) -> None:
         """Show that the run goes on, between lines."""

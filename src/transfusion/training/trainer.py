@@ -98,6 +98,8 @@ class Trainer:
             stopped = measures and not self._measure()
             while state.step < steps and not stopped:
                 self._profiled_step()
+                if self.clock.steps == 1:
+                    self.reporter.warn_of_slowness()
                 time_is_up = Decision.SAVE_AND_STOP if self.limit.reached else Decision.CONTINUE
                 decision = self._agree(max(self.signals.take(), time_is_up))
                 stopped = decision == Decision.SAVE_AND_STOP

@@ -15,6 +15,11 @@ import pytest
 
 from transfusion.cli import doctor
 from transfusion.cli.doctor import Finding, exit_code, print_table, run_doctor
+from transfusion.cli.doctor_run import look_at_run
+from transfusion.config import Config
+from transfusion.data.index.source_index import build_indexes
+from transfusion.data.shards.webdataset import write_shards
+from transfusion.sequence.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +53,48 @@ def test_this_machine_can_train() -> None:
     assert named(findings, "engine").text.startswith(("local", "zero"))
     assert "could not be checked" not in "".join(finding.text for finding in findings)
     assert named(findings, "attention").text.split(":")[0] in ("cpu", "triton", "reference")
+
+
+@pytest.fixture
+def run_config(tmp_path: Path, tokenizer: Tokenizer) -> Config:
+    write_shards([{"txt": b"some text to read"} for _ in range(4)], tmp_path / "texts")
+    data = {
+        "tokenizer": str(tokenizer.path),
+        "sources": [{"name": "texts", "shards": f"{tmp_path}/texts/*.tar"}],
+    }
+    return Config.model_validate({"run": {"dir": str(tmp_path / "run")}, "data": data})
+
+
+def test_a_run_is_looked_at_before_it_starts(
+    run_config: Config, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Also a shard that was written anew with its former size and times."""
+    findings = look_at_run(run_config)
+    assert exit_code(findings) == 0 and "1 shards have none yet" in named(findings, "index").text
+    build_indexes(run_config, run_config.data.sources, tokenizer)
+    assert [finding.name for finding in look_at_run(run_config)] == ["data", "run folder"]
+    (shard,) = (tmp_path / "texts").glob("*.tar")
+    known, data = shard.stat(), shard.read_bytes()
+    shard.write_bytes(data.replace(b"to read", b"to skip"))
+    os.utime(shard, ns=(known.st_atime_ns, known.st_mtime_ns))
+    stale = named(look_at_run(run_config), "index")
+    assert stale.state == "note" and f"{shard}: the shard has changed since" in stale.text
+
+
+def test_what_a_run_would_refuse_is_missing(
+    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = run_config.data.model_copy(update={"tokenizer": str(tmp_path / "no.model")})
+    other = run_config.model_copy(update={"data": data})
+    assert "no.model" in named(look_at_run(other), "data").text and exit_code(look_at_run(other)) == 3
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    compiled = run_config.train.model_copy(update={"compile": True})
+    found = look_at_run(run_config.model_copy(update={"train": compiled}))
+    assert "build-essential" in named(found, "compiler").remedy and exit_code(found) == 3
+    (tmp_path / "file").write_text("")
+    beyond = run_config.run.model_copy(update={"dir": str(tmp_path / "file" / "run")})
+    found = look_at_run(run_config.model_copy(update={"run": beyond}))
+    assert named(found, "run folder").remedy == "choose another run.dir"
 
 
 @pytest.mark.parametrize("module", ["torch", "webdataset", "sentencepiece", "yaml"])

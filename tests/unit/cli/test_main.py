@@ -8,10 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from transfusion.cli.main import main
+from transfusion.config import Config
+from transfusion.evaluate.metrics.classifier import Classifier
+from transfusion.sequence.sizes import Size
 
 ROOT = Path(__file__).parents[3]
 
@@ -80,6 +85,21 @@ def test_help_starts_in_half_a_second_of_processor_time() -> None:
 
 def test_version() -> None:
     assert transfusion("--version").stdout.startswith("transfusion 0.")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")],
+)
+def test_no_memory_is_one_line(
+    error: Exception, here: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transfusion.generate.pipeline.Pipeline.from_export", fail)
+    code, _, told = here("sample", "model", "--prompt", "a", "--out", "x")
+    assert code == 2 and told.startswith("transfusion: out of memory; ") and len(told.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -173,6 +193,45 @@ def test_what_a_terminal_cannot_show_is_spelt() -> None:
     assert done.returncode == 0 and r'"\xE9\u4E2D"' in done.stdout
     done = transfusion("train", "fehlt-é.yaml", PYTHONIOENCODING="ascii")
     assert done.returncode == 2 and r"cannot read config fehlt-\xe9.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("in_run", [True, False])
+def test_eval_says_where_the_evidence_is_and_what_comes_next(
+    here: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_run: bool
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "transfusion.evaluate.suites.run.run_suites", lambda *some, **_: asked.extend(some) or {}
+    )
+    monkeypatch.setattr(
+        "transfusion.checkpoint.export.read_export", lambda _: SimpleNamespace(config=Config())
+    )
+    (tmp_path / "evaluation").mkdir()
+    if in_run:
+        (tmp_path / "config.yaml").touch()
+    code, printed, _ = here("eval", "model", "--out", str(tmp_path))
+    assert code == 0 and asked == [Path("model"), [], tmp_path]
+    commands = f"`transfusion report {tmp_path}`"
+    if not in_run:
+        run = Config().run.folder
+        commands = f"`transfusion eval model --out {run}`, then `transfusion report {run}`"
+    assert printed.splitlines()[-1] == f"{tmp_path}: metrics.json and evaluation/; for the report: {commands}"
+
+
+def test_report_and_classifier_say_what_was_made_and_what_to_do_with_it(
+    here: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    code, printed, _ = here("report", str(tmp_path))
+    assert code == 0
+    assert printed == f"{tmp_path}/report.html: the page of the run; open it in a browser\n"
+    made = Classifier(["red", "blue"], 3, [Size(8, 8)])
+    made.images = 40
+    monkeypatch.setattr("transfusion.config.load_config", lambda *_: Config())
+    monkeypatch.setattr("transfusion.evaluate.metrics.classifier.train_from_config", lambda *_, **__: made)
+    code, printed, _ = here("classifier", "some.yaml", "--out", str(tmp_path / "c"))
+    assert code == 0 and f"{tmp_path}/c: a classifier of 40 images and 2 words" in printed
+    assert f"`transfusion eval MODEL --suite images --classifier {tmp_path}/c`" in printed
 
 
 @pytest.mark.parametrize(

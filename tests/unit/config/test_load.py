@@ -115,8 +115,8 @@ def test_laws_and_weights_that_cannot_serve_an_objective(overrides: list[str], m
 @pytest.mark.parametrize(
     ("prediction", "sampler", "choice"),
     [
-        ("epsilon", "euler", "ddpm or ddim"),
-        ("v", "heun", "ddpm or ddim"),
+        ("epsilon", "euler", "ddim or ddpm"),
+        ("v", "heun", "ddim or ddpm"),
         ("flow", "ddim", "euler or heun"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from transfusion.observe.progress import Progress, describe, duration
+from transfusion.observe.progress import CallProgress, Progress, describe, duration
 
 LINE: dict[str, Any] = {
     "step": 7,
@@ -112,3 +112,28 @@ def test_no_color_is_honoured_on_a_terminal() -> None:
         progress.update(LINE)
     assert "step 7/10" in stream.getvalue()
     assert "\x1b[3" not in stream.getvalue().replace("\x1b[?", ""), "no foreground colour"
+
+
+def test_calls_of_a_model_are_shown_with_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    """At once, and then every ten seconds."""
+    now = [0.0]
+    with CallProgress(lambda: "2 of 8 images", now=lambda: now[0]) as progress:
+        for done in range(50):
+            progress(done, 50)
+            now[0] += 1.0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["step 0/50  2 of 8 images", "step 10/50  left 40s  2 of 8 images"]
+    assert len(lines) == 5
+
+
+def test_what_is_done_beside_training_is_shown_and_then_the_figures_again() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=150, color_system=None)
+    with Progress(10, console=console) as progress:
+        progress.update({**LINE, "step": 5}, seconds_left=60)
+        progress.alive(5, doing="validation 3/20")
+        assert progress._bar is not None
+        shown = progress._bar.tasks[0].fields
+        assert shown == {"left": "left 1m 00s", "figures": "validation 3/20"}
+        progress.alive(6, seconds_left=50)
+        assert progress._bar.tasks[0].fields["figures"].startswith("loss 2.3457")

@@ -86,13 +86,13 @@ def test_every_start_goes_on_with_one_wandb_run(tmp_path: Path, fake: SimpleName
     open_metric_logger(ON, RunFolder(tmp_path / "other"), attempt=1)
     assert fake.calls[2]["id"] != first["id"]
     assert first["mode"] == "offline"
-    assert first["settings"]["save_code"] is False
+    assert first["settings"]["save_code"] is False and first["settings"]["silent"] is True
 
 
-def test_the_users_mode_wins(tmp_path: Path, fake: SimpleNamespace) -> None:
-    fake.setup = lambda: SimpleNamespace(settings=SimpleNamespace(model_fields_set={"mode"}))
+def test_what_the_user_chose_wins(tmp_path: Path, fake: SimpleNamespace) -> None:
+    fake.setup = lambda: SimpleNamespace(settings=SimpleNamespace(model_fields_set={"mode", "silent"}))
     open_metric_logger(ON, RunFolder(tmp_path), attempt=1)
-    assert fake.calls[0]["mode"] is None
+    assert fake.calls[0]["mode"] is None and "silent" not in fake.calls[0]["settings"]
 
 
 def test_the_step_axis_is_ours(tmp_path: Path, fake: SimpleNamespace) -> None:
@@ -119,12 +119,14 @@ def test_panel_values_name_every_bucket_in_order() -> None:
 
 
 @pytest.mark.slow
-def test_the_real_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_wandb_writes_offline_and_is_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_SILENT", "true")
     metric_logger = open_metric_logger(ON, RunFolder(tmp_path), attempt=1)
     for step in (1, 2, 1):
         metric_logger.write({**LINE, "step": step})
     metric_logger.close()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert "wandb: " not in "".join(capfd.readouterr())

@@ -18,6 +18,7 @@ from transfusion.plan.advice import applied, suggest_speedups, to_fit
 from transfusion.plan.communication import count_reductions
 from transfusion.plan.machines import GPUS
 from transfusion.plan.workload import DocumentMix
+from transfusion.sequence.tokenizer import Tokenizer
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "train"
 
@@ -85,6 +86,23 @@ def test_half_of_the_tokens_are_pairs() -> None:
     assert load.pairs == pytest.approx(
         text / 1024 * 1024 * 1025 / 2 + images.real * (pair * (pair + 1) / 2 + 256 * 255 / 2), rel=1e-6
     )
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer_or_told_to_be_assumed(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config = config_of("quickstart", "data.tokenizer=", "train.engine=local")
+    told = report(make_plan(config, 1))
+    assert "with a vocabulary of 32,000, which is assumed: there is no tokenizer yet" in told
+    data = config.data.model_copy(update={"tokenizer": str(tokenizer.path)})
+    known = make_plan(config.model_copy(update={"data": data}), 1)
+    assert known.network.parts["embedding"] == tokenizer.vocabulary * config.model.hidden_size
+    assert f"with a vocabulary of {tokenizer.vocabulary:,}\n" in report(known)
+    assert known.as_dict()["vocabulary"] == tokenizer.vocabulary
+    (tmp_path / "no.model").write_text("no tokenizer")
+    with pytest.raises(UserError, match="no\\.model"):
+        broken = config.data.model_copy(update={"tokenizer": str(tmp_path / "no.model")})
+        make_plan(config.model_copy(update={"data": broken}), 1)
 
 
 def test_images_of_several_sizes_are_counted_each_as_what_it_is() -> None:

@@ -502,6 +502,21 @@ def test_a_stop_amid_the_last_measurement_leaves_it_to_the_next_start(
     assert run(config) == 0 and len((Path(config.run.folder) / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_a_run_that_a_cpu_takes_days_for_is_told_after_its_first_step(
+    build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = build_config("endless", steps=100_000_000)
+    interfere(
+        monkeypatch, lambda number, terms: (number == 7 and os.kill(os.getpid(), signal.SIGTERM)) or terms
+    )
+    assert run(config) == 75
+    told = [line for line in capfd.readouterr().err.splitlines() if "at this pace" in line]
+    assert len(told) == 1 and "on this CPU: train on a GPU, or lower train.steps" in told[0]
+    monkeypatch.undo()
+    assert run(build_config("short", steps=2)) == 0
+    assert "at this pace" not in capfd.readouterr().err
+
+
 def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that a launcher passes on to a process that had it from the terminal is no second one."""
     now = [100.0]
