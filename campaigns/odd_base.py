@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import signal
 import tempfile
 from collections.abc import Callable
@@ -56,7 +57,9 @@ def judge(
     try:
         return Outcome(what, "read", check())
     except refusals as error:
-        wrong = "" if str(error).isprintable() else f"is refused in several lines: {str(error)[:80]!r}"
+        # Of a configuration with several problems each has a line.
+        told = re.sub(r"^(\d+ problems in [^\n]*:)\n|\n(?=  - )", r"\1", str(error))
+        wrong = "" if told.isprintable() else f"is refused in several lines: {str(error)[:80]!r}"
         sure = sure and str(error) not in LIMITS
         return Outcome(what, "refused", f"is refused: {error}" if sure else wrong)
     except Hang:

@@ -117,13 +117,19 @@ def prepare(
         typer.Option(min=0, max=1, help="share kept for validation; default 0.02, for python-docs 0.1"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of captions and of the split")] = 0,
+    one_caption_a_line: Annotated[
+        bool,
+        typer.Option("--one-caption-a-line", help="each line of an image's .txt is a caption of its own"),
+    ] = False,
 ) -> None:
     """Write webdataset shards for training and validation."""
     from transfusion.data.prepare.prepare import prepare as run
 
-    result = run(source, out, seed=seed, validation=validation)
+    result = run(source, out, seed=seed, validation=validation, one_caption_a_line=one_caption_a_line)
     state = "already there" if result.reused else "written"
     print(f"{result.out}: {result.train} training and {result.validation} validation samples, {state}")
+    for note in result.notes:
+        print(note, file=sys.stderr)
     for reason, count in result.skipped.items():
         print(f"left out: {count} x {reason}; {result.out}/prepared.json names them", file=sys.stderr)
     if not result.validation:

@@ -19,6 +19,8 @@ from transfusion.tokens import SpecialToken
 Integers = NDArray[np.int64]
 
 Resize = Literal["crop", "pad", "fit"]
+# Shares of pixels that are cut away below this are not worth telling.
+WORTH_TELLING = 0.1
 # Of the longer side to the shorter one; images and sizes beyond are refused.
 MAX_ASPECT = 20
 # Width to height of the shapes that are proposed.
@@ -59,11 +61,11 @@ def nearest(sizes: Sequence[Size], height_I: NDArray[Any], width_I: NDArray[Any]
     return chosen
 
 
-def share_cut(size_I2: NDArray[Any], height_I: NDArray[Any], width_I: NDArray[Any]) -> NDArray[np.float64]:
-    """Share [I] of the pixels of images that lie outside of the shape of the sizes [I, 2] that they take."""
-    wanted_I, have_I = size_I2[:, 0] * width_I, size_I2[:, 1] * height_I
-    share: NDArray[np.float64] = 1 - np.minimum(wanted_I, have_I) / np.maximum(wanted_I, have_I)
-    return share
+def mean_share_cut(sizes: Sequence[Size], height_I: NDArray[Any], width_I: NDArray[Any]) -> float:
+    """Share of an image's pixels that cropping to the nearest of these sizes takes away, mean over images."""
+    height_I, width_I = np.asarray(height_I, np.int64), np.asarray(width_I, np.int64)
+    size_I2 = np.array(sizes, np.int64)[nearest(sizes, height_I, width_I)]
+    return float((1 - 1 / _quotient(size_I2[:, 0] * width_I, size_I2[:, 1] * height_I)).mean())
 
 
 def propose_sizes(height_I: NDArray[Any], width_I: NDArray[Any], *, side: int, step: int) -> list[Size]:

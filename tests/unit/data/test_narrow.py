@@ -155,3 +155,9 @@ def test_white_space_between_images_is_mended_too(tmp_path: Path) -> None:
     (found,) = scan(write(tmp_path / "a.tar", ("a.json", content), ("a.img0.png", PNG)))
     assert isinstance(found, RawSample) and found.texts == ("\n", " ", "end")
     assert found.elements == (0, -1, -1, 1, -1, 2, -1)
+
+
+def test_a_line_that_says_nothing_costs_no_image(tmp_path: Path) -> None:
+    captioned(tmp_path / "f", "a", "a cat\n\ufeff\n\x01\nand a dog")
+    result = prepare(str(tmp_path / "f"), tmp_path / "out", validation=0)
+    assert result.train == 1 and not result.skipped

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -248,3 +249,39 @@ def test_an_image_that_was_changed_is_prepared_anew(tmp_path: Path) -> None:
     assert file.stat().st_size == before.st_size
     with pytest.raises(UserError, match="holds another preparation"):
         prepare(str(tmp_path / "f"), tmp_path / "out")
+
+
+def test_a_file_of_several_captions_is_told_and_read_as_one_or_as_many(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("L", (32, 32), 40 * number).save(folder / f"{number}.png")
+        text = "a cat\n\nit sits \nblack" if number else "a dog"
+        (folder / f"{number}.txt").write_text(text)
+    told = prepare(str(folder), tmp_path / "one", validation=0)
+    assert told.notes == (
+        "3 captions have several lines, and each was taken as one caption; where every line is a caption of its own,"
+        " prepare with --one-caption-a-line",
+    )
+    many = prepare(str(folder), tmp_path / "many", validation=0, one_caption_a_line=True)
+    assert many.notes == ()
+    (shard,) = (tmp_path / "many" / "train").glob("*.tar")
+    with tarfile.open(shard) as tar:
+        members = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
+        facts = [json.loads(member.read()) for member in members if member]
+    assert [each["captions"] for each in facts] == [["a dog"], *[["a cat", "it sits", "black"]] * 3]
+    with pytest.raises(UserError, match="remove --one-caption-a-line"):
+        prepare("digits", tmp_path / "digits", one_caption_a_line=True)
+
+
+def test_sizes_are_proposed_where_a_square_cuts_much_away(tmp_path: Path) -> None:
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for number in range(10):
+        Image.new("RGB", (64, 32) if number % 2 else (33, 32)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a scene")
+    (note,) = prepare(str(folder), tmp_path / "out", validation=0).notes
+    assert note == (
+        "a square takes 27% of the pixels away from these images, codec.image_sizes=[40x40,32x56] 8%, and"
+        " codec.resize=pad none"
+    )

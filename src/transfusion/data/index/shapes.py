@@ -1,24 +1,21 @@
 """What bringing images to their sizes cuts away, and which sizes would cut less.
 
-I images, K sizes.
+I images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transfusion.data.index.source_index import SourceIndex
-from transfusion.sequence.sizes import ImageSizes, Size, nearest, propose_sizes, share_cut
+from transfusion.sequence.sizes import WORTH_TELLING, ImageSizes, mean_share_cut, propose_sizes
 
 # So many shards of a source are looked at, evenly spread.
 _SHARDS = 64
-# Below it nobody misses what is cut.
-WORTH_TELLING = 0.1
 
 
 class Shapes(NamedTuple):
@@ -26,11 +23,6 @@ class Shapes(NamedTuple):
 
     height_I: NDArray[Any]
     width_I: NDArray[Any]
-
-    def cut(self, sizes: Sequence[Size]) -> float:
-        """Mean share of an image's pixels that cropping to the nearest of these sizes takes away."""
-        chosen_I = nearest(sizes, *self)
-        return float(share_cut(np.array(sizes, np.int64)[chosen_I], *self).mean())
 
 
 def shapes_of(index: SourceIndex) -> Shapes:
@@ -49,7 +41,7 @@ def cut_away(index: SourceIndex, sizes: ImageSizes) -> str:
     shapes = shapes_of(index)
     if sizes.resize != "crop" or not len(shapes.height_I):
         return ""
-    cut = shapes.cut(sizes.sizes)
+    cut = mean_share_cut(sizes.sizes, *shapes)
     if cut < WORTH_TELLING:
         return ""
     return (
@@ -65,4 +57,4 @@ def better_sizes(shapes: Shapes, sizes: ImageSizes) -> str:
     if set(proposed) <= set(sizes.sizes):
         return ""
     named = ",".join(map(str, proposed))
-    return f"codec.image_sizes=[{named}] cuts {shapes.cut(proposed):.0%}, "
+    return f"codec.image_sizes=[{named}] cuts {mean_share_cut(proposed, *shapes):.0%}, "

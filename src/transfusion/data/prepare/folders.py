@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from transfusion.data.images.decode import as_png
 from transfusion.data.images.probe import ImageFacts, probe
@@ -18,8 +21,11 @@ from transfusion.data.shards.validate import IMAGE_EXTENSIONS
 from transfusion.data.shards.webdataset import Sample
 from transfusion.errors import UserError, shown
 from transfusion.files import file_state, name_hash, sha256
+from transfusion.sequence.sizes import WORTH_TELLING, Size, mean_share_cut, propose_sizes
 
 _SPLIT = name_hash("held out")
+# Of sizes that are proposed before a configuration is known: what they are multiples of, and the largest square.
+_STEP, _LARGEST_SIDE = 8, 256
 # Of images besides those of shards: what Pillow reads becomes a PNG, the others are told.
 OTHER_EXTENSIONS = (
     "jfif", "jpe", "bmp", "dib", "gif", "tif", "tiff", "avif", "heic", "heif", "jp2", "j2k", "jxl", "ppm", "pgm",
@@ -29,8 +35,35 @@ _MAGIC = ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpg"), (b"RIFF", "we
 
 
 @dataclass(slots=True)
+class Seen:
+    """Of images that were read: height and width of each, and how many captions have several lines."""
+
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    lines: int = 0
+
+    def notes(self) -> Iterator[str]:
+        """Each as one line with what to do."""
+        if self.lines:
+            yield (
+                f"{self.lines} captions have several lines, and each was taken as one caption; where every line is a"
+                " caption of its own, prepare with --one-caption-a-line"
+            )
+        if not self.sizes:
+            return
+        height_I, width_I = np.array(self.sizes, np.int64).T
+        side = _STEP * max(1, round(min(float(np.median(height_I * width_I)) ** 0.5, _LARGEST_SIDE) / _STEP))
+        square, others = [Size(side, side)], propose_sizes(height_I, width_I, side=side, step=_STEP)
+        lost, kept = (mean_share_cut(sizes, height_I, width_I) for sizes in (square, others))
+        if lost >= WORTH_TELLING:
+            yield (
+                f"a square takes {lost:.0%} of the pixels away from these images, codec.image_sizes="
+                f"[{','.join(map(str, others))}] {kept:.0%}, and codec.resize=pad none"
+            )
+
+
+@dataclass(slots=True)
 class Collection:
-    """Samples of the two splits, read lazily; `skipped` fills while they are read.
+    """Samples of the two splits, read lazily; `skipped` and `seen` fill while they are read.
 
     identity: plain values that change whenever the prepared shards would.
     """
@@ -39,6 +72,7 @@ class Collection:
     train: Iterable[Sample]
     validation: Iterable[Sample]
     skipped: list[Fault] = field(default_factory=list)
+    seen: Seen = field(default_factory=Seen)
 
 
 def is_validation(key: str, seed: int, share: float) -> bool:
@@ -63,8 +97,13 @@ def image_sample(image: bytes, extension: str, caption: str, **facts: Any) -> Sa
     }
 
 
-def collect_folder(folder: Path, *, seed: int, validation: float) -> Collection:
-    """Images below the folder, each with the caption in a .txt file of the same name beside it. Links are followed."""
+def collect_folder(
+    folder: Path, *, seed: int, validation: float, one_caption_a_line: bool = False
+) -> Collection:
+    """Images below the folder, each with the caption in a .txt file of the same name beside it. Links are followed.
+
+    one_caption_a_line: a file holds several captions of its image.
+    """
     files, unreadable = _files(folder)
     images = list(filter(_is_image, files))
     if not images:
@@ -76,6 +115,7 @@ def collect_folder(folder: Path, *, seed: int, validation: float) -> Collection:
     read = captions.union(images)
     listing = [_signature(path, folder) for path in files if path in read]
     identity = {"kind": "folder", "files": listing, "seed": seed, "validation": validation}
+    identity["one_caption_a_line"] = one_caption_a_line
     told = [(path, "image_missing" if _extension(path) == "txt" else "file_not_read") for path in files]
     told += [(path, "file_unreadable") for path in unreadable]
     skipped = [
@@ -88,12 +128,13 @@ def collect_folder(folder: Path, *, seed: int, validation: float) -> Collection:
     if validation and not held and len(images) > 1:
         # Of a small folder the one that a larger share would keep first.
         held = {min(images, key=lambda path: _draw(keys[path], seed))}
-    return Collection(
-        identity,
-        _images([path for path in images if path not in held], folder, skipped),
-        _images([path for path in images if path in held], folder, skipped),
-        skipped,
-    )
+    seen = Seen()
+
+    def part(paths: Iterable[Path]) -> Iterator[Sample]:
+        return _images(paths, folder, skipped, seen, one_caption_a_line=one_caption_a_line)
+
+    train, kept = ([path for path in images if (path in held) == side] for side in (False, True))
+    return Collection(identity, part(train), part(kept), skipped, seen)
 
 
 def _files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -132,11 +173,14 @@ def _name(path: Path, folder: Path) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _images(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iterator[Sample]:
+def _images(
+    paths: Iterable[Path], folder: Path, skipped: list[Fault], seen: Seen, *, one_caption_a_line: bool
+) -> Iterator[Sample]:
     for path in paths:
         name = _name(path, folder)
         try:
             text = caption(utf8(path.with_suffix(".txt").read_bytes()), [])
+            lines = list(_lines(text))
             data, extension, facts = _stored(path)
         except FileNotFoundError:
             reason = "caption_missing"
@@ -145,9 +189,22 @@ def _images(paths: Iterable[Path], folder: Path, skipped: list[Fault]) -> Iterat
         except SampleError as error:
             reason = str(error)
         else:
-            yield image_sample(data, extension, text, file=name, width=facts.width, height=facts.height)
+            several: dict[str, Any] = {}
+            if one_caption_a_line:
+                text, several = lines[0], {"captions": lines}
+            seen.lines += len(lines) > 1 and not one_caption_a_line
+            seen.sizes.append((facts.height, facts.width))
+            size = {"width": facts.width, "height": facts.height}
+            yield image_sample(data, extension, text, file=name, **size, **several)
             continue
         skipped.append(Fault(folder.name, name, reason))
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Of a caption each line that says something."""
+    for line in text.splitlines():
+        with contextlib.suppress(SampleError):
+            yield caption(line, [])
 
 
 def _stored(path: Path) -> tuple[bytes, str, ImageFacts]:

@@ -39,23 +39,32 @@ _FORMAT = 5
 
 @dataclass(frozen=True, slots=True)
 class PrepareResult:
-    """What stands in `out`. skipped: samples left out, by reason. reused: it was there already."""
+    """What stands in `out`. skipped: samples left out, by reason. reused: it was there already. notes: what to do."""
 
     out: Path
     train: int
     validation: int
     skipped: dict[str, int]
     reused: bool
+    notes: tuple[str, ...] = ()
 
 
-def prepare(source: str, out: Path, *, seed: int = 0, validation: float | None = None) -> PrepareResult:
+def prepare(
+    source: str,
+    out: Path,
+    *,
+    seed: int = 0,
+    validation: float | None = None,
+    one_caption_a_line: bool = False,
+) -> PrepareResult:
     """Write the shards of a source, or find that they are there already.
 
     source: `digits`, `python-docs`, a folder of images with .txt captions, or a .jsonl file of texts.
     validation: share kept for evaluation (default 0.1 of python-docs' characters, else 0.02 of the samples; the
-    digits have a fixed split). Raises UserError for an unknown source, or when `out` holds something else.
+    digits have a fixed split). one_caption_a_line: of a folder, each line of a .txt is a caption of its image. Raises
+    UserError for an unknown source, or when `out` holds something else.
     """
-    collection = _collect(source, seed, validation)
+    collection = _collect(source, seed, validation, one_caption_a_line)
     mark = fingerprint({"format": _FORMAT, **collection.identity})
     if existing := _existing(out, mark):
         return existing
@@ -71,12 +80,15 @@ def prepare(source: str, out: Path, *, seed: int = 0, validation: float | None =
         record["skipped_samples"] = [[fault.key, fault.reason] for fault in collection.skipped]
         # In ASCII, since the source may have a name that is no UTF-8.
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="ascii")
-    return PrepareResult(out, counts[TRAIN], counts[VALIDATION], skipped, reused=False)
+    notes = tuple(collection.seen.notes())
+    return PrepareResult(out, counts[TRAIN], counts[VALIDATION], skipped, reused=False, notes=notes)
 
 
-def _collect(source: str, seed: int, validation: float | None) -> Collection:
+def _collect(source: str, seed: int, validation: float | None, one_caption_a_line: bool) -> Collection:
     if validation is not None and not 0 <= validation < 1:
         raise UserError(f"validation share must be at least 0 and below 1, got {validation}")
+    if one_caption_a_line and not Path(source).is_dir():
+        raise UserError(f"{shown(source)} is no folder of images; remove --one-caption-a-line")
     if source == "digits":
         if validation is not None:
             raise UserError(
@@ -87,7 +99,7 @@ def _collect(source: str, seed: int, validation: float | None) -> Collection:
         return collect_python_docs(_VALIDATION_DOCS if validation is None else validation)
     path, share = Path(source), _VALIDATION_OTHERS if validation is None else validation
     if path.is_dir():
-        return collect_folder(path, seed=seed, validation=share)
+        return collect_folder(path, seed=seed, validation=share, one_caption_a_line=one_caption_a_line)
     if path.is_file() and path.suffix.lower() == ".jsonl":
         return collect_lines(path, seed=seed, validation=share)
     what = "is neither a folder nor a .jsonl file" if path.exists() else "does not exist"
