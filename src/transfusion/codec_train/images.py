@@ -18,7 +18,7 @@ from torch import Tensor
 from transfusion.data.images.decode import PixelArray, decode
 from transfusion.data.images.probe import probe
 from transfusion.data.shards.sample import SampleError
-from transfusion.data.shards.scan import groups
+from transfusion.data.shards.scan import groups, pick_shards
 from transfusion.data.shards.tar import TarWalk
 from transfusion.data.shards.validate import IMAGE_EXTENSIONS
 from transfusion.data.shards.webdataset import expand
@@ -43,13 +43,12 @@ class ImageSet:
         self, shards: str | Sequence[str], *, channels: int, image_size: int, workers: int = 1
     ) -> None:
         """Reads the heads of all members once. Raises UserError where there are no shards or no images."""
-        self._paths = expand(shards)
+        self._paths = pick_shards(expand(shards), "codec train", (".tar",))
         self._channels, self._image_size = channels, image_size
         self._places: list[_Place] = []
         self._damaged = 0
         for number, path in enumerate(self._paths):
-            if path.suffix == ".tar":
-                self._look_through(number, path)
+            self._look_through(number, path)
         if not self._places:
             raise UserError(f"{_shown(self._paths)} holds no image; name .tar shards with images")
         self._kept: dict[int, PixelArray] = {}

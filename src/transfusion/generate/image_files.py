@@ -6,6 +6,7 @@ C channels, H/W image height and width.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,19 +65,22 @@ def to_image(pixels_CHW: Tensor) -> Image.Image:
 class SampleFolder:
     """A folder of drawn images: 0000.png and so on, and index.jsonl (file, prompt, seed), which names what is there.
 
-    Made at once, so that nobody draws for a folder that cannot be. What another index names is removed when the first
-    image comes. Each image is there and named as soon as it is added. Raises UserError where `out` cannot be written.
+    Nothing is made before the first image comes. Then what another index names is removed. Each image is there and
+    named as soon as it is added. Raises UserError where `out` cannot be written, at once where that can be seen.
     """
 
     def __init__(self, out: Path) -> None:
         self.out, self.count = out, 0
-        with self._told():
-            out.mkdir(parents=True, exist_ok=True)
+        there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            reason = "cannot be written" if there.is_dir() else "is no folder"
+            raise UserError(f"cannot write images to {out}: {there} {reason}; name another folder")
 
     def add(self, samples: Sequence[SampledImage]) -> None:
         """Write these images, numbered after those before."""
         with self._told():
             if not self.count:
+                self.out.mkdir(parents=True, exist_ok=True)
                 self._clear()
             for sample in samples:
                 name = _name(self.count)

@@ -371,7 +371,7 @@ def test_a_dead_server_makes_faults_that_keep_their_place(
     assert "http://***@127.0.0.1" in caplog.text and "hunter2" not in caplog.text
     assert "hunter2" not in json.dumps([str(fault) for fault in found])
     # Of each shard one line, whatever number of its samples were wanted.
-    assert len(caplog.records) <= SHARDS
+    assert sum(record.levelno >= logging.WARNING for record in caplog.records) <= SHARDS
     web.behave = lambda name, number, body: Answer(body)
     with loaders(dead, tokenizer) as ranks:
         assert same(global_step(ranks, rows_of), truth[0][0])
