@@ -63,7 +63,9 @@ def draw_pictures(folder: Path, *, count: int = IMAGES, seed: int = 0) -> None:
         picture = Image.new("RGB", (width, height), "white")
         _shape(ImageDraw.Draw(picture), shape, (left, top, left + side, top + side), COLOURS[colour])
         picture.save(folder / f"{number:04d}.png")
-        (folder / f"{number:04d}.txt").write_text(f"a {colour} {shape}", encoding="utf-8")
+        (folder / f"{number:04d}.txt").write_text(
+            f"{'an' if colour == 'orange' else 'a'} {colour} {shape}", encoding="utf-8"
+        )
 
 
 def _shape(
