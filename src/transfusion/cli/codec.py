@@ -64,7 +64,10 @@ def encode(
     settings = _settings(codec, image_size, size or []).model_copy(update={"resize": resize})
     records = encode_shards(settings, shards, out, workers=workers, device=device, progress=progress)
     total = sum(record.encoded for record in records)
-    typer.echo(f"{out}: {total} images in {len(records)} shards, by codec {settings.fingerprint}")
+    typer.echo(
+        f"{out}: {total} images in {len(records)} shards, by codec {settings.fingerprint}; train with"
+        f" data.sources.0.shards='{out}/*.tar' and codec.folder={codec}"
+    )
 
 
 @codec_app.command()
@@ -86,7 +89,7 @@ def report(
     found = write_report(settings, shards, out, rfid_weights=rfid_weights, limit=limit, device=device)
     for line in found.describe():
         typer.echo(line)
-    typer.echo(out.with_suffix(".html"))
+    typer.echo(f"{out.with_suffix('.html')}: the figures and images; open it in a browser")
 
 
 @codec_app.command()

@@ -31,7 +31,7 @@ def show(
     from transfusion.data.viewing.commands import show_rows
 
     show_rows(load_config(spec, overrides or []), out, rows=rows, step=step)
-    print(out)
+    print(f"{out}: the first rows of global batch {step}, as training gets them")
 
 
 @data_app.command()

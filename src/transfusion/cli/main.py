@@ -152,7 +152,7 @@ def train_tokenizer(
         print(
             f"the texts are too few for {vocabulary} pieces: these are all that they allow", file=sys.stderr
         )
-    print(f"{out}: {tokenizer.vocabulary} pieces")
+    print(f"{out}: {tokenizer.vocabulary} pieces; train with data.tokenizer={out}")
 
 
 @app.command()
@@ -265,7 +265,7 @@ def sample(
             on_call=progress,
             on_images=folder.add,
         )
-    print(f"{out}: {folder.count} images and index.jsonl")
+    print(f"{out}: {folder.count} images, and index.jsonl with their prompts and seeds")
 
 
 @app.command()

@@ -112,4 +112,4 @@ def plot(
 
     records = found.read_records(results)
     draw(found.compare(records, by, found.metrics_of(records, metric or [])), out, title=title)
-    typer.echo(out)
+    typer.echo(f"{out}: points, laws and bands of each metric over training FLOPs")
