@@ -139,8 +139,14 @@ class TarWalk:
                 yield member
             position, before = following, member.torn
         if not found:
-            readable = 0 < self.length <= _RECORD and not self.problems.keys() & {BAD_HEADER, TRUNCATED}
-            self.problems = {EMPTY if readable else UNREADABLE: 0}
+            torn = TRUNCATED in self.problems and not self.skipped[TRUNCATED]
+            if not self.length or torn or BAD_HEADER in self.problems:
+                self.problems = {UNREADABLE: 0}
+            elif self.length <= _RECORD:
+                self.problems = {EMPTY: 0}
+            else:
+                # More zeros than an empty archive has: nobody wrote what was meant to be there.
+                self.problems = {EMPTY: 0, TRUNCATED: 0}
 
     def _look_around(self, position: int) -> tuple[Member, int] | None:
         """The member whose header stands here, where nothing about it is in question, and where the next stands."""
