@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 MIN_MESSAGES = 60
-# What varies in a message; no source holds this letter.
+# What varies in a message. No source holds this letter.
 VARIES = "\0"
 # What logging puts values for, and what a shell does.
 _FORMAT = re.compile(r"%[-+#0]*[\d.]*[dfgrsx]")

@@ -229,7 +229,8 @@ def sample(
     sampler: Annotated[
         str,
         typer.Option(
-            callback=_known_sampler, help="ddim or ddpm, for flow euler or heun; auto: ddim, for flow euler"
+            callback=_known_sampler,
+            help="ddim or ddpm, for flow euler or heun. auto takes ddim, for flow euler",
         ),
     ] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="image k has seed + k")] = 0,
@@ -294,14 +295,14 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="validation, samples, digits, images, captions; repeat for several; none: validation, and samples"
-            " where the data have captioned images"
+            help="validation, samples, digits, images or captions, repeated for several. None means validation, and"
+            " samples where the data have captioned images"
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="folder for metrics.json and evaluation/: the run's, for its report; default: MODEL"
+            help="folder for metrics.json and evaluation/, for a report that of the run. Default: MODEL"
         ),
     ] = None,
     weights: Weights = "auto",

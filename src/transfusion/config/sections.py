@@ -231,8 +231,8 @@ class CodecConfig(Section):
     )
     resize: Resize = Field(
         "crop",
-        description="how an image of another shape comes to its size. crop: its middle; pad: all of it, on white; fit:"
-        " stretched",
+        description="how an image of another shape comes to its size. crop takes its middle, pad all of it on white,"
+        " fit stretches it",
     )
     folder: FilePath = Field(
         "", description="folder of the autoencoder, in the layout of diffusers, not for pixels"
@@ -457,8 +457,8 @@ class DataConfig(Section):
     validation: list[SourceConfig] = Field(default_factory=list, description="what to evaluate on")
     validation_limit: NonNegativeInt = Field(
         1000,
-        description="documents of `validation` that training measures at a checkpoint, the same ones each time; 0: all,"
-        " as `transfusion eval` always does",
+        description="documents of `validation` that training measures at a checkpoint, the same ones each time. 0 takes"
+        " all, as `transfusion eval` always does",
     )
     tokenizer: FilePath = Field("", description="sentencepiece model file")
     index: FilePath = Field(
@@ -631,7 +631,7 @@ class SampleGridConfig(Section):
     steps: PositiveInt = Field(50, description="sampler steps")
     sampler: str = Field(
         "auto",
-        description="ddim or ddpm, for flow euler or heun; auto: ddim, for flow euler",
+        description="ddim or ddpm, for flow euler or heun. auto takes ddim, for flow euler",
     )
     guidance: NonNegativeFloat = Field(3.0, description="guidance scale; 1: none")
     seed: SamplingSeed = Field(0, description="seed of the first image; image k has seed + k")

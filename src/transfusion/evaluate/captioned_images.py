@@ -17,7 +17,7 @@ from transfusion.data.loading.rows import RowSettings, read_values
 from transfusion.data.loading.validation import documents
 from transfusion.data.shards.sample import SampleError
 from transfusion.errors import UserError
-from transfusion.evaluate.telling import Telling
+from transfusion.evaluate.progress_lines import ProgressLines
 from transfusion.generate.pipeline import Pipeline
 from transfusion.schema import ImageSegment, TextSegment
 from transfusion.sequence.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def captioned_images(
     where = "data.validation" if validation else "data.sources"
     sources = config.data.validation if validation else config.data.sources
     images, captions = [], []
-    tell = Telling(f"reading the images of {where}")
+    tell = ProgressLines(f"reading the images of {where}")
     for key, values_CHW, caption in tell.each(single_images(config, sources, tokenizer)):
         if values_CHW.dtype != torch.uint8:
             raise UserError(
@@ -67,7 +67,7 @@ def captioned_images(
 
 @torch.no_grad()
 def some_captioned_images(pipeline: Pipeline, most: int) -> tuple[list[Tensor], list[str], int]:
-    """As `captioned_images`, a few of the validation data, evenly spread; and how many there are.
+    """As `captioned_images`, a few of the validation data, evenly spread, and how many there are.
 
     No other image is read. Stored latents come as the codec decodes them. Raises NoCaptionedImagesError.
     """

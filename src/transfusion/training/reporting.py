@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from transfusion.data.index.shapes import cut_away
+from transfusion.data.index.image_shapes import cut_away
 from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.image_files import write_grid

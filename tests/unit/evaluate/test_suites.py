@@ -20,9 +20,9 @@ from transfusion.errors import UserError
 from transfusion.evaluate import captioned_images
 from transfusion.evaluate.metrics import classifier as classifiers
 from transfusion.evaluate.metrics.classifier import save_classifier, train_classifier
+from transfusion.evaluate.progress_lines import ProgressLines
 from transfusion.evaluate.suites import digits, evidence, images_and_captions
 from transfusion.evaluate.suites.run import run_suites
-from transfusion.evaluate.telling import Telling
 from transfusion.generate.pipeline import Pipeline
 
 Open = Callable[..., Path]
@@ -237,7 +237,7 @@ def test_digits_are_drawn_at_the_size_of_the_digits_where_a_model_has_another_fi
 def test_whoever_waits_is_told_at_the_beginning_and_every_ten_seconds() -> None:
     told: list[str] = []
     now = [0.0]
-    tell = Telling("drawing 8 images", say=told.append, now=lambda: now[0])
+    tell = ProgressLines("drawing 8 images", say=told.append, now=lambda: now[0])
     for done in range(25):
         now[0] += 1.0
         tell(done, 25)

@@ -75,6 +75,12 @@ class IndexLocation:
     folder: Path | None = None
     fallback: Path | None = None
 
+    @classmethod
+    def of(cls, config: Config) -> IndexLocation:
+        """Where a run keeps them."""
+        folder = Path(config.data.index) if config.data.index else None
+        return cls(folder=folder, fallback=Path(config.run.folder) / "index")
+
     def path(self, shard: Shard, verify: Verify = "none", tokenizer: str = "") -> Path:
         """The index file of this shard, read in this way. Raises UserError when there is no place for it.
 
@@ -295,9 +301,7 @@ def check_indexes(config: Config) -> IndexState:
 
     Raises UserError for shards or a tokenizer that are not there.
     """
-    folder = Path(config.data.index) if config.data.index else None
-    place = IndexLocation(folder=folder, fallback=Path(config.run.folder) / "index")
-    encoder = Tokenizer(config.data.tokenizer)
+    place, encoder = IndexLocation.of(config), Tokenizer(config.data.tokenizer)
     shards, missing, stale = 0, 0, list[str]()
     for job in IndexJob.of(config):
         found = find_shards(job.specs, job.cache or cache_of(config))
@@ -310,7 +314,7 @@ def check_indexes(config: Config) -> IndexState:
             except (FileNotFoundError, FormerIndex):
                 missing += 1
             except StaleIndex as why:
-                stale.append(f"{shown(str(shard))}: {why}")
+                stale.append(f"{shown(shard)}: {why}")
     return IndexState(shards, missing, stale)
 
 

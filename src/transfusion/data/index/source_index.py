@@ -312,14 +312,13 @@ def build_index(
 
 def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> list[SourceIndex]:
     """The index of each source, for rows and images of this configuration; missing files of it are made."""
-    folder = Path(config.data.index) if config.data.index else None
     return [
         build_index(
             source,
             tokenizer,
             patches=config.patches_per_image,
             sequence_length=config.data.sequence_length,
-            place=IndexLocation(folder=folder, fallback=Path(config.run.folder) / "index"),
+            place=IndexLocation.of(config),
             latent_channels=source.latent_channels or config.codec.stored_channels,
             cache=cache_of(config),
             codec=config.codec,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from transfusion.config import Config
-from transfusion.data.index.shapes import cut_away
+from transfusion.data.index.image_shapes import cut_away
 from transfusion.data.index.source_index import SourceIndex, build_indexes
 from transfusion.data.loading.loader import plan_settings
 from transfusion.data.loading.rows import RowBuilder, RowSettings

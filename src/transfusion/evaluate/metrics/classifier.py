@@ -27,8 +27,8 @@ from transfusion.config.weights_folder import check_tensors, stored_tensors
 from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import captioned_images
 from transfusion.evaluate.metrics.frechet import Gaussian, gaussian_of
-from transfusion.evaluate.telling import Telling
-from transfusion.evaluate.telling import say as say_on_stderr
+from transfusion.evaluate.progress_lines import ProgressLines
+from transfusion.evaluate.progress_lines import say as say_on_stderr
 from transfusion.files import atomic_file
 from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def train_classifier(
         classifier = Classifier(words, images[0].shape[0], sizes)
     wanted_IK = classifier.has_words(captions)
     steps = epochs * -(-len(images) // BATCH)
-    tell = Telling(f"training on {len(images)} images and {len(words)} words", say=say)
+    tell = ProgressLines(f"training on {len(images)} images and {len(words)} words", say=say)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for epoch in range(epochs):

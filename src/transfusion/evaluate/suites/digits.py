@@ -17,8 +17,8 @@ from transfusion.data.prepare.digits import DIGIT_WORDS, digit_in_caption
 from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import single_images
 from transfusion.evaluate.metrics.metric import Metric
+from transfusion.evaluate.progress_lines import ProgressLines
 from transfusion.evaluate.suites.evidence import describe, save_captions, save_drawn
-from transfusion.evaluate.telling import Telling
 from transfusion.generate.pipeline import Pipeline
 from transfusion.sequence.sizes import Size
 
@@ -68,7 +68,7 @@ def _generation(
         seed=0,
         batch=SAMPLES * 10,
         size=size,
-        on_call=Telling(f"drawing {SAMPLES} images of each of {len(prompts)} digits"),
+        on_call=ProgressLines(f"drawing {SAMPLES} images of each of {len(prompts)} digits"),
     )
     save_drawn(samples, out)
     drawn = _scaled(torch.stack([sample.pixels for sample in samples]))
@@ -129,7 +129,7 @@ def _captions(pipeline: Pipeline, out: Path, values: torch.Tensor, labels: Label
 def _images(pipeline: Pipeline, sources: list[SourceConfig]) -> tuple[Pixels, Labels, torch.Tensor]:
     """Pixels in [0, 1] [I, E], digits [I] and uint8 values [I, C, H, W] of the sources' images."""
     values, labels = [], []
-    tell = Telling("reading the digits of " + " and ".join(source.name for source in sources))
+    tell = ProgressLines("reading the digits of " + " and ".join(source.name for source in sources))
     for _, values_CHW, caption in tell.each(single_images(pipeline.config, sources, pipeline.tokenizer)):
         digit = digit_in_caption(caption)
         if digit is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from transfusion.config.objectives import SAMPLERS
-from transfusion.evaluate.telling import Telling
+from transfusion.evaluate.progress_lines import ProgressLines
 from transfusion.files import atomic_write_text, remove_leftover
 from transfusion.generate.image_files import save_samples, to_image
 from transfusion.generate.pipeline import Pipeline, SampledImage
@@ -50,14 +50,14 @@ def draw(
             seed=len(samples),
             batch=BATCH,
             size=size,
-            on_call=Telling(f"drawing {len(here)} images of {size} pixels"),
+            on_call=ProgressLines(f"drawing {len(here)} images of {size} pixels"),
         )
     return samples, f"{sampler} {steps} steps, guidance {guidance:g}, seeds from 0"
 
 
 def describe(pipeline: Pipeline, images: Sequence[Tensor]) -> list[str]:
     """Greedy captions of images, uint8 [C, H, W] each."""
-    tell = Telling(f"captioning {len(images)} images")
+    tell = ProgressLines(f"captioning {len(images)} images")
     captions: list[str] = []
     for start in range(0, len(images), CAPTION_BATCH):
         tell(start, len(images))

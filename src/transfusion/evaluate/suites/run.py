@@ -15,10 +15,10 @@ from transfusion.data.shards.webdataset import expand_all
 from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import NoCaptionedImagesError
 from transfusion.evaluate.metrics.metric import Metric
+from transfusion.evaluate.progress_lines import say
 from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.images_and_captions import captions, images, samples
 from transfusion.evaluate.suites.validation import validation
-from transfusion.evaluate.telling import say
 from transfusion.files import atomic_write_text
 from transfusion.generate.pipeline import Pipeline, Weights
 

@@ -10,7 +10,7 @@ from transfusion.data.loading.validation import EvaluationLoader, documents
 from transfusion.errors import UserError
 from transfusion.evaluate.metrics.bigram import Bigram
 from transfusion.evaluate.metrics.metric import Metric
-from transfusion.evaluate.telling import Telling
+from transfusion.evaluate.progress_lines import ProgressLines
 from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.pipeline import Pipeline
 from transfusion.schema import LossTerms, TextSegment
@@ -30,7 +30,10 @@ def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     for source in pipeline.config.data.validation:
         loader = EvaluationLoader(pipeline.config, [source], pipeline.tokenizer, rows=8)
-        runner, tell = pipeline.runner, Telling(f"losses of validation {source.name}, {len(loader)} batches")
+        runner, tell = (
+            pipeline.runner,
+            ProgressLines(f"losses of validation {source.name}, {len(loader)} batches"),
+        )
         terms = validation_losses(runner.model, loader, plain, runner.device, runner.codec, tell)
         # The one term of a family that is no text, such as "image".
         media = next(name for name, total in terms.sums.items() if name != "text" and total.dim() == 0)
@@ -59,7 +62,7 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
     threshold = None
     training = next((known for known in pipeline.config.data.sources if known.name == source.name), None)
     if training is not None:
-        tell = Telling(f"fitting the bigram on the training text of {source.name}")
+        tell = ProgressLines(f"fitting the bigram on the training text of {source.name}")
         bigram = Bigram(tell.each(_texts(pipeline, training)), pipeline.config.model.vocabulary)
         nats = bigram.nats(tell.each(texts))
         threshold = nats / tokens

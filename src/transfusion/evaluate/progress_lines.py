@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-SILENCE_SECONDS = 10.0
+from transfusion.observe.progress import SILENCE_SECONDS
 
 Item = TypeVar("Item")
 
@@ -17,7 +17,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Telling:
+class ProgressLines:
     """Says what begins, and how far it is whenever it has said nothing for ten seconds."""
 
     def __init__(
