@@ -146,7 +146,7 @@ class Machine:
 
 
 class Piece:
-    """Shared memory that is used as a whole: one place of a ring."""
+    """Shared memory that is used as a whole: one half of the rows of one place of a ring."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -167,23 +167,32 @@ class Piece:
 
 
 class Shared:
-    """A view of shared memory."""
+    """A view of shared memory. pieces: of the places, a pair of halves each; rows: the dimension that they halve."""
 
-    def __init__(self, machine: Machine, pieces: Sequence[Piece], values: Tensor) -> None:
-        self.machine, self.pieces, self.values = machine, pieces, values
+    def __init__(self, machine: Machine, pieces: Sequence[Piece], values: Tensor, rows: int = -2) -> None:
+        self.machine, self.pieces, self.values, self.rows = machine, pieces, values, rows
         self.shape, self.dtype = tuple(values.shape), values.dtype
 
     def index(self, i: int) -> Shared:
-        return Shared(self.machine, [self.pieces[i]], self.values[i])
+        i = int(i)
+        return Shared(self.machine, self.pieces[2 * i : 2 * i + 2], self.values[i], self.rows)
 
     def reshape(self, shape: Sequence[int]) -> Shared:
-        return Shared(self.machine, self.pieces, self.values.view(*shape))
+        return Shared(self.machine, self.pieces, self.values.view(*shape), self.rows)
 
     def permute(self, order: Sequence[int]) -> Shared:
-        return Shared(self.machine, self.pieces, self.values.permute(*order))
+        rows = list(order).index(len(order) + self.rows) - len(order)
+        return Shared(self.machine, self.pieces, self.values.permute(*order), rows)
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
-        return Shared(self.machine, self.pieces, self.values.narrow(dim, start, length))
+        pieces, half = self.pieces, self.shape[dim] // 2
+        if (
+            len(pieces) == 2
+            and dim - len(self.shape) == self.rows
+            and (start, length) in ((0, half), (half, half))
+        ):
+            pieces = [pieces[start // half]]
+        return Shared(self.machine, pieces, self.values.narrow(dim, start, length), self.rows)
 
     def store(self, values: Tensor) -> None:
         for piece in self.pieces:
@@ -385,6 +394,7 @@ class Simulator:
             NVMMADistributedLayout=lambda *_: None,
             NVMMASharedLayout=types.SimpleNamespace(get_default_for=lambda *_: None),
             BlockedLayout=lambda *_: None,
+            SwizzledSharedLayout=lambda *_: None,
             allocate_shared_memory=self._allocate,
             warp_specialize=lambda work, warps, registers: self.machine.run(work),
         )
@@ -410,11 +420,15 @@ class Simulator:
             "range": lambda *bounds: builtins.range(*(int(bound) for bound in bounds)),
         }
 
-    def _allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Any:
+    def _allocate(
+        self, dtype: torch.dtype, shape: Sequence[int], layout: object, value: Tensor | None = None
+    ) -> Any:
         if layout == "barrier":
             return Barriers(self.machine, shape[0])
-        pieces = [Piece(self.machine) for _ in range(shape[0])]
-        return Shared(self.machine, pieces, torch.full(list(shape), float("nan"), dtype=dtype))
+        pieces = [Piece(self.machine) for _ in range(2 * shape[0])]
+        filled = torch.zeros(list(shape), dtype=dtype)
+        filled = filled.fill_(float("nan")) if value is None and dtype.is_floating_point else filled
+        return Shared(self.machine, pieces, filled if value is None else value.to(dtype))
 
     def _load(self, pointer: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
         places, mask = pointer.places(mask)
@@ -458,8 +472,8 @@ class Simulator:
     def _tma_load(
         self, descriptor: Descriptor, coordinates: Sequence[int], barrier: Barrier, shared: Shared
     ) -> None:
-        (piece,) = shared.pieces
-        piece.check_write("a TMA load")
+        for piece in shared.pieces:
+            piece.check_write("a TMA load")
         barrier.check()
         shared.values.fill_(float("nan"))
         window, part = descriptor.window(coordinates)
@@ -468,10 +482,13 @@ class Simulator:
             block = shared.values.view(descriptor.block_shape)
             block.zero_()
             block[part] = window
-            piece.writer = None
+            for piece in shared.pieces:
+                piece.writer = None
             barrier.arrive(0, written_bytes=descriptor.block_type.nbytes)
 
-        piece.writer = self.machine.start_copy(finish)
+        copy = self.machine.start_copy(finish)
+        for piece in shared.pieces:
+            piece.writer = copy
         self.machine.pause()
 
     def _tma_store(

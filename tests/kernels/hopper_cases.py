@@ -138,7 +138,10 @@ FORWARD_MUTANTS: dict[str, Change] = {
         "        mbarrier.wait(v_full.index(last_slot), last_parity)\n",
         "",
     ),
-    "a consumer does not wait for queries": ("    mbarrier.wait(q_full.index(MEMBER), 0)\n", ""),
+    "a consumer does not wait for queries": (
+        "    mbarrier.wait(q_full.index(MEMBER), 0)\n    mbarrier.wait(k_full.index(0), 0)\n",
+        "    mbarrier.wait(k_full.index(0), 0)\n",
+    ),
     "values are given back before they are used": (
         "        b_out = warpgroup_mma_wait(0, deps=(t_out,))\n"
         "        mbarrier.arrive(v_empty.index(last_slot), count=1)\n",
@@ -162,7 +165,10 @@ FORWARD_MUTANTS: dict[str, Change] = {
     ),
     "the output is not fenced": ("    fence_async_shared()\n    tma_store", "    tma_store"),
     "the barriers are not fenced": ("    fence_async_shared()\n    p_lse", "    p_lse"),
-    "the output's store is not waited for": ("    tma_store_wait(0)\n", ""),
+    "the output's store is not waited for": (
+        "s_q.index(MEMBER))\n    tma_store_wait(0)\n",
+        "s_q.index(MEMBER))\n",
+    ),
     "the mask's end is off by one": ("o_n[None, :] < b_end[:, None]", "o_n[None, :] <= b_end[:, None]"),
     "the mask's start is off by one": ("o_n[None, :] >= b_first", "o_n[None, :] > b_first"),
     "the full range ends late": (
@@ -185,36 +191,61 @@ BACKWARD_MUTANTS: dict[str, Change] = {
         "        mbarrier.wait(empty.index(slot), parity ^ 1)\n",
         "",
     ),
-    "a consumer does not wait for keys": ("    mbarrier.wait(kv_full.index(MEMBER), 0)\n", ""),
-    "a consumer does not wait for queries": ("        mbarrier.wait(q_full.index(slot), parity)\n", ""),
-    "a consumer does not wait for gradients": ("        mbarrier.wait(grad_full.index(slot), parity)\n", ""),
+    "a consumer does not wait for keys": ("    mbarrier.wait(kv_full.index(0), 0)\n", ""),
+    "a consumer does not wait for queries": ("        mbarrier.wait(full.index(slot), parity)\n", ""),
     "queries are given back before they are used": (
-        "                b_dk = warpgroup_mma_wait(1, deps=(t_dk,))\n"
-        "                mbarrier.arrive(empty.index(slot), count=1)\n",
-        "                mbarrier.arrive(empty.index(slot), count=1)\n"
-        "                b_dk = warpgroup_mma_wait(1, deps=(t_dk,))\n",
+        "        b_dk = warpgroup_mma_wait(1, deps=(t_dk,))\n        mbarrier.arrive(empty.index(slot), count=1)\n",
+        "        mbarrier.arrive(empty.index(slot), count=1)\n        b_dk = warpgroup_mma_wait(1, deps=(t_dk,))\n",
     ),
-    "queries are not given back": ("                mbarrier.arrive(empty.index(slot), count=1)\n", ""),
+    "queries are not given back": ("        mbarrier.arrive(empty.index(slot), count=1)\n", ""),
+    "a consumer does not wait for the other's gradients of scores": (
+        "        mbarrier.wait(dscore_full.index(0), turn & 1)\n",
+        "",
+    ),
+    "the other's gradients of scores are waited for once": (
+        "dscore_full.index(0), turn & 1",
+        "dscore_full.index(0), 0",
+    ),
+    "gradients of scores are replaced while the other uses them": (
+        "        mbarrier.wait(dscore_empty.index(0), (turn & 1) ^ 1)\n",
+        "",
+    ),
+    "gradients of scores are given back before they are used": (
+        "        b_dq = warpgroup_mma_wait(0, deps=(t_dq,))\n"
+        "        mbarrier.arrive(dscore_empty.index(0), count=1)\n",
+        "        mbarrier.arrive(dscore_empty.index(0), count=1)\n"
+        "        b_dq = warpgroup_mma_wait(0, deps=(t_dq,))\n",
+    ),
+    "one consumer tells of both's gradients of scores": (
+        "(make_barriers(1, 2), make_barriers(1, 2))",
+        "(make_barriers(1, 1), make_barriers(1, 2))",
+    ),
+    "keys are replaced by their gradient while the other uses them": (
+        "    mbarrier.wait(dscore_empty.index(0), (group * steps & 1) ^ 1)\n",
+        "",
+    ),
+    "both consumers make the same columns": ("s_keys.slice(MEMBER * PART,", "s_keys.slice(0,"),
+    "both consumers add the same columns": ("query, MEMBER * PART], s_dq", "query, 0], s_dq"),
     "one consumer gives a place back for both": ("make_barriers(STAGES, 2)", "make_barriers(STAGES, 1)"),
     "the phase is frozen": ("(step // STAGES) & 1", "0"),
     "statistics are not expected": (
-        "d_q.block_type.nbytes + d_statistics.block_type.nbytes",
-        "d_q.block_type.nbytes",
+        "d_grad.block_type.nbytes + d_statistics.block_type.nbytes",
+        "d_grad.block_type.nbytes",
     ),
     "values are not expected": ("d_k.block_type.nbytes + d_v.block_type.nbytes", "d_k.block_type.nbytes"),
     "the scores' gradient is not fenced": (
-        "        fence_async_shared()\n        b_dv = ",
-        "        b_dv = ",
+        "        fence_async_shared()\n        mbarrier.arrive(dscore_full",
+        "        mbarrier.arrive(dscore_full",
     ),
     "the queries' gradient is not fenced": ("        fence_async_shared()\n        tma_add", "        tma_add"),
     "the keys' gradient is not fenced": ("    fence_async_shared()\n    tma_store", "    tma_store"),
     "what left for the queries' gradient is not waited for": (
-        "                tma_store_wait(0)\n",
-        "                pass\n",
+        "        tma_store_wait(0)\n        b_dq",
+        "        b_dq",
     ),
     "the last stores are not waited for": (
-        "s_v.index(MEMBER))\n    tma_store_wait(0)\n",
-        "s_v.index(MEMBER))\n",
+        "s_v.index(0).slice(MEMBER * HALF, HALF, 2))\n    tma_store_wait(0)\n",
+        "s_v.index(0).slice(MEMBER * HALF, HALF, 2))\n",
     ),
     "the weights' gradient is used before it is done": (
         "warpgroup_mma_wait(1, deps=(t_dweight,))",
@@ -235,14 +266,15 @@ BACKWARD_MUTANTS: dict[str, Change] = {
         "steps = gl.maximum(high_end - base, 0) // STEP",
     ),
     "a group shares its first head's queries": (
-        "head = key_head * group + turn // steps",
-        "head = key_head * group + 0 * turn",
+        "tma_load(d_q, [row, head, query, 0]",
+        "tma_load(d_q, [row, key_head * group, query, 0]",
     ),
     "the group's gradients go to its first head": (
-        "tma_add(d_dq, [row, key_head * group + turn // steps,",
+        "tma_add(d_dq, [row, head,",
         "tma_add(d_dq, [row, key_head * group,",
     ),
     "one shift for all": ("- b_shift", "- b_shift[:, :1]"),
+    "a head goes on where the last one ended": ("gl.where(last, base, query + STEP)", "query + STEP"),
     "no output's product with its gradient": ("gl.sum(b_out * b_grad, 1)", "0 * gl.sum(b_out * b_grad, 1)"),
     "the keys' gradient is not scaled": ("(b_dk * scale)", "b_dk"),
 }  # fmt: skip

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from transfusion_kernels.attention.forward import HIDDEN, LOG2_E, device_of, normalise, weigh
-from transfusion_kernels.attention.tiles import Tile, all_registers
+from transfusion_kernels.attention.tiles import Tile, all_registers, multiplies_by_warpgroups
 
 # Below two programs a processor some wait for memory that others could be loading.
 PROGRAMS_PER_PROCESSOR = 2
@@ -55,7 +55,8 @@ def decode_forward(
         return out.transpose(1, 2), lse.transpose(1, 2)
     padded_width = triton.next_power_of_2(width)
     packed_rows = queries * (heads // key_heads)
-    tile = decode_tile(packed_rows, padded_width, q.dtype)
+    with device_of(q):
+        tile = decode_tile(packed_rows, padded_width, q.dtype)
     tiles = triton.cdiv(packed_rows, tile.rows)
     parts = num_splits or parts_for(batch * key_heads * tiles, num_keys, _processors(q.device))
     part_out, part_lse = out[None], lse[None]
@@ -116,10 +117,12 @@ def decode_tile(packed_rows: int, padded_width: int, dtype: torch.dtype) -> Tile
     if dtype == torch.float32:  # in IEEE arithmetic no tensor core multiplies it
         return Tile(rows=16, step=32, warps=8, stages=2)
     rows = min(max(triton.next_power_of_2(packed_rows), 16), 64)
+    # On Hopper eight warps would compute the 64 rows twice. Elsewhere, and in wider heads, four would spill.
+    few_suffice = padded_width < 128 or (padded_width == 128 and multiplies_by_warpgroups())
     return Tile(
         rows,
         step=32 if padded_width > 128 else 64,
-        warps=8 if rows == 64 and padded_width >= 128 else 4,
+        warps=4 if rows < 64 or few_suffice else 8,
         stages=2,
     )
 

@@ -81,7 +81,7 @@ def backward_kernel(
     row of the mask.
     """
     STEP: gl.constexpr = d_q.block_shape[2]
-    HALF: gl.constexpr = d_k.block_shape[2]
+    HALF: gl.constexpr = d_dk.block_shape[2]
     program = gl.program_id(0)
     key_head = program % key_heads
     sharer = (program // key_heads) % share
@@ -91,26 +91,30 @@ def backward_kernel(
     place = (tile // tiles + sharer, key_head, (tile % tiles) * (2 * HALF))
     bounds = (first_query + mask_row * keys, end_query + mask_row * keys)
 
-    s_k = gl.allocate_shared_memory(d_k.dtype, [2] + d_k.block_shape, d_k.layout)
-    s_v = gl.allocate_shared_memory(d_v.dtype, [2] + d_v.block_shape, d_v.layout)
-    kv_full = make_barriers(2, 1)
+    s_k = gl.allocate_shared_memory(d_k.dtype, [1] + d_k.block_shape, d_k.layout)
+    s_v = gl.allocate_shared_memory(d_v.dtype, [1] + d_v.block_shape, d_v.layout)
+    kv_full = make_barriers(1, 1)
+    dscores = (make_barriers(1, 2), make_barriers(1, 2))
     ring = (
         gl.allocate_shared_memory(d_q.dtype, [STAGES] + d_q.block_shape, d_q.layout),
         gl.allocate_shared_memory(d_grad.dtype, [STAGES] + d_grad.block_shape, d_grad.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES] + d_statistics.block_shape, d_statistics.layout),
         make_barriers(STAGES, 1),
-        make_barriers(STAGES, 1),
         make_barriers(STAGES, 2),
     )
-    DSCORES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, STEP], d_q.dtype)
-    s_dscore = gl.allocate_shared_memory(d_q.dtype, [2, HALF, STEP], DSCORES)
+    DSCORES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * HALF, STEP], d_q.dtype)
+    s_dscore = gl.allocate_shared_memory(d_q.dtype, [1, 2 * HALF, STEP], DSCORES)
     s_dq = gl.allocate_shared_memory(gl.float32, [2] + d_dq.block_shape, d_dq.layout)
+    COLUMNS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    s_columns = gl.allocate_shared_memory(
+        gl.int32, [STEP], gl.SwizzledSharedLayout(1, 1, 1, [0]), gl.arange(0, STEP, layout=COLUMNS)
+    )
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (0, d_dq, d_dk, d_dv, s_k, s_v, kv_full, ring, s_dscore, s_dq, bounds, place,
+            (_consume, (0, d_dq, d_dk, d_dv, s_k, s_v, kv_full, ring, s_dscore, dscores, s_dq, s_columns, bounds, place,
                         keys, group, scale, scale_log2)),
-            (_consume, (1, d_dq, d_dk, d_dv, s_k, s_v, kv_full, ring, s_dscore, s_dq, bounds, place,
+            (_consume, (1, d_dq, d_dk, d_dv, s_k, s_v, kv_full, ring, s_dscore, dscores, s_dq, s_columns, bounds, place,
                         keys, group, scale, scale_log2)),
             (_produce, (d_q, d_k, d_v, d_grad, d_statistics, s_k, s_v, kv_full, ring, bounds, place, keys, group)),
         ],
@@ -121,8 +125,8 @@ def backward_kernel(
 
 @gluon.jit
 def _steps(bounds, start, keys, ROWS: gl.constexpr, STEP: gl.constexpr):
-    """The queries that see a tile, in steps: the first query, the number of steps, and between which two of them every
-    query sees every key."""
+    """The queries that see a tile, in steps: the first query, the number of steps, and the steps' queries between which
+    every query sees every key."""
     p_first, p_end = bounds
     last = gl.minimum(start + ROWS, keys) - 1
     # Copies of statistics start at multiples of 16 bytes.
@@ -135,50 +139,63 @@ def _steps(bounds, start, keys, ROWS: gl.constexpr, STEP: gl.constexpr):
     full_end = gl.maximum(gl.maximum(low_end - base, 0) // STEP, full_start)
     # Keys past the last have scores of 0, and with a very low log-sum-exp infinite weights: mask all steps.
     full_end = gl.where(start + ROWS > keys, full_start, full_end)
-    return base, steps, full_start, full_end
+    return base, steps, base + full_start * STEP, base + full_end * STEP
 
 
 @gluon.jit
 def _produce(d_q, d_k, d_v, d_grad, d_statistics, s_k, s_v, kv_full, ring, bounds, place, keys, group):
     """Fetch the keys and values of both consumers, then queries step by step, head by head."""
     STEP: gl.constexpr = d_q.block_shape[2]
-    HALF: gl.constexpr = d_k.block_shape[2]
-    s_q, s_grad, s_statistics, q_full, grad_full, empty = ring
+    ROWS: gl.constexpr = d_k.block_shape[2]
+    s_q, s_grad, s_statistics, full, empty = ring
     STAGES: gl.constexpr = s_q.shape[0]
     row, key_head, start = place
-    base, steps, _, _ = _steps(bounds, start, keys, 2 * HALF, STEP)
-    for member in gl.static_range(2):
-        mbarrier.expect(kv_full.index(member), d_k.block_type.nbytes + d_v.block_type.nbytes)
-        tma_load(d_k, [row, key_head, start + member * HALF, 0], kv_full.index(member), s_k.index(member))
-        tma_load(d_v, [row, key_head, start + member * HALF, 0], kv_full.index(member), s_v.index(member))
+    base, steps, _, _ = _steps(bounds, start, keys, ROWS, STEP)
+    mbarrier.expect(kv_full.index(0), d_k.block_type.nbytes + d_v.block_type.nbytes)
+    tma_load(d_k, [row, key_head, start, 0], kv_full.index(0), s_k.index(0))
+    tma_load(d_v, [row, key_head, start, 0], kv_full.index(0), s_v.index(0))
+    query, head = base, key_head * group
     for turn in range(group * steps):
-        head = key_head * group + turn // steps
-        query = base + turn % steps * STEP
         slot, parity = slot_of(turn, STAGES)
         mbarrier.wait(empty.index(slot), parity ^ 1)
-        mbarrier.expect(q_full.index(slot), d_q.block_type.nbytes + d_statistics.block_type.nbytes)
-        tma_load(d_q, [row, head, query, 0], q_full.index(slot), s_q.index(slot))
-        tma_load(d_statistics, [row, head, 0, query], q_full.index(slot), s_statistics.index(slot))
-        mbarrier.expect(grad_full.index(slot), d_grad.block_type.nbytes)
-        tma_load(d_grad, [row, head, query, 0], grad_full.index(slot), s_grad.index(slot))
+        mbarrier.expect(
+            full.index(slot),
+            d_q.block_type.nbytes + d_grad.block_type.nbytes + d_statistics.block_type.nbytes,
+        )
+        tma_load(d_q, [row, head, query, 0], full.index(slot), s_q.index(slot))
+        tma_load(d_statistics, [row, head, 0, query], full.index(slot), s_statistics.index(slot))
+        tma_load(d_grad, [row, head, query, 0], full.index(slot), s_grad.index(slot))
+        query, head = _following(query, head, base, steps, STEP)
+
+
+@gluon.jit
+def _following(query, head, base, steps, STEP: gl.constexpr):
+    """The next step's first query and its head: after the last step of a head comes the first of the next."""
+    last = query == base + (steps - 1) * STEP
+    return gl.where(last, base, query + STEP), gl.where(last, head + 1, head)
 
 
 @gluon.jit
 def _consume(
-    MEMBER: gl.constexpr, d_dq, d_dk, d_dv, s_k, s_v, kv_full, ring, s_dscore, s_dq, bounds, place,
+    MEMBER: gl.constexpr, d_dq, d_dk, d_dv, s_k, s_v, kv_full, ring, s_dscore, dscores, s_dq, s_columns, bounds, place,
     keys, group, scale, scale_log2,
 ):  # fmt: skip
     """Walk the queries with one half of the keys, and store the gradients of those.
 
-    Registers are what is short here, the more so the wider the heads: weights and their gradients are not in flight
-    together, the gradient of the queries is made in parts of 64 columns, and heads are walked in one loop.
+    A step computes scores and the gradients of weights together, so that the softmax runs beside the second product,
+    and the gradients of scores beside that of values. Both consumers share these through memory, and each then makes
+    half of the columns of the gradient of the queries.
+
+    Registers are what is short here. Where places in shared memory are the same in every step they are asked for at
+    `zero`, which only the program knows to be 0: otherwise the compiler keeps dozens of them in registers. Columns
+    come from memory for the same reason, and heads are walked in one loop.
     """
-    s_q, s_grad, s_statistics, q_full, grad_full, empty = ring
+    s_q, s_grad, s_statistics, full, empty = ring
     STAGES: gl.constexpr = s_q.shape[0]
     STEP: gl.constexpr = s_q.shape[3]
-    HALF: gl.constexpr = s_k.shape[3]
+    HALF: gl.constexpr = s_k.shape[3] // 2
     WIDTH: gl.constexpr = s_k.shape[4]
-    PART: gl.constexpr = 64 if WIDTH > 64 else WIDTH
+    PART: gl.constexpr = WIDTH // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     GRADIENTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     PARTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
@@ -191,67 +208,88 @@ def _consume(
     b_end = gl.load(p_end + o_n, mask=o_n < keys, other=0)
     b_dk = gl.zeros([HALF, WIDTH], gl.float32, GRADIENTS)
     b_dv = gl.zeros([HALF, WIDTH], gl.float32, GRADIENTS)
-    s_key = s_k.index(MEMBER).reshape([HALF, WIDTH])
-    s_value = s_v.index(MEMBER).reshape([HALF, WIDTH])
-    s_own_dscore = s_dscore.index(MEMBER)
-    s_own_dq = s_dq.index(MEMBER).reshape([STEP, WIDTH])
-    mbarrier.wait(kv_full.index(MEMBER), 0)
+    s_own_dq = s_dq.index(MEMBER).reshape([STEP, PART])
+    dscore_full, dscore_empty = dscores
+    mbarrier.wait(kv_full.index(0), 0)
+    query, head = base, key_head * group
+    # Narrow heads leave registers for keys and values, which spares shared memory half of what two products read.
+    HELD: gl.constexpr = WIDTH <= 64
+    if HELD:
+        OPERANDS: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+        held_key = s_k.index(0).reshape([2 * HALF, WIDTH]).slice(MEMBER * HALF, HALF, 0).load(OPERANDS)
+        held_value = s_v.index(0).reshape([2 * HALF, WIDTH]).slice(MEMBER * HALF, HALF, 0).load(OPERANDS)
     for turn in range(group * steps):
-        i = turn % steps
-        query = base + i * STEP
         slot, parity = slot_of(turn, STAGES)
+        zero = query >> 31
+        s_keys = s_k.index(zero).reshape([2 * HALF, WIDTH])
+        s_key = s_keys.slice(MEMBER * HALF, HALF, 0)
+        s_value = s_v.index(zero).reshape([2 * HALF, WIDTH]).slice(MEMBER * HALF, HALF, 0)
+        s_all_dscore = s_dscore.index(zero)
+        s_own_dscore = s_all_dscore.slice(MEMBER * HALF, HALF, 0)
         s_query = s_q.index(slot).reshape([STEP, WIDTH])
         s_gradient = s_grad.index(slot).reshape([STEP, WIDTH])
         s_pair = s_statistics.index(slot).reshape([2, STEP])
 
-        mbarrier.wait(q_full.index(slot), parity)
+        mbarrier.wait(full.index(slot), parity)
         b_zero = gl.zeros([HALF, STEP], gl.float32, SCORES)
-        t_score = warpgroup_mma(s_key, s_query.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        t_score = warpgroup_mma(
+            held_key if HELD else s_key, s_query.permute((1, 0)), b_zero, use_acc=False, is_async=True
+        )
+        t_dweight = warpgroup_mma(
+            held_value if HELD else s_value,
+            s_gradient.permute((1, 0)),
+            b_zero,
+            use_acc=False,
+            is_async=True,
+        )
+        mbarrier.wait(kv_full.index(0), 0)  # long past: see `hopper_forward`
         b_shift = s_pair.slice(0, 1).load(SCORES)
-        b_score = warpgroup_mma_wait(0, deps=(t_score,)) * scale_log2 - b_shift
-        # In wide heads the bounds of whole steps would take registers that nothing has left: mask every step.
-        if (i < full_start) | (i >= full_end) | (WIDTH > 64):
-            o_m = query + gl.arange(0, STEP, layout=gl.SliceLayout(0, SCORES))
+        b_score = warpgroup_mma_wait(1, deps=(t_score,)) * scale_log2 - b_shift
+        if (query < full_start) | (query >= full_end):
+            o_m = query + s_columns.load(gl.SliceLayout(0, SCORES))
             m_visible = (o_m[None, :] >= b_first[:, None]) & (o_m[None, :] < b_end[:, None])
             b_score = gl.where(m_visible, b_score, float("-inf"))
         b_weight = gl.exp2(b_score)
-
-        mbarrier.wait(grad_full.index(slot), parity)
-        b_start = b_zero - s_pair.slice(1, 1).load(SCORES)
-        t_dweight = warpgroup_mma(s_value, s_gradient.permute((1, 0)), b_start, is_async=True)
         t_dv = warpgroup_mma(
             gl.convert_layout(b_weight.to(s_q.dtype), WEIGHTS), s_gradient, b_dv, is_async=True
         )
+        mbarrier.wait(dscore_empty.index(0), (turn & 1) ^ 1)
         b_dweight = warpgroup_mma_wait(1, deps=(t_dweight,))
-        b_dscore = (b_weight * b_dweight).to(s_q.dtype)
+        b_dscore = (b_weight * (b_dweight - s_pair.slice(1, 1).load(SCORES))).to(s_q.dtype)
         t_dk = warpgroup_mma(gl.convert_layout(b_dscore, WEIGHTS), s_query, b_dk, is_async=True)
         s_own_dscore.store(b_dscore)
         fence_async_shared()
+        mbarrier.arrive(dscore_full.index(0), count=1)
         b_dv = warpgroup_mma_wait(1, deps=(t_dv,))
 
+        # Each makes half of the columns, from the gradients of all scores of the program.
         b_none = gl.zeros([STEP, PART], gl.float32, PARTS)
-        for part in gl.static_range(WIDTH // PART):
-            t_dq = warpgroup_mma(
-                s_own_dscore.permute((1, 0)),
-                s_key.slice(part * PART, PART, 1),
-                b_none,
-                use_acc=False,
-                is_async=True,
-            )
-            if part == 0:
-                b_dk = warpgroup_mma_wait(1, deps=(t_dk,))
-                mbarrier.arrive(empty.index(slot), count=1)
-            b_dq = warpgroup_mma_wait(0, deps=(t_dq,))
-            if part == 0:  # what the step before left through this memory
-                tma_store_wait(0)
-            s_own_dq.slice(part * PART, PART, 1).store(b_dq)
+        mbarrier.wait(dscore_full.index(0), turn & 1)
+        t_dq = warpgroup_mma(
+            s_all_dscore.permute((1, 0)),
+            s_keys.slice(MEMBER * PART, PART, 1),
+            b_none,
+            use_acc=False,
+            is_async=True,
+        )
+        b_dk = warpgroup_mma_wait(1, deps=(t_dk,))
+        mbarrier.arrive(empty.index(slot), count=1)
+        tma_store_wait(0)
+        b_dq = warpgroup_mma_wait(0, deps=(t_dq,))
+        mbarrier.arrive(dscore_empty.index(0), count=1)
+        s_own_dq.store(b_dq)
         fence_async_shared()
-        tma_add(d_dq, [row, key_head * group + turn // steps, query, 0], s_dq.index(MEMBER))
+        tma_add(d_dq, [row, head, query, MEMBER * PART], s_dq.index(MEMBER))
+        query, head = _following(query, head, base, steps, STEP)
 
     # Keys and values are done with: their gradients leave through their memory.
+    # Both read all keys until their last product, hence the turn.
+    mbarrier.wait(dscore_empty.index(0), (group * steps & 1) ^ 1)
+    s_key = s_k.index(0).reshape([2 * HALF, WIDTH]).slice(MEMBER * HALF, HALF, 0)
+    s_value = s_v.index(0).reshape([2 * HALF, WIDTH]).slice(MEMBER * HALF, HALF, 0)
     s_key.store((b_dk * scale).to(s_k.dtype))
     s_value.store(b_dv.to(s_v.dtype))
     fence_async_shared()
-    tma_store(d_dk, [row, key_head, start + MEMBER * HALF, 0], s_k.index(MEMBER))
-    tma_store(d_dv, [row, key_head, start + MEMBER * HALF, 0], s_v.index(MEMBER))
+    tma_store(d_dk, [row, key_head, start + MEMBER * HALF, 0], s_k.index(0).slice(MEMBER * HALF, HALF, 2))
+    tma_store(d_dv, [row, key_head, start + MEMBER * HALF, 0], s_v.index(0).slice(MEMBER * HALF, HALF, 2))
     tma_store_wait(0)

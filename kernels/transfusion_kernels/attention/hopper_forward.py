@@ -192,16 +192,16 @@ def _consume(
     full_start = gl.maximum(full_start, 1)
     full_end = gl.maximum(full_end, 1)
     b_out, b_weight, b_max, b_sum = _attend(
-        b_out, b_weight, b_max, b_sum, 1, full_start, base, s_q_2d, keys, values, turns, b_first, b_end,
-        scale_log2, MEMBER, True, True,
+        b_out, b_weight, b_max, b_sum, 1, full_start, base, s_q_2d, q_full, keys, values, turns, b_first,
+        b_end, scale_log2, MEMBER, True, True,
     )  # fmt: skip
     b_out, b_weight, b_max, b_sum = _attend(
-        b_out, b_weight, b_max, b_sum, full_start, full_end, base, s_q_2d, keys, values, turns, b_first, b_end,
-        scale_log2, MEMBER, False, False,
+        b_out, b_weight, b_max, b_sum, full_start, full_end, base, s_q_2d, q_full, keys, values, turns, b_first,
+        b_end, scale_log2, MEMBER, False, False,
     )  # fmt: skip
     b_out, b_weight, b_max, b_sum = _attend(
-        b_out, b_weight, b_max, b_sum, full_end, steps, base, s_q_2d, keys, values, turns, b_first, b_end,
-        scale_log2, MEMBER, False, True,
+        b_out, b_weight, b_max, b_sum, full_end, steps, base, s_q_2d, q_full, keys, values, turns, b_first,
+        b_end, scale_log2, MEMBER, False, True,
     )  # fmt: skip
 
     slot, parity = slot_of(steps - 1, STAGES)
@@ -224,8 +224,8 @@ def _consume(
 
 @gluon.jit
 def _attend(
-    b_out, b_weight, b_max, b_sum, from_step, to_step, base, s_q, keys, values, turns, b_first, b_end, scale_log2,
-    MEMBER: gl.constexpr, MASK_FIRST: gl.constexpr, MASK_END: gl.constexpr,
+    b_out, b_weight, b_max, b_sum, from_step, to_step, base, s_q, q_full, keys, values, turns, b_first, b_end,
+    scale_log2, MEMBER: gl.constexpr, MASK_FIRST: gl.constexpr, MASK_END: gl.constexpr,
 ):  # fmt: skip
     """Take the steps of keys `[from_step, to_step)`, each with the values of the step before.
 
@@ -272,6 +272,9 @@ def _attend(
             STEP,
             SCORES,
         )
+        # Long past, so that it never blocks. NVIDIA's assembler moves no instruction across it: without it the wait
+        # below comes before the softmax, which then overlaps nothing.
+        mbarrier.wait(q_full.index(MEMBER), 0)
         b_out = warpgroup_mma_wait(0, deps=(t_out,))
         mbarrier.arrive(v_empty.index(last_slot), count=1)
         b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUTPUT))[:, None]

@@ -13,6 +13,8 @@ import triton
 
 from transfusion_kernels.attention.layout import TILE_ROWS
 
+TRITON_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -71,9 +73,14 @@ _AMPERE_64 = Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), 
 _AMPERE_128 = Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
 _HOPPER_64 = Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
 _HOPPER_64_NARROW = Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
-_HOPPER_128 = Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
-_HOPPER_128_NARROW = Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2))
-_HOPPER_256 = Tiles(Tile(64, 64, 8, 2), None, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2))
+# The compiler of Triton 3.9 would spill the wider step.
+_STEP_128 = 64 if TRITON_VERSION < (3, 9) else 32
+# A fused tile of 64 keys would have its two warpgroups compute all scores twice, and other fused tiles spill.
+_HOPPER_128 = Tiles(Tile(128, 128, 8, 2), None, Tile(128, _STEP_128, 8, 2), Tile(128, 64, 8, 2))
+_HOPPER_128_NARROW = Tiles(Tile(64, 64, 4, 3), None, Tile(64, _STEP_128, 4, 2), Tile(64, 64, 4, 2))
+# Backward its warpgroups do repeat each other: with more rows the gradients of keys and values fit no registers.
+_HOPPER_256 = Tiles(Tile(128, 64, 8, 2), None, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2))
+_HOPPER_256_NARROW = replace(_HOPPER_256, forward=Tile(64, 64, 4, 2))
 _BLACKWELL_64 = replace(_COMMON_64, fused=Tile(64, 64, 8, 1), keys=Tile(64, 64, 8, 1))
 _BLACKWELL_128 = Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 8, 1), Tile(128, 64, 8, 1), Tile(128, 64, 8, 2))
 _BLACKWELL_128_NARROW = replace(_COMMON_128, fused=Tile(64, 64, 8, 1), keys=Tile(64, 64, 4, 1))
@@ -98,7 +105,7 @@ _TABLE = {
     ("sm_90", 64): (_HOPPER_64, _HOPPER_64_NARROW),
     ("sm_90", 96): (_HOPPER_128, _HOPPER_128_NARROW),
     ("sm_90", 128): (_HOPPER_128, _HOPPER_128_NARROW),
-    ("sm_90", 256): (_HOPPER_256, _HOPPER_256),
+    ("sm_90", 256): (_HOPPER_256, _HOPPER_256_NARROW),
     ("sm_100", 32): (_BLACKWELL_64, _BLACKWELL_64),
     ("sm_100", 64): (_BLACKWELL_64, _BLACKWELL_64),
     ("sm_100", 96): (_BLACKWELL_128, _BLACKWELL_128_NARROW),
@@ -127,7 +134,7 @@ def tiles_for(width: int, dtype: torch.dtype, narrow: bool) -> Tiles:
         return (_EXACT_CDNA if architecture.startswith("gfx") else _EXACT)[width]
     common = _COMMON[width]
     tiles = _TABLE.get((_AS.get(architecture, architecture), width), (common, common))[narrow]
-    splits = (architecture, width) in _SPLIT_ON_TRITON_3_6 and triton.__version__.startswith("3.6.")
+    splits = (architecture, width) in _SPLIT_ON_TRITON_3_6 and TRITON_VERSION == (3, 6)
     return replace(tiles, fused=None) if splits else tiles
 
 
@@ -169,6 +176,11 @@ def interprets() -> bool:
 def targets_nvidia() -> bool:
     """Whether kernels are compiled for an NVIDIA GPU."""
     return _architecture().startswith("sm_")
+
+
+def multiplies_by_warpgroups() -> bool:
+    """Whether four warps multiply 64 rows together, as on Hopper alone."""
+    return _architecture() == "sm_90"
 
 
 def _architecture() -> str:

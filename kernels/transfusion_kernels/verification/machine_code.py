@@ -9,10 +9,11 @@ Triton brings the tools for NVIDIA; for AMD the assembly tells.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from transfusion_kernels.verification.sass import read_code
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -63,8 +66,21 @@ _TENSOR_CORES = {
 
 @dataclass(frozen=True)
 class Report:
-    """A compiled kernel. registers: of one thread, on AMD with those for accumulation; spills: instructions that store
-    and load them in memory; shared_bytes: of one program; instructions: how many stand in the code, by kind.
+    """A compiled kernel.
+
+    Attributes:
+        name: What it is called in tables.
+        target: Of `TARGETS`.
+        registers: Of one thread, on AMD with those for accumulation.
+        spill_stores: Instructions that store registers to memory.
+        spill_loads: Instructions that load them again.
+        shared_bytes: Of one program.
+        instructions: How many stand in the code, by kind.
+        exponentials: In loops that multiply matrices on Hopper.
+        exposed: Those of them that run while no product of their warpgroup may be in flight.
+        hazards: Instructions that touch registers which a product in flight may use (`sass.Code`).
+        unsynchronised: Copies into shared memory that another warpgroup may still read.
+        idle: Hopper's products of which warpgroups compute the same part, as text.
     """
 
     name: str
@@ -74,6 +90,11 @@ class Report:
     spill_loads: int
     shared_bytes: int
     instructions: dict[str, int]
+    exponentials: int = 0
+    exposed: int = 0
+    hazards: tuple[str, ...] = ()
+    unsynchronised: int = 0
+    idle: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -121,18 +142,19 @@ def compile_function(
 
 def inspect(name: str, kernel: Any, target: str) -> Report:
     """Read a compiled kernel."""
+    of_products: dict[str, Any] = {}
     if target.startswith("gfx"):
         code, kinds = kernel.asm["amdgcn"], _AMD
         registers = re.findall(r"\.vgpr_count:\s+(\d+)", code)
         # Not `.vgpr_spill_count`, which counts what moves to accumulation registers and back, too.
         spilling = {"stores": r"\bscratch_store", "loads": r"\bscratch_load"}
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(kernel.asm["cubin"])
-            cubin.flush()
-            registers = re.findall(r"\bREG:(\d+)", _run("cuobjdump", "-res-usage", cubin.name))
-            code, kinds = _run("nvdisasm", "-c", cubin.name), _NVIDIA
+        with _cubin(kernel) as path:
+            registers = re.findall(r"\bREG:(\d+)", _run("cuobjdump", "-res-usage", path))
+        code, kinds = disassemble(kernel), _NVIDIA
         spilling = {"stores": r"\bSTL\b", "loads": r"\bLDL\b"}
+        if target == "sm_90":
+            of_products = _overlap(code) | {"idle": idle_products(kernel.asm["ttgir"])}
     spills = _count(spilling, code)
     return Report(
         name,
@@ -142,15 +164,74 @@ def inspect(name: str, kernel: Any, target: str) -> Report:
         spills["loads"],
         kernel.metadata.shared,
         _count(kinds, code),
+        **of_products,
     )
 
 
-def problems(report: Report, tma: bool = False, small: bool = False, exact: bool = False) -> list[str]:
+def disassemble(kernel: Any) -> str:
+    """The machine code of a kernel compiled for NVIDIA, as text."""
+    with _cubin(kernel) as path:
+        return _run("nvdisasm", "-c", path)
+
+
+@contextlib.contextmanager
+def _cubin(kernel: Any) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        yield file.name
+
+
+def _overlap(code: str) -> dict[str, Any]:
+    read = read_code(code)
+    return {
+        "exponentials": sum(loop.exponentials for loop in read.loops),
+        "exposed": sum(loop.exposed for loop in read.loops),
+        "hazards": read.hazards,
+        "unsynchronised": len(read.unsynchronised),
+    }
+
+
+def idle_products(ttgir: str) -> tuple[str, ...]:
+    """The products whose tile has fewer rows or columns than its warpgroups stand along, as "64x64 by 8x1 warps".
+
+    A product of a warpgroup has 64 rows, 16 to a warp. Warps beyond the rows of the tile compute again what others do.
+    """
+    layouts = {
+        name: (int(rows), int(columns), int(width))
+        for name, rows, columns, width in re.findall(
+            r"^(#\w+) = #ttg\.nvidia_mma<\{versionMajor = 3.*?warpsPerCTA = \[(\d+), (\d+)\].*?"
+            r"instrShape = \[16, (\d+), \d+\]",
+            ttgir,
+            re.MULTILINE,
+        )
+    }
+    found = []
+    for line in ttgir.splitlines():
+        shape = re.search(r"warp_group_dot.*-> tensor<(\d+)x(\d+)xf32, (#\w+)>", line)
+        if not shape or shape.group(3) not in layouts:
+            continue
+        rows, columns = int(shape.group(1)), int(shape.group(2))
+        warp_rows, warp_columns, width = layouts[shape.group(3)]
+        if rows < 16 * warp_rows or columns < width * warp_columns:
+            found.append(f"{rows}x{columns} by {warp_rows}x{warp_columns} warps")
+    return tuple(found)
+
+
+def problems(
+    report: Report,
+    tma: bool = False,
+    small: bool = False,
+    exact: bool = False,
+    overlaps: bool = False,
+    idle: bool = False,
+) -> list[str]:
     """What is wrong with a kernel that multiplies tiles, in words; nothing if it may be shipped.
 
     tma: whether it is to load by descriptors. small: whether its tiles may have fewer than 64 rows, for which the
     larger products of newer GPUs are not made. exact: whether it multiplies in IEEE float32, for which there are no
-    tensor cores; otherwise in 16 bits.
+    tensor cores; otherwise in 16 bits. overlaps: whether its softmax is to run beside its own products. idle: whether
+    warpgroups may repeat each other, as where no larger tile fits the registers.
     """
     found = []
     count = report.instructions
@@ -163,6 +244,16 @@ def problems(report: Report, tma: bool = False, small: bool = False, exact: bool
         found.append(f"{count['HMMA']} products by HMMA, at a fraction of the speed of HGMMA")
     if count.get("HGMMA") and count["DEPBAR"] >= count["HGMMA"]:
         found.append("serialised: it waits for each HGMMA")
+    if overlaps and not report.exponentials:
+        found.append("no exponentials in its loops")
+    if overlaps and report.exposed:
+        found.append(f"{report.exposed} of {report.exponentials} exponentials overlap none of its products")
+    if report.hazards:
+        found.append(f"{len(report.hazards)} uses of registers of products in flight: {report.hazards[0]}")
+    if report.unsynchronised:
+        found.append(f"{report.unsynchronised} copies into memory that other warpgroups may still read")
+    if report.idle and not idle:
+        found.append(f"idle warpgroups: {', '.join(dict.fromkeys(report.idle))}")
     if tma and not count["UTMALDG"]:
         found.append("no loads by descriptors")
     if report.shared_bytes > _SHARED_LIMIT[report.target]:

@@ -69,7 +69,8 @@ def compile_form(form: Form) -> list[tuple[Report, list[str]]]:
         for name, kernel in launched.items()
         if name != "_statistics_kernel"
     ]
-    return [(report, problems(report, form.tma, exact=form.exact)) for report in reports]
+    idle = form.head_dim == 256 and form.direction != "forward"
+    return [(report, problems(report, form.tma, exact=form.exact, idle=idle)) for report in reports]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def compile_cache_form(form: CacheForm) -> list[tuple[Report, list[str]]]:
     """The report on a form's kernel that multiplies matrices, with what is wrong with it."""
     launched = compile_launches(form.target, lambda: _launch_with_cache(form))
     report = inspect(str(form), launched["_decode_kernel"], form.target)
-    return [(report, problems(report, small=form.queries * form.group < 64))]
+    small = form.queries * form.group < 64
+    return [(report, problems(report, small=small, idle=form.head_dim == 256))]
 
 
 def _launch_with_cache(form: CacheForm) -> None:
@@ -149,7 +151,7 @@ def compile_case(case: CompileCase) -> tuple[Report, list[str]]:
         case.function, case.signature, case.constants, case.options, "sm_90", GluonASTSource
     )
     report = inspect(case.name, kernel, "sm_90")
-    return report, problems(report, tma=True)
+    return report, problems(report, tma=True, overlaps=True)
 
 
 def _launch(form: Form) -> None:
