@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import WRONG_OR_FAILED, Case
+from attention_table.cases import Case
+from attention_table.measure import WRONG_OR_FAILED
 from limits import record_head, write_json
 from transfusion_kernels import IntervalMask, interval_attention
 from transfusion_kernels.attention.cpu_plan import make_plan

@@ -9,6 +9,7 @@ best size's median. Speeds count the arithmetic and the bytes that must be, not 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -27,17 +28,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CUDA_MATRICES, CPU_MATRICES = (4096, 8192, 16384), (256, 512, 1024)
 CUDA_COPIES_MIB, CPU_COPIES_MIB = (256, 1024, 4096), (16, 64)
 MIN_CALLS, MAX_CALLS = 3, 200
-# Written before each timed call on a GPU. Larger than any cache, and long enough at it that the host has launched
-# what is timed before the device comes to it.
+# Written before each timed call on a GPU. Larger than any cache.
 FLUSHED_BYTES = 1 << 30
+# Then the device sleeps so many of its cycles, about a millisecond. Meanwhile the host launches what is timed, so that
+# the device never waits for the host between the two events. It sleeps longer where that was too short.
+SLEEP_CYCLES, MAX_SLEEP_CYCLES = 2_000_000, 16_000_000
 KEPT = ("time", "python", "platform", "cpu", "cpu_count", "gpus", "packages", "git", "transfusion")
 
 
 class Timer:
     """Median milliseconds of a call.
 
-    On a GPU those of the device, between two events, with cold caches; on a CPU those of the processor, all threads
-    added up, so that other programs on the machine do not count.
+    On a GPU those of the device, between two events, with cold caches. The host's part is hidden behind a sleep of the
+    device. On a CPU those of the processor, all threads added up, so that other programs on the machine do not count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,16 +48,21 @@ class Timer:
         self.clock = "events" if device.type == "cuda" else "process"
         self._flushed: torch.Tensor | None = None
 
-    def median_ms(self, call: Callable[[], object], seconds: float, *, cold: bool = True) -> float:
-        """The median over about `seconds`, after two calls that warm up. cold: empty the GPU's caches each time."""
-        call()
-        self.wait()
-        begin = time.perf_counter()
-        call()
-        self.wait()
-        once = max(time.perf_counter() - begin, 1e-6)
-        calls = min(max(int(seconds / once), MIN_CALLS), MAX_CALLS)
-        times = self._on_cuda(call, calls, cold) if self.device.type == "cuda" else _on_cpu(call, calls)
+    def median_ms(self, call: Callable[[], object], seconds: float, *, host_counts: bool = False) -> float:
+        """The median over about `seconds`, after two calls that warm up.
+
+        host_counts: On a GPU, begin each call with nothing left to do, so that the time to launch it counts too.
+        """
+        on_gpu = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext():
+            for _ in range(2):
+                begin = time.perf_counter()
+                self._before(host_counts)
+                call()
+                self.wait()
+                once = max(time.perf_counter() - begin, 1e-6)
+            calls = min(max(int(seconds / once), MIN_CALLS), MAX_CALLS)
+            times = self._on_cuda(call, calls, host_counts) if on_gpu else _on_cpu(call, calls)
         return statistics.median(times)
 
     def wait(self) -> None:
@@ -62,16 +70,31 @@ class Timer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _on_cuda(self, call: Callable[[], object], calls: int, cold: bool) -> list[float]:
+    def _on_cuda(self, call: Callable[[], object], calls: int, host_counts: bool) -> list[float]:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        cycles = SLEEP_CYCLES
         for begin, end in pairs:
-            if cold:
-                self._flush()
-            begin.record()
-            call()
-            end.record()
+            while True:
+                self._before(host_counts, cycles)
+                begin.record()
+                call()
+                end.record()
+                # A device that has passed the first event by now did not find all of the call launched.
+                if host_counts or not begin.query() or cycles >= MAX_SLEEP_CYCLES:
+                    break
+                cycles *= 2
         self.wait()
         return [begin.elapsed_time(end) for begin, end in pairs]
+
+    def _before(self, host_counts: bool, cycles: int = SLEEP_CYCLES) -> None:
+        """What comes before a call on a GPU."""
+        if self.device.type != "cuda":
+            return
+        if host_counts:
+            self.wait()
+            return
+        self._flush()
+        torch.cuda._sleep(cycles)
 
     def _flush(self) -> None:
         if self._flushed is None:

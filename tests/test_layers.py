@@ -58,6 +58,7 @@ ORDER = {
 IMPORTERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("src/transfusion/parallel/deepspeed_patches.py",),
     "triton": ("kernels/transfusion_kernels/",),
+    "cudnn": ("kernels/transfusion_kernels/rivals/cudnn.py",),
     "wandb": ("src/transfusion/observe/sinks.py",),
     "cv2": ("src/transfusion/data/images/decode.py",),
     "webdataset": ("src/transfusion/data/shards/webdataset.py",),
@@ -68,8 +69,8 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "jinja2": ("src/transfusion/evaluate/report/page.py",),
     "diffusers": ("src/transfusion/codec/",),
     "fastapi": ("src/transfusion/serve/",),
-    # Not optional, but one digest for all.
-    "hashlib": ("src/transfusion/files.py",),
+    # Not optional, but one digest for all. The kernels stand alone and have their own.
+    "hashlib": ("src/transfusion/files.py", "kernels/transfusion_kernels/probe/records.py"),
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "transfusion_kernels"}
 ENVIRONMENT_READERS = ("src/transfusion/parallel/environment.py", "kernels/transfusion_kernels/dispatch.py")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transfusion_kernels import rivals
 from transfusion_kernels.attention import cpu
 from transfusion_kernels.attention.checks import check_arguments, checked_scale
 from transfusion_kernels.attention.layout import IntervalMask
@@ -41,7 +42,7 @@ def interval_attention(
         deterministic: Gradients with the same bits on every run. On a GPU this costs two more products backward. The
             other implementations always give them.
         return_lse: Return the log-sum-exp too.
-        backend: "auto", "hopper", "triton", "cpu" or "reference", as in `explain`.
+        backend: "auto", "hopper", "triton", "cpu", "reference", "flex" or "cudnn", as in `explain`.
 
     Returns:
         The output [B, H, S, D] in the dtype of `q`, laid out as [B, S, H, D] so that joining the heads copies nothing.
@@ -59,6 +60,8 @@ def interval_attention(
         mask.validate()  # the CPU implementation does so once for each new mask
     if implementation == "reference":
         out, lse = reference_attention(q, k, v, mask, scale)
+    elif implementation in rivals.NAMES:
+        out, lse = rivals.attention(implementation, q, k, v, mask, scale, deterministic)
     else:
         needs_columns = implementation in ("hopper", "triton")
         out, lse = _interval_attention(

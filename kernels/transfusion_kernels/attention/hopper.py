@@ -1,4 +1,4 @@
-"""The Hopper kernels' host side: what they take, how they are launched, compiled ahead of time and tried out."""
+"""The Hopper kernels' host side: what they take, how they are launched and compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -15,15 +14,12 @@ from transfusion_kernels.attention import layout
 from transfusion_kernels.attention.forward import LOG2_E, device_of
 from transfusion_kernels.attention.hopper_backward import backward_kernel, statistics_kernel
 from transfusion_kernels.attention.hopper_forward import forward_kernel
-from transfusion_kernels.attention.layout import IntervalMask
-from transfusion_kernels.attention.reference import reference_attention
+from transfusion_kernels.attention.tiles import TRITON_VERSION
 
 # Every partition of 128 threads starts with this many registers, and then takes from the producer what it gives up.
 OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
 _GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 _TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# The most that the first launch may differ from the reference, norm over norm: far above rounding, far below wrong.
-_TRIAL_BAR = 2e-2
 
 
 @dataclass(frozen=True)
@@ -35,15 +31,12 @@ class Ring:
 
 
 # By head width. A program's own tile is `layout.TILE_ROWS` queries forward, keys backward, half of them to a consumer.
-# The compiler of Triton 3.9 keeps less in registers: what would spill there is smaller, or left to portable kernels.
-_BEFORE_3_8 = tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 8)
+# The compiler of Triton 3.9 would spill a register of the wide step.
 FORWARD = {
-    64: Ring(step=128, stages=3) if _BEFORE_3_8 else Ring(step=64, stages=4),
+    64: Ring(step=128, stages=3) if TRITON_VERSION < (3, 9) else Ring(step=64, stages=4),
     128: Ring(step=128, stages=2),
 }
-BACKWARD = {64: Ring(step=64, stages=2)}
-if _BEFORE_3_8:
-    BACKWARD[128] = Ring(step=64, stages=2)
+BACKWARD = {64: Ring(step=64, stages=2), 128: Ring(step=64, stages=2)}
 _STATISTICS_ROWS = 64
 
 
@@ -130,11 +123,11 @@ def attention_backward(
         )
         backward_kernel[(key_order.numel() * share * key_heads,)](
             describe(q, (1, ring.step, width)),
-            describe(k, (1, half, width)),
-            describe(v, (1, half, width)),
+            describe(k, (1, layout.TILE_ROWS, width)),
+            describe(v, (1, layout.TILE_ROWS, width)),
             describe(grad_out, (1, ring.step, width)),
             describe(statistics, (1, 2, ring.step)),
-            describe(dq_sum, (1, ring.step, width)),
+            describe(dq_sum, (1, ring.step, width // 2)),
             describe(dk, (1, half, width)),
             describe(dv, (1, half, width)),
             first_query.contiguous(),
@@ -207,9 +200,10 @@ def _forward_case(width: int, dtype: torch.dtype) -> CompileCase:
 def _backward_case(width: int, dtype: torch.dtype) -> CompileCase:
     ring, half = BACKWARD[width], layout.TILE_ROWS // 2
     types = dict.fromkeys(("d_q", "d_grad"), _descriptor_type((1, ring.step, width), dtype))
-    types |= dict.fromkeys(("d_k", "d_v", "d_dk", "d_dv"), _descriptor_type((1, half, width), dtype))
+    types |= dict.fromkeys(("d_dk", "d_dv"), _descriptor_type((1, half, width), dtype))
+    types |= dict.fromkeys(("d_k", "d_v"), _descriptor_type((1, layout.TILE_ROWS, width), dtype))
     types["d_statistics"] = _descriptor_type((1, 2, ring.step), torch.float32)
-    types["d_dq"] = _descriptor_type((1, ring.step, width), torch.float32)
+    types["d_dq"] = _descriptor_type((1, ring.step, width // 2), torch.float32)
     types |= dict.fromkeys(("first_query", "end_query", "order"), "*i32")
     types |= dict.fromkeys(("keys", "key_heads", "group", "share"), "i32")
     types |= dict.fromkeys(("scale", "scale_log2"), "fp32")
@@ -229,47 +223,3 @@ def _case(
 def _descriptor_type(block: tuple[int, int, int], dtype: torch.dtype) -> str:
     extents = ",".join(str(extent) for extent in (1, *block))
     return f"tensordesc<{_TYPE_NAMES[dtype]}[{extents}],{_layout(block, dtype)!r}>"
-
-
-def trial(device: torch.device, dtype: torch.dtype, width: int) -> str:
-    """Run every kernel for this width once, on a few documents; what is wrong, or nothing.
-
-    Compiles them, waits for the device, and compares with the reference. Catches any exception.
-    """
-    try:
-        # Whatever the caller's modes: those of generation make no gradients, and autocast would round the reference.
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            errors = _trial_errors(device, dtype, width)
-    except Exception as error:
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        return f"{type(error).__name__}: {first_line}"
-    wrong = [f"{name} by {error:.2g}" for name, error in errors.items() if not error < _TRIAL_BAR]
-    return f"results differ from the reference: {', '.join(wrong)}" if wrong else ""
-
-
-def _trial_errors(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, float]:
-    positions, heads, key_heads, scale = 300, 2, 1, width**-0.5
-    position = torch.arange(positions, device=device)[None]
-    document_start = torch.where(position < 90, 0, 90)
-    image_end = torch.where((position >= 120) & (position < 270), 270, 0)
-    length = torch.full((1,), positions - 7, device=device)
-    mask = IntervalMask.from_spans(document_start, image_end, length=length)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(heads: int) -> Tensor:
-        shape = (1, positions, heads, width)
-        return torch.randn(*shape, generator=generator, device=device, dtype=dtype).transpose(1, 2)
-
-    q, k, v, grad_out = normal(heads), normal(key_heads), normal(key_heads), normal(heads)
-    exact = [x.float().requires_grad_() for x in (q, k, v)]
-    exact_out, exact_lse = reference_attention(exact[0], exact[1], exact[2], mask, scale)
-    out, lse = attention_forward(q, k, v, mask.first_key, mask.end_key, mask.query_order, scale)
-    pairs = {"out": (out, exact_out.detach()), "log-sum-exp": (lse.exp(), exact_lse.exp())}
-    if width in BACKWARD:
-        columns = (mask.first_query, mask.end_query, mask.key_order)
-        gradients = attention_backward(grad_out, q, k, v, out, lse, *columns, scale)
-        exact_gradients = torch.autograd.grad(exact_out, exact, grad_out.float())
-        pairs |= zip(("dq", "dk", "dv"), zip(gradients, exact_gradients, strict=True), strict=True)
-    return {
-        name: float((ours.float() - exact).norm() / exact.norm()) for name, (ours, exact) in pairs.items()
-    }

@@ -294,6 +294,31 @@ def _choices() -> Iterator[Finding]:
     yield Finding("attention", "good", str(explain(q, q, q, IntervalMask.from_spans(start, start))))
 
 
+def _kernels() -> Iterator[Finding]:
+    """What is on record about the attention kernels here. Only `auto` and the command itself probe them."""
+    if not (_is_installed("torch") and _is_installed("triton") and _has_gpu()):
+        return
+    import torch
+
+    from transfusion_kernels import dispatch, probe
+
+    right: dict[str, list[str]] = {}
+    untried: dict[str, int] = {}
+    for subject, verdict in dispatch.on_record(torch.device("cuda", torch.cuda.current_device())):
+        name, inputs = f"{subject.implementation} kernels", f"head_dim {subject.head_dim} in {subject.dtype}"
+        if verdict is None:
+            untried[name] = untried.get(name, 0) + 1
+        elif verdict.right:
+            right.setdefault(name, []).append(inputs)
+        else:
+            yield Finding(name, "note", f"{inputs}: {verdict}", dispatch.probe_command(subject))
+    for name, inputs_tried in right.items():
+        yield Finding(name, "good", f"right here for {', '.join(inputs_tried)}")
+    if untried:
+        counts = ", ".join(f"{count} of the {name}" for name, count in untried.items())
+        yield Finding("probes", "note", f"not made yet: {counts}; each is at its first use", probe.COMMAND)
+
+
 LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _python,
     _torch,
@@ -306,6 +331,7 @@ LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _deepspeed_locks,
     _torchvision,
     _choices,
+    _kernels,
 )
 
 

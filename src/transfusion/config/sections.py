@@ -543,7 +543,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="type of weights and activations in the forward pass"
     )
-    attention: Literal["auto", "cpu", "hopper", "triton", "reference"] = Field(
+    attention: Literal["auto", "cpu", "hopper", "triton", "reference", "flex", "cudnn"] = Field(
         "auto", description="attention implementation"
     )
     compile: bool = Field(False, description="torch.compile each block's forward")

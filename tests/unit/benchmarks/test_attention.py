@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ from torch import Tensor
 import attention
 import cpu_attention
 import verify
-from attention import Case, Inputs, Options, Provider
+from attention_table import apart
+from attention_table.cases import Case, Inputs, transfusion_mix
+from attention_table.measure import Options
+from attention_table.providers import Provider
 from transfusion_kernels.verification.testing import exact_attention, relative_error
 
 CPU = torch.device("cpu")
@@ -134,10 +139,114 @@ def test_a_provider_that_fails_leaves_its_reason(capsys: pytest.CaptureFixture[s
 
 
 def test_out_of_time_is_said() -> None:
-    record = attention.run(options(seconds=0.0))
-    assert {(result["status"], result["reason"]) for result in record["results"]} == {
-        ("skipped", "out of time")
-    }
+    for isolate in (None, 30.0):
+        record = attention.run(options(seconds=0.0, isolate=isolate))
+        assert len(record["results"]) == len(attention.PROVIDERS)
+        assert {(result["status"], result["reason"]) for result in record["results"]} == {
+            ("skipped", "out of time")
+        }
+
+
+def test_the_most_telling_comes_first_and_what_compiles_for_long_last() -> None:
+    table = options(lengths=[8192, 1024], head_dims=[128, 64], families=list(attention.FAMILIES))
+    stages = table.stages(attention.PROVIDERS)
+    begin = [(case.head_dim, case.length, case.family) for case in stages[0][0]]
+    assert begin == [(width, 8192, family) for width in (128, 64) for family in ("causal", "transfusion")]
+    quick, slow = ([provider.name for provider in stages[stage][1]] for stage in (0, 1))
+    assert quick[:3] == ["ours-hopper", "ours-triton", "ours-triton-split"]
+    assert quick.index("sdpa-cudnn-causal") < quick.index("flash-attn-3")
+    assert slow[:3] == ["flex", "flex-tuned", "cudnn-flex"]
+    assert [cases == stages[0][0] for cases, _ in stages] == [True, True, False, False]
+    every = [(case, provider.name) for cases, some in stages for case in cases for provider in some]
+    assert len(every) == len(set(every)) == len(table.cases()) * len(attention.PROVIDERS)
+
+
+def test_all_that_was_measured_is_on_the_disk_while_the_rest_runs(tmp_path: Path) -> None:
+    out, seen = tmp_path / "attention.json", []
+
+    def looks(inputs: Inputs) -> Any:
+        right, calls = with_the_right_mask(inputs), itertools.count()
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if next(calls) % 3 == 0:
+                seen.append(json.loads(out.read_text())["results"][-1])
+            return right(q, k, v)
+
+        def build() -> None:
+            seen.append(json.loads(out.read_text())["results"][-1])
+
+        builds.append(build)
+        return attend
+
+    builds: list[Callable[[], None]] = []
+    provider = Provider("looking", looks, lambda inputs: builds[-1]())
+    attention.run(options(), [provider], out)
+    assert seen[0]["status"] == "running" and "errors" not in seen[0]
+    assert any("errors" in each and "forward" not in each for each in seen)
+    assert {"forward", "backward"} <= seen[-1].keys() and seen[-1]["status"] == "running"
+
+
+# Stands for a process that measures: what it leaves behind and how it ends is told by the name of the provider.
+STAND_IN = """
+import json, os, sys, time
+from pathlib import Path
+job = json.loads(Path(sys.argv[2]).read_text())
+lines = [{**case, "provider": job["provider"], "ours": True} for case in job["cases"]]
+def write(*statuses):
+    results = [line | {"status": status, "reason": ""} for line, status in zip(lines, statuses)]
+    Path(job["results"] + "~").write_text(json.dumps({"results": results}))
+    os.replace(job["results"] + "~", job["results"])
+if job["provider"] == "hangs":
+    write("unsupported", "running")
+    time.sleep(600)
+if job["provider"] == "crashes":
+    write("running")
+    os.abort()
+if job["provider"] == "takes-its-time":
+    for count in range(1, len(lines) + 1):
+        time.sleep(0.7)
+        write(*["unsupported"] * count)
+write(*["unsupported"] * len(lines))
+"""
+
+
+def test_what_hangs_or_crashes_loses_its_own_lines_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setattr(apart, "COMMAND", (sys.executable, "-S", str(tmp_path / "stand_in.py")))
+    providers = [
+        Provider(name, with_the_right_mask, ours=True) for name in ("hangs", "crashes", "takes-its-time")
+    ]
+    families, out = ["causal", "tiny", "captions", "document"], tmp_path / "attention.json"
+    record = attention.run(options(families=families, isolate=1.5), providers, out)
+    assert json.loads(out.read_text()) == record
+    found = {(each["provider"], each["family"]): each["status"] for each in record["results"]}
+    assert len(found) == len(record["results"]) == 12
+    # A process for the headline, causal, and one for the rest, which lasts longer than the limit but is never silent.
+    assert [found["takes-its-time", family] for family in families] == ["unsupported"] * 4
+    assert [found["hangs", family] for family in families] == [
+        "unsupported",
+        "unsupported",
+        "hung",
+        "skipped",
+    ]
+    assert [found["crashes", family] for family in families] == ["failed", "skipped", "skipped", "skipped"]
+    reasons = {each["status"]: each["reason"] for each in record["results"]}
+    assert reasons["hung"] == "no new figure for 1.5 s" and reasons["skipped"] == "crashes failed before"
+    assert reasons["failed"] == f"its process ended with {-signal.SIGABRT}"
+    assert attention.exit_code(record) == 3
+    assert "HUNG: no new figure" in capsys.readouterr().out
+
+
+def test_a_process_of_its_own_measures_the_same(tmp_path: Path) -> None:
+    chosen = [provider for provider in attention.PROVIDERS if provider.name == "ours-cpu"]
+    record = attention.run(options(families=["causal"], isolate=60.0), chosen, tmp_path / "attention.json")
+    (result,) = record["results"]
+    assert result["status"] == "ok" and result["mask_ms"] > 0 and max(result["errors"].values()) < 1e-6
+    for way in ("forward", "backward"):
+        share = result[way]["tflops"] / record["limits"]["gemm_tflops"]["fp32"]
+        assert result[way]["share"] == pytest.approx(share)
 
 
 @pytest.mark.parametrize("family", attention.FAMILIES)
@@ -182,7 +291,7 @@ def test_the_bars_of_the_cpu_are_judged_on_what_was_measured(monkeypatch: pytest
 
 
 def test_the_mix_is_half_images() -> None:
-    found = [attention.transfusion_mix(8192, random.Random(seed)) for seed in range(50)]
+    found = [transfusion_mix(8192, random.Random(seed)) for seed in range(50)]
     share = sum(end - first for _, images in found for first, end in images) / (50 * 8192)
     assert 0.4 < share < 0.6
     lengths = [end - first for documents, _ in found for first, end in documents[:-1]]

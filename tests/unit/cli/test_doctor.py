@@ -20,6 +20,7 @@ from transfusion.config import Config
 from transfusion.data.index.source_index import build_indexes
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.sequence.tokenizer import Tokenizer
+from transfusion_kernels.probe import Subject, Verdict
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +172,33 @@ def test_a_triton_without_a_compiler_names_the_compiler(monkeypatch: pytest.Monk
     monkeypatch.setattr("shutil.which", lambda name: None)
     finding = named(run_doctor(), "triton")
     assert finding.state == "note" and "build-essential" in finding.remedy
+
+
+def test_the_probes_of_a_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(doctor._kernels()) == []
+    hung = Verdict("hung", "no end after 40 s, waiting for backward at 300 positions", time.time(), 40.0)
+    right = Verdict("right", "", time.time(), 9.0)
+    verdicts = {("hopper", 64): right, ("hopper", 128): hung, ("triton", 128): right, ("triton", 32): None}
+    record = [
+        (Subject(name, head_dim, "bfloat16", "NVIDIA H200", "9.0", "", "2.13.0", "3.7.1", ""), verdict)
+        for (name, head_dim), verdict in verdicts.items()
+    ]
+    monkeypatch.setattr(doctor, "_has_gpu", lambda: True)
+    monkeypatch.setattr(doctor, "_is_installed", lambda module: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("transfusion_kernels.dispatch.on_record", lambda device: record)
+    command = "python -m transfusion_kernels.probe"
+    assert list(doctor._kernels()) == [
+        Finding(
+            "hopper kernels",
+            "note",
+            "head_dim 128 in bfloat16: hung: no end after 40 s, waiting for backward at 300 positions",
+            f"{command} --again --implementation hopper --head-dim 128 --dtype bfloat16",
+        ),
+        Finding("hopper kernels", "good", "right here for head_dim 64 in bfloat16"),
+        Finding("triton kernels", "good", "right here for head_dim 128 in bfloat16"),
+        Finding("probes", "note", "not made yet: 1 of the triton kernels; each is at its first use", command),
+    ]
 
 
 def test_findings_are_printed_with_their_remedy(capsys: pytest.CaptureFixture[str]) -> None:
