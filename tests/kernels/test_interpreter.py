@@ -12,7 +12,13 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["test_interpreted.py", "test_interpreted_decode.py", "test_interpreted_derived.py"]
+    "name",
+    [
+        "test_interpreted.py",
+        "test_interpreted_decode.py",
+        "test_interpreted_derived.py",
+        "test_interpreted_public_bugs.py",
+    ],
 )
 def test_triton_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")

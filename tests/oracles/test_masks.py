@@ -68,10 +68,14 @@ def one_document(seed: int) -> tuple[IntervalMask, Tensor]:
 def test_equals_the_mask_of_transfusion_pytorch(seed: int) -> None:
     """Its two builders: one makes the whole mask, one is a function of indices for FlexAttention."""
     theirs = pytest.importorskip(
-        "transfusion_pytorch.transfusion", reason="transfusion-pytorch is not installed"
+        "transfusion_pytorch.transfusion", reason="transfusion-pytorch is not installed (extra: oracles)"
     )
     mask, images = one_document(seed)
     assert torch.equal(mask.dense(), theirs.naive_attn_mask(SIZE, images))
+    # One position more in an image is seen.
+    images[0, 0, 2] += 1
+    assert not torch.equal(mask.dense(), theirs.naive_attn_mask(SIZE, images))
+    images[0, 0, 2] -= 1
     from torch.nn.attention.flex_attention import create_mask
 
     built = create_mask(theirs.transfusion_attn_mask(images), ROWS, 1, SIZE, SIZE, device="cpu")
