@@ -118,7 +118,7 @@ def make_plan(config: Config, gpus: int, gpu: str = "h200", document_mix: Docume
     trace = _trace(_traced_part(config), load, division.micro_batches > 1, local)
     communication = Communication() if local else communicate(config, division, network, load.positions, kind)
     flops = FlopModel(config)
-    work, head = flops.work(load), 2.0 * flops.lm_head * load.text_targets
+    work = flops.work(load)
     return Plan(
         config=config,
         assumes_vocabulary=assumes_vocabulary,
@@ -130,7 +130,7 @@ def make_plan(config: Config, gpus: int, gpu: str = "h200", document_mix: Docume
         work=work,
         memory=local_memory(config, network, trace) if local else zero_memory(config, network, trace, gpus),
         communication=communication,
-        seconds=step_seconds(config, division, work, trace, communication, network.elements, head, kind),
+        seconds=step_seconds(config, division, work, trace, communication, network.elements, kind),
     )
 
 

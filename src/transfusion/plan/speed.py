@@ -51,18 +51,15 @@ def step_seconds(
     trace: Trace,
     communication: Communication,
     elements: int,
-    head_in_fp32: float,
     gpu: Gpu,
 ) -> Seconds:
-    """work, trace: of one rank and micro-batch. elements: parameters. head_in_fp32: operations of the text head that
-    are in fp32 whatever the precision, its weight's gradient."""
+    """work, trace: of one rank and micro-batch. elements: parameters."""
     model, batches = config.model, division.micro_batches
     left = COMPILED_SHARE if config.train.compile else 1.0
     if config.train.precision == "fp32":
         products, attention = work.hardware.products / gpu.fp32, work.hardware.attention / gpu.fp32
     else:
-        products = (work.hardware.products - head_in_fp32) / gpu.product_rate(model.hidden_size)
-        products += head_in_fp32 / gpu.fp32
+        products = work.hardware.products / gpu.product_rate(model.hidden_size)
         attention = work.hardware.attention / gpu.attention_rate(model.head_dim)
     traffic = left * trace.traffic / gpu.copy
     compute = products + attention + traffic

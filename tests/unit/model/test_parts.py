@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfusion.config import CodecConfig, ModelConfig
 from transfusion.families.build import count_parameters
-from transfusion.model import Transfusion
+from transfusion.model import Transfusion, heads
 from transfusion.model.embedding import rotary_angles, rotate
 from transfusion.model.heads import TextHead
 from transfusion.model.initialise import initial_value, initialise
@@ -37,6 +38,24 @@ def test_the_chunked_head_is_plain_cross_entropy(chunk: int, dtype: torch.dtype)
         (head.weight.grad, plain_weight.grad),
     ):
         assert (mine.float() - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_the_gradient_of_the_weight_is_summed_by_tensor_cores_on_nvidia(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Products of 16-bit operands with fp32 sums, in place: what a CPU computes from fp32 copies."""
+    asked = {}
+
+    def addmm(total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> None:
+        asked.update(total=total, left=left.dtype, out_dtype=out_dtype, out=out)
+
+    with FakeTensorMode():
+        total = torch.zeros(6, 4, device="cuda")
+        left, right = (torch.zeros(size, dtype=torch.bfloat16, device="cuda") for size in ((6, 5), (5, 4)))
+        monkeypatch.setattr(heads.torch, "addmm", addmm)
+        heads._add_product(total, left, right)
+    assert asked["out"] is total is asked["total"]
+    assert asked["left"] == torch.bfloat16 and asked["out_dtype"] == torch.float32
 
 
 def test_the_head_takes_no_targets_and_partial_gradients() -> None:
