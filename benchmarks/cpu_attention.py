@@ -5,8 +5,9 @@
 Processor time of one thread, forward and backward together, 8 heads of 64 in fp32, rows of 4,096 tokens: one document
 with four images, documents of 512 and of 64 tokens, half of each an image. Beside it causal flash attention (a lower
 bound with the wrong mask) and PyTorch's attention with a dense mask. A ratio is the median over the rounds of the
-ratio within a round. Then what it costs to build the mask of 8 such rows, beside one layer's attention over them.
-Exits with 3 when a bar is missed.
+ratio within a round. Then what it costs to build the mask of 8 such rows, beside one layer's attention over them. Then
+a second interval for a quarter of the queries, as images have that see a clean context, beside the two calls that it
+is made of. Exits with 3 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ BARS: dict[str, dict[str, float]] = {
     "packed-64": {"under dense": 4.0},
 }
 MAX_MASK_SHARE = 0.01
+MAX_OVER_TWO_CALLS = 1.2
 
 
 def contenders(mask: IntervalMask) -> dict[str, Attend]:
@@ -136,6 +138,54 @@ def mask_building(rounds: int) -> dict[str, Any]:
     }
 
 
+def second_interval(rounds: int) -> dict[str, Any]:
+    """A document with four images and, at its end, a noised twin of each, which sees the document up to its image.
+
+    Forward and backward in one call, beside two calls: of all queries, and of the twins with their second interval.
+    """
+    image, images = LENGTH // 16, 4
+    twins = LENGTH - image * images
+    end_S = torch.arange(1, LENGTH + 1, dtype=torch.int32)
+    first_S = torch.zeros_like(end_S)
+    prefix_M = torch.zeros(image * images, dtype=torch.int32)
+    for number in range(images):
+        clean, noised = 2 * image + number * (5 * image // 2), twins + number * image
+        end_S[clean : clean + image] = clean + image
+        first_S[noised : noised + image], end_S[noised : noised + image] = noised, noised + image
+        prefix_M[number * image : (number + 1) * image] = clean
+    mask = IntervalMask(first_S[None], end_S[None])
+    rows = torch.arange(twins, LENGTH)[None]
+    other = IntervalMask(torch.zeros_like(prefix_M)[None], prefix_M[None], num_keys=LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad_out = (
+        torch.randn(1, LENGTH, HEADS, HEAD_DIM, generator=generator).transpose(1, 2) for _ in range(4)
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    q_twins, grad_twins = (x[:, :, twins:].detach() for x in (q, grad_out))
+    leaves_of_twins = [q_twins.requires_grad_(), k, v]
+
+    def both() -> object:
+        out = interval_attention(q, k, v, mask, second=(rows, other), backend="cpu")
+        return torch.autograd.grad(out, leaves, grad_out)
+
+    def first() -> object:
+        return torch.autograd.grad(interval_attention(q, k, v, mask, backend="cpu"), leaves, grad_out)
+
+    def second() -> object:
+        out = interval_attention(q_twins, k, v, other, backend="cpu")
+        return torch.autograd.grad(out, leaves_of_twins, grad_twins)
+
+    taken = in_turns({"both": both, "first": first, "second": second}, rounds)
+    two_calls = [one + more for one, more in zip(taken["first"], taken["second"], strict=True)]
+    ratio = median_ratio(taken["both"], two_calls)
+    return {
+        "milliseconds": {name: statistics.median(times) for name, times in taken.items()},
+        "over_two_calls": ratio,
+        "bar": MAX_OVER_TWO_CALLS,
+        "reached": ratio <= MAX_OVER_TWO_CALLS,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -152,6 +202,8 @@ def main() -> int:
         print(f"{found['family']:<12}{spent}  {ratios}  {'right' if found['right'] else 'WRONG'}", flush=True)
     record["mask_building"] = building = mask_building(options.rounds)
     print(f"mask building: {building['share_of_a_layers_forward']:.2%} of a layer's forward")
+    record["second_interval"] = second = second_interval(options.rounds)
+    print(f"a second interval: {second['over_two_calls']:.2f} of its two calls")
     write_json(record, options.out)
     missed = [
         f"{found['family']} {name}: {found['ratios'][name]:.2f}, bar {found['bars'][name]}"
@@ -161,6 +213,7 @@ def main() -> int:
     ]
     missed += [f"{found['family']} is wrong" for found in record["masks"] if not found["right"]]
     missed += [] if building["reached"] else ["mask building"]
+    missed += [] if second["reached"] else ["second interval"]
     print("missed: " + "; ".join(missed) if missed else "every bar reached")
     return WRONG_OR_FAILED if missed else 0
 

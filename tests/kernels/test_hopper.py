@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from transfusion_kernels import dispatch, interval_attention
-from transfusion_kernels.verification.testing import exact_attention, mask_families, mask_of, relative_error
+from transfusion_kernels.verification.testing import (
+    exact_attention,
+    mask_families,
+    mask_of,
+    relative_error,
+    second_interval,
+)
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -22,6 +28,7 @@ from hopper_cases import (  # noqa: E402
     BAR,
     FORWARD_MUTANTS,
     UNMASKED_END,
+    WIDTH,
     backward_errors,
     caught,
     forward_errors,
@@ -97,6 +104,23 @@ def test_the_operator_at_the_size_of_a_gpu(width: int, dtype: torch.dtype) -> No
     bar = 2e-3 if dtype == torch.float16 else 1e-2
     for ours, expected in zip((out, *gradients), (exact[0], *exact[2]), strict=False):
         assert relative_error(ours, expected) < bar
+
+
+@pytest.mark.usefixtures("on_any_device")
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_a_second_interval(side: str) -> None:
+    mask = mask_families(SIZE)["uneven_documents"]
+    second = second_interval(mask, side, batch=2)
+    q = torch.randn(2, SIZE, 4, WIDTH).transpose(1, 2).requires_grad_()
+    k, v = (torch.randn(2, 2, SIZE, WIDTH).requires_grad_() for _ in range(2))
+    grad_out = torch.randn_like(q)
+    exact = exact_attention(q, k, v, mask, grad_out, second=second)
+    with simulated():
+        out, lse = interval_attention(q, k, v, mask, second=second, return_lse=True, backend="hopper")
+        gradients = torch.autograd.grad(out, (q, k, v), grad_out)
+    assert relative_error(lse.exp(), exact[1].exp()) < BAR
+    for ours, expected in zip((out, *gradients), (exact[0], *exact[2]), strict=True):
+        assert relative_error(ours, expected) < BAR
 
 
 def test_gradients_that_triton_computes() -> None:

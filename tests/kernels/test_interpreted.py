@@ -191,5 +191,18 @@ def test_operator_passes_opcheck() -> None:
     mask = mask_of(40, [(0, 40)], [(5, 20)])
     q, k, v = (torch.randn(1, 2, 40, 32, requires_grad=True) for _ in range(3))
     columns = (mask.first_query, mask.end_query, mask.query_order, mask.key_order)
-    arguments = (q, k, v, mask.first_key, mask.end_key, *columns, 0.2, True, False, "triton")
+    arguments = (
+        q,
+        k,
+        v,
+        mask.first_key,
+        mask.end_key,
+        *columns,
+        *[None] * 7,
+        0.2,
+        True,
+        False,
+        False,
+        "triton",
+    )
     torch.library.opcheck(torch.ops.transfusion.interval_attention.default, arguments)

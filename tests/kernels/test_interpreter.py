@@ -18,6 +18,7 @@ import pytest
         "test_interpreted_decode.py",
         "test_interpreted_derived.py",
         "test_interpreted_public_bugs.py",
+        "test_interpreted_second.py",
     ],
 )
 def test_triton_kernels_in_the_interpreter(name: str) -> None:

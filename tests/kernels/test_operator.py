@@ -33,7 +33,7 @@ def test_operator_passes_opcheck(name: str) -> None:
     mask = mask_families(SIZE)[name]
     operator = torch.ops.transfusion.interval_attention.default
     tensors = (mask.first_key, mask.end_key, None, None, None, None)
-    torch.library.opcheck(operator, (*qkv(), *tensors, 0.2, False, False, "cpu"))
+    torch.library.opcheck(operator, (*qkv(), *tensors, *[None] * 7, 0.2, False, False, False, "cpu"))
 
 
 @pytest.mark.parametrize("name", ["uneven_documents", "causal"])
@@ -43,7 +43,7 @@ def test_operator_passes_opcheck_on_one_row_that_is_laid_out_by_heads(name: str)
     tensors = (mask.first_key[:1], mask.end_key[:1], None, None, None, None)
     for key_heads in (2, 4):
         inputs = (x[:1].detach().contiguous().requires_grad_() for x in qkv(key_heads=key_heads))
-        torch.library.opcheck(operator, (*inputs, *tensors, 0.2, False, False, "cpu"))
+        torch.library.opcheck(operator, (*inputs, *tensors, *[None] * 7, 0.2, False, False, False, "cpu"))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -319,16 +319,19 @@ def _windowed_backward(
             (num_keys, key_heads, lse.dtype),
         )
     )
-    # With a log-sum-exp of plus infinity the backward gives queries that see nothing weights of exactly 0.
-    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     for window in _windows(first_key, end_key, lse.dtype):
+        lse_w = lse[:, :, window.queries]
+        if window.empty is not None:
+            # With a log-sum-exp of plus infinity the backward gives queries that see nothing weights of exactly 0.
+            # What they have may be that of a second interval.
+            lse_w = lse_w.masked_fill(window.empty, float("inf"))
         dq_w, dk_w, dv_w = _flash_backward(
             _fold(grad_out[:, :, window.queries], key_heads),
             _fold(q[:, :, window.queries], key_heads),
             k[:, :, window.keys],
             v[:, :, window.keys],
             _fold(out[:, :, window.queries], key_heads),
-            _fold(lse[:, :, window.queries, None], key_heads)[..., 0],
+            _fold(lse_w[..., None], key_heads)[..., 0],
             0.0,
             False,
             attn_mask=_folded_bias(window.bias, heads // key_heads),

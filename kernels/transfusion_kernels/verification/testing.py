@@ -45,12 +45,18 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def exact_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, grad_out: Tensor, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask,
+    grad_out: Tensor,
+    scale: float | None = None,
+    second: tuple[Tensor, IntervalMask] | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The reference in float64: output, log-sum-exp, and the gradients of q, k and v."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
-    out, lse = reference_attention(q, k, v, mask, scale)
+    out, lse = reference_attention(q, k, v, mask, scale, second)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad_out.double())
     return out.detach(), lse, (dq, dk, dv)
 
@@ -171,3 +177,21 @@ def _block_against_cache(size: int, queries: int) -> IntervalMask:
     offset = torch.arange(queries, dtype=torch.int32)
     end_key = torch.stack([size - queries + 1 + offset, torch.full_like(offset, 40)])
     return IntervalMask(torch.zeros_like(end_key), end_key, num_keys=size)
+
+
+def second_interval(mask: IntervalMask, side: str, batch: int = 1) -> tuple[Tensor, IntervalMask]:
+    """Every third query of a mask, in each row others and as many, with keys that it does not see: a second interval.
+
+    Args:
+        mask: The first.
+        side: "before" takes half of the keys before a query's first, "after" all from its end.
+        batch: Rows to name queries for, where those of the mask are one.
+    """
+    rows, size = max(batch, mask.first_key.shape[0]), mask.num_queries
+    count = (size + 1) // 3
+    rows_BM = torch.stack(
+        [torch.arange(count) * 3 + min(row % 3, size - 3 * count + 2) for row in range(rows)]
+    )
+    first, end = (x.expand(rows, -1).gather(1, rows_BM) for x in (mask.first_key, mask.end_key))
+    bounds = (first // 2, first) if side == "before" else (end, torch.full_like(end, mask.num_keys))
+    return rows_BM, IntervalMask(*(bound.contiguous() for bound in bounds), num_keys=mask.num_keys)
