@@ -362,6 +362,7 @@ class Simulator:
 
     def launch(self, kernel: str, grid: int, *arguments: Any) -> None:
         """Run the programs of a grid one after another, in a random order."""
+        self.grid = grid
         programs = list(range(grid))
         self.random.shuffle(programs)
         for program in programs:
@@ -375,6 +376,7 @@ class Simulator:
             int32=torch.int32,
             float32=torch.float32,
             program_id=lambda axis: torch.tensor(self.program),
+            num_programs=lambda axis: self.grid,
             static_range=range,
             load=self._load,
             store=self._store,

@@ -44,6 +44,9 @@ def simulated(seed: int = 0, changes: Sequence[Change] = (), small_tiles: bool =
         for name, simulator in simulators.items():
             kernel = SimulatedKernel(simulator, name, hopper.OPTIONS)
             stack.enter_context(mock.patch.object(hopper, name, kernel))
+        # Heads one by one, a few or all together.
+        cache_bytes = (0, 3000, hopper.CACHE_BYTES)[seed % 3]
+        stack.enter_context(mock.patch.object(hopper, "CACHE_BYTES", cache_bytes))
         if small_tiles:
             stack.enter_context(mock.patch.object(layout, "TILE_ROWS", 64))
             ring = {WIDTH: hopper.Ring(step=32, stages=2)}
@@ -182,6 +185,8 @@ FORWARD_MUTANTS: dict[str, Change] = {
     "the output is not shrunk": ("gl.convert_layout(b_decay,", "gl.convert_layout(1 + 0 * b_decay,"),
     "the second consumer's rows are the first's": ("start + MEMBER * HALF + gl.arange", "start + gl.arange"),
     "all heads read the first key head": ("place = (row, head, head // group,", "place = (row, head, 0 * head,"),
+    "the next heads are the first again": ("program // wave * together + within", "within"),
+    "heads share their tiles out": ("within // together", "within"),
     "all rows read the first row's mask": ("mask_row = (tile // tiles)", "mask_row = (0 * tile)"),
 }  # fmt: skip
 

@@ -123,6 +123,16 @@ def test_a_second_interval(side: str) -> None:
         assert relative_error(ours, expected) < BAR
 
 
+def test_heads_that_fit_the_cache_go_together() -> None:
+    mib = 1 << 20
+    found = [
+        hopper.heads_together(heads, size)
+        for heads, size in ((16, 8 * mib), (16, mib), (12, 5 * mib), (7, 9 * mib))
+    ]
+    assert found == [2, 16, 4, 1]
+    assert hopper.heads_together(5, 0) == 5
+
+
 def test_gradients_that_triton_computes() -> None:
     assert dispatch.backward_implementation("hopper", 64, deterministic=False) == "hopper"
     assert dispatch.backward_implementation("hopper", 64, deterministic=True) == "triton"

@@ -12,15 +12,28 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    create_mask,
+    flex_attention,
+)
 
-from transfusion_kernels import IntervalMask
-from transfusion_kernels.attention.reference import reference_attention
+from transfusion_kernels import IntervalMask, interval_attention
+from transfusion_kernels.attention.reference import _attend, _visible, reference_attention
 from transfusion_kernels.rivals import NAMES, attention, cudnn, flex, plans, problem
-from transfusion_kernels.verification.testing import exact_attention, mask_families, relative_error
+from transfusion_kernels.verification.testing import (
+    exact_attention,
+    mask_families,
+    relative_error,
+    second_interval,
+)
 
 SIZES = (129, 256, 300)
 FAMILIES = list(mask_families(300))
+SOME = ("uneven_documents", "padded_tail", "shared_row", "block_against_cache")
+SECONDS = [(name, side) for name in FAMILIES if name != "size_one" for side in ("before", "after")]
 EAGER = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
@@ -39,9 +52,12 @@ def qkv(mask: IntervalMask, head_dim: int = 16, dtype: torch.dtype = torch.float
 def test_the_block_mask_from_the_bounds_is_the_one_of_all_pairs(name: str, size: int) -> None:
     mask = mask_families(size)[name]
     rows = mask.first_key.shape[0]
-    ours = flex.block_mask(mask)
-    sees = flex.mask_function(mask)
+    sees = flex.mask_function((mask.first_key, mask.end_key))
     theirs = create_block_mask(sees, rows, None, mask.num_queries, mask.num_keys, device="cpu")
+    assert_same_blocks(flex.block_mask(mask), theirs)
+
+
+def assert_same_blocks(ours: BlockMask, theirs: BlockMask) -> None:
     fields = list(
         zip(ours.as_tuple()[:-1], theirs.as_tuple()[:-1], strict=True)
     )  # the last is the mask function
@@ -51,6 +67,29 @@ def test_the_block_mask_from_the_bounds_is_the_one_of_all_pairs(name: str, size:
         else:
             assert one == other
     assert sum(isinstance(one, Tensor) for one, _ in fields) == 8
+
+
+@pytest.mark.parametrize(("name", "side"), SECONDS)
+def test_two_intervals_give_the_block_mask_of_all_pairs_too(name: str, side: str) -> None:
+    mask = mask_families(300)[name]
+    second = second_interval(mask, side, batch=2)
+    dense = _visible(mask, second)
+    ours = flex.block_mask(mask, second)
+    shape = (2, None, mask.num_queries, mask.num_keys)
+    assert torch.equal(create_mask(ours.mask_mod, *shape, device="cpu")[:, 0], dense)
+    theirs = create_block_mask(lambda b, h, q, key: dense[b, q, key], *shape, device="cpu")
+    assert_same_blocks(ours, theirs)
+
+
+def test_a_block_is_full_where_every_query_sees_it_by_two_intervals() -> None:
+    """The first shows keys up to 40 and the second the others, but for one query of the second tile."""
+    mask = IntervalMask(*torch.tensor([[[0] * 256], [[40] * 256]], dtype=torch.int32), num_keys=256)
+    first, end = torch.full((2, 1, 256), 40, dtype=torch.int32)
+    end.fill_(256)[0, 200] = 255
+    order = torch.arange(256)[None]
+    blocks = flex.block_mask(mask, (order, IntervalMask(first, end, num_keys=256)))
+    assert blocks.full_kv_num_blocks is not None and blocks.full_kv_num_blocks[0, 0].tolist() == [2, 1]
+    assert blocks.kv_num_blocks[0, 0].tolist() == [0, 1] and blocks.kv_indices[0, 0, 1, 0] == 1
 
 
 def test_a_tile_that_jumps_over_blocks_does_not_list_them() -> None:
@@ -76,15 +115,28 @@ def test_flex_computes_what_the_reference_does(name: str) -> None:
     assert (out[blind] == 0).all() and torch.isneginf(lse[blind]).all()
 
 
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("name", SOME)
+@EAGER
+def test_flex_takes_a_second_interval(name: str, side: str) -> None:
+    mask = mask_families(150)[name]
+    second = second_interval(mask, side, batch=2)
+    q, k, v = qkv(mask)
+    out, lse = interval_attention(q, k, v, mask, second=second, scale=0.3, return_lse=True, backend="flex")
+    expected, expected_lse, _ = exact_attention(q, k, v, mask, torch.zeros_like(q), 0.3, second)
+    assert relative_error(out, expected) < 5e-6
+    torch.testing.assert_close(lse, expected_lse.float())
+
+
 def test_flex_compiles_once_for_all_masks_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=counter)
 
-    def attend(mask: IntervalMask) -> None:
+    def attend(mask: IntervalMask, second: Any = None) -> None:
         q, k, v = qkv(mask)
-        blocks, aux = flex.block_mask(mask), AuxRequest(lse=True)
+        blocks, aux = flex.block_mask(mask, second), AuxRequest(lse=True)
         out, extra = compiled(q, k, v, block_mask=blocks, scale=0.3, enable_gqa=True, return_aux=aux)
-        expected, lse = reference_attention(q, k, v, mask, 0.3)
+        expected, lse = reference_attention(q, k, v, mask, 0.3, second)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(extra.lse, lse)
 
@@ -93,6 +145,10 @@ def test_flex_compiles_once_for_all_masks_of_a_shape(monkeypatch: pytest.MonkeyP
         for name in ("causal", "tiny_documents", "padded_tail"):
             attend(mask_families(size)[name])
         assert counter.frame_count == versions
+    for name in ("causal", "tiny_documents", "padded_tail"):
+        mask = mask_families(150)[name]
+        attend(mask, second_interval(mask, "before", batch=2))
+    assert counter.frame_count == 3
     settings: dict[str, Any] = {}
     monkeypatch.setattr(torch, "compile", lambda function, **given: settings.update(given))
     flex._compiled.__wrapped__()
@@ -100,15 +156,21 @@ def test_flex_compiles_once_for_all_masks_of_a_shape(monkeypatch: pytest.MonkeyP
     assert torch._dynamo.config.recompile_limit >= flex.MAX_VERSIONS
 
 
-def test_flex_is_part_of_a_larger_graph() -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, end_key: Tensor) -> Tensor:
-        return flex.attention(q, k, v, IntervalMask(first_key, end_key), 0.3)[0]
+@pytest.mark.parametrize("intervals", [1, 2])
+def test_flex_is_part_of_a_larger_graph(intervals: int) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, end_key: Tensor, *more: Tensor) -> Tensor:
+        second = (more[0], IntervalMask(*more[1:], num_keys=150)) if more else None
+        return flex.attention(q, k, v, IntervalMask(first_key, end_key), 0.3, second)[0]
 
     torch.compiler.reset()
     mask = mask_families(150)["uneven_documents"]
-    inputs = (*qkv(mask), mask.first_key, mask.end_key)
-    out = torch.compile(attend, fullgraph=True, backend="eager")(*inputs)
-    torch.testing.assert_close(out, reference_attention(*inputs[:3], mask, 0.3)[0])
+    rows, other = second = second_interval(mask, "before", batch=2)
+    more = (rows, other.first_key, other.end_key) if intervals == 2 else ()
+    inputs = qkv(mask)
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    out = compiled(*inputs, mask.first_key, mask.end_key, *more)
+    expected, _ = reference_attention(*inputs, mask, 0.3, second if more else None)
+    torch.testing.assert_close(out, expected)
 
 
 @EAGER
@@ -133,10 +195,18 @@ def test_flex_on_the_cpu_has_no_gradients_and_says_so() -> None:
 
 
 def decoded(mask_func: Tensor, batch: int, keys: int) -> Tensor:
-    """The dense mask [B, S, N] that the library's documentation gives to its form: `[0, F0)` and `[F1, F2)`."""
-    end_0, start_1, end_1 = (bound.view(batch, -1, 1) for bound in mask_func[0])
+    """The dense mask [B, S, N] that the library's documentation gives to its form: `[0, F0)`, `[F1, F2)` and so on.
+
+    What the library refuses is refused: an even number of bounds, one out of range, and one less than that before it.
+    """
+    assert mask_func.dtype == torch.int32 and mask_func.is_contiguous() and mask_func.shape[1] % 2 == 1
+    assert mask_func.min() >= 0 and mask_func.max() <= keys and (mask_func.diff(dim=1) >= 0).all()
+    end_0, *others = (bound.view(batch, -1, 1) for bound in mask_func[0])
     key = torch.arange(keys)
-    return (key < end_0) | ((key >= start_1) & (key < end_1))
+    dense = key < end_0
+    for start, end in zip(others[::2], others[1::2], strict=True):
+        dense = dense | ((key >= start) & (key < end))
+    return dense
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -144,9 +214,26 @@ def decoded(mask_func: Tensor, batch: int, keys: int) -> Tensor:
 def test_the_mask_of_cudnn_decodes_to_ours(name: str, size: int) -> None:
     mask = mask_families(size)[name]
     found = cudnn.mask_func(mask, 2)
-    assert found.dtype == torch.int32 and found.is_contiguous()
     assert found.shape == (1, 3, 2 * mask.num_queries)
     assert torch.equal(decoded(found, 2, mask.num_keys), mask.dense().expand(2, -1, -1))
+
+
+@pytest.mark.parametrize(("name", "side"), SECONDS)
+def test_two_intervals_of_cudnn_decode_to_ours(name: str, side: str) -> None:
+    mask = mask_families(300)[name]
+    second = second_interval(mask, side, batch=2)
+    found = cudnn.mask_func(mask, 2, second)
+    assert found.shape == (1, 5, 2 * mask.num_queries)
+    assert torch.equal(decoded(found, 2, mask.num_keys), _visible(mask, second))
+
+
+@pytest.mark.parametrize("empty", [0, 3, 9])
+def test_an_empty_second_interval_adds_nothing_wherever_it_is(empty: int) -> None:
+    mask = IntervalMask(*torch.tensor([[[1, 2]], [[7, 8]]], dtype=torch.int32), num_keys=9)
+    bounds = torch.full((1, 1), empty, dtype=torch.int32)
+    second = (torch.tensor([[1]]), IntervalMask(bounds, bounds, num_keys=9))
+    assert torch.equal(decoded(cudnn.mask_func(mask, 1, second), 1, 9), mask.dense())
+    assert_same_blocks(flex.block_mask(mask, second), flex.block_mask(mask))
 
 
 class StandIn:
@@ -154,6 +241,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.plans = 0
+        self.latest: Any = None
         self.given: dict[str, Any] = {}
 
     def create_mask_plan(
@@ -161,6 +249,7 @@ class StandIn:
     ) -> Any:
         self.plans += 1
         dense = decoded(mask_func, q.shape[0], k.shape[1])
+        self.latest = weakref.ref(dense)
         return SimpleNamespace(dense=dense, backward=build_backward, shapes=(q.shape, k.shape, v.shape))
 
     def flex_attn_func(self, q: Tensor, k: Tensor, v: Tensor, *, mask_plan: Any, **given: Any) -> Any:
@@ -168,13 +257,8 @@ class StandIn:
         assert mask_plan.shapes == (q.shape, k.shape, v.shape)
         for x in (q, k, v):
             self.check(x)
-        keys, dense = torch.arange(k.shape[1]), mask_plan.dense
-        # The intervals again: what is no interval would differ.
-        first = torch.where(dense.any(-1), dense.int().argmax(-1), 0).to(torch.int32)
-        end = torch.where(dense, keys + 1, 0).amax(-1).to(torch.int32)
-        mask = IntervalMask(first, end, num_keys=k.shape[1])
-        scale = given["softmax_scale"]
-        out, lse = reference_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale)
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = _attend(*heads_first, mask_plan.dense, given["softmax_scale"])
         out = out.transpose(1, 2).contiguous()
         if out.requires_grad:
             assert mask_plan.backward
@@ -195,16 +279,18 @@ def library(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return stand_in
 
 
-@pytest.mark.parametrize("name", ["uneven_documents", "padded_tail", "shared_row", "block_against_cache"])
-def test_what_cudnn_is_given_and_what_comes_back(name: str, library: StandIn) -> None:
+@pytest.mark.parametrize("side", [None, "before", "after"])
+@pytest.mark.parametrize("name", SOME)
+def test_what_cudnn_is_given_and_what_comes_back(name: str, side: str | None, library: StandIn) -> None:
     mask = mask_families(150)[name]
+    second = second_interval(mask, side, batch=2) if side else None
     q, k, v = (x.requires_grad_() for x in qkv(mask))
-    out, lse = attention("cudnn", q, k, v, mask, 0.3, True)
+    out, lse = attention("cudnn", q, k, v, mask, 0.3, True, second)
     assert library.given == {"softmax_scale": 0.3, "deterministic": True, "return_lse": True}
     assert out.transpose(1, 2).is_contiguous() and not lse.requires_grad
     grad_out = torch.randn_like(out)
     gradients = torch.autograd.grad(out, (q, k, v), grad_out)
-    expected, expected_lse, exact = exact_attention(q, k, v, mask, grad_out, 0.3)
+    expected, expected_lse, exact = exact_attention(q, k, v, mask, grad_out, 0.3, second)
     torch.testing.assert_close(lse, expected_lse.float())
     for found, right in zip((out, *gradients), (expected, *exact), strict=True):
         assert relative_error(found, right) < 5e-6
@@ -240,6 +326,33 @@ def test_a_plan_is_shared_by_layers_and_dropped_with_its_mask(library: StandIn) 
     del mask
     gc.collect()
     assert gone() is None and len(kept) == 0
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["mask", "rows", "second mask"])
+def test_a_plan_of_two_intervals_is_kept_by_both_masks_and_the_rows(place: int, library: StandIn) -> None:
+    def made() -> list[Any]:
+        family = mask_families(150)["uneven_documents"]
+        return [family, *second_interval(family, "before", batch=2)]
+
+    inputs = qkv(mask_families(150)["uneven_documents"])
+
+    def attend(mask: IntervalMask, rows: Tensor, other: IntervalMask) -> int:
+        out, _ = attention("cudnn", *inputs, mask, 0.3, False, (rows, other))
+        torch.testing.assert_close(out, reference_attention(*inputs, mask, 0.3, (rows, other))[0])
+        return library.plans
+
+    owners = made()
+    assert attend(*owners) == attend(*owners) == 1
+    changed = [owners[0].end_key, owners[1], owners[2].first_key][place]
+    changed[0, -1] += 1 if place == 1 else -1
+    assert attend(*owners) == 2
+    plan = library.latest
+    another = [*owners]
+    another[place] = made()[place]
+    assert attend(*another) == attend(*owners) == 3
+    assert plan() is not None
+    del owners[place], another, changed
+    assert plan() is None
 
 
 @EAGER

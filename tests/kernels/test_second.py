@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from transfusion_kernels import IntervalMask, dispatch, interval_attention
+from transfusion_kernels import IntervalMask, interval_attention
 from transfusion_kernels.verification.testing import (
     exact_attention,
     mask_families,
@@ -167,11 +167,3 @@ def test_what_is_no_second_interval_is_refused(rows: Any, other: Any, message: s
     q = torch.randn(1, 2, 8, 16)
     with pytest.raises(ValueError, match=message):
         interval_attention(q, q, q, mask, second=(rows, other))
-
-
-def test_rivals_take_one_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.rivals, "problem", lambda name, q: "")
-    q = torch.randn(1, 2, 8, 16)
-    second = (torch.tensor([[5]]), interval(0, 2))
-    with pytest.raises(ValueError, match=r"second: got one with backend 'flex', which takes one interval"):
-        interval_attention(q, q, q, mask_of(8, [(0, 4), (4, 8)]), second=second, backend="flex")

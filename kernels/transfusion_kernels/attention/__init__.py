@@ -78,11 +78,7 @@ def interval_attention(
     if implementation == "reference":
         out, lse = reference_attention(q, k, v, mask, scale, second)
     elif implementation in rivals.NAMES:
-        if second is not None:
-            raise ValueError(
-                f"second: got one with backend {implementation!r}, which takes one interval a query"
-            )
-        out, lse = rivals.attention(implementation, q, k, v, mask, scale, deterministic)
+        out, lse = rivals.attention(implementation, q, k, v, mask, scale, deterministic, second)
     else:
         needs_columns = implementation in ("hopper", "triton")
         rows, other = second or (None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ FORWARD = {
 }
 BACKWARD = {64: Ring(step=64, stages=2), 128: Ring(step=64, stages=2)}
 _STATISTICS_ROWS = 64
+# Half of the second-level cache of an H100 and an H200. The rest holds what is written.
+CACHE_BYTES = 25 << 20
 
 
 def attention_forward(
@@ -69,6 +72,7 @@ def attention_forward(
             heads,
             heads // key_heads,
             share,
+            heads_together(heads, batch * 2 * keys * width * k.itemsize * key_heads // heads),
             scale * LOG2_E,
             STAGES=ring.stages,
             **OPTIONS,
@@ -137,12 +141,22 @@ def attention_backward(
             key_heads,
             heads // key_heads,
             share,
+            heads_together(key_heads, batch * queries * width * (2 * q.itemsize + 4) * heads // key_heads),
             scale,
             scale * LOG2_E,
             STAGES=ring.stages,
             **OPTIONS,
         )
     return torch.mul(dq_sum, scale, out=dq), dk, dv
+
+
+def heads_together(heads: int, bytes_of_head: int) -> int:
+    """How many heads to take side by side: the largest divisor of `heads` whose heads fit the second-level cache.
+
+    bytes_of_head: what the programs of one head walk, over all batch rows.
+    """
+    most = max(CACHE_BYTES // max(bytes_of_head, 1), 1)
+    return max(count for count in range(1, min(heads, most) + 1) if heads % count == 0)
 
 
 def describe(tensor: Tensor, block: tuple[int, int, int]) -> TensorDescriptor:
@@ -163,6 +177,7 @@ def describe(tensor: Tensor, block: tuple[int, int, int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), strides, [1, *block], _layout(block, tensor.dtype))
 
 
+@functools.cache
 def _layout(block: tuple[int, int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, *block], _GLUON_DTYPES[dtype])
 
@@ -193,7 +208,7 @@ def _forward_case(width: int, dtype: torch.dtype) -> CompileCase:
     queries, keys = (_descriptor_type((1, rows, width), dtype) for rows in (half, ring.step))
     types = {"d_q": queries, "d_k": keys, "d_v": keys, "d_out": queries, "lse": "*fp32", "scale_log2": "fp32"}
     types |= dict.fromkeys(("first_key", "end_key", "order"), "*i32")
-    types |= dict.fromkeys(("queries", "heads", "group", "share"), "i32")
+    types |= dict.fromkeys(("queries", "heads", "group", "share", "together"), "i32")
     return _case("hopper forward", width, dtype, forward_kernel, types, {"STAGES": ring.stages})
 
 
@@ -205,7 +220,7 @@ def _backward_case(width: int, dtype: torch.dtype) -> CompileCase:
     types["d_statistics"] = _descriptor_type((1, 2, ring.step), torch.float32)
     types["d_dq"] = _descriptor_type((1, ring.step, width // 2), torch.float32)
     types |= dict.fromkeys(("first_query", "end_query", "order"), "*i32")
-    types |= dict.fromkeys(("keys", "key_heads", "group", "share"), "i32")
+    types |= dict.fromkeys(("keys", "key_heads", "group", "share", "together"), "i32")
     types |= dict.fromkeys(("scale", "scale_log2"), "fp32")
     return _case("hopper backward", width, dtype, backward_kernel, types, {"STAGES": ring.stages})
 

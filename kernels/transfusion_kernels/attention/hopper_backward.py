@@ -28,6 +28,7 @@ from transfusion_kernels.attention.hopper_forward import (
     CONSUMER_REGISTERS,
     HIDDEN,
     PRODUCER_REGISTERS,
+    head_and_place,
     make_barriers,
     slot_of,
 )
@@ -68,24 +69,23 @@ def statistics_kernel(
     gl.store(p_statistics + padded_queries, gl.sum(b_out * b_grad, 1))
 
 
-@gluon.jit(do_not_specialize=["keys", "key_heads", "group", "share"])
+@gluon.jit(do_not_specialize=["keys", "key_heads", "group", "share", "together"])
 def backward_kernel(
     d_q, d_k, d_v, d_grad, d_statistics, d_dq, d_dk, d_dv, first_query, end_query, order,
-    keys, key_heads, group, share, scale, scale_log2,
+    keys, key_heads, group, share, together, scale, scale_log2,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the tile of keys that is this program's in `order`, and its part of dq, to be scaled.
 
     Blocks: d_q, d_grad and d_dq [1, 1, queries of a step, D], d_statistics [1, 1, 2, queries of a step], the others
     [1, 1, half a tile, D]. d_dq is of float32 and added to. group: query heads to a key head. share: batch rows to a
-    row of the mask.
+    row of the mask. together: see `head_and_place`.
     """
     STEP: gl.constexpr = d_q.block_shape[2]
     HALF: gl.constexpr = d_dk.block_shape[2]
-    program = gl.program_id(0)
-    key_head = program % key_heads
-    sharer = (program // key_heads) % share
-    tile = gl.load(order + program // key_heads // share)
+    key_head, place_in_order = head_and_place(key_heads, together)
+    sharer = place_in_order % share
+    tile = gl.load(order + place_in_order // share)
     tiles = (keys + 2 * HALF - 1) // (2 * HALF)
     mask_row = (tile // tiles).to(gl.int64)
     place = (tile // tiles + sharer, key_head, (tile % tiles) * (2 * HALF))

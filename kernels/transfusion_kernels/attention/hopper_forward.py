@@ -35,21 +35,20 @@ CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
 
-@gluon.jit(do_not_specialize=["queries", "heads", "group", "share"])
+@gluon.jit(do_not_specialize=["queries", "heads", "group", "share", "together"])
 def forward_kernel(
-    d_q, d_k, d_v, d_out, lse, first_key, end_key, order, queries, heads, group, share, scale_log2,
+    d_q, d_k, d_v, d_out, lse, first_key, end_key, order, queries, heads, group, share, together, scale_log2,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """out and lse of the tile of queries that is this program's in `order`.
 
     Blocks: d_q and d_out [1, 1, half a tile, D], d_k and d_v [1, 1, keys of a step, D].
-    group: query heads to a key head. share: batch rows to a row of the mask.
+    group: query heads to a key head. share: batch rows to a row of the mask. together: see `head_and_place`.
     """
     HALF: gl.constexpr = d_q.block_shape[2]
-    program = gl.program_id(0)
-    head = program % heads
-    sharer = (program // heads) % share
-    tile = gl.load(order + program // heads // share)
+    head, place_in_order = head_and_place(heads, together)
+    sharer = place_in_order % share
+    tile = gl.load(order + place_in_order // share)
     tiles = (queries + 2 * HALF - 1) // (2 * HALF)
     mask_row = (tile // tiles).to(gl.int64)
     row = tile // tiles + sharer
@@ -86,6 +85,19 @@ def forward_kernel(
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
+
+
+@gluon.jit
+def head_and_place(heads, together):
+    """The head of this program, and its place among the programs of that head.
+
+    Programs of `together` heads, which divides `heads`, run side by side through all tiles before those of the next
+    heads start: so many that their keys and values stay in the second-level cache.
+    """
+    program = gl.program_id(0)
+    wave = gl.num_programs(0) // heads * together
+    within = program % wave
+    return program // wave * together + within % together, within // together
 
 
 @gluon.jit

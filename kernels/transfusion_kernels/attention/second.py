@@ -71,6 +71,18 @@ def validate_second(mask: IntervalMask, rows: Tensor, second: IntervalMask) -> N
         )
 
 
+def intervals(mask: IntervalMask, second: tuple[Tensor, IntervalMask] | None) -> list[tuple[Tensor, Tensor]]:
+    """The bounds [B or 1, S] of one or both intervals of all queries. Those without a second have an empty one."""
+    if second is None:
+        return [(mask.first_key, mask.end_key)]
+    rows, other = second
+    batch = max(rows.shape[0], other.first_key.shape[0])
+    bounds_XBM = torch.stack([other.first_key, other.end_key]).expand(2, batch, -1)
+    bounds_XBS = bounds_XBM.new_zeros(2, batch, mask.num_queries)
+    bounds_XBS.scatter_(2, rows.long().expand(2, batch, -1), bounds_XBM)
+    return [(mask.first_key, mask.end_key), (bounds_XBS[0], bounds_XBS[1])]
+
+
 def places(rows: Tensor, batch: int, queries: int) -> Tensor:
     """int64 [B * M]: where the named queries stand among the B * S of a batch."""
     start_B1 = torch.arange(batch, device=rows.device)[:, None] * queries

@@ -73,8 +73,8 @@ _AMPERE_64 = Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), 
 _AMPERE_128 = Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
 _HOPPER_64 = Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2))
 _HOPPER_64_NARROW = Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
-# The compiler of Triton 3.9 would spill the wider step.
-_STEP_128 = 64 if TRITON_VERSION < (3, 9) else 32
+# From Triton 3.8 on the compiler would spill the wider step.
+_STEP_128 = 64 if TRITON_VERSION < (3, 8) else 32
 # A fused tile of 64 keys would have its two warpgroups compute all scores twice, and other fused tiles spill.
 _HOPPER_128 = Tiles(Tile(128, 128, 8, 2), None, Tile(128, _STEP_128, 8, 2), Tile(128, 64, 8, 2))
 _HOPPER_128_NARROW = Tiles(Tile(64, 64, 4, 3), None, Tile(64, _STEP_128, 4, 2), Tile(64, 64, 4, 2))
