@@ -31,7 +31,14 @@ def problem(name: str, q: Tensor) -> str:
 
 
 def attention(
-    name: str, q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float, deterministic: bool
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask,
+    scale: float,
+    deterministic: bool,
+    second: tuple[Tensor, IntervalMask] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with a rival.
 
@@ -43,11 +50,12 @@ def attention(
         mask: Over S queries and N keys.
         scale: Of the scores.
         deterministic: Whether every run must give the same gradients. FlexAttention's always do.
+        second: Queries that see more keys, and their mask, as in `interval_attention`.
 
     Returns:
         The output [B, H, S, D], differentiable, and the natural log-sum-exp [B, H, S], without gradient. A query that
         sees nothing gets 0 and minus infinity.
     """
     if name == "flex":
-        return flex.attention(q, k, v, mask, scale)
-    return cudnn.attention(q, k, v, mask, scale, deterministic=deterministic)
+        return flex.attention(q, k, v, mask, scale, second)
+    return cudnn.attention(q, k, v, mask, scale, second, deterministic=deterministic)

@@ -1,8 +1,9 @@
 """NVIDIA's `cudnn.flex_attention` under an `IntervalMask`, where nvidia-cudnn-frontend is installed.
 
 It takes a mask as intervals too. Three integers a query, F0, F1 and F2, show the keys `[0, F0)` and `[F1, F2)` of the
-query's own row. So ours is F0 = 0, F1 = first_key and F2 = end_key. From that it makes lists of tiles and packed bits
-on the device, and waits for their sizes once a plan.
+query's own row. So ours is F0 = 0, F1 = first_key and F2 = end_key. A second interval is `[F3, F4)`. No integer of a
+query may be less than the one before it. From that it makes lists of tiles and packed bits on the device, and waits
+for their sizes once a plan.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from transfusion_kernels.attention.layout import IntervalMask
+from transfusion_kernels.attention.second import intervals
 from transfusion_kernels.rivals.plans import Plans
 
 REMEDY = "pip install 'nvidia-cudnn-frontend>=1.32'"
@@ -56,22 +58,34 @@ def problem(q: Tensor) -> str:
     return _missing()
 
 
-def mask_func(mask: IntervalMask, batch: int) -> Tensor:
+def mask_func(mask: IntervalMask, batch: int, second: tuple[Tensor, IntervalMask] | None = None) -> Tensor:
     """Give a mask in the form that `cudnn.flex_attention` plans from.
 
     Args:
         mask: The mask, of `batch` rows or of one that all share.
         batch: Rows of the queries.
+        second: Queries that see more keys, and their mask.
 
     Returns:
         int32 [1, 3, batch * S], contiguous: F0, F1 and F2 of the queries of all rows, one row after the other. The
-        keys are counted from the start of the query's own row. It shares no memory with the mask.
+        keys are counted from the start of the query's own row. It shares no memory with the mask. With `second` it is
+        int32 [1, 5, batch * S].
     """
-    first, end = (bound.expand(batch, -1).reshape(-1) for bound in (mask.first_key, mask.end_key))
-    return torch.stack([torch.zeros_like(first), first, end])[None]
+    bounds = [bound.expand(batch, -1).reshape(-1) for pair in intervals(mask, second) for bound in pair]
+    functions = torch.stack([torch.zeros_like(bounds[0]), *bounds])
+    # Sorted integers show the same keys: an empty interval inside the other one merely cuts it in two that touch.
+    return (functions if second is None else functions.sort(dim=0).values.contiguous())[None]
 
 
-def make_plan(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> Any:
+def make_plan(
+    mask: IntervalMask,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    second: tuple[Tensor, IntervalMask] | None = None,
+    *,
+    backward: bool,
+) -> Any:
     """Make the library's plan for a mask. Waits for the device.
 
     Args:
@@ -79,18 +93,26 @@ def make_plan(mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor, *, backward: 
         q: Queries [B, H, S, D], of which the shape, the dtype and the device count.
         k: Keys [B, K, N, D], of which the same counts.
         v: Values, of the shape of `k`.
+        second: Queries that see more keys, and their mask.
         backward: Whether gradients will be asked for.
 
     Returns:
-        A MaskPlan, good for all tensors of these shapes. It does not refer to `mask`.
+        A MaskPlan, good for all tensors of these shapes. It does not refer to the masks.
     """
     alike = (_aligned(x.detach().transpose(1, 2)) for x in (q, k, v))
-    return _library().create_mask_plan(mask_func(mask, q.shape[0]), *alike, build_backward=backward)
+    return _library().create_mask_plan(mask_func(mask, q.shape[0], second), *alike, build_backward=backward)
 
 
 @torch.compiler.disable
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float, *, deterministic: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask,
+    scale: float,
+    second: tuple[Tensor, IntervalMask] | None = None,
+    *,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend with `cudnn.flex_attention`. A compiler leaves it out of its graph.
 
@@ -100,6 +122,7 @@ def attention(
         v: Values, of the shape of `k`.
         mask: Over S queries and N keys.
         scale: Of the scores.
+        second: Queries that see more keys, and their mask.
         deterministic: Gradients with the same bits on every run.
 
     Returns:
@@ -108,7 +131,7 @@ def attention(
     """
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     key = (q.shape, k.shape, q.dtype, backward)
-    plan = _PLANS.of(mask, key, lambda: make_plan(mask, q, k, v, backward=backward))
+    plan = _PLANS.of(mask, second, key, lambda: make_plan(mask, q, k, v, second, backward=backward))
     out, lse = _library().flex_attn_func(
         *(_aligned(x.transpose(1, 2)) for x in (q, k, v)),
         mask_plan=plan,

@@ -1,6 +1,6 @@
 """PyTorch's FlexAttention under an `IntervalMask`, with a BlockMask that is made straight from the bounds.
 
-Shape suffixes: B rows of the mask, S queries, C blocks of keys, T tiles of queries, R ends of tiles (T + 1).
+Shape suffixes: B rows of the mask, S queries, C blocks of keys, T tiles of queries, X changes between blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from transfusion_kernels.attention.layout import IntervalMask
+from transfusion_kernels.attention.second import intervals
 from transfusion_kernels.rivals.plans import Plans
 
 if TYPE_CHECKING:
@@ -53,37 +54,42 @@ def problem(q: Tensor) -> str:
     return ""
 
 
-def block_mask(mask: IntervalMask) -> BlockMask:
+def block_mask(mask: IntervalMask, second: tuple[Tensor, IntervalMask] | None = None) -> BlockMask:
     """Make FlexAttention's form of a mask, without looking at all pairs and without waiting for the device.
 
     It equals what `create_block_mask` finds with the same mask function, in every field.
 
     Args:
         mask: The mask. Its bounds must be those that `IntervalMask.validate` accepts.
+        second: Queries that see more keys, and their mask, which shows each of them no key that `mask` does.
 
     Returns:
-        A BlockMask of 128 queries by 128 keys, with as many rows as the mask. It does not refer to `mask`.
+        A BlockMask of 128 queries by 128 keys, with as many rows as the masks. It does not refer to them.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    partial_BTC, full_BTC = _visible_blocks(mask)
+    bounds = intervals(mask, second)
+    partial_BTC, full_BTC = _visible_blocks(bounds, mask.num_keys)
     return BlockMask.from_kv_blocks(
         *_listed(partial_BTC),
         *_listed(full_BTC),
         BLOCK_SIZE=BLOCK,
-        mask_mod=mask_function(mask),
+        mask_mod=mask_function(*bounds),
         seq_lengths=(mask.num_queries, mask.num_keys),
     )
 
 
-def mask_function(mask: IntervalMask) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Give the mask as FlexAttention evaluates it within a block: `first_key[q] <= key < end_key[q]`.
+def mask_function(*bounds: tuple[Tensor, Tensor]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Give a mask as FlexAttention evaluates it within a block: `first_key[q] <= key < end_key[q]`, for any interval.
 
     Args:
-        mask: The mask. The function refers to its bounds, and not to it.
+        bounds: Of one or two intervals of all queries, int32 [B or 1, S], to which the function refers.
     """
-    first_BS, end_BS = mask.first_key.contiguous(), mask.end_key.contiguous()
-    if mask.first_key.shape[0] == 1:  # a row that the whole batch shares
+    if len(bounds) == 2:
+        one, two = (mask_function(pair) for pair in bounds)
+        return lambda b, h, q, key: one(b, h, q, key) | two(b, h, q, key)
+    first_BS, end_BS = (bound.contiguous() for bound in bounds[0])
+    if first_BS.shape[0] == 1:  # a row that the whole batch shares
         first_S, end_S = first_BS[0], end_BS[0]
 
         def shared(b: Tensor, h: Tensor, q: Tensor, key: Tensor) -> Tensor:
@@ -103,6 +109,7 @@ def attention(
     v: Tensor,
     mask: IntervalMask,
     scale: float,
+    second: tuple[Tensor, IntervalMask] | None = None,
     *,
     options: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -114,6 +121,7 @@ def attention(
         v: Values, of the shape of `k`.
         mask: Over S queries and N keys.
         scale: Of the scores.
+        second: Queries that see more keys, and their mask.
         options: FlexAttention's `kernel_options`, such as tile sizes.
 
     Returns:
@@ -124,9 +132,9 @@ def attention(
 
     attend: Any = flex_attention
     if torch.compiler.is_compiling():  # it is part of a larger graph, which finds equal plans by itself
-        plan = block_mask(mask)
+        plan = block_mask(mask, second)
     else:
-        plan = _PLANS.of(mask, None, lambda: block_mask(mask))
+        plan = _PLANS.of(mask, second, None, lambda: block_mask(mask, second))
         compiled = _compiled()  # it also lets the compiler keep enough versions of the eager form
         attend = compiled if q.device.type == "cuda" else flex_attention
     if q.device.type == "cpu" and not torch.is_grad_enabled():
@@ -145,33 +153,26 @@ def attention(
     return out, extra.lse.detach()
 
 
-def _visible_blocks(mask: IntervalMask) -> tuple[Tensor, Tensor]:
+def _visible_blocks(bounds: list[tuple[Tensor, Tensor]], num_keys: int) -> tuple[Tensor, Tensor]:
     """Which blocks of keys the tiles of queries see in part, and which in full: bool [B, T, C]."""
-    first_BS, end_BS = mask.first_key.contiguous(), mask.end_key.contiguous()
-    rows, queries = first_BS.shape
-    start_C = torch.arange(0, mask.num_keys, BLOCK, device=mask.device, dtype=torch.int32)
-    start_T = torch.arange(0, queries, BLOCK, device=mask.device)
-    stop_T = (start_T + BLOCK).clamp(max=queries)
+    rows, queries = max(first_BS.shape[0] for first_BS, _ in bounds), bounds[0][0].shape[1]
+    tiles, blocks = -(-queries // BLOCK), -(-num_keys // BLOCK)
 
-    # Neither bound decreases. So those that end behind the start of a block are the last queries of a row, those that
-    # begin before its end the first ones, and what is in both sees some of it, unless it sees nothing at all.
-    start_BC = start_C.expand(rows, -1).contiguous()
-    from_BC = torch.searchsorted(end_BS, start_BC, right=True)
-    to_BC = torch.searchsorted(first_BS, start_BC + BLOCK)
-    seeing_BR = torch.nn.functional.pad((first_BS < end_BS).cumsum(1), (1, 0))
-    from_BTC = torch.maximum(from_BC[:, None], start_T[:, None])
-    to_BTC = torch.maximum(torch.minimum(to_BC[:, None], stop_T[:, None]), from_BTC)
-    seen_BTC = _gather(seeing_BR, to_BTC) > _gather(seeing_BR, from_BTC)
+    # How many pairs of a tile and a block are visible, by what that changes by from block to block. From a bound on a
+    # query sees the rest of its block, then whole blocks. The two bounds of an interval cancel behind it.
+    start_S = torch.arange(queries, device=bounds[0][0].device) // BLOCK * (blocks + 2)
+    change_BX = bounds[0][0].new_zeros(rows, tiles * (blocks + 2))
+    for pair in bounds:
+        for sign, bound_BS in zip((1, -1), pair, strict=True):
+            inside_BS = bound_BS.expand(rows, -1) % BLOCK
+            at_BS = start_S + bound_BS.expand(rows, -1) // BLOCK
+            change_BX.scatter_add_(1, at_BS, sign * (BLOCK - inside_BS))
+            change_BX.scatter_add_(1, at_BS + 1, sign * inside_BS)
+    pairs_BTC = change_BX.view(rows, tiles, -1).cumsum(-1)[..., :blocks]
 
-    # A full block is seen whole by the first and by the last query of a whole tile.
-    latest_first_BT, earliest_end_BT = first_BS[:, stop_T - 1], end_BS[:, start_T]
-    full_BTC = (latest_first_BT[..., None] <= start_C) & (earliest_end_BT[..., None] >= start_C + BLOCK)
-    full_BTC &= (stop_T - start_T == BLOCK)[:, None]
-    return seen_BTC & ~full_BTC, full_BTC
-
-
-def _gather(values_BR: Tensor, at_BTC: Tensor) -> Tensor:
-    return values_BR.gather(1, at_BTC.flatten(1)).view_as(at_BTC)
+    # The intervals of a query share no key. So only a tile whose every query sees all keys has that many pairs.
+    full_BTC = pairs_BTC == BLOCK * BLOCK
+    return (pairs_BTC > 0) & ~full_BTC, full_BTC
 
 
 def _listed(blocks_BTC: Tensor) -> tuple[Tensor, Tensor]:
