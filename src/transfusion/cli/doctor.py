@@ -21,7 +21,7 @@ from transfusion.errors import UserError
 from transfusion.files import lock
 
 OLDEST_PYTHON = (3, 11)
-TESTED_TORCH = ((2, 11), (2, 13))
+TESTED_TORCH = ((2, 11), (2, 15))
 # A DeepSpeed operator compiles in two minutes; a lock this old belongs to a build that was killed.
 STALE_LOCK_SECONDS = 600
 NEEDED_DISK_GIB = 2.0
@@ -135,7 +135,7 @@ def _torch() -> Iterator[Finding]:
     if TESTED_TORCH[0] <= version <= TESTED_TORCH[1]:
         yield Finding("torch", "good", text)
     else:
-        yield Finding("torch", "note", f"{text}; 2.11 to 2.13 are tested", remedy)
+        yield Finding("torch", "note", f"{text}; 2.11 to 2.15 are tested", remedy)
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
