@@ -17,7 +17,7 @@ from gluon_simulator import Fault, SimulatedKernel, Simulator
 from torch import Tensor
 
 from transfusion_kernels import IntervalMask
-from transfusion_kernels.attention import hopper, hopper_backward, hopper_forward, layout
+from transfusion_kernels.attention import hopper, hopper_backward, hopper_forward, layout, tiles
 from transfusion_kernels.verification.testing import exact_attention, mask_of, poisoned_memory, relative_error
 
 WIDTH = 16
@@ -45,8 +45,9 @@ def simulated(seed: int = 0, changes: Sequence[Change] = (), small_tiles: bool =
             kernel = SimulatedKernel(simulator, name, hopper.OPTIONS)
             stack.enter_context(mock.patch.object(hopper, name, kernel))
         # Heads one by one, a few or all together.
-        cache_bytes = (0, 3000, hopper.CACHE_BYTES)[seed % 3]
-        stack.enter_context(mock.patch.object(hopper, "CACHE_BYTES", cache_bytes))
+        cache_bytes = (0, 3000, tiles.CACHE_BYTES)[seed % 3]
+        stack.enter_context(mock.patch.object(tiles, "CACHE_BYTES", cache_bytes))
+        stack.enter_context(mock.patch.object(tiles, "LEAST_TOGETHER", 1))
         if small_tiles:
             stack.enter_context(mock.patch.object(layout, "TILE_ROWS", 64))
             ring = {WIDTH: hopper.Ring(step=32, stages=2)}

@@ -40,6 +40,7 @@ from transfusion_kernels.attention.tiles import (
     Tile,
     all_registers,
     has_tma,
+    heads_together,
     needs_descriptors,
     tiles_for,
 )
@@ -92,7 +93,9 @@ def attention_backward(
         dq_dtype = torch.float32 if fused else q.dtype
         dq = q.new_zeros(batch, queries, heads, width, dtype=dq_dtype).transpose(1, 2)
         strides = [x.stride(axis) for x in (q, k, v, grad_out, dq, dk) for axis in range(3)]
-        sizes = (queries, padded_queries, keys, heads, share, scale)
+        sizes = (queries, padded_queries, keys, heads)
+        walked_queries = batch * queries * width * (2 * q.itemsize + (4 if fused else 0)) * heads // key_heads
+        walked_keys = batch * 2 * keys * width * k.itemsize * key_heads // heads
 
         def inputs(query_rows: int, key_rows: int) -> list[Tensor | TensorDescriptor]:
             blocks = ((q, query_rows), (k, key_rows), (v, key_rows), (grad_out, query_rows))
@@ -124,7 +127,8 @@ def attention_backward(
                 *inputs(tile.step, tile.rows), log_sum, delta,
                 described(dq, tile.step) if fused and tma_add else dq,
                 *(described(x, tile.rows) if tma else x for x in (dk, dv)),
-                first_query, end_query, key_order, *strides, *sizes, **shape(tile),
+                first_query, end_query, key_order, *strides, *sizes, heads_together(key_heads, walked_queries),
+                share, scale, **shape(tile),
                 BLOCK_M=tile.step, BLOCK_N=tile.rows, FUSED=fused is not None, TMA_ADD=tma_add,
             )  # fmt: skip
         if not fused and q.numel():
@@ -132,7 +136,8 @@ def attention_backward(
             programs = query_order.numel() * (TILE_ROWS // tile.rows) * share * heads
             _queries_kernel[(programs,)](
                 *inputs(tile.rows, tile.step), log_sum, delta, described(dq, tile.rows) if tma else dq,
-                first_key, end_key, query_order, *strides[:15], *sizes, **shape(tile),
+                first_key, end_key, query_order, *strides[:15], *sizes, heads_together(heads, walked_keys),
+                share, scale, **shape(tile),
                 BLOCK_M=tile.rows, BLOCK_N=tile.step,
             )  # fmt: skip
     return dq.to(q.dtype), dk, dv
@@ -192,7 +197,7 @@ def _skip_gap(step, gap_start, gap_end, MASK: tl.constexpr):
         return step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["together"])
 def _keys_kernel(
     q,
     k,
@@ -228,6 +233,7 @@ def _keys_kernel(
     padded_queries,
     keys,
     heads,
+    together,
     share,
     scale,
     GROUP: tl.constexpr,
@@ -241,9 +247,7 @@ def _keys_kernel(
     TMA_ADD: tl.constexpr,
 ):
     """dk and dv of a tile of keys, and where FUSED its part of dq. dk and dv share their strides."""
-    mask_row, row, key_head, start = tile_of(
-        tl.program_id(0), order, keys, heads // GROUP, share, TILE_ROWS, BLOCK_N
-    )
+    mask_row, row, key_head, start = tile_of(order, keys, heads // GROUP, together, share, TILE_ROWS, BLOCK_N)
     if start >= keys:
         return
 
@@ -350,7 +354,7 @@ def _walk_queries(
     return b_dk, b_dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["together"])
 def _queries_kernel(
     q,
     k,
@@ -381,6 +385,7 @@ def _queries_kernel(
     padded_queries,
     keys,
     heads,
+    together,
     share,
     scale,
     GROUP: tl.constexpr,
@@ -392,7 +397,7 @@ def _queries_kernel(
     TMA: tl.constexpr,
 ):
     """dq of a tile of queries."""
-    mask_row, row, head, start = tile_of(tl.program_id(0), order, queries, heads, share, TILE_ROWS, BLOCK_M)
+    mask_row, row, head, start = tile_of(order, queries, heads, together, share, TILE_ROWS, BLOCK_M)
     if start >= queries:
         return
     key_head = head // GROUP

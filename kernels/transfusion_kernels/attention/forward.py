@@ -28,7 +28,7 @@ from transfusion_kernels.attention.rows import (
     load_rows,
     store_rows,
 )
-from transfusion_kernels.attention.tiles import has_tma, needs_descriptors, tiles_for
+from transfusion_kernels.attention.tiles import has_tma, heads_together, needs_descriptors, tiles_for
 
 LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -75,6 +75,7 @@ def attention_forward(
             queries,
             k.shape[2],
             heads,
+            heads_together(heads, batch * 2 * k.shape[2] * width * k.itemsize * k.shape[1] // heads),
             share,
             scale * LOG2_E,
             GROUP=heads // k.shape[1],
@@ -92,10 +93,16 @@ def attention_forward(
 
 
 @triton.jit
-def tile_of(program, order, size, heads, share, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which mask row, batch row, head and first position a program has: heads vary fastest, long tiles come first."""
-    head = program % heads
-    program = program // heads
+def tile_of(order, size, heads, together, share, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which mask row, batch row, head and first position this program has.
+
+    Programs of `together` heads, which divides `heads`, run side by side through all tiles, long ones first, before
+    those of the next heads start (see `tiles.heads_together`).
+    """
+    program = tl.program_id(0)
+    wave = tl.num_programs(0) // heads * together
+    head = program // wave * together + program % wave % together
+    program = program % wave // together
     sharer = program % share
     program = program // share
     tile = tl.load(order + program // (TILE_ROWS // BLOCK))
@@ -138,7 +145,7 @@ def full_steps(base, highest_first, lowest_end, highest_end, STEP: tl.constexpr)
     return full_start, tl.maximum(full_start, full_end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["together"])
 def _forward_kernel(
     q,
     k,
@@ -163,6 +170,7 @@ def _forward_kernel(
     queries,
     keys,
     heads,
+    together,
     share,
     scale_log2,
     GROUP: tl.constexpr,
@@ -173,7 +181,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    mask_row, row, head, start = tile_of(tl.program_id(0), order, queries, heads, share, TILE_ROWS, BLOCK_M)
+    mask_row, row, head, start = tile_of(order, queries, heads, together, share, TILE_ROWS, BLOCK_M)
     if start >= queries:
         return
     key_head = head // GROUP

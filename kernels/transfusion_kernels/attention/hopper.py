@@ -15,7 +15,7 @@ from transfusion_kernels.attention import layout
 from transfusion_kernels.attention.forward import LOG2_E, device_of
 from transfusion_kernels.attention.hopper_backward import backward_kernel, statistics_kernel
 from transfusion_kernels.attention.hopper_forward import forward_kernel
-from transfusion_kernels.attention.tiles import TRITON_VERSION
+from transfusion_kernels.attention.tiles import TRITON_VERSION, heads_together
 
 # Every partition of 128 threads starts with this many registers, and then takes from the producer what it gives up.
 OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
@@ -39,8 +39,6 @@ FORWARD = {
 }
 BACKWARD = {64: Ring(step=64, stages=2), 128: Ring(step=64, stages=2)}
 _STATISTICS_ROWS = 64
-# Half of the second-level cache of an H100 and an H200. The rest holds what is written.
-CACHE_BYTES = 25 << 20
 
 
 def attention_forward(
@@ -148,15 +146,6 @@ def attention_backward(
             **OPTIONS,
         )
     return torch.mul(dq_sum, scale, out=dq), dk, dv
-
-
-def heads_together(heads: int, bytes_of_head: int) -> int:
-    """How many heads to take side by side: the largest divisor of `heads` whose heads fit the second-level cache.
-
-    bytes_of_head: what the programs of one head walk, over all batch rows.
-    """
-    most = max(CACHE_BYTES // max(bytes_of_head, 1), 1)
-    return max(count for count in range(1, min(heads, most) + 1) if heads % count == 0)
 
 
 def describe(tensor: Tensor, block: tuple[int, int, int]) -> TensorDescriptor:

@@ -53,8 +53,13 @@ def _visible(mask: IntervalMask, second: tuple[Tensor, IntervalMask] | None) -> 
     )
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    if not torch.amp.is_autocast_available(device_type):  # as on the meta device
+    if not _has_autocast(device_type):  # as on the meta device
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 

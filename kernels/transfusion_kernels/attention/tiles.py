@@ -47,6 +47,10 @@ class Tiles:
     queries: Tile
 
 
+# Half of the second-level cache of an H100 and an H200, and about what other GPUs have. The rest holds what is written.
+CACHE_BYTES = 25 << 20
+LEAST_TOGETHER = 4
+
 # What the interpreter runs, and CDNA for small heads in float32.
 _SMALL = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
 # What runs 16-bit heads of 256 where nothing else is listed.
@@ -136,6 +140,17 @@ def tiles_for(width: int, dtype: torch.dtype, narrow: bool) -> Tiles:
     tiles = _TABLE.get((_AS.get(architecture, architecture), width), (common, common))[narrow]
     splits = (architecture, width) in _SPLIT_ON_TRITON_3_6 and TRITON_VERSION == (3, 6)
     return replace(tiles, fused=None) if splits else tiles
+
+
+def heads_together(heads: int, bytes_of_head: int) -> int:
+    """How many heads to take side by side: the largest divisor of `heads` whose heads fit the second-level cache.
+
+    With fewer than `LEAST_TOGETHER` the long tiles of the last heads would start late, with nothing left beside them.
+
+    bytes_of_head: what the programs of one head walk, over all batch rows.
+    """
+    most = max(CACHE_BYTES // max(bytes_of_head, 1), LEAST_TOGETHER)
+    return max(count for count in range(1, min(heads, most) + 1) if heads % count == 0)
 
 
 def has_tma(dtype: torch.dtype) -> bool:

@@ -18,6 +18,8 @@ _LABEL = re.compile(r"^\s*(\.L\w+):")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
 _REGISTER = re.compile(r"\bR(\d+)\b")
 _PRODUCT = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
+# The upper half of an instruction's bits, which `nvdisasm -c -hex` prints on a line of its own.
+_UPPER_HALF = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 _ENDS = {"EXIT", "RET", "BRX"}
 # Instructions that write no register, or whose first operand is not what they write.
 _WRITE_NOTHING = {
@@ -47,6 +49,11 @@ class Instruction:
     @property
     def is_exponential(self) -> bool:
         return self.opcode.startswith("MUFU.EX2")
+
+    @property
+    def shared_bytes(self) -> int:
+        """That it moves to or from shared memory for a warp of 32 threads."""
+        return _shared_bytes(self)
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,93 @@ def read_code(text: str) -> Code:
                     exposed.add(index)
     loops = tuple(_loop(program, body, exposed) for body in program.product_loops())
     return Code(loops, tuple(hazards.values()), tuple(unsynchronised.values()))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the assembler orders for an instruction, in the bits that nvdisasm prints by `-hex` alone.
+
+    Attributes:
+        stall: Cycles until the same warp may issue its next instruction.
+        signs: The scoreboards, 0 to 5, that the instruction holds until its result is there or its operands are read.
+        waits: The scoreboards that must be free before it is issued.
+    """
+
+    stall: int
+    signs: frozenset[int]
+    waits: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Way:
+    """Once around a loop: what a warp executes from the head of the loop until it is there again.
+
+    Attributes:
+        loop: The counts of this way alone.
+        instructions: In the order in which they run.
+        orders: One for each of them, or nothing where the text has no bits.
+    """
+
+    loop: Loop
+    instructions: tuple[Instruction, ...]
+    orders: tuple[Order, ...]
+
+
+def read_ways(text: str) -> tuple[tuple[Way, Way], ...]:
+    """For each innermost loop with products the shortest way around it and the longest that repeats nothing.
+
+    Waits that fail and try again stand on neither. So where a mask hides behind a branch, the shortest way is a step
+    without one, and the longest a step with it.
+
+    Args:
+        text: A kernel as `nvdisasm -c` prints it, with `-hex` if orders are wanted.
+
+    Raises:
+        ValueError: If the shortest way leaves out a product, so that it is no step of the loop.
+    """
+    program = _Program(text)
+    exposed = _exposed(program)
+    orders = _orders(text)
+    if orders and len(orders) != len(program.instructions):
+        raise ValueError(f"bits of {len(orders)} instructions, got {len(program.instructions)}")
+    ways = []
+    for body, shortest, longest in program.ways_around_product_loops():
+        pair = []
+        for indices in (shortest, longest):
+            pair.append(
+                Way(
+                    _loop(program, indices, exposed),
+                    tuple(program.instructions[index] for index in indices),
+                    tuple(orders[index] for index in indices) if orders else (),
+                )
+            )
+        if pair[0].loop.products != _loop(program, body, exposed).products:
+            raise ValueError("products on a branch of a loop")
+        ways.append((pair[0], pair[1]))
+    return tuple(ways)
+
+
+def _exposed(program: _Program) -> set[int]:
+    """The exponentials that may run while no product of their warpgroup is in flight."""
+    return {
+        index
+        for block, entries in program.states().items()
+        for entry in entries
+        for index, flight in program.walk(block, entry)
+        if program.instructions[index].is_exponential and not flight.groups
+    }
+
+
+def _orders(text: str) -> list[Order]:
+    halves = [int(found.group(1), 16) for line in text.splitlines() if (found := _UPPER_HALF.match(line))]
+    return [
+        Order(
+            bits >> 41 & 15,
+            frozenset({bits >> 46 & 7, bits >> 49 & 7} - {6, 7}),
+            frozenset(board for board in range(6) if bits >> 52 + board & 1),
+        )
+        for bits in halves
+    ]
 
 
 def _loop(program: _Program, body: Sequence[int], exposed: set[int]) -> Loop:
@@ -288,6 +382,46 @@ class _Program:
         loops = [blocks for blocks in self._natural_loops() if self._has_products(blocks)]
         inner = [one for one in loops if not any(other < one for other in loops)]
         return [[i for block in sorted(one) for i in range(block, self._ends[block])] for one in inner]
+
+    def ways_around_product_loops(self) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """For each of `product_loops` its instructions, those of the shortest way around it, and of the longest."""
+        dominators = self._dominators()
+        for body in self.product_loops():
+            blocks = set(body) & self._ends.keys()
+            (head,) = (one for one in blocks if not (dominators[one] & blocks) - {one})
+            shortest = min(self._ways((head,), blocks), key=self._size, default=())
+            if not shortest:
+                raise ValueError("no way around a loop")
+            # What comes to itself again without the head, and can be passed by, is the retry of a wait.
+            others = blocks - {head}
+            straight = {one for one in blocks if one in shortest or one not in self._reached(one, others)}
+            longest = max(self._ways((head,), straight), key=self._size)
+            yield body, self._inside(shortest), self._inside(longest)
+
+    def _inside(self, blocks: Sequence[int]) -> list[int]:
+        return [index for block in blocks for index in range(block, self._ends[block])]
+
+    def _size(self, blocks: Sequence[int]) -> int:
+        return sum(self._ends[block] - block for block in blocks)
+
+    def _reached(self, block: int, within: set[int]) -> set[int]:
+        """The blocks that one comes to from `block`, without leaving `within`."""
+        reached: set[int] = set()
+        waiting = [block]
+        while waiting:
+            for follower in self.following[waiting.pop()]:
+                if follower in within and follower not in reached:
+                    reached.add(follower)
+                    waiting.append(follower)
+        return reached
+
+    def _ways(self, way: tuple[int, ...], within: set[int]) -> Iterator[tuple[int, ...]]:
+        """All ways that begin so, come back to where they began, and pass each block of `within` once at most."""
+        for follower in self.following[way[-1]]:
+            if follower == way[0]:
+                yield way
+            elif follower in within and follower not in way:
+                yield from self._ways((*way, follower), within)
 
     def _has_products(self, blocks: frozenset[int]) -> bool:
         return any(

@@ -59,6 +59,6 @@ def _refuse_attention(config: Config, device: torch.device) -> None:
     fell_back = asked == "auto" and dispatch.ENVIRONMENT_VARIABLE not in choice.reason
     if device.type == "cuda" and choice.implementation == "reference" and fell_back:
         raise UserError(
-            f"attention on this GPU would be the dense reference, since {choice.reason} (head_dim is model.hidden_size "
-            f"{model.hidden_size} / model.heads {model.heads}); change that, or ask for it: train.attention=reference"
+            f"attention on this GPU would be the dense reference, since {choice.reason}; head_dim is "
+            f"model.hidden_size {model.hidden_size} / model.heads {model.heads}; train.attention=reference asks for it"
         )

@@ -112,9 +112,13 @@ def test_the_model_chooses_sizes_and_a_batch_of_them_is_answered_as_each_alone(
                 assert mine == theirs
             else:
                 assert mine.shape == theirs.shape and (mine.int() - theirs.int()).abs().max() <= 1
-        shapes |= {
-            tuple(part.shape[1:]) for part in together[number][len(prompt) :] if isinstance(part, Tensor)
-        }
+    # Which seeds choose which sizes differs by the version of torch, which draws the weights.
+    for seed in range(40, 50):
+        answers = pipeline.generate(prompts, seed=seed, **settings)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            shapes |= {tuple(part.shape[1:]) for part in answer[len(prompt) :] if isinstance(part, Tensor)}
+        if len(shapes) == 3:
+            break
     assert len(shapes) == 3, "want all sizes"
 
 
