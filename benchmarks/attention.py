@@ -18,6 +18,7 @@ GPU wants that.
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import time
@@ -31,7 +32,7 @@ from attention_table.apart import measure_apart, run_job
 from attention_table.cases import FAMILIES
 from attention_table.measure import HEADER, Options, Table, exit_code
 from attention_table.providers import PROVIDERS, Provider
-from limits import DTYPES, find_device, measure_limits, record_head, write_json
+from limits import DTYPES, Limits, find_device, measure_limits, record_head, write_json
 from verify import MAX_ERROR
 
 RESULT = Path(__file__).resolve().parent / "results" / "attention.json"
@@ -43,12 +44,19 @@ FORMULAS = {
 
 
 def run(
-    options: Options, providers: Sequence[Provider] = PROVIDERS, out: Path | None = None
+    options: Options,
+    providers: Sequence[Provider] = PROVIDERS,
+    out: Path | None = None,
+    limits: Limits | None = None,
 ) -> dict[str, Any]:
-    """Measure the table, print it line by line, and keep `out` up to date. Returns what is written."""
+    """Measure the table, print it line by line, and keep `out` up to date. Returns what is written.
+
+    limits: the peaks that speeds are shares of, measured if None.
+    """
     deadline = time.monotonic() + options.seconds
-    seconds = min(10.0, options.seconds / 10)
-    limits = measure_limits(options.device, seconds=seconds, dtypes=(options.dtype,))
+    if limits is None:
+        seconds = min(10.0, options.seconds / 10)
+        limits = measure_limits(options.device, seconds=seconds, dtypes=(options.dtype,))
     record: dict[str, Any] = {
         "environment": record_head(options.device),
         "formulas": FORMULAS,
@@ -130,6 +138,14 @@ def draw(record: dict[str, Any], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
+def _former_limits(former: Path | None, dtype: str) -> Limits | None:
+    """The peaks of a former run. None where it left none of this dtype."""
+    if former is None or not former.exists():
+        return None
+    limits = Limits(**json.loads(former.read_text(encoding="utf-8"))["limits"])
+    return limits if dtype in limits.gemm_tflops else None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -147,6 +163,10 @@ def main() -> int:
         "--isolate", type=float, nargs="?", const=90.0, metavar="SECONDS",
         help="a process for each provider, ended after so long without a new figure (default: 90)",
     )  # fmt: skip
+    parser.add_argument(
+        "--limits", type=Path, help="a former result, whose peaks are taken in place of measured ones"
+    )
+    parser.add_argument("--no-image", action="store_true", help="write the JSON alone")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # what such a process is to do
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
     parser.add_argument(
@@ -173,8 +193,9 @@ def main() -> int:
         isolate=given.isolate,
     )
     chosen = [p for p in PROVIDERS if not given.providers or p.name in given.providers]
-    record = run(options, chosen, given.out)
-    draw(record, given.out.with_suffix(".png"))
+    record = run(options, chosen, given.out, _former_limits(given.limits, options.dtype))
+    if not given.no_image:
+        draw(record, given.out.with_suffix(".png"))
     return exit_code(record)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import step
 from limits import DTYPES
-from transfusion.config import Config
+from transfusion.config import Config, load_config
+from transfusion.families.build import build_model
+from transfusion.model.initialise import initialise
 
 CPU = torch.device("cpu")
 
@@ -36,6 +39,33 @@ def test_a_tiny_step() -> None:
 def test_a_step_that_did_not_train_is_not_timed() -> None:
     with pytest.raises(step.BadStep):
         step.measure_step(tiny("optimizer.learning_rate=1e30"), steps=3, warm_up=2, seconds=1.0)
+
+
+def test_weights_drawn_on_the_device_are_as_large_as_those_of_a_training() -> None:
+    config = tiny("model.hidden_size=128")
+    drawn, trained = build_model(config), build_model(config)
+    step.draw_weights(drawn, seed=0, layers=2)
+    initialise(trained, seed=0, layers=2)
+    for (name, ours), theirs in zip(drawn.named_parameters(), trained.parameters(), strict=True):
+        if ours.numel() > 100:
+            sizes = [float(weight.detach().square().mean().sqrt()) for weight in (ours, theirs)]
+            assert sizes[0] == pytest.approx(sizes[1], rel=0.1), name
+
+
+def test_a_network_made_on_the_device_trains() -> None:
+    with step.weights_drawn_on(CPU):
+        result = step.measure_step(tiny(), steps=1, warm_up=1, seconds=0.1)
+    assert result["steps_timed"] >= 1
+
+
+@pytest.mark.parametrize("name", ["0.76b", "1.4b"])
+def test_the_presets_are_the_papers_sizes_and_need_no_codec(name: str) -> None:
+    configs = Path(__file__).parents[3] / "configs"
+    preset = step.config_of([str(configs / f"benchmark/{name}.yaml")], CPU)
+    paper = load_config(configs / f"train/{name}.yaml", reads_codec=False)
+    assert preset.model == paper.model and preset.patches_per_image == paper.patches_per_image
+    assert preset.data.sequence_length == paper.data.sequence_length
+    assert (preset.train.engine, preset.train.compile, preset.train.precision) == ("local", True, "bf16")
 
 
 def test_batches_are_valid_and_mixed() -> None:

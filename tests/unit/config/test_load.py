@@ -12,7 +12,11 @@ from transfusion.config.checking import check_as
 from transfusion.config.yaml_files import dump, explain
 from transfusion.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "train").glob("*.yaml"))
+CONFIGS = sorted(
+    path
+    for folder in ("train", "benchmark")
+    for path in Path(__file__).parents[3].glob(f"configs/{folder}/*.yaml")
+)
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -35,7 +39,7 @@ def test_defaults_are_the_papers() -> None:
     assert config.data.sequence_length == 4096
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_config_loads_and_says_what_it_is_for(path: Path) -> None:
     # An autoencoder that a configuration names is not shipped with it.
     load_config(path, reads_codec=False)
