@@ -27,8 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "versions.json"
 TORCH = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 EXTRAS = "all,test,oracles,docs"
+# The interpreter of Triton 3.6, which torch 2.11 asks for, cannot take numpy 2.4.
+PINNED = {"2.11.0": {"numpy": "2.3.5"}}
 ARGUMENTS = ("-m", "not slow", "-n", "2", "--dist", "loadfile")
-NAMED = ("torch", "triton", "deepspeed", "diffusers", "transformers")
+NAMED = ("torch", "triton", "numpy", "deepspeed", "diffusers", "transformers")
 
 
 def environment(torch: str, folder: Path) -> Path:
@@ -37,7 +39,8 @@ def environment(torch: str, folder: Path) -> Path:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    pinned = re.sub(r"^torch==.*$", f"torch=={torch}", pinned, flags=re.MULTILINE)
+    for name, version in {"torch": torch, **PINNED.get(torch, {})}.items():
+        pinned = re.sub(rf"^{name}==.*$", f"{name}=={version}", pinned, flags=re.MULTILINE)
     # torch says which Triton it wants.
     pinned = re.sub(r"^triton==.*$", "", pinned, flags=re.MULTILINE)
     constraints = folder / "constraints.txt"

@@ -107,13 +107,16 @@ def _too_large(x, y, out, BLOCK: tl.constexpr):
 
 def test_the_gate_finds_spills_of_amd() -> None:
     def launch() -> None:
-        x = torch.empty(128, 128, dtype=torch.bfloat16, device="meta")
-        _too_large[(1,)](x, x, x, BLOCK=128, num_warps=1)
+        x = torch.empty(256, 256, dtype=torch.bfloat16, device="meta")
+        _too_large[(1,)](x, x, x, BLOCK=256, num_warps=4)
 
     (kernel,) = compile_launches("gfx942", launch).values()
     report = inspect("too large", kernel, "gfx942")
     assert report.spill_stores and report.spill_loads
-    assert problems(report) == [f"spills: {report.spill_stores} stores, {report.spill_loads} loads"]
+    assert problems(report) == [
+        f"spills: {report.spill_stores} stores, {report.spill_loads} loads",
+        "131072 bytes of shared memory, there are 65536",
+    ]
 
 
 def test_the_gate_finds_spills_and_what_else_is_wrong() -> None:
