@@ -50,7 +50,7 @@ def errors(mask: IntervalMask, second: Second, tensors: tuple[Tensor, ...], **ho
     }
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("name", FAMILIES)
