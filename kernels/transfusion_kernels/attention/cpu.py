@@ -24,6 +24,7 @@ from torch import Tensor
 from transfusion_kernels.attention.cpu_plan import Bucket, Images, Plan, plan_for
 from transfusion_kernels.attention.layout import validate_bounds
 from transfusion_kernels.attention.reference import accumulation_dtype
+from transfusion_kernels.attention.second import merge_rows
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -110,13 +111,7 @@ def _merge_images(
         attn_mask=_typed(images.bias, q_RHD),
         scale=scale,
     )
-    causal_GH, ahead_GH = lse_RH.index_select(0, query_rows_G), _rows(lse)
-    merged_GH = torch.logaddexp(causal_GH, ahead_GH)
-    causal_GHD = out_RHD.index_select(0, query_rows_G).to(merged_GH.dtype)
-    merged_GHD = causal_GHD.mul_((causal_GH - merged_GH).exp_()[..., None])
-    merged_GHD.addcmul_(_rows(out).to(merged_GH.dtype), (ahead_GH - merged_GH).exp_()[..., None])
-    out_RHD.index_copy_(0, query_rows_G, merged_GHD.to(out_RHD.dtype))
-    lse_RH.index_copy_(0, query_rows_G, merged_GH)
+    merge_rows(out_RHD, lse_RH, _rows(out), _rows(lse), query_rows_G)
 
 
 def _packed_backward(

@@ -103,19 +103,23 @@ def merge(
     batch, heads, queries, width = out.shape
     out_RHD = out.transpose(1, 2).reshape(batch * queries, heads, width)
     lse_RH = lse.transpose(1, 2).reshape(batch * queries, heads)
-    one_GH = lse_RH.index_select(0, places_G)
-    two_GH = second_lse.transpose(1, 2).flatten(0, 1)
-    both_GH = torch.logaddexp(one_GH, two_GH)
-    # Where both see nothing, both weights are 0.
-    shift_GH = both_GH.masked_fill(both_GH == float("-inf"), 0.0)
-    one_GHD = out_RHD.index_select(0, places_G).to(both_GH.dtype)
-    merged_GHD = one_GHD.mul_((one_GH - shift_GH).exp_()[..., None])
-    two_GHD = second_out.transpose(1, 2).flatten(0, 1).to(both_GH.dtype)
-    merged_GHD.addcmul_(two_GHD, (two_GH - shift_GH).exp_()[..., None])
-    out_RHD.index_copy_(0, places_G, merged_GHD.to(out.dtype))
-    lse_RH.index_copy_(0, places_G, both_GH)
+    more_GHD, more_GH = (x.transpose(1, 2).flatten(0, 1) for x in (second_out, second_lse))
+    merge_rows(out_RHD, lse_RH, more_GHD, more_GH, places_G)
     out = out_RHD.view(batch, queries, heads, width).transpose(1, 2)
     return out, lse_RH.view(batch, queries, heads).transpose(1, 2).contiguous()
+
+
+def merge_rows(out_RHD: Tensor, lse_RH: Tensor, more_GHD: Tensor, more_GH: Tensor, places_G: Tensor) -> None:
+    """Add to output and log-sum-exp, in place, what the queries at these places get from other keys."""
+    one_GH = lse_RH.index_select(0, places_G)
+    both_GH = torch.logaddexp(one_GH, more_GH)
+    # Where both see nothing, both weights are 0.
+    shift_GH = both_GH.masked_fill(both_GH == float("-inf"), 0.0)
+    merged_GHD = out_RHD.index_select(0, places_G).to(both_GH.dtype)
+    merged_GHD = merged_GHD.mul_((one_GH - shift_GH).exp_()[..., None])
+    merged_GHD.addcmul_(more_GHD.to(both_GH.dtype), (more_GH - shift_GH).exp_()[..., None])
+    out_RHD.index_copy_(0, places_G, merged_GHD.to(out_RHD.dtype))
+    lse_RH.index_copy_(0, places_G, both_GH)
 
 
 def add_gradient(total: Tensor, gradient: Tensor, places_G: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from transfusion.errors import UserError
 from transfusion.files import lock
 
 OLDEST_PYTHON = (3, 11)
-TESTED_TORCH = ((2, 11), (2, 15))
+SUPPORTED_TORCH = ((2, 11), (2, 15))
 # A DeepSpeed operator compiles in two minutes; a lock this old belongs to a build that was killed.
 STALE_LOCK_SECONDS = 600
 NEEDED_DISK_GIB = 2.0
@@ -132,10 +132,10 @@ def _torch() -> Iterator[Finding]:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     text = f"{torch.__version__}, built for {built_for}"
-    if TESTED_TORCH[0] <= version <= TESTED_TORCH[1]:
+    if SUPPORTED_TORCH[0] <= version <= SUPPORTED_TORCH[1]:
         yield Finding("torch", "good", text)
     else:
-        yield Finding("torch", "note", f"{text}; 2.11 to 2.15 are tested", remedy)
+        yield Finding("torch", "note", f"{text}; 2.11 to 2.15 are supported", remedy)
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
