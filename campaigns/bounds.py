@@ -55,11 +55,12 @@ EXPONENTIALS = 16
 SLOTS = 4
 SHARED_BYTES = 128
 PROGRAM_CYCLES = 3500
+ITEM_CYCLES = 1500
 HBM_BYTES = 4.8e12
 HBM_SHARE = 0.85
 HELPER_BYTES = 14
-POWER = 4.65
-SIMULATED_SHARE = 0.858
+POWER = 4.45
+SIMULATED_SHARE = 0.845
 CYCLE_SECONDS = PROCESSORS * 2 * MACS / (GEMM_TFLOPS * 1e12)
 LATENCY = {"LDS": 30, "LDSM": 33, "SHFL": 24, "MUFU": 22, "LDG": 270, "LDC": 30, "ULDC": 30}
 OTHER_LATENCY = 20
@@ -83,6 +84,10 @@ INPUTS = {
     "latency": (LATENCY | {"other": OTHER_LATENCY}, "cycles, assumed near published microbenchmarks of Hopper"),
     "stalls": ("control words", "cycles between a warp's instructions, as the assembler wrote them into the code"),
     "program_cycles": (PROGRAM_CYCLES, "before and after the steps of a program: an estimate of 3,000 to 4,000"),
+    "item_cycles": (
+        ITEM_CYCLES,
+        "the same of a tile whose queries and keys came while the program worked on the last one: an estimate",
+    ),
     "hbm_bytes": (HBM_BYTES, "a second, data sheet of the H200"),
     "hbm_share": (HBM_SHARE, "of it that kernels reach which copy, assumed"),
     "helper_bytes": (
@@ -178,6 +183,7 @@ class Launch:
         programs: That share a processor.
         walked: Bytes that the programs of a head walk for each position, if the launch takes as many heads at a time as
             fit the cache. 0 if it takes all.
+        outside: Cycles of a tile before and after its steps.
     """
 
     name: str
@@ -186,6 +192,7 @@ class Launch:
     steps: tuple[Step, Step, Step]
     programs: int
     walked: int = 0
+    outside: int = PROGRAM_CYCLES
 
     def in_order(self, costs: Sequence[float], heads: int, positions: int) -> list[float]:
         """What the programs cost, in the order in which they start, from the costs of the tiles of each head."""
@@ -385,8 +392,8 @@ for case in hopper.compile_cases():
         direction = "backward" if "backward" in case.name else "forward"
         width = int(case.name.split("head_dim ")[1].split(",")[0])
         code = compile_function(case.function, case.signature, case.constants, case.options, "sm_90", GluonASTSource)
-        grouped = "together" in case.signature
-        found.append((direction, width, rings[direction][width].step, grouped, code.asm["cubin"].hex()))
+        grouped, persistent = "together" in case.signature, "taken" in case.signature
+        found.append((direction, width, rings[direction][width].step, grouped, persistent, code.asm["cubin"].hex()))
 json.dump(found, open(sys.argv[1], "w"))
 """
 # By direction and waits for barriers in a step. Forward the consumers take turns to issue. Backward each waits until
@@ -417,12 +424,14 @@ def hopper_kernels(checkout: Path, family: str) -> Iterator[Kernel]:
         command = [sys.executable, "-c", _COMPILE, str(out)]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path}, cwd=folder)
         found = json.loads(out.read_text(encoding="utf-8"))
-    for direction, width, step, grouped, cubin in found:
-        launch = _hopper_launch(direction, width, step, grouped, listing(bytes.fromhex(cubin)))
+    for direction, width, step, grouped, persistent, cubin in found:
+        launch = _hopper_launch(direction, width, step, grouped, persistent, listing(bytes.fromhex(cubin)))
         yield Kernel(family, width, direction, (launch,), True)
 
 
-def _hopper_launch(direction: str, width: int, rows: int, grouped: bool, text: str) -> Launch:
+def _hopper_launch(
+    direction: str, width: int, rows: int, grouped: bool, persistent: bool, text: str
+) -> Launch:
     ways = read_ways(text)
     if len(ways) != (6 if direction == "forward" else 2):
         raise ValueError(f"hopper {direction}, head_dim {width}: {len(ways)} loops with products")
@@ -440,7 +449,9 @@ def _hopper_launch(direction: str, width: int, rows: int, grouped: bool, text: s
     )
     over = "queries" if direction == "forward" else "keys"
     walked = (4 if direction == "forward" else 8) * width * grouped
-    return Launch("_consume", rows, over, (full, masked, ending), 1, walked)
+    # Programs that take tile after tile have fetched the next one's rows by the end of the last one.
+    outside = ITEM_CYCLES if persistent else PROGRAM_CYCLES
+    return Launch("_consume", rows, over, (full, masked, ending), 1, walked, outside)
 
 
 def _hopper_signals(direction: str, way: Way) -> tuple[Signal, ...]:
@@ -583,7 +594,7 @@ def launch_cycles(launch: Launch, mask: IntervalMask, heads: int, cost: Cost) ->
     cycles = [cost(step) for step in launch.steps]
     tiles = tile_steps(mask, launch.over, launch.rows)
     of_head = [
-        PROGRAM_CYCLES + sum(count * each for count, each in zip(counts, cycles, strict=True))
+        launch.outside + sum(count * each for count, each in zip(counts, cycles, strict=True))
         for counts in tiles
     ]
     costs = launch.in_order(of_head, heads, mask.first_key.numel())
@@ -593,7 +604,7 @@ def launch_cycles(launch: Launch, mask: IntervalMask, heads: int, cost: Cost) ->
         "cycles": last,
         "balance": sum(costs) / places / last,
         "masked": sum(sum(counts[1:]) for counts in tiles) / sum(sum(counts) for counts in tiles),
-        "outside_steps": PROGRAM_CYCLES * len(costs) / sum(costs),
+        "outside_steps": launch.outside * len(costs) / sum(costs),
     }
 
 

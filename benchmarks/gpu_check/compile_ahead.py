@@ -86,7 +86,8 @@ def launch_hopper(shape: Shape) -> None:
     """What the Hopper kernels launch, forward and backward."""
     q, k, v, grad_out, bounds, orders = _arguments(shape)
     scale = shape.head_dim**-0.5
-    out, lse = hopper.attention_forward(q, k, v, bounds[0], bounds[1], orders[0], scale)
+    with mock.patch.object(hopper, "processors", lambda device: PROCESSORS):
+        out, lse = hopper.attention_forward(q, k, v, bounds[0], bounds[1], orders[0], scale)
     if shape.head_dim in hopper.BACKWARD:
         hopper.attention_backward(grad_out, q, k, v, out, lse, bounds[2], bounds[3], orders[1], scale)
 
@@ -111,7 +112,7 @@ def launch_cache(rows: int, queries: int, heads: int, key_heads: int, keys: int,
         table = torch.empty(rows, pages, dtype=torch.int32, device="meta")
     else:
         cache = _empty(rows, keys, key_heads, head_dim, dtype).transpose(1, 2)
-    with mock.patch.object(decode, "_processors", lambda device: PROCESSORS):
+    with mock.patch.object(decode, "processors", lambda device: PROCESSORS):
         decode_forward(q, cache, cache, bound, bound, table, keys, head_dim**-0.5, parts)
 
 

@@ -94,7 +94,8 @@ def examine(step: Step, dtype: torch.dtype, device: torch.device, out: Path) -> 
     if step.implementation == "decode":
         found |= _examine_caches(step.head_dim, dtype, device)
     else:
-        case = Case(step.length, length=step.length - step.length // 40, batch=2, heads=4, key_heads=2)
+        # The longest has more tiles than a GPU works on at a time.
+        case = Case(step.length, length=step.length - step.length // 40, batch=2, heads=6, key_heads=3)
         mask = make_mask(case, device)
         inputs = make_inputs(case, step.head_dim, dtype, mask)
         deterministic = step.direction == "deterministic"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +27,7 @@ class Variant:
         forward: The ring of the Hopper forward, if another.
         backward: That of the backward.
         together: How many heads are taken side by side, if divisible. As the kernels choose if 0.
+        a_program_each: Whether each tile of the Hopper forward has a program of its own.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Variant:
     forward: Ring | None = None
     backward: Ring | None = None
     together: int = 0
+    a_program_each: bool = False
 
 
 def _tile(tile: Tile) -> str:
@@ -59,6 +62,7 @@ def _split(head_dim: int, field: str, tile: Tile) -> Variant:
 # As they are shipped, and then the largest gain predicted first.
 VARIANTS = (
     Variant("hopper 128", "hopper", 128),
+    Variant("hopper 128, a program for every tile", "hopper", 128, a_program_each=True),
     Variant("hopper 128, all heads together", "hopper", 128, together=16),
     Variant("hopper 128, 4 heads together", "hopper", 128, together=4),
     Variant("triton 128", "triton", 128),
@@ -96,4 +100,6 @@ def applied(variant: Variant) -> Iterator[None]:
                 stack.enter_context(mock.patch.dict(table, {variant.head_dim: ring}))
         if variant.together:
             stack.enter_context(mock.patch.multiple(tiles, CACHE_BYTES=0, LEAST_TOGETHER=variant.together))
+        if variant.a_program_each:
+            stack.enter_context(mock.patch.object(hopper, "processors", lambda device: sys.maxsize))
         yield

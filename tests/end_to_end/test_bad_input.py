@@ -97,12 +97,14 @@ def complaint(said: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_rows_that_the_ranks_cannot_share(workplace: Any) -> None:
     said = workplace.run(*workplace.train("runs/refused", "data.global_batch_size=5"), processes=2, code=1)
     assert "data.global_batch_size" in complaint(said)
     assert not (workplace.folder / "runs/refused").exists()
 
 
+@pytest.mark.slow
 def test_what_only_the_main_process_cannot_write_ends_all(workplace: Any) -> None:
     run = workplace.folder / "runs/unwritable"
     (run / "metrics.jsonl").mkdir(parents=True)
@@ -110,6 +112,7 @@ def test_what_only_the_main_process_cannot_write_ends_all(workplace: Any) -> Non
     assert "Is a directory" in complaint(said)
 
 
+@pytest.mark.slow
 def test_bad_samples_of_all_ranks_are_judged_together(workplace: Any, shards: Path) -> None:
     """Images that only decoding finds bad pass the index; each rank alone has read too few to judge."""
     for shard in shards.glob("*.tar"):

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import pytest
+
 from web import Web
 
 
@@ -19,6 +21,7 @@ class Commands(Protocol):
     def train(self, run: str, *overrides: str) -> list[str]: ...
 
 
+@pytest.mark.slow
 def test_training_from_a_server(workplace: Commands) -> None:
     with contextlib.closing(Web(workplace.folder)) as web:
         base = web.address.replace("http://", "http://me:hunter2@") + "/data/quickstart/digits"

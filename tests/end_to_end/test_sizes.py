@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from transfusion.generate import Pipeline
@@ -42,6 +43,7 @@ def draw_images(folder: Path) -> None:
         (folder / f"{number:03d}.txt").write_text(caption)
 
 
+@pytest.mark.slow
 def test_from_images_of_three_shapes_to_drawn_ones(transfusion: Command, tmp_path: Path) -> None:
     draw_images(tmp_path / "own")
     (tmp_path / "model.yaml").write_text(MODEL)

@@ -380,6 +380,7 @@ class Simulator:
             static_range=range,
             load=self._load,
             store=self._store,
+            atomic_add=self._atomic_add,
             minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
             maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
             max=lambda x, axis: x.max(axis).values,
@@ -440,6 +441,11 @@ class Simulator:
     def _store(self, pointer: Pointer, values: Tensor, mask: Tensor | None = None) -> None:
         places, mask = pointer.places(mask)
         pointer.tensor.view(-1)[places[mask]] = values[mask].to(pointer.tensor.dtype)
+
+    def _atomic_add(self, pointer: Pointer, value: int, sem: str) -> Tensor:
+        before = self._load(pointer)
+        self._store(pointer, before + value)
+        return before
 
     def _fence(self) -> None:
         machine = self.machine

@@ -48,6 +48,9 @@ def simulated(seed: int = 0, changes: Sequence[Change] = (), small_tiles: bool =
         cache_bytes = (0, 3000, tiles.CACHE_BYTES)[seed % 3]
         stack.enter_context(mock.patch.object(tiles, "CACHE_BYTES", cache_bytes))
         stack.enter_context(mock.patch.object(tiles, "LEAST_TOGETHER", 1))
+        # A program for every tile, or some that take tile after tile.
+        count = (1, 3, 1000)[seed // 3 % 3]
+        stack.enter_context(mock.patch.object(hopper, "processors", lambda device: count))
         if small_tiles:
             stack.enter_context(mock.patch.object(layout, "TILE_ROWS", 64))
             ring = {WIDTH: hopper.Ring(step=32, stages=2)}
@@ -129,22 +132,56 @@ UNMASKED_END = ("gl.where(start + ROWS > keys, full_start, full_end)", "full_end
 # What is wrong with each, and how to make it so.
 FORWARD_MUTANTS: dict[str, Change] = {
     "the producer does not wait for keys to be used": (
-        "        mbarrier.wait(k_empty.index(slot), parity ^ 1)\n",
+        "            mbarrier.wait(k_empty.index(slot), parity ^ 1)\n",
         "",
     ),
     "the producer does not wait for values to be used": (
-        "        mbarrier.wait(v_empty.index(slot), parity ^ 1)\n",
+        "            mbarrier.wait(v_empty.index(slot), parity ^ 1)\n",
         "",
     ),
-    "a consumer does not wait for keys": ("        mbarrier.wait(k_full.index(slot), parity)\n", ""),
-    "a consumer does not wait for the first keys": ("    mbarrier.wait(k_full.index(0), 0)\n", ""),
+    "the producer does not wait for queries to be used": (
+        "            mbarrier.wait(q_empty.index(member), (turn & 1) ^ 1)\n",
+        "",
+    ),
+    "the producer does not wait for what it told to be read": (
+        "    mbarrier.wait(empty.index(0), (turn & 1) ^ 1)\n",
+        "",
+    ),
+    "what is told is read before it is told": ("    mbarrier.wait(full.index(0), turn & 1)\n", ""),
+    "an item is left out": ("gl.num_programs(0) + gl.atomic_add", "gl.num_programs(0) + 1 + gl.atomic_add"),
+    "steps are not counted on from item to item": ("        done = end\n", "        done = 0\n"),
+    "the parity of queries is frozen": (
+        "mbarrier.wait(q_full.index(MEMBER), turn & 1)\n        mbarrier.wait(k_full",
+        "mbarrier.wait(q_full.index(MEMBER), 0)\n        mbarrier.wait(k_full",
+    ),
+    "queries are given back before the last scores": (
+        "        mbarrier.wait(turns.index(MEMBER), done & 1)\n",
+        "        mbarrier.wait(turns.index(MEMBER), done & 1)\n"
+        "        mbarrier.arrive(q_empty.index(MEMBER), count=1)\n",
+    ),
+    "the last values are not given back": (
+        "        mbarrier.arrive(v_empty.index(slot), count=1)\n        b_out = b_out * gl.convert_layout(1.0",
+        "        b_out = b_out * gl.convert_layout(1.0",
+    ),
+    "an output replaces one that is still being stored": (
+        "        tma_store_wait(0)\n        s_out",
+        "        s_out",
+    ),
+    "a consumer does not wait for keys": (
+        "        mbarrier.wait(k_full.index(slot), parity)\n        mbarrier.wait(turns.index(MEMBER), i & 1)\n",
+        "        mbarrier.wait(turns.index(MEMBER), i & 1)\n",
+    ),
+    "a consumer does not wait for the first keys": (
+        "        mbarrier.wait(k_full.index(slot), parity)\n        mbarrier.wait(turns.index(MEMBER), done & 1)\n",
+        "        mbarrier.wait(turns.index(MEMBER), done & 1)\n",
+    ),
     "a consumer does not wait for values": (
         "        mbarrier.wait(v_full.index(last_slot), last_parity)\n",
         "",
     ),
     "a consumer does not wait for queries": (
-        "    mbarrier.wait(q_full.index(MEMBER), 0)\n    mbarrier.wait(k_full.index(0), 0)\n",
-        "    mbarrier.wait(k_full.index(0), 0)\n",
+        "        mbarrier.wait(q_full.index(MEMBER), turn & 1)\n        mbarrier.wait(k_full",
+        "        mbarrier.wait(k_full",
     ),
     "values are given back before they are used": (
         "        b_out = warpgroup_mma_wait(0, deps=(t_out,))\n"
@@ -167,11 +204,11 @@ FORWARD_MUTANTS: dict[str, Change] = {
         "mbarrier.expect(v_full.index(slot), d_v.block_type.nbytes)",
         "mbarrier.expect(v_full.index(slot), d_v.block_type.nbytes // 2)",
     ),
-    "the output is not fenced": ("    fence_async_shared()\n    tma_store", "    tma_store"),
-    "the barriers are not fenced": ("    fence_async_shared()\n    p_lse", "    p_lse"),
-    "the output's store is not waited for": (
-        "s_q.index(MEMBER))\n    tma_store_wait(0)\n",
-        "s_q.index(MEMBER))\n",
+    "the output is not fenced": ("    fence_async_shared()\n        tma_store", "    tma_store"),
+    "the barriers are not fenced": ("    fence_async_shared()\n    bounds", "    bounds"),
+    "the last output's store is not waited for": (
+        "hear(told, turn)\n    tma_store_wait(0)\n",
+        "hear(told, turn)\n",
     ),
     "the mask's end is off by one": ("o_n[None, :] < b_end[:, None]", "o_n[None, :] <= b_end[:, None]"),
     "the mask's start is off by one": ("o_n[None, :] >= b_first", "o_n[None, :] > b_first"),
@@ -185,10 +222,11 @@ FORWARD_MUTANTS: dict[str, Change] = {
     ),
     "the output is not shrunk": ("gl.convert_layout(b_decay,", "gl.convert_layout(1 + 0 * b_decay,"),
     "the second consumer's rows are the first's": ("start + MEMBER * HALF + gl.arange", "start + gl.arange"),
-    "all heads read the first key head": ("place = (row, head, head // group,", "place = (row, head, 0 * head,"),
-    "the next heads are the first again": ("program // wave * together + within", "within"),
+    "all heads read the first key head": ("key_head = head // group", "key_head = 0 * head"),
+    "the next heads are the first again": ("item // wave * together + within", "within"),
     "heads share their tiles out": ("within // together", "within"),
-    "all rows read the first row's mask": ("mask_row = (tile // tiles)", "mask_row = (0 * tile)"),
+    "all rows read the first row's mask": (
+        "(row, head, mask_row, start,", "(row, head, 0 * mask_row, start,"),
 }  # fmt: skip
 
 

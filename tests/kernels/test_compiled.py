@@ -90,6 +90,7 @@ def test_a_growing_cache_compiles_nothing_anew(paged: bool) -> None:
     assert {name: len(found) for name, found in forms.items()} == {"_decode_kernel": 1, "_merge_kernel": 2}
 
 
+@pytest.mark.slow
 def test_the_kernels_that_multiply_nothing_keep_to_registers() -> None:
     """Among them those that make masks."""
     reports = compile_helpers("sm_90")
@@ -105,6 +106,7 @@ def _too_large(x, y, out, BLOCK: tl.constexpr):
     tl.store(out + o, tl.dot(product.to(tl.bfloat16), tl.load(y + o), product))
 
 
+@pytest.mark.slow
 def test_the_gate_finds_spills_of_amd() -> None:
     def launch() -> None:
         x = torch.empty(256, 256, dtype=torch.bfloat16, device="meta")
@@ -119,6 +121,7 @@ def test_the_gate_finds_spills_of_amd() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_gate_finds_spills_and_what_else_is_wrong() -> None:
     def launch() -> None:
         x = torch.empty(256, 256, dtype=torch.bfloat16, device="meta")

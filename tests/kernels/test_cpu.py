@@ -86,6 +86,7 @@ def campaign() -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_full_product() -> None:
     verify = campaign()
     cases = list(verify.cases())

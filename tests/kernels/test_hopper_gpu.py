@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from test_gpu import FAMILIES, inputs_for
 
 from transfusion_kernels import explain, interval_attention
+from transfusion_kernels.attention import hopper
 from transfusion_kernels.verification.testing import (
     exact_attention,
     mask_of,
@@ -67,6 +68,19 @@ def test_races_would_move_the_result(width: int) -> None:
         _, dk, dv = torch.autograd.grad(out, (q, k, v), grad_out)
         first = first or (out, dk, dv)
         assert all(torch.equal(again, before) for again, before in zip((out, dk, dv), first, strict=True))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"size_one"}))
+def test_programs_take_item_after_item(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever computes a tile, and after whichever others, it has the same bits."""
+    mask = FAMILIES[name].to("cuda")
+    q, k, v, _ = inputs_for(mask, 2, width, torch.bfloat16)
+    alone = interval_attention(q, k, v, mask, return_lse=True, backend="hopper")
+    monkeypatch.setattr(hopper, "processors", lambda device: 3)
+    with poisoned_memory():
+        after_others = interval_attention(q, k, v, mask, return_lse=True, backend="hopper")
+    assert all(torch.equal(ours, expected) for ours, expected in zip(after_others, alone, strict=True))
 
 
 @pytest.mark.parametrize("width", [64, 128])

@@ -84,6 +84,7 @@ def test_cache(far: Tensor, along: int, is_paged: bool, backend: str) -> None:
         assert relative_error(out, exact) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETS, reason="starts the interpreter's own")
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed")

@@ -303,6 +303,7 @@ def test_the_name_of_another_package_stays_free(tmp_path: Path) -> None:
     assert "theirs True" in run_python(code, CHECKOUT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["transformers", "diffusers"])
 def test_a_folder_named_kernels_is_no_package_to_others(library: str, tmp_path: Path) -> None:
     pytest.importorskip(library)

@@ -269,6 +269,7 @@ def test_masks_without_an_edge(sees: str, implementation: str) -> None:
 # lerobot #4179
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_a_compiled_mask_is_the_mask() -> None:
     """In the compiler's own code, for short rows of any length, with the loss and the gradient that come of it."""

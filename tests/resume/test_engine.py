@@ -53,6 +53,7 @@ def test_three_and_three_steps_are_six(tmp_path: Path, precision: str) -> None:
     assert same_state(state_of(second), state_of(whole))
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path: Path) -> None:
     """SIGKILL at moments nobody chose: what is found afterwards is complete and loads."""
     handmade = Path(__file__).parents[1] / "dist"

@@ -14,22 +14,19 @@ head width padded to a power of two, R = B * S * H rows of the result, P parts. 
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from transfusion_kernels.attention.forward import HIDDEN, LOG2_E, device_of, normalise, weigh
-from transfusion_kernels.attention.tiles import Tile, all_registers, multiplies_by_warpgroups
+from transfusion_kernels.attention.tiles import Tile, all_registers, multiplies_by_warpgroups, processors
 
 # Below two programs a processor some wait for memory that others could be loading.
 PROGRAMS_PER_PROCESSOR = 2
 # A part shorter than this costs more to merge than it saves.
 MIN_KEYS_OF_A_PART = 256
 MAX_PARTS = 64
-PROCESSORS_OF_THE_INTERPRETER = 16
 
 
 def decode_forward(
@@ -58,7 +55,7 @@ def decode_forward(
     with device_of(q):
         tile = decode_tile(packed_rows, padded_width, q.dtype)
     tiles = triton.cdiv(packed_rows, tile.rows)
-    parts = num_splits or parts_for(batch * key_heads * tiles, num_keys, _processors(q.device))
+    parts = num_splits or parts_for(batch * key_heads * tiles, num_keys, processors(q.device))
     part_out, part_lse = out[None], lse[None]
     if parts > 1:
         part_out = q.new_empty(parts, *out.shape, dtype=torch.float32)
@@ -138,13 +135,6 @@ def parts_for(programs: int, num_keys: int, processors: int) -> int:
     """How many parts to take the keys in, given how many programs one part makes: from sizes that the host knows."""
     wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, programs)
     return max(1, min(wanted, num_keys // MIN_KEYS_OF_A_PART, MAX_PARTS)) if programs < processors else 1
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return PROCESSORS_OF_THE_INTERPRETER
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 # Lengths and counts change from step to step of a generation, and must compile nothing anew.

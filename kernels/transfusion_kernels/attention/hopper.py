@@ -15,7 +15,7 @@ from transfusion_kernels.attention import layout
 from transfusion_kernels.attention.forward import LOG2_E, device_of
 from transfusion_kernels.attention.hopper_backward import backward_kernel, statistics_kernel
 from transfusion_kernels.attention.hopper_forward import forward_kernel
-from transfusion_kernels.attention.tiles import TRITON_VERSION, heads_together
+from transfusion_kernels.attention.tiles import TRITON_VERSION, heads_together, processors
 
 # Every partition of 128 threads starts with this many registers, and then takes from the producer what it gives up.
 OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
@@ -56,8 +56,10 @@ def attention_forward(
         return out.zero_(), lse.fill_(float("-inf"))
     ring, half = FORWARD[width], layout.TILE_ROWS // 2
     share = batch // first_key.shape[0]
+    items = query_order.numel() * share * heads
+    taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     with device_of(q):
-        forward_kernel[(query_order.numel() * share * heads,)](
+        forward_kernel[(min(items, processors(q.device)),)](
             describe(q, (1, half, width)),
             describe(k, (1, ring.step, width)),
             describe(v, (1, ring.step, width)),
@@ -66,6 +68,8 @@ def attention_forward(
             first_key.contiguous(),
             end_key.contiguous(),
             query_order,
+            taken,
+            items,
             queries,
             heads,
             heads // key_heads,
@@ -196,8 +200,8 @@ def _forward_case(width: int, dtype: torch.dtype) -> CompileCase:
     ring, half = FORWARD[width], layout.TILE_ROWS // 2
     queries, keys = (_descriptor_type((1, rows, width), dtype) for rows in (half, ring.step))
     types = {"d_q": queries, "d_k": keys, "d_v": keys, "d_out": queries, "lse": "*fp32", "scale_log2": "fp32"}
-    types |= dict.fromkeys(("first_key", "end_key", "order"), "*i32")
-    types |= dict.fromkeys(("queries", "heads", "group", "share", "together"), "i32")
+    types |= dict.fromkeys(("first_key", "end_key", "order", "taken"), "*i32")
+    types |= dict.fromkeys(("items", "queries", "heads", "group", "share", "together"), "i32")
     return _case("hopper forward", width, dtype, forward_kernel, types, {"STAGES": ring.stages})
 
 

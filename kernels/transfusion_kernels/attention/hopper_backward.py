@@ -83,7 +83,7 @@ def backward_kernel(
     """
     STEP: gl.constexpr = d_q.block_shape[2]
     HALF: gl.constexpr = d_dk.block_shape[2]
-    key_head, place_in_order = head_and_place(key_heads, together)
+    key_head, place_in_order = head_and_place(gl.program_id(0), gl.num_programs(0), key_heads, together)
     sharer = place_in_order % share
     tile = gl.load(order + place_in_order // share)
     tiles = (keys + 2 * HALF - 1) // (2 * HALF)

@@ -1,12 +1,15 @@
 """The forward for Hopper GPUs, in Gluon: flash attention in which loads, products and softmax overlap.
 
-A program owns a tile of queries of one head and has three partitions. A producer of one warp fetches keys and values
-through rings of shared memory. Two consumers of four warps each own half of the queries. They take turns to issue
-products, so that one's softmax runs while the tensor cores work for the other; and each issues its scores of a step
-together with the weighted values of the step before, so that its own softmax overlaps them too.
+An item is a tile of queries of one head. A program takes item after item, as many programs as the GPU runs at a time,
+and has three partitions. A producer of one warp takes the items, tells the consumers of them, and fetches keys and
+values through rings of shared memory. It runs ahead, into the next item too. Two consumers of four warps each own half
+of the queries. They take turns to issue products, so that one's softmax runs while the tensor cores work for the other.
+Each issues its scores of a step together with the weighted values of the step before, so that its own softmax overlaps
+them too.
 
-Barriers: `full` is completed by the bytes of a load, `empty` by the arrivals of both consumers. `turns` hold one
-arrival each: a consumer waits on its own and arrives at the other's.
+Steps and turns count through all items of a program, as places in the rings do. Barriers: `full` is completed by the
+bytes of a load, `empty` by the arrivals of both consumers. `turns` hold one arrival each: a consumer waits on its own
+and arrives at the other's.
 
 Names: d_ descriptors of tensors [B, H, S, D], s_ shared memory, p_ pointers, b_ values in registers, t_ products in
 flight, o_ offsets, m_ masks. The tests run this source in a simulator (`tests/kernels/gluon_simulator.py`).
@@ -35,29 +38,22 @@ CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
 
-@gluon.jit(do_not_specialize=["queries", "heads", "group", "share", "together"])
+@gluon.jit(do_not_specialize=["items", "queries", "heads", "group", "share", "together"])
 def forward_kernel(
-    d_q, d_k, d_v, d_out, lse, first_key, end_key, order, queries, heads, group, share, together, scale_log2,
-    STAGES: gl.constexpr,
+    d_q, d_k, d_v, d_out, lse, first_key, end_key, order, taken, items, queries, heads, group, share, together,
+    scale_log2, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """out and lse of the tile of queries that is this program's in `order`.
+    """out and lse of the tiles of queries that this program takes.
 
     Blocks: d_q and d_out [1, 1, half a tile, D], d_k and d_v [1, 1, keys of a step, D].
+    items: the tiles of all heads. taken: how many of them were taken beyond the first of each program, 0 at first.
     group: query heads to a key head. share: batch rows to a row of the mask. together: see `head_and_place`.
     """
-    HALF: gl.constexpr = d_q.block_shape[2]
-    head, place_in_order = head_and_place(heads, together)
-    sharer = place_in_order % share
-    tile = gl.load(order + place_in_order // share)
-    tiles = (queries + 2 * HALF - 1) // (2 * HALF)
-    mask_row = (tile // tiles).to(gl.int64)
-    row = tile // tiles + sharer
-    place = (row, head, head // group, (tile % tiles) * (2 * HALF))
-    bounds = (first_key + mask_row * queries, end_key + mask_row * queries)
-
-    s_q = gl.allocate_shared_memory(d_q.dtype, [2] + d_q.block_shape, d_q.layout)
-    q_full = make_barriers(2, 1)
-    turns = make_barriers(2, 1)
+    asked = (
+        gl.allocate_shared_memory(d_q.dtype, [2] + d_q.block_shape, d_q.layout),
+        make_barriers(2, 1),
+        make_barriers(2, 1),
+    )
     keys = (
         gl.allocate_shared_memory(d_k.dtype, [STAGES] + d_k.block_shape, d_k.layout),
         make_barriers(STAGES, 1),
@@ -68,36 +64,59 @@ def forward_kernel(
         make_barriers(STAGES, 1),
         make_barriers(STAGES, 2),
     )
+    told = (
+        gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        make_barriers(1, 1),
+        make_barriers(1, 2),
+    )
+    s_out = gl.allocate_shared_memory(d_out.dtype, [2] + d_out.block_shape, d_out.layout)
+    turns = make_barriers(2, 1)
     fence_async_shared()
-    p_lse = lse + (row.to(gl.int64) * heads + head) * queries
+    bounds = (first_key, end_key)
+    work = (order, taken, items, group, share, together)
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (0, d_out, p_lse, s_q, q_full, keys, values, turns, bounds, place, queries, scale_log2),
-            ),
-            (
-                _consume,
-                (1, d_out, p_lse, s_q, q_full, keys, values, turns, bounds, place, queries, scale_log2),
-            ),
-            (_produce, (d_q, d_k, d_v, s_q, q_full, keys, values, bounds, place, queries)),
+            (_consume, (0, d_out, lse, s_out, asked, keys, values, told, turns, bounds, queries, heads, scale_log2)),
+            (_consume, (1, d_out, lse, s_out, asked, keys, values, told, turns, bounds, queries, heads, scale_log2)),
+            (_produce, (d_q, d_k, d_v, asked, keys, values, told, bounds, work, queries, heads)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )
+    )  # fmt: skip
 
 
 @gluon.jit
-def head_and_place(heads, together):
-    """The head of this program, and its place among the programs of that head.
+def head_and_place(item, items, heads, together):
+    """The head of an item, and its place among the items of that head.
 
-    Programs of `together` heads, which divides `heads`, run side by side through all tiles before those of the next
-    heads start: so many that their keys and values stay in the second-level cache.
+    Items of `together` heads, which divides `heads`, come side by side through all tiles before those of the next
+    heads: so many that their keys and values stay in the second-level cache.
     """
-    program = gl.program_id(0)
-    wave = gl.num_programs(0) // heads * together
-    within = program % wave
-    return program // wave * together + within % together, within // together
+    wave = items // heads * together
+    within = item % wave
+    return item // wave * together + within % together, within // together
+
+
+@gluon.jit
+def _tell(told, turn, numbers):
+    """Give eight int32 to both consumers, once they have read those of the turn before. For partitions of one warp."""
+    s_numbers, full, empty = told
+    mbarrier.wait(empty.index(0), (turn & 1) ^ 1)
+    for i in gl.static_range(8):
+        s_numbers.index(i).store(gl.full([1], numbers[i], gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(full.index(0), count=1)
+
+
+@gluon.jit
+def _hear(told, turn):
+    """What `_tell` gave in this turn. For partitions of four warps."""
+    s_numbers, full, empty = told
+    mbarrier.wait(full.index(0), turn & 1)
+    numbers = ()
+    for i in gl.static_range(8):
+        numbers = numbers + (gl.max(s_numbers.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0),)
+    mbarrier.arrive(empty.index(0), count=1)
+    return numbers
 
 
 @gluon.jit
@@ -116,10 +135,17 @@ def slot_of(step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _steps(bounds, start, queries, ROWS: gl.constexpr, STEP: gl.constexpr):
+def _row_of(bounds, mask_row, length):
+    """Where a row of the mask has its bounds."""
+    p_first, p_end = bounds
+    return p_first + mask_row.to(gl.int64) * length, p_end + mask_row.to(gl.int64) * length
+
+
+@gluon.jit
+def _steps(bounds, mask_row, start, queries, ROWS: gl.constexpr, STEP: gl.constexpr):
     """The keys that a tile sees, in steps: the first key, the number of steps (one at least), and between which two
     of them every query sees every key."""
-    p_first, p_end = bounds
+    p_first, p_end = _row_of(bounds, mask_row, queries)
     last = gl.minimum(start + ROWS, queries) - 1
     low_first = gl.load(p_first + start)
     high_first = gl.load(p_first + last)
@@ -132,38 +158,55 @@ def _steps(bounds, start, queries, ROWS: gl.constexpr, STEP: gl.constexpr):
 
 
 @gluon.jit
-def _produce(d_q, d_k, d_v, s_q, q_full, keys, values, bounds, place, queries):
-    """Fetch the queries of both consumers, then keys and values step by step."""
+def _produce(d_q, d_k, d_v, asked, keys, values, told, bounds, work, queries, heads):
+    """Take item after item, and fetch its queries for both consumers, then keys and values step by step."""
     HALF: gl.constexpr = d_q.block_shape[2]
     STEP: gl.constexpr = d_k.block_shape[2]
-    row, head, key_head, start = place
+    s_q, q_full, q_empty = asked
     s_k, k_full, k_empty = keys
     s_v, v_full, v_empty = values
     STAGES: gl.constexpr = s_k.shape[0]
-    base, steps, _, _ = _steps(bounds, start, queries, 2 * HALF, STEP)
-    for member in gl.static_range(2):
-        mbarrier.expect(q_full.index(member), d_q.block_type.nbytes)
-        tma_load(d_q, [row, head, start + member * HALF, 0], q_full.index(member), s_q.index(member))
-    for i in range(steps):
-        slot, parity = slot_of(i, STAGES)
-        mbarrier.wait(k_empty.index(slot), parity ^ 1)
-        mbarrier.expect(k_full.index(slot), d_k.block_type.nbytes)
-        tma_load(d_k, [row, key_head, base + i * STEP, 0], k_full.index(slot), s_k.index(slot))
-        mbarrier.wait(v_empty.index(slot), parity ^ 1)
-        mbarrier.expect(v_full.index(slot), d_v.block_type.nbytes)
-        tma_load(d_v, [row, key_head, base + i * STEP, 0], v_full.index(slot), s_v.index(slot))
+    order, taken, items, group, share, together = work
+    row_tiles = (queries + 2 * HALF - 1) // (2 * HALF)
+    item = gl.program_id(0)
+    turn = 0
+    done = 0
+    while item < items:
+        head, place_in_order = head_and_place(item, items, heads, together)
+        tile = gl.load(order + place_in_order // share)
+        mask_row = tile // row_tiles
+        row, start = mask_row + place_in_order % share, tile % row_tiles * (2 * HALF)
+        base, steps, full_start, full_end = _steps(bounds, mask_row, start, queries, 2 * HALF, STEP)
+        _tell(told, turn, (row, head, mask_row, start, base, steps, full_start, full_end))
+        for member in gl.static_range(2):
+            mbarrier.wait(q_empty.index(member), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(member), d_q.block_type.nbytes)
+            tma_load(d_q, [row, head, start + member * HALF, 0], q_full.index(member), s_q.index(member))
+        key_head = head // group
+        for i in range(steps):
+            slot, parity = slot_of(done + i, STAGES)
+            mbarrier.wait(k_empty.index(slot), parity ^ 1)
+            mbarrier.expect(k_full.index(slot), d_k.block_type.nbytes)
+            tma_load(d_k, [row, key_head, base + i * STEP, 0], k_full.index(slot), s_k.index(slot))
+            mbarrier.wait(v_empty.index(slot), parity ^ 1)
+            mbarrier.expect(v_full.index(slot), d_v.block_type.nbytes)
+            tma_load(d_v, [row, key_head, base + i * STEP, 0], v_full.index(slot), s_v.index(slot))
+        item = gl.num_programs(0) + gl.atomic_add(taken, 1, sem="relaxed")
+        turn += 1
+        done += steps
+    _tell(told, turn, (-1, 0, 0, 0, 0, 0, 0, 0))
 
 
 @gluon.jit
 def _consume(
-    MEMBER: gl.constexpr, d_out, p_lse, s_q, q_full, keys, values, turns, bounds, place, queries, scale_log2
+    MEMBER: gl.constexpr, d_out, lse, s_out, asked, keys, values, told, turns, bounds, queries, heads, scale_log2
 ):  # fmt: skip
-    """Attend with one half of the queries, and store their output and log-sum-exp."""
+    """Attend with one half of the queries of item after item, and store their output and log-sum-exp."""
+    s_q, q_full, q_empty = asked
     HALF: gl.constexpr = s_q.shape[3]
     WIDTH: gl.constexpr = s_q.shape[4]
-    row, head, _, start = place
     s_k, k_full, k_empty = keys
-    s_v, v_full, _ = values
+    s_v, v_full, v_empty = values
     STAGES: gl.constexpr = s_k.shape[0]
     STEP: gl.constexpr = s_k.shape[3]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
@@ -171,72 +214,87 @@ def _consume(
     SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUTPUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
-
-    base, steps, full_start, full_end = _steps(bounds, start, queries, 2 * HALF, STEP)
-    p_first, p_end = bounds
-    o_m = start + MEMBER * HALF + gl.arange(0, HALF, layout=SCORE_ROWS)
-    m_rows = o_m < queries
-    b_first = gl.load(p_first + o_m, mask=m_rows, other=HIDDEN)
-    b_end = gl.load(p_end + o_m, mask=m_rows, other=0)
-    b_max = gl.full([HALF], float("-inf"), gl.float32, SCORE_ROWS)
-    b_sum = gl.zeros([HALF], gl.float32, SCORE_ROWS)
-    b_out = gl.zeros([HALF, WIDTH], gl.float32, OUTPUT)
     s_q_2d = s_q.index(MEMBER).reshape([HALF, WIDTH])
     if MEMBER == 1:
         mbarrier.arrive(turns.index(0), count=1)
 
-    # The first step has no values before it.
-    mbarrier.wait(q_full.index(MEMBER), 0)
-    mbarrier.wait(k_full.index(0), 0)
-    mbarrier.wait(turns.index(MEMBER), 0)
-    b_zero = gl.zeros([HALF, STEP], gl.float32, SCORES)
-    t_score = warpgroup_mma(
-        s_q_2d, s_k.index(0).reshape([STEP, WIDTH]).permute((1, 0)), b_zero, use_acc=False, is_async=True
-    )
-    mbarrier.arrive(turns.index(1 - MEMBER), count=1)
-    b_score = warpgroup_mma_wait(0, deps=(t_score,))
-    mbarrier.arrive(k_empty.index(0), count=1)
-    b_weight, _, b_max, b_sum = _softmax(
-        b_score, b_max, b_sum, b_first, b_end, base, scale_log2, True, True, STEP, SCORES
-    )
-    b_weight = b_weight.to(s_v.dtype)
+    turn = 0
+    done = 0
+    row, head, mask_row, start, low_first, steps, full_start, full_end = _hear(told, turn)
+    while row >= 0:
+        base = low_first - done * STEP
+        end = done + steps
+        full_start = done + gl.maximum(full_start, 1)
+        full_end = done + gl.maximum(full_end, 1)
+        o_m = start + MEMBER * HALF + gl.arange(0, HALF, layout=SCORE_ROWS)
+        m_rows = o_m < queries
+        p_first, p_end = _row_of(bounds, mask_row, queries)
+        b_first = gl.load(p_first + o_m, mask=m_rows, other=HIDDEN)
+        b_end = gl.load(p_end + o_m, mask=m_rows, other=0)
+        b_max = gl.full([HALF], float("-inf"), gl.float32, SCORE_ROWS)
+        b_sum = gl.zeros([HALF], gl.float32, SCORE_ROWS)
+        b_out = gl.zeros([HALF, WIDTH], gl.float32, OUTPUT)
 
-    full_start = gl.maximum(full_start, 1)
-    full_end = gl.maximum(full_end, 1)
-    b_out, b_weight, b_max, b_sum = _attend(
-        b_out, b_weight, b_max, b_sum, 1, full_start, base, s_q_2d, q_full, keys, values, turns, b_first,
-        b_end, scale_log2, MEMBER, True, True,
-    )  # fmt: skip
-    b_out, b_weight, b_max, b_sum = _attend(
-        b_out, b_weight, b_max, b_sum, full_start, full_end, base, s_q_2d, q_full, keys, values, turns, b_first,
-        b_end, scale_log2, MEMBER, False, False,
-    )  # fmt: skip
-    b_out, b_weight, b_max, b_sum = _attend(
-        b_out, b_weight, b_max, b_sum, full_end, steps, base, s_q_2d, q_full, keys, values, turns, b_first,
-        b_end, scale_log2, MEMBER, False, True,
-    )  # fmt: skip
+        # The first step has no values before it.
+        slot, parity = slot_of(done, STAGES)
+        mbarrier.wait(q_full.index(MEMBER), turn & 1)
+        mbarrier.wait(k_full.index(slot), parity)
+        mbarrier.wait(turns.index(MEMBER), done & 1)
+        b_zero = gl.zeros([HALF, STEP], gl.float32, SCORES)
+        t_score = warpgroup_mma(
+            s_q_2d,
+            s_k.index(slot).reshape([STEP, WIDTH]).permute((1, 0)),
+            b_zero,
+            use_acc=False,
+            is_async=True,
+        )
+        mbarrier.arrive(turns.index(1 - MEMBER), count=1)
+        b_score = warpgroup_mma_wait(0, deps=(t_score,))
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        b_weight, _, b_max, b_sum = _softmax(
+            b_score, b_max, b_sum, b_first, b_end, low_first, scale_log2, True, True, STEP, SCORES
+        )
+        b_weight = b_weight.to(s_v.dtype)
 
-    slot, parity = slot_of(steps - 1, STAGES)
-    mbarrier.wait(v_full.index(slot), parity)
-    t_out = warpgroup_mma(
-        gl.convert_layout(b_weight, WEIGHTS), s_v.index(slot).reshape([STEP, WIDTH]), b_out, is_async=True
-    )
-    m_empty = b_sum == 0.0
-    b_sum = gl.where(m_empty, 1.0, b_sum)
-    b_lse = gl.where(m_empty, float("-inf"), (b_max + gl.log2(b_sum)) * LN_2)
-    gl.store(p_lse + o_m, b_lse, mask=m_rows)
-    b_out = warpgroup_mma_wait(0, deps=(t_out,))
-    b_out = b_out * gl.convert_layout(1.0 / b_sum, OUTPUT_ROWS)[:, None]
-    # The queries are done with: the output leaves through their memory.
-    s_q_2d.store(b_out.to(s_q.dtype))
-    fence_async_shared()
-    tma_store(d_out, [row, head, start + MEMBER * HALF, 0], s_q.index(MEMBER))
+        b_out, b_weight, b_max, b_sum = _attend(
+            b_out, b_weight, b_max, b_sum, done + 1, full_start, base, s_q_2d, q_full, turn, keys, values, turns,
+            b_first, b_end, scale_log2, MEMBER, True, True,
+        )  # fmt: skip
+        b_out, b_weight, b_max, b_sum = _attend(
+            b_out, b_weight, b_max, b_sum, full_start, full_end, base, s_q_2d, q_full, turn, keys, values, turns,
+            b_first, b_end, scale_log2, MEMBER, False, False,
+        )  # fmt: skip
+        b_out, b_weight, b_max, b_sum = _attend(
+            b_out, b_weight, b_max, b_sum, full_end, end, base, s_q_2d, q_full, turn, keys, values, turns,
+            b_first, b_end, scale_log2, MEMBER, False, True,
+        )  # fmt: skip
+
+        mbarrier.arrive(q_empty.index(MEMBER), count=1)
+        slot, parity = slot_of(end - 1, STAGES)
+        mbarrier.wait(v_full.index(slot), parity)
+        t_out = warpgroup_mma(
+            gl.convert_layout(b_weight, WEIGHTS), s_v.index(slot).reshape([STEP, WIDTH]), b_out, is_async=True
+        )
+        m_empty = b_sum == 0.0
+        b_sum = gl.where(m_empty, 1.0, b_sum)
+        b_lse = gl.where(m_empty, float("-inf"), (b_max + gl.log2(b_sum)) * LN_2)
+        gl.store(lse + (row.to(gl.int64) * heads + head) * queries + o_m, b_lse, mask=m_rows)
+        b_out = warpgroup_mma_wait(0, deps=(t_out,))
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        b_out = b_out * gl.convert_layout(1.0 / b_sum, OUTPUT_ROWS)[:, None]
+        tma_store_wait(0)
+        s_out.index(MEMBER).reshape([HALF, WIDTH]).store(b_out.to(s_out.dtype))
+        fence_async_shared()
+        tma_store(d_out, [row, head, start + MEMBER * HALF, 0], s_out.index(MEMBER))
+        turn += 1
+        done = end
+        row, head, mask_row, start, low_first, steps, full_start, full_end = _hear(told, turn)
     tma_store_wait(0)
 
 
 @gluon.jit
 def _attend(
-    b_out, b_weight, b_max, b_sum, from_step, to_step, base, s_q, q_full, keys, values, turns, b_first, b_end,
+    b_out, b_weight, b_max, b_sum, from_step, to_step, base, s_q, q_full, turn, keys, values, turns, b_first, b_end,
     scale_log2, MEMBER: gl.constexpr, MASK_FIRST: gl.constexpr, MASK_END: gl.constexpr,
 ):  # fmt: skip
     """Take the steps of keys `[from_step, to_step)`, each with the values of the step before.
@@ -286,7 +344,7 @@ def _attend(
         )
         # Long past, so that it never blocks. NVIDIA's assembler moves no instruction across it: without it the wait
         # below comes before the softmax, which then overlaps nothing.
-        mbarrier.wait(q_full.index(MEMBER), 0)
+        mbarrier.wait(q_full.index(MEMBER), turn & 1)
         b_out = warpgroup_mma_wait(0, deps=(t_out,))
         mbarrier.arrive(v_empty.index(last_slot), count=1)
         b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUTPUT))[:, None]

@@ -7,12 +7,14 @@ A row stands for what `machine_code` found to keep its values in registers, on e
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
 
 from transfusion_kernels.attention.layout import TILE_ROWS
 
+PROCESSORS_OF_THE_INTERPRETER = 16
 TRITON_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
@@ -153,6 +155,14 @@ def heads_together(heads: int, bytes_of_head: int) -> int:
     """
     most = max(CACHE_BYTES // max(bytes_of_head, 1), LEAST_TOGETHER)
     return max(count for count in range(1, min(heads, most) + 1) if heads % count == 0)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
+    if device.type == "cpu":
+        return PROCESSORS_OF_THE_INTERPRETER
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def has_tma(dtype: torch.dtype) -> bool:

@@ -53,10 +53,10 @@ class Case:
     repetitions: int = 0
 
 
-# Small tiles and a last one that is cut short, then large tiles and all of a GPU's processors.
+# Small tiles and a last one that is cut short, then large tiles, more than any GPU works on at a time.
 CASES = (
     Case(300, length=293, batch=2, heads=4, key_heads=2),
-    Case(2048, length=2048, repetitions=REPETITIONS),
+    Case(2048, length=2048, heads=12, key_heads=6, repetitions=REPETITIONS),
 )
 # For Triton's interpreter, which is slow.
 INTERPRETED_CASES = (Case(77, length=70, batch=2, heads=4, key_heads=2, repetitions=2),)

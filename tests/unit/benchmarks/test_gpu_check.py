@@ -407,6 +407,7 @@ def test_it(number, monkeypatch):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_lost_gpu_ends_the_worker_and_fails_no_other_test(tmp_path: Path, workers: int) -> None:
     shutil.copy(ROOT / "tests/kernels/conftest.py", tmp_path)

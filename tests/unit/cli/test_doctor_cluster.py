@@ -30,6 +30,7 @@ def launch(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[s
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, env=variables)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_of_this_machine_are_fit(tmp_path: Path) -> None:
     ended = launch("--folder", str(tmp_path))

@@ -258,6 +258,7 @@ def test_a_source_that_was_rare_is_not_held_back() -> None:
     assert abs(tokens[1] / tokens.sum() - 0.5) < 0.05
 
 
+@pytest.mark.slow
 def test_what_was_drawn_never_drifts_from_the_shares() -> None:
     """Clocks go on from block to block: at any block's end no source is ahead by more than a row or so."""
     given = sources()

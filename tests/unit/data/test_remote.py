@@ -507,6 +507,7 @@ def test_addresses_that_cannot_be_opened_are_one_line(
         build_indexes(config, config.data.sources, tokenizer)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache(
     web: Web, make: Make, tokenizer: Tokenizer, shard_bytes: int, tmp_path: Path
 ) -> None:

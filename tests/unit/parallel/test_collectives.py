@@ -66,6 +66,7 @@ def test_alone_an_error_of_the_system_is_told_with_its_file(tmp_path: Path) -> N
         raise_together(lambda: 1 // 0)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_the_first_error_of_any_rank_is_raised_on_all(tmp_path: Path) -> None:
     # What fails on which rank, what `raise_together` then sees on all (none: the rank), and `broadcast_from_main`.
