@@ -55,7 +55,13 @@ def test_from_images_to_latents_to_images(transfusion: Command, tmp_path: Path) 
     for loss in ("perceptual", "identity", "adversarial"):
         assert f"{loss} loss: none: this loss of the paper is off" in said
     encode = ("codec", "encode", "runs/codec/codec", "data/train/*.tar", "--out", "latents")
-    assert "already there" not in transfusion(*encode) and "already there" in transfusion(*encode)
+    assert "preview map of" in said
+    # A codec that came without its map gets one.
+    Path("runs/codec/codec/preview.json").unlink()
+    said = transfusion(*encode)
+    assert "already there" not in said and "preview map of" in said
+    said = transfusion(*encode)
+    assert "already there" in said and "preview map of" not in said
     transfusion(
         "codec", "report", "runs/codec/codec", "data/validation/*.tar", "--out", "judged", "--limit", "3"
     )
@@ -69,6 +75,7 @@ def test_from_images_to_latents_to_images(transfusion: Command, tmp_path: Path) 
     transfusion(*sample, "drawn")
     with Image.open("drawn/0000.png") as image:
         assert (image.size, image.mode) == ((16, 16), "RGB")
+    assert Path("model/codec/preview.json").read_bytes() == Path("runs/codec/codec/preview.json").read_bytes()
 
     # The export stands alone: it has the codec, and draws the same wherever the first one went.
     shutil.rmtree("runs")

@@ -21,8 +21,9 @@ from torch.nn.attention.flex_attention import (
 )
 
 from transfusion_kernels import IntervalMask, interval_attention
+from transfusion_kernels.attention import plans
 from transfusion_kernels.attention.reference import _attend, _visible, reference_attention
-from transfusion_kernels.rivals import NAMES, attention, cudnn, flex, plans, problem
+from transfusion_kernels.rivals import NAMES, attention, cudnn, flex, problem
 from transfusion_kernels.verification.testing import (
     exact_attention,
     mask_families,

@@ -1,4 +1,4 @@
-"""A run that starts from a Llama computes what transformers computes with it, to rounding."""
+"""A run that starts from a Llama computes what transformers computes with it, to rounding, and so does its export."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from transfusion.checkpoint.export import export
 from transfusion.checkpoint.llama import start_from_llama
+from transfusion.checkpoint.save import save
+from transfusion.checkpoint.text_model import export_text_model
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
+from transfusion.schema import TrainState
+from transfusion.sequence.tokenizer import train_tokenizer
 from transfusion.tokens import SpecialToken
 from transfusion_kernels import IntervalMask
 from transfusion_kernels.verification.testing import relative_error
@@ -283,3 +288,49 @@ def test_a_head_that_is_missing_is_not_taken_for_a_tied_one(tmp_path: Path) -> N
     save_file(tensors, tmp_path / "one" / "model.safetensors")
     with pytest.raises(UserError, match=r"lm_head\.weight is in none of its files"):
         started(tmp_path / "one", config_of())
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "2d"}, {"num_kv_heads": 1, "norm_epsilon": 1e-6}])
+def test_transformers_opens_an_exported_text_tower(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Logits, the tokenizer's ids with <BOS> before them, and what generation never chooses."""
+    tokenizer = train_tokenizer(["a handwritten three"] * 9, tmp_path / "tokenizer.model", vocabulary=320)
+    rows = tokenizer.vocabulary + 3
+    engine = LocalEngine(config_of(rows, **changes), ALONE)
+    torch.manual_seed(0)
+    for values in (*engine.masters.values(), *engine.average.averages):
+        values.detach().add_(0.1 * torch.randn(values.shape))
+    save(tmp_path / "run", engine, TrainState(step=1), keep=1)
+    shutil.copy(tokenizer.path, tmp_path / "run")
+    out = export_text_model(tmp_path / "run", tmp_path / "text")
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    assert type(theirs) is transformers.LlamaForCausalLM and theirs.dtype == torch.float32
+    averages = dict(zip(engine.masters, engine.average.averages, strict=True))
+    engine.model.load_state_dict(averages)
+    ids = torch.randint(0, rows, (2, 24))
+    with torch.no_grad():
+        wanted = logits(engine, ids)
+        assert (theirs(input_ids=ids).logits - wanted).abs().max() <= 2e-6
+        assert (
+            theirs(input_ids=ids).logits - logits(LocalEngine(engine.config, ALONE), ids)
+        ).abs().max() > 1e-2
+
+    read = transformers.AutoTokenizer.from_pretrained(out)
+    for text in ("three <BOS>", "  a\u2581\n<EOI>  ", "", "e\u0301\U0001f468\u200d\U0001f469\0"):
+        ours = tokenizer.encode(text)
+        assert read.encode(text, add_special_tokens=False) == ours and read.encode(text) == [1, *ours]
+        assert read.decode([1, *ours, 4, 2], skip_special_tokens=True) == text
+    answer = theirs.generate(torch.tensor([read.encode("a")]), max_new_tokens=30)[0, 2:]
+    assert all(token == 2 or len(SpecialToken) <= token < tokenizer.vocabulary for token in answer.tolist())
+
+
+def test_transformers_opens_the_tokenizer_of_a_whole_export(tmp_path: Path) -> None:
+    """Without <BOS>, as ours."""
+    tokenizer = train_tokenizer(["a handwritten three"] * 9, tmp_path / "tokenizer.model", vocabulary=320)
+    save(tmp_path / "run", LocalEngine(config_of(tokenizer.vocabulary), ALONE), TrainState(step=1), keep=1)
+    shutil.copy(tokenizer.path, tmp_path / "run")
+    out = export(tmp_path / "run", tmp_path / "model")
+    one = transformers.PreTrainedTokenizerFast(tokenizer_file=str(out / "tokenizer.json"))
+    for read in (one, transformers.AutoTokenizer.from_pretrained(out)):
+        for text in ("three <BOS><s>", "  a\u2581\n<PATCH>  ", "", "e\u0301\U0001f468\u200d\U0001f469\0"):
+            assert read(text)["input_ids"] == tokenizer.encode(text)

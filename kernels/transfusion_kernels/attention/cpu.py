@@ -26,7 +26,7 @@ from transfusion_kernels.attention.layout import validate_bounds
 from transfusion_kernels.attention.reference import accumulation_dtype
 from transfusion_kernels.attention.second import merge_rows
 
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 QUERY_BLOCK = 256
@@ -84,7 +84,7 @@ def _packed_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -
     for bucket in plan.buckets:
         inputs = (_documents(x, bucket) for x in (q, k, v))
         bias = _typed(bucket.bias, q)
-        bucket_results = _flash_forward(*inputs, 0.0, bias is None, attn_mask=bias, scale=scale)
+        bucket_results = flash_forward(*inputs, 0.0, bias is None, attn_mask=bias, scale=scale)
         results = _collect(results, bucket_results, bucket, batch * size)
     out_RHD, lse_RH = (x[: batch * size] for x in results)
     if plan.empty_rows is not None:
@@ -102,7 +102,7 @@ def _merge_images(
     """Add to the output and log-sum-exp of causal calls, in place, what images see beyond themselves."""
     q_RHD, k_RHD, v_RHD = rows
     query_rows_G = images.query_rows_G
-    out, lse = _flash_forward(
+    out, lse = flash_forward(
         _image(q_RHD, query_rows_G, images.count),
         _image(k_RHD, images.key_rows_G, images.count),
         _image(v_RHD, images.key_rows_G, images.count),
@@ -244,7 +244,7 @@ class _Window:
     empty: Tensor | None
 
 
-def _windows(first_key: Tensor, end_key: Tensor, dtype: torch.dtype) -> Iterator[_Window]:
+def windows(first_key: Tensor, end_key: Tensor, dtype: torch.dtype) -> Iterator[_Window]:
     if first_key.numel() == 0:
         return
     for start in range(0, first_key.shape[1], QUERY_BLOCK):
@@ -274,17 +274,17 @@ def windowed_forward(
     key_heads = k.shape[1]
     out = q.new_zeros(batch, size, heads, width).transpose(1, 2)
     lse = q.new_full((batch, heads, size), float("-inf"), dtype=accumulation_dtype(q.dtype))
-    for window in _windows(first_key, end_key, lse.dtype):
-        out_w, lse_w = _flash_forward(
-            _fold(q[:, :, window.queries], key_heads),
+    for window in windows(first_key, end_key, lse.dtype):
+        out_w, lse_w = flash_forward(
+            fold(q[:, :, window.queries], key_heads),
             k[:, :, window.keys],
             v[:, :, window.keys],
             0.0,
             False,
-            attn_mask=_folded_bias(window.bias, heads // key_heads),
+            attn_mask=folded_bias(window.bias, heads // key_heads),
             scale=scale,
         )
-        out_w, lse_w = _unfold(out_w, heads), _unfold(lse_w[..., None], heads)[..., 0]
+        out_w, lse_w = unfold(out_w, heads), unfold(lse_w[..., None], heads)[..., 0]
         if window.empty is not None:
             out_w = out_w.masked_fill(window.empty[..., None], 0.0)
             lse_w = lse_w.masked_fill(window.empty, float("-inf"))
@@ -314,40 +314,40 @@ def _windowed_backward(
             (num_keys, key_heads, lse.dtype),
         )
     )
-    for window in _windows(first_key, end_key, lse.dtype):
+    for window in windows(first_key, end_key, lse.dtype):
         lse_w = lse[:, :, window.queries]
         if window.empty is not None:
             # With a log-sum-exp of plus infinity the backward gives queries that see nothing weights of exactly 0.
             # What they have may be that of a second interval.
             lse_w = lse_w.masked_fill(window.empty, float("inf"))
         dq_w, dk_w, dv_w = _flash_backward(
-            _fold(grad_out[:, :, window.queries], key_heads),
-            _fold(q[:, :, window.queries], key_heads),
+            fold(grad_out[:, :, window.queries], key_heads),
+            fold(q[:, :, window.queries], key_heads),
             k[:, :, window.keys],
             v[:, :, window.keys],
-            _fold(out[:, :, window.queries], key_heads),
-            _fold(lse_w[..., None], key_heads)[..., 0],
+            fold(out[:, :, window.queries], key_heads),
+            fold(lse_w[..., None], key_heads)[..., 0],
             0.0,
             False,
-            attn_mask=_folded_bias(window.bias, heads // key_heads),
+            attn_mask=folded_bias(window.bias, heads // key_heads),
             scale=scale,
         )
-        dq[:, :, window.queries] = _unfold(dq_w, heads)
+        dq[:, :, window.queries] = unfold(dq_w, heads)
         dk[:, :, window.keys] += dk_w
         dv[:, :, window.keys] += dv_w
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _fold(x_BHQD: Tensor, key_heads: int) -> Tensor:
+def fold(x_BHQD: Tensor, key_heads: int) -> Tensor:
     """[B, K, group * Q, D]: query heads that share keys laid end to end, so that no key is copied."""
     return x_BHQD if x_BHQD.shape[1] == key_heads else x_BHQD.unflatten(1, (key_heads, -1)).flatten(2, 3)
 
 
-def _unfold(x_BKGD: Tensor, heads: int) -> Tensor:
-    """[B, H, Q, D]: the reverse of `_fold`."""
+def unfold(x_BKGD: Tensor, heads: int) -> Tensor:
+    """[B, H, Q, D]: the reverse of `fold`."""
     key_heads = x_BKGD.shape[1]
     return x_BKGD if key_heads == heads else x_BKGD.unflatten(2, (heads // key_heads, -1)).flatten(1, 2)
 
 
-def _folded_bias(bias_B1QW: Tensor | None, group: int) -> Tensor | None:
+def folded_bias(bias_B1QW: Tensor | None, group: int) -> Tensor | None:
     return bias_B1QW if bias_B1QW is None or group == 1 else bias_B1QW.repeat(1, 1, group, 1)

@@ -20,12 +20,20 @@ from transfusion_kernels.attention.checks import (
     checked_scale,
 )
 from transfusion_kernels.attention.cpu import windowed_forward
+from transfusion_kernels.attention.cpu_cache import (
+    ELEMENTS_WORTH_A_CALL,
+    Call,
+    lies_end_to_end,
+    paged_forward,
+    plan_calls,
+)
 from transfusion_kernels.attention.layout import IntervalMask, check_tensor, validate_bounds
+from transfusion_kernels.attention.plans import Plans
 from transfusion_kernels.attention.reference import accumulation_dtype, reference_attention
 from transfusion_kernels.dispatch import choose_for_cache
 
-# On the CPU, with fewer elements of keys and values a run of rows, one call for all rows is quicker than one a run.
-ELEMENTS_WORTH_A_CALL = 100_000
+_CALLS: Plans[tuple[Call, ...]] = Plans()
+_WRITES: Plans[Tensor] = Plans()
 
 
 def interval_attention_with_kvcache(
@@ -73,6 +81,10 @@ def interval_attention_with_kvcache(
     _check(q, k_cache, v_cache, mask, block_table, num_splits)
     implementation = choose_for_cache(backend, q).implementation
     scale = checked_scale(q, scale)
+    if implementation == "cpu" and block_table is not None and _reads_in_place(k_cache, v_cache):
+        calls = _planned(mask, block_table, q, k_cache)
+        out, lse = paged_forward(q, k_cache, v_cache, calls, scale)
+        return (out, lse) if return_lse else out
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         validate_bounds(mask.first_key, mask.end_key, mask.num_keys)
         _validate_pages(mask, block_table, k_cache)
@@ -107,8 +119,8 @@ def append_to_kvcache(
         v: New values, of the shape of `k`.
         k_cache: As `interval_attention_with_kvcache` takes it.
         v_cache: As `k_cache`.
-        positions: int32 or int64 [B, S], where in its row each goes. No position may come twice, and no page may be
-            written to by two rows. On a GPU nothing waits to see whether they lie in the cache, as they must.
+        positions: int32 or int64 [B, S], where in its row each goes. No slot may be written
+            twice. On a GPU nothing waits to see whether they lie in the cache, as they must.
         block_table: As `interval_attention_with_kvcache` takes it.
 
     Raises:
@@ -160,7 +172,20 @@ def append_to_kvcache(
     )
     if positions.numel() == 0:
         return
-    if k.device.type == "cpu" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (lies_end_to_end(k_cache) and lies_end_to_end(v_cache)):
+        first_BS, slot_BS = _places(k_cache, positions, block_table)
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            cache.transpose(1, 2).index_put_((first_BS, slot_BS), new.transpose(1, 2))
+        return
+    slot_N = _slots_to_write(k_cache, positions, block_table)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache.transpose(1, 2).flatten(0, 1).index_copy_(0, slot_N, new.transpose(1, 2).flatten(0, 1))
+
+
+def _places(k_cache: Tensor, positions: Tensor, block_table: Tensor | None) -> tuple[Tensor, Tensor]:
+    """int64 [B, S], page, or row of a static cache, and slot of each position."""
+    checks = k_cache.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checks:
         room, lowest, highest = _room(k_cache, block_table), int(positions.min()), int(positions.max())
         if lowest < 0 or highest >= room:
             wrong = lowest if lowest < 0 else highest
@@ -169,15 +194,23 @@ def append_to_kvcache(
             )
     position_BS = positions.long()
     if block_table is None:
-        first_BS = torch.arange(k.shape[0], device=k.device)[:, None].expand_as(position_BS)
-        slot_BS = position_BS
-    else:
-        first_BS = block_table.gather(1, position_BS // k_cache.shape[2]).long()
-        slot_BS = position_BS % k_cache.shape[2]
-        if k.device.type == "cpu" and not torch.compiler.is_compiling():
-            _refuse_missing_pages(first_BS, k_cache.shape[0])
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        cache.transpose(1, 2).index_put_((first_BS, slot_BS), new.transpose(1, 2))
+        rows_B1 = torch.arange(len(positions), device=positions.device)[:, None]
+        return rows_B1.expand_as(position_BS), position_BS
+    page_BS = block_table.gather(1, position_BS // k_cache.shape[2]).long()
+    if checks:
+        _refuse_missing_pages(page_BS, k_cache.shape[0])
+    return page_BS, position_BS % k_cache.shape[2]
+
+
+def _slots_to_write(k_cache: Tensor, positions: Tensor, block_table: Tensor | None) -> Tensor:
+    """int64 [B * S], where positions are if all pages are laid end to end: found once for all layers."""
+    key = (k_cache.shape[0], k_cache.shape[2])
+
+    def make() -> Tensor:
+        page_BS, slot_BS = _places(k_cache, positions, block_table)
+        return (page_BS * k_cache.shape[2] + slot_BS).flatten()
+
+    return _WRITES.of((positions, block_table), key, make)
 
 
 def _check(
@@ -238,6 +271,30 @@ def _check_block_table(q: Tensor, k_cache: Tensor, block_table: Tensor | None, l
         raise ValueError(
             f"block_table: got last stride {block_table.stride(1)}, takes a contiguous last dimension"
         )
+
+
+def _reads_in_place(k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether the pages can be read by planned calls, which compilers do not see."""
+    if torch.compiler.is_compiling() or k_cache.numel() == 0:
+        return False
+    return lies_end_to_end(k_cache) and lies_end_to_end(v_cache)
+
+
+def _planned(mask: IntervalMask, block_table: Tensor, q: Tensor, k_cache: Tensor) -> tuple[Call, ...]:
+    """The calls for a mask and pages on the CPU: made and checked for the first layer, found again for the others."""
+    pages, key_heads, slots, width = k_cache.shape
+    key = (q.shape, q.dtype, pages, key_heads, slots)
+
+    def make() -> tuple[Call, ...]:
+        validate_bounds(mask.first_key, mask.end_key, mask.num_keys)
+        _validate_pages(mask, block_table, k_cache)
+        if q.numel() == 0:
+            return ()
+        first_key, end_key = (bound.expand(q.shape[0], -1) for bound in (mask.first_key, mask.end_key))
+        dtype = accumulation_dtype(q.dtype)
+        return plan_calls(first_key, end_key, block_table, slots, 2 * key_heads * width, dtype)
+
+    return _CALLS.of((mask, block_table), key, make)
 
 
 def _room(k_cache: Tensor, block_table: Tensor | None) -> int:

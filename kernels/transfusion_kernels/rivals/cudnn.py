@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from transfusion_kernels.attention.layout import IntervalMask
+from transfusion_kernels.attention.plans import Plans
 from transfusion_kernels.attention.second import intervals
-from transfusion_kernels.rivals.plans import Plans
 
 REMEDY = "pip install 'nvidia-cudnn-frontend>=1.32'"
 CAPABILITIES = ((9, 0), (10, 0), (10, 3))
@@ -131,7 +131,9 @@ def attention(
     """
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     key = (q.shape, k.shape, q.dtype, backward)
-    plan = _PLANS.of(mask, second, key, lambda: make_plan(mask, q, k, v, second, backward=backward))
+    plan = _PLANS.of(
+        (mask, *(second or ())), key, lambda: make_plan(mask, q, k, v, second, backward=backward)
+    )
     out, lse = _library().flex_attn_func(
         *(_aligned(x.transpose(1, 2)) for x in (q, k, v)),
         mask_plan=plan,

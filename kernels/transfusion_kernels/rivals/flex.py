@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from transfusion_kernels.attention.layout import IntervalMask
+from transfusion_kernels.attention.plans import Plans
 from transfusion_kernels.attention.second import intervals
-from transfusion_kernels.rivals.plans import Plans
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -134,7 +134,7 @@ def attention(
     if torch.compiler.is_compiling():  # it is part of a larger graph, which finds equal plans by itself
         plan = block_mask(mask, second)
     else:
-        plan = _PLANS.of(mask, second, None, lambda: block_mask(mask, second))
+        plan = _PLANS.of((mask, *(second or ())), None, lambda: block_mask(mask, second))
         compiled = _compiled()  # it also lets the compiler keep enough versions of the eager form
         attend = compiled if q.device.type == "cuda" else flex_attention
     if q.device.type == "cpu" and not torch.is_grad_enabled():

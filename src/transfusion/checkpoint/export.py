@@ -6,11 +6,15 @@ model.safetensors         the weights, fp32, with the same id in the metadata
 model.ema.safetensors     their moving average, where the run kept one
 tokenizer.model
 codec/                    the autoencoder, where the run has one: a folder of diffusers
+
+The rest is for people and other programs, and is not read again: README.md (`model_card`), tokenizer.json,
+tokenizer_config.json and generation_config.json (`hub_files`).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +22,13 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from transfusion.checkpoint import layout
-from transfusion.checkpoint.layout import Manifest
+from transfusion.checkpoint.hub_files import GENERATION, image_generation, write_json, write_tokenizer
+from transfusion.checkpoint.model_card import model_card
 from transfusion.checkpoint.resume import SliceReader
 from transfusion.checkpoint.stream import write_tensors
 from transfusion.config import Config
 from transfusion.config.checking import check_as
-from transfusion.config.codec_folder import KINDS, folder_files
+from transfusion.config.codec_folder import folder_files
 from transfusion.errors import UserError, describe
 from transfusion.files import (
     DIGEST_BYTES,
@@ -45,6 +50,7 @@ FORMAT_VERSION = 3
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 CODEC = "codec"
+CARD = "README.md"
 EXPORT_ID = "export_id"
 EXPORT_AGAIN = "export the model again: transfusion export RUN --out DIR"
 WEIGHT_FILES = {WEIGHT: "model.safetensors", AVERAGE: "model.ema.safetensors"}
@@ -65,6 +71,15 @@ class ModelFolder(NamedTuple):
         return self.average or self.weights
 
 
+class SavedModel(NamedTuple):
+    """A checkpoint whose files were checked. run: the folder of its run; None where it stands outside of one."""
+
+    reader: SliceReader
+    config: Config
+    tokenizer: Path
+    run: Path | None
+
+
 def export(source: str | Path, out: str | Path) -> Path:
     """Write the model folder `out` from a run's newest checkpoint, or from one checkpoint folder.
 
@@ -72,19 +87,56 @@ def export(source: str | Path, out: str | Path) -> Path:
     complete. Raises UserError for a missing or damaged checkpoint, a missing tokenizer, and where `out` holds
     anything else.
     """
-    folder, out = _checkpoint(Path(source)), Path(out)
+    saved = open_saved(source)
+    codec = _codec(saved)
+    return write_export(out, FORMAT, lambda folder: _write(folder, saved, codec))
+
+
+def open_saved(source: str | Path) -> SavedModel:
+    """Open a checkpoint to export it.
+
+    Args:
+        source: The folder of a run, whose newest checkpoint is taken, or of one checkpoint.
+
+    Returns:
+        The checkpoint and what belongs to it.
+
+    Raises:
+        UserError: For a missing or damaged checkpoint, or a missing tokenizer.
+    """
+    folder = _checkpoint(Path(source))
     manifest = layout.read_manifest(folder)
     for name, record in manifest.files.items():
         layout.check_file(folder, name, record)
-    tokenizer = _tokenizer(folder, manifest)
-    codec = _codec(folder, manifest)
-    _refuse_foreign(out)
+    parent = folder.parent.parent
+    run = parent if folder.parent == layout.checkpoints_folder(parent) else None
+    config = check_as(Config, manifest.config, where=str(folder / layout.MANIFEST))
+    return SavedModel(SliceReader(folder, manifest), config, _tokenizer(folder, run, config), run)
+
+
+def write_export(out: str | Path, kind: str, write: Callable[[Path], None]) -> Path:
+    """Have `write` fill the folder `out`, which replaces a former one once it is complete.
+
+    Args:
+        out: The folder.
+        kind: What its config.json states as `format`.
+        write: Fills an empty folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: Where `out` holds anything but an export of this kind, or cannot be written.
+    """
+    out = Path(out)
+    _refuse_foreign(out, kind)
     # A name that nobody else gives: whatever stands there is what a killed export left.
     unfinished = out.with_name(f"{out.name}.export{UNFINISHED}")
     try:
         remove_leftover(unfinished)
         unfinished.mkdir(parents=True)
-        _write(unfinished, SliceReader(folder, manifest), tokenizer, codec)
+        write(unfinished)
+        sync_folder(unfinished)
         replace_folder(unfinished, out)
     except OSError as error:
         raise UserError(
@@ -156,18 +208,12 @@ def _checkpoint(source: Path) -> Path:
     return latest
 
 
-def _kept(folder: Path, name: str) -> Path | None:
-    """Where the run of a checkpoint keeps its copy; None outside of a run."""
-    run = folder.parent.parent
-    return run / name if folder.parent == layout.checkpoints_folder(run) else None
-
-
-def _tokenizer(folder: Path, manifest: Manifest) -> Path:
+def _tokenizer(folder: Path, run: Path | None, config: Config) -> Path:
     """The run's own copy; of a checkpoint outside of a run the file that its configuration names.
 
     That file may have changed since, so a run never falls back to it.
     """
-    path = _kept(folder, TOKENIZER) or Path(manifest.config["data"]["tokenizer"] or folder / TOKENIZER)
+    path = run / TOKENIZER if run else Path(config.data.tokenizer or folder / TOKENIZER)
     if not path.is_file():
         raise UserError(
             f"cannot export {folder}: no tokenizer at {path}; put the file that it was trained with there"
@@ -175,32 +221,32 @@ def _tokenizer(folder: Path, manifest: Manifest) -> Path:
     return path
 
 
-def _codec(folder: Path, manifest: Manifest) -> Path | None:
+def _codec(saved: SavedModel) -> Path | None:
     """The run's own copy of the autoencoder; of a checkpoint outside of a run the folder that it names."""
-    settings = manifest.config["codec"]
-    if settings["kind"] not in KINDS.values():
+    codec = saved.config.codec
+    if not codec.is_autoencoder:
         return None
-    path = _kept(folder, CODEC) or Path(settings["folder"])
+    path = saved.run / CODEC if saved.run else Path(codec.folder)
     folder_files(path)
     return path
 
 
-def _refuse_foreign(out: Path) -> None:
+def _refuse_foreign(out: Path, kind: str) -> None:
     if not out.exists():
         return
     if out.is_dir() and not any(out.iterdir()):
         return
     try:
-        if json.loads((out / CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT:
+        if json.loads((out / CONFIG).read_text(encoding="utf-8"))["format"] == kind:
             return
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise UserError(f"{out} exists and is not an exported model; name another folder, or remove it")
 
 
-def _write(folder: Path, reader: SliceReader, tokenizer: Path, codec: Path | None) -> None:
-    manifest = reader.manifest
-    atomic_copy(tokenizer, folder / TOKENIZER)
+def _write(folder: Path, saved: SavedModel, codec: Path | None) -> None:
+    reader, manifest = saved.reader, saved.reader.manifest
+    atomic_copy(saved.tokenizer, folder / TOKENIZER)
     copied = [TOKENIZER]
     if codec is not None:
         (folder / CODEC).mkdir()
@@ -223,4 +269,6 @@ def _write(folder: Path, reader: SliceReader, tokenizer: Path, codec: Path | Non
     metadata = {"format": "pt", EXPORT_ID: export_id}
     for kind, file in content["weights"].items():
         write_tensors(folder / file, shapes, partial(reader.read_whole, kind), metadata=metadata)
-    sync_folder(folder)
+    write_tokenizer(folder, saved.tokenizer, saved.config.data.sequence_length)
+    write_json(folder / GENERATION, image_generation(saved.config))
+    atomic_write_text(folder / CARD, model_card(saved.config, manifest, saved.run))

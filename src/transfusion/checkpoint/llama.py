@@ -21,6 +21,7 @@ from transfusion.checkpoint.llama_vocabulary import TOKENIZERS, pieces_of_folder
 from transfusion.config import Config, ModelConfig
 from transfusion.config.weights_folder import StoredTensor, stored_tensors, weight_files
 from transfusion.errors import UserError
+from transfusion.files import FINGERPRINT_BYTES, digest
 from transfusion.parallel.collectives import raise_together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT, Shard
@@ -76,10 +77,11 @@ def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None
     """Fill the weights of `engine`, and its moving average, from the Llama in `folder`.
 
     Rows of embedding and head: with the Llama's tokenizer.json or tokenizer.model in the folder each of our pieces
-    takes the row of the piece of the same bytes, else each number the row of the same number. Rows without a
-    counterpart keep their drawn weights, and rows of theirs without one are left out. A tied head starts as the
-    embedding, and is trained apart from it. Called by all ranks together. Raises UserError, on every rank: files that
-    are missing or damaged, and a `model` section that means another network, with the values to set.
+    takes the row of the piece of the same bytes. Without either, or where tokenizer.model is ours, each number takes
+    the row of the same number. Rows without a counterpart keep their drawn weights, and rows of theirs without one are
+    left out. A tied head starts as the embedding, and is trained apart from it. Called by all ranks together. Raises
+    UserError, on every rank: files that are missing or damaged, and a `model` section that means another network, with
+    the values to set.
     """
     llama = raise_together(lambda: Llama(folder, engine.config))
     row_V = raise_together(lambda: _rows(folder, llama, engine.config.model.vocabulary, tokenizer))
@@ -112,7 +114,7 @@ class Llama:
         blocks = (
             f"blocks.{layer}.{part}.weight" for layer in range(config.model.layers) for part in IN_BLOCK
         )
-        wanted = {theirs for name in (*OUTSIDE, *blocks) if (theirs := _their_name(name, self.tied))}
+        wanted = {theirs for name in (*OUTSIDE, *blocks) if (theirs := llama_name(name, self.tied))}
         _refuse_other_tensors(folder, self.tensors, wanted, self.settings)
         if self.tied and HEAD in self.tensors and not self._head_is_embedding():
             raise UserError(
@@ -238,7 +240,7 @@ def _compared(
     }
 
 
-def _their_name(name: str, tied: bool) -> str | None:
+def llama_name(name: str, tied: bool) -> str | None:
     """A Llama's name for one of our parameters; None where it has none."""
     if name in OUTSIDE:
         return EMBEDDING if tied and name == "lm_head.weight" else OUTSIDE[name]
@@ -252,7 +254,9 @@ def _their_name(name: str, tied: bool) -> str | None:
 def _rows(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> Tensor:
     """For each row of our vocabulary the Llama's row that it starts from, int64 [V]; -1: none."""
     theirs = llama.tensors[EMBEDDING].shape[0]
-    pieces = pieces_of_folder(folder)
+    model = folder / "tokenizer.model"
+    ours = model.is_file() and digest(model.read_bytes(), FINGERPRINT_BYTES) == tokenizer.fingerprint
+    pieces = None if ours else pieces_of_folder(folder)
     row_V = torch.full((vocabulary,), -1, dtype=torch.int64)
     if pieces is None:
         same = min(vocabulary, theirs)
@@ -268,7 +272,7 @@ def _rows(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> 
 @torch.no_grad()
 def _fill(shards: list[Shard], llama: Llama, row_V: Tensor) -> None:
     for shard in shards:
-        name = _their_name(shard.name, llama.tied)
+        name = llama_name(shard.name, llama.tied)
         if name is None or not shard.length:
             continue
         weight = shard.values[WEIGHT]

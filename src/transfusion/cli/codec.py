@@ -53,8 +53,11 @@ def encode(
     workers: Annotated[int, typer.Option(min=1, help="processes, one shard each")] = 1,
     device: Device = "cpu",
 ) -> None:
-    """Write shards with the latents (kl) or tokens (vq) of their images. Run it again to continue."""
-    from transfusion.codec_train.encode import encode_shards
+    """Write shards with the latents (kl) or tokens (vq) of their images. Run it again to continue.
+
+    A codec without a preview map gets one, fitted to these images.
+    """
+    from transfusion.codec_train.encode import add_preview, encode_shards
     from transfusion.data.images.latents import LatentRecord
 
     def progress(name: str, record: LatentRecord, reused: bool) -> None:
@@ -68,6 +71,8 @@ def encode(
         f"{out}: {total} images in {len(records)} shards, by codec {settings.fingerprint}; train with"
         f" data.sources.0.shards='{out}/*.tar' and codec.folder={codec}"
     )
+    if fitted := add_preview(settings, out, records):
+        typer.echo(f"{codec}: {fitted.describe()}")
 
 
 @codec_app.command()

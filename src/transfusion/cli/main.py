@@ -197,11 +197,19 @@ def plan(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder, or one of its checkpoints")],
-    out: Annotated[Path, typer.Option(help="folder for config.json, weights and tokenizer")],
+    out: Annotated[Path, typer.Option(help="folder for config.json, weights, tokenizer and model card")],
+    text_model: Annotated[
+        Path | None,
+        typer.Option(help="also write the text tower here, as a LlamaForCausalLM that transformers opens"),
+    ] = None,
 ) -> None:
     """Export a run's newest checkpoint as a folder of safetensors."""
     from transfusion.checkpoint.export import export as write
+    from transfusion.checkpoint.text_model import export_text_model
 
+    # First, so that a network that is no Llama is refused before anything is written.
+    if text_model:
+        print(f"{export_text_model(run, text_model)}: the text tower, a LlamaForCausalLM of transformers")
     folder = write(run, out)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(

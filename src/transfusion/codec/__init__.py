@@ -1,4 +1,4 @@
-"""Images to latents or tokens and back. Reading order: interface, pixels, networks, autoencoder."""
+"""Images to latents or tokens and back. Reading order: interface, pixels, networks, preview, autoencoder."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 
 from transfusion.codec.autoencoder import KLCodec, VQCodec
 from transfusion.codec.interface import Codec, encoded
-from transfusion.codec.networks import Network, load_network
+from transfusion.codec.networks import load_network
 from transfusion.codec.pixels import PixelCodec
+from transfusion.codec.preview import open_preview
 from transfusion.config import CodecConfig
 from transfusion.config.codec_folder import codec_fingerprint, read_facts
 from transfusion.errors import UserError
 
-__all__ = ["CODECS", "Codec", "encoded", "open_codec"]
+__all__ = ["CODECS", "Codec", "encoded", "open_autoencoder", "open_codec"]
 
 CodecOpener = Callable[[CodecConfig, torch.device | str], Codec]
 
@@ -28,21 +29,23 @@ def open_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec
     return CODECS[config.kind](config, device)
 
 
-def _network(config: CodecConfig) -> Network:
-    facts = read_facts(Path(config.folder))
-    if config.fingerprint != codec_fingerprint(facts, config.scale, config.shift):
+def open_autoencoder(config: CodecConfig, device: torch.device | str = "cpu") -> KLCodec | VQCodec:
+    """The codec of a folder. Raises UserError as `open_codec`."""
+    folder = Path(config.folder)
+    if config.fingerprint != codec_fingerprint(read_facts(folder), config.scale, config.shift):
         raise UserError(
             f"codec.folder {config.folder} does not match codec.fingerprint {config.fingerprint}:"
             " the autoencoder was changed; name the one that was used"
         )
-    return load_network(config.folder)
+    network, preview = load_network(folder), open_preview(folder)
+    if config.kind == "vq":
+        return VQCodec(network, preview, device)
+    return KLCodec(network, config.scale or (1.0,), config.shift or (0.0,), preview, device)
 
 
 # By `codec.kind`. What each makes of images is in `config.sections.CODEC_KINDS`.
 CODECS: dict[str, CodecOpener] = {
     "pixels": lambda config, device: PixelCodec(),
-    "kl": lambda config, device: KLCodec(
-        _network(config), config.scale or (1.0,), config.shift or (0.0,), device
-    ),
-    "vq": lambda config, device: VQCodec(_network(config), device),
+    "kl": open_autoencoder,
+    "vq": open_autoencoder,
 }

@@ -5,6 +5,8 @@ I images, C channels of the latents or dimensions of a code, H/W height and widt
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from transfusion.codec.networks import Network
 class KLCodec:
     """Latents are the means of the posterior, shifted and scaled to about unit variance. See `interface.Codec`.
 
-    scale, shift: one number, or one a channel.
+    scale, shift: one number, or one a channel. preview: makes an image of what the decoder reads.
     """
 
     codebook_size, bound = 0, None
@@ -25,9 +27,10 @@ class KLCodec:
         network: Network,
         scale: tuple[float, ...],
         shift: tuple[float, ...],
+        preview: Callable[[Tensor], Tensor],
         device: torch.device | str = "cpu",
     ) -> None:
-        self.network = network.to(device)
+        self.network, self._preview = network.to(device), preview
         self._scale_C11 = torch.tensor(scale, device=device).view(-1, 1, 1)
         self._shift_C11 = torch.tensor(shift, device=device).view(-1, 1, 1)
 
@@ -40,8 +43,15 @@ class KLCodec:
     @torch.no_grad()
     def decode(self, latent_IChw: Tensor) -> Tensor:
         """See `Codec.decode`."""
-        mean_IChw = latent_IChw.float() / self._scale_C11 + self._shift_C11
-        return pixels.decode(self.network.decode(mean_IChw).sample)
+        return pixels.decode(self.network.decode(self.decoder_input(latent_IChw)).sample)
+
+    def decoder_input(self, latent_IChw: Tensor) -> Tensor:
+        """The posterior's means, fp32 [I, C, h, w]."""
+        return latent_IChw.float() / self._scale_C11 + self._shift_C11
+
+    def preview(self, latent_IChw: Tensor) -> Tensor:
+        """See `Codec.preview`."""
+        return self._preview(self.decoder_input(latent_IChw))
 
     def as_context(self, latent_IChw: Tensor) -> Tensor:
         """The latents themselves: a detour over the image would only lose some of them."""
@@ -49,12 +59,17 @@ class KLCodec:
 
 
 class VQCodec:
-    """See `interface.Codec`."""
+    """See `interface.Codec`. preview: makes an image of what the decoder reads."""
 
     bound = None
 
-    def __init__(self, network: Network, device: torch.device | str = "cpu") -> None:
-        self.network = network.to(device)
+    def __init__(
+        self,
+        network: Network,
+        preview: Callable[[Tensor], Tensor],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.network, self._preview = network.to(device), preview
         self.codebook_size: int = network.config.num_vq_embeddings
 
     @torch.no_grad()
@@ -68,11 +83,18 @@ class VQCodec:
     @torch.no_grad()
     def decode(self, token_Ihw: Tensor) -> Tensor:
         """See `Codec.decode`."""
-        code_width = self.network.quantize.vq_embed_dim
-        code_IChw = self.network.quantize.get_codebook_entry(
-            token_Ihw.reshape(-1), (*token_Ihw.shape, code_width)
-        )
+        code_IChw = self.decoder_input(token_Ihw)
         return pixels.decode(self.network.decode(code_IChw, force_not_quantize=True).sample)
+
+    def decoder_input(self, token_Ihw: Tensor) -> Tensor:
+        """The entries of the codebook, fp32 [I, C, h, w]."""
+        shape = (*token_Ihw.shape, self.network.quantize.vq_embed_dim)
+        code_IChw: Tensor = self.network.quantize.get_codebook_entry(token_Ihw.reshape(-1), shape)
+        return code_IChw
+
+    def preview(self, token_Ihw: Tensor) -> Tensor:
+        """See `Codec.preview`."""
+        return self._preview(self.decoder_input(token_Ihw))
 
     def as_context(self, token_Ihw: Tensor) -> Tensor:
         """The tokens themselves."""

@@ -49,6 +49,19 @@ class Codec(Protocol):
             uint8 pixels [I, C, H, W].
         """
 
+    def preview(self, encoded: Tensor) -> Tensor:
+        """Roughly what `decode` would give, at almost no cost.
+
+        Args:
+            encoded: Latents or tokens.
+
+        Returns:
+            uint8 pixels [I, C, H, W].
+
+        Raises:
+            UserError: The codec has none, since no map was fitted for it.
+        """
+
     def as_context(self, drawn: Tensor) -> Tensor:
         """What the network reads of an image that it has drawn.
 

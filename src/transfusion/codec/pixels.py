@@ -24,7 +24,7 @@ class PixelCodec:
 
     codebook_size, bound = 0, 1.0
     encode = staticmethod(encode)
-    decode = staticmethod(decode)
+    decode = preview = staticmethod(decode)
 
     @staticmethod
     def as_context(latent_ICHW: Tensor) -> Tensor:

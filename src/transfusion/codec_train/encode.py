@@ -1,7 +1,8 @@
 """Writes each image's latents (KEY.latent.npy) or tokens (KEY.tokens.npy) beside it, shard by shard.
 
 The record of a shard (`data.images.latents.LatentRecord`) is written last: a shard without it is made again.
-I images, C channels of the latents, H/W height and width of images, h/w of latents.
+I images, C channels of the latents, D those that the decoder reads, H/W height and width of images, h/w of
+latents.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import io
 import itertools
 import json
+import logging
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,14 +25,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from transfusion.codec import open_codec
+from transfusion.codec import open_autoencoder, open_codec
+from transfusion.codec.preview import PreviewMap, read_preview, write_preview
+from transfusion.codec_train.preview import MAX_IMAGES, fit_preview
 from transfusion.config import CodecConfig
 from transfusion.data.images.decode import decode_fitting, decode_to
 from transfusion.data.images.latents import (
     LATENTS,
     TOKENS,
     LatentRecord,
+    read_latent,
     read_record,
+    read_tokens,
     record_path,
     record_sizes,
 )
@@ -44,6 +50,8 @@ from transfusion.errors import UserError, describe, shown
 from transfusion.files import atomic_file, atomic_write_text, file_digest, remove_unfinished
 from transfusion.parallel.environment import find_device
 from transfusion.sequence.sizes import ImageSizes
+
+log = logging.getLogger(__name__)
 
 _AT_ONCE = 32
 
@@ -147,6 +155,52 @@ def encode_shard(job: _Job) -> LatentRecord:
     except OSError as error:
         raise UserError(f"{shown(source)} cannot be encoded: {describe(error)}") from None
     return record
+
+
+def add_preview(codec: CodecConfig, out: Path, records: Sequence[LatentRecord]) -> PreviewMap | None:
+    """Fit the preview map to what `encode_shards` wrote, and store it in the codec's folder.
+
+    Args:
+        codec: The settings that the shards were encoded with.
+        out: Folder of the encoded shards.
+        records: Of these shards.
+
+    Returns:
+        The map. None where the folder has one, where it cannot be written, and where there are no images.
+    """
+    folder = Path(codec.folder)
+    if read_preview(folder) is not None:
+        return None
+    shards = [out / str(record.source["shard"]) for record in records]
+    try:
+        found = fit_preview(itertools.islice(_stored(codec, shards), MAX_IMAGES))
+        if found is not None:
+            write_preview(folder, found)
+    except OSError as error:
+        # The latents are there. Previews alone are missing, and the folder may be for reading only.
+        log.warning("%s gets no preview map: %s", shown(folder), describe(error))
+        return None
+    return found
+
+
+def _stored(codec: CodecConfig, shards: Sequence[Path]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images that were encoded: what the decoder reads of each, [1, D, h, w], and its pixels, [1, C, H, W]."""
+    opened, left_out = open_autoencoder(codec), collections.Counter[str]()
+    extension = TOKENS if codec.codebook_size else LATENTS
+    for shard in shards:
+        with shard.open("rb") as stream:
+            for group in _samples(shard.name, stream.fileno(), left_out):
+                image = _decoded(_read(stream, group), codec, left_out)
+                if image is None or extension not in group.members:
+                    continue
+                member = group.members[extension]
+                stream.seek(member.start)
+                data, size = stream.read(member.size), codec.codebook_size
+                try:
+                    stored = torch.from_numpy(read_tokens(data, size) if size else read_latent(data))
+                except SampleError:
+                    continue
+                yield opened.decoder_input(stored[None]), torch.from_numpy(image)[None]
 
 
 def _encoded(images: Sequence[NDArray[np.uint8] | None], encode: Encoder) -> dict[int, NDArray[Any]]:

@@ -5,6 +5,7 @@ I images, C channels, H/W height and width, h/w of latents, K entries of a codeb
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from transfusion.codec import pixels as codec_pixels
 from transfusion.codec.networks import Network
+from transfusion.codec.preview import PreviewMap
 from transfusion.codec_train import codebook
 from transfusion.codec_train.images import ImageSet
+from transfusion.codec_train.preview import MAX_IMAGES, fit_preview
 
 _AT_ONCE = 32
 
@@ -66,6 +69,18 @@ def latent_statistics(
         by_channel.std(1).tolist(),
         codebook.use(chosen_K) if kind == "vq" else None,
     )
+
+
+@torch.no_grad()
+def preview_map(network: Network, images: ImageSet, device: torch.device, kind: str) -> PreviewMap | None:
+    """Fitted on the first images."""
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for values_ICHW in images.in_order(_AT_ONCE, MAX_IMAGES):
+            latent_IChw = _latents(network, values_ICHW, device)
+            yield network.quantize(latent_IChw)[0] if kind == "vq" else latent_IChw, values_ICHW
+
+    return fit_preview(pairs())
 
 
 def psnr(made_ICHW: Tensor, real_ICHW: Tensor) -> Tensor:

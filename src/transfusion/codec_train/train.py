@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from transfusion.codec import pixels as codec_pixels
 from transfusion.codec.networks import Network, load_network, new_network, save_network
+from transfusion.codec.preview import write_preview
 from transfusion.codec_train import codebook, state
 from transfusion.codec_train.images import ImageSet
 from transfusion.codec_train.losses import CodecLoss, PatchDiscriminator, discriminator_loss, reconstruct
-from transfusion.codec_train.measure import latent_statistics, reconstruction_psnr
+from transfusion.codec_train.measure import latent_statistics, preview_map, reconstruction_psnr
 from transfusion.codec_train.settings import CodecTrainConfig
 from transfusion.config.weights_folder import check_tensors
 from transfusion.errors import EXIT_STOPPED_EARLY, UserError
@@ -312,11 +313,12 @@ class CodecTrainer:
         return fingerprint([config.kind, config.network.as_dict(), images.channels, images.image_size])
 
     def write_codec(self) -> None:
-        """RUN/codec: the averaged network, its latents measured; RUN/codec/codec.json: how it came about."""
+        """RUN/codec: the averaged network, its latents measured, its preview map, and how it came about."""
         out = self.folder.path / CODEC
         unfinished = unfinished_path(out)
         with self.averaged() as network:
             measured = latent_statistics(network, self.images, self.device, self.config.kind, _MEASURED)
+            fitted = preview_map(network, self.images, self.device, self.config.kind)
             remove_leftover(unfinished)
             save_network(network, unfinished, **measured.diffusers_config())
         record = {
@@ -330,6 +332,9 @@ class CodecTrainer:
             "environment": describe_environment(sys.argv),
         }
         atomic_write_text(unfinished / RECORD, json.dumps(record, indent=1) + "\n")
+        if fitted is not None:
+            write_preview(unfinished, fitted)
+            log.info("%s: %s", out, fitted.describe())
         replace_folder(unfinished, out)
         log.info("%s: %s", out, measured.describe())
 

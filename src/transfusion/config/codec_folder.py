@@ -1,6 +1,7 @@
 """What an autoencoder's folder says of itself, from its config.json and the bytes of its weights: nothing is built.
 
-The layout is diffusers': config.json, and diffusion_pytorch_model.safetensors whole or in parts.
+The layout is diffusers': config.json, and diffusion_pytorch_model.safetensors whole or in parts. Beside them may
+stand preview.json, the preview map.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from transfusion.files import FINGERPRINT_BYTES, digest, file_state, known_diges
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
 WEIGHTS, INDEX = f"{STEM}.safetensors", weights_folder.index_name(STEM)
+# The preview map. Nothing else depends on it, so it may come later and change no fingerprint.
+PREVIEW = "preview.json"
 KINDS: dict[str, Literal["kl", "vq"]] = {"AutoencoderKL": "kl", "VQModel": "vq"}
 
 # Of published networks that were never measured.
@@ -89,9 +92,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def folder_files(folder: str | Path) -> list[Path]:
-    """What `open_codec` and diffusers need of a folder, to be copied. Raises UserError for weights that are missing."""
-    index = Path(folder) / INDEX
-    return [Path(folder) / CONFIG, *([index] if index.is_file() else []), *weight_files(Path(folder))]
+    """What `open_codec` and diffusers read of a folder, to be copied. Raises UserError for weights that are missing."""
+    optional = [Path(folder) / name for name in (INDEX, PREVIEW)]
+    return [Path(folder) / CONFIG, *filter(Path.is_file, optional), *weight_files(Path(folder))]
 
 
 def codec_fingerprint(facts: CodecFacts, scale: tuple[float, ...], shift: tuple[float, ...]) -> str:

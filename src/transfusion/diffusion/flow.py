@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from transfusion.diffusion.sampler import Denoiser
+from transfusion.diffusion.sampler import Denoising, Question
 from transfusion.sequence.timesteps import shifted
 
 
@@ -28,35 +28,42 @@ class Euler:
         # Level (t + 1) / train_steps belongs to timestep t; levels between those of training are asked for as such.
         self.timesteps = [max(0.0, sigma * train_steps - 1) for sigma in self.sigmas[:-1]]
 
-    def sample(self, latent_ICHW: Tensor, denoise: Denoiser, key_I: Tensor) -> Tensor:
-        """Clean latents from start noise; no noise is drawn on the way."""
-        for index in range(len(self.timesteps)):
-            latent_ICHW = self.step(index, latent_ICHW, denoise)
+    def denoise(self, latent_ICHW: Tensor, key_I: Tensor) -> Denoising:
+        """As in `Sampler`. No noise is drawn on the way."""
+        clean_ICHW = None
+        for index, timestep in enumerate(self.timesteps):
+            output_ICHW = yield Question(latent_ICHW, timestep, clean_ICHW)
+            velocity_ICHW = self._velocity(index, latent_ICHW, output_ICHW)
+            clean_ICHW = latent_ICHW - self.sigmas[index] * velocity_ICHW
+            latent_ICHW = latent_ICHW + self._width(index) * velocity_ICHW
         return latent_ICHW
-
-    def step(self, index: int, latent_ICHW: Tensor, denoise: Denoiser) -> Tensor:
-        """Latents at sigma `index` + 1 from those at sigma `index`."""
-        return latent_ICHW + self._width(index) * self._velocity(index, latent_ICHW, denoise)
 
     def _width(self, index: int) -> float:
         return self.sigmas[index + 1] - self.sigmas[index]
 
-    def _velocity(self, index: int, latent_ICHW: Tensor, denoise: Denoiser) -> Tensor:
-        velocity = denoise(latent_ICHW, self.timesteps[index])
+    def _velocity(self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor) -> Tensor:
+        """The network's answer at a noise level, with the clean latents that it means within their bound."""
         if self.clip is None:
-            return velocity
+            return output_ICHW
         sigma = self.sigmas[index]
-        clean = (latent_ICHW - sigma * velocity).clamp(-self.clip, self.clip)
-        return (latent_ICHW - clean) / sigma
+        clean_ICHW = (latent_ICHW - sigma * output_ICHW).clamp(-self.clip, self.clip)
+        return (latent_ICHW - clean_ICHW) / sigma
 
 
 class Heun(Euler):
     """Steps of the second order (Karras et al., 2022, algorithm 1): two calls each, one in the last."""
 
-    def step(self, index: int, latent_ICHW: Tensor, denoise: Denoiser) -> Tensor:
-        width, first = self._width(index), self._velocity(index, latent_ICHW, denoise)
-        reached = latent_ICHW + width * first
-        if index + 1 == len(self.timesteps):
-            return reached
-        second = self._velocity(index + 1, reached, denoise)
-        return latent_ICHW + width * (first + second) / 2
+    def denoise(self, latent_ICHW: Tensor, key_I: Tensor) -> Denoising:
+        """As in `Sampler`. No noise is drawn on the way."""
+        clean_ICHW = None
+        for index, timestep in enumerate(self.timesteps):
+            output_ICHW = yield Question(latent_ICHW, timestep, clean_ICHW)
+            velocity_ICHW = self._velocity(index, latent_ICHW, output_ICHW)
+            clean_ICHW = latent_ICHW - self.sigmas[index] * velocity_ICHW
+            reached_ICHW = latent_ICHW + self._width(index) * velocity_ICHW
+            if index + 1 < len(self.timesteps):
+                output_ICHW = yield Question(reached_ICHW, self.timesteps[index + 1], clean_ICHW)
+                second_ICHW = self._velocity(index + 1, reached_ICHW, output_ICHW)
+                reached_ICHW = latent_ICHW + self._width(index) * (velocity_ICHW + second_ICHW) / 2
+            latent_ICHW = reached_ICHW
+        return latent_ICHW

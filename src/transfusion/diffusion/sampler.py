@@ -5,8 +5,8 @@ I images, C channels, H/W latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, Protocol
+from collections.abc import Callable, Generator
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +24,41 @@ START_STREAM = 0
 MIN_ALPHA_BAR = 1e-4
 
 
+class Question(NamedTuple):
+    """What a sampler asks the network.
+
+    Attributes:
+        latent_ICHW: Noisy latents.
+        timestep: Theirs. It may lie between two of training.
+        clean_ICHW: The clean latents as the answer before let them be predicted, None at first.
+    """
+
+    latent_ICHW: Tensor
+    timestep: float
+    clean_ICHW: Tensor | None
+
+
+# From question to answer, the network's output for the latents asked about. Returns the clean latents.
+Denoising = Generator[Question, Tensor, Tensor]
+
+
 class Sampler(Protocol):
     """A way from pure noise to an image."""
 
-    def sample(self, latent_ICHW: Tensor, denoise: Denoiser, key_I: Tensor) -> Tensor:
-        """Clean latents from start noise; noise on the way is drawn from the keys."""
+    def denoise(self, latent_ICHW: Tensor, key_I: Tensor) -> Denoising:
+        """Ask for what leads from start noise to clean latents. Noise on the way is drawn from the keys."""
+
+
+def sample(sampler: Sampler, latent_ICHW: Tensor, network: Denoiser, key_I: Tensor) -> Tensor:
+    """Clean latents from start noise, each question answered by the network at once."""
+    denoising = sampler.denoise(latent_ICHW, key_I)
+    question = next(denoising)
+    while True:
+        try:
+            question = denoising.send(network(question.latent_ICHW, question.timestep))
+        except StopIteration as finished:
+            clean_ICHW: Tensor = finished.value
+            return clean_ICHW
 
 
 def spaced_timesteps(train_steps: int, steps: int) -> list[int]:
@@ -59,13 +89,17 @@ class SpacedSampler:
         self.predicts, self.clip, self.min_alpha_bar = predicts, clip, min_alpha_bar
         self._alpha_bar_T = schedule.alpha_bar_T
 
-    def sample(self, latent_ICHW: Tensor, denoise: Denoiser, key_I: Tensor) -> Tensor:
+    def denoise(self, latent_ICHW: Tensor, key_I: Tensor) -> Denoising:
+        clean_ICHW = None
         for index, timestep in enumerate(self.timesteps):
-            latent_ICHW = self.step(index, latent_ICHW, denoise(latent_ICHW, timestep), key_I)
+            output_ICHW = yield Question(latent_ICHW, timestep, clean_ICHW)
+            latent_ICHW, clean_ICHW = self.step(index, latent_ICHW, output_ICHW, key_I)
         return latent_ICHW
 
-    def step(self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor, key_I: Tensor) -> Tensor:
-        """Latents after step `index`, from those before it and the network's answer to them."""
+    def step(
+        self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor, key_I: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Latents after step `index`, from those before it and the network's answer, and the clean ones it means."""
         raise NotImplementedError
 
     def _alpha_bars(self, index: int) -> tuple[Tensor, Tensor]:
@@ -94,28 +128,32 @@ class SpacedSampler:
 class DDPM(SpacedSampler):
     """Ancestral sampling with the posterior variance (Ho et al., 2020, eq. 6 and 7)."""
 
-    def step(self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor, key_I: Tensor) -> Tensor:
+    def step(
+        self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor, key_I: Tensor
+    ) -> tuple[Tensor, Tensor]:
         here, following = self._alpha_bars(index)
         alpha = here / following
         beta = 1 - alpha
-        clean = self._clean(latent_ICHW, output_ICHW, here, following)
+        clean_ICHW = self._clean(latent_ICHW, output_ICHW, here, following)
         of_clean, of_latent = following.sqrt() * beta, alpha.sqrt() * (1 - following)
-        mean = of_clean / (1 - here) * clean + of_latent / (1 - here) * latent_ICHW
+        mean = of_clean / (1 - here) * clean_ICHW + of_latent / (1 - here) * latent_ICHW
         if index + 1 == len(self.timesteps):
-            return mean
+            return mean, clean_ICHW
         variance = (1 - following) / (1 - here) * beta
         fresh = counter_normal(key_I, latent_ICHW.shape[1:], stream=1 + index)
-        return mean + variance.clamp(min=1e-20).sqrt() * fresh
+        return mean + variance.clamp(min=1e-20).sqrt() * fresh, clean_ICHW
 
 
 class DDIM(SpacedSampler):
     """Deterministic sampling (Song et al., 2021, eq. 12 with sigma = 0)."""
 
-    def step(self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor, key_I: Tensor) -> Tensor:
+    def step(
+        self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor, key_I: Tensor
+    ) -> tuple[Tensor, Tensor]:
         here, following = self._alpha_bars(index)
-        clean = self._clean(latent_ICHW, output_ICHW, here, following)
-        noise = self._noise(latent_ICHW, output_ICHW, clean, here)
-        return following.sqrt() * clean + (1 - following).sqrt() * noise
+        clean_ICHW = self._clean(latent_ICHW, output_ICHW, here, following)
+        noise = self._noise(latent_ICHW, output_ICHW, clean_ICHW, here)
+        return following.sqrt() * clean_ICHW + (1 - following).sqrt() * noise, clean_ICHW
 
 
 def start_noise(key_I: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -123,6 +161,6 @@ def start_noise(key_I: Tensor, shape: tuple[int, ...]) -> Tensor:
     return counter_normal(key_I, shape, stream=START_STREAM)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho and Salimans, 2022); scale 1 is the conditional prediction."""
     return unconditional + scale * (conditional - unconditional)

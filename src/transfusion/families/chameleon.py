@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from transfusion.families.family import Family, ImageMetric
-from transfusion.inference.image_tokens import draw_tokens
+from transfusion.inference.image_tokens import TokenDrawing, advance_tokens
 from transfusion.losses.chameleon import ChameleonLoss
 from transfusion.model import Chameleon
 
 CHAMELEON = Family(
     network=Chameleon,
     loss=lambda config, codec: ChameleonLoss(config.codec, codec),
-    draw=draw_tokens,
+    drawing=TokenDrawing,
+    advance=advance_tokens,
     image_calls=lambda sampling, config, patches: patches,
     # Image tokens pass the blocks and the head as the text's do.
     image_operations=lambda network, shape, recomputes: 0,

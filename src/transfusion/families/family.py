@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from transfusion.codec import Codec
 from transfusion.config import Config, DiffusionConfig
-from transfusion.inference.cache import KeyValueCache
+from transfusion.inference.cache import PagedCache, Row
 from transfusion.inference.image_diffusion import ImageSampling
 from transfusion.inference.runner import ModelRunner
 from transfusion.losses.loss import Loss
 from transfusion.model.backbone import Backbone
+from transfusion.sequence.sizes import Size
 
 
-class ImageGenerator(Protocol):
-    """Draws images behind cached prefixes that end in <BOI>."""
+class ImageDrawing(Protocol):
+    """One image in the making, behind cached rows that end in <BOI>.
 
-    def __call__(
-        self,
-        runner: ModelRunner,
-        prefixes: KeyValueCache,
-        rows: Sequence[int],
-        keys: Sequence[int],
-        sampling: ImageSampling,
-        config: DiffusionConfig,
-        /,
-    ) -> Tensor:
-        """Draw images.
+    Attributes:
+        rows: The row that it continues, and under guidance one without a caption.
+        calls: How often the model was called for it.
+        all_calls: How often that will be.
+        result: Latents or tokens of the image, as the codec decodes them, once it is done.
+    """
 
-        Args:
-            runner: The network, with its codec and sizes.
-            prefixes: What comes before each image. It must not be changed.
-            rows: Image i continues row rows[i] of `prefixes`.
-            keys: Image i is drawn from the random numbers of keys[i].
-            sampling: Guidance, steps, sampler and size.
-            config: The section `diffusion`.
+    rows: list[Row]
+    all_calls: int
+    result: Tensor | None
 
-        Returns:
-            Latents or tokens of the images, as the codec decodes them.
-        """
+    @property
+    def calls(self) -> int: ...
+
+    @property
+    def group(self) -> Hashable:
+        """Drawings of one group can be advanced together."""
+
+    @property
+    def preview(self) -> Tensor | None:
+        """The finished latents as they can be predicted now, if they can."""
 
 
 class ImageMetric(NamedTuple):
@@ -66,8 +65,10 @@ class Family:
     Attributes:
         network: Built from the sections `model` and `codec`.
         loss: From a configuration and its open codec. Without a codec, batches hold what the network reads.
-        draw: Draws images.
-        image_calls: How often drawing images of so many patches calls the model.
+        drawing: Begins an image, from the network, the section `diffusion`, how it is drawn, its size, the key of its
+            random numbers, and its rows.
+        advance: Calls the model once for drawings of one group.
+        image_calls: How often drawing an image of so many patches calls the model.
         image_operations: Operations of forward and backward through what encodes and decodes one image. Takes the
             network, the shape [C, H, W] of the latents, and whether blocks are computed again.
         head_targets: How many tokens of an image with latents [C, H, W] the text head predicts.
@@ -76,7 +77,8 @@ class Family:
 
     network: type[Backbone]
     loss: Callable[[Config, Codec | None], Loss]
-    draw: ImageGenerator
+    drawing: Callable[[ModelRunner, DiffusionConfig, ImageSampling, Size, int, Sequence[Row]], ImageDrawing]
+    advance: Callable[[ModelRunner, PagedCache, Sequence[Any]], None]
     image_calls: Callable[[ImageSampling, DiffusionConfig, int], int]
     image_operations: Callable[[Backbone, tuple[int, int, int], bool], int]
     head_targets: Callable[[tuple[int, int, int]], int]

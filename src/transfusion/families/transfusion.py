@@ -37,7 +37,8 @@ def image_metric(diffusion: DiffusionConfig) -> ImageMetric:
 TRANSFUSION = Family(
     network=Transfusion,
     loss=lambda config, codec: TransfusionLoss(config.diffusion, codec, config.codec),
-    draw=image_diffusion.draw,
+    drawing=image_diffusion.DiffusionDrawing,
+    advance=image_diffusion.advance,
     image_calls=lambda sampling, config, patches: image_diffusion.calls(sampling, config),
     image_operations=image_operations,
     head_targets=lambda shape: 0,

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from transfusion.codec import Codec, open_codec
 from transfusion.config import Config, SampleGridConfig
 from transfusion.errors import UserError
 from transfusion.families.build import family_of
-from transfusion.generate.interleaved import InterleavedGenerator, Limits, Part
+from transfusion.generate.engine import Engine, Part, Request
+from transfusion.generate.events import Event, ImageDone, TextDelta
 from transfusion.generate.load import Weights, load_model
 from transfusion.inference import image_diffusion, text_sampling
 from transfusion.inference.image_diffusion import ImageSampling
@@ -147,13 +149,13 @@ class Pipeline:
         wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
         self._check_sampling(sampling, wanted)
         seeds = list(range(seed, seed + len(wanted)))
-        sampling = self._counted(sampling, -(-len(wanted) // batch), on_call)
-        found: list[SampledImage] = []
-        for images in self._draw(wanted, seeds, sampling, batch):
-            found += images
+        counted = self._counted(sampling, -(-len(wanted) // batch), on_call)
+        found: dict[int, SampledImage] = {}
+        for images in self._draw(wanted, seeds, sampling, batch, counted):
+            found |= images
             if on_images is not None:
-                on_images(images)
-        return found
+                on_images(list(images.values()))
+        return [found[number] for number in range(len(wanted))]
 
     @torch.no_grad()
     def sample_grid(
@@ -190,9 +192,9 @@ class Pipeline:
             )
             self._check_sampling(sampling, wanted)
             seeds = [seed + number for number in drawn]
-            sampling = self._counted(sampling, 1, on_call)
-            (images,) = self._draw([wanted[number] for number in drawn], seeds, sampling, share)
-            found += [image for image, number in zip(images, mine, strict=True) if number < len(wanted)]
+            counted = self._counted(sampling, 1, on_call)
+            (images,) = self._draw([wanted[number] for number in drawn], seeds, sampling, share, counted)
+            found += [images[place] for place, number in enumerate(mine) if number < len(wanted)]
         return found
 
     @torch.no_grad()
@@ -275,57 +277,155 @@ class Pipeline:
             UserError: For settings out of range, images that do not fit the model, or a prompt that fills
                 `data.sequence_length`.
         """
-        _check_at_least_one(max_tokens=max_tokens, batch=batch)
-        if max_images < 0:
-            raise UserError(f"max_images {max_images} must be at least 0")
-        text = TextSampling(temperature=temperature, top_p=top_p, seed=seed)
-        image = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=_size(size))
-        text_sampling.check(text)
-        if max_images or size is not None:
-            image_diffusion.check(image, self.config)
+        _check_at_least_one(batch=batch)
         _check_seeds(seed, len(prompts))
-        for prompt in prompts:
-            self._check_parts(prompt)
-        limits = Limits(tokens=max_tokens, images=max_images, length=self.config.data.sequence_length)
-        generator = InterleavedGenerator(
-            self.runner,
-            self.tokenizer,
-            self.config.diffusion,
-            self.family.draw,
-            text=text,
-            image=image,
-            limits=limits,
-        )
-        answers: list[list[Part]] = []
-        for start in range(0, len(prompts), batch):
-            answers += generator.run(prompts[start : start + batch], start)
+        requests = [
+            self._request(
+                prompt,
+                seed + number,
+                text={"temperature": temperature, "top_p": top_p},
+                image={"guidance": guidance, "steps": steps, "sampler": sampler, "size": _size(size)},
+                max_tokens=max_tokens,
+                max_images=max_images,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        answers: list[list[Part]] = [[] for _ in prompts]
+        for events in self._run(requests, batch):
+            for number, event in events:
+                _extend(answers[number], event)
         return [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
 
-    def _draw(
-        self, prompts: list[str], seeds: list[int], sampling: ImageSampling, batch: int
-    ) -> Iterator[list[SampledImage]]:
-        """`batch` images at a time, each from its own seed."""
-        for start in range(0, len(prompts), batch):
-            part, keys = prompts[start : start + batch], seeds[start : start + batch]
-            distinct = list(dict.fromkeys(part))
-            layouts = [self._caption_first(prompt, sampling.size) for prompt in distinct]
-            # Up to where the patches begin: <BOS> caption <BOI>.
-            counts = [layout.images[0][0] for layout in layouts]
-            cache = self.runner.cache(len(distinct), max(counts))
-            self.runner.read(cache.view(), self.runner.prefix_block(layouts, counts))
-            rows = [distinct.index(prompt) for prompt in part]
-            encoded = self.family.draw(self.runner, cache, rows, keys, sampling, self.config.diffusion)
-            images = self.runner.codec.decode(encoded).cpu()
-            yield [SampledImage(*item) for item in zip(images, part, keys, strict=True)]
+    def stream(
+        self,
+        prompt: str | Sequence[Part],
+        *,
+        max_tokens: int = 256,
+        max_images: int = 4,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        guidance: float = 3.0,
+        steps: int = 25,
+        sampler: str = "auto",
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+        preview_every: int = 0,
+    ) -> Iterator[Event]:
+        """Continue a prompt as `generate` does, and tell each piece of the answer as soon as it is there.
 
-    def _counted(self, sampling: ImageSampling, batches: int, on_call: OnCall | None) -> ImageSampling:
-        """The settings with `on_call`, told how many calls of so many batches are done."""
+        Closing the iterator ends the answer and frees its memory.
+
+        Args:
+            prompt: A text, or parts as in `generate`.
+            max_tokens: As in `generate`.
+            max_images: As in `generate`.
+            temperature: As in `generate`.
+            top_p: As in `generate`.
+            guidance: As in `generate`.
+            steps: As in `generate`.
+            sampler: As in `generate`.
+            seed: The text and the first image are drawn from it, from 0 to 2**38 - 1.
+            size: As in `generate`.
+            preview_every: Calls of the model from one preview of an image to the next. 0 gives none.
+
+        Returns:
+            `TextDelta`, `ImageStart`, `ImagePreview` and `ImageDone` in their order, and at last `Done`.
+
+        Raises:
+            UserError: As `generate`, and for previews of a codec that has none, at once and not with the first event.
+        """
+        request = self._request(
+            [prompt] if isinstance(prompt, str) else prompt,
+            seed,
+            text={"temperature": temperature, "top_p": top_p},
+            image={"guidance": guidance, "steps": steps, "sampler": sampler, "size": _size(size)},
+            max_tokens=max_tokens,
+            max_images=max_images,
+            preview_every=preview_every,
+        )
+        ticks = self._run([request], 1)
+        return (event for events in ticks for _, event in events)
+
+    def _request(
+        self,
+        prompt: Sequence[Part],
+        seed: int,
+        *,
+        text: dict[str, Any],
+        image: dict[str, Any],
+        max_tokens: int,
+        max_images: int,
+        preview_every: int = 0,
+    ) -> Request:
+        """A checked request."""
+        _check_at_least_one(max_tokens=max_tokens)
+        for name, count in {"max_images": max_images, "preview_every": preview_every}.items():
+            if count < 0:
+                raise UserError(f"{name} {count} must be at least 0")
+        _check_seeds(seed, 1)
+        request = Request(
+            prompt=prompt,
+            text=TextSampling(seed=seed, **text),
+            image=ImageSampling(seed=seed, **image),
+            max_tokens=max_tokens,
+            max_images=max_images,
+            preview_every=preview_every,
+        )
+        text_sampling.check(request.text)
+        if max_images or request.image.size is not None:
+            image_diffusion.check(request.image, self.config)
+        self._check_parts(prompt)
+        return request
+
+    def _run(
+        self, requests: Sequence[Request], batch: int, on_image_call: Callable[[], object] | None = None
+    ) -> Iterator[list[tuple[int, Event]]]:
+        """The events of requests, tick by tick, at most `batch` of them at a time, in an engine of their own."""
+        engine = Engine(
+            self.runner,
+            self.tokenizer,
+            self.config,
+            self.family,
+            most_requests=batch,
+            on_image_call=on_image_call,
+        )
+        for request in requests:
+            engine.submit(request)
+        return _ticks(engine)
+
+    def _draw(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        sampling: ImageSampling,
+        batch: int,
+        on_image_call: Callable[[], object] | None,
+    ) -> Iterator[dict[int, SampledImage]]:
+        """Images by their numbers, as they are finished, each from its own seed."""
+        sampling = replace(sampling, size=sampling.size or self.runner.sizes.first)
+        requests = [
+            Request(prompt=[prompt], image=replace(sampling, seed=seed), draws=True)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        for events in self._run(requests, batch, on_image_call):
+            images = {
+                number: SampledImage(event.pixels, prompts[number], seeds[number])
+                for number, event in events
+                if isinstance(event, ImageDone)
+            }
+            if images:
+                yield images
+
+    def _counted(
+        self, sampling: ImageSampling, batches: int, on_call: OnCall | None
+    ) -> Callable[[], object] | None:
+        """What tells `on_call` how many calls of so many batches are done."""
         if on_call is None:
-            return sampling
+            return None
         patches = self.runner.sizes.patches(sampling.size or self.runner.sizes.first)
         calls = batches * self.family.image_calls(sampling, self.config.diffusion, patches)
         done = itertools.count()
-        return replace(sampling, on_call=lambda: on_call(next(done), calls))
+        return lambda: on_call(next(done), calls)
 
     def _caption_first(self, prompt: str, size: Size | None) -> Layout:
         caption = TextSegment(tuple(self.tokenizer.encode(prompt)))
@@ -358,6 +458,22 @@ class Pipeline:
                     f"an image must be uint8 of shape {' or '.join(str(list(shape)) for shape in shapes)},"
                     f" got {part.dtype} of shape {list(part.shape)}"
                 )
+
+
+def _ticks(engine: Engine) -> Iterator[list[tuple[int, Event]]]:
+    while not engine.is_idle:
+        yield engine.tick()
+
+
+def _extend(answer: list[Part], event: Event) -> None:
+    """Add what an event brings to the parts of an answer."""
+    if isinstance(event, TextDelta):
+        if answer and isinstance(answer[-1], str):
+            answer[-1] += event.text
+        else:
+            answer.append(event.text)
+    elif isinstance(event, ImageDone):
+        answer.append(event.pixels)
 
 
 def _size(size: tuple[int, int] | None) -> Size | None:

@@ -1,134 +1,197 @@
-"""Keys and values of the rows being generated: allocated once, written in place.
+"""Keys and values of the rows being generated: pages of one memory, written in place, shared by equal beginnings.
 
-Every row has its own length. A forward writes its positions behind that length, and they count only once
-`advance` is called: so an image block is computed anew at each denoising step over a prefix that is computed
-once, and stays only in its final form.
+Every row has its own length. A forward writes its positions behind that length, and they count only once `advance` is
+called. So an image is computed anew at each denoising step over a prefix that is computed once, and stays only in its
+final form.
 
-B rows of the cache, R rows of one forward, L slots a row, S positions of one forward, K key heads, E head
-dimension.
+R rows of one forward, S positions of one forward, P pages of a row, L slots of a page, K key heads, E head dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from transfusion.model.attention import WHOLE_ROWS, Attend
-from transfusion_kernels import IntervalMask
+from transfusion.model.attention import Attend
+from transfusion_kernels import IntervalMask, append_to_kvcache, interval_attention_with_kvcache
+
+# Slots of a page: rows share beginnings by whole pages, and waste half of one on average.
+PAGE_SLOTS = 16
 
 
-class KeyValueCache:
-    """The cache of all layers. Lengths are host integers, so that nothing here waits for the device.
+def pages_for(positions: int) -> int:
+    """How many pages hold so many positions."""
+    return -(-positions // PAGE_SLOTS)
 
-    Storage takes the type of the first keys written.
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One sequence of a cache.
+
+    Attributes:
+        pages: Where its positions are: position n in slot `n % PAGE_SLOTS` of page `pages[n // PAGE_SLOTS]`.
+        length: How many positions count.
     """
 
-    def __init__(
-        self, layers: int, rows: int, max_length: int, device: torch.device, attend: Attend = WHOLE_ROWS
-    ) -> None:
-        """attend: carries out the attention to the keys of a row, once they are together."""
-        self.max_length, self.attend = max_length, attend
-        self.lengths = [0] * rows
-        self.device = device
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+
+    @property
+    def room(self) -> int:
+        """How many positions its pages hold."""
+        return len(self.pages) * PAGE_SLOTS
+
+
+class PagedCache:
+    """The memory of all layers. Pages and lengths are host integers, so that nothing here waits for the device.
+
+    Args:
+        layers: Of the model.
+        pages: How many there are. Memory is taken at the first write, in the type of the keys written.
+        device: Where the model is.
+        backend: The implementation of attention to a cache, as `interval_attention_with_kvcache` takes it.
+    """
+
+    def __init__(self, layers: int, pages: int, device: torch.device, backend: str = "auto") -> None:
+        self.device, self.backend = device, backend
+        # Lowest first, so that the pages of a row tend to lie side by side.
+        self._free = list(range(pages - 1, -1, -1))
+        self._owners = [0] * pages
         self._storage: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
-    @staticmethod
-    def gathered(parts: Sequence[tuple[KeyValueCache, Sequence[int]]], max_length: int) -> KeyValueCache:
-        """A cache of its own that starts as copies of the given rows, cache after cache.
+    @property
+    def free_pages(self) -> int:
+        """How many pages no row has."""
+        return len(self._free)
 
-        max_length: its room, at least the longest of those rows. A row may be given more than once.
+    def row(self, positions: int) -> Row:
+        """An empty row with room for so many positions. There must be as many free pages."""
+        row = Row()
+        self._grow(row, positions)
+        return row
+
+    def fork(self, row: Row, positions: int, length: int | None = None) -> Row:
+        """A row that begins as the first `length` positions of another, all of them unless given.
+
+        It shares the full pages, and has a copy of the last one. `positions`: what it has room for, at least its
+        length.
         """
-        first = parts[0][0]
-        lengths = [cache.lengths[row] for cache, rows in parts for row in rows]
-        gathered = KeyValueCache(len(first._storage), len(lengths), max_length, first.device, first.attend)
-        gathered.lengths = lengths
-        row_tensors = [torch.tensor(rows, device=first.device) for _, rows in parts]
-        for layer in range(len(first._storage)):
-            for which in range(2):
-                start = 0
-                for (cache, rows), row_R in zip(parts, row_tensors, strict=True):
-                    kept = min(cache.max_length, max_length)
-                    old_RLKE = cache._written(layer)[which][:, :kept][row_R]
-                    new_BLKE = gathered.storage(layer, old_RLKE)[which]
-                    new_BLKE[start : start + len(rows), :kept] = old_RLKE
-                    start += len(rows)
-        return gathered
+        length = row.length if length is None else length
+        shared = length // PAGE_SLOTS
+        forked = Row(row.pages[:shared], length)
+        for page in forked.pages:
+            self._owners[page] += 1
+        self._grow(forked, positions)
+        if length % PAGE_SLOTS:
+            source, target = row.pages[shared], forked.pages[shared]
+            for pair in self._storage:
+                for stored_PLKE in pair or ():
+                    stored_PLKE[target] = stored_PLKE[source]
+        return forked
 
-    def view(self, rows: Sequence[int] | None = None) -> CacheRows:
-        """The given rows, all of them by default, as a forward reads and extends them."""
-        return CacheRows(self, list(range(len(self.lengths)) if rows is None else rows))
+    def release(self, row: Row) -> None:
+        """Give back the pages of a row that is not read any more."""
+        for page in reversed(row.pages):
+            self._owners[page] -= 1
+            if self._owners[page] == 0:
+                self._free.append(page)
+        if row.pages:
+            self._free.sort(reverse=True)
+        row.pages, row.length = [], 0
+
+    def copy(self, source: Row, target: Row) -> None:
+        """Let a row with pages of its own, and room enough, begin as another."""
+        pages = pages_for(source.length)
+        for pair in self._storage:
+            for stored_PLKE in pair or ():
+                stored_PLKE[target.pages[:pages]] = stored_PLKE[source.pages[:pages]]
+        target.length = source.length
+
+    def view(self, rows: Sequence[Row]) -> CacheRows:
+        """Rows as a forward reads and extends them. None may come twice."""
+        return CacheRows(self, rows)
 
     def storage(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, L, K, E] of a layer, made at first use for keys [..., K, E] like the given."""
-        pair = self._storage[layer]
-        if pair is None:
-            shape = (len(self.lengths), self.max_length, *like.shape[-2:])
-            # Zeros, not empty memory: a hidden key is multiplied by weight 0 and must be finite.
-            pair = self._storage[layer] = (like.new_zeros(shape), like.new_zeros(shape))
-        return pair
+        """Keys and values [pages, K, L, E] of a layer, made at first use for keys [..., K, S, E] like the given.
 
-    def _written(self, layer: int) -> tuple[Tensor, Tensor]:
+        In memory the slots of pages in a row follow each other, so that the CPU reads those without a copy.
+        """
         pair = self._storage[layer]
         if pair is None:
-            raise ValueError("the cache is empty: no forward has written the rows to be copied")
-        return pair
+            shape = (len(self._owners), PAGE_SLOTS, like.shape[1], like.shape[3])
+            pair = self._storage[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+        return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
+
+    def _grow(self, row: Row, positions: int) -> None:
+        wanted = pages_for(positions) - len(row.pages)
+        if wanted > len(self._free):
+            raise ValueError(f"the cache has {len(self._free)} free pages, {wanted} are asked for")
+        for _ in range(wanted):
+            page = self._free.pop()
+            self._owners[page] = 1
+            row.pages.append(page)
 
 
 class CacheRows:
     """Rows of a cache for one forward after another; `layers` is what the model's `run_blocks` takes."""
 
-    def __init__(self, cache: KeyValueCache, rows: list[int]) -> None:
-        self._cache = cache
-        self._rows = rows
-        # Where a forward takes every row, the storage itself is read; else the rows are gathered from it.
-        whole = rows == list(range(len(cache.lengths)))
-        self._row_R = None if whole else torch.tensor(rows, device=cache.device)
-        self._slot_N: Tensor | None = None
+    def __init__(self, cache: PagedCache, rows: Sequence[Row]) -> None:
+        self._cache, self._rows = cache, rows
+        most = max(len(row.pages) for row in rows)
+        table = [row.pages + [0] * (most - len(row.pages)) for row in rows]
+        self._table_RP = torch.tensor(table, dtype=torch.int32, device=cache.device).view(len(rows), most)
+        self._position, self._table = self._table_RP, self._table_RP
+        self._real_N: Tensor | None = None
         self.layers: list[Attend] = [partial(self._attend, layer) for layer in range(len(cache._storage))]
 
     @property
     def lengths(self) -> list[int]:
         """How many positions of each row count."""
-        return [self._cache.lengths[row] for row in self._rows]
+        return [row.length for row in self._rows]
 
-    def mask(self, end_RS: Tensor) -> IntervalMask:
-        """The mask of S positions behind each row's length, seeing all keys up to `length + end_RS`."""
-        length_R1 = torch.tensor(self.lengths, device=self._cache.device)[:, None]
+    def mask(self, end_RS: Tensor, counts: Sequence[int]) -> IntervalMask:
+        """The mask of S positions behind each row's length, of which the first `counts` are real.
+
+        They see all keys up to `length + end_RS`, so far as these are real.
+        """
+        for row, count in zip(self._rows, counts, strict=True):
+            if row.length + count > row.room:
+                raise ValueError(f"{count} positions do not fit after {row.length} in a row of {row.room}")
+        lengths, size = self.lengths, end_RS.shape[1]
+        length_R1 = torch.tensor(lengths, device=self._cache.device)[:, None]
+        position_RS = length_R1 + torch.arange(size, device=self._cache.device)
+        self._real_N = None
+        self._position, self._table = position_RS, self._table_RP
+        if min(counts) < size:
+            # Padding is not written: each position goes by itself, with the table of its row.
+            real = [row * size + place for row, count in enumerate(counts) for place in range(count)]
+            self._real_N = torch.tensor(real, device=self._cache.device)
+            self._position = position_RS.flatten()[self._real_N][:, None]
+            self._table = self._table_RP[self._real_N // size]
         end_key_RS = (length_R1 + end_RS).to(torch.int32)
-        return IntervalMask(torch.zeros_like(end_key_RS), end_key_RS, num_keys=self._cache.max_length)
+        most = max(length + count for length, count in zip(lengths, counts, strict=True))
+        return IntervalMask(torch.zeros_like(end_key_RS), end_key_RS, num_keys=most)
 
     def advance(self, counts: Sequence[int]) -> None:
         """Let the first positions of the last forward count, for each row as many as given."""
         for row, count in zip(self._rows, counts, strict=True):
-            self._cache.lengths[row] += count
-        self._slot_N = None
-
-    def write(self, layer: int, key_RKSE: Tensor, value_RKSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write behind each row's length; returns all keys and values of these rows, [R, K, L, E]."""
-        key_RSKE, value_RSKE = key_RKSE.transpose(1, 2), value_RKSE.transpose(1, 2)
-        slot_N = self._slots(key_RSKE.shape[1])
-        storage = self._cache.storage(layer, key_RSKE)
-        results = []
-        for stored_BLKE, new_RSKE in zip(storage, (key_RSKE, value_RSKE), strict=True):
-            stored_BLKE.flatten(0, 1).index_copy_(0, slot_N, new_RSKE.flatten(0, 1))
-            rows_RLKE = stored_BLKE if self._row_R is None else stored_BLKE[self._row_R]
-            results.append(rows_RLKE.transpose(1, 2))
-        return results[0], results[1]
+            row.length += count
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
         """Attention of one layer to the keys of these rows and the new ones, which it writes: an `Attend`."""
-        return self._cache.attend(query, *self.write(layer, key, value), mask)
-
-    def _slots(self, count: int) -> Tensor:
-        """Where the next `count` positions of each row go: int64 [R * count] into [B * L]."""
-        if self._slot_N is None or len(self._slot_N) != len(self._rows) * count:
-            room = self._cache.max_length
-            if max(self.lengths) + count > room:
-                raise ValueError(f"{count} positions do not fit after {max(self.lengths)} in rows of {room}")
-            starts = [row * room + length for row, length in zip(self._rows, self.lengths, strict=True)]
-            start_R1 = torch.tensor(starts, device=self._cache.device)[:, None]
-            self._slot_N = (start_R1 + torch.arange(count, device=self._cache.device)).flatten()
-        return self._slot_N
+        keys, values = self._cache.storage(layer, key)
+        if self._real_N is not None:
+            key, value = (
+                x.transpose(1, 2).flatten(0, 1).index_select(0, self._real_N)[:, :, None]
+                for x in (key, value)
+            )
+        append_to_kvcache(key, value, keys, values, self._position, block_table=self._table)
+        attended = interval_attention_with_kvcache(
+            query, keys, values, mask, block_table=self._table_RP, backend=self._cache.backend
+        )
+        assert isinstance(attended, Tensor)  # not a pair: the log-sum-exp is not asked for
+        return attended

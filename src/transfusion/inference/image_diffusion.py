@@ -1,13 +1,13 @@
-"""Diffusion mode: images from noise, behind cached prefixes that end in <BOI>.
+"""Diffusion mode: images from noise, behind cached rows that end in <BOI>.
 
-I images, R rows of the network (twice the images under guidance), P patches an image, C channels, H/W latent
+I images, R rows of the network (two for an image under guidance), P patches an image, C channels, H/W latent
 height and width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from transfusion.config import Config, DiffusionConfig
 from transfusion.config.objectives import PREDICTED, SAMPLERS
-from transfusion.diffusion.sampler import Denoiser, Sampler, guide, start_noise
+from transfusion.diffusion.sampler import Sampler, guide, start_noise
 from transfusion.diffusion.samplers import BUILDERS
 from transfusion.errors import UserError
-from transfusion.inference.cache import KeyValueCache
+from transfusion.inference.cache import PagedCache, Row
 from transfusion.inference.runner import ModelRunner
 from transfusion.model import Transfusion
 from transfusion.model.patches import unpatchify
@@ -30,7 +30,7 @@ class ImageSampling:
     """How images are drawn. guidance 1 is the model itself; steps are calls of the model for each image.
 
     sampler "auto": the first of `SAMPLERS` for the model's objective. heun calls twice a step, but once in the last.
-    size: one of the model's; None: the first. on_call: called before each call of the model that draws.
+    size: one of the model's; None: the first.
     """
 
     guidance: float = 3.0
@@ -38,7 +38,6 @@ class ImageSampling:
     sampler: str = "auto"
     seed: int = 0
     size: Size | None = None
-    on_call: Callable[[], object] = int
 
 
 def check(sampling: ImageSampling, config: Config) -> None:
@@ -78,50 +77,82 @@ def _sampler_name(sampling: ImageSampling, config: DiffusionConfig) -> str:
     return SAMPLERS[config.prediction][0] if sampling.sampler == "auto" else sampling.sampler
 
 
-def draw(
-    runner: ModelRunner,
-    prefixes: KeyValueCache,
-    rows: Sequence[int],
-    keys: Sequence[int],
-    sampling: ImageSampling,
-    config: DiffusionConfig,
-) -> Tensor:
-    """Latents fp32 [I, C, H, W]: image i continues row rows[i] of `prefixes`, from the noise of keys[i]."""
-    key_I = torch.tensor(keys, device=runner.device)
-    sampler = build_sampler(sampling, config, clip=runner.codec.bound)
-    start_ICHW = start_noise(key_I, runner.latent_shape(sampling.size or runner.sizes.first))
-    return sampler.sample(start_ICHW, denoiser(runner, prefixes, rows, sampling), key_I)
+class DiffusionDrawing:
+    """One image in the making: a sampler's questions, until it has none left. An `ImageDrawing`.
+
+    Args:
+        runner: The network, with its codec and sizes.
+        config: The section `diffusion`.
+        sampling: How it is drawn.
+        size: Of the image.
+        key: Of its random numbers.
+        rows: The row that it continues, which ends in <BOI>. Under guidance also one without a caption.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: DiffusionConfig,
+        sampling: ImageSampling,
+        size: Size,
+        key: int,
+        rows: Sequence[Row],
+    ) -> None:
+        self.config, self.sampling, self.size, self.rows = config, sampling, size, list(rows)
+        key_I = torch.tensor([key], device=runner.device)
+        sampler = build_sampler(sampling, config, clip=runner.codec.bound)
+        self._denoising = sampler.denoise(start_noise(key_I, runner.latent_shape(size)), key_I)
+        self.question = next(self._denoising)
+        self.calls, self.all_calls = 0, calls(sampling, config)
+        self.result: Tensor | None = None
+
+    @property
+    def group(self) -> Size:
+        """Drawings of one group can be advanced together."""
+        return self.size
+
+    @property
+    def preview(self) -> Tensor | None:
+        """The clean latents [C, H, W] as the last answer lets them be predicted, None before the first."""
+        clean_ICHW = self.question.clean_ICHW
+        return None if clean_ICHW is None else clean_ICHW[0]
+
+    def answer(self, output_ICHW: Tensor) -> None:
+        """Take the network's output for the question."""
+        self.calls += 1
+        try:
+            self.question = self._denoising.send(output_ICHW)
+        except StopIteration as finished:
+            self.result = finished.value[0]
 
 
-def denoiser(
-    runner: ModelRunner, prefixes: KeyValueCache, rows: Sequence[int], sampling: ImageSampling
-) -> Denoiser:
-    """The network's answer to noisy latents, guidance included: image i continues row rows[i] of `prefixes`.
+def advance(runner: ModelRunner, cache: PagedCache, drawings: Sequence[DiffusionDrawing]) -> None:
+    """Call the model once for images of one size, on their patches alone, both branches of the guidance in one batch.
 
-    The model is called on the image blocks alone, both branches of the guidance in one batch, and once on the
-    unconditional prefix. `prefixes` stays as it is.
+    The rows stay as long as they are.
     """
     model = runner.model
     assert isinstance(model, Transfusion)
-    images, guided, size = len(rows), sampling.guidance != 1, sampling.size or runner.sizes.first
+    size = drawings[0].size
     patches, latent_shape = runner.sizes.patches(size), runner.latent_shape(size)
-    view = runner.branches(prefixes, rows, size, guided=guided).view()
+    guided = [number for number, drawing in enumerate(drawings) if len(drawing.rows) > 1]
+    view = cache.view([drawing.rows[0] for drawing in drawings] + [drawings[i].rows[1] for i in guided])
     position_RPA = runner.image_positions(view.lengths, size)[:, :patches]
-    mask = view.mask(runner.image_ends(len(position_RPA), patches))
-
-    def predict(latent_ICHW: Tensor, timestep: float) -> Tensor:
-        sampling.on_call()
-        timestep_I = torch.full((images,), timestep, device=runner.device)
-        encoding = model.encode_patches([latent_ICHW], timestep_I)
-        if guided:
-            encoding = encoding.repeat_for_guidance()
-        patches_RPD = encoding.patch_ND.unflatten(0, (-1, patches))
-        hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
-        predicted_NE = model.decode_patches(model.norm(hidden_RPD).flatten(0, 1), encoding)
-        answer_RCHW = unpatchify(predicted_NE, *latent_shape, model.config.patch_size).float()
-        if not guided:
-            return answer_RCHW
-        conditional, unconditional = answer_RCHW.chunk(2)
-        return guide(conditional, unconditional, sampling.guidance)
-
-    return predict
+    ends_RP = runner.image_ends(len(position_RPA), patches)
+    mask = view.mask(ends_RP, [patches] * len(position_RPA))
+    latent_ICHW = torch.cat([drawing.question.latent_ICHW for drawing in drawings])
+    timesteps = [drawing.question.timestep for drawing in drawings]
+    timestep_I = torch.tensor(timesteps, dtype=torch.float32, device=runner.device)
+    encoding = model.encode_patches([latent_ICHW], timestep_I)
+    encoding = encoding.with_copies(guided)
+    patches_RPD = encoding.patch_ND.unflatten(0, (-1, patches))
+    hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
+    predicted_NE = model.decode_patches(model.norm(hidden_RPD).flatten(0, 1), encoding)
+    answer_RCHW = unpatchify(predicted_NE, *latent_shape, model.config.patch_size).float()
+    unconditional = {number: len(drawings) + place for place, number in enumerate(guided)}
+    for number, drawing in enumerate(drawings):
+        answer = answer_RCHW[number : number + 1]
+        if number in unconditional:
+            other = unconditional[number]
+            answer = guide(answer, answer_RCHW[other : other + 1], drawing.sampling.guidance)
+        drawing.answer(answer)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from transfusion.codec import Codec
 from transfusion.config import Config
-from transfusion.inference.cache import CacheRows, KeyValueCache
+from transfusion.inference.cache import CacheRows, PagedCache
 from transfusion.model.backbone import Backbone
 from transfusion.model.patches import Grid
 from transfusion.schema import ImageSegment, Segment, SpecialToken
@@ -50,6 +50,9 @@ class ModelRunner:
     def __init__(self, model: Backbone, config: Config, device: torch.device, codec: Codec) -> None:
         self.model, self.device, self.codec = model, device, codec
         self.sizes = config.image_sizes
+        # What takes no cache leaves it to what the cache chooses.
+        cached = config.train.attention in ("triton", "cpu", "reference")
+        self._backend = config.train.attention if cached else "auto"
         self.axes = position_axes(config.model.position)
         self.image_shapes = [(config.codec.channels, *size) for size in self.sizes.sizes]
         self._latent_channels = config.codec.depth
@@ -69,8 +72,9 @@ class ModelRunner:
             return torch.arange(1, patches + 1, device=self.device).expand(images, -1)
         return torch.full((images, patches), patches, device=self.device)
 
-    def cache(self, rows: int, max_length: int) -> KeyValueCache:
-        return KeyValueCache(self.model.config.layers, rows, max_length, self.device, self.model.attend)
+    def cache(self, pages: int) -> PagedCache:
+        """A cache of so many pages for this model."""
+        return PagedCache(self.model.config.layers, pages, self.device, self._backend)
 
     def image(self, size: Size, values: Tensor | None = None) -> ImageSegment:
         """An image of this size, as a part of a document."""
@@ -90,40 +94,26 @@ class ModelRunner:
         position_SA = torch.from_numpy(layout.position_SA[first:] - first).to(self.device)
         return position_SA + torch.tensor(starts, device=self.device)[:, None, None]
 
-    def unconditional(self, size: Size) -> KeyValueCache:
-        """One row that holds the prefix of an image of this size whose caption was dropped: <BOS> <BOI>."""
-        layout = self._image_layouts[size]
-        first = layout.images[0][0]
-        cache = self.cache(1, first)
-        self.read(cache.view(), self.prefix_block([layout], [first]))
-        return cache
-
-    def branches(
-        self, prefixes: KeyValueCache, rows: Sequence[int], size: Size, *, guided: bool
-    ) -> KeyValueCache:
-        """Copies of the given rows with room for an image of this size, guided: with as many unconditional ones."""
-        parts: list[tuple[KeyValueCache, Sequence[int]]] = [(prefixes, rows)]
-        if guided:
-            parts.append((self.unconditional(size), [0] * len(rows)))
-        longest = max(cache.lengths[row] for cache, chosen in parts for row in chosen)
-        return KeyValueCache.gathered(parts, longest + self.sizes.patches(size))
-
-    def prefix_block(
-        self, layouts: Sequence[Layout], counts: Sequence[int], images: Sequence[Tensor] = ()
+    def prompt_block(
+        self, pieces: Sequence[tuple[Layout, int, int]], images: Sequence[Tensor] = ()
     ) -> ModelInput:
-        """The first `counts` positions of each document, and the images (uint8 [C, H, W]) in them."""
-        longest = max(counts)
-        ids_RS = np.full((len(layouts), longest), SpecialToken.PADDING, dtype=np.int64)
-        position_RSA = np.zeros((len(layouts), longest, self.axes), dtype=np.int64)
-        end_RS = np.zeros((len(layouts), longest), dtype=np.int64)
+        """Pieces of documents, each from a first position to before another, and all images (uint8 [C, H, W]) in them.
+
+        No piece ends inside an image.
+        """
+        longest = max(end - first for _, first, end in pieces)
+        ids_RS = np.full((len(pieces), longest), SpecialToken.PADDING, dtype=np.int64)
+        position_RSA = np.zeros((len(pieces), longest, self.axes), dtype=np.int64)
+        end_RS = np.zeros((len(pieces), longest), dtype=np.int64)
         slots: list[Tensor] = []
-        for row, (layout, count) in enumerate(zip(layouts, counts, strict=True)):
-            ids_RS[row, :count] = layout.token_ids_S[:count]
-            position_RSA[row, :count] = layout.position_SA[:count]
-            end_RS[row, :count], end_RS[row, count:] = layout.end_key_S[:count], count
-            for first, patches in layout.images:
-                if first < count:
-                    slots.append(row * longest + torch.arange(first, first + patches))
+        for row, (layout, first, end) in enumerate(pieces):
+            count = end - first
+            ids_RS[row, :count] = layout.token_ids_S[first:end]
+            position_RSA[row, :count] = layout.position_SA[first:end]
+            end_RS[row, :count], end_RS[row, count:] = layout.end_key_S[first:end] - first, count
+            for first_patch, patches in layout.images:
+                if first <= first_patch < end:
+                    slots.append(row * longest + first_patch - first + torch.arange(patches))
         by_shape: dict[torch.Size, list[int]] = {}
         for number, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(number)
@@ -132,7 +122,7 @@ class ModelRunner:
             torch.from_numpy(ids_RS).to(self.device),
             torch.from_numpy(position_RSA).to(self.device),
             torch.from_numpy(end_RS).to(self.device),
-            list(counts),
+            [end - first for _, first, end in pieces],
             tuple(
                 self.codec.encode(torch.stack([images[number] for number in group]).to(self.device))
                 for group in groups
@@ -181,7 +171,7 @@ class ModelRunner:
             image_ND = self.model.read_images(block.images).to(hidden_RSD.dtype)
             flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, image_ND)
             hidden_RSD = flat.view_as(hidden_RSD)
-        mask = rows.mask(block.end_RS)
+        mask = rows.mask(block.end_RS, block.counts)
         hidden_RSD = self.model.run_blocks(hidden_RSD, block.position_RSA, mask, rows.layers)
         rows.advance(block.counts)
         last_R = torch.tensor(block.counts, device=self.device) - 1

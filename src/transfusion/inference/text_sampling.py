@@ -1,6 +1,6 @@
 """Language mode: which token comes next.
 
-R rows, V vocabulary.
+R rows, N of them that are drawn, V vocabulary.
 """
 
 from __future__ import annotations
@@ -56,25 +56,30 @@ def mask_logits(
     return logit_RV.masked_fill(forbidden_RV, -math.inf)
 
 
-def sample_token(
-    logit_RV: Tensor, sampling: TextSampling, row_R: Sequence[int], index_R: Sequence[int]
-) -> Tensor:
+def sample_token(logit_RV: Tensor, sampling_R: Sequence[TextSampling], index_R: Sequence[int]) -> Tensor:
     """The next token of each row, int64 [R].
 
-    row_R: the row's number in the request; index_R: how many tokens it has chosen before. The draw depends on
-    seed + row and that number alone, not on which other rows share the batch.
+    index_R: how many tokens the row has chosen before. The draw depends on the row's seed and that number alone, not on
+    which other rows share the batch.
     """
-    if sampling.temperature == 0:
-        return logit_RV.argmax(-1)
-    probability_RV = (logit_RV / sampling.temperature).softmax(-1)
-    probability_RV, token_RV = probability_RV.sort(stable=True, dim=-1, descending=True)
-    sum_RV = probability_RV.cumsum(-1)
+    drawn = [row for row, sampling in enumerate(sampling_R) if sampling.temperature > 0]
+    token_R = logit_RV.argmax(-1)
+    if not drawn:
+        return token_R
+    temperature_N1, top_p_N1 = (
+        torch.tensor([[getattr(sampling_R[row], name)] for row in drawn], device=logit_RV.device)
+        for name in ("temperature", "top_p")
+    )
+    probability_NV = (logit_RV[drawn] / temperature_N1).softmax(-1)
+    probability_NV, token_NV = probability_NV.sort(stable=True, dim=-1, descending=True)
+    sum_NV = probability_NV.cumsum(-1)
     # A token is kept when those before it do not reach top_p yet, so the likeliest always is.
-    kept_RV = probability_RV.masked_fill(sum_RV - probability_RV >= sampling.top_p, 0.0).cumsum(-1)
-    keys = [((sampling.seed + row) << _TOKEN_BITS) + index for row, index in zip(row_R, index_R, strict=True)]
-    key_R = torch.tensor(keys, device=logit_RV.device)
-    uniform_R1 = torch.special.ndtr(counter_normal(key_R, (1,), stream=TEXT_STREAM).double())
-    place_R1 = torch.searchsorted(kept_RV, (uniform_R1 * kept_RV[:, -1:]).to(kept_RV.dtype), right=True)
+    kept_NV = probability_NV.masked_fill(sum_NV - probability_NV >= top_p_N1, 0.0).cumsum(-1)
+    keys = [(sampling_R[row].seed << _TOKEN_BITS) + index_R[row] for row in drawn]
+    key_N = torch.tensor(keys, device=logit_RV.device)
+    uniform_N1 = torch.special.ndtr(counter_normal(key_N, (1,), stream=TEXT_STREAM).double())
+    place_N1 = torch.searchsorted(kept_NV, (uniform_N1 * kept_NV[:, -1:]).to(kept_NV.dtype), right=True)
     # Rounding may carry the draw past the last kept token.
-    last_R1 = (kept_RV < kept_RV[:, -1:]).sum(-1, keepdim=True)
-    return token_RV.gather(1, torch.minimum(place_R1, last_R1)).squeeze(1)
+    last_N1 = (kept_NV < kept_NV[:, -1:]).sum(-1, keepdim=True)
+    token_R[drawn] = token_NV.gather(1, torch.minimum(place_N1, last_N1)).squeeze(1)
+    return token_R

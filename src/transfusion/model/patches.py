@@ -45,14 +45,21 @@ class Encoding(NamedTuple):
     grids: tuple[Grid, ...]
     skips: tuple[Tensor, ...]
 
-    def repeat_for_guidance(self) -> Encoding:
-        """The same images of one group once more behind themselves, as both branches of guidance need them."""
+    def with_copies(self, chosen: Sequence[int]) -> Encoding:
+        """The images of one group, and behind them some once more, as the other branch of guidance needs them."""
+        if not chosen:
+            return self
         ((images, rows, columns),) = self.grids
+
+        def extended(x: Tensor) -> Tensor:
+            """x: of all images, one after another."""
+            return torch.cat((x, x.unflatten(0, (images, -1))[list(chosen)].flatten(0, 1)))
+
         return Encoding(
-            torch.cat((self.patch_ND, self.patch_ND)),
-            torch.cat((self.timestep_I, self.timestep_I)),
-            (Grid(2 * images, rows, columns),),
-            tuple(torch.cat((skip, skip)) for skip in self.skips),
+            extended(self.patch_ND),
+            extended(self.timestep_I),
+            (Grid(images + len(chosen), rows, columns),),
+            tuple(extended(skip) for skip in self.skips),
         )
 
 

@@ -15,8 +15,8 @@ from transfusion.files import FINGERPRINT_BYTES, atomic_file, digest
 from transfusion.tokens import SpecialToken
 
 # sentencepiece writes a space as this character inside its pieces, and would read the character as a space.
-_SPACE_MARK = "\u2581"
-_CONTROL_PIECES = {
+SPACE_MARK = "\u2581"
+CONTROL_PIECES = {
     SpecialToken.PADDING: "<PAD>",
     SpecialToken.BEGIN_DOCUMENT: "<BOS>",
     SpecialToken.END_DOCUMENT: "<EOS>",
@@ -51,7 +51,7 @@ class Tokenizer:
         if not _has_our_tokens(self._processor):
             raise UserError(f"{path} has other control tokens than this project's; {_REMEDY}")
         self._space_mark_ids = [
-            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()
+            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()
         ]
         self.fingerprint = digest(model, FINGERPRINT_BYTES)
         self.vocabulary: int = self._processor.get_piece_size()
@@ -59,10 +59,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without control tokens. Raises UnicodeEncodeError on lone surrogates."""
         text.encode()
-        if _SPACE_MARK not in text:
+        if SPACE_MARK not in text:
             ids: list[int] = self._processor.encode(text)
             return ids
-        first, *parts = self._processor.encode(text.split(_SPACE_MARK))
+        first, *parts = self._processor.encode(text.split(SPACE_MARK))
         joined: list[int] = list(first)
         for part in parts:
             joined += self._space_mark_ids
@@ -71,7 +71,7 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, of each; in one call of sentencepiece, which then takes a third of the time."""
-        if any(_SPACE_MARK in text for text in texts):
+        if any(SPACE_MARK in text for text in texts):
             return [self.encode(text) for text in texts]
         for text in texts:
             text.encode()
@@ -91,7 +91,7 @@ class Tokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The piece of each id as text, for eyes: parts of a letter are shown as <0xNN>."""
         pieces: list[str] = self._processor.id_to_piece([int(token) for token in ids])
-        return [piece.replace(_SPACE_MARK, " ") for piece in pieces]
+        return [piece.replace(SPACE_MARK, " ") for piece in pieces]
 
 
 def read_pieces(path: Path) -> list[str]:
@@ -109,7 +109,7 @@ def bytes_of_pieces(pieces: Sequence[str]) -> list[bytes]:
     spelt = []
     for piece in pieces:
         byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
-        spelt.append(bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE_MARK, " ").encode())
+        spelt.append(bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_MARK, " ").encode())
     return spelt
 
 
@@ -157,9 +157,9 @@ def _control_options() -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, token in {**names, "unk": SpecialToken.UNKNOWN}.items():
         options[f"{name}_id"] = int(token)
-        options[f"{name}_piece"] = _CONTROL_PIECES[token]
+        options[f"{name}_piece"] = CONTROL_PIECES[token]
     options["control_symbols"] = [
-        piece for token, piece in _CONTROL_PIECES.items() if token > SpecialToken.UNKNOWN
+        piece for token, piece in CONTROL_PIECES.items() if token > SpecialToken.UNKNOWN
     ]
     return options
 
@@ -181,7 +181,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 def _has_our_tokens(processor: sentencepiece.SentencePieceProcessor) -> bool:
     if processor.get_piece_size() <= len(SpecialToken) + 256:
         return False
-    named = all(processor.id_to_piece(int(token)) == piece for token, piece in _CONTROL_PIECES.items())
+    named = all(processor.id_to_piece(int(token)) == piece for token, piece in CONTROL_PIECES.items())
     return named and processor.is_byte(len(SpecialToken))
 
 

@@ -32,6 +32,8 @@ class Levels:
         wide = token_Ihw.repeat_interleave(2, 1).repeat_interleave(2, 2)
         return (wide * 16 + 8).to(torch.uint8)[:, None]
 
+    preview = decode
+
     def as_context(self, token_Ihw: torch.Tensor) -> torch.Tensor:
         return token_Ihw
 

@@ -61,6 +61,8 @@ class Halves:
     def decode(self, latent_IChw: torch.Tensor) -> torch.Tensor:
         raise AssertionError("training encodes alone")
 
+    preview = decode
+
     def as_context(self, latent_IChw: torch.Tensor) -> torch.Tensor:
         return latent_IChw
 

@@ -78,7 +78,7 @@ def write_llama(folder: Path, source: LocalEngine) -> None:
     """The text tower of an engine, as transformers writes a Llama."""
     model = source.config.model
     folder.mkdir(parents=True)
-    names = {name: llama._their_name(name, False) for name in source.masters}
+    names = {name: llama.llama_name(name, False) for name in source.masters}
     tensors = {its: source.masters[name].detach().contiguous() for name, its in names.items() if its}
     halves = (dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2]))
     weight_map = {}

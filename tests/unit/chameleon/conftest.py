@@ -31,6 +31,8 @@ class Squares:
         wide = token_Ihw.repeat_interleave(2, 1).repeat_interleave(2, 2)
         return (wide * 16 + 8).to(torch.uint8)[:, None]
 
+    preview = decode
+
     def as_context(self, token_Ihw: Tensor) -> Tensor:
         return token_Ihw
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -11,17 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from handmade import make_batch, small_config, train_step
 from safetensors.torch import load_file, save_file
 
 from transfusion.checkpoint.export import export, read_export
+from transfusion.checkpoint.hub_files import image_generation
 from transfusion.checkpoint.layout import read_manifest
 from transfusion.checkpoint.save import save
+from transfusion.cli import main
 from transfusion.errors import UserError
 from transfusion.families.build import build_model
+from transfusion.generate.pipeline import Pipeline
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.schema import TrainState
+from transfusion.sequence.tokenizer import Tokenizer
+from transfusion.sequence.tokenizer_json import tokenizer_json
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 
@@ -44,7 +51,9 @@ def test_both_kinds_of_weights_load_into_the_network(tmp_path: Path) -> None:
     engine = make_run(tmp_path / "run")
     out = export(tmp_path / "run", tmp_path / "model")
     assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
         "config.json",
+        "generation_config.json",
         "model.ema.safetensors",
         "model.safetensors",
         "tokenizer.model",
@@ -59,6 +68,103 @@ def test_both_kinds_of_weights_load_into_the_network(tmp_path: Path) -> None:
     for path, expected in ((found.weights, engine.masters), (found.average, averages)):
         model.load_state_dict(load_file(path), strict=True)
         assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+
+
+def test_the_tokenizer_is_described_for_other_libraries(
+    run: Path, tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(tokenizer.path, run / "tokenizer.model")
+    out = export(run, tmp_path / "model")
+    described = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))
+    assert described == tokenizer_json(tokenizer.path.read_bytes())
+    settings = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert (settings["bos_token"], settings["eos_token"], settings["pad_token"]) == (
+        "<BOS>",
+        "<EOS>",
+        "<PAD>",
+    )
+    assert settings["additional_special_tokens"] == ["<BOI>", "<EOI>", "<PATCH>"]
+    assert not caplog.records
+
+
+def test_one_line_says_why_the_tokenizer_cannot_be_described(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    read_export(export(run, tmp_path / "model"))
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "no tokenizer.json is written" in told and "is not a sentencepiece model" in told
+    assert "\n" not in told
+    assert not list((tmp_path / "model").glob("tokenizer*.json"))
+
+
+@pytest.mark.parametrize(("prediction", "sampler"), [("epsilon", "ddim"), ("flow", "euler")])
+def test_the_stated_defaults_are_those_of_sampling(prediction: str, sampler: str, tmp_path: Path) -> None:
+    config = small_config(diffusion__prediction=prediction, codec__image_sizes=("8x4", "4x4"))
+    stated = image_generation(config)
+    ids = {f"{name}_token_id": stated[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
+    assert ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    assert stated["image"]["size"] == [8, 4] and stated["image"]["sampler"] == sampler
+    image = {name: stated["image"][name] for name in ("guidance_scale", "num_inference_steps")}
+    python, typed = inspect.signature(Pipeline.sample).parameters, inspect.signature(main.sample).parameters
+    assert image == {
+        "guidance_scale": python["guidance"].default,
+        "num_inference_steps": python["steps"].default,
+    }
+    assert image == {"guidance_scale": typed["cfg"].default, "num_inference_steps": typed["steps"].default}
+    # Guidance needs captions that were dropped in training.
+    assert image_generation(small_config(data__caption_dropout=0))["image"]["guidance_scale"] == 1
+
+
+def test_the_card_tells_what_the_run_was(tmp_path: Path) -> None:
+    sources = [
+        {"name": "pictures", "shards": "/home/someone/pictures/*.tar", "weight": 0.75},
+        {
+            "name": "prose",
+            "shards": "/home/someone/prose.jsonl",
+            "weight": [{"from_step": 0, "weight": 1}, {"from_step": 2000, "weight": 0.5}],
+        },
+    ]
+    config = small_config(
+        run__name="mine", data__sources=sources, data__validation=sources[:1], data__tokenizer="/home/someone/t",
+        train__init_from="/home/someone/tiny-llama", train__steps=9000,
+    )  # fmt: skip
+    engine = LocalEngine(config, ALONE)
+    save(tmp_path / "run", engine, TrainState(step=7000, tokens=123456, images=789), keep=1)
+    (tmp_path / "run" / "tokenizer.model").write_bytes(b"pieces")
+    losses = [
+        {"step": 6000, "validation_text_loss": 5.0},
+        {"step": 7000, "loss": 4.0, "validation_text_loss": 3.25, "validation_image_loss": None},
+    ]
+    torn = '{"step": 7000, "validation_te'
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join([*map(json.dumps, losses), torn]))
+    page = (export(tmp_path / "run", tmp_path / "model") / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(page.split("---\n")[1])
+    assert head["library_name"] == "transfusion" and head["pipeline_tag"] == "any-to-any"
+    assert "license" not in head and "**Licence: not stated.**" in page
+    count = sum(master.numel() for master in engine.masters.values())
+    for line in (
+        "# mine",
+        f"| parameters | {count:,} |",
+        "| image sizes, height x width | 4x4 |",
+        "| steps | 7,000 of 9,000 |",
+        "| tokens and patches, padding included | 123,456 |",
+        "| images | 789 |",
+        "| text tower started from | tiny-llama |",
+        "- `pictures`: 0.75",
+        "- `prose`: 1, 0.5 from step 2,000",
+        "Losses of the weights at step 7,000, on `pictures`, at most 1,000 documents:",
+        "| text loss, nats per token | 3.25 |",
+    ):
+        assert line in page.splitlines()
+    assert "image loss" not in page and "5" not in page.partition("## Validation")[2].replace("3.25", "")
+    assert "/home" not in page and str(tmp_path) not in page
+
+
+def test_a_card_that_was_edited_stays_as_it_is(run: Path, tmp_path: Path) -> None:
+    out = export(run, tmp_path / "model")
+    assert "No validation loss of step 7 is known." in (out / "README.md").read_text(encoding="utf-8")
+    (out / "README.md").write_text("Licence: mine")
+    read_export(out)
 
 
 def test_without_an_average_there_is_one_file(tmp_path: Path) -> None:
@@ -223,7 +329,7 @@ def test_a_swapped_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_codec_of_another_export_is_refused(tmp_path: Path) -> None:
-    files = ("config.json", "diffusion_pytorch_model.safetensors")
+    files = ("config.json", "preview.json", "diffusion_pytorch_model.safetensors")
     (tmp_path / "run" / "codec").mkdir(parents=True)
     for name in files:
         (tmp_path / "run" / "codec" / name).write_text("{}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,32 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = [sample(number) for number in range(12)]
     write_shards([*samples, {"txt": b"a text without an image"}], folder, per_shard=6)
     return folder
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    """All members of a folder's shards, by name."""
+    found = {}
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            found |= {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    return found
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]], **header: int) -> bytes:
+    """A shard of these members, and its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as writer:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            for field, value in header.items():
+                setattr(member, field, value)
+            writer.addfile(member, io.BytesIO(data))
+    return path.read_bytes()
+
+
+def pair_of(key: str, shade: int) -> list[tuple[str, bytes]]:
+    """An image in one shade of red and its caption."""
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (shade, 0, 0)).save(stream, "PNG")
+    return [(f"{key}.png", stream.getvalue()), (f"{key}.txt", f"shade {shade}".encode())]

@@ -31,15 +31,9 @@ from transfusion.losses.chameleon import ChameleonLoss
 from transfusion.parallel.collectives import global_counts
 from transfusion.sequence.tokenizer import Tokenizer
 
+from .conftest import members, pair_of, tar_of
+
 Settings = Callable[..., CodecConfig]
-
-
-def members(folder: Path) -> dict[str, bytes]:
-    found = {}
-    for shard in sorted(folder.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            found |= {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-    return found
 
 
 def test_latents_stand_beside_their_images(
@@ -279,24 +273,6 @@ def test_latents_of_several_sizes(
             loader(other, tmp_path / "out", tokenizer)
         with pytest.raises(UserError, match=r"at 16x16, 16x32, 32x16 pixels \(crop\), not of"):
             encode_shards(other, [f"{tmp_path}/images/*.tar"], tmp_path / "out")
-
-
-def tar_of(path: Path, members: list[tuple[str, bytes]], **header: int) -> bytes:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as writer:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            for field, value in header.items():
-                setattr(member, field, value)
-            writer.addfile(member, io.BytesIO(data))
-    return path.read_bytes()
-
-
-def pair_of(key: str, shade: int) -> list[tuple[str, bytes]]:
-    stream = io.BytesIO()
-    Image.new("RGB", (16, 16), (shade, 0, 0)).save(stream, "PNG")
-    return [(f"{key}.png", stream.getvalue()), (f"{key}.txt", f"shade {shade}".encode())]
 
 
 def keys_of(path: Path) -> list[str]:

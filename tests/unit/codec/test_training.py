@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from transfusion.codec import open_codec
+from transfusion.codec.preview import read_preview
 from transfusion.codec_train import codebook, features
 from transfusion.codec_train.losses import adaptive_weight, discriminator_loss
 from transfusion.codec_train.settings import CodecTrainConfig
@@ -227,6 +228,7 @@ def test_a_step_that_revives_tells_what_it_counted(make: Callable[..., CodecTrai
     config = make(kind="vq", loss={"revive_every": 2})
     assert train_codec(config) == 0
     assert all(line["codebook_used"] > 0 for line in metrics_of(config))
+    assert read_preview(Path(config.run.folder) / "codec") is not None
 
 
 def test_the_folder_is_measured_and_loads(
@@ -247,8 +249,14 @@ def test_the_folder_is_measured_and_loads(
     trainer = CodecTrainer(config, CPU)
     images = torch.cat(list(trainer.images.in_order(8)))
     trainer.close()
-    latents = open_codec(settings(folder / "codec")).encode(images)
+    codec = open_codec(settings(folder / "codec"))
+    latents = codec.encode(images)
     assert latents.mean().abs() < 1e-4 and abs(latents.std() - 1) < 1e-4
+    fitted = read_preview(folder / "codec")
+    assert fitted is not None and fitted.images == 11
+    assert fitted.describe() in (folder / "log.txt").read_text()
+    # By chance four channels would explain 2% of 176 places.
+    assert fitted.explained > 0.1 and codec.preview(latents).shape == images.shape
 
 
 def test_batches_depend_on_seed_and_step_alone(make: Callable[..., CodecTrainConfig]) -> None:

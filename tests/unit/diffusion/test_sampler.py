@@ -13,7 +13,7 @@ from torch import Tensor
 from transfusion.config import DiffusionConfig
 from transfusion.diffusion.flow import Euler, Heun
 from transfusion.diffusion.objective import ImageObjective
-from transfusion.diffusion.sampler import DDIM, DDPM, spaced_timesteps, start_noise
+from transfusion.diffusion.sampler import DDIM, DDPM, sample, spaced_timesteps, start_noise
 from transfusion.diffusion.schedule import CosineSchedule
 from transfusion.inference.image_diffusion import ImageSampling, build_sampler
 
@@ -59,9 +59,17 @@ def test_a_perfect_predictor_leads_to_its_image(
         return {"epsilon": noise, "v": signal * noise - sigma * image, "flow": noise - image}[prediction]
 
     sampler = build_sampler(ImageSampling(sampler=name, steps=steps), config, clip=clip)
-    latent = sampler.sample(start_noise(key, (1, 8, 8)).double(), perfect, key)
+    latent = sample(sampler, start_noise(key, (1, 8, 8)).double(), perfect, key)
     torch.testing.assert_close(latent, image, rtol=0, atol=2e-3)
     assert calls[0] == 999 and len(calls) == (2 * steps - 1 if name == "heun" else steps)
+    # What questions tell of the clean image, for previews, is the image too. Where noise alone is seen it may be the mean.
+    denoising = sampler.denoise(start_noise(key, (1, 8, 8)).double(), key)
+    question = next(denoising)
+    assert question.clean_ICHW is None
+    for place in range(len(calls) - 1):
+        question = denoising.send(perfect(question.latent_ICHW, question.timestep))
+        if place:
+            torch.testing.assert_close(question.clean_ICHW, image, rtol=0, atol=2e-3)
 
 
 def test_heun_is_of_the_second_order() -> None:
@@ -71,7 +79,7 @@ def test_heun_is_of_the_second_order() -> None:
     # dx / d sigma = x (sigma + 1/2), from sigma 1 to 0.
     def errors(sampler_type: type[Euler]) -> list[float]:
         ends = [
-            sampler_type(1000, steps).sample(start, lambda x, t: x * ((t + 1) / 1000 + 0.5), key).item()
+            sample(sampler_type(1000, steps), start, lambda x, t: x * ((t + 1) / 1000 + 0.5), key).item()
             for steps in (10, 20)
         ]
         return [abs(end - math.exp(-1.0)) for end in ends]
@@ -84,7 +92,7 @@ def test_flow_is_clipped_in_every_call() -> None:
     latent = start_noise(torch.tensor([0]), (1, 4, 4))
     for sampler_type in (Euler, Heun):
         sampler = sampler_type(1000, 20, clip=1.0)
-        drawn = sampler.sample(latent, lambda x, _: -9 * torch.ones_like(x), torch.tensor([0]))
+        drawn = sample(sampler, latent, lambda x, _: -9 * torch.ones_like(x), torch.tensor([0]))
         torch.testing.assert_close(drawn, torch.ones_like(drawn))
 
 
@@ -99,23 +107,23 @@ def test_clipping_bounds_every_image() -> None:
     key = torch.tensor([0])
     latent = start_noise(key, (1, 4, 4))
     for index in range(20):
-        latent = sampler.step(index, latent, torch.zeros_like(latent), key)
+        latent = sampler.step(index, latent, torch.zeros_like(latent), key)[0]
     assert latent.abs().max() <= 1.0
 
 
 def test_ancestral_noise_is_keyed_by_image_and_step() -> None:
     sampler, keys = DDPM(SCHEDULE, 10), torch.tensor([3, 8])
     latent = start_noise(keys, (1, 4, 4))
-    both = sampler.step(2, latent, latent, keys)
-    alone = sampler.step(2, latent[1:], latent[1:], keys[1:])
+    both = sampler.step(2, latent, latent, keys)[0]
+    alone = sampler.step(2, latent[1:], latent[1:], keys[1:])[0]
     assert torch.equal(both[1:], alone)
-    assert not torch.equal(both[1:], sampler.step(2, latent[1:], latent[1:], keys[:1]))
+    assert not torch.equal(both[1:], sampler.step(2, latent[1:], latent[1:], keys[:1])[0])
 
 
 def test_every_step_adds_noise_of_its_own() -> None:
     sampler, key = DDPM(SCHEDULE, 10), torch.tensor([3])
     nothing = torch.zeros(1, 1, 40, 40)
-    added = torch.stack([sampler.step(index, nothing, nothing, key).flatten() for index in range(9)])
+    added = torch.stack([sampler.step(index, nothing, nothing, key)[0].flatten() for index in range(9)])
     correlation = torch.corrcoef(torch.cat((added, start_noise(key, (1, 40, 40)).view(1, -1))))
     assert (correlation - torch.eye(10)).abs().max() < 0.15
 
@@ -149,6 +157,6 @@ def test_an_error_at_pure_noise_does_not_reach_unbounded_latents(name: Any, step
         return nearly(latent_ICHW, timestep)
 
     key = torch.tensor([3])
-    latent = sampler.sample(start_noise(key, (1, 8, 8)).double(), watched, key)
+    latent = sample(sampler, start_noise(key, (1, 8, 8)).double(), watched, key)
     torch.testing.assert_close(latent, image, rtol=0, atol=5e-3)
     assert max(seen) < 6

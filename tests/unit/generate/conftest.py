@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from transfusion.codec import pixels as codec
 from transfusion.config import Config
 from transfusion.diffusion.noise import counter_normal
+from transfusion.diffusion.sampler import sample
 from transfusion.generate import Pipeline
+from transfusion.inference.cache import PagedCache, Row
 from transfusion.inference.image_diffusion import ImageSampling, build_sampler
 from transfusion.model import Transfusion
 from transfusion.model.patches import Encoding, unpatchify_groups
 from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken, TextSegment
+from transfusion.sequence.layout import Layout
 from transfusion.sequence.tokenizer import Tokenizer
 
 # Letters with a piece of their own, so that a text and its ids tell the same.
@@ -54,6 +57,39 @@ def build_pipeline(
         return Pipeline(model, tokenizer, config, "cpu")
 
     return build
+
+
+def read_prompts(
+    pipeline: Pipeline, prompts: Sequence[tuple[Layout, int, list[Tensor]]]
+) -> tuple[PagedCache, list[Row]]:
+    """A cache with the first positions of some documents, in which these images are."""
+    runner = pipeline.runner
+    cache = runner.cache(100)
+    rows = [cache.row(count + 32) for _, count, _ in prompts]
+    pieces = [(layout, 0, count) for layout, count, _ in prompts]
+    runner.read(
+        cache.view(rows), runner.prompt_block(pieces, [image for *_, images in prompts for image in images])
+    )
+    return cache, rows
+
+
+def draw_latents(
+    pipeline: Pipeline, cache: PagedCache, rows: Sequence[Row], keys: Sequence[int], sampling: ImageSampling
+) -> list[Tensor]:
+    """Latents [C, H, W] of images behind rows, drawn side by side."""
+    runner, size = pipeline.runner, pipeline.runner.sizes.first
+    layout = runner.lay_out([runner.image(size)], finished=False)
+    drawings = []
+    for row, key in zip(rows, keys, strict=True):
+        branches = [row]
+        if sampling.guidance != 1:
+            branches.append(cache.row(20))
+            runner.read(cache.view(branches[1:]), runner.prompt_block([(layout, 0, 2)]))
+        diffusion = pipeline.config.diffusion
+        drawings.append(pipeline.family.drawing(runner, diffusion, sampling, size, key, branches))
+    while drawings[0].result is None:
+        pipeline.family.advance(runner, cache, drawings)
+    return [drawing.result for drawing in drawings]
 
 
 class Truth:
@@ -127,7 +163,7 @@ class Truth:
             return noise
 
         plan = build_sampler(sampling, self.config.diffusion, clip=1.0)
-        latent = plan.sample(counter_normal(key_I, (1, 8, 8)), predict, key_I)
+        latent = sample(plan, counter_normal(key_I, (1, 8, 8)), predict, key_I)
         return latent[0]
 
     @torch.no_grad()

@@ -12,9 +12,10 @@ from torch import Tensor
 from transfusion.codec import pixels as codec
 from transfusion.config import SampleGridConfig
 from transfusion.generate import ImageSampling, Pipeline
-from transfusion.inference.image_diffusion import draw
 from transfusion.schema import ImageSegment, TextSegment
 from transfusion.sequence.layout import lay_out
+
+from .conftest import draw_latents, read_prompts
 
 
 def assert_same_answers(mine: list[str | Tensor], theirs: list[str | Tensor]) -> None:
@@ -125,19 +126,13 @@ def test_image_k_has_seed_plus_k(build_pipeline: Callable[..., Pipeline]) -> Non
 def test_latents_of_a_batch_are_those_of_each_alone(build_pipeline: Callable[..., Pipeline]) -> None:
     """A4: latents to 1e-4."""
     pipeline = build_pipeline()
-    runner = pipeline.runner
     texts = [(), (9, 10, 11), tuple(range(20, 60))]
     layouts = [lay_out([TextSegment(ids), ImageSegment(None, 16)]) for ids in texts]
-    counts = [layout.images[0][0] for layout in layouts]
     sampling = ImageSampling(guidance=3.0, steps=6)
 
-    def latents(chosen: list[int]) -> Tensor:
-        cache = runner.cache(len(chosen), max(counts[i] for i in chosen))
-        block = runner.prefix_block([layouts[i] for i in chosen], [counts[i] for i in chosen])
-        runner.read(cache.view(), block)
-        return draw(
-            runner, cache, range(len(chosen)), [70 + i for i in chosen], sampling, pipeline.config.diffusion
-        )
+    def latents(chosen: list[int]) -> list[Tensor]:
+        prompts = [(layouts[i], layouts[i].images[0][0], []) for i in chosen]
+        return draw_latents(pipeline, *read_prompts(pipeline, prompts), [70 + i for i in chosen], sampling)
 
     together = latents([0, 1, 2])
     for i in range(3):

@@ -1,87 +1,111 @@
-"""The static cache, slot by slot."""
+"""The paged cache, slot by slot."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from transfusion.inference.cache import KeyValueCache
+from transfusion.inference.cache import PAGE_SLOTS, PagedCache, Row
 
 K, E = 2, 3
+CPU = torch.device("cpu")
 
 
-def filled(rows: int, count: int, value: float) -> torch.Tensor:
-    """Keys or values [R, K, S, E] that tell their row and position."""
-    row, position = torch.arange(rows).view(-1, 1, 1, 1), torch.arange(count).view(1, 1, -1, 1)
-    return (value + 100.0 * row + position).expand(rows, K, count, E).contiguous()
+def write(cache: PagedCache, rows: list[Row], counts: list[int], value: float) -> None:
+    """Let the first `counts` positions of a forward count, each key telling its row and place."""
+    view, size = cache.view(rows), max(counts)
+    row, place = torch.arange(len(rows)).view(-1, 1, 1, 1), torch.arange(size).view(1, 1, -1, 1)
+    key = (value + 100.0 * row + place).expand(len(rows), K, size, E).contiguous()
+    ends = torch.tensor([[min(place + 1, count) for place in range(size)] for count in counts])
+    view.layers[0](key, key, -key, view.mask(ends, counts))
+    view.advance(counts)
 
 
-def write(
-    cache: KeyValueCache, rows: list[int] | None, count: int, value: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    view = cache.view(rows)
-    return view.write(0, filled(len(view.lengths), count, value), -filled(len(view.lengths), count, value))
+def keys(cache: PagedCache, row: Row) -> list[float]:
+    """The first number of each key of a row that counts."""
+    key, value = cache.storage(0, torch.empty(1, K, 1, E))
+    assert torch.equal(key, -value)
+    found: Tensor = torch.cat([key[page, 0, :, 0] for page in row.pages])[: row.length]
+    return found.tolist()
 
 
 def test_rows_are_written_behind_their_own_length() -> None:
-    cache = KeyValueCache(1, 2, 8, torch.device("cpu"))
-    write(cache, None, 4, 1.0)
-    cache.view().advance([4, 2])
-    key, value = write(cache, None, 2, 50.0)
-    assert key.shape == (2, K, 8, E) and torch.equal(key, -value)
-    assert key[0, 0, :, 0].tolist() == [1, 2, 3, 4, 50, 51, 0, 0]
-    assert key[1, 1, :, 2].tolist() == [101, 102, 150, 151, 0, 0, 0, 0]
-    assert cache.lengths == [4, 2]
+    cache = PagedCache(1, 4, CPU)
+    rows = [cache.row(20), cache.row(20)]
+    write(cache, rows, [4, 2], 1.0)
+    write(cache, rows, [2, 2], 50.0)
+    assert keys(cache, rows[0]) == [1, 2, 3, 4, 50, 51]
+    assert keys(cache, rows[1]) == [101, 102, 150, 151]
 
 
-def test_what_is_not_advanced_over_is_written_over() -> None:
-    cache = KeyValueCache(1, 1, 4, torch.device("cpu"))
-    write(cache, None, 2, 1.0)
-    cache.view().advance([1])
-    write(cache, None, 3, 20.0)
-    key, _ = write(cache, None, 3, 30.0)
-    assert key[0, 0, :, 0].tolist() == [1, 30, 31, 32]
+def test_what_does_not_count_is_written_over() -> None:
+    cache = PagedCache(1, 2, CPU)
+    row = cache.row(20)
+    write(cache, [row], [18], 1.0)
+    row.length = 15
+    write(cache, [row], [3], 30.0)
+    assert keys(cache, row) == [*range(1, 16), 30, 31, 32]
 
 
-def test_some_rows_leave_the_others_alone() -> None:
-    cache = KeyValueCache(1, 3, 3, torch.device("cpu"))
-    write(cache, None, 1, 1.0)
-    cache.view().advance([1, 1, 1])
-    key, _ = write(cache, [2, 0], 1, 7.0)
-    assert key[:, 0, :, 0].tolist() == [[201, 7, 0], [1, 107, 0]]
-    cache.view([2, 0]).advance([1, 1])
-    assert cache.lengths == [2, 1, 2]
-    key, _ = cache.storage(0, torch.empty(0))
-    assert key[:, :, 0, 0].tolist() == [[1, 107, 0], [101, 0, 0], [201, 7, 0]]
+def test_padding_is_not_written() -> None:
+    """A short row whose page ends where the padding of a longer one would begin."""
+    cache = PagedCache(1, 3, CPU)
+    short, long = cache.row(PAGE_SLOTS), cache.row(2 * PAGE_SLOTS)
+    write(cache, [short, long], [PAGE_SLOTS, 2 * PAGE_SLOTS], 1.0)
+    assert keys(cache, short) == [*range(1, 17)]
+    assert keys(cache, long) == [*range(101, 133)]
 
 
-def test_gathered_rows_are_copies_with_their_own_room() -> None:
-    first, second = KeyValueCache(1, 2, 3, torch.device("cpu")), KeyValueCache(1, 1, 5, torch.device("cpu"))
-    for cache, value in ((first, 1.0), (second, 9.0)):
-        write(cache, None, 2, value)
-        cache.view().advance([2] * len(cache.lengths))
-    gathered = KeyValueCache.gathered([(first, [1, 1]), (second, [0])], 4)
-    key, _ = write(gathered, None, 2, 50.0)
-    assert gathered.lengths == [2, 2, 2]
-    assert key[:, 0, :, 0].tolist() == [[101, 102, 50, 51], [101, 102, 150, 151], [9, 10, 250, 251]]
-    assert first.storage(0, torch.empty(0))[0][:, 2:].abs().max() == 0
+def test_a_fork_shares_full_pages_and_copies_the_last() -> None:
+    cache = PagedCache(1, 5, CPU)
+    row = cache.row(20)
+    write(cache, [row], [20], 1.0)
+    fork = cache.fork(row, 40)
+    assert fork.pages[0] == row.pages[0] and fork.pages[1] != row.pages[1] and cache.free_pages == 1
+    write(cache, [fork], [2], 70.0)
+    write(cache, [row], [2], 90.0)
+    assert keys(cache, fork) == [*range(1, 21), 70, 71]
+    assert keys(cache, row) == [*range(1, 21), 90, 91]
+    cache.release(row)
+    assert cache.free_pages == 2, "the shared page is still read"
+    assert keys(cache, fork) == [*range(1, 21), 70, 71]
+    cache.release(fork)
+    assert cache.free_pages == 5
 
 
-def test_the_mask_counts_from_each_rows_length() -> None:
-    cache = KeyValueCache(1, 2, 9, torch.device("cpu"))
-    write(cache, None, 5, 0.0)
-    cache.view().advance([5, 2])
-    mask = cache.view().mask(torch.tensor([[1, 2, 3], [3, 3, 3]]))
-    assert mask.num_keys == 9
-    assert mask.first_key.tolist() == [[0, 0, 0]] * 2
-    assert mask.end_key.tolist() == [[6, 7, 8], [5, 5, 5]]
+def test_a_fork_of_the_beginning() -> None:
+    cache = PagedCache(1, 4, CPU)
+    row = cache.row(20)
+    write(cache, [row], [20], 1.0)
+    assert keys(cache, cache.fork(row, 16, 10)) == [*range(1, 11)]
 
 
-def test_a_full_row_refuses_more() -> None:
-    cache = KeyValueCache(1, 2, 4, torch.device("cpu"))
-    write(cache, None, 3, 0.0)
-    cache.view().advance([3, 1])
-    with pytest.raises(ValueError, match="do not fit"):
-        write(cache, None, 2, 0.0)
-    with pytest.raises(ValueError, match="no forward"):
-        KeyValueCache.gathered([(KeyValueCache(1, 1, 4, torch.device("cpu")), [0])], 4)
+def test_a_row_can_begin_as_a_copy() -> None:
+    cache = PagedCache(1, 5, CPU)
+    row, other = cache.row(20), cache.row(40)
+    write(cache, [row], [18], 1.0)
+    cache.copy(row, other)
+    write(cache, [other], [1], 70.0)
+    assert keys(cache, other) == [*range(1, 19), 70] and keys(cache, row) == [*range(1, 19)]
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    cache = PagedCache(1, 2, CPU)
+    row = cache.row(16)
+    with pytest.raises(ValueError, match=r"17 positions do not fit after 0 in a row of 16"):
+        write(cache, [row], [17], 1.0)
+    with pytest.raises(ValueError, match=r"1 free pages, 2 are asked for"):
+        cache.row(17)
+
+
+def test_pages_are_given_back() -> None:
+    """As if nothing had happened, whatever came and went: the memory of a long life is that of a short one."""
+    cache = PagedCache(1, 6, CPU)
+    for turn in range(50):
+        rows = [cache.row(1 + turn % 30), cache.row(17)]
+        forks = [cache.fork(rows[1], 20)] if cache.free_pages >= 2 else []
+        for row in (*rows, *forks)[:: (-1) ** turn]:
+            cache.release(row)
+        assert cache.free_pages == 6
+    assert cache.row(6 * PAGE_SLOTS).pages == [0, 1, 2, 3, 4, 5]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -10,8 +12,13 @@ from transfusion.inference.text_sampling import TextSampling, mask_logits, sampl
 from transfusion.schema import SpecialToken
 
 
+def _of_rows(sampling: TextSampling, rows: Iterable[int]) -> list[TextSampling]:
+    """Each row has a seed of its own."""
+    return [replace(sampling, seed=sampling.seed + row) for row in rows]
+
+
 def _draws(logit_V: torch.Tensor, sampling: TextSampling, count: int) -> torch.Tensor:
-    chosen = sample_token(logit_V.expand(count, -1), sampling, range(count), [0] * count)
+    chosen = sample_token(logit_V.expand(count, -1), _of_rows(sampling, range(count)), [0] * count)
     return torch.bincount(chosen, minlength=len(logit_V)) / count
 
 
@@ -27,15 +34,15 @@ def test_only_text_and_two_control_tokens_can_be_chosen() -> None:
     control[:, : len(SpecialToken)] = 9.0
     restricted = mask_logits(control, 30, [4], torch.zeros(200, 1, dtype=torch.bool))
     sampling = TextSampling(temperature=5.0)
-    chosen = set(sample_token(restricted, sampling, range(200), [0] * 200).tolist())
+    chosen = set(sample_token(restricted, _of_rows(sampling, range(200)), [0] * 200).tolist())
     assert chosen <= {int(SpecialToken.END_DOCUMENT), *text}
 
 
 def test_greedy_takes_the_likeliest() -> None:
     logit_RV = torch.randn(5, 50)
-    assert torch.equal(sample_token(logit_RV, TextSampling(), range(5), [0] * 5), logit_RV.argmax(-1))
+    assert torch.equal(sample_token(logit_RV, [TextSampling()] * 5, [0] * 5), logit_RV.argmax(-1))
     cold = TextSampling(temperature=1e-4)
-    assert torch.equal(sample_token(logit_RV, cold, range(5), [0] * 5), logit_RV.argmax(-1))
+    assert torch.equal(sample_token(logit_RV, [cold] * 5, [0] * 5), logit_RV.argmax(-1))
 
 
 def test_tokens_come_as_often_as_they_are_likely() -> None:
@@ -69,9 +76,26 @@ def test_a_draw_depends_on_seed_row_and_number_of_the_token() -> None:
     logit_RV = torch.zeros(4, 1000)
     settings = TextSampling(temperature=1.0, seed=5)
     rows, indices = [0, 1, 1, 2], [0, 0, 1, 0]
-    together = sample_token(logit_RV, settings, rows, indices)
+    samplings = _of_rows(settings, rows)
+    together = sample_token(logit_RV, samplings, indices)
     for i in range(4):
-        assert sample_token(logit_RV[:1], settings, rows[i : i + 1], indices[i : i + 1]) == together[i]
+        assert sample_token(logit_RV[:1], samplings[i : i + 1], indices[i : i + 1]) == together[i]
     assert len(set(together.tolist())) == 4
     shifted = TextSampling(temperature=1.0, seed=6)
-    assert sample_token(logit_RV[:1], shifted, [0], [0]) == together[1]
+    assert sample_token(logit_RV[:1], [shifted], [0]) == together[1]
+
+
+def test_rows_of_one_call_have_settings_of_their_own() -> None:
+    logit_RV = torch.randn(6, 50)
+    samplings = [
+        TextSampling(),
+        TextSampling(temperature=1.0, seed=1),
+        TextSampling(temperature=3.0, seed=1),
+        TextSampling(temperature=1.0, top_p=0.2, seed=4),
+        TextSampling(),
+        TextSampling(temperature=1.0, top_p=1e-6, seed=9),
+    ]
+    together = sample_token(logit_RV, samplings, range(6))
+    alone = [sample_token(logit_RV[i : i + 1], samplings[i : i + 1], [i]) for i in range(6)]
+    assert together.tolist() == [int(token) for token in alone]
+    assert [together[i] for i in (0, 4, 5)] == [logit_RV[i].argmax() for i in (0, 4, 5)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transfusion.diffusion.noise import counter_normal
+from transfusion.diffusion.sampler import Denoising, Question
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline
 from transfusion.inference import image_diffusion
@@ -60,11 +61,11 @@ def test_an_image_is_drawn_as_it_was_trained(
     wanted = trained(None) + 3 * (trained(caption) - trained(None))
     found: list[Tensor] = []
 
-    def once(start: Tensor, predict: Callable[[Tensor, float], Tensor], _: Tensor) -> Tensor:
-        found.append(predict(start, 500.0))
+    def once(start: Tensor, _: Tensor) -> Denoising:
+        found.append((yield Question(start, 500.0, None)))
         return start
 
-    monkeypatch.setattr(image_diffusion, "build_sampler", lambda *_, **__: SimpleNamespace(sample=once))
+    monkeypatch.setattr(image_diffusion, "build_sampler", lambda *_, **__: SimpleNamespace(denoise=once))
     pipeline.sample([caption], guidance=3.0, seed=7, size=WIDE)
     torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-3)
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from transfusion.codec import pixels as codec
 from transfusion.generate import ImageSampling, Pipeline
-from transfusion.inference.image_diffusion import draw
 from transfusion.schema import ImageSegment, TextSegment
 from transfusion.sequence.layout import lay_out
+
+from .conftest import draw_latents, read_prompts
 
 DRAWING = {"guidance": 3.0, "steps": 4, "sampler": "ddpm"}
 
@@ -98,15 +99,13 @@ def test_latents_behind_a_mixed_prompt(
 ) -> None:
     """A3: latents to 1e-4."""
     pipeline = build_pipeline(**fields)
-    runner = pipeline.runner
     given = torch.from_numpy(make_image(6))
     segments = [TextSegment((9, 10)), ImageSegment(None, 16), TextSegment((11, 12, 13))]
     layout = lay_out([*segments, ImageSegment(None, 16)])
     count = layout.images[1][0]
-    cache = runner.cache(1, count)
-    runner.read(cache.view(), runner.prefix_block([layout], [count], [given]))
     sampling = ImageSampling(guidance=guidance, steps=4, sampler=sampler)
-    latent = draw(runner, cache, [0], [21], sampling, pipeline.config.diffusion)[0]
+    cache, rows = read_prompts(pipeline, [(layout, count, [given])])
+    (latent,) = draw_latents(pipeline, cache, rows, [21], sampling)
     settings = {"guidance": guidance, "steps": 4, "sampler": sampler}
     expected = truth(pipeline).draw(segments, [codec.encode(given)], 21, **settings)
     torch.testing.assert_close(latent, expected, rtol=0, atol=1e-4)
@@ -123,17 +122,16 @@ def test_a_finished_image_is_read_clean(
     segments = [TextSegment((9, 10, 11)), ImageSegment(None, 16)]
     layout = lay_out(segments, finished=False)
     first = layout.images[0][0]
-    cache = runner.cache(1, len(layout))
-    runner.read(cache.view(), runner.prefix_block([layout], [first]))
-    draw(runner, cache, [0], [21], ImageSampling(steps=3), pipeline.config.diffusion)
-    state_RD = runner.read(
-        cache.view(), runner.image_block(codec.encode(finished[None]), cache.lengths, runner.sizes.first)
-    )
+    cache, rows = read_prompts(pipeline, [(layout, first, [])])
+    draw_latents(pipeline, cache, rows, [21], ImageSampling(steps=3))
+    view = cache.view(rows)
+    block = runner.image_block(codec.encode(finished[None]), view.lengths, runner.sizes.first)
+    state_RD = runner.read(view, block)
     clean = truth(pipeline).states(segments, [codec.encode(finished)], [0])[len(layout) - 1]
     noisy = truth(pipeline).states(segments, [codec.encode(finished)], [300])[len(layout) - 1]
     torch.testing.assert_close(state_RD[0], clean, rtol=0, atol=1e-5)
     assert (state_RD[0] - noisy).abs().max() > 1e-3
-    assert cache.lengths == [len(layout)]
+    assert view.lengths == [len(layout)]
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

@@ -14,7 +14,7 @@ from transfusion.diffusion.sampler import guide
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline
 from transfusion.inference import image_diffusion
-from transfusion.inference.cache import CacheRows
+from transfusion.inference.cache import PagedCache
 from transfusion.model.patches import Encoding
 from transfusion.schema import ImageSegment, TextSegment
 from transfusion.sequence.layout import lay_out, position_axes
@@ -48,8 +48,8 @@ def test_each_step_reads_the_image_blocks_and_nothing_else(
     calls = Calls(pipeline)
     pipeline.sample([prompt], per_prompt=3, guidance=3.0, steps=7, sampler=sampler)
     prefix = len(pipeline.tokenizer.encode(prompt)) + 2
-    # The prompt once, the unconditional prefix once, then both branches of three images seven times.
-    assert calls.sizes == [(1, prefix), (1, 2), *[(6, 16)] * 7]
+    # The prompt and the unconditional prefix once, then both branches of three images seven times.
+    assert calls.sizes == [(2, prefix), *[(6, 16)] * 7]
 
 
 def test_no_guidance_reads_no_unconditional_branch(build_pipeline: Callable[..., Pipeline]) -> None:
@@ -68,12 +68,12 @@ def test_the_unconditional_branch_is_a_dropped_caption_of_training(
     calls = Calls(pipeline)
     pipeline.sample(["a handwritten three"], guidance=3.0, steps=2)
     trained = lay_out([ImageSegment(None, 16)], axes=position_axes(position))
-    hidden_BSD, position_BSA, end_BS = calls.inputs[1]
+    hidden_BSD, position_BSA, end_BS = (x[:1, :2] for x in calls.inputs[0])
     expected_BSD = pipeline.runner.model.embedding(torch.from_numpy(trained.token_ids_S[:2]))[None]
     assert torch.equal(hidden_BSD, expected_BSD)
     assert torch.equal(position_BSA[0], torch.from_numpy(trained.position_SA[:2]))
     assert end_BS[0].tolist() == trained.end_key_S[:2].tolist()
-    for _, position_BSA, end_BS in calls.inputs[2:]:
+    for _, position_BSA, end_BS in calls.inputs[1:]:
         assert torch.equal(position_BSA[1], torch.from_numpy(trained.position_SA[2:18]))
         assert end_BS[1].tolist() == trained.end_key_S[2:18].tolist()
 
@@ -106,18 +106,18 @@ def test_a_finished_image_is_read_once_more_with_its_end(build_pipeline: Callabl
 def test_the_cache_is_written_in_place(build_pipeline: Callable[..., Pipeline], make_image: Any) -> None:
     pipeline = build_pipeline()
     seen: set[int] = set()
-    write = CacheRows.write
+    storage = PagedCache.storage
 
-    def spying(self: CacheRows, layer: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = write(self, layer, *tensors)
-        seen.update((key.data_ptr(), value.data_ptr()))
-        return key, value
+    def spying(self: PagedCache, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = storage(self, layer, like)
+        seen.update((keys.data_ptr(), values.data_ptr()))
+        return keys, values
 
-    CacheRows.write = spying  # type: ignore[method-assign]
+    PagedCache.storage = spying  # type: ignore[method-assign]
     try:
         pipeline.caption(torch.from_numpy(make_image(0))[None], max_tokens=10)
     finally:
-        CacheRows.write = write  # type: ignore[method-assign]
+        PagedCache.storage = storage  # type: ignore[method-assign]
     assert len(seen) == 2 * pipeline.config.model.layers
 
 

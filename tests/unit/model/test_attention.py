@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transfusion.config import Config
 from transfusion.families.build import build_model as build
-from transfusion.inference.cache import KeyValueCache
+from transfusion.inference.cache import PagedCache
 from transfusion.model.attention import PlainAttention
 from transfusion.model.transformer import Transfusion
 from transfusion.parallel.ulysses import SequenceGroup
@@ -56,19 +56,18 @@ def test_an_attention_of_ones_own(build_model: Callable[..., tuple[Config, Trans
 
 @torch.no_grad()
 def test_a_cache_is_an_attention(build_model: Callable[..., tuple[Config, Transfusion]]) -> None:
-    """The same states in three parts, each continuing from the keys of those before, also by one's own attention."""
+    """The same states in three parts, each continuing from the keys of those before."""
     config, model = build_model()
     hidden_BSD, position_BSA = inputs(config.model.hidden_size)
     whole = model.run_blocks(hidden_BSD, position_BSA, CAUSAL)
-    own = Counting()
-    rows = KeyValueCache(config.model.layers, 2, 9, torch.device("cpu"), own).view()
+    cache = PagedCache(config.model.layers, 2, torch.device("cpu"))
+    rows = cache.view([cache.row(9), cache.row(9)])
     for first, end in ((0, 4), (4, 5), (5, 9)):
         here = slice(first, end)
-        mask = rows.mask(torch.arange(1, end - first + 1).repeat(2, 1))
+        mask = rows.mask(torch.arange(1, end - first + 1).repeat(2, 1), [end - first] * 2)
         part = model.run_blocks(hidden_BSD[:, here], position_BSA[:, here], mask, rows.layers)
         rows.advance([end - first] * 2)
         torch.testing.assert_close(part, whole[:, here], rtol=1e-5, atol=1e-4)
-    assert own.calls == 3 * config.model.layers
 
 
 def test_ranks_that_share_rows_take_whole_ones_plainly(

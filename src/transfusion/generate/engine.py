@@ -1,0 +1,567 @@
+"""The engine: requests enter and leave at any tick, and text and images are made side by side.
+
+A tick reads prompts, says one token of every answer that speaks, and takes one denoising step of every image under way.
+All keys and values are in one paged cache, written in place. An image under guidance has a second row, without a
+caption. An answer depends on its request alone, not on the others that it shares ticks with.
+
+R rows of one forward, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfusion.config import Config
+from transfusion.errors import UserError
+from transfusion.families import Family, ImageDrawing
+from transfusion.files import digest
+from transfusion.generate.events import Done, Event, ImageDone, ImagePreview, ImageStart, Reason, TextDelta
+from transfusion.inference.cache import PagedCache, Row, pages_for
+from transfusion.inference.image_diffusion import ImageSampling
+from transfusion.inference.runner import ModelRunner
+from transfusion.inference.text_sampling import TextSampling, mask_logits, sample_token
+from transfusion.schema import Segment, SpecialToken, TextSegment
+from transfusion.sequence.layout import Integers, Layout
+from transfusion.sequence.sizes import Size
+from transfusion.sequence.tokenizer import Tokenizer
+
+# An image is uint8 [C, H, W].
+Part = str | Tensor
+
+# Images of one answer draw from keys this far apart: the first has the request's own seed, as a single image would.
+_IMAGE_KEY_STRIDE = 1 << 32
+# At least so many prompts are kept to be begun with again, as long as there is room.
+_PROMPTS_KEPT = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be answered.
+
+    Attributes:
+        prompt: Texts, and images as uint8 [C, H, W] of one of the model's sizes.
+        text: How text is chosen.
+        image: How images are drawn. Where its size is None the model chooses.
+        max_tokens: Maximum of text tokens.
+        max_images: Maximum of images.
+        draws: The answer is one image that follows the prompt at once. It needs a size.
+        preview_every: Calls of the model from one preview of an image to the next. 0: none. Images that are drawn token
+            by token have none.
+    """
+
+    prompt: Sequence[Part]
+    text: TextSampling = field(default_factory=TextSampling)
+    image: ImageSampling = field(default_factory=ImageSampling)
+    max_tokens: int = 256
+    max_images: int = 4
+    draws: bool = False
+    preview_every: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Prompt:
+    """A prompt that is read, or has been.
+
+    Attributes:
+        layout: Its positions and, where an image follows at once, those of the image.
+        count: Positions to read.
+        images: In them.
+        content_S: int64 [count], equal where tokens and images are.
+        row: Where it is read to, from the beginning on `row.length` positions.
+        state_D: The state of the last position, once it is read.
+    """
+
+    layout: Layout
+    count: int
+    images: list[Tensor]
+    content_S: Integers
+    row: Row
+    state_D: Tensor | None = None
+
+    def common(self, other: _Prompt) -> int:
+        """How many positions both begin with, none of which sees more."""
+        length = min(self.count, other.count)
+        differs = np.flatnonzero(self.content_S[:length] != other.content_S[:length])
+        return self.cut(int(differs[0]) if len(differs) else length)
+
+    def cut(self, length: int) -> int:
+        """The greatest number of positions, up to `length`, after which no image is cut in two."""
+        for first, patches in self.layout.images:
+            if first < length < first + patches:
+                return first
+        return length
+
+    def following(self, most: int) -> int:
+        """Up to where the next piece of about `most` positions is read, at least one image or one position."""
+        begin = self.row.length
+        end = self.cut(min(begin + most, self.count))
+        for first, patches in self.layout.images:
+            if first == begin == end:
+                end = first + patches
+        return end
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """An answer in the making.
+
+    Attributes:
+        number: What the engine's user knows it by.
+        prompt: What is answered. Its row goes on as the answer's.
+        bare: The second row of its images, without a caption.
+        room: Positions that prompt and answer may fill.
+        token_ids: Of the text that is not told yet.
+        size: Of the image that it makes, None while it speaks.
+        drawing: That image, once it is begun.
+        unread: What the codec made of a finished image that is not read yet.
+    """
+
+    number: int
+    request: Request
+    prompt: _Prompt
+    room: int
+    bare: Row
+    state_D: Tensor | None = None
+    token_ids: list[int] = field(default_factory=list)
+    tokens: int = 0
+    images: int = 0
+    size: Size | None = None
+    drawing: ImageDrawing | None = None
+    unread: Tensor | None = None
+
+    @property
+    def row(self) -> Row:
+        return self.prompt.row
+
+    @property
+    def is_read(self) -> bool:
+        return self.prompt.state_D is not None
+
+    @property
+    def guided(self) -> bool:
+        return self.request.image.guidance != 1
+
+
+class Engine:
+    """Answers requests side by side.
+
+    Args:
+        runner: The network, with its codec and sizes.
+        tokenizer: The model's.
+        config: The model's.
+        family: The model's.
+        pages: Of the cache. None: as many as those requests take that are submitted before the first tick.
+        most_requests: How many are under way at a time. Others wait in their order.
+        prompt_positions: About how many positions of prompts a tick reads, so that a long prompt does not keep others
+            waiting. None reads all at once.
+        on_image_call: Called before each call of the model that draws. What it raises ends the tick.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: Tokenizer,
+        config: Config,
+        family: Family,
+        *,
+        pages: int | None = None,
+        most_requests: int = 64,
+        prompt_positions: int | None = None,
+        on_image_call: Callable[[], object] | None = None,
+    ) -> None:
+        self.runner, self.tokenizer, self.config, self.family = runner, tokenizer, config, family
+        self.most_requests, self.prompt_positions = most_requests, prompt_positions
+        self._on_image_call = on_image_call
+        self.pages = pages
+        self._cache: PagedCache | None = None
+        self._sizes = list(runner.sizes.sizes)
+        self._begin_tokens = [runner.sizes.begin_token(size) for size in self._sizes]
+        self._waiting: list[_Task] = []
+        self._tasks: list[_Task] = []
+        self._bare: dict[Size, _Prompt] = {}
+        self._kept: list[_Prompt] = []
+        self._events: list[tuple[int, Event]] = []
+        self._submitted = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not (self._waiting or self._tasks)
+
+    def submit(self, request: Request) -> int:
+        """Take a request.
+
+        Returns:
+            The number that its events come with.
+
+        Raises:
+            UserError: For a prompt that fills the row, one that the cache could never hold, or previews of a codec that
+                has none.
+        """
+        if request.preview_every:
+            # So that what is missing is told before anything is drawn.
+            codec, size = self.runner.codec, self.runner.sizes.first
+            codec.preview(torch.zeros(1, *self.runner.latent_shape(size), device=self.runner.device))
+        task = self._task(request)
+        needs = self._needs(task) + self._pages_of_bare_prompts()
+        if self.pages is not None and needs > self.pages:
+            raise UserError(
+                f"a request of {task.room} positions takes {needs} pages of the cache, which has {self.pages};"
+                " ask for fewer tokens or images"
+            )
+        self._waiting.append(task)
+        self._submitted += 1
+        return task.number
+
+    def cancel(self, number: int) -> None:
+        """End a request now. Its pages are free at once. One that has ended is left alone."""
+        for task in [*self._waiting, *self._tasks]:
+            if task.number == number:
+                if task in self._waiting:
+                    self._waiting.remove(task)
+                    self._tell(task, self._summary(task, "cancelled"))
+                else:
+                    self._end(task, "cancelled")
+
+    @torch.no_grad()
+    def tick(self) -> list[tuple[int, Event]]:
+        """Take one step of everything under way.
+
+        Returns:
+            What came of it: events with the numbers of their requests.
+        """
+        if self._cache is None:
+            self._cache = self.runner.cache(self.pages or self._pages_of_the_waiting())
+        self._admit()
+        self._read_prompts()
+        # Those that waited for a prompt that is read now.
+        self._admit()
+        self._read_finished_images()
+        self._speak()
+        self._draw()
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def cache(self) -> PagedCache:
+        """The memory of all rows, from the first tick on."""
+        assert self._cache is not None
+        return self._cache
+
+    # Requests come and go
+
+    def _task(self, request: Request) -> _Task:
+        size = request.image.size or self.runner.sizes.first
+        segments = list(self._segments(request.prompt))
+        if request.draws:
+            segments.append(self.runner.image(size))
+        layout = self.runner.lay_out(segments, finished=False)
+        limit = self.config.data.sequence_length
+        count = layout.images[-1][0] if request.draws else len(layout)
+        patches = [self.runner.sizes.patches(size) for size in self._allowed_sizes(request)]
+        if request.draws:
+            room = count + patches[0]
+        else:
+            if count >= limit:
+                raise UserError(
+                    f"a prompt of {count} tokens and patches leaves no room in a sequence of {limit}"
+                    " (data.sequence_length)"
+                )
+            room = min(count + request.max_tokens + request.max_images * (max(patches) + 2), limit)
+        images = [part for part in request.prompt if isinstance(part, Tensor)]
+        prompt = _Prompt(layout, count, images, _content(layout, count, images), Row())
+        return _Task(self._submitted, request, prompt, room, Row())
+
+    def _segments(self, parts: Sequence[Part]) -> Iterator[Segment]:
+        for part in parts:
+            if isinstance(part, Tensor):
+                yield self.runner.image(Size(*part.shape[1:]), part)
+            else:
+                yield TextSegment(tuple(self.tokenizer.encode(part)))
+
+    def _allowed_sizes(self, request: Request) -> list[Size]:
+        return [size for size in self._sizes if request.image.size in (None, size)]
+
+    def _needs(self, task: _Task) -> int:
+        return pages_for(task.room) + (pages_for(self._bare_room(task)) if self._may_guide(task) else 0)
+
+    def _pages_of_the_waiting(self) -> int:
+        """What so many as can be under way take at most, with a page for each prompt that is kept."""
+        greatest = sorted(map(self._needs, self._waiting), reverse=True)[: self.most_requests]
+        return sum(greatest) + len(greatest) + self._pages_of_bare_prompts()
+
+    def _may_guide(self, task: _Task) -> bool:
+        return task.guided and (task.request.draws or task.request.max_images > 0)
+
+    def _bare_room(self, task: _Task) -> int:
+        return 2 + max(self.runner.sizes.patches(size) for size in self._allowed_sizes(task.request))
+
+    def _pages_of_bare_prompts(self) -> int:
+        return len(self._sizes)
+
+    def _admit(self) -> None:
+        """Let waiting requests in, first come first served, as far as there is room.
+
+        One that begins as another that is being read waits for that, and lets others pass.
+        """
+        passed = []
+        while self._waiting and len(self._tasks) < self.most_requests:
+            task = self._waiting.pop(0)
+            if self._is_being_read(task.prompt):
+                passed.append(task)
+                continue
+            if not self._make_room(self._needs(task) + self._pages_of_bare_prompts()):
+                passed.append(task)
+                break
+            self._begin(task)
+        self._waiting = passed + self._waiting
+
+    def _is_being_read(self, prompt: _Prompt) -> bool:
+        """Whether a task under way will soon have read more of what this one begins with than any kept one has."""
+        reading = [task.prompt.common(prompt) for task in self._tasks if not task.is_read]
+        kept = [known.common(prompt) for known in self._kept]
+        most = max(reading, default=0)
+        worth = most == prompt.count or pages_for(most + 1) > 1
+        return worth and most > max(kept, default=0)
+
+    def _make_room(self, pages: int) -> bool:
+        """Whether so many pages are free, without prompts that were only kept."""
+        while self.cache.free_pages < pages and self._kept:
+            self.cache.release(self._kept.pop(0).row)
+        return self.cache.free_pages >= pages
+
+    def _begin(self, task: _Task) -> None:
+        prompt = task.prompt
+        known = max(self._kept, key=prompt.common, default=None)
+        common = 0 if known is None else known.common(prompt)
+        if known is not None and common:
+            self._kept.remove(known)
+            self._kept.append(known)
+            whole = common == prompt.count == known.count
+            # The last position is read again, where nobody kept its state.
+            common = common if whole else prompt.cut(min(common, prompt.count - 1))
+            prompt.row = self.cache.fork(known.row, task.room, common)
+            prompt.state_D = known.state_D if whole else None
+        else:
+            prompt.row = self.cache.row(task.room)
+        if self._may_guide(task):
+            task.bare = self.cache.row(self._bare_room(task))
+            for size in self._allowed_sizes(task.request):
+                if size not in self._bare:
+                    layout = self.runner.lay_out([self.runner.image(size)], finished=False)
+                    count = layout.images[0][0]
+                    nothing = np.zeros(0, np.int64)
+                    self._bare[size] = _Prompt(layout, count, [], nothing, self.cache.row(count))
+        self._tasks.append(task)
+        if task.is_read:
+            self._start_answer(task)
+
+    def _end(self, task: _Task, reason: Reason) -> None:
+        self._tasks.remove(task)
+        self.cache.release(task.row)
+        self.cache.release(task.bare)
+        self._tell_text(task, complete=True)
+        self._tell(task, self._summary(task, reason))
+
+    def _summary(self, task: _Task, reason: Reason) -> Done:
+        return Done(reason, task.prompt.count, task.tokens, task.images)
+
+    def _tell(self, task: _Task, event: Event) -> None:
+        self._events.append((task.number, event))
+
+    # Reading
+
+    def _read_prompts(self) -> None:
+        """The next pieces of prompts in one call, those that came first before others."""
+        unread = [prompt for prompt in self._bare.values() if prompt.state_D is None]
+        unread += [task.prompt for task in self._tasks if not task.is_read]
+        left = self.prompt_positions
+        pieces: list[tuple[_Prompt, int]] = []
+        for prompt in unread:
+            if left is not None and left <= 0:
+                break
+            end = prompt.following(prompt.count if left is None else left)
+            if left is not None:
+                left -= end - prompt.row.length
+            pieces.append((prompt, end))
+        if not pieces:
+            return
+        images = [
+            image
+            for prompt, end in pieces
+            for image, (first, _) in zip(prompt.images, prompt.layout.images, strict=False)
+            if prompt.row.length <= first < end
+        ]
+        block = self.runner.prompt_block(
+            [(prompt.layout, prompt.row.length, end) for prompt, end in pieces], images
+        )
+        view = self.cache.view([prompt.row for prompt, _ in pieces])
+        for (prompt, end), state_D in zip(pieces, self.runner.read(view, block), strict=True):
+            if end == prompt.count:
+                prompt.state_D = state_D
+        for task in self._tasks:
+            if task.is_read and task.state_D is None and task.drawing is None and task.size is None:
+                self._keep(task.prompt)
+                self._start_answer(task)
+
+    def _keep(self, prompt: _Prompt) -> None:
+        """Keep a prompt that was just read, if there is a page for its last positions."""
+        if self.cache.free_pages and not any(
+            np.array_equal(known.content_S, prompt.content_S) for known in self._kept
+        ):
+            row = self.cache.fork(prompt.row, prompt.count)
+            self._kept.append(_Prompt(prompt.layout, prompt.count, [], prompt.content_S, row, prompt.state_D))
+        if len(self._kept) > max(_PROMPTS_KEPT, self.most_requests):
+            self.cache.release(self._kept.pop(0).row)
+
+    def _start_answer(self, task: _Task) -> None:
+        task.state_D = task.prompt.state_D
+        if task.request.draws:
+            task.size = task.request.image.size or self.runner.sizes.first
+
+    def _read_finished_images(self) -> None:
+        """Images that were drawn, read as the clean images that they became. One call for each size."""
+        for size in self._sizes:
+            tasks = [task for task in self._tasks if task.unread is not None and task.size == size]
+            if not tasks:
+                continue
+            view = self.cache.view([task.row for task in tasks])
+            encoded = torch.stack([task.unread for task in tasks if task.unread is not None])
+            block = self.runner.image_block(self.runner.codec.as_context(encoded), view.lengths, size)
+            for task, state_D in zip(tasks, self.runner.read(view, block), strict=True):
+                task.state_D, task.size, task.unread = state_D, None, None
+
+    # Text
+
+    def _speak(self) -> None:
+        """One token of every answer that speaks, and the states behind them."""
+        tasks = [task for task in self._tasks if task.is_read and task.size is None]
+        if not tasks:
+            return
+        reading: list[tuple[_Task, int]] = []
+        for task, token in zip(tasks, self._choose(tasks), strict=True):
+            if token == SpecialToken.END_DOCUMENT:
+                self._end(task, "end")
+                continue
+            if token in self._begin_tokens:
+                self._tell_text(task, complete=True)
+                task.size = self._sizes[self._begin_tokens.index(token)]
+            else:
+                task.token_ids.append(token)
+                task.tokens += 1
+                self._tell_text(task)
+                if task.tokens == task.request.max_tokens:
+                    self._end(task, "tokens")
+                    continue
+                if task.row.length + 1 >= self.config.data.sequence_length:
+                    self._end(task, "length")
+                    continue
+            reading.append((task, token))
+        if reading:
+            view = self.cache.view([task.row for task, _ in reading])
+            block = self.runner.token_block([token for _, token in reading], view.lengths)
+            for (task, _), state_D in zip(reading, self.runner.read(view, block), strict=True):
+                task.state_D = state_D
+
+    def _choose(self, tasks: Sequence[_Task]) -> list[int]:
+        state_RD = torch.stack([task.state_D for task in tasks if task.state_D is not None])
+        allowed_RK = torch.tensor(
+            [[self._may_begin(task, size) for size in self._sizes] for task in tasks], device=state_RD.device
+        )
+        logit_RV = self.runner.logits(state_RD)
+        logit_RV = mask_logits(logit_RV, self.tokenizer.vocabulary, self._begin_tokens, allowed_RK)
+        indices = [task.tokens + task.images for task in tasks]
+        chosen: list[int] = sample_token(logit_RV, [task.request.text for task in tasks], indices).tolist()
+        return chosen
+
+    def _may_begin(self, task: _Task, size: Size) -> bool:
+        request = task.request
+        ends = task.row.length + self.runner.sizes.patches(size) + 2
+        fits = ends <= self.config.data.sequence_length
+        return fits and task.images < request.max_images and request.image.size in (None, size)
+
+    def _tell_text(self, task: _Task, *, complete: bool = False) -> None:
+        """Tell what was said. The bytes of a letter that is not complete wait, unless nothing follows them."""
+        text = self.tokenizer.decode(task.token_ids)
+        if text and (complete or not text.endswith("\ufffd")):
+            self._tell(task, TextDelta(text))
+            task.token_ids = []
+
+    # Images
+
+    def _draw(self) -> None:
+        """One call of the model for every image under way, and what is finished by it."""
+        tasks = [task for task in self._tasks if task.size is not None and task.unread is None]
+        groups: dict[Hashable, list[ImageDrawing]] = {}
+        for task in tasks:
+            task.drawing = task.drawing or self._begin_image(task)
+            groups.setdefault(task.drawing.group, []).append(task.drawing)
+        for drawings in groups.values():
+            if self._on_image_call is not None:
+                self._on_image_call()
+            self.family.advance(self.runner, self.cache, drawings)
+        for task in tasks:
+            self._preview(task)
+        for size in self._sizes:
+            finished = [
+                (task, task.drawing.result)
+                for task in tasks
+                if task.size == size and task.drawing is not None and task.drawing.result is not None
+            ]
+            if finished:
+                pixels = self.runner.codec.decode(torch.stack([result for _, result in finished])).cpu()
+                for (task, result), pixels_CHW in zip(finished, pixels, strict=True):
+                    self._finish_image(task, result, pixels_CHW)
+
+    def _preview(self, task: _Task) -> None:
+        drawing, every = task.drawing, task.request.preview_every
+        if drawing is None or every == 0 or drawing.calls % every or drawing.result is not None:
+            return
+        if (clean_CHW := drawing.preview) is not None:
+            pixels = self.runner.codec.preview(clean_CHW[None])[0].cpu()
+            self._tell(task, ImagePreview(task.images, drawing.calls, pixels))
+
+    def _begin_image(self, task: _Task) -> ImageDrawing:
+        size, rows = task.size, [task.row]
+        assert size is not None
+        if task.guided:
+            self.cache.copy(self._bare[size].row, task.bare)
+            rows.append(task.bare)
+        request = task.request
+        drawing = self.family.drawing(
+            self.runner, self.config.diffusion, request.image, size, self._image_key(task), rows
+        )
+        self._tell(task, ImageStart(task.images, size, drawing.all_calls))
+        return drawing
+
+    def _image_key(self, task: _Task) -> int:
+        return task.request.image.seed + task.images * _IMAGE_KEY_STRIDE
+
+    def _finish_image(self, task: _Task, encoded: Tensor, pixels_CHW: Tensor) -> None:
+        assert task.size is not None
+        self._tell(task, ImageDone(task.images, pixels_CHW, self._image_key(task)))
+        task.images += 1
+        task.drawing = None
+        if task.request.draws:
+            self._end(task, "image")
+            return
+        ends = task.row.length + self.runner.sizes.patches(task.size) + 1
+        if ends >= self.config.data.sequence_length:
+            self._end(task, "length")
+            return
+        task.unread = encoded
+
+
+def _content(layout: Layout, count: int, images: Sequence[Tensor]) -> Integers:
+    """int64 [count]: the tokens, and for the patches of an image a number of its pixels."""
+    content_S = layout.token_ids_S[:count].copy()
+    for image, (first, patches) in zip(images, layout.images, strict=False):
+        pixels = image.cpu().contiguous().numpy().tobytes()
+        number = int(digest(pixels, 7), 16) + (1 << 56)
+        content_S[first : first + patches] = number
+    return content_S
