@@ -131,7 +131,7 @@ def _wanted(backend: str) -> tuple[str, str]:
         raise ValueError(f"backend: got {backend!r}, takes 'auto' or one of {IMPLEMENTATIONS}")
     if backend != "auto":
         return backend, "the argument 'backend'"
-    from_environment = _environment()
+    from_environment = environment()
     if from_environment not in ("", "auto", *IMPLEMENTATIONS):
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE}: got {from_environment!r}, takes 'auto' or one of {IMPLEMENTATIONS}"
@@ -272,7 +272,8 @@ def child_variables() -> dict[str, str]:
 
 # What a compiler is to take as fixed rather than trace.
 @torch.compiler.assume_constant_result
-def _environment() -> str:
+def environment() -> str:
+    """What the environment asks for, "" if nothing."""
     return os.environ.get(ENVIRONMENT_VARIABLE, "")
 
 

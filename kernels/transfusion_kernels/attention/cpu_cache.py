@@ -45,6 +45,12 @@ class Call:
     bias: Tensor | None
     empty: Tensor | None
 
+    def serves(self, batch: int, queries: int) -> bool:
+        """Whether it serves all rows and queries."""
+        return len(range(*self.rows.indices(batch))) == batch and (
+            len(range(*self.queries.indices(queries))) == queries
+        )
+
 
 def lies_end_to_end(cache: Tensor) -> bool:
     """Whether the slots of all pages [pages, K, slots, D] have one stride, so that they can be seen as one row."""
@@ -122,28 +128,33 @@ def paged_forward(
     key_heads = k_cache.shape[1]
     # [slots of all pages, K, D]
     keys, values = (cache.transpose(1, 2).flatten(0, 1) for cache in (k_cache, v_cache))
+    if len(calls) == 1 and calls[0].serves(batch, size):
+        out, lse = _forward(q, keys, values, calls[0], key_heads, scale)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse
     out = q.new_zeros(batch, size, heads, width).transpose(1, 2)
     lse = q.new_full((batch, heads, size), float("-inf"), dtype=accumulation_dtype(q.dtype))
     for call in calls:
         rows = q[call.rows, :, call.queries]
-        k, v = (
-            (x[call.slots] if isinstance(call.slots, slice) else x.index_select(0, call.slots))
-            .unflatten(0, (rows.shape[0], -1))
-            .transpose(1, 2)
-            for x in (keys, values)
-        )
-        out_c, lse_c = flash_forward(
-            fold(rows, key_heads),
-            k,
-            v,
-            0.0,
-            False,
-            attn_mask=folded_bias(call.bias, heads // key_heads),
-            scale=scale,
-        )
-        out_c, lse_c = unfold(out_c, heads), unfold(lse_c[..., None], heads)[..., 0]
-        if call.empty is not None:
-            out_c = out_c.masked_fill(call.empty[..., None], 0.0)
-            lse_c = lse_c.masked_fill(call.empty, float("-inf"))
+        out_c, lse_c = _forward(rows, keys, values, call, key_heads, scale)
         out[call.rows, :, call.queries], lse[call.rows, :, call.queries] = out_c, lse_c
+    return out, lse
+
+
+def _forward(
+    rows: Tensor, keys: Tensor, values: Tensor, call: Call, key_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one call, for its rows and queries."""
+    heads = rows.shape[1]
+    k, v = (
+        (x[call.slots] if isinstance(call.slots, slice) else x.index_select(0, call.slots))
+        .unflatten(0, (rows.shape[0], -1))
+        .transpose(1, 2)
+        for x in (keys, values)
+    )
+    bias = folded_bias(call.bias, heads // key_heads)
+    out, lse = flash_forward(fold(rows, key_heads), k, v, 0.0, False, attn_mask=bias, scale=scale)
+    out, lse = unfold(out, heads), unfold(lse[..., None], heads)[..., 0]
+    if call.empty is not None:
+        out = out.masked_fill(call.empty[..., None], 0.0)
+        lse = lse.masked_fill(call.empty, float("-inf"))
     return out, lse

@@ -30,10 +30,10 @@ from transfusion_kernels.attention.cpu_cache import (
 from transfusion_kernels.attention.layout import IntervalMask, check_tensor, validate_bounds
 from transfusion_kernels.attention.plans import Plans
 from transfusion_kernels.attention.reference import accumulation_dtype, reference_attention
-from transfusion_kernels.dispatch import choose_for_cache
+from transfusion_kernels.dispatch import choose_for_cache, environment
 
-_CALLS: Plans[tuple[Call, ...]] = Plans()
-_WRITES: Plans[Tensor] = Plans()
+_CALLS: Plans[tuple[tuple[Call, ...], float] | None] = Plans()
+_WRITES: Plans[Tensor | None] = Plans()
 
 
 def interval_attention_with_kvcache(
@@ -78,13 +78,14 @@ def interval_attention_with_kvcache(
         ValueError: With the argument's name, for what does not fit or needs a gradient, and on CPU tensors for bounds
             and pages that do not exist.
     """
+    if _may_plan(mask, block_table, q, k_cache, v_cache):
+        planned = _planned(q, k_cache, v_cache, mask, block_table, scale, num_splits, backend)
+        if planned is not None:
+            out, lse = paged_forward(q, k_cache, v_cache, *planned)
+            return (out, lse) if return_lse else out
     _check(q, k_cache, v_cache, mask, block_table, num_splits)
     implementation = choose_for_cache(backend, q).implementation
     scale = checked_scale(q, scale)
-    if implementation == "cpu" and block_table is not None and _reads_in_place(k_cache, v_cache):
-        calls = _planned(mask, block_table, q, k_cache)
-        out, lse = paged_forward(q, k_cache, v_cache, calls, scale)
-        return (out, lse) if return_lse else out
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         validate_bounds(mask.first_key, mask.end_key, mask.num_keys)
         _validate_pages(mask, block_table, k_cache)
@@ -127,6 +128,30 @@ def append_to_kvcache(
         ValueError: With the argument's name, for what does not fit, needs a gradient, or is a cache whose elements
             share memory, and on CPU tensors for positions outside the cache.
     """
+    slot_N = None
+    if _may_plan(positions, block_table, k, v, k_cache, v_cache):
+        slot_N = _slots_to_write(k, v, k_cache, v_cache, positions, block_table)
+    else:
+        _check_new(k, v, k_cache, v_cache, positions, block_table)
+    if positions.numel() == 0:
+        return
+    if slot_N is not None:
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            cache.transpose(1, 2).flatten(0, 1).index_copy_(0, slot_N, new.transpose(1, 2).flatten(0, 1))
+        return
+    first_BS, slot_BS = _places(k_cache, positions, block_table)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache.transpose(1, 2).index_put_((first_BS, slot_BS), new.transpose(1, 2))
+
+
+def _check_new(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    block_table: Tensor | None,
+) -> None:
     check_tensor("k", k)
     if k.dim() != 4 or k.shape[1] == 0:
         raise ValueError(f"k: got shape {tuple(k.shape)}, takes [batch, key heads, positions, head_dim]")
@@ -170,16 +195,6 @@ def append_to_kvcache(
         ("v_cache", v_cache),
         why="writing to a cache has none: call it under torch.no_grad()",
     )
-    if positions.numel() == 0:
-        return
-    if torch.compiler.is_compiling() or not (lies_end_to_end(k_cache) and lies_end_to_end(v_cache)):
-        first_BS, slot_BS = _places(k_cache, positions, block_table)
-        for cache, new in ((k_cache, k), (v_cache, v)):
-            cache.transpose(1, 2).index_put_((first_BS, slot_BS), new.transpose(1, 2))
-        return
-    slot_N = _slots_to_write(k_cache, positions, block_table)
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        cache.transpose(1, 2).flatten(0, 1).index_copy_(0, slot_N, new.transpose(1, 2).flatten(0, 1))
 
 
 def _places(k_cache: Tensor, positions: Tensor, block_table: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -202,15 +217,44 @@ def _places(k_cache: Tensor, positions: Tensor, block_table: Tensor | None) -> t
     return page_BS, position_BS % k_cache.shape[2]
 
 
-def _slots_to_write(k_cache: Tensor, positions: Tensor, block_table: Tensor | None) -> Tensor:
-    """int64 [B * S], where positions are if all pages are laid end to end: found once for all layers."""
-    key = (k_cache.shape[0], k_cache.shape[2])
+def _slots_to_write(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    block_table: Tensor | None,
+) -> Tensor | None:
+    """int64 [B * S], where positions are if all pages are laid end to end, or None where they are not.
 
-    def make() -> Tensor:
+    Checked and found for the first layer, and found again for the others.
+    """
+
+    def make() -> Tensor | None:
+        _check_new(k, v, k_cache, v_cache, positions, block_table)
+        if positions.numel() == 0 or not (lies_end_to_end(k_cache) and lies_end_to_end(v_cache)):
+            return None
         page_BS, slot_BS = _places(k_cache, positions, block_table)
         return (page_BS * k_cache.shape[2] + slot_BS).flatten()
 
-    return _WRITES.of((positions, block_table), key, make)
+    return _WRITES.of((positions, block_table), _likeness(k, v, k_cache, v_cache), make)
+
+
+def _may_plan(owner: object, block_table: object, *tensors: object) -> bool:
+    """Whether what a call needs can be kept with its mask or positions: where no compiler looks on."""
+    kept = isinstance(owner, IntervalMask | Tensor) and (
+        block_table is None or isinstance(block_table, Tensor)
+    )
+    if not kept or torch.compiler.is_compiling():
+        return False
+    # What asks for a gradient is refused, which must not be looked for where gradients are off, as for a plan.
+    asks = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    return all(isinstance(x, Tensor) for x in tensors) and not asks
+
+
+def _likeness(*tensors: Tensor) -> tuple[object, ...]:
+    """All that the checks look at, but for values."""
+    return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
 
 
 def _check(
@@ -273,26 +317,40 @@ def _check_block_table(q: Tensor, k_cache: Tensor, block_table: Tensor | None, l
         )
 
 
-def _reads_in_place(k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Whether the pages can be read by planned calls, which compilers do not see."""
-    if torch.compiler.is_compiling() or k_cache.numel() == 0:
-        return False
-    return lies_end_to_end(k_cache) and lies_end_to_end(v_cache)
+def _planned(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: IntervalMask,
+    block_table: Tensor | None,
+    scale: float | None,
+    num_splits: int,
+    backend: str,
+) -> tuple[tuple[Call, ...], float] | None:
+    """The calls and the scale for pages on the CPU that are read in place, or None for all else.
 
+    Checked and planned for the first layer, and found again for the others.
+    """
+    if block_table is None or q.device.type != "cpu":
+        return None
+    key = (_likeness(q, k_cache, v_cache), scale, num_splits, backend, environment())
 
-def _planned(mask: IntervalMask, block_table: Tensor, q: Tensor, k_cache: Tensor) -> tuple[Call, ...]:
-    """The calls for a mask and pages on the CPU: made and checked for the first layer, found again for the others."""
-    pages, key_heads, slots, width = k_cache.shape
-    key = (q.shape, q.dtype, pages, key_heads, slots)
-
-    def make() -> tuple[Call, ...]:
+    def make() -> tuple[tuple[Call, ...], float] | None:
+        _check(q, k_cache, v_cache, mask, block_table, num_splits)
+        checked = checked_scale(q, scale)
+        if choose_for_cache(backend, q).implementation != "cpu" or k_cache.numel() == 0:
+            return None
+        if not (lies_end_to_end(k_cache) and lies_end_to_end(v_cache)):
+            return None
         validate_bounds(mask.first_key, mask.end_key, mask.num_keys)
         _validate_pages(mask, block_table, k_cache)
         if q.numel() == 0:
-            return ()
+            return (), checked
         first_key, end_key = (bound.expand(q.shape[0], -1) for bound in (mask.first_key, mask.end_key))
+        _, key_heads, slots, width = k_cache.shape
         dtype = accumulation_dtype(q.dtype)
-        return plan_calls(first_key, end_key, block_table, slots, 2 * key_heads * width, dtype)
+        calls = plan_calls(first_key, end_key, block_table, slots, 2 * key_heads * width, dtype)
+        return calls, checked
 
     return _CALLS.of((mask, block_table), key, make)
 
