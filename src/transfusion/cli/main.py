@@ -226,6 +226,15 @@ def _known_sampler(name: str) -> str:
     return name
 
 
+def _parsed_size(text: str) -> tuple[int, int] | None:
+    from transfusion.sequence.sizes import Size
+
+    try:
+        return Size.parse(text) if text else None
+    except ValueError as error:
+        raise UserError(f"--size: {error}") from None
+
+
 @app.command()
 def sample(
     model: Model,
@@ -252,12 +261,8 @@ def sample(
     from transfusion.generate.image_files import SampleFolder
     from transfusion.generate.pipeline import Pipeline
     from transfusion.observe.progress import CallProgress
-    from transfusion.sequence.sizes import Size
 
-    try:
-        wanted = Size.parse(size) if size else None
-    except ValueError as error:
-        raise UserError(f"--size: {error}") from None
+    wanted = _parsed_size(size)
     pipeline = Pipeline.from_export(model, weights=weights, device=device)
     folder = SampleFolder(out)
     with CallProgress(lambda: f"{folder.count} of {n * len(prompt)} images") as progress:
@@ -275,6 +280,56 @@ def sample(
             on_images=folder.add,
         )
     print(f"{out}: {folder.count} images, and index.jsonl with their prompts and seeds")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str], typer.Argument(help="texts, images as @FILE, and - for a text on standard input, in order")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for the images and index.jsonl")] = Path("generated"),
+    max_tokens: Annotated[int, typer.Option(min=1, help="maximum of text tokens")] = 256,
+    max_images: Annotated[int, typer.Option(min=0, help="maximum of images")] = 4,
+    temperature: Annotated[float, typer.Option(min=0, help="of the text; 0: the likeliest tokens")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="in (0, 1]: the likeliest tokens that together reach it")
+    ] = 1.0,
+    cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")] = 3.0,
+    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1, help="sampler steps")] = 25,
+    sampler: Annotated[str, typer.Option(callback=_known_sampler, help="as for `sample`")] = "auto",
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="of the text and the first image")
+    ] = 0,
+    size: Annotated[
+        str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes; empty: the model chooses")
+    ] = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="each piece of the answer as a JSON object")
+    ] = False,
+    weights: Weights = "auto",
+    device: Device = "auto",
+) -> None:
+    """Continue texts and images with text and images, written as they come."""
+    from transfusion.generate.image_files import SampleFolder
+    from transfusion.generate.pipeline import Pipeline
+    from transfusion.generate.telling import read_parts, tell
+
+    wanted = _parsed_size(size)
+    pipeline = Pipeline.from_export(model, weights=weights, device=device)
+    events = pipeline.stream(
+        read_parts(prompt, pipeline.config, sys.stdin),
+        max_tokens=max_tokens,
+        max_images=max_images,
+        temperature=temperature,
+        top_p=top_p,
+        guidance=cfg,
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        size=wanted,
+    )
+    tell(events, " ".join(prompt), SampleFolder(out), sys.stdout, as_json=as_json)
 
 
 @app.command()

@@ -91,6 +91,11 @@ class SampleFolder:
                     index.write(json.dumps(record, ensure_ascii=False) + "\n")
                 self.count += 1
 
+    @property
+    def last(self) -> Path:
+        """The image that was added last."""
+        return self.out / _name(self.count - 1)
+
     def _clear(self) -> None:
         index = self.out / INDEX
         former = len(index.read_bytes().splitlines()) if index.is_file() else 0
