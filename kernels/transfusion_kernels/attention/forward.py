@@ -28,7 +28,13 @@ from transfusion_kernels.attention.rows import (
     load_rows,
     store_rows,
 )
-from transfusion_kernels.attention.tiles import has_tma, heads_together, needs_descriptors, tiles_for
+from transfusion_kernels.attention.tiles import (
+    all_registers,
+    has_tma,
+    heads_together,
+    needs_descriptors,
+    tiles_for,
+)
 
 LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -88,6 +94,7 @@ def attention_forward(
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,
+            **(all_registers(tile.warps) if width == 32 else {}),
         )
     return out, lse
 
