@@ -110,14 +110,17 @@ def choose_for_cache(backend: str, q: Tensor) -> Choice:
         q: As in `choose`.
 
     Raises:
-        ValueError: As `choose`, and if the Hopper kernels are asked for.
+        ValueError: As `choose`, and if the Hopper kernels or a rival are asked for by the argument.
     """
     wanted, by = _wanted(backend)
     if wanted in ("hopper", *rivals.NAMES):
-        raise ValueError(
-            f"backend: got {wanted!r} by {by}, takes 'auto', 'triton', 'cpu' or 'reference' with a cache"
-        )
-    choice = choose(backend, q)
+        if backend != "auto":
+            raise ValueError(
+                f"backend: got {wanted!r} by {by}, takes 'auto', 'triton', 'cpu' or 'reference' with a cache"
+            )
+        # The environment means attention that its choice can carry out.
+        wanted = "auto"
+    choice = _automatic(q) if wanted == "auto" else choose(backend, q)
     if wanted != "auto" or choice.implementation not in ("hopper", "triton"):
         return choice
     implementation, why = _proved(q.device, q.dtype, q.shape[-1], ("decode",))

@@ -340,9 +340,12 @@ def test_hopper_kernels_take_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=f"backend: got 'hopper' by the argument 'backend', {takes}"):
         interval_attention_with_kvcache(q, k, k, mask, backend="hopper")
     monkeypatch.setenv("TRANSFUSION_ATTENTION", "hopper")
-    with pytest.raises(ValueError, match=f"got 'hopper' by the environment variable .*, {takes}"):
-        interval_attention_with_kvcache(q, k, k, mask)
-    interval_attention_with_kvcache(q, k, k, mask, backend="cpu")
+    # The environment is for training too, and leaves a cache to what takes one.
+    assert dispatch.choose_for_cache("auto", q).implementation == "cpu"
+    expected = interval_attention_with_kvcache(q, k, k, mask, backend="cpu")
+    assert torch.equal(interval_attention_with_kvcache(q, k, k, mask), expected)
+    monkeypatch.setenv("TRANSFUSION_ATTENTION", "reference")
+    assert dispatch.choose_for_cache("auto", q).implementation == "reference"
     monkeypatch.setenv("TRANSFUSION_ATTENTION", "auto")
     monkeypatch.setattr(dispatch, "_automatic", lambda q: dispatch.Choice("hopper", "a Hopper GPU"))
     assert dispatch.choose("auto", q).implementation == "hopper"

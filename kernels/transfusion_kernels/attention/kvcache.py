@@ -66,8 +66,8 @@ def interval_attention_with_kvcache(
         num_splits: In how many parts the Triton kernel takes the keys. 0 chooses by sizes that the host knows. The
             other implementations take no notice.
         return_lse: Return the log-sum-exp too.
-        backend: "auto", "triton", "cpu" or "reference", as in `explain`. The Hopper kernels take no cache. Where "auto"
-            would choose them, Triton runs. Asked for by name, here or in the environment, they are refused.
+        backend: "auto", "triton", "cpu" or "reference", as in `explain`. The Hopper kernels and the rivals take no
+            cache. Where "auto" or the environment would choose them, another runs. By name here they are refused.
 
     Returns:
         The output [B, H, S, D] in the dtype of `q`, laid out as [B, S, H, D]. With `return_lse` also the natural
