@@ -207,6 +207,8 @@ def export(
     from transfusion.checkpoint.export import export as write
     from transfusion.checkpoint.text_model import export_text_model
 
+    if text_model and text_model.resolve() == out.resolve():
+        raise UserError(f"--out and --text-model both name {out}; give each a folder of its own")
     # First, so that a network that is no Llama is refused before anything is written.
     if text_model:
         print(f"{export_text_model(run, text_model)}: the text tower, a LlamaForCausalLM of transformers")

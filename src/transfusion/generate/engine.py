@@ -203,7 +203,7 @@ class Engine:
             UserError: For a prompt that fills the row, one that the cache could never hold, or previews of a codec that
                 has none.
         """
-        if request.preview_every:
+        if request.preview_every and self.config.codec.kind != "vq":
             # So that what is missing is told before anything is drawn.
             codec, size = self.runner.codec, self.runner.sizes.first
             codec.preview(torch.zeros(1, *self.runner.latent_shape(size), device=self.runner.device))

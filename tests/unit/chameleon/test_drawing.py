@@ -148,3 +148,13 @@ def test_draws_follow_the_softmax_and_the_key_alone() -> None:
     torch.testing.assert_close(shares, logit.softmax(-1), rtol=0, atol=0.01)
     assert torch.equal(drawn[5:9], choose_token(logit.expand(4, -1), key_I[5:9], 3))
     assert not torch.equal(drawn, choose_token(logit.expand(len(key_I), -1), key_I, 4))
+
+
+def test_a_stream_with_previews_asked_for(build: Build, tokenizer: Any) -> None:
+    """Token by token there is nothing to preview."""
+    config, model = build()
+    pipeline = Pipeline(model, tokenizer, config, "cpu", Squares())
+    pipeline.runner.model.lm_head.weight.data[SpecialToken.BEGIN_IMAGE] *= 0
+    settings = {"max_tokens": 3, "max_images": 1, "seed": 2, "guidance": 3.0}
+    events = list(pipeline.stream("one", preview_every=1, **settings))
+    assert events == list(pipeline.stream("one", **settings))

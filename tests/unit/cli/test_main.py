@@ -252,3 +252,8 @@ def test_an_error_of_the_system_is_one_line_with_its_file_and_what_helps(
     code, _, told = here("config", "configs/train/quickstart.yaml")
     assert code == 2 and len(told.splitlines()) == 1
     assert f"{os.strerror(number)} (some/file); " in told and remedy in told
+
+
+def test_two_exports_never_share_a_folder(here: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    code, _, error = here("export", "runs/x", "--out", str(tmp_path), "--text-model", f"{tmp_path}/")
+    assert code == 2 and "give each a folder of its own" in error
