@@ -414,7 +414,7 @@ class Pipeline:
                 if isinstance(event, ImageDone)
             }
             if images:
-                yield images
+                yield dict(sorted(images.items()))
 
     def _counted(
         self, sampling: ImageSampling, batches: int, on_call: OnCall | None

@@ -84,7 +84,8 @@ def values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str
     family = Family(
         network=Traces,
         loss=lambda config, codec: TraceLoss(),
-        draw=TRANSFUSION.draw,
+        drawing=TRANSFUSION.drawing,
+        advance=TRANSFUSION.advance,
         image_calls=TRANSFUSION.image_calls,
         image_operations=TRANSFUSION.image_operations,
         head_targets=TRANSFUSION.head_targets,
