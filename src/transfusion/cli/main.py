@@ -315,7 +315,7 @@ def generate(
     """Continue texts and images with text and images, written as they come."""
     from transfusion.generate.image_files import SampleFolder
     from transfusion.generate.pipeline import Pipeline
-    from transfusion.generate.telling import read_parts, tell
+    from transfusion.generate.terminal import read_parts, tell
 
     wanted = _parsed_size(size)
     pipeline = Pipeline.from_export(model, weights=weights, device=device)

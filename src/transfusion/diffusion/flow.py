@@ -35,8 +35,16 @@ class Euler:
             output_ICHW = yield Question(latent_ICHW, timestep, clean_ICHW)
             velocity_ICHW = self._velocity(index, latent_ICHW, output_ICHW)
             clean_ICHW = latent_ICHW - self.sigmas[index] * velocity_ICHW
+            velocity_ICHW = yield from self._corrected(index, latent_ICHW, velocity_ICHW, clean_ICHW)
             latent_ICHW = latent_ICHW + self._width(index) * velocity_ICHW
         return latent_ICHW
+
+    def _corrected(
+        self, index: int, latent_ICHW: Tensor, velocity_ICHW: Tensor, clean_ICHW: Tensor
+    ) -> Denoising:
+        """The velocity to go by, from that at the beginning of a step. Here it is that."""
+        yield from ()
+        return velocity_ICHW
 
     def _width(self, index: int) -> float:
         return self.sigmas[index + 1] - self.sigmas[index]
@@ -53,17 +61,12 @@ class Euler:
 class Heun(Euler):
     """Steps of the second order (Karras et al., 2022, algorithm 1): two calls each, one in the last."""
 
-    def denoise(self, latent_ICHW: Tensor, key_I: Tensor) -> Denoising:
-        """As in `Sampler`. No noise is drawn on the way."""
-        clean_ICHW = None
-        for index, timestep in enumerate(self.timesteps):
-            output_ICHW = yield Question(latent_ICHW, timestep, clean_ICHW)
-            velocity_ICHW = self._velocity(index, latent_ICHW, output_ICHW)
-            clean_ICHW = latent_ICHW - self.sigmas[index] * velocity_ICHW
-            reached_ICHW = latent_ICHW + self._width(index) * velocity_ICHW
-            if index + 1 < len(self.timesteps):
-                output_ICHW = yield Question(reached_ICHW, self.timesteps[index + 1], clean_ICHW)
-                second_ICHW = self._velocity(index + 1, reached_ICHW, output_ICHW)
-                reached_ICHW = latent_ICHW + self._width(index) * (velocity_ICHW + second_ICHW) / 2
-            latent_ICHW = reached_ICHW
-        return latent_ICHW
+    def _corrected(
+        self, index: int, latent_ICHW: Tensor, velocity_ICHW: Tensor, clean_ICHW: Tensor
+    ) -> Denoising:
+        """The mean of the velocities at both ends of a step."""
+        if index + 1 == len(self.timesteps):
+            return velocity_ICHW
+        reached_ICHW = latent_ICHW + self._width(index) * velocity_ICHW
+        output_ICHW = yield Question(reached_ICHW, self.timesteps[index + 1], clean_ICHW)
+        return (velocity_ICHW + self._velocity(index + 1, reached_ICHW, output_ICHW)) / 2

@@ -15,7 +15,6 @@ from transfusion.inference.image_diffusion import ImageSampling
 from transfusion.inference.runner import ModelRunner
 from transfusion.losses.loss import Loss
 from transfusion.model.backbone import Backbone
-from transfusion.sequence.sizes import Size
 
 
 class ImageDrawing(Protocol):
@@ -65,8 +64,8 @@ class Family:
     Attributes:
         network: Built from the sections `model` and `codec`.
         loss: From a configuration and its open codec. Without a codec, batches hold what the network reads.
-        drawing: Begins an image, from the network, the section `diffusion`, how it is drawn, its size, the key of its
-            random numbers, and its rows.
+        drawing: Begins an image, from the network, the section `diffusion`, how it is drawn, and its rows. How it is
+            drawn has its size, and as seed the key of its random numbers.
         advance: Calls the model once for drawings of one group.
         image_calls: How often drawing an image of so many patches calls the model.
         image_operations: Operations of forward and backward through what encodes and decodes one image. Takes the
@@ -77,7 +76,7 @@ class Family:
 
     network: type[Backbone]
     loss: Callable[[Config, Codec | None], Loss]
-    drawing: Callable[[ModelRunner, DiffusionConfig, ImageSampling, Size, int, Sequence[Row]], ImageDrawing]
+    drawing: Callable[[ModelRunner, DiffusionConfig, ImageSampling, Sequence[Row]], ImageDrawing]
     advance: Callable[[ModelRunner, PagedCache, Sequence[Any]], None]
     image_calls: Callable[[ImageSampling, DiffusionConfig, int], int]
     image_operations: Callable[[Backbone, tuple[int, int, int], bool], int]

@@ -10,7 +10,7 @@ R rows of one forward, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -532,10 +532,8 @@ class Engine:
         if task.guided:
             self.cache.copy(self._bare[size].row, task.bare)
             rows.append(task.bare)
-        request = task.request
-        drawing = self.family.drawing(
-            self.runner, self.config.diffusion, request.image, size, self._image_key(task), rows
-        )
+        sampling = replace(task.request.image, size=size, seed=self._image_key(task))
+        drawing = self.family.drawing(self.runner, self.config.diffusion, sampling, rows)
         self._tell(task, ImageStart(task.images, size, drawing.all_calls))
         return drawing
 

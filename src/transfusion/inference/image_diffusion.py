@@ -83,25 +83,18 @@ class DiffusionDrawing:
     Args:
         runner: The network, with its codec and sizes.
         config: The section `diffusion`.
-        sampling: How it is drawn.
-        size: Of the image.
-        key: Of its random numbers.
+        sampling: How it is drawn, with its size. The seed is the key of its random numbers.
         rows: The row that it continues, which ends in <BOI>. Under guidance also one without a caption.
     """
 
     def __init__(
-        self,
-        runner: ModelRunner,
-        config: DiffusionConfig,
-        sampling: ImageSampling,
-        size: Size,
-        key: int,
-        rows: Sequence[Row],
+        self, runner: ModelRunner, config: DiffusionConfig, sampling: ImageSampling, rows: Sequence[Row]
     ) -> None:
-        self.config, self.sampling, self.size, self.rows = config, sampling, size, list(rows)
-        key_I = torch.tensor([key], device=runner.device)
+        self.config, self.sampling, self.rows = config, sampling, list(rows)
+        self.size = sampling.size or runner.sizes.first
+        key_I = torch.tensor([sampling.seed], device=runner.device)
         sampler = build_sampler(sampling, config, clip=runner.codec.bound)
-        self._denoising = sampler.denoise(start_noise(key_I, runner.latent_shape(size)), key_I)
+        self._denoising = sampler.denoise(start_noise(key_I, runner.latent_shape(self.size)), key_I)
         self.question = next(self._denoising)
         self.calls, self.all_calls = 0, calls(sampling, config)
         self.result: Tensor | None = None

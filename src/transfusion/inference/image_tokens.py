@@ -33,25 +33,18 @@ class TokenDrawing:
     Args:
         runner: The network, with its codec and sizes.
         config: The section `diffusion`.
-        sampling: How it is drawn.
-        size: Of the image.
-        key: Of its random numbers.
+        sampling: How it is drawn, with its size. The seed is the key of its random numbers.
         rows: The row that it continues, which ends in <BOI>. Under guidance also one without a caption.
     """
 
     def __init__(
-        self,
-        runner: ModelRunner,
-        config: DiffusionConfig,
-        sampling: ImageSampling,
-        size: Size,
-        key: int,
-        rows: Sequence[Row],
+        self, runner: ModelRunner, config: DiffusionConfig, sampling: ImageSampling, rows: Sequence[Row]
     ) -> None:
-        self.sampling, self.size, self.rows = sampling, size, list(rows)
-        self.key, self.tokens = key, list[Tensor]()
+        self.sampling, self.rows = sampling, list(rows)
+        self.size = sampling.size or runner.sizes.first
+        self.tokens: list[Tensor] = []
         self.first_patches = [row.length for row in rows]
-        self.all_calls = runner.sizes.patches(size)
+        self.all_calls = runner.sizes.patches(self.size)
         self.result: Tensor | None = None
         # <BOI> is read once more, for the state that the first token is drawn from.
         for row in self.rows:
@@ -103,7 +96,7 @@ def advance_tokens(runner: ModelRunner, cache: PagedCache, drawings: Sequence[To
         scale_I1 = torch.tensor([[d.sampling.guidance] for d in drawings], device=runner.device)
         conditional, unconditional = logit_RK.chunk(2)
         logit_RK = guide(conditional, unconditional, scale_I1)
-    key_I = torch.tensor([drawing.key for drawing in drawings], device=runner.device)
+    key_I = torch.tensor([drawing.sampling.seed for drawing in drawings], device=runner.device)
     for drawing, token in zip(drawings, choose_token(logit_RK, key_I, place), strict=True):
         drawing.take(token, runner.sizes.latents(size))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,8 @@ def draw_latents(
             branches.append(cache.row(20))
             runner.read(cache.view(branches[1:]), runner.prompt_block([(layout, 0, 2)]))
         diffusion = pipeline.config.diffusion
-        drawings.append(pipeline.family.drawing(runner, diffusion, sampling, size, key, branches))
+        of_key = replace(sampling, seed=key)
+        drawings.append(pipeline.family.drawing(runner, diffusion, of_key, branches))
     while drawings[0].result is None:
         pipeline.family.advance(runner, cache, drawings)
     return [drawing.result for drawing in drawings]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline
 from transfusion.generate.image_files import SampleFolder, to_image
-from transfusion.generate.telling import read_parts, tell
+from transfusion.generate.terminal import read_parts, tell
 
 Build = Callable[..., Pipeline]
 SETTINGS: dict[str, Any] = {"max_tokens": 6, "max_images": 1, "steps": 2, "seed": 4}
