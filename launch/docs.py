@@ -206,7 +206,12 @@ def _command(path: str, command: Any) -> str:
             usage.append(f"{parameter.opts[0]} {shown}")
         default = "required" if parameter.required else ""
         if not parameter.required and parameter.default is not None and kind != "switch":
-            default = _plain(parameter.default if kind != "path" else str(parameter.default))
+            plain = (
+                " ".join(f"{part:g}" for part in parameter.default)
+                if kind == "two numbers"
+                else parameter.default
+            )
+            default = _plain(str(plain) if kind == "path" else plain)
         rows.append((", ".join(names), kind + ", several" * several, default, parameter.help or ""))
     if any(name.startswith("`-") and default != "required" for name, _, default, _ in rows):
         usage.append("[OPTIONS]")
@@ -224,6 +229,8 @@ def _type(hint: Any, parameter: Any) -> tuple[str, bool]:
         (hint,) = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(hint)), several
+    if hint == tuple[float, float]:
+        return "two numbers", several
     name = {bool: "switch", int: "integer", float: "number", str: "text", Path: "path"}[hint]
     return name + _bounds(parameter.min, parameter.max), several
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transfusion.config import DiffusionConfig
+from transfusion.diffusion.dpm_solver import DPMSolver
 from transfusion.diffusion.flow import Euler, Heun
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.objective import ImageObjective
@@ -116,6 +117,32 @@ def test_a_clipped_ddim_trajectory_of_50_steps(predicts: Any, kind: str) -> None
         its = step.prev_sample
         mine = ours.step(index, mine, predicted(mine), KEYS)[0]
         assert (mine - its).abs().max() <= 1e-6 * its.abs().max(), f"step {index}"
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize(("predicts", "kind"), PREDICTIONS)
+@pytest.mark.parametrize("steps", [5, 20])
+def test_a_dpm_solver_trajectory(steps: int, clip: float | None, predicts: Any, kind: str) -> None:
+    theirs = scheduler("DPMSolverMultistepScheduler", prediction_type=kind, final_sigmas_type="zero")
+    # Theirs has no such bound. The predictions of both go through one that keeps to it.
+    ours = DPMSolver(DDIM(SCHEDULE, steps, predicts=predicts, clip=clip))
+    if clip is not None:
+        convert = theirs.convert_model_output
+        theirs.convert_model_output = lambda *args, **kwargs: convert(*args, **kwargs).clamp(-clip, clip)
+    theirs.set_timesteps(steps)
+    assert list(ours.timesteps) == theirs.timesteps.tolist()
+    its = start_noise(KEYS, SHAPE)
+    asked: list[Tensor] = []
+
+    def network(latent: Tensor, _: float) -> Tensor:
+        asked.append(latent)
+        return predicted(latent)
+
+    mine = sample(ours, its, network, KEYS)
+    for index, timestep in enumerate(theirs.timesteps):
+        its = theirs.step(predicted(its), timestep, its).prev_sample
+        reached = asked[index + 1] if index + 1 < steps else mine
+        assert (reached - its).abs().max() <= 1e-4 * its.abs().max(), f"step {index}"
 
 
 def test_velocity_and_flow_of_noised_images() -> None:

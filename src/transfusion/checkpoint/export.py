@@ -59,6 +59,7 @@ WEIGHT_FILES = {WEIGHT: "model.safetensors", AVERAGE: "model.ema.safetensors"}
 class ModelFolder(NamedTuple):
     """What an exported folder holds. average: None where the run kept no moving average."""
 
+    export_id: str
     config: Config
     step: int
     weights: Path
@@ -191,7 +192,7 @@ def read_export(folder: str | Path) -> ModelFolder:
     if config.codec.is_autoencoder:
         beside = config.codec.model_copy(update={"folder": str(folder / CODEC)})
         config = config.model_copy(update={"codec": beside})
-    return ModelFolder(config, step, weights, average, folder / TOKENIZER)
+    return ModelFolder(export_id, config, step, weights, average, folder / TOKENIZER)
 
 
 def _export_id(weights: Path) -> str | None:

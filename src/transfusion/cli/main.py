@@ -13,12 +13,14 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from transfusion import __version__
+from transfusion.cli import generation
 from transfusion.cli.codec import codec_app
 from transfusion.cli.data import data_app
+from transfusion.cli.options import Device, Dtype, Model, Overrides, Weights
 from transfusion.cli.scaling import scaling_app
 from transfusion.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError, describe
 from transfusion.parallel import environment
-from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
+from transfusion.tokens import MAX_SEED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,13 +37,6 @@ app.add_typer(scaling_app, name="scaling")
 
 # Typer keeps click's classes in private modules. The parent of this one is what is needed.
 UsageError: Any = typer.BadParameter.__bases__[0]
-
-Model = Annotated[Path, typer.Argument(help="folder written by `transfusion export`")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as needed")]
-Weights = Annotated[
-    Literal["auto", "raw", "ema"], typer.Option(help="auto: the moving average where there is one")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 
 
 def main() -> NoReturn:
@@ -219,139 +214,7 @@ def export(
     )
 
 
-def _known_sampler(name: str) -> str:
-    from transfusion.config.objectives import SAMPLERS
-
-    known = ["auto", *dict.fromkeys(sampler for fitting in SAMPLERS.values() for sampler in fitting)]
-    if name not in known:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}.")
-    return name
-
-
-def _parsed_size(text: str) -> tuple[int, int] | None:
-    from transfusion.sequence.sizes import Size
-
-    try:
-        return Size.parse(text) if text else None
-    except ValueError as error:
-        raise UserError(f"--size: {error}") from None
-
-
-@app.command()
-def sample(
-    model: Model,
-    prompt: Annotated[list[str], typer.Option(help="a caption; repeat for several")],
-    out: Annotated[Path, typer.Option(help="folder for the images and index.jsonl")],
-    n: Annotated[int, typer.Option("-n", min=1, help="images per caption")] = 1,
-    cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")] = 3.0,
-    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1, help="sampler steps")] = 25,
-    sampler: Annotated[
-        str,
-        typer.Option(
-            callback=_known_sampler,
-            help="ddim or ddpm, for flow euler or heun. auto takes ddim, for flow euler",
-        ),
-    ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="image k has seed + k")] = 0,
-    size: Annotated[
-        str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes; empty: the first of them")
-    ] = "",
-    weights: Weights = "auto",
-    device: Device = "auto",
-) -> None:
-    """Draw images from captions."""
-    from transfusion.generate.image_files import SampleFolder
-    from transfusion.generate.pipeline import Pipeline
-    from transfusion.observe.progress import CallProgress
-
-    wanted = _parsed_size(size)
-    pipeline = Pipeline.from_export(model, weights=weights, device=device)
-    folder = SampleFolder(out)
-    with CallProgress(lambda: f"{folder.count} of {n * len(prompt)} images") as progress:
-        pipeline.sample(
-            prompt,
-            per_prompt=n,
-            guidance=cfg,
-            steps=steps,
-            sampler=sampler,
-            seed=seed,
-            # Fewer at a time come sooner, and a CPU loses little.
-            batch=64 if pipeline.runner.device.type == "cuda" else 8,
-            size=wanted,
-            on_call=progress,
-            on_images=folder.add,
-        )
-    print(f"{out}: {folder.count} images, and index.jsonl with their prompts and seeds")
-
-
-@app.command()
-def generate(
-    model: Model,
-    prompt: Annotated[
-        list[str], typer.Argument(help="texts, images as @FILE, and - for a text on standard input, in order")
-    ],
-    out: Annotated[Path, typer.Option(help="folder for the images and index.jsonl")] = Path("generated"),
-    max_tokens: Annotated[int, typer.Option(min=1, help="maximum of text tokens")] = 256,
-    max_images: Annotated[int, typer.Option(min=0, help="maximum of images")] = 4,
-    temperature: Annotated[float, typer.Option(min=0, help="of the text; 0: the likeliest tokens")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="in (0, 1]: the likeliest tokens that together reach it")
-    ] = 1.0,
-    cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")] = 3.0,
-    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1, help="sampler steps")] = 25,
-    sampler: Annotated[str, typer.Option(callback=_known_sampler, help="as for `sample`")] = "auto",
-    seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="of the text and the first image")
-    ] = 0,
-    size: Annotated[
-        str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes; empty: the model chooses")
-    ] = "",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="each piece of the answer as a JSON object")
-    ] = False,
-    weights: Weights = "auto",
-    device: Device = "auto",
-) -> None:
-    """Continue texts and images with text and images, written as they come."""
-    from transfusion.generate.image_files import SampleFolder
-    from transfusion.generate.pipeline import Pipeline
-    from transfusion.generate.terminal import read_parts, tell
-
-    wanted = _parsed_size(size)
-    pipeline = Pipeline.from_export(model, weights=weights, device=device)
-    events = pipeline.stream(
-        read_parts(prompt, pipeline.config, sys.stdin),
-        max_tokens=max_tokens,
-        max_images=max_images,
-        temperature=temperature,
-        top_p=top_p,
-        guidance=cfg,
-        steps=steps,
-        sampler=sampler,
-        seed=seed,
-        size=wanted,
-    )
-    tell(events, " ".join(prompt), SampleFolder(out), sys.stdout, as_json=as_json)
-
-
-@app.command()
-def caption(
-    model: Model,
-    images: Annotated[list[Path], typer.Argument(help="images")],
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object per line: image, caption")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="maximum length of a caption, in tokens")] = 64,
-    weights: Weights = "auto",
-    device: Device = "auto",
-) -> None:
-    """Describe images."""
-    from transfusion.generate.image_files import load_images
-    from transfusion.generate.pipeline import Pipeline
-
-    pipeline = Pipeline.from_export(model, weights=weights, device=device)
-    captions = pipeline.caption(load_images(images, pipeline.config), max_tokens=max_tokens)
-    for image, text in zip(images, captions, strict=True):
-        record = {"image": str(image), "caption": text}
-        print(json.dumps(record, ensure_ascii=False) if as_json else f"{image}: {text}")
+generation.add_to(app)
 
 
 @app.command("eval")
@@ -372,6 +235,7 @@ def evaluate(
     ] = None,
     weights: Weights = "auto",
     device: Device = "auto",
+    dtype: Dtype = "auto",
     classifier: Annotated[
         Path | None, typer.Option(help="for the suite images: a file of `transfusion classifier`")
     ] = None,
@@ -385,7 +249,9 @@ def evaluate(
     from transfusion.evaluate.suites.run import run_suites
 
     folder = out or model
-    metrics = run_suites(model, suite or [], folder, weights=weights, device=device, classifier=classifier)
+    metrics = run_suites(
+        model, suite or [], folder, weights=weights, device=device, dtype=dtype, classifier=classifier
+    )
     for name, metric in metrics.items():
         print(f"{name:32} {metric.describe()}")
     run = folder if is_run(folder) else Path(read_export(model).config.run.folder)

@@ -14,7 +14,7 @@ PREDICTED: dict[PredictionName, str] = {
 # What can draw images with a network of each prediction. "auto" is the first. `diffusion.samplers.BUILDERS` builds
 # each.
 SAMPLERS: dict[PredictionName, tuple[str, ...]] = {
-    "epsilon": ("ddim", "ddpm"),
-    "v": ("ddim", "ddpm"),
-    "flow": ("euler", "heun"),
+    "epsilon": ("ddim", "ddpm", "dpmpp_2m"),
+    "v": ("ddim", "ddpm", "dpmpp_2m"),
+    "flow": ("euler", "heun", "dpmpp_2m"),
 }

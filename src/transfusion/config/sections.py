@@ -631,7 +631,7 @@ class SampleGridConfig(Section):
     steps: PositiveInt = Field(50, description="sampler steps")
     sampler: str = Field(
         "auto",
-        description="ddim or ddpm, for flow euler or heun. auto takes ddim, for flow euler",
+        description="ddim, ddpm or dpmpp_2m, for flow euler, heun or dpmpp_2m. auto takes ddim, for flow euler",
     )
     guidance: NonNegativeFloat = Field(3.0, description="guidance scale; 1: none")
     seed: SamplingSeed = Field(0, description="seed of the first image; image k has seed + k")

@@ -39,6 +39,15 @@ class Euler:
             latent_ICHW = latent_ICHW + self._width(index) * velocity_ICHW
         return latent_ICHW
 
+    @property
+    def levels(self) -> list[tuple[float, float]]:
+        """The factors of the image and of the noise at each level, and after the last."""
+        return [(1 - sigma, sigma) for sigma in self.sigmas]
+
+    def clean(self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor) -> Tensor:
+        """The clean latents that the network's answer at step `index` means."""
+        return latent_ICHW - self.sigmas[index] * self._velocity(index, latent_ICHW, output_ICHW)
+
     def _corrected(
         self, index: int, latent_ICHW: Tensor, velocity_ICHW: Tensor, clean_ICHW: Tensor
     ) -> Denoising:

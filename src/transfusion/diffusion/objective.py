@@ -53,6 +53,15 @@ class ImageObjective:
         signal, noise = self.schedule.factors(timestep_I)
         return signal * noise_ICHW - noise * clean_ICHW
 
+    def clean(self, noisy_ICHW: Tensor, output_ICHW: Tensor, timestep_I: Tensor) -> Tensor:
+        """The clean latents that a prediction means."""
+        signal, noise = self.schedule.factors(timestep_I)
+        if self.predicts == "epsilon":
+            return (noisy_ICHW - noise * output_ICHW) / signal
+        if self.predicts == "flow":
+            return noisy_ICHW - noise * output_ICHW
+        return signal * noisy_ICHW - noise * output_ICHW
+
     def timestep_weight(self, timestep_I: Tensor) -> Tensor | None:
         """Min-SNR weights, fp32 [I] (Hang et al., 2023, section 3.4); None: all images count alike.
 

@@ -5,6 +5,7 @@ I images, C channels, H/W latent height and width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from typing import Literal, NamedTuple, Protocol
 
@@ -102,6 +103,24 @@ class SpacedSampler:
         """Latents after step `index`, from those before it and the network's answer, and the clean ones it means."""
         raise NotImplementedError
 
+    @property
+    def levels(self) -> list[tuple[float, float]]:
+        """The factors of the image and of the noise at each timestep, and after the last."""
+        alpha_bars = [float(self._alpha_bar_T[timestep]) for timestep in self.timesteps] + [1.0]
+        return [(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)) for alpha_bar in alpha_bars]
+
+    def clean(self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor) -> Tensor | None:
+        """The clean latents that the network's answer at step `index` means, None where it tells nothing of them."""
+        here, following = self._alpha_bars(index)
+        return (
+            None
+            if self._is_blind(here, following)
+            else self._clean(latent_ICHW, output_ICHW, here, following)
+        )
+
+    def _is_blind(self, alpha_bar: Tensor, following: Tensor) -> bool:
+        return self.predicts == "epsilon" and bool(alpha_bar < self.min_alpha_bar and following < 1)
+
     def _alpha_bars(self, index: int) -> tuple[Tensor, Tensor]:
         """alpha_bar of this step's timestep and of the next one's; 1 after the last."""
         here = self._alpha_bar_T[self.timesteps[index]]
@@ -111,7 +130,7 @@ class SpacedSampler:
     def _clean(self, latent: Tensor, output: Tensor, alpha_bar: Tensor, following: Tensor) -> Tensor:
         if self.predicts == "v":
             clean = alpha_bar.sqrt() * latent - (1 - alpha_bar).sqrt() * output
-        elif alpha_bar < self.min_alpha_bar and following < 1:
+        elif self._is_blind(alpha_bar, following):
             clean = torch.zeros_like(latent)
         else:
             clean = (latent - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()
@@ -164,3 +183,12 @@ def start_noise(key_I: Tensor, shape: tuple[int, ...]) -> Tensor:
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho and Salimans, 2022); scale 1 is the conditional prediction."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def rescale(guided_ICHW: Tensor, conditional_ICHW: Tensor, share: float) -> Tensor:
+    """A guided prediction drawn towards the deviation of the conditional one, image by image (Lin et al., 2023, 3.4).
+
+    share: 0 leaves it as it is, 1 gives it that deviation.
+    """
+    deviation, goal = (x.std(dim=(1, 2, 3), keepdim=True) for x in (guided_ICHW, conditional_ICHW))
+    return (1 - share) * guided_ICHW + share * guided_ICHW * (goal / deviation)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from transfusion.config import DiffusionConfig
+from transfusion.diffusion.dpm_solver import DPMSolver
 from transfusion.diffusion.flow import Euler, Heun
 from transfusion.diffusion.sampler import DDIM, DDPM, MIN_ALPHA_BAR, Sampler, SpacedSampler
 from transfusion.diffusion.schedule import CosineSchedule
@@ -14,7 +15,9 @@ from transfusion.diffusion.schedule import CosineSchedule
 SamplerBuilder = Callable[[DiffusionConfig, int, float | None], Sampler]
 
 
-def _cosine(sampler: type[SpacedSampler], config: DiffusionConfig, steps: int, clip: float | None) -> Sampler:
+def _cosine(
+    sampler: type[SpacedSampler], config: DiffusionConfig, steps: int, clip: float | None
+) -> SpacedSampler:
     assert config.prediction != "flow"
     # With a bound, the bound holds the error.
     min_alpha_bar = MIN_ALPHA_BAR if clip is None else 0.0
@@ -22,8 +25,13 @@ def _cosine(sampler: type[SpacedSampler], config: DiffusionConfig, steps: int, c
     return sampler(schedule, steps, predicts=config.prediction, clip=clip, min_alpha_bar=min_alpha_bar)
 
 
-def _flow(sampler: type[Euler], config: DiffusionConfig, steps: int, clip: float | None) -> Sampler:
+def _flow(sampler: type[Euler], config: DiffusionConfig, steps: int, clip: float | None) -> Euler:
     return sampler(config.steps, steps, shift=config.timestep_shift, clip=clip)
+
+
+def _dpm_solver(config: DiffusionConfig, steps: int, clip: float | None) -> Sampler:
+    is_flow = config.prediction == "flow"
+    return DPMSolver(_flow(Euler, config, steps, clip) if is_flow else _cosine(DDIM, config, steps, clip))
 
 
 BUILDERS: dict[str, SamplerBuilder] = {
@@ -31,4 +39,5 @@ BUILDERS: dict[str, SamplerBuilder] = {
     "ddim": partial(_cosine, DDIM),
     "euler": partial(_flow, Euler),
     "heun": partial(_flow, Heun),
+    "dpmpp_2m": _dpm_solver,
 }

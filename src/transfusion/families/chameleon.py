@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transfusion.families.family import Family, ImageMetric
+from transfusion.inference.image_scores import token_likelihood
 from transfusion.inference.image_tokens import TokenDrawing, advance_tokens
 from transfusion.losses.chameleon import ChameleonLoss
 from transfusion.model import Chameleon
@@ -12,6 +13,7 @@ CHAMELEON = Family(
     loss=lambda config, codec: ChameleonLoss(config.codec, codec),
     drawing=TokenDrawing,
     advance=advance_tokens,
+    score=token_likelihood,
     image_calls=lambda sampling, config, patches: patches,
     # Image tokens pass the blocks and the head as the text's do.
     image_operations=lambda network, shape, recomputes: 0,

@@ -9,6 +9,7 @@ from transfusion.config import DiffusionConfig
 from transfusion.config.objectives import PREDICTED
 from transfusion.families.family import Family, ImageMetric
 from transfusion.inference import image_diffusion
+from transfusion.inference.image_scores import diffusion_bound
 from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.model import Transfusion
 from transfusion.model.backbone import Backbone
@@ -39,6 +40,7 @@ TRANSFUSION = Family(
     loss=lambda config, codec: TransfusionLoss(config.diffusion, codec, config.codec),
     drawing=image_diffusion.DiffusionDrawing,
     advance=image_diffusion.advance,
+    score=diffusion_bound,
     image_calls=lambda sampling, config, patches: image_diffusion.calls(sampling, config),
     image_operations=image_operations,
     head_targets=lambda shape: 0,

@@ -9,7 +9,7 @@ R rows of one forward, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,46 +21,21 @@ from transfusion.errors import UserError
 from transfusion.families import Family, ImageDrawing
 from transfusion.files import digest
 from transfusion.generate.events import Done, Event, ImageDone, ImagePreview, ImageStart, Reason, TextDelta
+from transfusion.generate.recipe import Origin, Recipe
+from transfusion.generate.request import Request, segments
 from transfusion.inference.cache import PagedCache, Row, pages_for
-from transfusion.inference.image_diffusion import ImageSampling
+from transfusion.inference.image_diffusion import sampler_name
 from transfusion.inference.runner import ModelRunner
-from transfusion.inference.text_sampling import TextSampling, mask_logits, sample_token
-from transfusion.schema import Segment, SpecialToken, TextSegment
+from transfusion.inference.text_sampling import mask_logits, sample_token
+from transfusion.schema import SpecialToken
 from transfusion.sequence.layout import Integers, Layout
 from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer
-
-# An image is uint8 [C, H, W].
-Part = str | Tensor
 
 # Images of one answer draw from keys this far apart: the first has the request's own seed, as a single image would.
 _IMAGE_KEY_STRIDE = 1 << 32
 # At least so many prompts are kept to be begun with again, as long as there is room.
 _PROMPTS_KEPT = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What is to be answered.
-
-    Attributes:
-        prompt: Texts, and images as uint8 [C, H, W] of one of the model's sizes.
-        text: How text is chosen.
-        image: How images are drawn. Where its size is None the model chooses.
-        max_tokens: Maximum of text tokens.
-        max_images: Maximum of images.
-        draws: The answer is one image that follows the prompt at once. It needs a size.
-        preview_every: Calls of the model from one preview of an image to the next. 0: none. Images that are drawn token
-            by token have none.
-    """
-
-    prompt: Sequence[Part]
-    text: TextSampling = field(default_factory=TextSampling)
-    image: ImageSampling = field(default_factory=ImageSampling)
-    max_tokens: int = 256
-    max_images: int = 4
-    draws: bool = False
-    preview_every: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -113,8 +88,10 @@ class _Task:
     Attributes:
         number: What the engine's user knows it by.
         prompt: What is answered. Its row goes on as the answer's.
-        bare: The second row of its images, without a caption.
+        bare: The second row of its images, for what guidance leads away from.
         room: Positions that prompt and answer may fill.
+        bare_room: Positions that the second row may fill. 0 where no image will be guided.
+        bare_size: Of the image that the second row is ready for.
         token_ids: Of the text that is not told yet.
         size: Of the image that it makes, None while it speaks.
         drawing: That image, once it is begun.
@@ -125,7 +102,9 @@ class _Task:
     request: Request
     prompt: _Prompt
     room: int
-    bare: Row
+    bare_room: int
+    bare: Row = field(default_factory=Row)
+    bare_size: Size | None = None
     state_D: Tensor | None = None
     token_ids: list[int] = field(default_factory=list)
     tokens: int = 0
@@ -142,10 +121,6 @@ class _Task:
     def is_read(self) -> bool:
         return self.prompt.state_D is not None
 
-    @property
-    def guided(self) -> bool:
-        return self.request.image.guidance != 1
-
 
 class Engine:
     """Answers requests side by side.
@@ -160,6 +135,7 @@ class Engine:
         prompt_positions: About how many positions of prompts a tick reads, so that a long prompt does not keep others
             waiting. None reads all at once.
         on_image_call: Called before each call of the model that draws. What it raises ends the tick.
+        origin: The weights, as the recipes of images name them.
     """
 
     def __init__(
@@ -173,17 +149,17 @@ class Engine:
         most_requests: int = 64,
         prompt_positions: int | None = None,
         on_image_call: Callable[[], object] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.runner, self.tokenizer, self.config, self.family = runner, tokenizer, config, family
         self.most_requests, self.prompt_positions = most_requests, prompt_positions
         self._on_image_call = on_image_call
-        self.pages = pages
+        self.pages, self.origin = pages, origin or Origin()
         self._cache: PagedCache | None = None
         self._sizes = list(runner.sizes.sizes)
         self._begin_tokens = [runner.sizes.begin_token(size) for size in self._sizes]
         self._waiting: list[_Task] = []
         self._tasks: list[_Task] = []
-        self._bare: dict[Size, _Prompt] = {}
         self._kept: list[_Prompt] = []
         self._events: list[tuple[int, Event]] = []
         self._submitted = 0
@@ -200,15 +176,15 @@ class Engine:
             The number that its events come with.
 
         Raises:
-            UserError: For a prompt that fills the row, one that the cache could never hold, or previews of a codec that
-                has none.
+            UserError: For a prompt or negative prompt that fills the row, a request that the cache could never hold, or
+                previews of a codec that has none.
         """
         if request.preview_every and self.config.codec.kind != "vq":
             # So that what is missing is told before anything is drawn.
             codec, size = self.runner.codec, self.runner.sizes.first
             codec.preview(torch.zeros(1, *self.runner.latent_shape(size), device=self.runner.device))
         task = self._task(request)
-        needs = self._needs(task) + self._pages_of_bare_prompts()
+        needs = _needs(task)
         if self.pages is not None and needs > self.pages:
             raise UserError(
                 f"a request of {task.room} positions takes {needs} pages of the cache, which has {self.pages};"
@@ -243,6 +219,7 @@ class Engine:
         self._admit()
         self._read_finished_images()
         self._speak()
+        self._read_negative_prompts()
         self._draw()
         events, self._events = self._events, []
         return events
@@ -257,10 +234,10 @@ class Engine:
 
     def _task(self, request: Request) -> _Task:
         size = request.image.size or self.runner.sizes.first
-        segments = list(self._segments(request.prompt))
+        parts = segments(request.prompt, self.runner, self.tokenizer)
         if request.draws:
-            segments.append(self.runner.image(size))
-        layout = self.runner.lay_out(segments, finished=False)
+            parts.append(self.runner.image(size))
+        layout = self.runner.lay_out(parts, finished=False)
         limit = self.config.data.sequence_length
         count = layout.images[-1][0] if request.draws else len(layout)
         patches = [self.runner.sizes.patches(size) for size in self._allowed_sizes(request)]
@@ -275,34 +252,34 @@ class Engine:
             room = min(count + request.max_tokens + request.max_images * (max(patches) + 2), limit)
         images = [part for part in request.prompt if isinstance(part, Tensor)]
         prompt = _Prompt(layout, count, images, _content(layout, count, images), Row())
-        return _Task(self._submitted, request, prompt, room, Row())
+        return _Task(self._submitted, request, prompt, room, self._bare_room(request))
 
-    def _segments(self, parts: Sequence[Part]) -> Iterator[Segment]:
-        for part in parts:
-            if isinstance(part, Tensor):
-                yield self.runner.image(Size(*part.shape[1:]), part)
-            else:
-                yield TextSegment(tuple(self.tokenizer.encode(part)))
+    def _bare_room(self, request: Request) -> int:
+        """Positions of the second row of a request's images, 0 if it needs none."""
+        if request.image.guidance == 1 or not (request.draws or request.max_images):
+            return 0
+        sizes, limit = self._allowed_sizes(request), self.config.data.sequence_length
+        room = max(len(self._negative_layout(request, size)) for size in sizes)
+        if room > limit:
+            raise UserError(
+                f"a negative prompt and its image take {room} positions, more than data.sequence_length {limit};"
+                " shorten it"
+            )
+        return room
+
+    def _negative_layout(self, request: Request, size: Size) -> Layout:
+        """What guidance leads away from, as in training with a dropped caption, and an image of this size."""
+        negative = request.image.negative_prompt
+        before = segments([negative] if negative else [], self.runner, self.tokenizer)
+        return self.runner.lay_out([*before, self.runner.image(size)], finished=False)
 
     def _allowed_sizes(self, request: Request) -> list[Size]:
         return [size for size in self._sizes if request.image.size in (None, size)]
 
-    def _needs(self, task: _Task) -> int:
-        return pages_for(task.room) + (pages_for(self._bare_room(task)) if self._may_guide(task) else 0)
-
     def _pages_of_the_waiting(self) -> int:
         """What so many as can be under way take at most, with a page for each prompt that is kept."""
-        greatest = sorted(map(self._needs, self._waiting), reverse=True)[: self.most_requests]
-        return sum(greatest) + len(greatest) + self._pages_of_bare_prompts()
-
-    def _may_guide(self, task: _Task) -> bool:
-        return task.guided and (task.request.draws or task.request.max_images > 0)
-
-    def _bare_room(self, task: _Task) -> int:
-        return 2 + max(self.runner.sizes.patches(size) for size in self._allowed_sizes(task.request))
-
-    def _pages_of_bare_prompts(self) -> int:
-        return len(self._sizes)
+        greatest = sorted(map(_needs, self._waiting), reverse=True)[: self.most_requests]
+        return sum(greatest) + len(greatest)
 
     def _admit(self) -> None:
         """Let waiting requests in, first come first served, as far as there is room.
@@ -315,7 +292,7 @@ class Engine:
             if self._is_being_read(task.prompt):
                 passed.append(task)
                 continue
-            if not self._make_room(self._needs(task) + self._pages_of_bare_prompts()):
+            if not self._make_room(_needs(task)):
                 passed.append(task)
                 break
             self._begin(task)
@@ -349,14 +326,7 @@ class Engine:
             prompt.state_D = known.state_D if whole else None
         else:
             prompt.row = self.cache.row(task.room)
-        if self._may_guide(task):
-            task.bare = self.cache.row(self._bare_room(task))
-            for size in self._allowed_sizes(task.request):
-                if size not in self._bare:
-                    layout = self.runner.lay_out([self.runner.image(size)], finished=False)
-                    count = layout.images[0][0]
-                    nothing = np.zeros(0, np.int64)
-                    self._bare[size] = _Prompt(layout, count, [], nothing, self.cache.row(count))
+        task.bare = self.cache.row(task.bare_room)
         self._tasks.append(task)
         if task.is_read:
             self._start_answer(task)
@@ -378,8 +348,7 @@ class Engine:
 
     def _read_prompts(self) -> None:
         """The next pieces of prompts in one call, those that came first before others."""
-        unread = [prompt for prompt in self._bare.values() if prompt.state_D is None]
-        unread += [task.prompt for task in self._tasks if not task.is_read]
+        unread = [task.prompt for task in self._tasks if not task.is_read]
         left = self.prompt_positions
         pieces: list[tuple[_Prompt, int]] = []
         for prompt in unread:
@@ -494,6 +463,19 @@ class Engine:
 
     # Images
 
+    def _read_negative_prompts(self) -> None:
+        """The second rows of images that begin, in one call. That of an image before may serve again."""
+        tasks = [task for task in self._tasks if task.bare_room and task.size not in (None, task.bare_size)]
+        pieces = []
+        for task in tasks:
+            assert task.size is not None
+            layout = self._negative_layout(task.request, task.size)
+            pieces.append((layout, 0, layout.images[0][0]))
+            task.bare.length, task.bare_size = 0, task.size
+        if pieces:
+            view = self.cache.view([task.bare for task in tasks])
+            self.runner.read(view, self.runner.prompt_block(pieces))
+
     def _draw(self) -> None:
         """One call of the model for every image under way, and what is finished by it."""
         tasks = [task for task in self._tasks if task.size is not None and task.unread is None]
@@ -527,11 +509,8 @@ class Engine:
             self._tell(task, ImagePreview(task.images, drawing.calls, pixels))
 
     def _begin_image(self, task: _Task) -> ImageDrawing:
-        size, rows = task.size, [task.row]
+        size, rows = task.size, [task.row, *([task.bare] if task.bare_room else [])]
         assert size is not None
-        if task.guided:
-            self.cache.copy(self._bare[size].row, task.bare)
-            rows.append(task.bare)
         sampling = replace(task.request.image, size=size, seed=self._image_key(task))
         drawing = self.family.drawing(self.runner, self.config.diffusion, sampling, rows)
         self._tell(task, ImageStart(task.images, size, drawing.all_calls))
@@ -542,7 +521,9 @@ class Engine:
 
     def _finish_image(self, task: _Task, encoded: Tensor, pixels_CHW: Tensor) -> None:
         assert task.size is not None
-        self._tell(task, ImageDone(task.images, pixels_CHW, self._image_key(task)))
+        sampler = sampler_name(task.request.image, self.config.diffusion)
+        recipe = Recipe.of(task.request, task.images, pixels_CHW, self.origin, sampler)
+        self._tell(task, ImageDone(task.images, pixels_CHW, self._image_key(task), recipe))
         task.images += 1
         task.drawing = None
         if task.request.draws:
@@ -553,6 +534,11 @@ class Engine:
             self._end(task, "length")
             return
         task.unread = encoded
+
+
+def _needs(task: _Task) -> int:
+    """Pages of a task."""
+    return pages_for(task.room) + pages_for(task.bare_room)
 
 
 def _content(layout: Layout, count: int, images: Sequence[Tensor]) -> Integers:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from PIL import Image
 from torch import Tensor
 
+from transfusion.generate.pictures import to_image
+from transfusion.generate.recipe import Recipe
 from transfusion.sequence.sizes import Size
 
 
@@ -50,6 +53,11 @@ class ImagePreview:
     step: int
     pixels: Tensor
 
+    @property
+    def image(self) -> Image.Image:
+        """For Pillow, grey or colour."""
+        return to_image(self.pixels)
+
 
 @dataclass(frozen=True, slots=True)
 class ImageDone:
@@ -59,11 +67,18 @@ class ImageDone:
         index: Of the image in the answer, from 0.
         pixels: uint8 [C, H, W] on the CPU.
         seed: `Pipeline.sample` draws the first image of an answer again from this seed.
+        recipe: `Pipeline.replay` makes the image again from it.
     """
 
     index: int
     pixels: Tensor
     seed: int
+    recipe: Recipe
+
+    @property
+    def image(self) -> Image.Image:
+        """For Pillow, grey or colour."""
+        return to_image(self.pixels)
 
 
 # Why an answer ended: by its own last token, at a limit of the request, where prompt and answer fill a row, because the

@@ -11,18 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from transfusion.config import Config, SampleGridConfig
-from transfusion.data.images.decode import decode_fitting
-from transfusion.data.images.probe import MAX_PIXELS, MIN_SIDE
-from transfusion.data.shards.sample import SampleError
 from transfusion.errors import UserError, describe
 from transfusion.files import atomic_file, atomic_write_text
+from transfusion.generate.pictures import read_image, to_image
 from transfusion.generate.pipeline import SampledImage
-from transfusion.sequence.sizes import MAX_ASPECT
 
 INDEX = "index.jsonl"
 # Images of a grid are enlarged to at least this side, pixel by pixel.
@@ -31,35 +27,16 @@ GRID_GAP = 4
 GRID_BACKGROUND = 96
 
 
-# What a user is told of an image that is whole, and yet none for a model.
-_UNFIT = {
-    "image_aspect": f"it is more than {MAX_ASPECT} times as long as wide; cut it",
-    "image_too_small": f"a side has fewer than {MIN_SIDE} pixels; give a larger one",
-    "image_too_large": f"it has more than {MAX_PIXELS // 10**6} million pixels; give a smaller one",
-}
-
-
 def load_images(paths: Sequence[Path], config: Config) -> list[Tensor]:
     """Read images as uint8 [C, H, W], each of the size that it takes. Raises UserError naming the first bad one."""
     images = []
     for path in paths:
         try:
             data = path.read_bytes()
-            values = decode_fitting(data, config.image_sizes, channels=config.codec.channels)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except SampleError as error:
-            reason = str(error)
-            remedy = _UNFIT.get(reason, "give a JPEG, PNG or WebP image")
-            raise UserError(f"{path}: {reason}; {remedy}") from None
-        images.append(torch.from_numpy(values))
+        images.append(read_image(data, config, str(path)))
     return images
-
-
-def to_image(pixels_CHW: Tensor) -> Image.Image:
-    """uint8 [C, H, W] as a grey or colour image."""
-    values = pixels_CHW.cpu().numpy()
-    return Image.fromarray(values[0] if values.shape[0] == 1 else values.transpose(1, 2, 0))
 
 
 class SampleFolder:
@@ -67,10 +44,12 @@ class SampleFolder:
 
     Nothing is made before the first image comes. Then what another index names is removed. Each image is there and
     named as soon as it is added. Raises UserError where `out` cannot be written, at once where that can be seen.
+    model: the folder that draws, which the index names too.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, model: Path | None = None) -> None:
         self.out, self.count = out, 0
+        self._named = {} if model is None else {"model": str(model.resolve())}
         there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             reason = "cannot be written" if there.is_dir() else "is no folder"
@@ -85,8 +64,9 @@ class SampleFolder:
             for sample in samples:
                 name = _name(self.count)
                 with atomic_file(self.out / name) as unfinished:
-                    to_image(sample.pixels).save(unfinished, format="PNG")
-                record = {"file": name, "prompt": sample.prompt, "seed": sample.seed}
+                    chunk = None if sample.recipe is None else sample.recipe.as_chunk()
+                    to_image(sample.pixels).save(unfinished, format="PNG", pnginfo=chunk)
+                record = {"file": name, "prompt": sample.prompt, "seed": sample.seed, **self._named}
                 with (self.out / INDEX).open("a", encoding="utf-8") as index:
                     index.write(json.dumps(record, ensure_ascii=False) + "\n")
                 self.count += 1
@@ -115,6 +95,19 @@ class SampleFolder:
 def save_samples(samples: Sequence[SampledImage], out: Path) -> None:
     """Write all images of a drawing into a `SampleFolder`."""
     SampleFolder(out).add(samples)
+
+
+def model_of(path: Path) -> Path:
+    """The model that drew an image, as the index beside it names it. Raises UserError where it does not."""
+    index = path.parent / INDEX
+    try:
+        lines = index.read_text(encoding="utf-8").splitlines() if index.is_file() else []
+        names = [record["model"] for record in map(json.loads, lines) if record["file"] == path.name]
+        return Path(names[-1])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        raise UserError(
+            f"no index beside {path} names the model that drew it; name it with --model"
+        ) from None
 
 
 def _name(number: int) -> str:

@@ -9,9 +9,10 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from transfusion.checkpoint.export import read_export
@@ -19,21 +20,36 @@ from transfusion.codec import Codec, open_codec
 from transfusion.config import Config, SampleGridConfig
 from transfusion.errors import UserError
 from transfusion.families.build import family_of
-from transfusion.generate.engine import Engine, Part, Request
+from transfusion.generate.engine import Engine
 from transfusion.generate.events import Event, ImageDone, TextDelta
-from transfusion.generate.load import Weights, load_model
+from transfusion.generate.load import Dtype, Weights, load_model
+from transfusion.generate.pictures import from_image, to_image
+from transfusion.generate.recipe import Origin, Recipe, StoredDtype
+from transfusion.generate.request import Part, Request, segments
+from transfusion.generate.scoring import score_image, score_texts
+from transfusion.generate.settings import (
+    AnswerSettings,
+    ImageSettings,
+    check_at_least,
+    check_seeds,
+    check_text,
+    image_sampling,
+)
 from transfusion.inference import image_diffusion, text_sampling
 from transfusion.inference.image_diffusion import ImageSampling
+from transfusion.inference.image_scores import Score
 from transfusion.inference.runner import ModelRunner
 from transfusion.inference.text_sampling import TextSampling
 from transfusion.model.backbone import Backbone
 from transfusion.parallel.environment import find_device
-from transfusion.schema import TextSegment
-from transfusion.sequence.layout import Layout
 from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer
-from transfusion.tokens import MAX_SAMPLING_SEED
 
+# An image as users have it: uint8 [C, H, W] of one of the model's sizes, or one of Pillow, of any size and mode, which
+# is made fit as in training.
+ImageLike = Tensor | Image.Image
+# A text, or texts and images in their order.
+Prompt = str | Sequence[str | ImageLike]
 # Told how many of how many calls of the model are done.
 OnCall = Callable[[int, int], object]
 
@@ -44,13 +60,20 @@ class SampledImage:
 
     Attributes:
         pixels: uint8 [C, H, W] on the CPU.
-        prompt: Its caption.
-        seed: `Pipeline.sample` draws the image again from this seed and caption, with the same settings.
+        prompt: The texts of its prompt.
+        seed: `Pipeline.sample` draws the image again from this seed and prompt, with the same settings.
+        recipe: All that draws it again.
     """
 
     pixels: Tensor
     prompt: str
     seed: int
+    recipe: Recipe | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        """For Pillow, grey or colour."""
+        return to_image(self.pixels)
 
 
 class Pipeline:
@@ -65,6 +88,7 @@ class Pipeline:
         config: The configuration that the model was trained with.
         device: Where `model` is.
         codec: An open codec for the images. None opens that of `config.codec` on `device`.
+        origin: The weights, as the recipes of images name them.
 
     Raises:
         UserError: For a codec folder that was changed or lacks weights.
@@ -77,7 +101,9 @@ class Pipeline:
         config: Config,
         device: torch.device | str,
         codec: Codec | None = None,
+        origin: Origin | None = None,
     ) -> None:
+        self.origin = origin or Origin()
         config = config.with_vocabulary(tokenizer.vocabulary)
         self.tokenizer, self.config, self.family = tokenizer, config, family_of(config)
         codec = open_codec(config.codec, device) if codec is None else codec
@@ -85,68 +111,70 @@ class Pipeline:
 
     @classmethod
     def from_export(
-        cls, folder: str | Path, *, weights: Weights = "auto", device: torch.device | str = "auto"
+        cls,
+        folder: str | Path,
+        *,
+        weights: Weights = "auto",
+        device: torch.device | str = "auto",
+        dtype: Dtype = "auto",
     ) -> Pipeline:
         """Open a folder that `transfusion export` wrote.
-
-        On CUDA the network runs in the precision that it was trained in, elsewhere in fp32.
 
         Args:
             folder: The exported folder.
             weights: "raw", "ema" (their moving average), or "auto": the average where there is one, else raw.
             device: Such as "cpu" or "cuda:1". "auto" takes CUDA where there is a device, else the CPU.
+            dtype: "float32", "bfloat16", or "auto": on CUDA the precision that the network was trained in, elsewhere
+                fp32. With "int8" the matrices take a quarter of the memory of fp32, and all else is as with "auto".
 
         Raises:
-            UserError: For a folder that is incomplete or damaged, weights that it lacks, or a missing device.
+            UserError: For a folder that is incomplete or damaged, weights that it lacks, a missing device, or a dtype
+                that does not exist.
         """
         found = read_export(folder)
         tokenizer = Tokenizer(found.tokenizer)
         place = find_device(device)
-        model = load_model(found, weights, tokenizer, place)
-        return cls(model, tokenizer, found.config, place)
+        model = load_model(found, weights, tokenizer, place, dtype)
+        kept = "ema" if weights == "auto" and found.average else "raw" if weights == "auto" else weights
+        half = next(model.parameters()).dtype == torch.bfloat16
+        stored: StoredDtype = "int8" if dtype == "int8" else "bfloat16" if half else "float32"
+        origin = Origin(model=found.export_id, weights=kept, dtype=stored)
+        return cls(model, tokenizer, found.config, place, origin=origin)
 
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         per_prompt: int = 1,
-        guidance: float = 3.0,
-        steps: int = 25,
-        sampler: str = "auto",
         seed: int = 0,
         batch: int = 64,
-        size: tuple[int, int] | None = None,
         on_call: OnCall | None = None,
         on_images: Callable[[list[SampledImage]], object] | None = None,
+        **settings: Unpack[ImageSettings],
     ) -> list[SampledImage]:
-        """Draw images of captions.
+        """Draw images of captions, or behind any texts and images.
 
         Args:
-            prompts: Captions. An empty one draws without a caption and needs guidance 1.
-            per_prompt: Images of each caption, at least 1.
-            guidance: Scale of classifier-free guidance, at least 0. 1 is the model itself. Any other value needs a
-                model that was trained with `data.caption_dropout` above 0.
-            steps: Sampler steps for each image, from 1 to `diffusion.steps`. Each calls the model once. With heun it is
-                twice, except in the last. A Chameleon model draws token by token, whatever the steps and the sampler.
-            sampler: "ddim" or "ddpm", for flow prediction "euler" or "heun". "auto" is ddim, for flow euler.
+            prompts: Captions, or texts and images. An empty one draws without a caption and needs guidance 1.
+            per_prompt: Images of each prompt, at least 1.
             seed: Of the first image. Image k of the call has seed `seed + k`, from 0 to 2**38 - 1.
             batch: Images that are drawn at once.
-            size: Height and width in pixels, one of the model's sizes. None takes the first.
             on_call: Called before each call of the model, with how many are done and how many there are. What it raises
                 ends the drawing.
             on_images: Called with each batch of images as soon as it is drawn.
+            **settings: See `ImageSettings`.
 
         Returns:
-            All images of the first caption, then those of the next.
+            All images of the first prompt, then those of the next.
 
         Raises:
-            UserError: For settings out of range, guidance that cannot be applied, or a caption too long for
-                `data.sequence_length`.
+            UserError: For settings out of range, guidance that cannot be applied, images that do not fit the model, or
+                a prompt too long for `data.sequence_length`.
         """
-        _check_at_least_one(per_prompt=per_prompt, batch=batch)
-        sampling = ImageSampling(guidance=guidance, steps=steps, sampler=sampler, seed=seed, size=_size(size))
-        wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
+        check_at_least(1, per_prompt=per_prompt, batch=batch)
+        sampling = image_sampling(settings, seed)
+        wanted = [parts for parts in map(self._parts, prompts) for _ in range(per_prompt)]
         self._check_sampling(sampling, wanted)
         seeds = list(range(seed, seed + len(wanted)))
         counted = self._counted(sampling, -(-len(wanted) // batch), on_call)
@@ -156,6 +184,91 @@ class Pipeline:
             if on_images is not None:
                 on_images(list(images.values()))
         return [found[number] for number in range(len(wanted))]
+
+    def edit(
+        self,
+        images: Sequence[ImageLike],
+        instructions: Sequence[str],
+        *,
+        seed: int = 0,
+        batch: int = 64,
+        on_call: OnCall | None = None,
+        **settings: Unpack[ImageSettings],
+    ) -> list[SampledImage]:
+        """Draw the image that follows an image and an instruction (paper, section 4.4).
+
+        The model must have been trained on such triples.
+
+        Args:
+            images: To be edited.
+            instructions: One for each image.
+            seed: As in `sample`.
+            batch: As in `sample`.
+            on_call: As in `sample`, for the images of one size after another.
+            **settings: See `ImageSettings`. Without a size each result has that of its image.
+
+        Returns:
+            An image for each.
+
+        Raises:
+            UserError: As `sample`, and where there are not as many instructions as images.
+        """
+        check_seeds(seed, len(images))
+        if len(images) != len(instructions):
+            raise UserError(
+                f"{len(images)} images and {len(instructions)} instructions; give one for each image"
+            )
+        pixels = [self._pixels(image) for image in images]
+        size = settings.get("size")
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for number, values in enumerate(pixels):
+            by_size.setdefault(size or (values.shape[1], values.shape[2]), []).append(number)
+        found: dict[int, SampledImage] = {}
+        for each, numbers in by_size.items():
+            sampling = image_sampling({**settings, "size": each}, seed)
+            prompts: list[list[Part]] = [[pixels[number], instructions[number]] for number in numbers]
+            self._check_sampling(sampling, prompts)
+            counted = self._counted(sampling, -(-len(numbers) // batch), on_call)
+            for drawn in self._draw(prompts, [seed + number for number in numbers], sampling, batch, counted):
+                found |= {numbers[place]: image for place, image in drawn.items()}
+        return [found[number] for number in range(len(images))]
+
+    def best_of(
+        self,
+        prompts: Sequence[str],
+        *,
+        count: int,
+        seed: int = 0,
+        batch: int = 64,
+        on_call: OnCall | None = None,
+        **settings: Unpack[ImageSettings],
+    ) -> list[SampledImage]:
+        """Draw several images of each caption, and keep the one from which the model itself reads the caption best.
+
+        The measure is the log-likelihood of the caption behind the image (Ding et al., 2021, section 3.3). The model
+        must have been trained on images that stand before their captions too (`data.caption_first` below 1).
+
+        Args:
+            prompts: Captions.
+            count: Images that are drawn of each, at least 1.
+            seed: As in `sample`. Those of the second caption follow those of the first.
+            batch: As in `sample`.
+            on_call: As in `sample`.
+            **settings: See `ImageSettings`.
+
+        Returns:
+            An image for each caption, with its own seed.
+
+        Raises:
+            UserError: As `sample`.
+        """
+        drawn = self.sample(prompts, per_prompt=count, seed=seed, batch=batch, on_call=on_call, **settings)
+        scores = self.score([image.pixels for image in drawn], [image.prompt for image in drawn], batch=batch)
+        best = []
+        for number in range(len(prompts)):
+            mine = range(number * count, (number + 1) * count)
+            best.append(drawn[max(mine, key=lambda place: scores[place].log_likelihood)])
+        return best
 
     @torch.no_grad()
     def sample_grid(
@@ -178,7 +291,7 @@ class Pipeline:
         Raises:
             UserError: As `sample`.
         """
-        wanted = [prompt for prompt in grid.prompts for _ in range(grid.per_prompt)]
+        wanted: list[list[Part]] = [[prompt] for prompt in grid.prompts for _ in range(grid.per_prompt)]
         if not wanted:
             return []
         share = -(-len(wanted) // ranks)
@@ -197,10 +310,9 @@ class Pipeline:
             found += [images[place] for place, number in enumerate(mine) if number < len(wanted)]
         return found
 
-    @torch.no_grad()
     def caption(
         self,
-        images: Tensor | Sequence[Tensor],
+        images: Tensor | Sequence[ImageLike],
         *,
         max_tokens: int = 64,
         temperature: float = 0.0,
@@ -211,10 +323,10 @@ class Pipeline:
         """Write the text that follows each image.
 
         Args:
-            images: uint8 [I, C, H, W], or one by one uint8 [C, H, W], of the model's sizes.
+            images: uint8 [I, C, H, W], or one by one.
             max_tokens: Maximum of text tokens for each image, at least 1.
-            temperature: Of the softmax over the next token, at least 0. 0 takes the likeliest token.
-            top_p: In (0, 1]. Only the likeliest tokens whose probabilities together reach it are drawn. 1 keeps all.
+            temperature: As in `AnswerSettings`.
+            top_p: As in `AnswerSettings`.
             seed: The text of image k is drawn from `seed + k`, from 0 to 2**38 - 1.
             batch: Images that are captioned at once.
 
@@ -226,30 +338,24 @@ class Pipeline:
         """
         answers = self.generate(
             [[image] for image in images],
+            seed=seed,
+            batch=batch,
             max_tokens=max_tokens,
             max_images=0,
             temperature=temperature,
             top_p=top_p,
-            seed=seed,
-            batch=batch,
         )
         return ["".join(part for part in answer[1:] if isinstance(part, str)) for answer in answers]
 
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[Sequence[Part]],
+        prompts: Sequence[Prompt],
         *,
-        max_tokens: int = 256,
-        max_images: int = 4,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        guidance: float = 3.0,
-        steps: int = 25,
-        sampler: str = "auto",
         seed: int = 0,
         batch: int = 64,
-        size: tuple[int, int] | None = None,
+        on_event: Callable[[int, Event], object] | None = None,
+        **settings: Unpack[AnswerSettings],
     ) -> list[list[Part]]:
         """Continue prompts of text and images with text and images.
 
@@ -257,76 +363,44 @@ class Pipeline:
         `data.sequence_length`.
 
         Args:
-            prompts: The parts of each: texts, and images as uint8 [C, H, W] of one of the model's sizes.
-            max_tokens: Maximum of new text tokens for each prompt, at least 1.
-            max_images: Maximum of new images for each prompt. 0 writes text alone.
-            temperature: As in `caption`.
-            top_p: As in `caption`.
-            guidance: As in `sample`.
-            steps: As in `sample`.
-            sampler: As in `sample`.
+            prompts: Texts, or texts and images.
             seed: Prompt r draws its text and its first image from `seed + r`, from 0 to 2**38 - 1.
             batch: Prompts that are continued at once.
-            size: Of new images, one of the model's sizes. None leaves the choice to the model.
+            on_event: Called with the number of a prompt and what came of it, as it comes. What it raises ends all.
+            **settings: See `AnswerSettings`.
 
         Returns:
-            The parts of each prompt, unchanged, followed by those of its answer: texts, and images as uint8 [C, H, W]
-                on the CPU.
+            The parts of each prompt, images as the network reads them, followed by those of its answer: texts, and
+                images as uint8 [C, H, W] on the CPU.
 
         Raises:
             UserError: For settings out of range, images that do not fit the model, or a prompt that fills
                 `data.sequence_length`.
         """
-        _check_at_least_one(batch=batch)
-        _check_seeds(seed, len(prompts))
-        requests = [
-            self._request(
-                prompt,
-                seed + number,
-                text={"temperature": temperature, "top_p": top_p},
-                image={"guidance": guidance, "steps": steps, "sampler": sampler, "size": _size(size)},
-                max_tokens=max_tokens,
-                max_images=max_images,
-            )
-            for number, prompt in enumerate(prompts)
-        ]
-        answers: list[list[Part]] = [[] for _ in prompts]
+        check_at_least(1, batch=batch)
+        check_seeds(seed, len(prompts))
+        requests = [self._request(prompt, seed + number, settings) for number, prompt in enumerate(prompts)]
+        answers: list[list[Part]] = [list(request.prompt) for request in requests]
+        said: list[list[Part]] = [[] for _ in requests]
         for events in self._run(requests, batch):
             for number, event in events:
-                _extend(answers[number], event)
-        return [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+                _extend(said[number], event)
+                if on_event is not None:
+                    on_event(number, event)
+        return [[*prompt, *answer] for prompt, answer in zip(answers, said, strict=True)]
 
     def stream(
-        self,
-        prompt: str | Sequence[Part],
-        *,
-        max_tokens: int = 256,
-        max_images: int = 4,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        guidance: float = 3.0,
-        steps: int = 25,
-        sampler: str = "auto",
-        seed: int = 0,
-        size: tuple[int, int] | None = None,
-        preview_every: int = 0,
+        self, prompt: Prompt, *, seed: int = 0, preview_every: int = 0, **settings: Unpack[AnswerSettings]
     ) -> Iterator[Event]:
         """Continue a prompt as `generate` does, and tell each piece of the answer as soon as it is there.
 
         Closing the iterator ends the answer and frees its memory.
 
         Args:
-            prompt: A text, or parts as in `generate`.
-            max_tokens: As in `generate`.
-            max_images: As in `generate`.
-            temperature: As in `generate`.
-            top_p: As in `generate`.
-            guidance: As in `generate`.
-            steps: As in `generate`.
-            sampler: As in `generate`.
+            prompt: A text, or texts and images.
             seed: The text and the first image are drawn from it, from 0 to 2**38 - 1.
-            size: As in `generate`.
             preview_every: Calls of the model from one preview of an image to the next. 0 gives none.
+            **settings: See `AnswerSettings`.
 
         Returns:
             `TextDelta`, `ImageStart`, `ImagePreview` and `ImageDone` in their order, and at last `Done`.
@@ -334,48 +408,146 @@ class Pipeline:
         Raises:
             UserError: As `generate`, and for previews of a codec that has none, at once and not with the first event.
         """
-        request = self._request(
-            [prompt] if isinstance(prompt, str) else prompt,
-            seed,
-            text={"temperature": temperature, "top_p": top_p},
-            image={"guidance": guidance, "steps": steps, "sampler": sampler, "size": _size(size)},
-            max_tokens=max_tokens,
-            max_images=max_images,
-            preview_every=preview_every,
-        )
+        check_at_least(0, preview_every=preview_every)
+        request = replace(self._request(prompt, seed, settings), preview_every=preview_every)
         ticks = self._run([request], 1)
         return (event for events in ticks for _, event in events)
 
-    def _request(
+    @torch.no_grad()
+    def score(
         self,
-        prompt: Sequence[Part],
-        seed: int,
+        contexts: Sequence[Prompt | ImageLike],
+        targets: Sequence[str | ImageLike],
         *,
-        text: dict[str, Any],
-        image: dict[str, Any],
-        max_tokens: int,
-        max_images: int,
-        preview_every: int = 0,
-    ) -> Request:
+        samples: int = 128,
+        seed: int = 0,
+        batch: int = 64,
+    ) -> list[Score]:
+        """How likely the model finds each target behind its context, in nats.
+
+        The log-likelihood of a text is exact, and so is that of an image of a Chameleon model. For an image that is
+        diffused it is the variational bound, estimated from random timesteps and noise.
+
+        Args:
+            contexts: Texts, images, or several of both. An empty text is no context.
+            targets: A text or an image for each. A text that continues a text is tokenized with it.
+            samples: Draws for each image, an even number of at least 4. Each calls the model once.
+            seed: Of the draws. All images share them, so that what is compared differs by little else.
+            batch: Texts that are scored at once.
+
+        Returns:
+            A score for each.
+
+        Raises:
+            UserError: For lists of different lengths, settings out of range, images that do not fit the model, or what
+                does not fit `data.sequence_length`.
+        """
+        check_at_least(1, batch=batch)
+        check_seeds(seed, 1)
+        if samples < 4 or samples % 2:
+            raise UserError(f"samples {samples} must be an even number of at least 4")
+        if len(contexts) != len(targets):
+            raise UserError(f"{len(contexts)} contexts and {len(targets)} targets; give one for each")
+        before = [self._parts(context) for context in contexts]
+        after = [self._parts(target)[0] for target in targets]
+        for parts, target in zip(before, after, strict=True):
+            self._check_length([*parts, target])
+        found: dict[int, Score] = {}
+        texts = [(number, target) for number, target in enumerate(after) if isinstance(target, str)]
+        for begin in range(0, len(texts), batch):
+            numbers, batched = zip(*texts[begin : begin + batch], strict=True)
+            scores = score_texts([before[number] for number in numbers], batched, self.runner, self.tokenizer)
+            found |= dict(zip(numbers, scores, strict=True))
+        for number, target in enumerate(after):
+            if isinstance(target, Tensor):
+                found[number] = score_image(
+                    before[number],
+                    target,
+                    self.runner,
+                    self.tokenizer,
+                    self.config,
+                    self.family,
+                    samples=samples,
+                    seed=seed,
+                )
+        return [found[number] for number in range(len(after))]
+
+    def replay(self, recipe: Recipe, images: Sequence[ImageLike] = ()) -> SampledImage:
+        """Make an image again. On the machine and versions that made it, its pixels are the same.
+
+        Args:
+            recipe: Of an `ImageDone`, a `SampledImage` or a PNG (`read_recipe`).
+            images: Those of its prompt.
+
+        Returns:
+            The image. Its own recipe has the digest of its pixels, to compare.
+
+        Raises:
+            UserError: For a recipe of another model or of other weights, or an answer that came out otherwise and has
+                no such image.
+        """
+        for name in ("model", "weights", "dtype"):
+            made, here = getattr(recipe.origin, name), getattr(self.origin, name)
+            if made != here:
+                raise UserError(
+                    f"the image was made with {name} {made or 'unknown'}, this is {here or 'unknown'}"
+                )
+        request = recipe.request([self._pixels(image) for image in images])
+        self._check_request(request)
+        prompt = _texts(request.prompt)
+        for events in self._run([request], 1):
+            for _, event in events:
+                if isinstance(event, ImageDone) and event.index == recipe.index:
+                    return SampledImage(event.pixels, prompt, event.seed, event.recipe)
+        raise UserError(f"the answer came out otherwise, and has no image number {recipe.index}")
+
+    def _parts(self, prompt: Prompt | ImageLike) -> list[Part]:
+        """Checked parts, images as the network reads them."""
+        given = [prompt] if isinstance(prompt, str | Tensor | Image.Image) else prompt
+        parts: list[Part] = []
+        for part in given:
+            if isinstance(part, str):
+                check_text(part)
+                parts.append(part)
+            else:
+                parts.append(self._pixels(part))
+        return parts
+
+    def _pixels(self, image: ImageLike) -> Tensor:
+        if isinstance(image, Image.Image):
+            return from_image(image, self.config)
+        shapes = self.runner.image_shapes
+        if image.dtype != torch.uint8 or image.shape not in shapes:
+            raise UserError(
+                f"an image must be uint8 of shape {' or '.join(str(list(shape)) for shape in shapes)},"
+                f" got {image.dtype} of shape {list(image.shape)}"
+            )
+        return image
+
+    def _request(self, prompt: Prompt, seed: int, settings: AnswerSettings) -> Request:
         """A checked request."""
-        _check_at_least_one(max_tokens=max_tokens)
-        for name, count in {"max_images": max_images, "preview_every": preview_every}.items():
-            if count < 0:
-                raise UserError(f"{name} {count} must be at least 0")
-        _check_seeds(seed, 1)
+        image = {name: value for name, value in settings.items() if name not in _ANSWER_ONLY}
+        text = {name: settings[name] for name in ("temperature", "top_p") if name in settings}
+        counts: dict[str, Any] = {
+            name: settings[name] for name in ("max_tokens", "max_images") if name in settings
+        }
         request = Request(
-            prompt=prompt,
+            prompt=self._parts(prompt),
             text=TextSampling(seed=seed, **text),
-            image=ImageSampling(seed=seed, **image),
-            max_tokens=max_tokens,
-            max_images=max_images,
-            preview_every=preview_every,
+            image=image_sampling(image, seed),  # type: ignore[arg-type]
+            **counts,
         )
-        text_sampling.check(request.text)
-        if max_images or request.image.size is not None:
-            image_diffusion.check(request.image, self.config)
-        self._check_parts(prompt)
+        self._check_request(request)
         return request
+
+    def _check_request(self, request: Request) -> None:
+        check_at_least(1, max_tokens=request.max_tokens)
+        check_at_least(0, max_images=request.max_images)
+        check_seeds(request.text.seed, 1)
+        text_sampling.check(request.text)
+        if request.draws or request.max_images or request.image.size is not None:
+            image_diffusion.check(request.image, self.config)
+            check_text(request.image.negative_prompt)
 
     def _run(
         self, requests: Sequence[Request], batch: int, on_image_call: Callable[[], object] | None = None
@@ -388,6 +560,7 @@ class Pipeline:
             self.family,
             most_requests=batch,
             on_image_call=on_image_call,
+            origin=self.origin,
         )
         for request in requests:
             engine.submit(request)
@@ -395,8 +568,8 @@ class Pipeline:
 
     def _draw(
         self,
-        prompts: list[str],
-        seeds: list[int],
+        prompts: Sequence[Sequence[Part]],
+        seeds: Sequence[int],
         sampling: ImageSampling,
         batch: int,
         on_image_call: Callable[[], object] | None,
@@ -404,12 +577,17 @@ class Pipeline:
         """Images by their numbers, as they are finished, each from its own seed."""
         sampling = replace(sampling, size=sampling.size or self.runner.sizes.first)
         requests = [
-            Request(prompt=[prompt], image=replace(sampling, seed=seed), draws=True)
+            Request(
+                prompt=prompt,
+                text=TextSampling(seed=seed),
+                image=replace(sampling, seed=seed),
+                draws=True,
+            )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         for events in self._run(requests, batch, on_image_call):
             images = {
-                number: SampledImage(event.pixels, prompts[number], seeds[number])
+                number: SampledImage(event.pixels, _texts(prompts[number]), seeds[number], event.recipe)
                 for number, event in events
                 if isinstance(event, ImageDone)
             }
@@ -427,37 +605,42 @@ class Pipeline:
         done = itertools.count()
         return lambda: on_call(next(done), calls)
 
-    def _caption_first(self, prompt: str, size: Size | None) -> Layout:
-        caption = TextSegment(tuple(self.tokenizer.encode(prompt)))
-        return self.runner.lay_out([caption, self.runner.image(size or self.runner.sizes.first)])
-
-    def _check_sampling(self, sampling: ImageSampling, prompts: Sequence[str]) -> None:
+    def _check_sampling(self, sampling: ImageSampling, prompts: Sequence[Sequence[Part]]) -> None:
         image_diffusion.check(sampling, self.config)
-        _check_seeds(sampling.seed, len(prompts))
-        if sampling.guidance != 1 and "" in prompts:
-            raise UserError(
-                f"guidance {sampling.guidance} cannot be applied to an empty prompt: there is nothing to"
-                " guide by; use guidance 1 for images without a caption"
-            )
-        for prompt in set(prompts):
-            _check_text(prompt)
-            length = len(self._caption_first(prompt, sampling.size))
-            if length > self.config.data.sequence_length:
+        check_text(sampling.negative_prompt)
+        check_seeds(sampling.seed, len(prompts))
+        size = sampling.size or self.runner.sizes.first
+        checked: Sequence[Part] | None = None
+        for parts in prompts:
+            if parts is checked:
+                continue
+            checked = parts
+            if sampling.guidance != 1 and all(isinstance(part, str) and not part for part in parts):
                 raise UserError(
-                    f"a prompt and its image take {length} positions, more than data.sequence_length"
-                    f" {self.config.data.sequence_length}: {prompt[:60]!r}"
+                    f"guidance {sampling.guidance} cannot be applied to an empty prompt: there is nothing to"
+                    " guide by; use guidance 1 for images without a caption"
                 )
+            self._check_length(parts, size)
 
-    def _check_parts(self, prompt: Sequence[Part]) -> None:
-        shapes = self.runner.image_shapes
-        for part in prompt:
-            if isinstance(part, str):
-                _check_text(part)
-            elif part.dtype != torch.uint8 or part.shape not in shapes:
-                raise UserError(
-                    f"an image must be uint8 of shape {' or '.join(str(list(shape)) for shape in shapes)},"
-                    f" got {part.dtype} of shape {list(part.shape)}"
-                )
+    def _check_length(self, parts: Sequence[Part], size: Size | None = None) -> None:
+        """Of a document of these parts, and an image of this size where there is one."""
+        document = segments(parts, self.runner, self.tokenizer)
+        if size is not None:
+            document.append(self.runner.image(size))
+        length, limit = len(self.runner.lay_out(document)), self.config.data.sequence_length
+        if length > limit:
+            what = "a prompt and its image" if size else "a context and its target"
+            raise UserError(
+                f"{what} take {length} positions, more than data.sequence_length {limit}: {_texts(parts)[:60]!r}"
+            )
+
+
+# Settings of answers that are none of images.
+_ANSWER_ONLY = ("max_tokens", "max_images", "temperature", "top_p")
+
+
+def _texts(parts: Sequence[Part]) -> str:
+    return " ".join(part for part in parts if isinstance(part, str))
 
 
 def _ticks(engine: Engine) -> Iterator[list[tuple[int, Event]]]:
@@ -474,32 +657,3 @@ def _extend(answer: list[Part], event: Event) -> None:
             answer.append(event.text)
     elif isinstance(event, ImageDone):
         answer.append(event.pixels)
-
-
-def _size(size: tuple[int, int] | None) -> Size | None:
-    if size is None:
-        return None
-    if len(size) != 2:
-        raise UserError(f"size must be height and width, got {size!r}")
-    return Size(*size)
-
-
-def _check_at_least_one(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"{name} {count} must be at least 1")
-
-
-def _check_seeds(seed: int, count: int) -> None:
-    """Of the request's images or rows, numbered from `seed` on."""
-    last = seed + max(count - 1, 0)
-    if not 0 <= seed <= last <= MAX_SAMPLING_SEED:
-        seeds = f"seed {seed}" if last == seed else f"seeds {seed} to {last}"
-        raise UserError(f"{seeds} must lie in [0, {MAX_SAMPLING_SEED}]")
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"a prompt is not Unicode text: {ascii(text)[:60]}; give it as UTF-8") from None

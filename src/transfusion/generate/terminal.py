@@ -1,4 +1,4 @@
-"""An answer on a terminal or for another program, piece by piece as it comes."""
+"""Prompts from a command line, and answers on a terminal or for another program, piece by piece as they come."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.generate.engine import Part
 from transfusion.generate.events import Done, Event, ImageDone, ImagePreview, ImageStart, TextDelta
 from transfusion.generate.image_files import SampleFolder, load_images
-from transfusion.generate.pipeline import SampledImage
+from transfusion.generate.pictures import to_image
+from transfusion.generate.pipeline import Pipeline, SampledImage
+from transfusion.generate.request import Part
+from transfusion.generate.settings import AnswerSettings
+from transfusion.inference.image_scores import Score
 
 # How an answer ended, where it did not end by itself.
 _REASONS = {"tokens": "at --max-tokens", "length": "where the model's row is full"}
+# Columns that an image takes at most.
+_IMAGE_COLUMNS = 64
 
 
 def read_parts(words: Sequence[str], config: Config, stdin: TextIO) -> list[Part]:
@@ -35,40 +44,70 @@ def read_parts(words: Sequence[str], config: Config, stdin: TextIO) -> list[Part
         if word.startswith("@") and not word.startswith("@@"):
             parts += load_images([Path(word[1:])], config)
         elif word == "-":
-            try:
-                parts.append(stdin.read())
-            except UnicodeDecodeError as error:
-                raise UserError(f"standard input is not UTF-8 text: {error.reason}") from None
+            parts.append(_read(stdin))
         else:
             parts.append(word[1:] if word.startswith("@@") else word)
     return parts
 
 
-def tell(events: Iterator[Event], prompt: str, folder: SampleFolder, out: TextIO, *, as_json: bool) -> None:
+def read_lines(name: str, stdin: TextIO) -> list[str]:
+    """The lines of a file, or of standard input for "-", without those that are blank.
+
+    Raises:
+        UserError: For a file that cannot be read, or is no UTF-8 text.
+    """
+    try:
+        text = _read(stdin) if name == "-" else Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text: {error.reason}") from None
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _read(stdin: TextIO) -> str:
+    try:
+        return stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: {error.reason}") from None
+
+
+def tell(
+    events: Iterator[Event], prompt: str, folder: SampleFolder, out: TextIO, *, as_json: bool = False
+) -> list[Part]:
     """Write an answer as it comes, and its images into a folder.
 
     Args:
         events: The answer.
         prompt: What the folder's index says of the images.
         folder: Of the images.
-        out: Where the text goes, and a line for each image. With `as_json` each event is a JSON object on a line.
+        out: Where the text goes, and a line for each image, with the image itself on a terminal of many colours. With
+            `as_json` each event is a JSON object on a line.
         as_json: For other programs.
+
+    Returns:
+        The parts of the answer.
     """
+    said: list[Part] = []
     for event in events:
         file = ""
         if isinstance(event, ImageDone):
-            folder.add([SampledImage(event.pixels, prompt, event.seed)])
+            folder.add([SampledImage(event.pixels, prompt, event.seed, event.recipe)])
             file = str(folder.last)
+            said.append(event.pixels)
+        elif isinstance(event, TextDelta):
+            said.append(event.text)
         if as_json:
             print(json.dumps(_record(event, file), ensure_ascii=False), file=out, flush=True)
         elif isinstance(event, TextDelta):
             print(event.text, end="", file=out, flush=True)
         elif isinstance(event, ImageDone):
-            print(f"\n[{file}]", file=out, flush=True)
+            print(f"\n[{file}]\n{shown(event.pixels, out)}", end="", file=out, flush=True)
         elif isinstance(event, Done):
             print(file=out, flush=True)
             if event.reason in _REASONS:
                 print(f"the answer ends {_REASONS[event.reason]}", file=sys.stderr)
+    return said
 
 
 def _record(event: Event, file: str) -> dict[str, Any]:
@@ -82,3 +121,95 @@ def _record(event: Event, file: str) -> dict[str, Any]:
         return {"event": "image", "index": event.index, "file": file, "seed": event.seed}
     usage = {"prompt": event.prompt_positions, "tokens": event.tokens, "images": event.images}
     return {"event": "done", "reason": event.reason, "usage": usage}
+
+
+def shown(pixels_CHW: Tensor, out: TextIO) -> str:
+    """An image as coloured blocks, two pixels a letter, where `out` is a terminal that has all colours, else nothing.
+
+    rich asks the terminal, NO_COLOR, COLORTERM and TERM.
+    """
+    console = Console(file=out)
+    if not console.is_terminal or console.no_color or console.color_system != "truecolor":
+        return ""
+    image = to_image(pixels_CHW).convert("RGB")
+    columns = max(1, min(image.width, _IMAGE_COLUMNS, console.width - 1))
+    rows = max(2, 2 * round(image.height * columns / image.width / 2))
+    if image.size != (columns, rows):
+        image = image.resize((columns, rows), Image.Resampling.BOX)
+    lines = []
+    for top in range(0, rows, 2):
+        letters = []
+        for column in range(columns):
+            upper, lower = (_colour(image, column, top + below) for below in (0, 1))
+            letters.append(f"\x1b[38;2;{upper}m\x1b[48;2;{lower}m\N{UPPER HALF BLOCK}")
+        lines.append("".join(letters) + "\x1b[0m\n")
+    return "".join(lines)
+
+
+def _colour(image: Image.Image, column: int, row: int) -> str:
+    pixel = image.getpixel((column, row))
+    assert isinstance(pixel, tuple)
+    return ";".join(map(str, pixel))
+
+
+def chat(
+    pipeline: Pipeline,
+    folder: SampleFolder,
+    lines: TextIO,
+    out: TextIO,
+    *,
+    seed: int = 0,
+    settings: AnswerSettings,
+) -> None:
+    """Answer one line after another, each behind all that was said before.
+
+    Args:
+        pipeline: The model.
+        folder: Of the images.
+        lines: What the user says. `@FILE` among the words is an image. `/new` forgets what was said, `/quit` ends.
+        out: As for `tell`.
+        seed: Answer n is drawn from `seed + n`.
+        settings: Of the answers.
+    """
+    said: list[Part] = []
+    asks = lines.isatty()
+    while True:
+        print("> " if asks else "", end="", file=sys.stderr, flush=True)
+        line = lines.readline()
+        words = line.split()
+        if not line or words == ["/quit"]:
+            return
+        if not words or words == ["/new"]:
+            said = said if not words else []
+            continue
+        try:
+            asked = _said(line, pipeline.config)
+            events = pipeline.stream([*said, *asked], seed=seed, **settings)
+            said += asked + tell(events, line.strip(), folder, out)
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+        except UserError as error:
+            print(f"{error}; /new begins anew", file=sys.stderr)
+        seed += 1
+
+
+def _said(line: str, config: Config) -> list[Part]:
+    """Words of a line, as one text between two images."""
+    parts: list[Part] = []
+    for word in line.split():
+        if word.startswith("@") and not word.startswith("@@"):
+            parts += load_images([Path(word[1:])], config)
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] += f" {word.removeprefix('@') if word.startswith('@@') else word}"
+        else:
+            parts.append(word.removeprefix("@") if word.startswith("@@") else word)
+    return parts
+
+
+def describe_score(score: Score) -> str:
+    """One line."""
+    each = f"{score.log_likelihood / score.count:.4g} each" if score.count else "nothing to score"
+    if score.standard_error:
+        error = f"{score.log_likelihood:.6g} \N{PLUS-MINUS SIGN} {score.standard_error:.2g}"
+        return f"log-likelihood at least {error} nats, {score.count} values, {each}"
+    return f"log-likelihood {score.log_likelihood:.6g} nats, {score.count} tokens, {each}"

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from transfusion.config import Config, DiffusionConfig
 from transfusion.config.objectives import PREDICTED, SAMPLERS
-from transfusion.diffusion.sampler import Sampler, guide, start_noise
+from transfusion.diffusion.sampler import Sampler, guide, rescale, start_noise
 from transfusion.diffusion.samplers import BUILDERS
 from transfusion.errors import UserError
-from transfusion.inference.cache import PagedCache, Row
+from transfusion.inference.cache import CacheRows, PagedCache, Row
 from transfusion.inference.runner import ModelRunner
 from transfusion.model import Transfusion
 from transfusion.model.patches import unpatchify
@@ -27,13 +27,24 @@ from transfusion.sequence.sizes import Size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSampling:
-    """How images are drawn. guidance 1 is the model itself; steps are calls of the model for each image.
+    """How images are drawn.
 
-    sampler "auto": the first of `SAMPLERS` for the model's objective. heun calls twice a step, but once in the last.
-    size: one of the model's; None: the first.
+    Attributes:
+        guidance: Scale of classifier-free guidance. 1 is the model itself.
+        guidance_interval: Guidance is applied while the timestep, as a share of those of training, lies in it. 1 is
+            noise alone, 0 the image (Kynkaanniemi et al., 2024).
+        guidance_rescale: From 0 to 1, how far a guided prediction takes the deviation of the conditional one.
+        negative_prompt: What guidance leads away from. Empty: an image without a caption.
+        steps: Of the sampler. Each calls the model once. heun does so twice, but for the last.
+        sampler: A name of `SAMPLERS`. "auto" is the first for the model's objective.
+        seed: The key of all random numbers.
+        size: One of the model's. None is the first.
     """
 
     guidance: float = 3.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    negative_prompt: str = ""
     steps: int = 25
     sampler: str = "auto"
     seed: int = 0
@@ -61,19 +72,35 @@ def check(sampling: ImageSampling, config: Config) -> None:
             f"guidance {sampling.guidance} cannot be applied: this model was trained without dropped captions"
             " (data.caption_dropout=0), so it has no unconditional branch; use guidance 1"
         )
+    low, high = sampling.guidance_interval
+    if not 0 <= low < high <= 1:
+        raise UserError(f"guidance_interval {low:g} to {high:g} must rise within [0, 1]; 0 to 1 is all steps")
+    if not 0 <= sampling.guidance_rescale <= 1:
+        raise UserError(f"guidance_rescale {sampling.guidance_rescale} must lie in [0, 1]; 0 is none")
+    shaped = {
+        "negative_prompt": sampling.negative_prompt,
+        "guidance_interval": (low, high) != (0, 1),
+        "guidance_rescale": sampling.guidance_rescale,
+    }
+    for name, is_set in shaped.items():
+        if is_set and sampling.guidance == 1:
+            raise UserError(f"{name} shapes guidance, and guidance 1 is none; ask for another guidance")
+        if is_set and name != "negative_prompt" and config.model.family == "chameleon":
+            raise UserError(f"{name} cannot be applied: this model draws token by token; leave it out")
 
 
 def build_sampler(sampling: ImageSampling, config: DiffusionConfig, *, clip: float | None) -> Sampler:
     """The sampler of checked settings, for a model of this objective. clip: bound of the clean latents."""
-    return BUILDERS[_sampler_name(sampling, config)](config, sampling.steps, clip)
+    return BUILDERS[sampler_name(sampling, config)](config, sampling.steps, clip)
 
 
 def calls(sampling: ImageSampling, config: DiffusionConfig) -> int:
     """How often images of these settings call the model."""
-    return (2 if _sampler_name(sampling, config) == "heun" else 1) * (sampling.steps - 1) + 1
+    return (2 if sampler_name(sampling, config) == "heun" else 1) * (sampling.steps - 1) + 1
 
 
-def _sampler_name(sampling: ImageSampling, config: DiffusionConfig) -> str:
+def sampler_name(sampling: ImageSampling, config: DiffusionConfig) -> str:
+    """What "auto" means for a model of this objective, else the name itself."""
     return SAMPLERS[config.prediction][0] if sampling.sampler == "auto" else sampling.sampler
 
 
@@ -105,6 +132,13 @@ class DiffusionDrawing:
         return self.size
 
     @property
+    def is_guided(self) -> bool:
+        """Whether the question is asked of both rows."""
+        low, high = self.sampling.guidance_interval
+        share = (self.question.timestep + 1) / self.config.steps
+        return len(self.rows) > 1 and low <= share <= high
+
+    @property
     def preview(self) -> Tensor | None:
         """The clean latents [C, H, W] as the last answer lets them be predicted, None before the first."""
         clean_ICHW = self.question.clean_ICHW
@@ -119,33 +153,48 @@ class DiffusionDrawing:
             self.result = finished.value[0]
 
 
+def predict(
+    runner: ModelRunner,
+    view: CacheRows,
+    latent_ICHW: Tensor,
+    timestep_I: Tensor,
+    size: Size,
+    copies: Sequence[int] = (),
+) -> Tensor:
+    """The network's answer to noisy latents, fp32 [R, C, H, W], behind rows that end in <BOI>.
+
+    copies: numbers of the images that the last rows are asked about once more. The rows stay as long as they are.
+    """
+    model = runner.model
+    assert isinstance(model, Transfusion)
+    patches, latent_shape = runner.sizes.patches(size), runner.latent_shape(size)
+    position_RPA = runner.image_positions(view.lengths, size)[:, :patches]
+    mask = view.mask(runner.image_ends(len(position_RPA), patches), [patches] * len(position_RPA))
+    encoding = model.encode_patches([latent_ICHW], timestep_I).with_copies(copies)
+    patches_RPD = encoding.patch_ND.unflatten(0, (-1, patches))
+    hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
+    predicted_NE = model.decode_patches(model.norm(hidden_RPD).flatten(0, 1), encoding)
+    return unpatchify(predicted_NE, *latent_shape, model.config.patch_size).float()
+
+
 def advance(runner: ModelRunner, cache: PagedCache, drawings: Sequence[DiffusionDrawing]) -> None:
     """Call the model once for images of one size, on their patches alone, both branches of the guidance in one batch.
 
     The rows stay as long as they are.
     """
-    model = runner.model
-    assert isinstance(model, Transfusion)
     size = drawings[0].size
-    patches, latent_shape = runner.sizes.patches(size), runner.latent_shape(size)
-    guided = [number for number, drawing in enumerate(drawings) if len(drawing.rows) > 1]
+    guided = [number for number, drawing in enumerate(drawings) if drawing.is_guided]
     view = cache.view([drawing.rows[0] for drawing in drawings] + [drawings[i].rows[1] for i in guided])
-    position_RPA = runner.image_positions(view.lengths, size)[:, :patches]
-    ends_RP = runner.image_ends(len(position_RPA), patches)
-    mask = view.mask(ends_RP, [patches] * len(position_RPA))
     latent_ICHW = torch.cat([drawing.question.latent_ICHW for drawing in drawings])
     timesteps = [drawing.question.timestep for drawing in drawings]
     timestep_I = torch.tensor(timesteps, dtype=torch.float32, device=runner.device)
-    encoding = model.encode_patches([latent_ICHW], timestep_I)
-    encoding = encoding.with_copies(guided)
-    patches_RPD = encoding.patch_ND.unflatten(0, (-1, patches))
-    hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
-    predicted_NE = model.decode_patches(model.norm(hidden_RPD).flatten(0, 1), encoding)
-    answer_RCHW = unpatchify(predicted_NE, *latent_shape, model.config.patch_size).float()
+    answer_RCHW = predict(runner, view, latent_ICHW, timestep_I, size, guided)
     unconditional = {number: len(drawings) + place for place, number in enumerate(guided)}
     for number, drawing in enumerate(drawings):
         answer = answer_RCHW[number : number + 1]
         if number in unconditional:
-            other = unconditional[number]
-            answer = guide(answer, answer_RCHW[other : other + 1], drawing.sampling.guidance)
+            other, sampling = unconditional[number], drawing.sampling
+            conditional, answer = answer, guide(answer, answer_RCHW[other : other + 1], sampling.guidance)
+            if sampling.guidance_rescale:
+                answer = rescale(answer, conditional, sampling.guidance_rescale)
         drawing.answer(answer)

@@ -163,6 +163,15 @@ class ModelRunner:
 
     def read(self, rows: CacheRows, block: ModelInput) -> Tensor:
         """Read the block into the cache; returns the final state [R, D] of each row's last real position."""
+        hidden_RSD = self._run(rows, block)
+        last_R = torch.tensor(block.counts, device=self.device) - 1
+        return self.model.norm(hidden_RSD[torch.arange(len(last_R), device=self.device), last_R])
+
+    def states(self, rows: CacheRows, block: ModelInput) -> Tensor:
+        """Read the block into the cache; returns the final states [R, S, D] of all positions."""
+        return self.model.norm(self._run(rows, block))
+
+    def _run(self, rows: CacheRows, block: ModelInput) -> Tensor:
         hidden_RSD = self.model.embedding(block.token_ids_RS)
         if block.place is not None:
             grid, number = block.place
@@ -174,8 +183,7 @@ class ModelRunner:
         mask = rows.mask(block.end_RS, block.counts)
         hidden_RSD = self.model.run_blocks(hidden_RSD, block.position_RSA, mask, rows.layers)
         rows.advance(block.counts)
-        last_R = torch.tensor(block.counts, device=self.device) - 1
-        return self.model.norm(hidden_RSD[torch.arange(len(last_R), device=self.device), last_R])
+        return hidden_RSD
 
     def logits(self, state_RD: Tensor) -> Tensor:
         """fp32 logits [R, V] of the token after each state."""

@@ -157,7 +157,7 @@ def test_only_the_first_rank_speaks_of_a_mistake() -> None:
     [
         ["sample", "model", "--prompt", "a", "--out", "x", "-n", "0"],
         ["sample", "model", "--prompt", "a", "--out", "x", "--sampler", "dpm"],
-        ["sample", "model", "--out", "x"],
+        ["caption", "model"],
         ["prepare", "digits", "--out", "x", "--seed", "-1"],
         ["tokenizer", "train", "a.tar", "--out", "x", "--vocabulary", "0"],
         ["train"],

@@ -37,6 +37,10 @@ SERVED = [
     ("euler", "flow", 3.0),
     ("heun", "flow", 1.0),
     ("heun", "flow", 3.0),
+    ("dpmpp_2m", "epsilon", 1.0),
+    ("dpmpp_2m", "v", 1.0),
+    ("dpmpp_2m", "flow", 1.0),
+    ("dpmpp_2m", "flow", 3.0),
 ]
 
 
@@ -87,6 +91,29 @@ def test_heun_is_of_the_second_order() -> None:
 
     (euler_10, euler_20), (heun_10, heun_20) = errors(Euler), errors(Heun)
     assert 1.8 < euler_10 / euler_20 < 2.2 and heun_10 / heun_20 > 3.3 and heun_20 < euler_20 / 5
+
+
+@pytest.mark.parametrize("prediction", ["v", "flow"])
+def test_dpm_solver_errs_less_than_the_first_order(prediction: Any) -> None:
+    """Images that are normal numbers of scale 1/2 have a best predictor and a path that are known."""
+    config, key, start = DiffusionConfig(prediction=prediction), torch.tensor([0]), torch.ones(1, 1, 1, 1)
+    schedule = ImageObjective(config).schedule
+
+    def best(latent: Tensor, timestep: float) -> Tensor:
+        signal, sigma = (
+            factor.double() for factor in schedule.signal_and_noise(torch.tensor([round(timestep)]))
+        )
+        clean = latent * signal / 4 / (signal**2 / 4 + sigma**2)
+        noise = (latent - signal * clean) / sigma
+        return {"v": signal * noise - sigma * clean, "flow": noise - clean}[prediction]
+
+    def error(name: str, steps: int) -> float:
+        sampler = build_sampler(ImageSampling(sampler=name, steps=steps), config, clip=None)
+        return abs(sample(sampler, start.double(), best, key).item() - 0.5)
+
+    first = {"v": "ddim", "flow": "euler"}[prediction]
+    for steps in (20, 40):
+        assert error("dpmpp_2m", steps) < error(first, steps) / 5
 
 
 def test_flow_is_clipped_in_every_call() -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from transfusion.checkpoint import export
 from transfusion.codec import pixels as codec
 from transfusion.config import Config
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.sampler import sample
+from transfusion.files import file_digest
 from transfusion.generate import Pipeline
 from transfusion.inference.cache import PagedCache, Row
 from transfusion.inference.image_diffusion import ImageSampling, build_sampler
@@ -38,6 +44,36 @@ class Leaning(nn.Module):
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         return 3.0 * self.head(hidden_ND) + self.bias_V
+
+
+# Of the weight files of an export.
+MARKED = {"format": "pt", export.EXPORT_ID: "one"}
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
+) -> Path:
+    """Raw weights of seed 0, averaged ones of seed 1; the vocabulary is left to the tokenizer."""
+    config, raw = build_model(seed=0)
+    _, average = build_model(seed=1)
+    names = dict(export.WEIGHT_FILES)
+    for file, model in zip(names.values(), (raw, average), strict=True):
+        save_file(model.state_dict(), tmp_path / file, metadata=MARKED)
+    shutil.copy(tokenizer.path, tmp_path / export.TOKENIZER)
+    values = config.as_dict()
+    values["model"]["vocabulary"] = 0
+    description = {
+        "format": export.FORMAT,
+        "format_version": export.FORMAT_VERSION,
+        export.EXPORT_ID: "one",
+        "step": 5,
+        "weights": names,
+        "digests": {export.TOKENIZER: file_digest(tmp_path / export.TOKENIZER)},
+        "config": values,
+    }
+    (tmp_path / export.CONFIG).write_text(json.dumps(description))
+    return tmp_path
 
 
 @pytest.fixture

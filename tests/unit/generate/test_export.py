@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,39 +13,12 @@ from safetensors.torch import load_file, save_file
 from transfusion.checkpoint import export
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.files import file_digest
 from transfusion.generate import Pipeline
 from transfusion.generate.load import Weights
 from transfusion.model import Transfusion
 from transfusion.sequence.tokenizer import Tokenizer
 
-MARKED = {"format": "pt", export.EXPORT_ID: "one"}
-
-
-@pytest.fixture
-def folder(
-    tmp_path: Path, build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
-) -> Path:
-    """Raw weights of seed 0, averaged ones of seed 1; the vocabulary is left to the tokenizer."""
-    config, raw = build_model(seed=0)
-    _, average = build_model(seed=1)
-    names = dict(export.WEIGHT_FILES)
-    for file, model in zip(names.values(), (raw, average), strict=True):
-        save_file(model.state_dict(), tmp_path / file, metadata=MARKED)
-    shutil.copy(tokenizer.path, tmp_path / export.TOKENIZER)
-    values = config.as_dict()
-    values["model"]["vocabulary"] = 0
-    description = {
-        "format": export.FORMAT,
-        "format_version": export.FORMAT_VERSION,
-        export.EXPORT_ID: "one",
-        "step": 5,
-        "weights": names,
-        "digests": {export.TOKENIZER: file_digest(tmp_path / export.TOKENIZER)},
-        "config": values,
-    }
-    (tmp_path / export.CONFIG).write_text(json.dumps(description))
-    return tmp_path
+from .conftest import MARKED
 
 
 def images(pipeline: Pipeline) -> torch.Tensor:

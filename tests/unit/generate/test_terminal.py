@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from transfusion.errors import UserError
-from transfusion.generate import Pipeline
-from transfusion.generate.image_files import SampleFolder, to_image
-from transfusion.generate.terminal import read_parts, tell
+from transfusion.generate import Pipeline, Score
+from transfusion.generate.image_files import SampleFolder
+from transfusion.generate.pictures import to_image
+from transfusion.generate.terminal import chat, describe_score, read_lines, read_parts, shown, tell
 
 Build = Callable[..., Pipeline]
 SETTINGS: dict[str, Any] = {"max_tokens": 6, "max_images": 1, "steps": 2, "seed": 4}
@@ -74,3 +75,78 @@ def test_prompts_of_a_command_line(build_pipeline: Build, make_image: Any, tmp_p
     broken = io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")
     with pytest.raises(UserError, match="standard input is not UTF-8"):
         read_parts(["-"], config, broken)
+
+
+def test_lines_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\n\n  \ntwo three\n", encoding="utf-8")
+    assert read_lines(str(tmp_path / "prompts.txt"), io.StringIO()) == ["one", "two three"]
+    assert read_lines("-", io.StringIO("a\nb")) == ["a", "b"]
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UserError, match=r"bad.txt is not UTF-8 text"):
+        read_lines(str(tmp_path / "bad.txt"), io.StringIO())
+    with pytest.raises(UserError, match=r"cannot read .*gone.txt: No such file"):
+        read_lines(str(tmp_path / "gone.txt"), io.StringIO())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_images_are_shown_where_the_terminal_has_all_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    pixels = torch.tensor([[[1, 2], [3, 4], [5, 6], [7, 8]]], dtype=torch.uint8)
+    lines = shown(pixels, Terminal()).splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("\x1b[38;2;1;1;1m\x1b[48;2;3;3;3m▀\x1b[38;2;2;2;2m\x1b[48;2;4;4;4m▀")
+    assert len(shown(torch.zeros(3, 512, 256, dtype=torch.uint8), Terminal()).splitlines()) == 64
+    assert shown(pixels, io.StringIO()) == ""
+    monkeypatch.setenv("COLORTERM", "")
+    assert shown(pixels, Terminal()) == ""
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown(pixels, Terminal()) == ""
+
+
+def talk(pipeline: Pipeline, out: Path, text: str, **settings: Any) -> str:
+    screen = io.StringIO()
+    answers: Any = {"max_tokens": 4, "max_images": 1, "steps": 2, **settings}
+    chat(pipeline, SampleFolder(out), io.StringIO(text), screen, seed=4, settings=answers)
+    return screen.getvalue()
+
+
+def test_a_chat_goes_on_from_what_was_said(build_pipeline: Build, make_image: Any, tmp_path: Path) -> None:
+    pipeline = build_pipeline(image=2.0, end=1.0)
+    to_image(torch.from_numpy(make_image(1))).save(tmp_path / "a.png")
+    asked = f"one two @{tmp_path}/a.png @@three\n\nseven\n/new\none\n/quit\nnever\n"
+    told_all = talk(pipeline, tmp_path / "out", asked, temperature=1.0)
+    settings: Any = {"max_tokens": 4, "max_images": 1, "steps": 2, "temperature": 1.0}
+    first = pipeline.generate([["one two", torch.from_numpy(make_image(1)), "@three"]], seed=4, **settings)[0]
+    second = pipeline.generate([[*first, "seven"]], seed=5, **settings)[0]
+    third = pipeline.generate([["one"]], seed=6, **settings)[0]
+    images = [part for part in [*second, *third] if isinstance(part, Tensor)][1:]
+    texts = [part for part in [*first[3:], *second[len(first) + 1 :], *third[1:]] if isinstance(part, str)]
+    assert all(text in told_all for text in texts)
+    index = (tmp_path / "out" / "index.jsonl").read_text().splitlines() if images else []
+    assert len(index) == len(images)
+
+
+def test_a_chat_survives_what_cannot_be_answered(
+    build_pipeline: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = build_pipeline(sequence_length=32)
+    text = talk(pipeline, tmp_path, f"@{tmp_path}/gone.png\n{'one ' * 40}\none\n")
+    errors = capsys.readouterr().err
+    assert "gone.png: No such file or directory; /new begins anew" in errors
+    assert "leaves no room in a sequence of 32 (data.sequence_length); /new begins anew" in errors
+    assert len(text.strip()) > 0
+
+
+def test_scores_are_told() -> None:
+    assert describe_score(Score(-12.0, 0.0, 4)) == "log-likelihood -12 nats, 4 tokens, -3 each"
+    assert describe_score(Score(0.0, 0.0, 0)) == "log-likelihood 0 nats, 0 tokens, nothing to score"
+    told = describe_score(Score(-1234.5, 6.78, 64))
+    assert told == "log-likelihood at least -1234.5 ± 6.8 nats, 64 values, -19.29 each"

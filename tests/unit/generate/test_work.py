@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from transfusion.config import Config
 from transfusion.diffusion.sampler import guide
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline
@@ -48,15 +47,8 @@ def test_each_step_reads_the_image_blocks_and_nothing_else(
     calls = Calls(pipeline)
     pipeline.sample([prompt], per_prompt=3, guidance=3.0, steps=7, sampler=sampler)
     prefix = len(pipeline.tokenizer.encode(prompt)) + 2
-    # The prompt and the unconditional prefix once, then both branches of three images seven times.
-    assert calls.sizes == [(2, prefix), *[(6, 16)] * 7]
-
-
-def test_no_guidance_reads_no_unconditional_branch(build_pipeline: Callable[..., Pipeline]) -> None:
-    pipeline = build_pipeline()
-    calls = Calls(pipeline)
-    pipeline.sample(["one", "two"], guidance=1.0, steps=5)
-    assert calls.sizes[1:] == [(2, 16)] * 5
+    # The prompt once, the unconditional prefix of each image, then both branches of three images seven times.
+    assert calls.sizes == [(1, prefix), (3, 2), *[(6, 16)] * 7]
 
 
 @pytest.mark.parametrize("position", ["1d", "2d"])
@@ -68,12 +60,12 @@ def test_the_unconditional_branch_is_a_dropped_caption_of_training(
     calls = Calls(pipeline)
     pipeline.sample(["a handwritten three"], guidance=3.0, steps=2)
     trained = lay_out([ImageSegment(None, 16)], axes=position_axes(position))
-    hidden_BSD, position_BSA, end_BS = (x[:1, :2] for x in calls.inputs[0])
+    hidden_BSD, position_BSA, end_BS = calls.inputs[1]
     expected_BSD = pipeline.runner.model.embedding(torch.from_numpy(trained.token_ids_S[:2]))[None]
     assert torch.equal(hidden_BSD, expected_BSD)
     assert torch.equal(position_BSA[0], torch.from_numpy(trained.position_SA[:2]))
     assert end_BS[0].tolist() == trained.end_key_S[:2].tolist()
-    for _, position_BSA, end_BS in calls.inputs[1:]:
+    for _, position_BSA, end_BS in calls.inputs[2:]:
         assert torch.equal(position_BSA[1], torch.from_numpy(trained.position_SA[2:18]))
         assert end_BS[1].tolist() == trained.end_key_S[2:18].tolist()
 
@@ -186,22 +178,6 @@ def test_impossible_guidance_is_an_error(build_pipeline: Callable[..., Pipeline]
         pipeline.sample(["one"], guidance=guidance)
     with pytest.raises(UserError, match="guidance"):
         pipeline.generate([["one"]], guidance=guidance)
-
-
-def _without_dropped_captions(config: Config) -> Config:
-    return config.model_copy(update={"data": config.data.model_copy(update={"caption_dropout": 0.0})})
-
-
-def test_guidance_without_an_unconditional_branch_is_an_error(
-    build_pipeline: Callable[..., Pipeline],
-) -> None:
-    pipeline = build_pipeline()
-    pipeline.config = _without_dropped_captions(pipeline.config)
-    calls = Calls(pipeline)
-    with pytest.raises(UserError, match=r"cannot be applied.*caption_dropout.*use guidance 1"):
-        pipeline.sample(["one"], guidance=3.0)
-    assert not calls.inputs
-    pipeline.sample(["one"], guidance=1.0, steps=1)
 
 
 def test_guidance_of_an_empty_prompt_is_an_error(build_pipeline: Callable[..., Pipeline]) -> None:

@@ -20,7 +20,8 @@ from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.images_and_captions import captions, images, samples
 from transfusion.evaluate.suites.validation import validation
 from transfusion.files import atomic_write_text
-from transfusion.generate.pipeline import Pipeline, Weights
+from transfusion.generate.load import Dtype, Weights
+from transfusion.generate.pipeline import Pipeline
 
 METRICS = "metrics.json"
 
@@ -45,6 +46,7 @@ def run_suites(
     *,
     weights: Weights = "auto",
     device: str = "auto",
+    dtype: Dtype = "auto",
     classifier: Path | None = None,
 ) -> dict[str, Metric]:
     """Run suites on an exported model; writes OUT/metrics.json (added to what is there) and OUT/evaluation/.
@@ -62,7 +64,7 @@ def run_suites(
     unknown = [name for name in names if name not in suites]
     if unknown:
         raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join(suites)}")
-    pipeline = Pipeline.from_export(model, weights=weights, device=device)
+    pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
     _refuse_missing_shards(pipeline.config.data.validation)
     if pipeline.config.train.threads:
         torch.set_num_threads(pipeline.config.train.threads)

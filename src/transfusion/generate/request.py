@@ -1,0 +1,52 @@
+"""What is asked of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from transfusion.inference.image_diffusion import ImageSampling
+from transfusion.inference.runner import ModelRunner
+from transfusion.inference.text_sampling import TextSampling
+from transfusion.schema import Segment, TextSegment
+from transfusion.sequence.sizes import Size
+from transfusion.sequence.tokenizer import Tokenizer
+
+# An image is uint8 [C, H, W].
+Part = str | Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be answered.
+
+    Attributes:
+        prompt: Texts, and images as uint8 [C, H, W] of one of the model's sizes.
+        text: How text is chosen.
+        image: How images are drawn. Where its size is None the model chooses.
+        max_tokens: Maximum of text tokens.
+        max_images: Maximum of images.
+        draws: The answer is one image that follows the prompt at once. It needs a size.
+        preview_every: Calls of the model from one preview of an image to the next. 0: none. Images that are drawn token
+            by token have none.
+    """
+
+    prompt: Sequence[Part]
+    text: TextSampling = field(default_factory=TextSampling)
+    image: ImageSampling = field(default_factory=ImageSampling)
+    max_tokens: int = 256
+    max_images: int = 4
+    draws: bool = False
+    preview_every: int = 0
+
+
+def segments(parts: Sequence[Part], runner: ModelRunner, tokenizer: Tokenizer) -> list[Segment]:
+    """The parts of a prompt as those of a document."""
+    return [
+        TextSegment(tuple(tokenizer.encode(part)))
+        if isinstance(part, str)
+        else runner.image(Size(*part.shape[1:]), part)
+        for part in parts
+    ]

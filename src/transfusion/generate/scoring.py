@@ -1,0 +1,93 @@
+"""How likely the model finds texts and images that are given.
+
+R rows, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transfusion.config import Config
+from transfusion.families import Family
+from transfusion.generate.request import Part, segments
+from transfusion.inference.cache import pages_for
+from transfusion.inference.image_scores import ROWS, Score
+from transfusion.inference.runner import ModelRunner
+from transfusion.schema import TextSegment
+from transfusion.sequence.layout import Layout
+from transfusion.sequence.sizes import Size
+from transfusion.sequence.tokenizer import Tokenizer
+
+
+class _Document(NamedTuple):
+    layout: Layout
+    images: list[Tensor]
+    # Tokens at its end that are scored.
+    targets: int
+
+
+def score_texts(
+    contexts: Sequence[Sequence[Part]], texts: Sequence[str], runner: ModelRunner, tokenizer: Tokenizer
+) -> list[Score]:
+    """The log-likelihood of each text behind its context, all in one call of the model. Exact."""
+    documents = [
+        _text_document(context, text, runner, tokenizer)
+        for context, text in zip(contexts, texts, strict=True)
+    ]
+    cache = runner.cache(sum(pages_for(len(document.layout)) for document in documents))
+    rows = [cache.row(len(document.layout)) for document in documents]
+    block = runner.prompt_block(
+        [(document.layout, 0, len(document.layout)) for document in documents],
+        [image for document in documents for image in document.images],
+    )
+    state_RSD = runner.states(cache.view(rows), block)
+    scores = []
+    for document, state_SD in zip(documents, state_RSD, strict=True):
+        end = len(document.layout)
+        token_N = torch.from_numpy(document.layout.token_ids_S[end - document.targets :]).to(state_SD.device)
+        logit_NV = runner.logits(state_SD[end - document.targets - 1 : end - 1])
+        nats_N = logit_NV.double().log_softmax(-1).gather(1, token_N[:, None])
+        scores.append(Score(nats_N.sum().item(), 0.0, document.targets))
+    return scores
+
+
+def _text_document(
+    context: Sequence[Part], text: str, runner: ModelRunner, tokenizer: Tokenizer
+) -> _Document:
+    """Context and text as one document. A text that continues a text is tokenized with it."""
+    *before, head = context if context and isinstance(context[-1], str) else [*context, ""]
+    assert isinstance(head, str)
+    known, ids = tokenizer.encode(head), tokenizer.encode(head + text)
+    common = 0
+    while common < min(len(known), len(ids)) and known[common] == ids[common]:
+        common += 1
+    layout = runner.lay_out([*segments(before, runner, tokenizer), TextSegment(tuple(ids))], finished=False)
+    return _Document(layout, [part for part in before if isinstance(part, Tensor)], len(ids) - common)
+
+
+def score_image(
+    context: Sequence[Part],
+    image: Tensor,
+    runner: ModelRunner,
+    tokenizer: Tokenizer,
+    config: Config,
+    family: Family,
+    *,
+    samples: int,
+    seed: int,
+) -> Score:
+    """How likely an image, uint8 [C, H, W], is behind its context."""
+    size = Size(*image.shape[1:])
+    layout = runner.lay_out([*segments(context, runner, tokenizer), runner.image(size)], finished=False)
+    count = layout.images[-1][0]
+    drawn = min(samples, ROWS)
+    cache = runner.cache(pages_for(count) + (drawn + 1) * (1 + pages_for(runner.sizes.patches(size) + 1)))
+    row = cache.row(count)
+    images = [part for part in context if isinstance(part, Tensor)]
+    runner.read(cache.view([row]), runner.prompt_block([(layout, 0, count)], images))
+    encoded = runner.codec.encode(image[None].to(runner.device))[0]
+    return family.score(runner, config.diffusion, cache, row, encoded, size, samples, seed)
