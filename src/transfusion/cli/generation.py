@@ -110,6 +110,9 @@ def sample(
     guidance_rescale: Rescale = 0.0,
     steps: Steps = 25,
     sampler: SamplerName = "auto",
+    budget: Annotated[
+        str, typer.Option(help="a time such as 5s for all images, in place of --sampler and --steps")
+    ] = "",
     seed: FirstSeed = 0,
     size: ImageSize = "",
     weights: Weights = "auto",
@@ -117,6 +120,7 @@ def sample(
     dtype: Dtype = "auto",
 ) -> None:
     """Draw images from captions."""
+    from transfusion.generate.budget import choose, read_seconds, read_table
     from transfusion.generate.image_files import SampleFolder
     from transfusion.generate.pipeline import Pipeline
     from transfusion.generate.terminal import read_lines
@@ -132,9 +136,15 @@ def sample(
         raise UserError("--best-of keeps one image of each caption; leave -n out")
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
     folder = SampleFolder(out, model)
+    if budget:
+        choice = choose(
+            read_table(model), read_seconds(budget), pipeline, captions * max(n, best_of), settings
+        )
+        settings |= {"sampler": choice.sampler, "steps": choice.steps}
+        print(f"{choice.sampler}, {choice.steps} steps", file=sys.stderr)
     with CallProgress(lambda: f"{folder.count} of {n * len(captions)} images") as progress:
         # Fewer at a time come sooner, and a CPU loses little.
-        batch = 64 if pipeline.runner.device.type == "cuda" else 8
+        batch = 64 if pipeline.runner.device.type == "cuda" or budget else 8
         if best_of > 1:
             folder.add(
                 pipeline.best_of(

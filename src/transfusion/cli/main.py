@@ -223,8 +223,8 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="validation, samples, digits, images or captions, repeated for several. None means validation, and"
-            " samples where the data have captioned images"
+            help="validation, samples, digits, images, captions or steps, repeated for several. None means validation,"
+            " and samples where the data have captioned images"
         ),
     ] = None,
     out: Annotated[

@@ -71,6 +71,10 @@ class _Prompt:
                 return first
         return length
 
+    def unread(self) -> int:
+        """How many positions are left to read."""
+        return self.count - self.row.length
+
     def following(self, most: int) -> int:
         """Up to where the next piece of about `most` positions is read, at least one image or one position."""
         begin = self.row.length
@@ -132,8 +136,8 @@ class Engine:
         family: The model's.
         pages: Of the cache. None: as many as those requests take that are submitted before the first tick.
         most_requests: How many are under way at a time. Others wait in their order.
-        prompt_positions: About how many positions of prompts a tick reads, so that a long prompt does not keep others
-            waiting. None reads all at once.
+        prompt_positions: A tick reads prompts that are short enough up to this many positions together, and about as
+            many of longer ones, so that a long prompt keeps nobody waiting. None reads all at once.
         on_image_call: Called before each call of the model that draws. What it raises ends the tick.
         origin: The weights, as the recipes of images name them.
     """
@@ -166,8 +170,8 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is left to do."""
-        return not (self._waiting or self._tasks)
+        """Whether nothing is left to do, nor to tell."""
+        return not (self._waiting or self._tasks or self._events)
 
     def submit(self, request: Request) -> int:
         """Take a request.
@@ -347,17 +351,8 @@ class Engine:
     # Reading
 
     def _read_prompts(self) -> None:
-        """The next pieces of prompts in one call, those that came first before others."""
-        unread = [task.prompt for task in self._tasks if not task.is_read]
-        left = self.prompt_positions
-        pieces: list[tuple[_Prompt, int]] = []
-        for prompt in unread:
-            if left is not None and left <= 0:
-                break
-            end = prompt.following(prompt.count if left is None else left)
-            if left is not None:
-                left -= end - prompt.row.length
-            pieces.append((prompt, end))
+        """The next pieces of prompts in one call."""
+        pieces = self._next_pieces([task.prompt for task in self._tasks if not task.is_read])
         if not pieces:
             return
         images = [
@@ -377,6 +372,28 @@ class Engine:
             if task.is_read and task.state_D is None and task.drawing is None and task.size is None:
                 self._keep(task.prompt)
                 self._start_answer(task)
+
+    def _next_pieces(self, unread: Sequence[_Prompt]) -> list[tuple[_Prompt, int]]:
+        """Prompts and up to where each is read now.
+
+        What is short does not wait behind what is long: prompts that can be read to their ends are, the shortest
+        first, and then the others in their order. Both have as many positions as the engine reads in a tick.
+        """
+        if self.prompt_positions is None:
+            return [(prompt, prompt.count) for prompt in unread]
+        pieces: dict[_Prompt, int] = {}
+        left = self.prompt_positions
+        for prompt in sorted(unread, key=_Prompt.unread):
+            left -= prompt.unread()
+            if left < 0:
+                break
+            pieces[prompt] = prompt.count
+        left = self.prompt_positions
+        for prompt in unread:
+            if left > 0 and prompt not in pieces:
+                pieces[prompt] = prompt.following(left)
+                left -= pieces[prompt] - prompt.row.length
+        return list(pieces.items())
 
     def _keep(self, prompt: _Prompt) -> None:
         """Keep a prompt that was just read, if there is a page for its last positions."""

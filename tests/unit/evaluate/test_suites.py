@@ -21,8 +21,9 @@ from transfusion.evaluate import captioned_images
 from transfusion.evaluate.metrics import classifier as classifiers
 from transfusion.evaluate.metrics.classifier import save_classifier, train_classifier
 from transfusion.evaluate.progress_lines import ProgressLines
-from transfusion.evaluate.suites import digits, evidence, images_and_captions
+from transfusion.evaluate.suites import digits, evidence, images_and_captions, steps
 from transfusion.evaluate.suites.run import run_suites
+from transfusion.generate.budget import read_table
 from transfusion.generate.pipeline import Pipeline
 
 Open = Callable[..., Path]
@@ -249,3 +250,25 @@ def test_whoever_waits_is_told_at_the_beginning_and_every_ten_seconds() -> None:
         "drawing 8 images: 19 of 25",
         "drawing 8 images: 5",
     ]
+
+
+def test_steps_tell_how_close_each_sampler_comes(
+    open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against many steps of the same path: more steps come closer, and `--budget` finds the figures."""
+    monkeypatch.setattr(steps, "STEPS", (2, 16))
+    monkeypatch.setattr(steps, "REFERENCE_STEPS", 64)
+    pairs = source(write_pairs(tmp_path / "pairs", ["one", "two", "three"]))
+    model = open_model({"validation": [pairs]})
+    metrics = run_suites(model, ["steps"], tmp_path / "out")
+    assert metrics.keys() == {
+        f"distance_{name}_{count}_steps" for name in ("ddim", "dpmpp_2m") for count in (2, 16)
+    }
+    for name in ("ddim", "dpmpp_2m"):
+        few, many = (metrics[f"distance_{name}_{count}_steps"].value for count in (2, 16))
+        assert 0 < many < few
+    table = read_table(tmp_path / "out")
+    assert {(choice.sampler, choice.steps): choice.distance for choice in table} == {
+        (name.split("_", 1)[1].rsplit("_", 2)[0], int(name.split("_")[-2])): metric.value
+        for name, metric in metrics.items()
+    }

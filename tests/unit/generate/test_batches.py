@@ -11,11 +11,7 @@ from torch import Tensor
 
 from transfusion.codec import pixels as codec
 from transfusion.config import SampleGridConfig
-from transfusion.generate import ImageSampling, Pipeline
-from transfusion.schema import ImageSegment, TextSegment
-from transfusion.sequence.layout import lay_out
-
-from .conftest import draw_latents, read_prompts
+from transfusion.generate import Pipeline
 
 
 def assert_same_answers(mine: list[str | Tensor], theirs: list[str | Tensor]) -> None:
@@ -25,41 +21,6 @@ def assert_same_answers(mine: list[str | Tensor], theirs: list[str | Tensor]) ->
             assert a == b
         else:
             assert (a.int() - b.int()).abs().max() <= 1
-
-
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_batch_of_mixed_prompts_is_answered_as_each_alone(
-    build_pipeline: Callable[..., Pipeline], make_image: Any, guidance: float, temperature: float
-) -> None:
-    """A4: batched is single, with and without guidance, in mixed phases."""
-    pipeline = build_pipeline(image=3.0, end=2.0)
-    one, two = (torch.from_numpy(make_image(seed)) for seed in (1, 2))
-    prompts: list[list[str | Tensor]] = [
-        ["a handwritten three"],
-        [one, "and", two],
-        [""],
-        ["seven", one],
-        [two],
-        ["a much longer prompt than all of the others"],
-    ]
-    settings = {
-        "max_tokens": 9,
-        "max_images": 2,
-        "steps": 4,
-        "guidance": guidance,
-        "temperature": temperature,
-    }
-    together = pipeline.generate(prompts, seed=40, **settings)
-    new = [answer[len(prompt) :] for prompt, answer in zip(prompts, together, strict=True)]
-    assert len({sum(isinstance(part, Tensor) for part in answer) for answer in new}) > 1, "want mixed phases"
-    for number, prompt in enumerate(prompts):
-        assert_same_answers(together[number], pipeline.generate([prompt], seed=40 + number, **settings)[0])
-    for batch in (1, 4):
-        for mine, theirs in zip(
-            pipeline.generate(prompts, seed=40, batch=batch, **settings), together, strict=True
-        ):
-            assert_same_answers(mine, theirs)
 
 
 def test_prompted_images_come_back_untouched(
@@ -105,38 +66,6 @@ def test_rows_that_have_ended_cost_nothing(build_pipeline: Callable[..., Pipelin
     captions = pipeline.caption(images, max_tokens=20, temperature=1.0, seed=7)
     # The tokens of a caption are read once each, the last of a full one not at all.
     assert sum(seen[1:]) == sum(min(len(caption), 19) for caption in captions)
-
-
-def test_image_k_has_seed_plus_k(build_pipeline: Callable[..., Pipeline]) -> None:
-    pipeline = build_pipeline()
-    prompts, settings = ["one", "two two two two", "three"], {"steps": 5, "guidance": 2.0}
-    drawn = pipeline.sample(prompts, per_prompt=2, seed=10, **settings)
-    assert [image.seed for image in drawn] == [10, 11, 12, 13, 14, 15]
-    assert [image.prompt for image in drawn] == [prompt for prompt in prompts for _ in range(2)]
-    for number, image in enumerate(drawn):
-        alone = pipeline.sample([image.prompt], seed=10 + number, **settings)[0]
-        assert_same_answers([image.pixels], [alone.pixels])
-    for batch in (1, 4):
-        again = pipeline.sample(prompts, per_prompt=2, seed=10, batch=batch, **settings)
-        assert_same_answers([image.pixels for image in again], [image.pixels for image in drawn])
-    assert not torch.equal(drawn[0].pixels, drawn[1].pixels)
-
-
-@torch.no_grad()
-def test_latents_of_a_batch_are_those_of_each_alone(build_pipeline: Callable[..., Pipeline]) -> None:
-    """A4: latents to 1e-4."""
-    pipeline = build_pipeline()
-    texts = [(), (9, 10, 11), tuple(range(20, 60))]
-    layouts = [lay_out([TextSegment(ids), ImageSegment(None, 16)]) for ids in texts]
-    sampling = ImageSampling(guidance=3.0, steps=6)
-
-    def latents(chosen: list[int]) -> list[Tensor]:
-        prompts = [(layouts[i], layouts[i].images[0][0], []) for i in chosen]
-        return draw_latents(pipeline, *read_prompts(pipeline, prompts), [70 + i for i in chosen], sampling)
-
-    together = latents([0, 1, 2])
-    for i in range(3):
-        torch.testing.assert_close(latents([i])[0], together[i], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

@@ -135,3 +135,14 @@ def test_a_chat_from_standard_input(call: Call, folder: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/quit\n"))
     code, told, _ = call("chat", folder, "--max-tokens", 3, "--max-images", 0)
     assert code == 0 and told.strip()
+
+
+def test_a_time_in_place_of_steps(call: Call, folder: Path) -> None:
+    command = ("sample", folder, "--prompt", "one", "--cfg", 1, "--out", "a", "--budget")
+    code, _, told = call(*command, "5s")
+    assert code == 2 and "--suite steps` first" in told
+    (folder / "metrics.json").write_text(json.dumps({"distance_dpmpp_2m_2_steps": 1.0}))
+    code, _, told = call(*command, "5s")
+    assert code == 0 and "dpmpp_2m, 2 steps" in told
+    recipe = read_recipe(Path("a/0000.png"))
+    assert (recipe.image.sampler, recipe.image.steps) == ("dpmpp_2m", 2)

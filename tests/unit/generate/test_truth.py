@@ -111,29 +111,6 @@ def test_latents_behind_a_mixed_prompt(
     torch.testing.assert_close(latent, expected, rtol=0, atol=1e-4)
 
 
-@torch.no_grad()
-def test_a_finished_image_is_read_clean(
-    build_pipeline: Callable[..., Pipeline], truth: Any, make_image: Any
-) -> None:
-    """The state after <EOI> is that of a full forward with the clean image at timestep 0, not the noisy one."""
-    pipeline = build_pipeline()
-    runner = pipeline.runner
-    finished = torch.from_numpy(make_image(6))
-    segments = [TextSegment((9, 10, 11)), ImageSegment(None, 16)]
-    layout = lay_out(segments, finished=False)
-    first = layout.images[0][0]
-    cache, rows = read_prompts(pipeline, [(layout, first, [])])
-    draw_latents(pipeline, cache, rows, [21], ImageSampling(steps=3))
-    view = cache.view(rows)
-    block = runner.image_block(codec.encode(finished[None]), view.lengths, runner.sizes.first)
-    state_RD = runner.read(view, block)
-    clean = truth(pipeline).states(segments, [codec.encode(finished)], [0])[len(layout) - 1]
-    noisy = truth(pipeline).states(segments, [codec.encode(finished)], [300])[len(layout) - 1]
-    torch.testing.assert_close(state_RD[0], clean, rtol=0, atol=1e-5)
-    assert (state_RD[0] - noisy).abs().max() > 1e-3
-    assert view.lengths == [len(layout)]
-
-
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
 def test_captioned_images(

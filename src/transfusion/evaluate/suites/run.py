@@ -18,12 +18,14 @@ from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import say
 from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.images_and_captions import captions, images, samples
+from transfusion.evaluate.suites.steps import steps
 from transfusion.evaluate.suites.validation import validation
 from transfusion.files import atomic_write_text
+from transfusion.generate.budget import TABLE
 from transfusion.generate.load import Dtype, Weights
 from transfusion.generate.pipeline import Pipeline
 
-METRICS = "metrics.json"
+METRICS = TABLE
 
 # From a model, and the folder where evidence is left.
 Suite = Callable[[Pipeline, Path], dict[str, Metric]]
@@ -34,6 +36,7 @@ SUITES: dict[str, Suite] = {
     "samples": samples,
     "digits": digits,
     "captions": captions,
+    "steps": steps,
 }
 # What runs where none is named. Of these, what the data do not allow is left out.
 DEFAULT = ("validation", "samples")

@@ -1,0 +1,78 @@
+"""A time becomes a sampler and its steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transfusion.errors import UserError
+from transfusion.generate import Pipeline, budget
+from transfusion.generate.budget import Choice, choose, read_seconds, read_table
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("5s", 5), ("5", 5), (" 1.5m ", 90), ("0.25s", 0.25)])
+def test_times(text: str, seconds: float) -> None:
+    assert read_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0s", "-1s", "5h", "s", "five", "nan"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(UserError, match="is no time; give seconds such as 5s"):
+        read_seconds(text)
+
+
+def test_a_table_is_what_the_evaluation_left(tmp_path: Path) -> None:
+    values = {"text_nats": 3.2, "distance_heun_8_steps": 4.5, "distance_dpmpp_2m_25_steps": 1.25}
+    (tmp_path / "metrics.json").write_text(json.dumps(values | {"details": {}}))
+    assert read_table(tmp_path) == [Choice("heun", 8, 4.5), Choice("dpmpp_2m", 25, 1.25)]
+    for text in (
+        json.dumps({"text_nats": 3.2}),
+        "[]",
+        "nothing",
+        json.dumps({"distance_heun_8_steps": None}),
+    ):
+        (tmp_path / "metrics.json").write_text(text)
+        with pytest.raises(UserError, match=r"run `transfusion eval .* --suite steps` first"):
+            read_table(tmp_path)
+    with pytest.raises(UserError, match="--suite steps` first"):
+        read_table(tmp_path / "absent")
+
+
+TABLE = [
+    Choice("euler", 4, 9.0),
+    Choice("euler", 25, 3.0),
+    Choice("heun", 8, 2.0),
+    Choice("dpmpp_2m", 12, 2.5),
+]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        # A call takes a second here, a drawing two more, and what is timed 1 + 1 + 4 calls and three times two.
+        (12 + 2 + 100, Choice("heun", 8, 2.0)),
+        (12 + 2 + 15, Choice("heun", 8, 2.0)),
+        (12 + 2 + 14, Choice("dpmpp_2m", 12, 2.5)),
+        (12 + 2 + 11, Choice("euler", 4, 9.0)),
+        (1, Choice("euler", 4, 9.0)),
+    ],
+)
+def test_the_best_that_is_fast_enough(
+    build_pipeline: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch, seconds: float, expected: Choice
+) -> None:
+    """heun calls the model 15 times in 8 steps."""
+    pipeline, clock = build_pipeline(diffusion={"prediction": "flow"}), [0.0]
+    asked: list[Any] = []
+
+    def sample(prompts: Any, *, batch: int, steps: int, **settings: Any) -> None:
+        asked.append((prompts, batch, settings))
+        clock[0] += 2 + steps
+
+    monkeypatch.setattr(budget.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(pipeline, "sample", sample)
+    assert choose(TABLE, seconds, pipeline, ["one", "two"], {"guidance": 2.0, "sampler": "heun"}) == expected
+    assert asked == [(["one", "two"], 2, {"guidance": 2.0, "sampler": "auto"})] * 3
