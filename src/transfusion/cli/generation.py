@@ -134,12 +134,11 @@ def sample(
         raise UserError("nothing to draw: give --prompt TEXT, or --prompts FILE with a caption on each line")
     if best_of > 1 and n > 1:
         raise UserError("--best-of keeps one image of each caption; leave -n out")
+    seconds, table = (read_seconds(budget), read_table(model)) if budget else (0.0, [])
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
     folder = SampleFolder(out, model)
     if budget:
-        choice = choose(
-            read_table(model), read_seconds(budget), pipeline, captions * max(n, best_of), settings
-        )
+        choice = choose(table, seconds, pipeline, captions * max(n, best_of), settings)
         settings |= {"sampler": choice.sampler, "steps": choice.steps}
         print(f"{choice.sampler}, {choice.steps} steps", file=sys.stderr)
     with CallProgress(lambda: f"{folder.count} of {n * len(captions)} images") as progress:
@@ -289,11 +288,22 @@ def caption(
     dtype: Dtype = "auto",
 ) -> None:
     """Describe images."""
+    from itertools import count
+
+    from transfusion.generate.events import Done, Event
     from transfusion.generate.image_files import load_images
     from transfusion.generate.pipeline import Pipeline
+    from transfusion.observe.progress import CallProgress
 
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
-    captions = pipeline.caption(load_images(images, pipeline.config), max_tokens=max_tokens)
+    loaded, ended = load_images(images, pipeline.config), count(1)
+    with CallProgress(lambda: "") as progress:
+
+        def tell(_: int, event: Event) -> None:
+            if isinstance(event, Done):
+                progress(next(ended), len(images))
+
+        captions = pipeline.caption(loaded, max_tokens=max_tokens, on_event=tell)
     for image, text in zip(images, captions, strict=True):
         record = {"image": str(image), "caption": text}
         print(json.dumps(record, ensure_ascii=False) if as_json else f"{image}: {text}")

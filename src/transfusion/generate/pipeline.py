@@ -319,6 +319,7 @@ class Pipeline:
         top_p: float = 1.0,
         seed: int = 0,
         batch: int = 256,
+        on_event: Callable[[int, Event], object] | None = None,
     ) -> list[str]:
         """Write the text that follows each image.
 
@@ -329,6 +330,7 @@ class Pipeline:
             top_p: As in `AnswerSettings`.
             seed: The text of image k is drawn from `seed + k`, from 0 to 2**38 - 1.
             batch: Images that are captioned at once.
+            on_event: As in `generate`.
 
         Returns:
             A text for each image.
@@ -340,6 +342,7 @@ class Pipeline:
             [[image] for image in images],
             seed=seed,
             batch=batch,
+            on_event=on_event,
             max_tokens=max_tokens,
             max_images=0,
             temperature=temperature,
