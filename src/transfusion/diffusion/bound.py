@@ -35,8 +35,20 @@ class DiffusionBound:
         # An error in the image counts by what the signal-to-noise ratio falls in a step. The last step, from timestep 0
         # to the image, is a normal distribution about the image predicted there.
         self.weight_T = torch.cat((ratio_T[:1], (ratio_T[:-1] - ratio_T[1:]) / growth_T)) / 2
+        # Of what each term is about, for latents of unit variance of which nothing but the noise is unknown.
+        likely_T = self.weight_T / (ratio_T + 1)
+        self.share_T = likely_T / likely_T.sum()
         widths = (growth_T.log() + 1 / growth_T - 1).sum() + (2 * math.pi / ratio_T[0]).log()
         self._widths, self._end = widths.item() / 2, (signal_T[-1].item(), noise_T[-1].item())
+
+    def timesteps(self, place_N: Tensor) -> Tensor:
+        """Timesteps for places in [0, 1), int64 [N], each as often as its share `share_T` says.
+
+        A term over its share has the sum of all terms as its mean, and varies little.
+        """
+        edge_T = self.share_T.cumsum(0).to(place_N.device)
+        found_N = torch.searchsorted(edge_T, place_N * edge_T[-1], right=True)
+        return found_N.clamp(max=self.schedule.steps - 1)
 
     def constant(self, clean_ICHW: Tensor) -> Tensor:
         """What no network changes, fp64 [I]: the last latents against noise, and the widths of the steps."""

@@ -20,7 +20,7 @@ from transfusion.inference.image_diffusion import ImageSampling
 TABLE = "metrics.json"
 NAME = "distance_{}_{}_steps"
 _NAME = re.compile(NAME.format(r"(\w+)", r"(\d+)"))
-# Steps of the drawing that is timed. The first call of a process is slower than others.
+# Steps of the drawing that is timed.
 _TIMED_STEPS = 4
 
 
@@ -79,8 +79,8 @@ def choose(
 ) -> Choice:
     """The sampler and steps whose images are best of those that are drawn in time.
 
-    A few are drawn first, to learn how long a call of the model takes here. That counts too. Where nothing is fast
-    enough it is what takes the fewest calls.
+    All are drawn once in a few steps, to learn how long a call of the model takes here. That counts too. Where nothing
+    is fast enough it is what takes the fewest calls.
 
     Args:
         table: What there is to choose from.
@@ -89,15 +89,13 @@ def choose(
         prompts: All that will be drawn together, an image of each.
         settings: Of the images, but for sampler and steps.
     """
-    begin = time.monotonic()
-    durations = []
-    for steps in (1, 1, _TIMED_STEPS):
-        start = time.monotonic()
-        timed: ImageSettings = {**settings, "sampler": "auto", "steps": steps}
-        pipeline.sample(prompts, batch=len(prompts), **timed)
-        durations.append(time.monotonic() - start)
-    a_call = max(durations[2] - durations[1], 0.0) / (_TIMED_STEPS - 1)
-    left = seconds - (time.monotonic() - begin) - max(durations[1] - a_call, 0.0)
+    times = [time.monotonic()]
+    timed: ImageSettings = {**settings, "sampler": "auto", "steps": _TIMED_STEPS}
+    pipeline.sample(prompts, batch=len(prompts), on_call=lambda *_: times.append(time.monotonic()), **timed)
+    spent = time.monotonic() - times[0]
+    # From the second call on, since the first of a process is slower.
+    a_call = (times[-1] - times[2]) / (len(times) - 3)
+    left = seconds - spent - max(spent - (len(times) - 1) * a_call, 0.0)
 
     def calls(choice: Choice) -> int:
         sampling = replace(ImageSampling(), sampler=choice.sampler, steps=choice.steps)

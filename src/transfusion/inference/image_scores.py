@@ -56,15 +56,15 @@ def diffusion_bound(
 ) -> Score:
     """The variational bound of latents [C, H, W], from so many draws of a timestep and noise, an even number.
 
-    Timesteps are drawn in pairs, each from a share of its own of all, so that the difference within pairs tells the
-    error. Scores of one seed share their draws: their differences err less than they do.
+    Timesteps are drawn in pairs, each pair from a part of its own, so that the difference within pairs tells the error.
+    Scores of one seed share their draws: their differences err less than they do.
     """
     objective = ImageObjective(config)
     bound = DiffusionBound(objective.schedule)
     key_N = (seed << _DRAW_BITS) + torch.arange(samples, device=runner.device)
     place_N = torch.special.ndtr(counter_normal(key_N, (1,), stream=TIMESTEP_STREAM).double()).squeeze(1)
     pair_N = torch.arange(samples, device=runner.device) // 2
-    timestep_N = ((pair_N + place_N) * (2 * config.steps / samples)).long().clamp(max=config.steps - 1)
+    timestep_N = bound.timesteps((pair_N + place_N) * 2 / samples)
     terms: list[Tensor] = []
     for keys, timesteps in zip(key_N.split(ROWS), timestep_N.split(ROWS), strict=True):
         clean_NCHW = encoded.float().expand(len(keys), -1, -1, -1)
@@ -75,10 +75,11 @@ def diffusion_bound(
         predicted_NCHW = objective.clean(noisy_NCHW.double(), output_NCHW.double(), timesteps)
         if runner.codec.bound is not None:
             predicted_NCHW = predicted_NCHW.clamp(-runner.codec.bound, runner.codec.bound)
-        terms.append(bound.terms(clean_NCHW, predicted_NCHW, timesteps))
+        share_N = bound.share_T.to(runner.device)[timesteps]
+        terms.append(bound.terms(clean_NCHW, predicted_NCHW, timesteps) / share_N)
         for fork in rows:
             cache.release(fork)
-    pair_K2 = config.steps * torch.cat(terms).view(-1, 2)
+    pair_K2 = torch.cat(terms).view(-1, 2)
     error = (pair_K2[:, 0] - pair_K2[:, 1]).square().sum().sqrt().item() / samples
     total = bound.constant(encoded[None]).item() + pair_K2.mean().item()
     return Score(-total, error, encoded.numel())

@@ -88,14 +88,15 @@ def test_images(
     for draw in range(6):
         key = torch.tensor([(3 << 24) + draw])
         share = torch.special.ndtr(counter_normal(key, (1,), stream=image_scores.TIMESTEP_STREAM).double())
-        timestep = int((draw // 2 + share.item()) * 1000 / 3)
+        place = (draw // 2 + share.item()) / 3
+        timestep = int((bound.share_T.cumsum(0) < place).sum())
         timestep_I = torch.tensor([timestep])
         noise = counter_normal(key, clean.shape[1:], stream=image_scores.NOISE_STREAM)
         noisy = objective.schedule.add_noise(clean, noise, timestep_I)
         with torch.no_grad():
             output = truth.noise(segments, [before, noisy[0]], [0, timestep], 20 + len(ids))
         predicted = objective.clean(noisy.double(), output.double(), timestep_I).clamp(-1, 1)
-        terms.append(1000 * bound.terms(clean, predicted, timestep_I).item())
+        terms.append((bound.terms(clean, predicted, timestep_I) / bound.share_T[timestep]).item())
     assert score.count == 64
     expected = bound.constant(clean).item() + mean(terms)
     assert -score.log_likelihood == pytest.approx(expected, rel=1e-4)
