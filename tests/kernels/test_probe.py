@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transfusion_kernels import IntervalMask, dispatch, explain, interval_attention, probe
 from transfusion_kernels.probe import Subject, Verdict, records, verdict_on
 from transfusion_kernels.probe import __main__ as command_line
+from transfusion_kernels.probe import process as running
 from transfusion_kernels.probe.process import MARK, run_child
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "transfusion_kernels"
@@ -70,6 +71,17 @@ CHILDREN = {
     # One that leaves another process behind, which keeps the streams open.
     "subprocess.Popen(['sleep', '20']); end('right')": "right",
 }
+
+
+def test_a_stream_is_closed_when_it_ends_however_late() -> None:
+    """What a child left behind holds it open, for longer than anyone waits."""
+    reading, writing = os.pipe()
+    lines = running._Lines(os.fdopen(reading, "rb"))
+    lines.close()
+    assert not lines._stream.closed
+    os.close(writing)
+    lines._thread.join(10)
+    assert lines._stream.closed
 
 
 def child(code: str) -> list[str]:

@@ -137,11 +137,9 @@ class _Lines:
     def close(self) -> None:
         """Wait a moment for the end. A process that the child left behind may hold the stream open for ever."""
         self._thread.join(1.0)
-        if not self._thread.is_alive():
-            self._stream.close()
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), self._stream:
             while line := self._stream.readline(_LINE_BYTES):
                 self._take(line.decode("utf-8", errors="replace").strip())
 
