@@ -10,7 +10,8 @@ and the ratio is the median of the rounds' ratios. Writes JSON, by default bench
     decode      text, batch 1 and 8, against transformers' generate with a static cache and a Llama of the same sizes
     image       16 x 16 patches, guidance 3, behind 32 and 1,024 tokens, against transfusion-pytorch of equal width and
                 depth, with as many calls of the model, each branch of guidance one
-    context     an image after 3,000 tokens and patches, against reading all again at each of 25 steps
+    context     an image after 3,000 tokens and patches, with and without guidance, against reading all again at each of
+                25 steps
     together    eight images side by side, against one after another, of 16 and of 256 patches
     overhead    64 answers that speak: what a tick takes beside the calls of the network
 """
@@ -35,6 +36,7 @@ from limits import find_device, record_head, write_json
 from transfusion.config import Config, load_config
 from transfusion.families.build import build_model
 from transfusion.generate import Done, Engine, ImageSampling, Pipeline, Request
+from transfusion.generate.request import segments
 from transfusion.model.initialise import initialise
 from transfusion.schema import SpecialToken
 from transfusion.sequence.sizes import Size
@@ -60,7 +62,8 @@ BARS = {
     "decode, batch 8": 1.0,
     "image behind 32 tokens": 3.0,
     "image behind 1024 tokens": 12.0,
-    "image in a context of 3000": 8.0,
+    "context of 3000, guidance 1": 8.0,
+    "context of 3000, guidance 3": 8.0,
     "eight images of 16 patches": 2.0,
     "eight images of 256 patches": 2.0,
 }
@@ -186,9 +189,10 @@ def decode(tokenizer: Tokenizer, rounds: int) -> Iterator[dict[str, Any]]:
         yield compare(f"decode, batch {batch}", ours, other, rounds)
 
 
-def drawing(prompt: list[Any], seed: int = 0, steps: int = STEPS) -> Request:
+def drawing(prompt: list[Any], seed: int = 0, steps: int = STEPS, guidance: float = 3.0) -> Request:
     """One image behind a prompt."""
-    return Request(prompt=prompt, image=ImageSampling(steps=steps, seed=seed), draws=True)
+    sampling = ImageSampling(steps=steps, seed=seed, guidance=guidance)
+    return Request(prompt=prompt, image=sampling, draws=True)
 
 
 def image(tokenizer: Tokenizer, rounds: int) -> Iterator[dict[str, Any]]:
@@ -241,30 +245,26 @@ def context(tokenizer: Tokenizer, rounds: int) -> Iterator[dict[str, Any]]:
     parts: list[Any] = []
     for number in range(8):
         parts += [prompt_of(tokenizer, 117, number), pixels]
-    request = drawing(parts, steps=CONTEXT_STEPS)
+    runner = pipeline.runner
+    drawn = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    layout = runner.lay_out([*segments(parts, runner, tokenizer), runner.image(SIZE)], finished=False)
+    bare = runner.lay_out([runner.image(SIZE)], finished=False)
+    for guidance in (1.0, 3.0):
+        request = drawing(parts, steps=CONTEXT_STEPS, guidance=guidance)
+        documents = [(layout, [pixels] * 8), *([] if guidance == 1 else [(bare, [])])]
 
-    def again() -> None:
-        runner = pipeline.runner
-        segments = [*_segments(pipeline, parts), runner.image(SIZE)]
-        layout = runner.lay_out(segments, finished=False)
-        bare = runner.lay_out([runner.image(SIZE)], finished=False)
-        drawn = torch.zeros(3, 32, 32, dtype=torch.uint8)
-        with torch.no_grad():
-            for _ in range(CONTEXT_STEPS):
-                for document, images in ((layout, [pixels] * 8), (bare, [])):
-                    cache = runner.cache(-(-len(document) // 16))
-                    block = runner.prompt_block([(document, 0, len(document) - 1)], [*images, drawn])
-                    runner.read(cache.view([cache.row(len(document))]), block)
+        def again(documents: list[Any] = documents) -> None:
+            with torch.no_grad():
+                for _ in range(CONTEXT_STEPS):
+                    for document, images in documents:
+                        cache = runner.cache(-(-len(document) // 16))
+                        block = runner.prompt_block([(document, 0, len(document) - 1)], [*images, drawn])
+                        runner.read(cache.view([cache.row(len(document))]), block)
 
-    def ours() -> None:
-        assert run(pipeline, [request], 1)[0].prompt_positions > 2990
+        def ours(request: Request = request) -> None:
+            assert run(pipeline, [request], 1)[0].prompt_positions > 2990
 
-    yield compare("image in a context of 3000", ours, again, rounds)
-
-
-def _segments(pipeline: Pipeline, parts: list[Any]) -> Iterator[Any]:
-    engine = Engine(pipeline.runner, pipeline.tokenizer, pipeline.config, pipeline.family, pages=1)
-    return engine._segments(parts)
+        yield compare(f"context of 3000, guidance {guidance:g}", ours, again, rounds)
 
 
 def together(tokenizer: Tokenizer, rounds: int) -> Iterator[dict[str, Any]]:

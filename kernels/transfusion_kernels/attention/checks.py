@@ -99,6 +99,15 @@ def checked_scale(q: Tensor, scale: float | None) -> float:
     return float(scale)
 
 
+def refuse_gradients(*named: tuple[str, Tensor], why: str) -> None:
+    """Raise ValueError if gradients are on and one of these tensors, given with its name, asks for one."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in named:
+        if tensor.requires_grad:
+            raise ValueError(f"{name}: got a tensor that requires a gradient, takes one without, for {why}")
+
+
 def _check_last_stride(name: str, tensor: Tensor) -> None:
     if tensor.shape[3] > 1 and tensor.stride(3) != 1:
         raise ValueError(f"{name}: got last stride {tensor.stride(3)}, takes a contiguous last dimension")

@@ -18,22 +18,13 @@ from transfusion_kernels.attention.checks import (
     check_mask,
     check_queries,
     checked_scale,
+    refuse_gradients,
 )
 from transfusion_kernels.attention.cpu import windowed_forward
-from transfusion_kernels.attention.cpu_cache import (
-    ELEMENTS_WORTH_A_CALL,
-    Call,
-    lies_end_to_end,
-    paged_forward,
-    plan_calls,
-)
+from transfusion_kernels.attention.cpu_cache import ELEMENTS_WORTH_A_CALL
 from transfusion_kernels.attention.layout import IntervalMask, check_tensor, validate_bounds
-from transfusion_kernels.attention.plans import Plans
 from transfusion_kernels.attention.reference import accumulation_dtype, reference_attention
-from transfusion_kernels.dispatch import choose_for_cache, environment
-
-_CALLS: Plans[tuple[tuple[Call, ...], float] | None] = Plans()
-_WRITES: Plans[Tensor | None] = Plans()
+from transfusion_kernels.dispatch import choose_for_cache
 
 
 def interval_attention_with_kvcache(
@@ -78,11 +69,6 @@ def interval_attention_with_kvcache(
         ValueError: With the argument's name, for what does not fit or needs a gradient, and on CPU tensors for bounds
             and pages that do not exist.
     """
-    if _may_plan(mask, block_table, q, k_cache, v_cache):
-        planned = _planned(q, k_cache, v_cache, mask, block_table, scale, num_splits, backend)
-        if planned is not None:
-            out, lse = paged_forward(q, k_cache, v_cache, *planned)
-            return (out, lse) if return_lse else out
     _check(q, k_cache, v_cache, mask, block_table, num_splits)
     implementation = choose_for_cache(backend, q).implementation
     scale = checked_scale(q, scale)
@@ -128,16 +114,8 @@ def append_to_kvcache(
         ValueError: With the argument's name, for what does not fit, needs a gradient, or is a cache whose elements
             share memory, and on CPU tensors for positions outside the cache.
     """
-    slot_N = None
-    if _may_plan(positions, block_table, k, v, k_cache, v_cache):
-        slot_N = _slots_to_write(k, v, k_cache, v_cache, positions, block_table)
-    else:
-        _check_new(k, v, k_cache, v_cache, positions, block_table)
+    _check_new(k, v, k_cache, v_cache, positions, block_table)
     if positions.numel() == 0:
-        return
-    if slot_N is not None:
-        for cache, new in ((k_cache, k), (v_cache, v)):
-            cache.transpose(1, 2).flatten(0, 1).index_copy_(0, slot_N, new.transpose(1, 2).flatten(0, 1))
         return
     first_BS, slot_BS = _places(k_cache, positions, block_table)
     for cache, new in ((k_cache, k), (v_cache, v)):
@@ -188,7 +166,7 @@ def _check_new(
         )
     if positions.device != k.device:
         raise ValueError(f"positions: got device {positions.device}, takes k's, {k.device}")
-    _refuse_gradients(
+    refuse_gradients(
         ("k", k),
         ("v", v),
         ("k_cache", k_cache),
@@ -217,46 +195,6 @@ def _places(k_cache: Tensor, positions: Tensor, block_table: Tensor | None) -> t
     return page_BS, position_BS % k_cache.shape[2]
 
 
-def _slots_to_write(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    block_table: Tensor | None,
-) -> Tensor | None:
-    """int64 [B * S], where positions are if all pages are laid end to end, or None where they are not.
-
-    Checked and found for the first layer, and found again for the others.
-    """
-
-    def make() -> Tensor | None:
-        _check_new(k, v, k_cache, v_cache, positions, block_table)
-        if positions.numel() == 0 or not (lies_end_to_end(k_cache) and lies_end_to_end(v_cache)):
-            return None
-        page_BS, slot_BS = _places(k_cache, positions, block_table)
-        return (page_BS * k_cache.shape[2] + slot_BS).flatten()
-
-    return _WRITES.of((positions, block_table), _likeness(k, v, k_cache, v_cache), make)
-
-
-def _may_plan(owner: object, block_table: object, *tensors: object) -> bool:
-    """Whether what a call needs can be kept with its mask or positions: where no compiler looks on."""
-    kept = isinstance(owner, IntervalMask | Tensor) and (
-        block_table is None or isinstance(block_table, Tensor)
-    )
-    if not kept or torch.compiler.is_compiling():
-        return False
-    # What asks for a gradient is refused, which must not be looked for where gradients are off, as for a plan.
-    asks = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-    return all(isinstance(x, Tensor) for x in tensors) and not asks
-
-
-def _likeness(*tensors: Tensor) -> tuple[object, ...]:
-    """All that the checks look at, but for values."""
-    return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
-
-
 def _check(
     q: Tensor,
     k_cache: Tensor,
@@ -280,20 +218,12 @@ def _check(
         raise ValueError(f"mask: got num_keys {mask.num_keys}, takes at most what a row has room for, {room}")
     if not isinstance(num_splits, int) or num_splits < 0:
         raise ValueError(f"num_splits: got {num_splits!r}, takes a number of parts, or 0 to have it chosen")
-    _refuse_gradients(
+    refuse_gradients(
         ("q", q),
         ("k_cache", k_cache),
         ("v_cache", v_cache),
         why="attention to a cache has none: call it under torch.no_grad(), or use interval_attention",
     )
-
-
-def _refuse_gradients(*named: tuple[str, Tensor], why: str) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in named:
-        if tensor.requires_grad:
-            raise ValueError(f"{name}: got a tensor that requires a gradient, takes one without, for {why}")
 
 
 def _check_block_table(q: Tensor, k_cache: Tensor, block_table: Tensor | None, like: str = "q") -> None:
@@ -315,44 +245,6 @@ def _check_block_table(q: Tensor, k_cache: Tensor, block_table: Tensor | None, l
         raise ValueError(
             f"block_table: got last stride {block_table.stride(1)}, takes a contiguous last dimension"
         )
-
-
-def _planned(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    mask: IntervalMask,
-    block_table: Tensor | None,
-    scale: float | None,
-    num_splits: int,
-    backend: str,
-) -> tuple[tuple[Call, ...], float] | None:
-    """The calls and the scale for pages on the CPU that are read in place, or None for all else.
-
-    Checked and planned for the first layer, and found again for the others.
-    """
-    if block_table is None or q.device.type != "cpu":
-        return None
-    key = (_likeness(q, k_cache, v_cache), scale, num_splits, backend, environment())
-
-    def make() -> tuple[tuple[Call, ...], float] | None:
-        _check(q, k_cache, v_cache, mask, block_table, num_splits)
-        checked = checked_scale(q, scale)
-        if choose_for_cache(backend, q).implementation != "cpu" or k_cache.numel() == 0:
-            return None
-        if not (lies_end_to_end(k_cache) and lies_end_to_end(v_cache)):
-            return None
-        validate_bounds(mask.first_key, mask.end_key, mask.num_keys)
-        _validate_pages(mask, block_table, k_cache)
-        if q.numel() == 0:
-            return (), checked
-        first_key, end_key = (bound.expand(q.shape[0], -1) for bound in (mask.first_key, mask.end_key))
-        _, key_heads, slots, width = k_cache.shape
-        dtype = accumulation_dtype(q.dtype)
-        calls = plan_calls(first_key, end_key, block_table, slots, 2 * key_heads * width, dtype)
-        return calls, checked
-
-    return _CALLS.of((mask, block_table), key, make)
 
 
 def _room(k_cache: Tensor, block_table: Tensor | None) -> int:

@@ -288,16 +288,9 @@ def validate_bounds(first_key: Tensor, end_key: Tensor, num_keys: int) -> None:
     """Raise ValueError unless the bounds, int32 [B, S], are those of an interval mask over `num_keys` keys."""
     if first_key.numel() == 0:
         return
-    for name, bound in (("first_key", first_key), ("end_key", end_key)):
-        falls_BS = bound[:, 1:] < bound[:, :-1]
-        if bool(falls_BS.any()):
-            row, position = falls_BS.nonzero()[0].tolist()
-            before, after = bound[row, position : position + 2].tolist()
-            raise ValueError(
-                f"{name}: got {before} then {after} at queries {position} and {position + 1} of row {row}, "
-                "takes bounds that never decrease along a row"
-            )
-    lowest, highest = int(first_key[:, 0].min()), int(end_key[:, -1].max())
+    if first_key.shape[1] > 1:
+        _refuse_falls(first_key, end_key)
+    lowest, highest = min(first_key[:, 0].tolist()), max(end_key[:, -1].tolist())
     if lowest < 0:
         raise ValueError(f"first_key: got {lowest}, takes keys from 0 to num_keys, {num_keys}")
     if highest > num_keys:
@@ -309,6 +302,18 @@ def validate_bounds(first_key: Tensor, end_key: Tensor, num_keys: int) -> None:
             f"end_key: got {int(end_key[row, position])} at query {position} of row {row}, takes first_key, "
             f"{int(first_key[row, position])}, or more"
         )
+
+
+def _refuse_falls(first_key: Tensor, end_key: Tensor) -> None:
+    for name, bound in (("first_key", first_key), ("end_key", end_key)):
+        falls_BS = bound[:, 1:] < bound[:, :-1]
+        if bool(falls_BS.any()):
+            row, position = falls_BS.nonzero()[0].tolist()
+            before, after = bound[row, position : position + 2].tolist()
+            raise ValueError(
+                f"{name}: got {before} then {after} at queries {position} and {position + 1} of row {row}, "
+                "takes bounds that never decrease along a row"
+            )
 
 
 def _bounds_from_spans(

@@ -4,7 +4,8 @@ Every row has its own length. A forward writes its positions behind that length,
 called. So an image is computed anew at each denoising step over a prefix that is computed once, and stays only in its
 final form.
 
-R rows of one forward, S positions of one forward, P pages of a row, L slots of a page, K key heads, E head dimension.
+T layers, R rows of one forward, S positions of one forward, P pages of a row, L slots of a page, K key heads, E head
+dimension.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from transfusion.model.attention import Attend
-from transfusion_kernels import IntervalMask, append_to_kvcache, interval_attention_with_kvcache
+from transfusion_kernels import CachedAttention, IntervalMask
 
 # Slots of a page: rows share beginnings by whole pages, and waste half of one on average.
 PAGE_SLOTS = 16
@@ -61,7 +62,8 @@ class PagedCache:
         # Lowest first, so that the pages of a row tend to lie side by side.
         self._free = list(range(pages - 1, -1, -1))
         self._owners = [0] * pages
-        self._storage: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.layers = layers
+        self._storage: Tensor | None = None
 
     @property
     def free_pages(self) -> int:
@@ -88,9 +90,8 @@ class PagedCache:
         self._grow(forked, positions)
         if length % PAGE_SLOTS:
             source, target = row.pages[shared], forked.pages[shared]
-            for pair in self._storage:
-                for stored_PLKE in pair or ():
-                    stored_PLKE[target] = stored_PLKE[source]
+            if self._storage is not None:
+                self._storage[:, :, target] = self._storage[:, :, source]
         return forked
 
     def release(self, row: Row) -> None:
@@ -103,28 +104,19 @@ class PagedCache:
             self._free.sort(reverse=True)
         row.pages, row.length = [], 0
 
-    def copy(self, source: Row, target: Row) -> None:
-        """Let a row with pages of its own, and room enough, begin as another."""
-        pages = pages_for(source.length)
-        for pair in self._storage:
-            for stored_PLKE in pair or ():
-                stored_PLKE[target.pages[:pages]] = stored_PLKE[source.pages[:pages]]
-        target.length = source.length
-
     def view(self, rows: Sequence[Row]) -> CacheRows:
         """Rows as a forward reads and extends them. None may come twice."""
         return CacheRows(self, rows)
 
-    def storage(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [pages, K, L, E] of a layer, made at first use for keys [..., K, S, E] like the given.
+    def storage(self, like: Tensor) -> Tensor:
+        """Keys and values [T, 2, pages, K, L, E] of all layers, made at first use for keys [..., K, S, E] like these.
 
-        In memory the slots of pages in a row follow each other, so that the CPU reads those without a copy.
+        In memory the slots of all pages of a head follow each other, so that the CPU reads pages in a row in one go.
         """
-        pair = self._storage[layer]
-        if pair is None:
-            shape = (len(self._owners), PAGE_SLOTS, like.shape[1], like.shape[3])
-            pair = self._storage[layer] = (like.new_zeros(shape), like.new_zeros(shape))
-        return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
+        if self._storage is None:
+            shape = (self.layers, 2, like.shape[1], len(self._owners), PAGE_SLOTS, like.shape[3])
+            self._storage = like.new_zeros(shape).transpose(2, 3)
+        return self._storage
 
     def _grow(self, row: Row, positions: int) -> None:
         wanted = pages_for(positions) - len(row.pages)
@@ -141,12 +133,9 @@ class CacheRows:
 
     def __init__(self, cache: PagedCache, rows: Sequence[Row]) -> None:
         self._cache, self._rows = cache, rows
-        most = max(len(row.pages) for row in rows)
-        table = [row.pages + [0] * (most - len(row.pages)) for row in rows]
-        self._table_RP = torch.tensor(table, dtype=torch.int32, device=cache.device).view(len(rows), most)
-        self._position, self._table = self._table_RP, self._table_RP
-        self._real_N: Tensor | None = None
-        self.layers: list[Attend] = [partial(self._attend, layer) for layer in range(len(cache._storage))]
+        self._counts: list[int] = []
+        self._attention: CachedAttention | None = None
+        self.layers: list[Attend] = [partial(self._attend, layer) for layer in range(cache.layers)]
 
     @property
     def lengths(self) -> list[int]:
@@ -161,19 +150,10 @@ class CacheRows:
         for row, count in zip(self._rows, counts, strict=True):
             if row.length + count > row.room:
                 raise ValueError(f"{count} positions do not fit after {row.length} in a row of {row.room}")
-        lengths, size = self.lengths, end_RS.shape[1]
-        length_R1 = torch.tensor(lengths, device=self._cache.device)[:, None]
-        position_RS = length_R1 + torch.arange(size, device=self._cache.device)
-        self._real_N = None
-        self._position, self._table = position_RS, self._table_RP
-        if min(counts) < size:
-            # Padding is not written: each position goes by itself, with the table of its row.
-            real = [row * size + place for row, count in enumerate(counts) for place in range(count)]
-            self._real_N = torch.tensor(real, device=self._cache.device)
-            self._position = position_RS.flatten()[self._real_N][:, None]
-            self._table = self._table_RP[self._real_N // size]
+        self._counts, self._attention = list(counts), None
+        length_R1 = torch.tensor(self.lengths, device=self._cache.device)[:, None]
         end_key_RS = (length_R1 + end_RS).to(torch.int32)
-        most = max(length + count for length, count in zip(lengths, counts, strict=True))
+        most = max(length + count for length, count in zip(self.lengths, counts, strict=True))
         return IntervalMask(torch.zeros_like(end_key_RS), end_key_RS, num_keys=most)
 
     def advance(self, counts: Sequence[int]) -> None:
@@ -183,15 +163,10 @@ class CacheRows:
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
         """Attention of one layer to the keys of these rows and the new ones, which it writes: an `Attend`."""
-        keys, values = self._cache.storage(layer, key)
-        if self._real_N is not None:
-            key, value = (
-                x.transpose(1, 2).flatten(0, 1).index_select(0, self._real_N)[:, :, None]
-                for x in (key, value)
+        if self._attention is None:
+            pages = [row.pages for row in self._rows]
+            storage, backend = self._cache.storage(key), self._cache.backend
+            self._attention = CachedAttention(
+                storage, mask, pages, self.lengths, self._counts, backend=backend
             )
-        append_to_kvcache(key, value, keys, values, self._position, block_table=self._table)
-        attended = interval_attention_with_kvcache(
-            query, keys, values, mask, block_table=self._table_RP, backend=self._cache.backend
-        )
-        assert isinstance(attended, Tensor)  # not a pair: the log-sum-exp is not asked for
-        return attended
+        return self._attention(layer, query, key, value)

@@ -134,11 +134,9 @@ class ModelRunner:
 
     def token_block(self, ids: Sequence[int], starts: Sequence[int]) -> ModelInput:
         """One token a row, at running positions `starts`."""
-        ids_R1 = torch.tensor(ids, device=self.device)[:, None]
-        position_R11 = torch.tensor(starts, device=self.device)[:, None, None]
-        return ModelInput(
-            ids_R1, position_R11.expand(-1, -1, self.axes), torch.ones_like(ids_R1), [1] * len(ids)
-        )
+        ids_R1, start_R1 = torch.tensor([ids, starts], device=self.device)[..., None].unbind()
+        position_R1A = start_R1[..., None].expand(-1, -1, self.axes)
+        return ModelInput(ids_R1, position_R1A, torch.ones_like(ids_R1), [1] * len(ids))
 
     def image_block(self, encoded: Tensor, starts: Sequence[int], size: Size) -> ModelInput:
         """One finished image of this size a row, its first patch at running position `starts`, and its <EOI>.
@@ -164,6 +162,8 @@ class ModelRunner:
     def read(self, rows: CacheRows, block: ModelInput) -> Tensor:
         """Read the block into the cache; returns the final state [R, D] of each row's last real position."""
         hidden_RSD = self._run(rows, block)
+        if min(block.counts) == hidden_RSD.shape[1]:
+            return self.model.norm(hidden_RSD[:, -1])
         last_R = torch.tensor(block.counts, device=self.device) - 1
         return self.model.norm(hidden_RSD[torch.arange(len(last_R), device=self.device), last_R])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,12 +49,21 @@ def mask_logits(
     Of the control tokens only <EOS> may be chosen, and those that begin images where image_allowed_RK (bool) says so;
     other ids from `vocabulary` on are rows of the embedding that no text uses.
     """
-    forbidden_RV = torch.zeros(logit_RV.shape, dtype=torch.bool, device=logit_RV.device)
-    forbidden_RV[:, : len(SpecialToken)] = True
-    forbidden_RV[:, vocabulary:] = True
-    forbidden_RV[:, SpecialToken.END_DOCUMENT] = False
-    forbidden_RV[:, list(begins_K)] = ~image_allowed_RK
-    return logit_RV.masked_fill(forbidden_RV, -math.inf)
+    never_V, begin_K = _special_ids(logit_RV.shape[1], vocabulary, tuple(begins_K), logit_RV.device)
+    begins_RK = logit_RV.index_select(1, begin_K).masked_fill(~image_allowed_RK, -math.inf)
+    return logit_RV.masked_fill(never_V, -math.inf).index_copy_(1, begin_K, begins_RK)
+
+
+@lru_cache(maxsize=8)
+def _special_ids(
+    ids: int, vocabulary: int, begins_K: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """bool [V], which of so many ids neither are text nor end it, and int64 [K], those that begin images."""
+    never_V = torch.zeros(ids, dtype=torch.bool)
+    never_V[: len(SpecialToken)] = True
+    never_V[vocabulary:] = True
+    never_V[SpecialToken.END_DOCUMENT] = False
+    return never_V.to(device), torch.tensor(begins_K, device=device)
 
 
 def sample_token(logit_RV: Tensor, sampling_R: Sequence[TextSampling], index_R: Sequence[int]) -> Tensor:

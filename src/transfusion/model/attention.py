@@ -1,6 +1,6 @@
 """Grouped-query attention over an interval mask, whatever carries it out.
 
-B rows, S queries, H query heads, K key heads, E head dimension, D width, F frequencies.
+B rows, S queries, H query heads, K key heads, E head dimension, D width.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.value = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
-        self.query_norm: nn.Module = nn.Identity()
-        self.key_norm: nn.Module = nn.Identity()
+        self.query_norm: nn.Module | None = None
+        self.key_norm: nn.Module | None = None
         if config.qk_norm:
             self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon)
             self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon)
@@ -93,8 +93,8 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        cosine_BSF: Tensor,
-        sine_BSF: Tensor,
+        cosine_B1SE: Tensor,
+        sine_B1SE: Tensor,
         mask: IntervalMask,
         attend: Attend | None = None,
     ) -> Tensor:
@@ -102,8 +102,8 @@ class Attention(nn.Module):
 
         Args:
             x_BSD: States of the positions.
-            cosine_BSF: Cosine of the rotary angles, for F = E / 2 frequencies.
-            sine_BSF: Their sine.
+            cosine_B1SE: Cosines of the rotary angles, as `rotate` takes them.
+            sine_B1SE: Their signed sines.
             mask: Which positions see which.
             attend: What carries it out this time, such as a layer of a cache.
 
@@ -114,7 +114,8 @@ class Attention(nn.Module):
         query = self.query(x_BSD).view(B, S, self.heads, self.head_dim).transpose(1, 2)
         key = self.key(x_BSD).view(B, S, self.kv_heads, self.head_dim).transpose(1, 2)
         value = self.value(x_BSD).view(B, S, self.kv_heads, self.head_dim).transpose(1, 2)
-        query = rotate(self.query_norm(query), cosine_BSF, sine_BSF)
-        key = rotate(self.key_norm(key), cosine_BSF, sine_BSF)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = (rotate(x, cosine_B1SE, sine_B1SE) for x in (query, key))
         attended = (attend or self.attend)(query, key, value, mask)
         return self.out(attended.transpose(1, 2).reshape(B, S, self.heads * self.head_dim))

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import ModelConfig
 from transfusion.model.attention import Attend
-from transfusion.model.embedding import rotary_angles
+from transfusion.model.embedding import rotation
 from transfusion.model.heads import TextHead
 from transfusion.model.patch_position import PatchPosition
 from transfusion.model.patches import Grid
@@ -50,15 +50,14 @@ class Backbone(nn.Module, ABC):
         layers: Sequence[Attend] | None = None,
     ) -> Tensor:
         """All blocks. The final norm is the caller's. layers: the attention of each, such as a cache."""
-        angle_BSF = rotary_angles(position_BSA, self.config.head_dim, self.config.rope_theta)
-        cosine_BSF, sine_BSF = angle_BSF.cos(), angle_BSF.sin()
+        turn = rotation(position_BSA, self.config.head_dim, self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
             if self.recomputes_blocks and torch.is_grad_enabled():
-                inputs = (hidden_BSD, cosine_BSF, sine_BSF, mask)
+                inputs = (hidden_BSD, *turn, mask)
                 hidden_BSD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 attend = None if layers is None else layers[layer]
-                hidden_BSD = block(hidden_BSD, cosine_BSF, sine_BSF, mask, attend)
+                hidden_BSD = block(hidden_BSD, *turn, mask, attend)
         return hidden_BSD
 
 

@@ -46,14 +46,14 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        cosine_BSF: Tensor,
-        sine_BSF: Tensor,
+        cosine_B1SE: Tensor,
+        sine_B1SE: Tensor,
         mask: IntervalMask,
         attend: Attend | None = None,
     ) -> Tensor:
         def attention(x_BSD: Tensor) -> Tensor:
             x_BSD = self.attention_norm(x_BSD) if self.norms_before else x_BSD
-            out_BSD = self.attention(x_BSD, cosine_BSF, sine_BSF, mask, attend)
+            out_BSD = self.attention(x_BSD, cosine_B1SE, sine_B1SE, mask, attend)
             return out_BSD if self.norms_before else self.attention_norm(out_BSD)
 
         if self.recomputes_attention and torch.is_grad_enabled():

@@ -1,6 +1,6 @@
 """Rotary positions and timestep embeddings.
 
-B rows, S positions, A position axes, F head_dim / 2 frequencies, D width, I images.
+B rows, S positions, A position axes, H heads, E head dimension, F = E / 2 frequencies, D width, I images.
 """
 
 from __future__ import annotations
@@ -24,15 +24,25 @@ def rotary_angles(position_BSA: Tensor, head_dim: int, theta: float) -> Tensor:
     """
     frequencies = head_dim // 2
     exponent_F = torch.arange(frequencies, device=position_BSA.device, dtype=torch.float32) / frequencies
-    axis_F = torch.arange(frequencies, device=position_BSA.device) % position_BSA.shape[-1]
-    return position_BSA[..., axis_F].float() * theta**-exponent_F
+    frequency_F = theta**-exponent_F
+    axes = position_BSA.shape[-1]
+    if axes == 1:
+        return position_BSA.float() * frequency_F
+    axis_F = torch.arange(frequencies, device=position_BSA.device) % axes
+    return position_BSA[..., axis_F].float() * frequency_F
 
 
-def rotate(x_BHSE: Tensor, cosine_BSF: Tensor, sine_BSF: Tensor) -> Tensor:
+def rotation(position_BSA: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """What `rotate` takes for positions [B, S, A]: cosines and signed sines [B, 1, S, E] in fp32."""
+    angle_B1SF = rotary_angles(position_BSA, head_dim, theta)[:, None]
+    cosine, sine = angle_B1SF.cos(), angle_B1SF.sin()
+    return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
+
+
+def rotate(x_BHSE: Tensor, cosine_B1SE: Tensor, sine_B1SE: Tensor) -> Tensor:
     """Turn head dimensions pairwise, (i, i + E/2) being a pair; computed in fp32, returned in x's dtype."""
-    left, right = x_BHSE.float().chunk(2, dim=-1)
-    cosine, sine = cosine_BSF[:, None], sine_BSF[:, None]
-    return torch.cat((left * cosine - right * sine, right * cosine + left * sine), dim=-1).to(x_BHSE.dtype)
+    x = x_BHSE.float()
+    return (x * cosine_B1SE + x.roll(x.shape[-1] // 2, -1) * sine_B1SE).to(x_BHSE.dtype)
 
 
 def sinusoid_angles(value_N: Tensor, frequencies: int) -> Tensor:

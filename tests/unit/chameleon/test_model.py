@@ -18,7 +18,7 @@ from transfusion.families.build import build_model, family_of
 from transfusion.generate import Pipeline
 from transfusion.losses.chameleon import ChameleonLoss
 from transfusion.model import Chameleon, Transfusion
-from transfusion.model.embedding import rotary_angles
+from transfusion.model.embedding import rotation
 from transfusion.model.patches import Grid
 from transfusion.observe.flops import FlopModel
 from transfusion.parallel.collectives import global_counts
@@ -234,8 +234,8 @@ def test_norms_stand_where_they_are_asked_for(build: Build, pack: Any) -> None:
         config, model = build(model={"norm_placement": order})
         block, batch = model.blocks[0], pairs(pack, config)
         x_BSD = model.embedding(batch.token_ids_BS)
-        angle = rotary_angles(batch.position_BSA, config.model.head_dim, config.model.rope_theta)
-        rest = (angle.cos(), angle.sin(), batch.mask)
+        turn = rotation(batch.position_BSA, config.model.head_dim, config.model.rope_theta)
+        rest = (*turn, batch.mask)
         if order == "pre":
             y_BSD = x_BSD + block.attention(block.attention_norm(x_BSD), *rest)
             wanted = y_BSD + block.feed_forward(block.feed_forward_norm(y_BSD))

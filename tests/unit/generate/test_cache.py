@@ -24,7 +24,7 @@ def write(cache: PagedCache, rows: list[Row], counts: list[int], value: float) -
 
 def keys(cache: PagedCache, row: Row) -> list[float]:
     """The first number of each key of a row that counts."""
-    key, value = (x[0] for x in cache.storage(torch.empty(1, K, 1, E)))
+    key, value = cache.storage(torch.empty(1, K, 1, E))[0]
     assert torch.equal(key, -value)
     found: Tensor = torch.cat([key[page, 0, :, 0] for page in row.pages])[: row.length]
     return found.tolist()

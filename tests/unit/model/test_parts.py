@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transfusion.config import CodecConfig, ModelConfig
 from transfusion.families.build import count_parameters
 from transfusion.model import Transfusion, heads
-from transfusion.model.embedding import rotary_angles, rotate
+from transfusion.model.embedding import rotary_angles, rotate, rotation
 from transfusion.model.heads import TextHead
 from transfusion.model.initialise import initial_value, initialise
 from transfusion.model.patches import patchify, unpatchify
@@ -93,8 +93,7 @@ def test_attention_scores_depend_on_distances_only() -> None:
     scores = []
     for shift in (0, 1000):
         position = torch.tensor([[[shift + 5], [shift + 2]]])
-        angle = rotary_angles(position, 64, 10_000.0)
-        turned = rotate(torch.cat((query, key), dim=2), angle.cos(), angle.sin())
+        turned = rotate(torch.cat((query, key), dim=2), *rotation(position, 64, 10_000.0))
         scores.append((turned[0, 0, 0] * turned[0, 0, 1]).sum())
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=2e-3)
 

@@ -121,7 +121,8 @@ def test_it_is_added_behind_either_encoder(
     assert not torch.allclose(encoding.patch_ND, bare.patch_ND)
 
 
-STEPS = 160
+# Later the order of patches alone has told where they are, too.
+STEPS = 60
 
 
 def image_of_places() -> Tensor:
@@ -150,7 +151,7 @@ def loss_after_learning(pack: Callable[..., Batch], kind: str) -> float:
         rows = [[[ImageSegment(image, 64)], [ImageSegment(image, 64)]] for _ in range(4)]
         batch = pack(config, rows, timesteps=timesteps, keys=keys)
         terms = engine.forward_backward(batch, global_counts([batch], engine.loss))
-        assert not engine.step(1e-2).read().skipped
+        assert not engine.step(5e-3).read().skipped
         if step >= STEPS - 10:
             total += float(terms.sums["image"] / terms.counts["image"]) / 10
     return total
@@ -160,4 +161,4 @@ def loss_after_learning(pack: Callable[..., Batch], kind: str) -> float:
 def test_an_image_whose_patches_only_their_place_tells_is_learned(pack: Callable[..., Batch]) -> None:
     known = {kind: loss_after_learning(pack, kind) for kind in ("none", "sincos", "learned")}
     # An image of -1 and 1 of which nothing is known has a loss of about 1.
-    assert max(known["sincos"], known["learned"]) < 0.15 and known["none"] > 0.4, known
+    assert max(known["sincos"], known["learned"]) < 0.1 and known["none"] > 0.3, known
