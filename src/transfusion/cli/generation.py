@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,10 @@ from transfusion.tokens import MAX_SAMPLING_SEED
 
 if TYPE_CHECKING:
     from transfusion.generate.settings import AnswerSettings, ImageSettings
+
+
+# Seconds that captions take before it is shown how far they are.
+_SHORT = 5.0
 
 
 def _known_sampler(name: str) -> str:
@@ -296,12 +301,13 @@ def caption(
     from transfusion.observe.progress import CallProgress
 
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
-    loaded, ended = load_images(images, pipeline.config), count(1)
+    loaded, ended, begin = load_images(images, pipeline.config), count(1), time.monotonic()
     with CallProgress(lambda: "") as progress:
 
         def tell(_: int, event: Event) -> None:
-            if isinstance(event, Done):
-                progress(next(ended), len(images))
+            done = next(ended) if isinstance(event, Done) else 0
+            if done and time.monotonic() - begin > _SHORT:
+                progress(done, len(images))
 
         captions = pipeline.caption(loaded, max_tokens=max_tokens, on_event=tell)
     for image, text in zip(images, captions, strict=True):

@@ -467,9 +467,10 @@ class Engine:
 
     def _may_begin(self, task: _Task, size: Size) -> bool:
         request = task.request
+        if task.images >= request.max_images or request.image.size not in (None, size):
+            return False
         ends = task.row.length + self.runner.sizes.patches(size) + 2
-        fits = ends <= self.config.data.sequence_length
-        return fits and task.images < request.max_images and request.image.size in (None, size)
+        return ends <= self.config.data.sequence_length
 
     def _tell_text(self, task: _Task, *, complete: bool = False) -> None:
         """Tell what was said. The bytes of a letter that is not complete wait, unless nothing follows them."""
