@@ -98,6 +98,18 @@ def _image_settings(
     }
 
 
+def _answer_settings(
+    image: ImageSettings, max_tokens: int, max_images: int, temperature: float, top_p: float
+) -> AnswerSettings:
+    return {
+        **image,
+        "max_tokens": max_tokens,
+        "max_images": max_images,
+        "temperature": temperature,
+        "top_p": top_p,
+    }
+
+
 def sample(
     model: Model,
     out: ImageFolder,
@@ -236,13 +248,8 @@ def generate(
     from transfusion.generate.pipeline import Pipeline
     from transfusion.generate.terminal import read_parts, tell
 
-    settings: AnswerSettings = {
-        **_image_settings(cfg, negative_prompt, guidance_interval, guidance_rescale, steps, sampler, size),
-        "max_tokens": max_tokens,
-        "max_images": max_images,
-        "temperature": temperature,
-        "top_p": top_p,
-    }
+    image = _image_settings(cfg, negative_prompt, guidance_interval, guidance_rescale, steps, sampler, size)
+    settings = _answer_settings(image, max_tokens, max_images, temperature, top_p)
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
     events = pipeline.stream(read_parts(prompt, pipeline.config, sys.stdin), seed=seed, **settings)
     tell(events, " ".join(prompt), SampleFolder(out, model), sys.stdout, as_json=as_json)
@@ -272,13 +279,8 @@ def chat(
     from transfusion.generate.pipeline import Pipeline
     from transfusion.generate.terminal import chat as run
 
-    settings: AnswerSettings = {
-        **_image_settings(cfg, negative_prompt, guidance_interval, guidance_rescale, steps, sampler, size),
-        "max_tokens": max_tokens,
-        "max_images": max_images,
-        "temperature": temperature,
-        "top_p": top_p,
-    }
+    image = _image_settings(cfg, negative_prompt, guidance_interval, guidance_rescale, steps, sampler, size)
+    settings = _answer_settings(image, max_tokens, max_images, temperature, top_p)
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
     run(pipeline, SampleFolder(out, model), sys.stdin, sys.stdout, seed=seed, settings=settings)
 
@@ -350,8 +352,7 @@ def replay(
     device: Device = "auto",
 ) -> None:
     """Make an image again by the recipe that it carries, and compare. Exits with 3 where it differs."""
-    from transfusion.generate.image_files import load_images, model_of
-    from transfusion.generate.pictures import read_pixels
+    from transfusion.generate.image_files import load_images, model_of, read_pixels
     from transfusion.generate.pipeline import Pipeline
     from transfusion.generate.recipe import pixel_digest, read_recipe
 

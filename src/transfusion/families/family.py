@@ -12,11 +12,10 @@ from transfusion.codec import Codec
 from transfusion.config import Config, DiffusionConfig
 from transfusion.inference.cache import PagedCache, Row
 from transfusion.inference.image_diffusion import ImageSampling
-from transfusion.inference.image_scores import Score
+from transfusion.inference.image_scores import GivenImage, Score
 from transfusion.inference.runner import ModelRunner
 from transfusion.losses.loss import Loss
 from transfusion.model.backbone import Backbone
-from transfusion.sequence.sizes import Size
 
 
 class ImageDrawing(Protocol):
@@ -69,8 +68,8 @@ class Family:
         drawing: Begins an image, from the network, the section `diffusion`, how it is drawn, and its rows. How it is
             drawn has its size, and as seed the key of its random numbers.
         advance: Calls the model once for drawings of one group.
-        score: How likely an image is. Takes the network, the section `diffusion`, a cache and a row of it that ends in
-            <BOI>, the image as the codec encodes it, its size, how many draws are made, and their seed.
+        score: How likely an image is. Takes the network, the section `diffusion`, the image, how many draws are made,
+            and their seed.
         image_calls: How often drawing an image of so many patches calls the model.
         image_operations: Operations of forward and backward through what encodes and decodes one image. Takes the
             network, the shape [C, H, W] of the latents, and whether blocks are computed again.
@@ -82,7 +81,7 @@ class Family:
     loss: Callable[[Config, Codec | None], Loss]
     drawing: Callable[[ModelRunner, DiffusionConfig, ImageSampling, Sequence[Row]], ImageDrawing]
     advance: Callable[[ModelRunner, PagedCache, Sequence[Any]], None]
-    score: Callable[[ModelRunner, DiffusionConfig, PagedCache, Row, Tensor, Size, int, int], Score]
+    score: Callable[[ModelRunner, DiffusionConfig, GivenImage, int, int], Score]
     image_calls: Callable[[ImageSampling, DiffusionConfig, int], int]
     image_operations: Callable[[Backbone, tuple[int, int, int], bool], int]
     head_targets: Callable[[tuple[int, int, int]], int]

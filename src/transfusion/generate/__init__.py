@@ -2,7 +2,7 @@
 
 from transfusion.generate.engine import Engine
 from transfusion.generate.events import Done, Event, ImageDone, ImagePreview, ImageStart, TextDelta
-from transfusion.generate.pictures import to_image
+from transfusion.generate.pillow_images import to_image
 from transfusion.generate.pipeline import ImageLike, Pipeline, Prompt, SampledImage
 from transfusion.generate.recipe import Recipe, read_recipe
 from transfusion.generate.request import Part, Request

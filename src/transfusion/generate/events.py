@@ -8,7 +8,7 @@ from typing import Literal
 from PIL import Image
 from torch import Tensor
 
-from transfusion.generate.pictures import to_image
+from transfusion.generate.pillow_images import to_image
 from transfusion.generate.recipe import Recipe
 from transfusion.sequence.sizes import Size
 

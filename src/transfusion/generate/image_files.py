@@ -11,14 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from transfusion.config import Config, SampleGridConfig
 from transfusion.errors import UserError, describe
 from transfusion.files import atomic_file, atomic_write_text
-from transfusion.generate.pictures import read_image, to_image
+from transfusion.generate.pillow_images import read_image, to_image
 from transfusion.generate.pipeline import SampledImage
+from transfusion.generate.recipe import UNREADABLE
 
 INDEX = "index.jsonl"
 # Images of a grid are enlarged to at least this side, pixel by pixel.
@@ -37,6 +40,18 @@ def load_images(paths: Sequence[Path], config: Config) -> list[Tensor]:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         images.append(read_image(data, config, str(path)))
     return images
+
+
+def read_pixels(path: Path) -> Tensor:
+    """The pixels of a drawn image, uint8 [C, H, W], as they are. Raises UserError for what is none."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "RGB"):
+                raise UserError(f"{path} is not as it was drawn: its mode is {image.mode}")
+            values = np.asarray(image)
+    except UNREADABLE as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    return torch.from_numpy(np.atleast_3d(values).transpose(2, 0, 1).copy())
 
 
 class SampleFolder:

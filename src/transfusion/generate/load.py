@@ -14,6 +14,7 @@ from transfusion.checkpoint.export import EXPORT_AGAIN, ModelFolder
 from transfusion.config.weights_folder import check_tensors, stored_tensors
 from transfusion.errors import UserError
 from transfusion.families.build import family_of
+from transfusion.generate.recipe import Origin, StoredDtype
 from transfusion.inference.int8 import keep_int8, quantise
 from transfusion.model.backbone import Backbone
 from transfusion.sequence.tokenizer import Tokenizer
@@ -24,8 +25,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "int8"]
 
 def load_model(
     found: ModelFolder, weights: Weights, tokenizer: Tokenizer, device: torch.device, dtype: Dtype = "auto"
-) -> Backbone:
-    """The network, for inference only.
+) -> tuple[Backbone, Origin]:
+    """The network, for inference only, and which weights it has.
 
     dtype: "auto" is on CUDA the precision it was trained in, elsewhere fp32. With "int8" the matrices are int8 and
     all else is as with "auto".
@@ -56,7 +57,13 @@ def load_model(
             model.to(device, precision)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} does not match config.json: {error}; {EXPORT_AGAIN}") from None
-    return model.eval().requires_grad_(False)
+    kept: StoredDtype = "bfloat16" if precision == torch.bfloat16 else "float32"
+    origin = Origin(
+        model=found.export_id,
+        weights="ema" if path == found.average else "raw",
+        dtype="int8" if dtype == "int8" else kept,
+    )
+    return model.eval().requires_grad_(False), origin
 
 
 def _precision(found: ModelFolder, device: torch.device, dtype: Dtype) -> torch.dtype:

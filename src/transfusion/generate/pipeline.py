@@ -23,8 +23,8 @@ from transfusion.families.build import family_of
 from transfusion.generate.engine import Engine
 from transfusion.generate.events import Event, ImageDone, TextDelta
 from transfusion.generate.load import Dtype, Weights, load_model
-from transfusion.generate.pictures import from_image, to_image
-from transfusion.generate.recipe import Origin, Recipe, StoredDtype
+from transfusion.generate.pillow_images import from_image, to_image
+from transfusion.generate.recipe import Origin, Recipe
 from transfusion.generate.request import Part, Request, segments
 from transfusion.generate.scoring import score_image, score_texts
 from transfusion.generate.settings import (
@@ -134,11 +134,7 @@ class Pipeline:
         found = read_export(folder)
         tokenizer = Tokenizer(found.tokenizer)
         place = find_device(device)
-        model = load_model(found, weights, tokenizer, place, dtype)
-        kept = "ema" if weights == "auto" and found.average else "raw" if weights == "auto" else weights
-        half = next(model.parameters()).dtype == torch.bfloat16
-        stored: StoredDtype = "int8" if dtype == "int8" else "bfloat16" if half else "float32"
-        origin = Origin(model=found.export_id, weights=kept, dtype=stored)
+        model, origin = load_model(found, weights, tokenizer, place, dtype)
         return cls(model, tokenizer, found.config, place, origin=origin)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -24,6 +24,8 @@ from transfusion.inference.text_sampling import TextSampling
 # The keyword of the chunk, and the number of what stands in it.
 KEYWORD = "transfusion"
 FORMAT: Literal[1] = 1
+# What Pillow raises for files that are broken, no images, or far too large.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 # What weights can be kept in.
 StoredDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -151,7 +153,7 @@ def read_recipe(path: Path) -> Recipe:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
             text = getattr(image, "text", {}).get(KEYWORD)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no whole PNG"
         raise UserError(f"cannot read {path}: {reason}") from None
     if text is None:

@@ -15,7 +15,7 @@ from transfusion.config import Config
 from transfusion.families import Family
 from transfusion.generate.request import Part, segments
 from transfusion.inference.cache import pages_for
-from transfusion.inference.image_scores import ROWS, Score
+from transfusion.inference.image_scores import ROWS, GivenImage, Score
 from transfusion.inference.runner import ModelRunner
 from transfusion.schema import TextSegment
 from transfusion.sequence.layout import Layout
@@ -90,4 +90,4 @@ def score_image(
     images = [part for part in context if isinstance(part, Tensor)]
     runner.read(cache.view([row]), runner.prompt_block([(layout, 0, count)], images))
     encoded = runner.codec.encode(image[None].to(runner.device))[0]
-    return family.score(runner, config.diffusion, cache, row, encoded, size, samples, seed)
+    return family.score(runner, config.diffusion, GivenImage(encoded, size, cache, row), samples, seed)

@@ -16,7 +16,7 @@ from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.generate.events import Done, Event, ImageDone, ImagePreview, ImageStart, TextDelta
 from transfusion.generate.image_files import SampleFolder, load_images
-from transfusion.generate.pictures import to_image
+from transfusion.generate.pillow_images import to_image
 from transfusion.generate.pipeline import Pipeline, SampledImage
 from transfusion.generate.request import Part
 from transfusion.generate.settings import AnswerSettings
@@ -39,15 +39,13 @@ def read_parts(words: Sequence[str], config: Config, stdin: TextIO) -> list[Part
     Raises:
         UserError: For an image that cannot be read, or standard input that is no text.
     """
-    parts: list[Part] = []
-    for word in words:
-        if word.startswith("@") and not word.startswith("@@"):
-            parts += load_images([Path(word[1:])], config)
-        elif word == "-":
-            parts.append(_read(stdin))
-        else:
-            parts.append(word[1:] if word.startswith("@@") else word)
-    return parts
+    return [_read(stdin) if word == "-" else _part(word, config) for word in words]
+
+
+def _part(word: str, config: Config) -> Part:
+    if word.startswith("@") and not word.startswith("@@"):
+        return load_images([Path(word[1:])], config)[0]
+    return word[1:] if word.startswith("@@") else word
 
 
 def read_lines(name: str, stdin: TextIO) -> list[str]:
@@ -196,13 +194,11 @@ def chat(
 def _said(line: str, config: Config) -> list[Part]:
     """Words of a line, as one text between two images."""
     parts: list[Part] = []
-    for word in line.split():
-        if word.startswith("@") and not word.startswith("@@"):
-            parts += load_images([Path(word[1:])], config)
-        elif parts and isinstance(parts[-1], str):
-            parts[-1] += f" {word.removeprefix('@') if word.startswith('@@') else word}"
+    for part in (_part(word, config) for word in line.split()):
+        if parts and isinstance(part, str) and isinstance(parts[-1], str):
+            parts[-1] += f" {part}"
         else:
-            parts.append(word.removeprefix("@") if word.startswith("@@") else word)
+            parts.append(part)
     return parts
 
 

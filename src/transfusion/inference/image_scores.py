@@ -6,6 +6,7 @@ N draws, C channels, H/W latent height and width, P patches an image.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,21 +45,31 @@ class Score:
     count: int
 
 
+class GivenImage(NamedTuple):
+    """An image that is scored.
+
+    Attributes:
+        encoded: As the codec encodes it: latents [C, H, W], or tokens [h, w].
+        size: In pixels.
+        cache: Of what stands before it.
+        row: Of that cache. It ends in <BOI>, and stays as it is.
+    """
+
+    encoded: Tensor
+    size: Size
+    cache: PagedCache
+    row: Row
+
+
 def diffusion_bound(
-    runner: ModelRunner,
-    config: DiffusionConfig,
-    cache: PagedCache,
-    row: Row,
-    encoded: Tensor,
-    size: Size,
-    samples: int,
-    seed: int,
+    runner: ModelRunner, config: DiffusionConfig, image: GivenImage, samples: int, seed: int
 ) -> Score:
-    """The variational bound of latents [C, H, W], from so many draws of a timestep and noise, an even number.
+    """The variational bound of latents, from so many draws of a timestep and noise, an even number.
 
     Timesteps are drawn in pairs, each pair from a part of its own, so that the difference within pairs tells the error.
     Scores of one seed share their draws: their differences err less than they do.
     """
+    encoded, size, cache, row = image
     objective = ImageObjective(config)
     bound = DiffusionBound(objective.schedule)
     key_N = (seed << _DRAW_BITS) + torch.arange(samples, device=runner.device)
@@ -86,16 +97,10 @@ def diffusion_bound(
 
 
 def token_likelihood(
-    runner: ModelRunner,
-    config: DiffusionConfig,
-    cache: PagedCache,
-    row: Row,
-    encoded: Tensor,
-    size: Size,
-    samples: int,
-    seed: int,
+    runner: ModelRunner, config: DiffusionConfig, image: GivenImage, samples: int, seed: int
 ) -> Score:
-    """The exact log-likelihood of image tokens [h, w] (the Chameleon baseline). Nothing is drawn."""
+    """The exact log-likelihood of an image's tokens among image tokens (the Chameleon baseline). Nothing is drawn."""
+    encoded, size, cache, row = image
     assert isinstance(runner.model, Chameleon)
     whole = cache.fork(row, row.length + 1 + runner.sizes.patches(size))
     # <BOI> is read once more, for the state that the first token is predicted from.

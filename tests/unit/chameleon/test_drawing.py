@@ -158,3 +158,24 @@ def test_a_stream_with_previews_asked_for(build: Build, tokenizer: Any) -> None:
     settings = {"max_tokens": 3, "max_images": 1, "seed": 2, "guidance": 3.0}
     events = list(pipeline.stream("one", preview_every=1, **settings))
     assert events == list(pipeline.stream("one", **settings))
+
+
+def test_scores_of_images_are_exact(build: Build, tokenizer: Any) -> None:
+    """Behind a text and an image, as if all were read at once. Nothing is drawn, so nothing errs."""
+    config, model = build(data={"sequence_length": 128})
+    pipeline = Pipeline(model, tokenizer, config, "cpu", codec=Squares())  # type: ignore[arg-type]
+    before, image = flat_image(1), flat_image(2)
+    (score,) = pipeline.score([["one", before]], [image])
+    tokens = [Squares().encode(pixels[None])[0].flatten().tolist() for pixels in (before, image)]
+    segments: list[Segment] = [
+        TextSegment(tuple(tokenizer.encode("one"))),
+        ImageSegment(None, TOKENS),
+        ImageSegment(None, TOKENS),
+    ]
+    state_SD = Truth(pipeline).states(segments, tokens)
+    first = len(state_SD) - TOKENS - 1
+    with torch.no_grad():
+        logit_PK = model.lm_head(state_SD[first - 1 : first - 1 + TOKENS])[:, config.model.vocabulary :]
+    nats_P = logit_PK.double().log_softmax(-1)[torch.arange(TOKENS), torch.tensor(tokens[1])]
+    assert score.log_likelihood == pytest.approx(nats_P.sum().item(), rel=1e-5)
+    assert (score.standard_error, score.count) == (0, TOKENS)

@@ -55,25 +55,29 @@ def folder(
     tmp_path: Path, build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
 ) -> Path:
     """Raw weights of seed 0, averaged ones of seed 1; the vocabulary is left to the tokenizer."""
-    config, raw = build_model(seed=0)
-    _, average = build_model(seed=1)
-    names = dict(export.WEIGHT_FILES)
-    for file, model in zip(names.values(), (raw, average), strict=True):
-        save_file(model.state_dict(), tmp_path / file, metadata=MARKED)
-    shutil.copy(tokenizer.path, tmp_path / export.TOKENIZER)
+    (config, raw), (_, average) = build_model(seed=0), build_model(seed=1)
     values = config.as_dict()
     values["model"]["vocabulary"] = 0
+    write_export(tmp_path, values, tokenizer, raw, average)
+    return tmp_path
+
+
+def write_export(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, *models: Transfusion) -> None:
+    """A folder as `transfusion export` leaves it, of one network or of two: raw weights, and averaged ones."""
+    names = dict(list(export.WEIGHT_FILES.items())[: len(models)])
+    for file, model in zip(names.values(), models, strict=True):
+        save_file(model.state_dict(), folder / file, metadata=MARKED)
+    shutil.copy(tokenizer.path, folder / export.TOKENIZER)
     description = {
         "format": export.FORMAT,
         "format_version": export.FORMAT_VERSION,
         export.EXPORT_ID: "one",
         "step": 5,
         "weights": names,
-        "digests": {export.TOKENIZER: file_digest(tmp_path / export.TOKENIZER)},
-        "config": values,
+        "digests": {export.TOKENIZER: file_digest(folder / export.TOKENIZER)},
+        "config": config,
     }
-    (tmp_path / export.CONFIG).write_text(json.dumps(description))
-    return tmp_path
+    (folder / export.CONFIG).write_text(json.dumps(description))
 
 
 @pytest.fixture

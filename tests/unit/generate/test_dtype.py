@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from torch.nn import functional as F
 from transfusion.checkpoint import export
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.files import file_digest
 from transfusion.generate import Pipeline
 from transfusion.generate.load import Dtype
 from transfusion.inference import int8
@@ -25,6 +22,8 @@ from transfusion.model import Transfusion
 from transfusion.model.heads import TextHead
 from transfusion.schema import Batch, ImageSegment, TextSegment
 from transfusion.sequence.tokenizer import Tokenizer
+
+from .conftest import MARKED, write_export
 
 # Of logits and of latents, as a share of their size. The weights of these models are large and random.
 BOUND = 0.05
@@ -37,25 +36,14 @@ def folder(
 ) -> Path:
     """An export of a random model, with raw weights alone."""
     config, model = build_model(hidden_size=64, qk_norm=True, norm_placement="pre")
-    save_file(model.state_dict(), tmp_path / WEIGHTS, metadata={"format": "pt", export.EXPORT_ID: "one"})
-    shutil.copy(tokenizer.path, tmp_path / export.TOKENIZER)
-    description = {
-        "format": export.FORMAT,
-        "format_version": export.FORMAT_VERSION,
-        export.EXPORT_ID: "one",
-        "step": 5,
-        "weights": {"weight": WEIGHTS},
-        "digests": {export.TOKENIZER: file_digest(tmp_path / export.TOKENIZER)},
-        "config": config.as_dict(),
-    }
-    (tmp_path / export.CONFIG).write_text(json.dumps(description))
+    write_export(tmp_path, config.as_dict(), tokenizer, model)
     return tmp_path
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", export.EXPORT_ID: "one"})
+    save_file(tensors, folder / WEIGHTS, metadata=MARKED)
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline, Score
 from transfusion.generate.image_files import SampleFolder
-from transfusion.generate.pictures import to_image
+from transfusion.generate.pillow_images import to_image
 from transfusion.generate.terminal import chat, describe_score, read_lines, read_parts, shown, tell
 
 Build = Callable[..., Pipeline]

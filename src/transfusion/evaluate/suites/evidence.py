@@ -16,7 +16,7 @@ from transfusion.config.objectives import SAMPLERS
 from transfusion.evaluate.progress_lines import ProgressLines
 from transfusion.files import atomic_write_text, remove_leftover
 from transfusion.generate.image_files import save_samples
-from transfusion.generate.pictures import to_image
+from transfusion.generate.pillow_images import to_image
 from transfusion.generate.pipeline import Pipeline, SampledImage
 from transfusion.sequence.sizes import Size
 

@@ -6,11 +6,9 @@ C channels, H/W image height and width.
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from transfusion.config import Config
@@ -51,28 +49,12 @@ def from_image(image: Image.Image, config: Config) -> Tensor:
     stream = io.BytesIO()
     known = image.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
     try:
-        (image if known else image.convert("RGB")).save(stream, "PNG", exif=image.getexif())
+        (image if known else image.convert("RGB")).save(stream, "PNG", exif=image.getexif(), compress_level=0)
     except (OSError, ValueError, SystemError) as error:
         raise UserError(
             f"an image of mode {image.mode} and size {image.size} cannot be read: {error}"
         ) from None
     return read_image(stream.getvalue(), config, "an image")
-
-
-def read_pixels(path: Path) -> Tensor:
-    """The pixels of a drawn image, uint8 [C, H, W], as they are.
-
-    Raises:
-        UserError: For what is no grey or colour image.
-    """
-    try:
-        with Image.open(path) as image:
-            values = np.asarray(image)
-            if image.mode not in ("L", "RGB"):
-                raise UserError(f"{path} is not as it was drawn: its mode is {image.mode}")
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    return torch.from_numpy(np.atleast_3d(values).transpose(2, 0, 1).copy())
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:
