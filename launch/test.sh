@@ -12,5 +12,7 @@ ensure_venv all,test,oracles,docs
 "$PYTHON" -m mypy
 # The site of docs/ in build/site: every link and every docstring. Its theme's advertisement is left out.
 NO_MKDOCS_2_WARNING=1 "$PYTHON" -m mkdocs build --strict
-# Two at a time, the tests of a file in one process: many wait for processes that they started.
+# Two at a time, the tests of a file in one process: many wait for processes that they started. A thread each, since
+# threads of two processes on two cores wait for one another.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$PYTHON" -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -123,7 +123,9 @@ def test_a_clipped_ddim_trajectory_of_50_steps(predicts: Any, kind: str) -> None
 @pytest.mark.parametrize(("predicts", "kind"), PREDICTIONS)
 @pytest.mark.parametrize("steps", [5, 20])
 def test_a_dpm_solver_trajectory(steps: int, clip: float | None, predicts: Any, kind: str) -> None:
-    theirs = scheduler("DPMSolverMultistepScheduler", prediction_type=kind, final_sigmas_type="zero")
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        1000, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type=kind
+    )
     # Theirs has no such bound. The predictions of both go through one that keeps to it.
     ours = DPMSolver(DDIM(SCHEDULE, steps, predicts=predicts, clip=clip))
     if clip is not None:

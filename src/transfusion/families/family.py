@@ -68,21 +68,21 @@ class Family:
         drawing: Begins an image, from the network, the section `diffusion`, how it is drawn, and its rows. How it is
             drawn has its size, and as seed the key of its random numbers.
         advance: Calls the model once for drawings of one group.
-        score: How likely an image is. Takes the network, the section `diffusion`, the image, how many draws are made,
-            and their seed.
         image_calls: How often drawing an image of so many patches calls the model.
         image_operations: Operations of forward and backward through what encodes and decodes one image. Takes the
             network, the shape [C, H, W] of the latents, and whether blocks are computed again.
         head_targets: How many tokens of an image with latents [C, H, W] the text head predicts.
         image_metric: How the validation suite reports the image loss.
+        score: How likely an image is, if the family can tell. Takes the network, the section `diffusion`, the image,
+            how many draws are made, and their seed.
     """
 
     network: type[Backbone]
     loss: Callable[[Config, Codec | None], Loss]
     drawing: Callable[[ModelRunner, DiffusionConfig, ImageSampling, Sequence[Row]], ImageDrawing]
     advance: Callable[[ModelRunner, PagedCache, Sequence[Any]], None]
-    score: Callable[[ModelRunner, DiffusionConfig, GivenImage, int, int], Score]
     image_calls: Callable[[ImageSampling, DiffusionConfig, int], int]
     image_operations: Callable[[Backbone, tuple[int, int, int], bool], int]
     head_targets: Callable[[tuple[int, int, int]], int]
     image_metric: Callable[[DiffusionConfig], ImageMetric]
+    score: Callable[[ModelRunner, DiffusionConfig, GivenImage, int, int], Score] | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transfusion.config import Config
+from transfusion.errors import UserError
 from transfusion.families import Family
 from transfusion.generate.request import Part, segments
 from transfusion.inference.cache import pages_for
@@ -80,7 +81,9 @@ def score_image(
     samples: int,
     seed: int,
 ) -> Score:
-    """How likely an image, uint8 [C, H, W], is behind its context."""
+    """How likely an image, uint8 [C, H, W], is behind its context. Raises UserError for a family that cannot tell."""
+    if family.score is None:
+        raise UserError(f"images of model.family {config.model.family} cannot be scored; score texts")
     size = Size(*image.shape[1:])
     layout = runner.lay_out([*segments(context, runner, tokenizer), runner.image(size)], finished=False)
     count = layout.images[-1][0]

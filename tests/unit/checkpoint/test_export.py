@@ -20,10 +20,10 @@ from transfusion.checkpoint.export import export, read_export
 from transfusion.checkpoint.hub_files import image_generation
 from transfusion.checkpoint.layout import read_manifest
 from transfusion.checkpoint.save import save
-from transfusion.cli import main
+from transfusion.cli import generation
 from transfusion.errors import UserError
 from transfusion.families.build import build_model
-from transfusion.generate.pipeline import Pipeline
+from transfusion.inference.image_diffusion import ImageSampling
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.schema import TrainState
@@ -105,11 +105,8 @@ def test_the_stated_defaults_are_those_of_sampling(prediction: str, sampler: str
     assert ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     assert stated["image"]["size"] == [8, 4] and stated["image"]["sampler"] == sampler
     image = {name: stated["image"][name] for name in ("guidance_scale", "num_inference_steps")}
-    python, typed = inspect.signature(Pipeline.sample).parameters, inspect.signature(main.sample).parameters
-    assert image == {
-        "guidance_scale": python["guidance"].default,
-        "num_inference_steps": python["steps"].default,
-    }
+    python, typed = ImageSampling(), inspect.signature(generation.sample).parameters
+    assert image == {"guidance_scale": python.guidance, "num_inference_steps": python.steps}
     assert image == {"guidance_scale": typed["cfg"].default, "num_inference_steps": typed["steps"].default}
     # Guidance needs captions that were dropped in training.
     assert image_generation(small_config(data__caption_dropout=0))["image"]["guidance_scale"] == 1

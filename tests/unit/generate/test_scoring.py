@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -152,3 +153,11 @@ def test_best_of_keeps_what_the_model_reads_best(build_pipeline: Build) -> None:
 def test_what_cannot_be_scored(build_pipeline: Build, arguments: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_pipeline().score(["one", "two"], **{"targets": ["two", "three"], **arguments})
+
+
+def test_a_family_may_not_tell(build_pipeline: Build, make_image: Any) -> None:
+    pipeline = build_pipeline()
+    pipeline.family = replace(pipeline.family, score=None)
+    with pytest.raises(UserError, match=r"images of model.family transfusion cannot be scored; score texts"):
+        pipeline.score(["one"], [torch.from_numpy(make_image(1))])
+    assert pipeline.score(["one"], ["two"])[0].count
