@@ -153,6 +153,7 @@ class Call:
             self._module("diagnosis", "diagnose", *self._device(), seconds=60, leave=175, command=self._diagnosis,
                          variables=self._interpreted()),
             self._module("sweep", "sweep", *self._device(), seconds=SWEEP_SECONDS + 4, leave=165, command=self._sweep),
+            self._tick(),
             self._emoji_step(),
             self._training(),
             Part("export", 25, self._transfusion("export", self.setup.run, "--out", self.setup.model)),
@@ -276,6 +277,13 @@ class Call:
 
         return Part(name, seconds, command, result=out, leave=leave)
 
+    def _tick(self) -> Part:
+        """A tick of generation, with CUDA graphs and without."""
+        out = self.setup.work / "tick.json"
+        few = ["--ticks", "3", "--rows", "2", "--images", "1"] if self.setup.cpu else []
+        command = [self.setup.python, "benchmarks/tick.py", *few, "--out", out]
+        return Part("tick", 30, lambda: command, result=out, leave=145)
+
     def _tests(self, name: str, width: str, seconds: float, leave: float = 0.0) -> Part:
         out = self.setup.work / f"{name}.jsonl"
 
@@ -285,7 +293,7 @@ class Call:
             options += ["--gpu-check-out", str(out), "--gpu-check-width", width]
             for implementation, head_dim in self.verdicts().deadly():
                 options.append(f"--gpu-check-without={implementation}-{head_dim}")
-            tested = ["tests/kernels"]
+            tested = ["tests/kernels", "tests/unit/generate/test_captured.py"]
             if self.setup.cpu:
                 tested = ["tests/kernels/test_hopper_gpu.py", "tests/kernels/test_public_bugs_gpu.py"]
             else:

@@ -11,7 +11,7 @@ PASSES = ("forward", "backward")
 def lines_of(data: dict[str, Any]) -> list[str]:
     """What a record says, a line each. What was not found out has none."""
     lines: list[str] = []
-    for section in (_attention, _steps, _tests, _sweep, _training):
+    for section in (_attention, _steps, _tests, _sweep, _ticks, _training):
         # What was killed may have written anything. The other sections are told all the same.
         try:
             lines.extend(section(data))
@@ -76,6 +76,14 @@ def _sweep(data: dict[str, Any]) -> Iterator[str]:
             for case in cases
         )
         yield f"sweep, {found['variant']}: {found['status']} {speeds}".rstrip()
+
+
+def _ticks(data: dict[str, Any]) -> Iterator[str]:
+    for line in (_result(data, "tick") or {}).get("results", []):
+        times = ", ".join(
+            f"{name.removesuffix('_ms')} {line[name]:.2f} ms" for name in line if name.endswith("_ms")
+        )
+        yield f"a tick of {line['together']} {line['what']}: {times}"
 
 
 def _training(data: dict[str, Any]) -> Iterator[str]:

@@ -26,8 +26,47 @@ from transfusion_kernels.attention.reference import accumulation_dtype
 from transfusion_kernels.dispatch import choose_for_cache
 
 
-class CachedAttention:
+class TableAttention:
     """In each layer of one forward, `append_to_kvcache` and then `interval_attention_with_kvcache`.
+
+    All that says where keys are is in tensors, so a CUDA graph of such a forward serves whatever they hold later.
+
+    Args:
+        kv_cache: Keys and values [T, 2, pages, K, slots, D] of all layers.
+        mask: Over S new queries of each row, the same in all layers.
+        table_BP: int32, the pages of each row.
+        positions: int32 or int64 [B, S], where in their rows the new keys go.
+        backend: As `interval_attention_with_kvcache` takes it.
+        write_table: As `table_BP`, of the rows of what is written, if those are others. `positions` are in them.
+    """
+
+    def __init__(
+        self,
+        kv_cache: Tensor,
+        mask: IntervalMask,
+        table_BP: Tensor,
+        positions: Tensor,
+        *,
+        backend: str = "auto",
+        write_table: Tensor | None = None,
+    ) -> None:
+        self._kv_cache, self._mask, self._backend = kv_cache, mask, backend
+        self._table_BP, self._positions = table_BP, positions
+        self._write_table = table_BP if write_table is None else write_table
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `CachedAttention.__call__`. k and v: of the rows that are written."""
+        k_cache, v_cache = self._kv_cache[layer]
+        append_to_kvcache(k, v, k_cache, v_cache, self._positions, block_table=self._write_table)
+        attended = interval_attention_with_kvcache(
+            q, k_cache, v_cache, self._mask, block_table=self._table_BP, backend=self._backend
+        )
+        assert isinstance(attended, Tensor)  # not a pair: the log-sum-exp is not asked for
+        return attended
+
+
+class CachedAttention:
+    """What `TableAttention` does, for rows that the host knows.
 
     On a CPU what the layers have in common is checked and looked up once, by the first of them.
 
@@ -82,33 +121,20 @@ class CachedAttention:
             k, v = (x.transpose(1, 2).flatten(0, 1).index_select(0, self._real_N)[:, :, None] for x in (k, v))
         if self._plan is not None:
             return self._plan.attend(layer, q, k, v)
-        k_cache, v_cache = self._kv_cache[layer]
-        append_to_kvcache(k, v, k_cache, v_cache, self._positions, block_table=self._write_table)
-        attended = interval_attention_with_kvcache(
-            q, k_cache, v_cache, self._mask, block_table=self._table_BP, backend=self._backend
-        )
-        assert isinstance(attended, Tensor)  # not a pair: the log-sum-exp is not asked for
-        return attended
+        return self._tables(layer, q, k, v)
 
     @cached_property
-    def _table_BP(self) -> Tensor:
-        """int32, the pages of each row, and page 0 where it has no more."""
-        return padded_table(self._pages).to(self._kv_cache.device)
-
-    @cached_property
-    def _positions(self) -> Tensor:
-        """int64 [B, S], where the new positions go, or [N, 1] where some are padding."""
-        device = self._kv_cache.device
+    def _tables(self) -> TableAttention:
+        device, size = self._kv_cache.device, self._mask.num_queries
+        table_BP = write_table = padded_table(self._pages).to(device)
         length_B1 = torch.tensor(self._lengths, device=device)[:, None]
-        position_BS = length_B1 + torch.arange(self._mask.num_queries, device=device)
-        return position_BS if self._real_N is None else position_BS.flatten()[self._real_N][:, None]
-
-    @cached_property
-    def _write_table(self) -> Tensor:
-        """The table of the rows of `_positions`."""
-        if self._real_N is None:
-            return self._table_BP
-        return self._table_BP[self._real_N // self._mask.num_queries]
+        positions = length_B1 + torch.arange(size, device=device)
+        if self._real_N is not None:
+            positions = positions.flatten()[self._real_N][:, None]
+            write_table = table_BP[self._real_N // size]
+        return TableAttention(
+            self._kv_cache, self._mask, table_BP, positions, backend=self._backend, write_table=write_table
+        )
 
     def _make_plan(self, q: Tensor) -> PagedPlan | None:
         """The plan of all layers on the CPU, or None for all else."""

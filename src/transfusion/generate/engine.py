@@ -450,8 +450,8 @@ class Engine:
             reading.append((task, token))
         if reading:
             view = self.cache.view([task.row for task, _ in reading])
-            block = self.runner.token_block([token for _, token in reading], view.lengths)
-            for (task, _), state_D in zip(reading, self.runner.read(view, block), strict=True):
+            state_RD = self.runner.read_tokens(view, [token for _, token in reading])
+            for (task, _), state_D in zip(reading, state_RD, strict=True):
                 task.state_D = state_D
 
     def _choose(self, tasks: Sequence[_Task]) -> list[int]:
@@ -474,7 +474,7 @@ class Engine:
 
     def _tell_text(self, task: _Task, *, complete: bool = False) -> None:
         """Tell what was said. The bytes of a letter that is not complete wait, unless nothing follows them."""
-        text = self.tokenizer.decode(task.token_ids)
+        text = self.tokenizer.decode(task.token_ids) if task.token_ids else ""
         if text and (complete or not text.endswith("\ufffd")):
             self._tell(task, TextDelta(text))
             task.token_ids = []

@@ -17,11 +17,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from transfusion.inference.captured import CapturedCalls, next_power_of_two
 from transfusion.model.attention import Attend
-from transfusion_kernels import CachedAttention, IntervalMask
+from transfusion_kernels import CachedAttention, IntervalMask, TableAttention
 
 # Slots of a page: rows share beginnings by whole pages, and waste half of one on average.
 PAGE_SLOTS = 16
+# Tables of captured calls have so many pages, or a power of two above: a short text grows through few shapes.
+_LEAST_TABLE = 16
 
 
 def pages_for(positions: int) -> int:
@@ -55,10 +58,14 @@ class PagedCache:
         pages: How many there are. Memory is taken at the first write, in the type of the keys written.
         device: Where the model is.
         backend: The implementation of attention to a cache, as `interval_attention_with_kvcache` takes it.
+
+    Attributes:
+        captured: On a GPU, CUDA graphs of the calls over its rows that come again and again.
     """
 
     def __init__(self, layers: int, pages: int, device: torch.device, backend: str = "auto") -> None:
         self.device, self.backend = device, backend
+        self.captured = CapturedCalls() if device.type == "cuda" else None
         # Lowest first, so that the pages of a row tend to lie side by side.
         self._free = list(range(pages - 1, -1, -1))
         self._owners = [0] * pages
@@ -132,7 +139,7 @@ class CacheRows:
     """Rows of a cache for one forward after another; `layers` is what the model's `run_blocks` takes."""
 
     def __init__(self, cache: PagedCache, rows: Sequence[Row]) -> None:
-        self._cache, self._rows = cache, rows
+        self.cache, self._rows = cache, rows
         self._counts: list[int] = []
         self._attention: CachedAttention | None = None
         self.layers: list[Attend] = [partial(self._attend, layer) for layer in range(cache.layers)]
@@ -147,26 +154,68 @@ class CacheRows:
 
         They see all keys up to `length + end_RS`, so far as these are real.
         """
-        for row, count in zip(self._rows, counts, strict=True):
-            if row.length + count > row.room:
-                raise ValueError(f"{count} positions do not fit after {row.length} in a row of {row.room}")
+        self._check_room(counts)
         self._counts, self._attention = list(counts), None
-        length_R1 = torch.tensor(self.lengths, device=self._cache.device)[:, None]
+        length_R1 = torch.tensor(self.lengths, device=self.cache.device)[:, None]
         end_key_RS = (length_R1 + end_RS).to(torch.int32)
         most = max(length + count for length, count in zip(self.lengths, counts, strict=True))
         return IntervalMask(torch.zeros_like(end_key_RS), end_key_RS, num_keys=most)
+
+    def packed(self, count: int, rows: int | None = None) -> Tensor:
+        """What `FixedRows` takes, int32 [R, 1 + P], for `count` more positions of each row.
+
+        rows: As many as this. Those that are added are the last one once more.
+        """
+        self._check_room([count] * len(self._rows))
+        pages = next_power_of_two(max(_LEAST_TABLE, *(len(row.pages) for row in self._rows)))
+        lines = [[row.length, *row.pages, *[0] * (pages - len(row.pages))] for row in self._rows]
+        lines += lines[-1:] * ((rows or len(lines)) - len(lines))
+        return torch.tensor(lines, dtype=torch.int32).to(self.cache.device, non_blocking=True)
 
     def advance(self, counts: Sequence[int]) -> None:
         """Let the first positions of the last forward count, for each row as many as given."""
         for row, count in zip(self._rows, counts, strict=True):
             row.length += count
 
+    def _check_room(self, counts: Sequence[int]) -> None:
+        for row, count in zip(self._rows, counts, strict=True):
+            if row.length + count > row.room:
+                raise ValueError(f"{count} positions do not fit after {row.length} in a row of {row.room}")
+
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
         """Attention of one layer to the keys of these rows and the new ones, which it writes: an `Attend`."""
         if self._attention is None:
             pages = [row.pages for row in self._rows]
-            storage, backend = self._cache.storage(key), self._cache.backend
+            storage, backend = self.cache.storage(key), self.cache.backend
             self._attention = CachedAttention(
                 storage, mask, pages, self.lengths, self._counts, backend=backend
+            )
+        return self._attention(layer, query, key, value)
+
+
+class FixedRows:
+    """Rows as a tensor has them, for one forward. A captured call over them serves whatever the tensor has later.
+
+    Args:
+        cache: Theirs.
+        rows_RQ: As `CacheRows.packed` makes it. Padding is as the row that it repeats, and writes the same.
+        end_RS: int64, up to where each of S new positions sees, counted from the row's length.
+    """
+
+    def __init__(self, cache: PagedCache, rows_RQ: Tensor, end_RS: Tensor) -> None:
+        self._cache, self._table_RP = cache, rows_RQ[:, 1:]
+        self.length_R1 = rows_RQ[:, :1]
+        end_key_RS = (self.length_R1 + end_RS).to(torch.int32)
+        keys = self._table_RP.shape[1] * PAGE_SLOTS
+        self.mask = IntervalMask(torch.zeros_like(end_key_RS), end_key_RS, num_keys=keys)
+        self._attention: TableAttention | None = None
+        self.layers: list[Attend] = [partial(self._attend, layer) for layer in range(cache.layers)]
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
+        """Attention of one layer to the keys of these rows and the new ones, which it writes: an `Attend`."""
+        if self._attention is None:
+            position_RS = self.length_R1 + torch.arange(mask.num_queries, device=key.device)
+            self._attention = TableAttention(
+                self._cache.storage(key), mask, self._table_RP, position_RS, backend=self._cache.backend
             )
         return self._attention(layer, query, key, value)

@@ -18,11 +18,13 @@ from transfusion.config.objectives import PREDICTED, SAMPLERS
 from transfusion.diffusion.sampler import Sampler, guide, rescale, start_noise
 from transfusion.diffusion.samplers import BUILDERS
 from transfusion.errors import UserError
-from transfusion.inference.cache import CacheRows, PagedCache, Row
+from transfusion.inference.cache import CacheRows, FixedRows, PagedCache, Row
 from transfusion.inference.runner import ModelRunner
 from transfusion.model import Transfusion
+from transfusion.model.attention import Attend
 from transfusion.model.patches import unpatchify
 from transfusion.sequence.sizes import Size
+from transfusion_kernels import IntervalMask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,16 +167,43 @@ def predict(
 
     copies: numbers of the images that the last rows are asked about once more. The rows stay as long as they are.
     """
+    patches, captured = runner.sizes.patches(size), view.cache.captured
+    if captured is None:
+        position_RPA = runner.image_positions(view.lengths, size)[:, :patches]
+        mask = view.mask(runner.image_ends(len(position_RPA), patches), [patches] * len(position_RPA))
+        return _predict(
+            runner, latent_ICHW, timestep_I, position_RPA, mask=mask, layers=view.layers, copies=copies
+        )
+
+    def of_packed(latent_ICHW: Tensor, timestep_I: Tensor, shift_PA: Tensor, rows_RQ: Tensor) -> Tensor:
+        rows = FixedRows(view.cache, rows_RQ, runner.image_ends(len(rows_RQ), patches))
+        position_RPA = shift_PA + rows.length_R1[..., None]
+        return _predict(
+            runner, latent_ICHW, timestep_I, position_RPA, mask=rows.mask, layers=rows.layers, copies=copies
+        )
+
+    inputs = (latent_ICHW, timestep_I, runner.image_shifts(size)[:patches], view.packed(patches))
+    return captured(("image", size, tuple(copies)), of_packed, *inputs)
+
+
+def _predict(
+    runner: ModelRunner,
+    latent_ICHW: Tensor,
+    timestep_I: Tensor,
+    position_RPA: Tensor,
+    *,
+    mask: IntervalMask,
+    layers: Sequence[Attend],
+    copies: Sequence[int],
+) -> Tensor:
     model = runner.model
     assert isinstance(model, Transfusion)
-    patches, latent_shape = runner.sizes.patches(size), runner.latent_shape(size)
-    position_RPA = runner.image_positions(view.lengths, size)[:, :patches]
-    mask = view.mask(runner.image_ends(len(position_RPA), patches), [patches] * len(position_RPA))
     encoding = model.encode_patches([latent_ICHW], timestep_I).with_copies(copies)
-    patches_RPD = encoding.patch_ND.unflatten(0, (-1, patches))
-    hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, view.layers)
+    patches_RPD = encoding.patch_ND.unflatten(0, position_RPA.shape[:2])
+    hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, layers)
     predicted_NE = model.decode_patches(model.norm(hidden_RPD).flatten(0, 1), encoding)
-    return unpatchify(predicted_NE, *latent_shape, model.config.patch_size).float()
+    _, channels, height, width = latent_ICHW.shape
+    return unpatchify(predicted_NE, channels, height, width, model.config.patch_size).float()
 
 
 def advance(runner: ModelRunner, cache: PagedCache, drawings: Sequence[DiffusionDrawing]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from transfusion.codec import Codec
 from transfusion.config import Config
-from transfusion.inference.cache import CacheRows, PagedCache
+from transfusion.inference.cache import CacheRows, FixedRows, PagedCache
+from transfusion.inference.captured import next_power_of_two
 from transfusion.model.backbone import Backbone
 from transfusion.model.patches import Grid
 from transfusion.schema import ImageSegment, Segment, SpecialToken
@@ -89,10 +91,13 @@ class ModelRunner:
 
         Positions of `lay_out` only ever shift along a document.
         """
+        return self.image_shifts(size) + torch.tensor(starts, device=self.device)[:, None, None]
+
+    def image_shifts(self, size: Size) -> Tensor:
+        """`image_positions` [P + 1, A] of an image whose first patch stands at 0."""
         layout = self._image_layouts[size]
         first = layout.images[0][0]
-        position_SA = torch.from_numpy(layout.position_SA[first:] - first).to(self.device)
-        return position_SA + torch.tensor(starts, device=self.device)[:, None, None]
+        return torch.from_numpy(layout.position_SA[first:] - first).to(self.device)
 
     def prompt_block(
         self, pieces: Sequence[tuple[Layout, int, int]], images: Sequence[Tensor] = ()
@@ -166,6 +171,26 @@ class ModelRunner:
             return self.model.norm(hidden_RSD[:, -1])
         last_R = torch.tensor(block.counts, device=self.device) - 1
         return self.model.norm(hidden_RSD[torch.arange(len(last_R), device=self.device), last_R])
+
+    def read_tokens(self, rows: CacheRows, ids: list[int]) -> Tensor:
+        """Read one token a row into the cache; returns the final states [R, D]."""
+        captured = rows.cache.captured
+        if captured is None:
+            return self.read(rows, self.token_block(ids, rows.lengths))
+        # Padded to few shapes.
+        count = next_power_of_two(len(ids))
+        padded = ids + ids[-1:] * (count - len(ids))
+        id_R1 = torch.tensor(padded)[:, None].to(self.device, non_blocking=True)
+        read = partial(self._read_packed_tokens, rows.cache)
+        state_RD = captured("tokens", read, id_R1, rows.packed(1, count))
+        rows.advance([1] * len(ids))
+        return state_RD[: len(ids)]
+
+    def _read_packed_tokens(self, cache: PagedCache, id_R1: Tensor, rows_RQ: Tensor) -> Tensor:
+        rows = FixedRows(cache, rows_RQ, torch.ones_like(id_R1))
+        position_R1A = rows.length_R1[..., None].expand(-1, -1, self.axes)
+        hidden_R1D = self.model.embedding(id_R1)
+        return self.model.norm(self.model.run_blocks(hidden_R1D, position_R1A, rows.mask, rows.layers)[:, -1])
 
     def states(self, rows: CacheRows, block: ModelInput) -> Tensor:
         """Read the block into the cache; returns the final states [R, S, D] of all positions."""

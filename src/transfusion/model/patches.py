@@ -53,7 +53,8 @@ class Encoding(NamedTuple):
 
         def extended(x: Tensor) -> Tensor:
             """x: of all images, one after another."""
-            return torch.cat((x, x.unflatten(0, (images, -1))[list(chosen)].flatten(0, 1)))
+            each = x.unflatten(0, (images, -1))
+            return torch.cat((x, *(each[number] for number in chosen)))
 
         return Encoding(
             extended(self.patch_ND),

@@ -55,6 +55,8 @@ class Tokenizer:
         ]
         self.fingerprint = digest(model, FINGERPRINT_BYTES)
         self.vocabulary: int = self._processor.get_piece_size()
+        # What single tokens were decoded to.
+        self._texts: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without control tokens. Raises UnicodeEncodeError on lone surrogates."""
@@ -80,8 +82,17 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; control tokens and ids outside the vocabulary leave nothing."""
-        kept = [int(token) for token in ids if len(SpecialToken) <= token < self.vocabulary]
-        text: str = self._processor.decode(kept)
+        if len(ids) == 1:
+            # An answer is told token by token, and a call of sentencepiece takes longer than the token.
+            token = int(ids[0])
+            if token not in self._texts:
+                self._texts[token] = self._decode([token])
+            return self._texts[token]
+        return self._decode(ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        first, end = len(SpecialToken), self.vocabulary
+        text: str = self._processor.decode([int(token) for token in ids if first <= token < end])
         return text
 
     def piece_bytes(self) -> list[bytes]:

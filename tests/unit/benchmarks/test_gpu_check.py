@@ -137,6 +137,7 @@ def test_both_calls_with_a_kernel_that_hangs_and_an_illegal_access(tmp_path: Pat
     assert [step["found"]["stage"] for step in steps] == ["done"] * 3
     assert all(result["right"] for result in steps[1]["found"].values() if isinstance(result, dict))
     assert {line["status"] for line in parts["sweep"]["result"]["results"]} == {"ok"}
+    assert [line["plain_ms"] > 0 for line in parts["tick"]["result"]["results"]] == [True, True]
     assert parts["step-emoji"]["result"]["step"]["step_ms"] > 0
     assert "text_loss_nats_per_token" in parts["evaluation"]["result"]
     assert "caption_token_f1" in parts["captions"]["result"]
@@ -358,12 +359,14 @@ def test_the_summary_names_what_decides() -> None:
     )
     table = {"results": [line("ours-hopper", 1.0), line("ours-triton", 2.0), line("ours-triton-split", 3.0)]}
     parts = {"attention-128": table, "step-0.76b": {"step": step}, "tests": tests, "sweep": None}
+    parts["tick"] = {"results": [{"together": 8, "what": "tokens", "plain_ms": 9.0, "graphs_ms": 1.5}]}
     told = "\n".join(
         summary.lines_of({"parts": {name: {"result": result} for name, result in parts.items()}})
     )
     assert (
         "ours-hopper: 600 (76%) + 600 (76%)" in told and "split over fused backward, 128 causal: 1.50" in told
     )
+    assert "a tick of 8 tokens: plain 9.00 ms, graphs 1.50 ms" in told
     assert "MFU 46.0%" in told and "1 passed, 1 failed" in told and "b: hung" in told
 
 
