@@ -24,7 +24,7 @@ import torch
 from generate import drawing, make_pipeline, make_tokenizer, prompt_of
 from limits import find_device, record_head, write_json
 from transfusion.generate import Engine, Pipeline, Request
-from transfusion.inference.captured import WARM_UPS, CapturedCalls
+from transfusion.inference.captured import WARM_UPS
 
 ROOT = Path(__file__).resolve().parent
 RESULT = ROOT / "results" / "tick.json"
@@ -87,11 +87,11 @@ def measure(
     """Median milliseconds of a tick, each way."""
     engines = {}
     for way in ways:
+        pipeline.runner.captures = way == "graphs"
         engine = Engine(pipeline.runner, pipeline.tokenizer, pipeline.config, pipeline.family)
         for request in requests:
             engine.submit(request)
         engine.tick()
-        engine.cache.captured = CapturedCalls() if way == "graphs" else None
         engines[way] = engine
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(WARM_UPS + 1 + ticks):

@@ -151,16 +151,18 @@ def sample(
         raise UserError("nothing to draw: give --prompt TEXT, or --prompts FILE with a caption on each line")
     if best_of > 1 and n > 1:
         raise UserError("--best-of keeps one image of each caption; leave -n out")
+    if budget and (steps, sampler) != (25, "auto"):
+        raise UserError("--budget chooses --sampler and --steps; leave them out")
     seconds, table = (read_seconds(budget), read_table(model)) if budget else (0.0, [])
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
     folder = SampleFolder(out, model)
+    # Fewer at a time come sooner, and a CPU loses little.
+    batch = 64 if pipeline.runner.device.type == "cuda" or budget else 8
     if budget:
-        choice = choose(table, seconds, pipeline, captions * max(n, best_of), settings)
+        choice = choose(table, seconds, pipeline, captions * max(n, best_of), settings, batch)
         settings |= {"sampler": choice.sampler, "steps": choice.steps}
         print(f"{choice.sampler}, {choice.steps} steps", file=sys.stderr)
     with CallProgress(lambda: f"{folder.count} of {n * len(captions)} images") as progress:
-        # Fewer at a time come sooner, and a CPU loses little.
-        batch = 64 if pipeline.runner.device.type == "cuda" or budget else 8
         if best_of > 1:
             folder.add(
                 pipeline.best_of(

@@ -76,26 +76,32 @@ def choose(
     pipeline: Pipeline,
     prompts: Sequence[Prompt],
     settings: ImageSettings,
+    batch: int,
 ) -> Choice:
     """The sampler and steps whose images are best of those that are drawn in time.
 
-    All are drawn once in a few steps, to learn how long a call of the model takes here. That counts too. Where nothing
-    is fast enough it is what takes the fewest calls.
+    A batch is drawn once in a few steps, to learn how long a call of the model takes here. That counts too. Where
+    nothing is fast enough it is what takes the fewest calls.
 
     Args:
         table: What there is to choose from.
         seconds: For all images.
         pipeline: The model.
-        prompts: All that will be drawn together, an image of each.
+        prompts: All that will be drawn, an image of each.
         settings: Of the images, but for sampler and steps.
+        batch: How many are drawn together.
     """
-    times = [time.monotonic()]
-    timed: ImageSettings = {**settings, "sampler": "auto", "steps": _TIMED_STEPS}
-    pipeline.sample(prompts, batch=len(prompts), on_call=lambda *_: times.append(time.monotonic()), **timed)
-    spent = time.monotonic() - times[0]
+    begin, starts = time.monotonic(), list[float]()
+    steps = min(_TIMED_STEPS, pipeline.config.diffusion.steps)
+    timed: ImageSettings = {**settings, "sampler": "auto", "steps": steps}
+    pipeline.sample(prompts[:batch], batch=batch, on_call=lambda *_: starts.append(time.monotonic()), **timed)
+    spent = time.monotonic() - begin
     # From the second call on, since the first of a process is slower.
-    a_call = (times[-1] - times[2]) / (len(times) - 3)
-    left = seconds - spent - max(spent - (len(times) - 1) * a_call, 0.0)
+    count = len(starts)
+    a_call = (starts[-1] - starts[1]) / (count - 2) if count > 2 else spent / count
+    batches = -(-len(prompts) // batch)
+    beside = max(spent - count * a_call, 0.0)
+    left = (seconds - spent) / batches - beside
 
     def calls(choice: Choice) -> int:
         sampling = replace(ImageSampling(), sampler=choice.sampler, steps=choice.steps)

@@ -139,6 +139,8 @@ class Engine:
         prompt_positions: A tick reads prompts that are short enough up to this many positions together, and about as
             many of longer ones, so that a long prompt keeps nobody waiting. None reads all at once.
         on_image_call: Called before each call of the model that draws. What it raises ends the tick.
+        shares_prompts: Whether what prompts begin with in common is read once. Without, requests that are let in
+            together are read in one call, whatever their prompts.
         origin: The weights, as the recipes of images name them.
     """
 
@@ -153,11 +155,12 @@ class Engine:
         most_requests: int = 64,
         prompt_positions: int | None = None,
         on_image_call: Callable[[], object] | None = None,
+        shares_prompts: bool = True,
         origin: Origin | None = None,
     ) -> None:
         self.runner, self.tokenizer, self.config, self.family = runner, tokenizer, config, family
         self.most_requests, self.prompt_positions = most_requests, prompt_positions
-        self._on_image_call = on_image_call
+        self._on_image_call, self._shares_prompts = on_image_call, shares_prompts
         self.pages, self.origin = pages, origin or Origin()
         self._cache: PagedCache | None = None
         self._sizes = list(runner.sizes.sizes)
@@ -215,12 +218,14 @@ class Engine:
         Returns:
             What came of it: events with the numbers of their requests.
         """
-        if self._cache is None:
-            self._cache = self.runner.cache(self.pages or self._pages_of_the_waiting())
+        if self._cache is None and self._waiting:
+            self.pages = self.pages or self._pages_of_the_waiting()
+            self._cache = self.runner.cache(self.pages)
         self._admit()
         self._read_prompts()
-        # Those that waited for a prompt that is read now.
-        self._admit()
+        # Those that waited for a prompt that is read now. Where all is read at once, they are too.
+        while self._admit() and self.prompt_positions is None:
+            self._read_prompts()
         self._read_finished_images()
         self._speak()
         self._read_negative_prompts()
@@ -230,7 +235,7 @@ class Engine:
 
     @property
     def cache(self) -> PagedCache:
-        """The memory of all rows, from the first tick on."""
+        """The memory of all rows, from the first request that was let in."""
         assert self._cache is not None
         return self._cache
 
@@ -245,14 +250,15 @@ class Engine:
         limit = self.config.data.sequence_length
         count = layout.images[-1][0] if request.draws else len(layout)
         patches = [self.runner.sizes.patches(size) for size in self._allowed_sizes(request)]
+        taken = count + patches[0] if request.draws else count + 1
+        if taken > limit:
+            raise UserError(
+                f"a prompt of {count} tokens and patches leaves no room in a sequence of {limit}"
+                " (data.sequence_length)"
+            )
         if request.draws:
-            room = count + patches[0]
+            room = taken
         else:
-            if count >= limit:
-                raise UserError(
-                    f"a prompt of {count} tokens and patches leaves no room in a sequence of {limit}"
-                    " (data.sequence_length)"
-                )
             room = min(count + request.max_tokens + request.max_images * (max(patches) + 2), limit)
         images = [part for part in request.prompt if isinstance(part, Tensor)]
         prompt = _Prompt(layout, count, images, _content(layout, count, images), Row())
@@ -285,12 +291,12 @@ class Engine:
         greatest = sorted(map(_needs, self._waiting), reverse=True)[: self.most_requests]
         return sum(greatest) + len(greatest)
 
-    def _admit(self) -> None:
-        """Let waiting requests in, first come first served, as far as there is room.
+    def _admit(self) -> bool:
+        """Let waiting requests in, first come first served, as far as there is room. Returns whether any was.
 
         One that begins as another that is being read waits for that, and lets others pass.
         """
-        passed = []
+        passed, under_way = [], len(self._tasks)
         while self._waiting and len(self._tasks) < self.most_requests:
             task = self._waiting.pop(0)
             if self._is_being_read(task.prompt):
@@ -301,9 +307,12 @@ class Engine:
                 break
             self._begin(task)
         self._waiting = passed + self._waiting
+        return len(self._tasks) > under_way
 
     def _is_being_read(self, prompt: _Prompt) -> bool:
         """Whether a task under way will soon have read more of what this one begins with than any kept one has."""
+        if not self._shares_prompts:
+            return False
         reading = [task.prompt.common(prompt) for task in self._tasks if not task.is_read]
         kept = [known.common(prompt) for known in self._kept]
         most = max(reading, default=0)
@@ -397,6 +406,8 @@ class Engine:
 
     def _keep(self, prompt: _Prompt) -> None:
         """Keep a prompt that was just read, if there is a page for its last positions."""
+        if not self._shares_prompts:
+            return
         if self.cache.free_pages and not any(
             np.array_equal(known.content_S, prompt.content_S) for known in self._kept
         ):

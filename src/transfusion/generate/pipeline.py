@@ -89,6 +89,8 @@ class Pipeline:
         device: Where `model` is.
         codec: An open codec for the images. None opens that of `config.codec` on `device`.
         origin: The weights, as the recipes of images name them.
+        captures: On CUDA, launch the steps that come again as graphs. The weights must stay where they are. Those of a
+            model that is being trained do not.
 
     Raises:
         UserError: For a codec folder that was changed or lacks weights.
@@ -102,12 +104,15 @@ class Pipeline:
         device: torch.device | str,
         codec: Codec | None = None,
         origin: Origin | None = None,
+        *,
+        captures: bool = False,
     ) -> None:
-        self.origin = origin or Origin()
+        self.origin, place = origin or Origin(), torch.device(device)
         config = config.with_vocabulary(tokenizer.vocabulary)
         self.tokenizer, self.config, self.family = tokenizer, config, family_of(config)
         codec = open_codec(config.codec, device) if codec is None else codec
-        self.runner = ModelRunner(model, config, torch.device(device), codec)
+        captures = captures and place.type == "cuda"
+        self.runner = ModelRunner(model, config, place, codec, captures=captures)
 
     @classmethod
     def from_export(
@@ -135,7 +140,7 @@ class Pipeline:
         tokenizer = Tokenizer(found.tokenizer)
         place = find_device(device)
         model, origin = load_model(found, weights, tokenizer, place, dtype)
-        return cls(model, tokenizer, found.config, place, origin=origin)
+        return cls(model, tokenizer, found.config, place, origin=origin, captures=True)
 
     @torch.no_grad()
     def sample(
@@ -209,13 +214,14 @@ class Pipeline:
         Raises:
             UserError: As `sample`, and where there are not as many instructions as images.
         """
+        check_at_least(1, batch=batch)
         check_seeds(seed, len(images))
         if len(images) != len(instructions):
             raise UserError(
                 f"{len(images)} images and {len(instructions)} instructions; give one for each image"
             )
         pixels = [self._pixels(image) for image in images]
-        size = settings.get("size")
+        size = image_sampling(settings, seed).size
         by_size: dict[tuple[int, int], list[int]] = {}
         for number, values in enumerate(pixels):
             by_size.setdefault(size or (values.shape[1], values.shape[2]), []).append(number)
@@ -302,7 +308,10 @@ class Pipeline:
             self._check_sampling(sampling, wanted)
             seeds = [seed + number for number in drawn]
             counted = self._counted(sampling, 1, on_call)
-            (images,) = self._draw([wanted[number] for number in drawn], seeds, sampling, share, counted)
+            # All ranks read their prompts in one call.
+            (images,) = self._draw(
+                [wanted[number] for number in drawn], seeds, sampling, share, counted, shares_prompts=False
+            )
             found += [images[place] for place, number in enumerate(mine) if number < len(wanted)]
         return found
 
@@ -448,7 +457,7 @@ class Pipeline:
         if len(contexts) != len(targets):
             raise UserError(f"{len(contexts)} contexts and {len(targets)} targets; give one for each")
         before = [self._parts(context) for context in contexts]
-        after = [self._parts(target)[0] for target in targets]
+        after = [self._target(target) for target in targets]
         for parts, target in zip(before, after, strict=True):
             self._check_length([*parts, target])
         found: dict[int, Score] = {}
@@ -512,6 +521,12 @@ class Pipeline:
                 parts.append(self._pixels(part))
         return parts
 
+    def _target(self, target: str | ImageLike) -> Part:
+        parts = self._parts(target)
+        if len(parts) != 1:
+            raise UserError(f"a target is one text or one image, got {len(parts)} parts")
+        return parts[0]
+
     def _pixels(self, image: ImageLike) -> Tensor:
         if isinstance(image, Image.Image):
             return from_image(image, self.config)
@@ -542,14 +557,23 @@ class Pipeline:
     def _check_request(self, request: Request) -> None:
         check_at_least(1, max_tokens=request.max_tokens)
         check_at_least(0, max_images=request.max_images)
-        check_seeds(request.text.seed, 1)
+        for seed in (request.text.seed, request.image.seed):
+            check_seeds(seed, 1)
+        for part in request.prompt:
+            if isinstance(part, str):
+                check_text(part)
         text_sampling.check(request.text)
         if request.draws or request.max_images or request.image.size is not None:
             image_diffusion.check(request.image, self.config)
             check_text(request.image.negative_prompt)
 
     def _run(
-        self, requests: Sequence[Request], batch: int, on_image_call: Callable[[], object] | None = None
+        self,
+        requests: Sequence[Request],
+        batch: int,
+        on_image_call: Callable[[], object] | None = None,
+        *,
+        shares_prompts: bool = True,
     ) -> Iterator[list[tuple[int, Event]]]:
         """The events of requests, tick by tick, at most `batch` of them at a time, in an engine of their own."""
         engine = Engine(
@@ -559,6 +583,7 @@ class Pipeline:
             self.family,
             most_requests=batch,
             on_image_call=on_image_call,
+            shares_prompts=shares_prompts,
             origin=self.origin,
         )
         for request in requests:
@@ -572,6 +597,8 @@ class Pipeline:
         sampling: ImageSampling,
         batch: int,
         on_image_call: Callable[[], object] | None,
+        *,
+        shares_prompts: bool = True,
     ) -> Iterator[dict[int, SampledImage]]:
         """Images by their numbers, as they are finished, each from its own seed."""
         sampling = replace(sampling, size=sampling.size or self.runner.sizes.first)
@@ -584,7 +611,7 @@ class Pipeline:
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        for events in self._run(requests, batch, on_image_call):
+        for events in self._run(requests, batch, on_image_call, shares_prompts=shares_prompts):
             images = {
                 number: SampledImage(event.pixels, _texts(prompts[number]), seeds[number], event.recipe)
                 for number, event in events

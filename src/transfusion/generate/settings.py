@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 from transfusion.errors import UserError
@@ -62,7 +63,7 @@ def image_sampling(settings: ImageSettings, seed: int) -> ImageSampling:
     """
     size, interval = settings.get("size"), settings.get("guidance_interval", (0.0, 1.0))
     for name, pair in {"size": size, "guidance_interval": interval}.items():
-        if pair is not None and len(pair) != 2:
+        if pair is not None and not (isinstance(pair, Sequence) and len(pair) == 2):
             what = "height and width" if name == "size" else "two shares of the timesteps"
             raise UserError(f"{name} must be {what}, got {pair!r}")
     plain = {**settings, "size": None if size is None else Size(*size), "guidance_interval": tuple(interval)}

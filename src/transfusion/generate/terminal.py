@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -171,6 +172,9 @@ def chat(
     """
     said: list[Part] = []
     asks = lines.isatty()
+    if isinstance(lines, io.TextIOWrapper):
+        # What is no UTF-8 is told of as what is no Unicode, and the talk goes on.
+        lines.reconfigure(errors="surrogateescape")
     while True:
         print("> " if asks else "", end="", file=sys.stderr, flush=True)
         line = lines.readline()

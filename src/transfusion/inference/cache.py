@@ -58,14 +58,18 @@ class PagedCache:
         pages: How many there are. Memory is taken at the first write, in the type of the keys written.
         device: Where the model is.
         backend: The implementation of attention to a cache, as `interval_attention_with_kvcache` takes it.
-
-    Attributes:
-        captured: On a GPU, CUDA graphs of the calls over its rows that come again and again.
+        captured: Launches calls over its rows that come again and again. None: each is called.
     """
 
-    def __init__(self, layers: int, pages: int, device: torch.device, backend: str = "auto") -> None:
-        self.device, self.backend = device, backend
-        self.captured = CapturedCalls() if device.type == "cuda" else None
+    def __init__(
+        self,
+        layers: int,
+        pages: int,
+        device: torch.device,
+        backend: str = "auto",
+        captured: CapturedCalls | None = None,
+    ) -> None:
+        self.device, self.backend, self.captured = device, backend, captured
         # Lowest first, so that the pages of a row tend to lie side by side.
         self._free = list(range(pages - 1, -1, -1))
         self._owners = [0] * pages
@@ -142,7 +146,11 @@ class CacheRows:
         self.cache, self._rows = cache, rows
         self._counts: list[int] = []
         self._attention: CachedAttention | None = None
-        self.layers: list[Attend] = [partial(self._attend, layer) for layer in range(cache.layers)]
+
+    @property
+    def layers(self) -> list[Attend]:
+        """The attention of each layer. Made at each call, for what refers to itself lives on for a while."""
+        return [partial(self._attend, layer) for layer in range(self.cache.layers)]
 
     @property
     def lengths(self) -> list[int]:
@@ -209,7 +217,11 @@ class FixedRows:
         keys = self._table_RP.shape[1] * PAGE_SLOTS
         self.mask = IntervalMask(torch.zeros_like(end_key_RS), end_key_RS, num_keys=keys)
         self._attention: TableAttention | None = None
-        self.layers: list[Attend] = [partial(self._attend, layer) for layer in range(cache.layers)]
+
+    @property
+    def layers(self) -> list[Attend]:
+        """As those of `CacheRows`."""
+        return [partial(self._attend, layer) for layer in range(self._cache.layers)]
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
         """Attention of one layer to the keys of these rows and the new ones, which it writes: an `Attend`."""

@@ -5,6 +5,7 @@ A step of a small model is hundreds of kernels, which take longer to launch one 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -16,8 +17,10 @@ Call = Callable[..., Tensor]
 
 # A shape is run plainly so often first: what is chosen, compiled or allocated at first use is then ready.
 WARM_UPS = 2
-# Shapes of one cache. Each graph takes some megabytes of the device.
+# Shapes of one cache. Each graph takes some megabytes of the device. The one that was not used for longest gives way.
 MOST_GRAPHS = 64
+# CUDA records in one thread at a time.
+_RECORDING = threading.Lock()
 
 
 class CapturedCalls:
@@ -29,6 +32,7 @@ class CapturedCalls:
 
     def __init__(self, record: Callable[[Call, tuple[Tensor, ...]], Call] | None = None) -> None:
         self._record = record or _CudaGraphs()
+        # The last used last.
         self._recorded: dict[Hashable, Call] = {}
         self._seen: dict[Hashable, int] = {}
         self._fails = False
@@ -42,12 +46,15 @@ class CapturedCalls:
             inputs: Its.
         """
         key = (name, *(input.shape for input in inputs))
-        if key not in self._recorded:
+        call = self._recorded.pop(key, None)
+        if call is None:
             self._seen[key] = self._seen.get(key, 0) + 1
-            if self._fails or self._seen[key] <= WARM_UPS or len(self._recorded) == MOST_GRAPHS:
+            if self._fails or self._seen[key] <= WARM_UPS:
                 return function(*inputs)
+            if len(self._recorded) == MOST_GRAPHS:
+                del self._recorded[next(iter(self._recorded))]
             try:
-                self._recorded[key] = self._record(function, inputs)
+                call = self._record(function, inputs)
             except RuntimeError as error:
                 # Slower, and right.
                 self._fails = True
@@ -55,7 +62,8 @@ class CapturedCalls:
                     f"no CUDA graph can be made, so steps are launched one by one: {error}", stacklevel=2
                 )
                 return function(*inputs)
-        return self._recorded[key](*inputs)
+        self._recorded[key] = call
+        return call(*inputs)
 
 
 class _CudaGraphs:
@@ -65,17 +73,25 @@ class _CudaGraphs:
         self._pool: Any = None
 
     def __call__(self, function: Call, inputs: tuple[Tensor, ...]) -> Call:
-        kept = [input.clone() for input in inputs]
+        kept, device = [input.clone() for input in inputs], inputs[0].device
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = function(*kept)
+        with _RECORDING, torch.cuda.device(device):
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            # `torch.cuda.graph` would leave this thread on its stream where a recording fails.
+            with torch.cuda.stream(stream):
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    output = function(*kept)
+                finally:
+                    graph.capture_end()
         self._pool = graph.pool()
 
         def launch(*inputs: Tensor) -> Tensor:
             for place, input in zip(kept, inputs, strict=True):
                 place.copy_(input)
-            graph.replay()
+            with torch.cuda.device(device):
+                graph.replay()
             return output.clone()
 
         return launch

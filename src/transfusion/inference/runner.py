@@ -19,7 +19,7 @@ from torch import Tensor
 from transfusion.codec import Codec
 from transfusion.config import Config
 from transfusion.inference.cache import CacheRows, FixedRows, PagedCache
-from transfusion.inference.captured import next_power_of_two
+from transfusion.inference.captured import CapturedCalls, next_power_of_two
 from transfusion.model.backbone import Backbone
 from transfusion.model.patches import Grid
 from transfusion.schema import ImageSegment, Segment, SpecialToken
@@ -47,14 +47,19 @@ class ModelInput:
 
 
 class ModelRunner:
-    """Reads blocks into caches and answers with states and logits; holds no state of its own."""
+    """Reads blocks into caches and answers with states and logits; holds no state of its own.
 
-    def __init__(self, model: Backbone, config: Config, device: torch.device, codec: Codec) -> None:
-        self.model, self.device, self.codec = model, device, codec
+    captures: CUDA graphs serve the steps that come again. The weights then stay where they are, as under no ZeRO.
+    """
+
+    def __init__(
+        self, model: Backbone, config: Config, device: torch.device, codec: Codec, *, captures: bool = False
+    ) -> None:
+        self.model, self.device, self.codec, self.captures = model, device, codec, captures
         self.sizes = config.image_sizes
-        # What takes no cache leaves it to what the cache chooses.
-        cached = config.train.attention in ("triton", "cpu", "reference")
-        self._backend = config.train.attention if cached else "auto"
+        # What takes no cache, or is of another device than this, leaves it to what the cache chooses.
+        fits = config.train.attention in ("triton" if device.type == "cuda" else "cpu", "reference")
+        self._backend = config.train.attention if fits else "auto"
         self.axes = position_axes(config.model.position)
         self.image_shapes = [(config.codec.channels, *size) for size in self.sizes.sizes]
         self._latent_channels = config.codec.depth
@@ -76,7 +81,8 @@ class ModelRunner:
 
     def cache(self, pages: int) -> PagedCache:
         """A cache of so many pages for this model."""
-        return PagedCache(self.model.config.layers, pages, self.device, self._backend)
+        captured = CapturedCalls() if self.captures else None
+        return PagedCache(self.model.config.layers, pages, self.device, self._backend, captured)
 
     def image(self, size: Size, values: Tensor | None = None) -> ImageSegment:
         """An image of this size, as a part of a document."""

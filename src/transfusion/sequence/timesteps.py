@@ -17,7 +17,8 @@ def shifted(level: float, shift: float) -> float:
 
     On a straight path it divides the ratio of signal to noise by the shift; 1 / shift undoes it.
     """
-    return shift * level / (1 + (shift - 1) * level)
+    # Rounding would lift the highest level above 1.
+    return min(shift * level / (1 + (shift - 1) * level), 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transfusion.codec import pixels as codec
 from transfusion.config import SampleGridConfig
 from transfusion.generate import Pipeline
+from transfusion.inference.cache import PAGE_SLOTS
 
 
 def assert_same_answers(mine: list[str | Tensor], theirs: list[str | Tensor]) -> None:
@@ -68,12 +69,17 @@ def test_rows_that_have_ended_cost_nothing(build_pipeline: Callable[..., Pipelin
     assert sum(seen[1:]) == sum(min(len(caption), 19) for caption in captions)
 
 
+# The second begins with more positions of the first than a page of the cache has.
+LIKE = ["one two three seven one two three", "one two three seven one two seven", "nine"]
+
+
+@pytest.mark.parametrize("prompts", [["one", "two two"], LIKE])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_ranks_share_the_grid_with_equal_forwards(
-    build_pipeline: Callable[..., Pipeline], ranks: int
+    build_pipeline: Callable[..., Pipeline], ranks: int, prompts: list[str]
 ) -> None:
     pipeline = build_pipeline()
-    grid = SampleGridConfig(prompts=["one", "two two"], per_prompt=2, steps=3, seed=4)
+    grid = SampleGridConfig(prompts=prompts, per_prompt=2, steps=3, seed=4)
     calls: list[int] = []
     run_blocks = pipeline.runner.model.run_blocks
 
@@ -91,6 +97,22 @@ def test_ranks_share_the_grid_with_equal_forwards(
     joined = sorted((image for share in shares for image in share), key=lambda image: image.seed)
     assert [(image.prompt, image.seed) for image in joined] == [(image.prompt, image.seed) for image in whole]
     assert_same_answers([image.pixels for image in joined], [image.pixels for image in whole])
+
+
+def test_images_come_in_order_whatever_their_prompts_share(build_pipeline: Callable[..., Pipeline]) -> None:
+    pipeline = build_pipeline()
+    first, second = (pipeline.tokenizer.encode(prompt) for prompt in LIKE[:2])
+    assert first[:PAGE_SLOTS] == second[:PAGE_SLOTS]
+    told: list[tuple[int, int]] = []
+    seeds: list[list[int]] = []
+    pipeline.sample(
+        [LIKE[0], LIKE[2], LIKE[1]],
+        steps=3,
+        batch=3,
+        on_call=lambda done, calls: told.append((done, calls)),
+        on_images=lambda images: seeds.append([image.seed for image in images]),
+    )
+    assert told == [(0, 3), (1, 3), (2, 3)] and seeds == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(

@@ -51,18 +51,25 @@ TABLE = [
 
 
 @pytest.mark.parametrize(
-    ("seconds", "expected"),
+    ("seconds", "prompts", "expected"),
     [
         # A call takes a second here, and a drawing two more. One of four calls is timed.
-        (6 + 2 + 100, Choice("heun", 8, 2.0)),
-        (6 + 2 + 15, Choice("heun", 8, 2.0)),
-        (6 + 2 + 14, Choice("dpmpp_2m", 12, 2.5)),
-        (6 + 2 + 11, Choice("euler", 4, 9.0)),
-        (1, Choice("euler", 4, 9.0)),
+        (6 + 2 + 100, 2, Choice("heun", 8, 2.0)),
+        (6 + 2 + 15, 2, Choice("heun", 8, 2.0)),
+        (6 + 2 + 14, 2, Choice("dpmpp_2m", 12, 2.5)),
+        (6 + 2 + 11, 2, Choice("euler", 4, 9.0)),
+        (1, 2, Choice("euler", 4, 9.0)),
+        # In two batches.
+        (6 + 2 * (2 + 15), 3, Choice("heun", 8, 2.0)),
+        (6 + 2 * (2 + 14), 4, Choice("dpmpp_2m", 12, 2.5)),
     ],
 )
 def test_the_best_that_is_fast_enough(
-    build_pipeline: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch, seconds: float, expected: Choice
+    build_pipeline: Callable[..., Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    prompts: int,
+    expected: Choice,
 ) -> None:
     """heun calls the model 15 times in 8 steps."""
     pipeline, clock = build_pipeline(diffusion={"prediction": "flow"}), [0.0]
@@ -78,5 +85,13 @@ def test_the_best_that_is_fast_enough(
 
     monkeypatch.setattr(budget.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(pipeline, "sample", sample)
-    assert choose(TABLE, seconds, pipeline, ["one", "two"], {"guidance": 2.0, "sampler": "heun"}) == expected
+    wanted, settings = ["one", "two", "three", "four"][:prompts], {"guidance": 2.0, "sampler": "heun"}
+    assert choose(TABLE, seconds, pipeline, wanted, settings, 2) == expected  # type: ignore[arg-type]
     assert asked == [(["one", "two"], 2, {"guidance": 2.0, "sampler": "auto"})]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_model_of_few_steps(build_pipeline: Callable[..., Pipeline], steps: int) -> None:
+    pipeline = build_pipeline(diffusion={"steps": steps, "max_timestep_before_caption": 1})
+    table = [Choice("ddim", 1, 9.0), Choice("ddim", steps, 1.0)]
+    assert choose(table, 100, pipeline, ["one"], {}, 8) == Choice("ddim", steps, 1.0)

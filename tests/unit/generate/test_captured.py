@@ -125,16 +125,15 @@ def test_recorded_calls_wait_for_nothing(build_pipeline: Build, fields: Any) -> 
 def test_answers_of_cuda_graphs(build_pipeline: Build, make_image: Any) -> None:
     draw = random.Random(5)
     made = build_pipeline(image=2.0, end=2.0)
-    pipeline = Pipeline(made.runner.model.cuda(), made.tokenizer, made.config, "cuda")
+    pipeline = Pipeline(made.runner.model.cuda(), made.tokenizer, made.config, "cuda", captures=True)
     requests = [random_request(draw, make_image) for _ in range(9)]
-    engines = [engine_of(pipeline, most_requests=5, pages=400) for _ in range(2)]
-    engines[1].tick()
-    engines[1].cache.captured = None
-    graphs, plain = (run(engine, requests) for engine in engines)
-    for mine, theirs in zip(graphs, plain, strict=True):
+    engine = engine_of(pipeline, most_requests=5)
+    graphs = run(engine, requests)
+    calls = engine.cache.captured
+    assert calls is not None and calls._recorded and not calls._fails
+    pipeline.runner.captures = False
+    for mine, theirs in zip(graphs, run(engine_of(pipeline, most_requests=5), requests), strict=True):
         assert_same(mine, theirs)
-    captured = engines[0].cache.captured
-    assert captured is not None and captured._recorded
 
 
 def test_shapes_are_few(build_pipeline: Build, names: list[Hashable]) -> None:
@@ -186,9 +185,19 @@ def test_what_cannot_be_recorded_is_called(monkeypatch: pytest.MonkeyPatch) -> N
         assert calls("treble", lambda x: 3 * x, x) == 3
 
 
-def test_graphs_are_so_many_at_most() -> None:
-    calls = CapturedCalls(record)
-    for size in range(MOST_GRAPHS + 2):
-        for _ in range(captured.WARM_UPS + 1):
-            assert len(calls("double", lambda x: 2 * x, torch.ones(size))) == size
-    assert len(calls._recorded) == MOST_GRAPHS
+def test_the_graph_that_was_not_used_for_longest_gives_way() -> None:
+    recorded: list[int] = []
+
+    def noting(function: Call, inputs: tuple[Tensor, ...]) -> Call:
+        recorded.append(len(inputs[0]))
+        return record(function, inputs)
+
+    calls = CapturedCalls(noting)
+    for size in range(MOST_GRAPHS + 1):
+        for again in [0] * (size > 0) + [size] * (WARM_UPS + 1):
+            assert len(calls("double", lambda x: 2 * x, torch.ones(again))) == again
+    assert recorded == list(range(MOST_GRAPHS + 1)) and len(calls._recorded) == MOST_GRAPHS
+    calls("double", lambda x: 2 * x, torch.ones(0))
+    assert len(recorded) == MOST_GRAPHS + 1
+    calls("double", lambda x: 2 * x, torch.ones(1))
+    assert recorded[-1] == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +26,8 @@ from transfusion.generate import (
     TextDelta,
     TextSampling,
 )
-from transfusion.inference.cache import pages_for
+from transfusion.inference.cache import PagedCache, pages_for
+from transfusion.inference.runner import ModelRunner
 
 Build = Callable[..., Pipeline]
 
@@ -193,6 +196,41 @@ def test_a_closed_stream_and_a_cancelled_request_give_back_all(build_pipeline: B
     stream = pipeline.stream("one", max_tokens=5)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
+
+
+def test_what_has_ended_holds_no_memory(build_pipeline: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and not when Python looks for circles: on a GPU it is gigabytes."""
+    pipeline = build_pipeline(image=5.0)
+    made: list[weakref.ref[PagedCache]] = []
+    cache = ModelRunner.cache
+
+    def noted(runner: ModelRunner, pages: int) -> PagedCache:
+        new = cache(runner, pages)
+        made.append(weakref.ref(new))
+        return new
+
+    monkeypatch.setattr(ModelRunner, "cache", noted)
+    gc.disable()
+    try:
+        pipeline.sample(["one", "two"], steps=2)
+        pipeline.generate(["one"], max_tokens=3, max_images=1, steps=2)
+        stream = pipeline.stream("one", max_tokens=5, steps=2)
+        next(stream)
+        del stream
+        assert len(made) == 3 and all(one() is None for one in made)
+    finally:
+        gc.enable()
+
+
+def test_a_request_that_the_cache_could_never_hold(build_pipeline: Build) -> None:
+    """The cache is made for what comes first."""
+    engine = engine_of(build_pipeline())
+    engine.tick()
+    engine.cancel(engine.submit(Request(prompt=["one"], max_tokens=200, max_images=0)))
+    engine.tick()
+    assert len(run(engine, [Request(prompt=["one"], max_tokens=20, max_images=0)])[0]) > 1
+    with pytest.raises(UserError, match=r"takes \d+ pages of the cache, which has \d+; ask for fewer"):
+        engine.submit(Request(prompt=["one"], max_tokens=200, max_images=0))
 
 
 def test_memory_stays_as_it_is(build_pipeline: Build, make_image: Any) -> None:

@@ -74,6 +74,15 @@ def test_what_cannot_be_made_again(build_pipeline: Build) -> None:
             pipeline.replay(recipe)
     with pytest.raises(UserError, match="steps 5000 must lie in"):
         pipeline.replay(replace(image.recipe, image=replace(image.recipe.image, steps=5000)))
+    for seed in (-5, 1 << 70):
+        with pytest.raises(UserError, match=f"seed {seed} must lie in"):
+            pipeline.replay(replace(image.recipe, image=replace(image.recipe.image, seed=seed)))
+    for parts, message in (
+        (("one " * 400,), "leaves no room in a sequence"),
+        (("\ud800",), "is not Unicode"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipeline.replay(replace(image.recipe, prompt=parts))
     with pytest.raises(UserError, match="has no image number 3"):
         pipeline.replay(replace(image.recipe, index=3))
 

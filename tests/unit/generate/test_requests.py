@@ -23,6 +23,13 @@ SAMPLE = [
     ({"size": (3, 5)}, "size 3x5 is none of this model's images"),
     ({"size": (8,)}, "size must be height and width"),
     ({"guidance": float("nan")}, "guidance nan"),
+    ({"guidance_interval": 0.5}, "guidance_interval must be two shares of the timesteps, got 0.5"),
+]
+EDIT = [
+    ({"batch": 0}, "batch 0 must be at least 1"),
+    ({"seed": -1}, "seed -1 must lie in"),
+    ({"size": 8}, "size must be height and width, got 8"),
+    ({"size": [3, 5]}, "size 3x5 is none of this model's images"),
 ]
 GENERATE = [
     ({"batch": 0}, "batch 0 must be at least 1"),
@@ -39,6 +46,14 @@ GENERATE = [
 def test_sample(build_pipeline: Callable[..., Pipeline], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_pipeline().sample(["three"], **arguments)
+
+
+@pytest.mark.parametrize(("arguments", "message"), EDIT)
+def test_edit(
+    build_pipeline: Callable[..., Pipeline], make_image: Any, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build_pipeline().edit([torch.from_numpy(make_image(1))], ["three"], **arguments)
 
 
 @pytest.mark.parametrize(("arguments", "message"), GENERATE)

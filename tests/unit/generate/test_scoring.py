@@ -147,6 +147,8 @@ def test_best_of_keeps_what_the_model_reads_best(build_pipeline: Build) -> None:
         ({"targets": ["two"]}, "2 contexts and 1 targets"),
         ({"targets": ["two", "three " * 300]}, "a context and its target take .* positions"),
         ({"targets": ["two", "\ud800"]}, "is not Unicode text"),
+        ({"targets": ["two", ["a", "b"]]}, "a target is one text or one image, got 2 parts"),
+        ({"targets": ["two", []]}, "a target is one text or one image, got 0 parts"),
         ({"targets": ["two", torch.zeros(1, 9, 9)]}, "an image must be uint8 of shape"),
     ],
 )

@@ -150,3 +150,13 @@ def test_scores_are_told() -> None:
     assert describe_score(Score(0.0, 0.0, 0)) == "log-likelihood 0 nats, 0 tokens, nothing to score"
     told = describe_score(Score(-1234.5, 6.78, 64))
     assert told == "log-likelihood at least -1234.5 ± 6.8 nats, 64 values, -19.29 each"
+
+
+def test_a_chat_survives_what_is_no_text(
+    build_pipeline: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = io.TextIOWrapper(io.BytesIO(b"a\xff\none\n"), encoding="utf-8")
+    screen = io.StringIO()
+    chat(build_pipeline(), SampleFolder(tmp_path), said, screen, settings={"max_tokens": 4})
+    assert "a prompt is not Unicode text: 'a\\udcff'; give it as UTF-8; /new" in capsys.readouterr().err
+    assert len(screen.getvalue().strip()) > 0

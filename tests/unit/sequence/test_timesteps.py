@@ -32,6 +32,12 @@ def logit(level: np.ndarray) -> np.ndarray:
     return np.log(level / (1 - level))
 
 
+def test_no_shift_lifts_noise_above_all_noise() -> None:
+    for hundredths in range(1, 2000):
+        assert shifted(1.0, hundredths / 100) <= 1
+    assert shifted(1.0, 0.1) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("limit", [1000, 500, 1])
 def test_the_uniform_law_is_the_scaled_number(limit: int) -> None:
     law = law_of(DiffusionConfig())
