@@ -76,6 +76,8 @@ train() {
 }
 
 sample() {
+    # Those of a former run.
+    rm -rf "$IMAGES"
     transfusion sample "$MODEL" --out "$IMAGES" -n 8 --cfg 3 --sampler ddim --steps 50 --seed 0 \
         --prompt "a handwritten three" --prompt "a handwritten seven"
 }

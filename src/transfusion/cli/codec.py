@@ -15,7 +15,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, 
 Folder = Annotated[str, typer.Argument(help="folder of an autoencoder, such as RUN/codec")]
 Shards = Annotated[list[str], typer.Argument(help="globs or brace ranges of .tar shards with images")]
 ImageSize = Annotated[
-    int, typer.Option(min=0, help="side of the square images; 0: as the folder was trained")
+    int, typer.Option(min=0, help="side of the square images. 0: as the folder was trained")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")]
 
@@ -44,7 +44,7 @@ def encode(
     out: Annotated[Path, typer.Option(help="folder for the shards with latents")],
     image_size: ImageSize = 0,
     size: Annotated[
-        list[str] | None, typer.Option(help="in place of --image-size: HEIGHTxWIDTH; repeat for several")
+        list[str] | None, typer.Option(help="in place of --image-size: HEIGHTxWIDTH, repeated for several")
     ] = None,
     resize: Annotated[
         Literal["crop", "pad", "fit"],
@@ -81,7 +81,7 @@ def report(
     shards: Shards,
     out: Annotated[Path, typer.Option(help="NAME, to write NAME.html, NAME.png and NAME.json")],
     image_size: ImageSize = 0,
-    limit: Annotated[int, typer.Option(min=0, help="number of images, from the first; 0: all")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="number of images, from the first. 0: all")] = 0,
     rfid_weights: Annotated[
         Path | None, typer.Option(help="TorchScript of FID's Inception network, for rFID")
     ] = None,

@@ -53,7 +53,7 @@ def stats(
 def plan(
     spec: Annotated[
         Path | None,
-        typer.Argument(help="a configuration; none, with --simulate: pairs and texts of lognormal lengths"),
+        typer.Argument(help="a configuration. None, with --simulate: pairs and texts of lognormal lengths"),
     ] = None,
     overrides: Overrides = None,
     simulate: Annotated[
@@ -65,7 +65,7 @@ def plan(
     samples: Annotated[
         int,
         typer.Option(
-            min=0, help="samples of each simulated source; 0: as many as SPEC has, else 700 million"
+            min=0, help="samples of each simulated source. 0: as many as SPEC has, else 700 million"
         ),
     ] = 0,
     as_json: AsJson = False,
@@ -91,17 +91,17 @@ def index_shards(
     out: Annotated[Path, typer.Option(help="folder for the index files, counters.json and quarantine.jsonl")],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="for token lengths, which training needs; a configuration names its own"),
+        typer.Option(help="for token lengths, which training needs. A configuration names its own"),
     ] = None,
     verify: Annotated[
         Literal["none", "sha256"],
-        typer.Option(help="see data.sources.0.verify; a configuration names its own"),
+        typer.Option(help="see data.sources.0.verify. A configuration names its own"),
     ] = "none",
     max_bad_fraction: Annotated[
         float | None, typer.Option(min=0, max=1, help="share of bad samples above which the exit code is 3")
     ] = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="processes; 0: one per core, or none for little data")
+        int, typer.Option(min=0, help="processes. 0: one per core, or none for little data")
     ] = 0,
     check: Annotated[
         bool,

@@ -32,21 +32,21 @@ def _known_sampler(name: str) -> str:
 
 
 ImageFolder = Annotated[Path, typer.Option(help="folder for the images and index.jsonl")]
-Guidance = Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale; 1: none")]
+Guidance = Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale. 1: none")]
 NegativePrompt = Annotated[
-    str, typer.Option("--negative-prompt", help="what guidance leads away from; empty: no caption")
+    str, typer.Option("--negative-prompt", help="what guidance leads away from. Empty: no caption")
 ]
 Interval = Annotated[
     tuple[float, float],
     typer.Option(
         "--guidance-interval",
         metavar="LOW HIGH",
-        help="shares of the timesteps between which guidance is applied; 1 is noise alone",
+        help="shares of the timesteps between which guidance is applied. 1 is noise alone",
     ),
 ]
 Rescale = Annotated[
     float,
-    typer.Option("--guidance-rescale", min=0, max=1, help="how far guidance keeps the contrast; 0: not"),
+    typer.Option("--guidance-rescale", min=0, max=1, help="how far guidance keeps the contrast. 0: not"),
 ]
 Steps = Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1, help="sampler steps")]
 SamplerName = Annotated[
@@ -57,18 +57,21 @@ SamplerName = Annotated[
     ),
 ]
 ImageSize = Annotated[
-    str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes; empty: the first of them")
+    str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes. Empty: the first of them")
 ]
 AnswerSize = Annotated[
-    str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes; empty: the model chooses")
+    str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes. Empty: the model chooses")
 ]
 FirstSeed = Annotated[int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="image k has seed + k")]
 AnswerSeed = Annotated[
     int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="of the text and the first image")
 ]
+ChatSeed = Annotated[
+    int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="of the first answer. Answer n has seed + n")
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="maximum of text tokens")]
 MaxImages = Annotated[int, typer.Option(min=0, help="maximum of images")]
-Temperature = Annotated[float, typer.Option(min=0, help="of the text; 0: the likeliest tokens")]
+Temperature = Annotated[float, typer.Option(min=0, help="of the text. 0: the likeliest tokens")]
 TopP = Annotated[float, typer.Option(help="in (0, 1]: the likeliest tokens that together reach it")]
 
 
@@ -113,7 +116,7 @@ def _answer_settings(
 def sample(
     model: Model,
     out: ImageFolder,
-    prompt: Annotated[list[str] | None, typer.Option(help="a caption; repeat for several")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="a caption, repeated for several")] = None,
     prompts: Annotated[
         str, typer.Option(help="a file with a caption on each line, or - for standard input")
     ] = "",
@@ -161,7 +164,8 @@ def sample(
     if budget:
         choice = choose(table, seconds, pipeline, captions * max(n, best_of), settings, batch)
         settings |= {"sampler": choice.sampler, "steps": choice.steps}
-        print(f"{choice.sampler}, {choice.steps} steps", file=sys.stderr)
+        late = "" if choice.is_in_time else f"nothing is as fast as {budget}, this is the fastest: "
+        print(f"{late}{choice.sampler}, {choice.steps} steps", file=sys.stderr)
     with CallProgress(lambda: f"{folder.count} of {n * len(captions)} images") as progress:
         if best_of > 1:
             folder.add(
@@ -179,7 +183,7 @@ def sample(
                 on_images=folder.add,
                 **settings,
             )
-    print(f"{out}: {folder.count} images, and index.jsonl with their prompts and seeds")
+    print(f"{folder}, and index.jsonl with their prompts and seeds")
 
 
 def edit(
@@ -195,7 +199,7 @@ def edit(
     sampler: SamplerName = "auto",
     seed: FirstSeed = 0,
     size: Annotated[
-        str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes; empty: that of the image")
+        str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes. Empty: that of the image")
     ] = "",
     weights: Weights = "auto",
     device: Device = "auto",
@@ -270,7 +274,7 @@ def chat(
     guidance_rescale: Rescale = 0.0,
     steps: Steps = 25,
     sampler: SamplerName = "auto",
-    seed: AnswerSeed = 0,
+    seed: ChatSeed = 0,
     size: AnswerSize = "",
     weights: Weights = "auto",
     device: Device = "auto",
@@ -322,7 +326,7 @@ def caption(
 def score(
     model: Model,
     parts: Annotated[
-        list[str], typer.Argument(help="texts, images as @FILE and - for standard input; the last is scored")
+        list[str], typer.Argument(help="texts, images as @FILE and - for standard input. The last is scored")
     ],
     samples: Annotated[int, typer.Option(min=4, help="draws for an image, an even number")] = 128,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="of the draws")] = 0,
@@ -346,10 +350,10 @@ def score(
 def replay(
     file: Annotated[Path, typer.Argument(help="a PNG that transfusion drew")],
     model: Annotated[
-        Path | None, typer.Option(help="the model; none: the one that index.jsonl beside the image names")
+        Path | None, typer.Option(help="the model. None: the one that index.jsonl beside the image names")
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="an image of its prompt; repeat for several")
+        list[Path] | None, typer.Option(help="an image of its prompt, repeated for several")
     ] = None,
     device: Device = "auto",
 ) -> None:

@@ -109,7 +109,7 @@ def prepare(
     out: Annotated[Path, typer.Option(help="folder for the shards")],
     validation: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="share kept for validation; default 0.02, for python-docs 0.1"),
+        typer.Option(min=0, max=1, help="share kept for validation. Default 0.02, for python-docs 0.1"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of captions and of the split")] = 0,
     one_caption_a_line: Annotated[
@@ -319,7 +319,7 @@ def doctor(
 
 @app.command("config")
 def show_config(
-    config: Annotated[Path | None, typer.Argument(help="a configuration; none: the defaults")] = None,
+    config: Annotated[Path | None, typer.Argument(help="a configuration. None: the defaults")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Check a configuration and print it, each key with its meaning."""

@@ -15,5 +15,5 @@ Weights = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "int8"],
-    typer.Option(help="of the weights; int8 takes a quarter of the memory of float32"),
+    typer.Option(help="of the weights. int8 takes a quarter of the memory of float32"),
 ]

@@ -10,7 +10,7 @@ import typer
 
 Results = Annotated[Path, typer.Argument(help="folder written by `transfusion scaling run`")]
 Metrics = Annotated[
-    list[str] | None, typer.Option("--metric", help="repeat for several; default: all that every run has")
+    list[str] | None, typer.Option("--metric", help="repeat for several. Default: all that every run has")
 ]
 Axis = Annotated[str, typer.Option("--by", help="axis whose values become the lines")]
 
@@ -25,7 +25,7 @@ def run(
         list[str] | None, typer.Argument(help="section.key=value for all cells, as many as needed")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="name of a cell; repeat for several; default: all")
+        list[str] | None, typer.Option(help="name of a cell, repeated for several. Default: all")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="runs at once")] = 1,
     launcher: Annotated[

@@ -31,11 +31,13 @@ class Choice(NamedTuple):
         sampler: Its name.
         steps: Of it.
         distance: Of its images from those of many steps, in levels of 255.
+        is_in_time: Whether it is fast enough for what was asked.
     """
 
     sampler: str
     steps: int
     distance: float
+    is_in_time: bool = True
 
 
 def read_table(folder: Path) -> list[Choice]:
@@ -110,4 +112,4 @@ def choose(
     fast = [choice for choice in table if calls(choice) * a_call <= left]
     if fast:
         return min(fast, key=lambda choice: (choice.distance, calls(choice)))
-    return min(table, key=lambda choice: (calls(choice), choice.distance))
+    return min(table, key=lambda choice: (calls(choice), choice.distance))._replace(is_in_time=False)

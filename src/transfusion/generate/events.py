@@ -10,6 +10,7 @@ from torch import Tensor
 
 from transfusion.generate.pillow_images import to_image
 from transfusion.generate.recipe import Recipe
+from transfusion.generate.request import Part
 from transfusion.sequence.sizes import Size
 
 
@@ -104,3 +105,14 @@ class Done:
 
 
 Event = TextDelta | ImageStart | ImagePreview | ImageDone | Done
+
+
+def extend(parts: list[Part], event: Event) -> None:
+    """Add what an event brings to the parts of an answer, where one text follows no other."""
+    if isinstance(event, TextDelta):
+        if parts and isinstance(parts[-1], str):
+            parts[-1] += event.text
+        else:
+            parts.append(event.text)
+    elif isinstance(event, ImageDone):
+        parts.append(event.pixels)

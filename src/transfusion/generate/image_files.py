@@ -18,7 +18,7 @@ from torch import Tensor
 
 from transfusion.config import Config, SampleGridConfig
 from transfusion.errors import UserError, describe
-from transfusion.files import atomic_file, atomic_write_text
+from transfusion.files import atomic_file
 from transfusion.generate.pillow_images import read_image, to_image
 from transfusion.generate.pipeline import SampledImage
 from transfusion.generate.recipe import UNREADABLE
@@ -37,7 +37,9 @@ def load_images(paths: Sequence[Path], config: Config) -> list[Tensor]:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
+            marked = str(path).startswith("@") and Path(str(path)[1:]).is_file()
+            remedy = "; write it without @" if marked else ""
+            raise UserError(f"cannot read {path}: {error.strerror}{remedy}") from None
         images.append(read_image(data, config, str(path)))
     return images
 
@@ -55,15 +57,15 @@ def read_pixels(path: Path) -> Tensor:
 
 
 class SampleFolder:
-    """A folder of drawn images: 0000.png and so on, and index.jsonl (file, prompt, seed), which names what is there.
+    """A folder of drawn images: 0000.png and so on, and index.jsonl, a line each (file, prompt, seed).
 
-    Nothing is made before the first image comes. Then what another index names is removed. Each image is there and
-    named as soon as it is added. Raises UserError where `out` cannot be written, at once where that can be seen.
-    model: the folder that draws, which the index names too.
+    Nothing is made before the first image comes. The numbers go on behind those of images that are there, so that none
+    is written over. Each image is there and named as soon as it is added. Raises UserError where `out` cannot be
+    written, at once where that can be seen. model: the folder that draws, which the index names too.
     """
 
     def __init__(self, out: Path, model: Path | None = None) -> None:
-        self.out, self.count = out, 0
+        self.out, self.count, self._first = out, 0, 0
         self._named = {} if model is None else {"model": str(model.resolve())}
         there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
@@ -71,13 +73,14 @@ class SampleFolder:
             raise UserError(f"cannot write images to {out}: {there} {reason}; name another folder")
 
     def add(self, samples: Sequence[SampledImage]) -> None:
-        """Write these images, numbered after those before."""
+        """Write these images."""
         with self._told():
             if not self.count:
                 self.out.mkdir(parents=True, exist_ok=True)
-                self._clear()
+                there = [int(path.stem) for path in self.out.glob("*.png") if path.stem.isdecimal()]
+                self._first = max(there, default=-1) + 1
             for sample in samples:
-                name = _name(self.count)
+                name = self._name(self.count)
                 with atomic_file(self.out / name) as unfinished:
                     chunk = None if sample.recipe is None else sample.recipe.as_chunk()
                     to_image(sample.pixels).save(unfinished, format="PNG", pnginfo=chunk)
@@ -89,14 +92,15 @@ class SampleFolder:
     @property
     def last(self) -> Path:
         """The image that was added last."""
-        return self.out / _name(self.count - 1)
+        return self.out / self._name(self.count - 1)
 
-    def _clear(self) -> None:
-        index = self.out / INDEX
-        former = len(index.read_bytes().splitlines()) if index.is_file() else 0
-        atomic_write_text(index, "")
-        for number in range(former):
-            (self.out / _name(number)).unlink(missing_ok=True)
+    def __str__(self) -> str:
+        """What was added."""
+        first = self.out / self._name(0)
+        return str(first) if self.count == 1 else f"{first} to {self._name(self.count - 1)}"
+
+    def _name(self, number: int) -> str:
+        return f"{self._first + number:04d}.png"
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -123,10 +127,6 @@ def model_of(path: Path) -> Path:
         raise UserError(
             f"no index beside {path} names the model that drew it; name it with --model"
         ) from None
-
-
-def _name(number: int) -> str:
-    return f"{number:04d}.png"
 
 
 def write_grid(samples: Sequence[SampledImage], path: Path, config: SampleGridConfig) -> None:

@@ -35,8 +35,8 @@ def read_image(data: bytes, config: Config, name: str) -> Tensor:
     try:
         values = decode_fitting(data, config.image_sizes, channels=config.codec.channels)
     except SampleError as error:
-        reason = str(error)
-        raise UserError(f"{name}: {reason}; {_UNFIT.get(reason, 'give a JPEG, PNG or WebP image')}") from None
+        unread = "it is no image that can be read; give a JPEG, PNG or WebP file"
+        raise UserError(f"{name}: {_UNFIT.get(str(error), unread)}") from None
     return torch.from_numpy(values)
 
 

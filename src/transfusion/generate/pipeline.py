@@ -21,7 +21,7 @@ from transfusion.config import Config, SampleGridConfig
 from transfusion.errors import UserError
 from transfusion.families.build import family_of
 from transfusion.generate.engine import Engine
-from transfusion.generate.events import Event, ImageDone, TextDelta
+from transfusion.generate.events import Event, ImageDone, extend
 from transfusion.generate.load import Dtype, Weights, load_model
 from transfusion.generate.pillow_images import from_image, to_image
 from transfusion.generate.recipe import Origin, Recipe
@@ -392,7 +392,7 @@ class Pipeline:
         said: list[list[Part]] = [[] for _ in requests]
         for events in self._run(requests, batch):
             for number, event in events:
-                _extend(said[number], event)
+                extend(said[number], event)
                 if on_event is not None:
                     on_event(number, event)
         return [[*prompt, *answer] for prompt, answer in zip(answers, said, strict=True)]
@@ -672,14 +672,3 @@ def _texts(parts: Sequence[Part]) -> str:
 def _ticks(engine: Engine) -> Iterator[list[tuple[int, Event]]]:
     while not engine.is_idle:
         yield engine.tick()
-
-
-def _extend(answer: list[Part], event: Event) -> None:
-    """Add what an event brings to the parts of an answer."""
-    if isinstance(event, TextDelta):
-        if answer and isinstance(answer[-1], str):
-            answer[-1] += event.text
-        else:
-            answer.append(event.text)
-    elif isinstance(event, ImageDone):
-        answer.append(event.pixels)

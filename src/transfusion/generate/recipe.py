@@ -110,9 +110,11 @@ class Recipe:
         by_digest = {pixel_digest(image): image for image in images}
         wanted = [part.image for part in self.prompt if isinstance(part, PromptImage)]
         missing = [number for number, name in enumerate(wanted, 1) if name not in by_digest]
+        if missing and not images:
+            raise UserError(f"the prompt has images, {len(wanted)} in number; give their files with --image")
         if missing:
             raise UserError(
-                f"image {missing[0]} of the prompt is not given, which has {len(wanted)}; name the file with --image"
+                f"none of the given images is image {missing[0]} of the prompt; give the very file that was used"
             )
         return Request(
             prompt=[part if isinstance(part, str) else by_digest[part.image] for part in self.prompt],

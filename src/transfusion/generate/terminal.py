@@ -15,21 +15,23 @@ from torch import Tensor
 
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.generate.events import Done, Event, ImageDone, ImagePreview, ImageStart, TextDelta
+from transfusion.generate.events import Done, Event, ImageDone, ImagePreview, ImageStart, TextDelta, extend
 from transfusion.generate.image_files import SampleFolder, load_images
 from transfusion.generate.pillow_images import to_image
 from transfusion.generate.pipeline import Pipeline, SampledImage
 from transfusion.generate.request import Part
-from transfusion.generate.settings import AnswerSettings
+from transfusion.generate.settings import AnswerSettings, check_text
 from transfusion.inference.image_scores import Score
 
 # How an answer ended, where it did not end by itself.
 _REASONS = {"tokens": "at --max-tokens", "length": "where the model's row is full"}
+# Of a file. What is longer is not looked for.
+_LONGEST_NAME = 255
 # Columns that an image takes at most.
 _IMAGE_COLUMNS = 64
 
 
-def read_parts(words: Sequence[str], config: Config, stdin: TextIO) -> list[Part]:
+def read_parts(words: Sequence[str], config: Config, stdin: TextIO | None) -> list[Part]:
     """The parts of a prompt as a command line has them.
 
     Args:
@@ -40,16 +42,21 @@ def read_parts(words: Sequence[str], config: Config, stdin: TextIO) -> list[Part
     Raises:
         UserError: For an image that cannot be read, or standard input that is no text.
     """
+    for word in words:
+        if not word.startswith("@") and len(word) < _LONGEST_NAME and Path(word).is_file():
+            print(f"{word} is read as a text; @{word} is the image", file=sys.stderr)
     return [_read(stdin) if word == "-" else _part(word, config) for word in words]
 
 
 def _part(word: str, config: Config) -> Part:
     if word.startswith("@") and not word.startswith("@@"):
+        if not Path(word[1:]).is_file():
+            raise UserError(f"{word} names no file; @@ begins a text that begins with @")
         return load_images([Path(word[1:])], config)[0]
     return word[1:] if word.startswith("@@") else word
 
 
-def read_lines(name: str, stdin: TextIO) -> list[str]:
+def read_lines(name: str, stdin: TextIO | None) -> list[str]:
     """The lines of a file, or of standard input for "-", without those that are blank.
 
     Raises:
@@ -64,7 +71,9 @@ def read_lines(name: str, stdin: TextIO) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _read(stdin: TextIO) -> str:
+def _read(stdin: TextIO | None) -> str:
+    if stdin is None:
+        raise UserError("standard input is closed; give a text in place of -")
     try:
         return stdin.read()
     except UnicodeDecodeError as error:
@@ -89,13 +98,11 @@ def tell(
     """
     said: list[Part] = []
     for event in events:
+        extend(said, event)
         file = ""
         if isinstance(event, ImageDone):
             folder.add([SampledImage(event.pixels, prompt, event.seed, event.recipe)])
             file = str(folder.last)
-            said.append(event.pixels)
-        elif isinstance(event, TextDelta):
-            said.append(event.text)
         if as_json:
             print(json.dumps(_record(event, file), ensure_ascii=False), file=out, flush=True)
         elif isinstance(event, TextDelta):
@@ -154,7 +161,7 @@ def _colour(image: Image.Image, column: int, row: int) -> str:
 def chat(
     pipeline: Pipeline,
     folder: SampleFolder,
-    lines: TextIO,
+    lines: TextIO | None,
     out: TextIO,
     *,
     seed: int = 0,
@@ -169,7 +176,13 @@ def chat(
         out: As for `tell`.
         seed: Answer n is drawn from `seed + n`.
         settings: Of the answers.
+
+    Raises:
+        UserError: For settings out of range, before anything is said.
     """
+    if lines is None:
+        raise UserError("standard input is closed; run chat on a terminal, or give it lines")
+    pipeline.stream("", seed=seed, **settings)
     said: list[Part] = []
     asks = lines.isatty()
     if isinstance(lines, io.TextIOWrapper):
@@ -185,9 +198,14 @@ def chat(
             said = said if not words else []
             continue
         try:
-            asked = _said(line, pipeline.config)
-            events = pipeline.stream([*said, *asked], seed=seed, **settings)
-            said += asked + tell(events, line.strip(), folder, out)
+            check_text(line.strip())
+            asked = _joined(said, _joined([], [_part(word, pipeline.config) for word in words], " "), "\n")
+        except UserError as error:
+            print(error, file=sys.stderr)
+            continue
+        try:
+            events = pipeline.stream(asked, seed=seed, **settings)
+            said = _joined(asked, tell(events, line.strip(), folder, out))
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
         except UserError as error:
@@ -195,15 +213,15 @@ def chat(
         seed += 1
 
 
-def _said(line: str, config: Config) -> list[Part]:
-    """Words of a line, as one text between two images."""
-    parts: list[Part] = []
-    for part in (_part(word, config) for word in line.split()):
-        if parts and isinstance(part, str) and isinstance(parts[-1], str):
-            parts[-1] += f" {part}"
+def _joined(parts: Sequence[Part], more: Sequence[Part], between: str = "") -> list[Part]:
+    """Parts behind others, so that one text follows no other."""
+    joined = list(parts)
+    for part in more:
+        if joined and isinstance(part, str) and isinstance(joined[-1], str):
+            joined[-1] += between + part
         else:
-            parts.append(part)
-    return parts
+            joined.append(part)
+    return joined
 
 
 def describe_score(score: Score) -> str:

@@ -58,7 +58,7 @@ TABLE = [
         (6 + 2 + 15, 2, Choice("heun", 8, 2.0)),
         (6 + 2 + 14, 2, Choice("dpmpp_2m", 12, 2.5)),
         (6 + 2 + 11, 2, Choice("euler", 4, 9.0)),
-        (1, 2, Choice("euler", 4, 9.0)),
+        (1, 2, Choice("euler", 4, 9.0, is_in_time=False)),
         # In two batches.
         (6 + 2 * (2 + 15), 3, Choice("heun", 8, 2.0)),
         (6 + 2 * (2 + 14), 4, Choice("dpmpp_2m", 12, 2.5)),

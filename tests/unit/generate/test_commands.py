@@ -42,7 +42,7 @@ def test_prompts_come_from_a_file_and_make_the_same_images(call: Call, folder: P
     settings = ("--num-inference-steps", 2, "--guidance-scale", 2, "--negative-prompt", "seven")
     more = ("--guidance-interval", 0.2, 0.9, "--guidance-rescale", 0.5, "--sampler", "dpmpp_2m", "--seed", 3)
     code, told, _ = call("sample", folder, "--prompts", "prompts.txt", "--out", "a", *settings, *more)
-    assert code == 0 and told.startswith("a: 2 images")
+    assert code == 0 and told.startswith("a/0000.png to 0001.png, and index.jsonl")
     drawn = Pipeline.from_export(folder).sample(
         ["one", "two three"],
         steps=2,
@@ -101,9 +101,7 @@ def test_an_edit_and_its_replay(call: Call, folder: Path) -> None:
     code, told, _ = call("edit", folder, "photo.png", "one", "--steps", 2, "--cfg", 1)
     assert (code, told) == (0, "edited/0000.png\n")
     code, _, error = call("replay", "edited/0000.png")
-    assert (
-        code == 2 and "image 1 of the prompt is not given, which has 1; name the file with --image" in error
-    )
+    assert code == 2 and "the prompt has images, 1 in number; give their files with --image" in error
     assert call("replay", "edited/0000.png", "--image", "photo.png")[0] == 0
 
 

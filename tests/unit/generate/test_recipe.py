@@ -60,7 +60,7 @@ def test_an_image_within_an_answer(build_pipeline: Build, make_image: Any) -> No
     for event in done:
         again = pipeline.replay(event.recipe, [other, image])
         assert torch.equal(again.pixels, event.pixels) and again.seed == event.seed
-    with pytest.raises(UserError, match="image 2 of the prompt is not given, which has 3; name the file"):
+    with pytest.raises(UserError, match="none of the given images is image 2 of the prompt; give the very"):
         pipeline.replay(done[0].recipe, [image])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +64,24 @@ def test_the_end_that_is_a_limit_is_told(
     assert capsys.readouterr().err == ""
 
 
-def test_prompts_of_a_command_line(build_pipeline: Build, make_image: Any, tmp_path: Path) -> None:
+def test_prompts_of_a_command_line(
+    build_pipeline: Build, make_image: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = build_pipeline().config
     image = torch.from_numpy(make_image(1))
     to_image(image).save(tmp_path / "a.png")
     parts = read_parts(["one", f"@{tmp_path}/a.png", "-", "@@home"], config, io.StringIO("from\nstdin"))
     assert [part for part in parts if isinstance(part, str)] == ["one", "from\nstdin", "@home"]
     assert torch.equal(parts[1], image)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"cannot read .*gone.png"):
+    with pytest.raises(UserError, match=r"gone.png names no file; @@ begins a text that begins with @"):
         read_parts([f"@{tmp_path}/gone.png"], config, io.StringIO())
     broken = io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")
     with pytest.raises(UserError, match="standard input is not UTF-8"):
         read_parts(["-"], config, broken)
+    with pytest.raises(UserError, match="standard input is closed; give a text in place of -"):
+        read_parts(["-"], config, None)
+    read_parts([f"{tmp_path}/a.png"], config, None)
+    assert f"a.png is read as a text; @{tmp_path}/a.png is the image" in capsys.readouterr().err
 
 
 def test_lines_of_a_file(tmp_path: Path) -> None:
@@ -118,20 +125,43 @@ def talk(pipeline: Pipeline, out: Path, text: str, **settings: Any) -> str:
     return screen.getvalue()
 
 
-def test_a_chat_goes_on_from_what_was_said(build_pipeline: Build, make_image: Any, tmp_path: Path) -> None:
-    pipeline = build_pipeline(image=2.0, end=1.0)
+@pytest.mark.parametrize("image", [-100.0, 2.0])
+def test_a_chat_goes_on_from_what_was_said(
+    build_pipeline: Build, make_image: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: float
+) -> None:
+    """Each line begins a new one, behind the answer before. No text follows another."""
+    pipeline = build_pipeline(image=image, end=1.0)
     to_image(torch.from_numpy(make_image(1))).save(tmp_path / "a.png")
-    asked = f"one two @{tmp_path}/a.png @@three\n\nseven\n/new\none\n/quit\nnever\n"
-    told_all = talk(pipeline, tmp_path / "out", asked, temperature=1.0)
-    settings: Any = {"max_tokens": 4, "max_images": 1, "steps": 2, "temperature": 1.0}
-    first = pipeline.generate([["one two", torch.from_numpy(make_image(1)), "@three"]], seed=4, **settings)[0]
-    second = pipeline.generate([[*first, "seven"]], seed=5, **settings)[0]
-    third = pipeline.generate([["one"]], seed=6, **settings)[0]
-    images = [part for part in [*second, *third] if isinstance(part, Tensor)][1:]
-    texts = [part for part in [*first[3:], *second[len(first) + 1 :], *third[1:]] if isinstance(part, str)]
+    stream, asked = pipeline.stream, list[tuple[list[Any], int]]()
+
+    def noted(prompt: Any, **settings: Any) -> Any:
+        asked.append((list(prompt), settings["seed"]))
+        return stream(prompt, **settings)
+
+    monkeypatch.setattr(pipeline, "stream", noted)
+    lines = f"one two @{tmp_path}/a.png @@three\n\nseven\n/new\none\n/quit\nnever\n"
+    told_all = talk(pipeline, tmp_path / "out", lines, temperature=1.0)
+    # The first one checks the settings.
+    assert [seed for _, seed in asked] == [4, 4, 5, 6]
+    (_, _), (first, _), (second, _), (third, _) = asked
+    assert [part for part in first if isinstance(part, str)] == ["one two", "@three"] and third == ["one"]
+    answer = pipeline.generate([first], seed=4, max_tokens=4, max_images=1, steps=2, temperature=1.0)[0][
+        len(first) :
+    ]
+    texts = [part for part in answer if isinstance(part, str)]
     assert all(text in told_all for text in texts)
-    index = (tmp_path / "out" / "index.jsonl").read_text().splitlines() if images else []
-    assert len(index) == len(images)
+    assert sum(isinstance(part, Tensor) for part in second) == 1 + len(answer) - len(texts)
+    assert not any(isinstance(a, str) and isinstance(b, str) for a, b in pairwise(second))
+    said = "".join(part for part in second if isinstance(part, str))
+    ends_in_text = isinstance(answer[-1] if answer else first[-1], str)
+    assert said == "".join(["one two", "@three", *texts, "\nseven" if ends_in_text else "seven"])
+
+
+def test_settings_of_a_chat_are_checked_before_it_begins(build_pipeline: Build, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"top_p 7.0 must lie in"):
+        talk(build_pipeline(), tmp_path, "", top_p=7.0)
+    with pytest.raises(UserError, match="standard input is closed; run chat on a terminal, or give it lines"):
+        chat(build_pipeline(), SampleFolder(tmp_path), None, io.StringIO(), settings={})
 
 
 def test_a_chat_survives_what_cannot_be_answered(
@@ -140,7 +170,7 @@ def test_a_chat_survives_what_cannot_be_answered(
     pipeline = build_pipeline(sequence_length=32)
     text = talk(pipeline, tmp_path, f"@{tmp_path}/gone.png\n{'one ' * 40}\none\n")
     errors = capsys.readouterr().err
-    assert "gone.png: No such file or directory; /new begins anew" in errors
+    assert "gone.png names no file; @@ begins a text that begins with @\n" in errors
     assert "leaves no room in a sequence of 32 (data.sequence_length); /new begins anew" in errors
     assert len(text.strip()) > 0
 
@@ -158,5 +188,5 @@ def test_a_chat_survives_what_is_no_text(
     said = io.TextIOWrapper(io.BytesIO(b"a\xff\none\n"), encoding="utf-8")
     screen = io.StringIO()
     chat(build_pipeline(), SampleFolder(tmp_path), said, screen, settings={"max_tokens": 4})
-    assert "a prompt is not Unicode text: 'a\\udcff'; give it as UTF-8; /new" in capsys.readouterr().err
+    assert "a prompt is not Unicode text: 'a\\udcff'; give it as UTF-8\n" in capsys.readouterr().err
     assert len(screen.getvalue().strip()) > 0

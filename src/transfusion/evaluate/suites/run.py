@@ -66,7 +66,7 @@ def run_suites(
         )
     unknown = [name for name in names if name not in suites]
     if unknown:
-        raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join(suites)}")
+        raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join([*SUITES, 'images'])}")
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
     _refuse_missing_shards(pipeline.config.data.validation)
     if pipeline.config.train.threads:
