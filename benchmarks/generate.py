@@ -371,13 +371,12 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     results: list[dict[str, Any]] = []
+    record = record_head(find_device("cpu")) | {"rounds": given.rounds, "results": results}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(Path(folder))
         for part in given.only:
             results += PARTS[part](tokenizer, given.rounds)
-            write_json(
-                record_head(find_device("cpu")) | {"rounds": given.rounds, "results": results}, given.out
-            )
+            write_json(record, given.out)
     missed = [found["name"] for found in results if _misses(found)]
     for name in missed:
         print(f"{name}: misses its bar")

@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides = ("model.vocabulary=32000", *overrides) if is_gpu else (*TINY, *overrides)
     ways = WAYS if is_gpu else WAYS[:1]
     results: list[dict[str, Any]] = []
+    record = record_head(device) | {"ticks": given.ticks, "results": results}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         tokenizer = make_tokenizer(Path(folder))
         pipeline = make_pipeline(tokenizer, overrides, file, device)
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(
                 {"what": "images", "together": count} | measure(pipeline, images, ways, given.ticks)
             )
-            write_json(record_head(device) | {"ticks": given.ticks, "results": results}, given.out)
+            write_json(record, given.out)
 
 
 def measure(
