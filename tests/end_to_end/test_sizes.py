@@ -79,6 +79,4 @@ def test_from_images_of_three_shapes_to_drawn_ones(transfusion: Command, tmp_pat
         "32x16/0000.png",
     ]
     Image.new("RGB", (400, 10)).save("strip.png")
-    assert "strip.png: image_aspect; it is more than 20" in transfusion(
-        "caption", "model", "strip.png", code=2
-    )
+    assert "strip.png: it is more than 20" in transfusion("caption", "model", "strip.png", code=2)
