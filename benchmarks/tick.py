@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from generate import drawing, make_pipeline, make_tokenizer, prompt_of
+from generate import drawing, engine_of, make_pipeline, make_tokenizer, prompt_of
 from limits import find_device, record_head, write_json
-from transfusion.generate import Engine, Pipeline, Request
+from transfusion.generate import Pipeline, Request
 from transfusion.inference.captured import WARM_UPS
 
 ROOT = Path(__file__).resolve().parent
@@ -89,7 +89,7 @@ def measure(
     engines = {}
     for way in ways:
         pipeline.runner.captures = way == "graphs"
-        engine = Engine(pipeline.runner, pipeline.tokenizer, pipeline.config, pipeline.family)
+        engine = engine_of(pipeline, len(requests))
         for request in requests:
             engine.submit(request)
         engine.tick()

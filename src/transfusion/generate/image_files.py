@@ -37,7 +37,7 @@ def load_images(paths: Sequence[Path], config: Config) -> list[Tensor]:
         try:
             data = path.read_bytes()
         except OSError as error:
-            marked = str(path).startswith("@") and Path(str(path)[1:]).is_file()
+            marked = str(path).startswith("@") and os.path.isfile(str(path)[1:])
             remedy = "; write it without @" if marked else ""
             raise UserError(f"cannot read {path}: {error.strerror}{remedy}") from None
         images.append(read_image(data, config, str(path)))

@@ -501,6 +501,7 @@ class Pipeline:
                     f"the image was made with {name} {made or 'unknown'}, this is {here or 'unknown'}"
                 )
         request = recipe.request([self._pixels(image) for image in images])
+        request = replace(request, prompt=self._parts(request.prompt))
         self._check_request(request)
         prompt = _texts(request.prompt)
         for events in self._run([request], 1):
@@ -559,9 +560,6 @@ class Pipeline:
         check_at_least(0, max_images=request.max_images)
         for seed in (request.text.seed, request.image.seed):
             check_seeds(seed, 1)
-        for part in request.prompt:
-            if isinstance(part, str):
-                check_text(part)
         text_sampling.check(request.text)
         if request.draws or request.max_images or request.image.size is not None:
             image_diffusion.check(request.image, self.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,8 +26,6 @@ from transfusion.inference.image_scores import Score
 
 # How an answer ended, where it did not end by itself.
 _REASONS = {"tokens": "at --max-tokens", "length": "where the model's row is full"}
-# Of a file. What is longer is not looked for.
-_LONGEST_NAME = 255
 # Columns that an image takes at most.
 _IMAGE_COLUMNS = 64
 
@@ -43,14 +42,14 @@ def read_parts(words: Sequence[str], config: Config, stdin: TextIO | None) -> li
         UserError: For an image that cannot be read, or standard input that is no text.
     """
     for word in words:
-        if not word.startswith("@") and len(word) < _LONGEST_NAME and Path(word).is_file():
+        if not word.startswith("@") and os.path.isfile(word):
             print(f"{word} is read as a text; @{word} is the image", file=sys.stderr)
     return [_read(stdin) if word == "-" else _part(word, config) for word in words]
 
 
 def _part(word: str, config: Config) -> Part:
     if word.startswith("@") and not word.startswith("@@"):
-        if not Path(word[1:]).is_file():
+        if not os.path.exists(word[1:]):
             raise UserError(f"{word} names no file; @@ begins a text that begins with @")
         return load_images([Path(word[1:])], config)[0]
     return word[1:] if word.startswith("@@") else word

@@ -75,6 +75,10 @@ def test_prompts_of_a_command_line(
     assert torch.equal(parts[1], image)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"gone.png names no file; @@ begins a text that begins with @"):
         read_parts([f"@{tmp_path}/gone.png"], config, io.StringIO())
+    # Longer than the name of a file may be.
+    with pytest.raises(UserError, match="names no file"):
+        read_parts(["@" + "long " * 2000], config, io.StringIO())
+    assert read_parts(["\u00e9" * 5000], config, None) == ["\u00e9" * 5000]
     broken = io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")
     with pytest.raises(UserError, match="standard input is not UTF-8"):
         read_parts(["-"], config, broken)
