@@ -69,6 +69,9 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "jinja2": ("src/transfusion/evaluate/report/page.py",),
     "diffusers": ("src/transfusion/codec/",),
     "fastapi": ("src/transfusion/serve/",),
+    "starlette": ("src/transfusion/serve/",),
+    "uvicorn": ("src/transfusion/serve/server.py",),
+    "prometheus_client": ("src/transfusion/serve/metrics.py",),
     # Not optional, but one digest for all. The kernels stand alone and have their own.
     "hashlib": ("src/transfusion/files.py", "kernels/transfusion_kernels/probe/records.py"),
 }

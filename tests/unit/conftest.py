@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,17 +11,24 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from transfusion.checkpoint import export
 from transfusion.config import CodecConfig, Config, DataConfig, ModelConfig
 from transfusion.data.loading.collate import collate
 from transfusion.data.loading.rows import Row, RowImage, RowSettings, borders, joined
+from transfusion.files import file_digest
+from transfusion.generate import Pipeline
 from transfusion.model import Transfusion
 from transfusion.model.initialise import initialise
-from transfusion.schema import Batch, ImageSegment, Segment
+from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken
 from transfusion.sequence.layout import tokenize_document
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 VOCABULARY = 320
+# Letters with a piece of their own, so that a text and its ids tell the same.
+LETTERS = "adeghiknorstvw"
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +141,69 @@ def make_image() -> Callable[..., np.ndarray]:
         return np.random.default_rng(seed).integers(0, 256, (1, size, size), dtype=np.uint8)
 
     return make
+
+
+class Leaning(nn.Module):
+    """A text head that leans towards some tokens, so that an untrained model ends texts and begins images."""
+
+    def __init__(self, head: nn.Module, bias_V: Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("bias_V", bias_V)
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        return 3.0 * self.head(hidden_ND) + self.bias_V
+
+
+@pytest.fixture
+def build_pipeline(
+    build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
+) -> Callable[..., Pipeline]:
+    """build_pipeline(image=bias of <BOI>, end=bias of <EOS>, diffusion=..., **build_model's) -> says letters."""
+
+    def build(
+        *, image: float = -100.0, end: float = -100.0, diffusion: Any = None, **fields: Any
+    ) -> Pipeline:
+        config, model = build_model(**fields)
+        config = Config.model_validate(config.as_dict() | {"diffusion": diffusion or {}})
+        bias_V = torch.full((config.model.vocabulary,), -50.0)
+        bias_V[[tokenizer.encode(letter)[0] for letter in LETTERS]] = 0.0
+        bias_V[SpecialToken.BEGIN_IMAGE], bias_V[SpecialToken.END_DOCUMENT] = image, end
+        model.lm_head = Leaning(model.lm_head, bias_V)  # type: ignore[assignment]
+        return Pipeline(model, tokenizer, config, "cpu")
+
+    return build
+
+
+# Of the weight files of an export.
+MARKED = {"format": "pt", export.EXPORT_ID: "one"}
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
+) -> Path:
+    """Raw weights of seed 0, averaged ones of seed 1; the vocabulary is left to the tokenizer."""
+    (config, raw), (_, average) = build_model(seed=0), build_model(seed=1)
+    values = config.as_dict()
+    values["model"]["vocabulary"] = 0
+    write_export(tmp_path, values, tokenizer, raw, average)
+    return tmp_path
+
+
+def write_export(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, *models: Transfusion) -> None:
+    """A folder as `transfusion export` leaves it, of one network or of two: raw weights, and averaged ones."""
+    names = dict(list(export.WEIGHT_FILES.items())[: len(models)])
+    for file, model in zip(names.values(), models, strict=True):
+        save_file(model.state_dict(), folder / file, metadata=MARKED)
+    shutil.copy(tokenizer.path, folder / export.TOKENIZER)
+    description = {
+        "format": export.FORMAT,
+        "format_version": export.FORMAT_VERSION,
+        export.EXPORT_ID: "one",
+        "step": 5,
+        "weights": names,
+        "digests": {export.TOKENIZER: file_digest(folder / export.TOKENIZER)},
+        "config": config,
+    }
+    (folder / export.CONFIG).write_text(json.dumps(description))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from transfusion import __version__
-from transfusion.cli import generation
+from transfusion.cli import generation, serving
 from transfusion.cli.codec import codec_app
 from transfusion.cli.data import data_app
 from transfusion.cli.options import Device, Dtype, Model, Overrides, Weights
@@ -215,6 +215,7 @@ def export(
 
 
 generation.add_to(app)
+serving.add_to(app)
 
 
 @app.command("eval")

@@ -6,7 +6,7 @@ C channels, H/W image height and width, I images.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -387,7 +387,9 @@ class Pipeline:
         """
         check_at_least(1, batch=batch)
         check_seeds(seed, len(prompts))
-        requests = [self._request(prompt, seed + number, settings) for number, prompt in enumerate(prompts)]
+        requests = [
+            self.request(prompt, seed=seed + number, **settings) for number, prompt in enumerate(prompts)
+        ]
         answers: list[list[Part]] = [list(request.prompt) for request in requests]
         said: list[list[Part]] = [[] for _ in requests]
         for events in self._run(requests, batch):
@@ -416,8 +418,7 @@ class Pipeline:
         Raises:
             UserError: As `generate`, and for previews of a codec that has none, at once and not with the first event.
         """
-        check_at_least(0, preview_every=preview_every)
-        request = replace(self._request(prompt, seed, settings), preview_every=preview_every)
+        request = self.request(prompt, seed=seed, preview_every=preview_every, **settings)
         ticks = self._run([request], 1)
         return (event for events in ticks for _, event in events)
 
@@ -510,6 +511,100 @@ class Pipeline:
                     return SampledImage(event.pixels, prompt, event.seed, event.recipe)
         raise UserError(f"the answer came out otherwise, and has no image number {recipe.index}")
 
+    def request(
+        self, prompt: Prompt, *, seed: int = 0, preview_every: int = 0, **settings: Unpack[AnswerSettings]
+    ) -> Request:
+        """What `stream` asks of the engine: a checked request, to be submitted to `engine`.
+
+        Args:
+            prompt: As in `stream`.
+            seed: As in `stream`.
+            preview_every: As in `stream`.
+            **settings: See `AnswerSettings`.
+
+        Raises:
+            UserError: As `generate`.
+        """
+        check_at_least(0, preview_every=preview_every)
+        image = {name: value for name, value in settings.items() if name not in _ANSWER_ONLY}
+        text = {name: settings[name] for name in ("temperature", "top_p") if name in settings}
+        counts: dict[str, Any] = {
+            name: settings[name] for name in ("max_tokens", "max_images") if name in settings
+        }
+        request = Request(
+            prompt=self._parts(prompt),
+            text=TextSampling(seed=seed, **text),
+            image=image_sampling(image, seed),  # type: ignore[arg-type]
+            preview_every=preview_every,
+            **counts,
+        )
+        self._check_request(request)
+        return request
+
+    def image_request(
+        self, prompt: Prompt, *, seed: int = 0, preview_every: int = 0, **settings: Unpack[ImageSettings]
+    ) -> Request:
+        """What `sample` asks of the engine for one image: a checked request, to be submitted to `engine`.
+
+        Args:
+            prompt: As in `sample`.
+            seed: Of the image, from 0 to 2**38 - 1.
+            preview_every: As in `stream`.
+            **settings: See `ImageSettings`.
+
+        Raises:
+            UserError: As `sample`.
+        """
+        check_at_least(0, preview_every=preview_every)
+        sampling, parts = image_sampling(settings, seed), self._parts(prompt)
+        self._check_sampling(sampling, [parts])
+        return replace(self._image_request(parts, sampling, seed), preview_every=preview_every)
+
+    def check_letters(self, texts: Iterable[str]) -> None:
+        """Tell at once what no tokenizing could make fit, which for megabytes takes seconds.
+
+        Args:
+            texts: Of one prompt.
+
+        Raises:
+            UserError: Where they have more letters than a sequence of the longest pieces.
+        """
+        letters, limit = sum(map(len, texts)), self.config.data.sequence_length
+        if letters > limit * self.tokenizer.longest_piece:
+            raise UserError(
+                f"a prompt of {letters:,} letters leaves no room in a sequence of {limit} (data.sequence_length);"
+                " shorten it"
+            )
+
+    def engine(
+        self,
+        *,
+        pages: int | None = None,
+        most_requests: int = 64,
+        prompt_positions: int | None = None,
+        on_image_call: Callable[[], object] | None = None,
+        shares_prompts: bool = True,
+    ) -> Engine:
+        """An engine over this model, for requests that come and go. See `Engine` for what it takes."""
+        return Engine(
+            self.runner,
+            self.tokenizer,
+            self.config,
+            self.family,
+            pages=pages,
+            most_requests=most_requests,
+            prompt_positions=prompt_positions,
+            on_image_call=on_image_call,
+            shares_prompts=shares_prompts,
+            origin=self.origin,
+        )
+
+    def _image_request(self, parts: Sequence[Part], sampling: ImageSampling, seed: int) -> Request:
+        """An image behind parts, both checked."""
+        size = sampling.size or self.runner.sizes.first
+        image = replace(sampling, seed=seed, size=size)
+        return Request(prompt=parts, text=TextSampling(seed=seed), image=image, draws=True)
+
     def _parts(self, prompt: Prompt | ImageLike) -> list[Part]:
         """Checked parts, images as the network reads them."""
         given = [prompt] if isinstance(prompt, str | Tensor | Image.Image) else prompt
@@ -520,6 +615,7 @@ class Pipeline:
                 parts.append(part)
             else:
                 parts.append(self._pixels(part))
+        self.check_letters(part for part in parts if isinstance(part, str))
         return parts
 
     def _target(self, target: str | ImageLike) -> Part:
@@ -539,22 +635,6 @@ class Pipeline:
             )
         return image
 
-    def _request(self, prompt: Prompt, seed: int, settings: AnswerSettings) -> Request:
-        """A checked request."""
-        image = {name: value for name, value in settings.items() if name not in _ANSWER_ONLY}
-        text = {name: settings[name] for name in ("temperature", "top_p") if name in settings}
-        counts: dict[str, Any] = {
-            name: settings[name] for name in ("max_tokens", "max_images") if name in settings
-        }
-        request = Request(
-            prompt=self._parts(prompt),
-            text=TextSampling(seed=seed, **text),
-            image=image_sampling(image, seed),  # type: ignore[arg-type]
-            **counts,
-        )
-        self._check_request(request)
-        return request
-
     def _check_request(self, request: Request) -> None:
         check_at_least(1, max_tokens=request.max_tokens)
         check_at_least(0, max_images=request.max_images)
@@ -564,6 +644,7 @@ class Pipeline:
         if request.draws or request.max_images or request.image.size is not None:
             image_diffusion.check(request.image, self.config)
             check_text(request.image.negative_prompt)
+            self.check_letters([request.image.negative_prompt])
 
     def _run(
         self,
@@ -574,16 +655,7 @@ class Pipeline:
         shares_prompts: bool = True,
     ) -> Iterator[list[tuple[int, Event]]]:
         """The events of requests, tick by tick, at most `batch` of them at a time, in an engine of their own."""
-        engine = Engine(
-            self.runner,
-            self.tokenizer,
-            self.config,
-            self.family,
-            most_requests=batch,
-            on_image_call=on_image_call,
-            shares_prompts=shares_prompts,
-            origin=self.origin,
-        )
+        engine = self.engine(most_requests=batch, on_image_call=on_image_call, shares_prompts=shares_prompts)
         for request in requests:
             engine.submit(request)
         return _ticks(engine)
@@ -599,15 +671,8 @@ class Pipeline:
         shares_prompts: bool = True,
     ) -> Iterator[dict[int, SampledImage]]:
         """Images by their numbers, as they are finished, each from its own seed."""
-        sampling = replace(sampling, size=sampling.size or self.runner.sizes.first)
         requests = [
-            Request(
-                prompt=prompt,
-                text=TextSampling(seed=seed),
-                image=replace(sampling, seed=seed),
-                draws=True,
-            )
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            self._image_request(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         for events in self._run(requests, batch, on_image_call, shares_prompts=shares_prompts):
             images = {
@@ -632,6 +697,7 @@ class Pipeline:
     def _check_sampling(self, sampling: ImageSampling, prompts: Sequence[Sequence[Part]]) -> None:
         image_diffusion.check(sampling, self.config)
         check_text(sampling.negative_prompt)
+        self.check_letters([sampling.negative_prompt])
         check_seeds(sampling.seed, len(prompts))
         size = sampling.size or self.runner.sizes.first
         checked: Sequence[Part] | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -128,6 +128,11 @@ class Recipe:
     def as_json(self) -> str:
         """One line of JSON."""
         return _ADAPTER.dump_json(self).decode()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        found: dict[str, Any] = _ADAPTER.dump_python(self, mode="json")
+        return found
 
     def as_chunk(self) -> PngInfo:
         """What Pillow writes into a PNG."""

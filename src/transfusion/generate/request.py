@@ -50,3 +50,14 @@ def segments(parts: Sequence[Part], runner: ModelRunner, tokenizer: Tokenizer) -
         else runner.image(Size(*part.shape[1:]), part)
         for part in parts
     ]
+
+
+def joined(parts: Sequence[Part], more: Sequence[Part], between: str = "") -> list[Part]:
+    """Parts behind others, so that one text follows no other."""
+    joined = list(parts)
+    for part in more:
+        if joined and isinstance(part, str) and isinstance(joined[-1], str):
+            joined[-1] += between + part
+        else:
+            joined.append(part)
+    return joined

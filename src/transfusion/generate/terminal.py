@@ -20,7 +20,7 @@ from transfusion.generate.events import Done, Event, ImageDone, ImagePreview, Im
 from transfusion.generate.image_files import SampleFolder, load_images
 from transfusion.generate.pillow_images import to_image
 from transfusion.generate.pipeline import Pipeline, SampledImage
-from transfusion.generate.request import Part
+from transfusion.generate.request import Part, joined
 from transfusion.generate.settings import AnswerSettings, check_text
 from transfusion.inference.image_scores import Score
 
@@ -198,29 +198,18 @@ def chat(
             continue
         try:
             check_text(line.strip())
-            asked = _joined(said, _joined([], [_part(word, pipeline.config) for word in words], " "), "\n")
+            asked = joined(said, joined([], [_part(word, pipeline.config) for word in words], " "), "\n")
         except UserError as error:
             print(error, file=sys.stderr)
             continue
         try:
             events = pipeline.stream(asked, seed=seed, **settings)
-            said = _joined(asked, tell(events, line.strip(), folder, out))
+            said = joined(asked, tell(events, line.strip(), folder, out))
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
         except UserError as error:
             print(f"{error}; /new begins anew", file=sys.stderr)
         seed += 1
-
-
-def _joined(parts: Sequence[Part], more: Sequence[Part], between: str = "") -> list[Part]:
-    """Parts behind others, so that one text follows no other."""
-    joined = list(parts)
-    for part in more:
-        if joined and isinstance(part, str) and isinstance(joined[-1], str):
-            joined[-1] += between + part
-        else:
-            joined.append(part)
-    return joined
 
 
 def describe_score(score: Score) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -98,6 +99,12 @@ class Tokenizer:
     def piece_bytes(self) -> list[bytes]:
         """The bytes that each piece stands for; of a control token its name, as `<BOS>`."""
         return bytes_of_pieces(self._processor.id_to_piece(list(range(self.vocabulary))))
+
+    @functools.cached_property
+    def longest_piece(self) -> int:
+        """Letters of the longest piece. No text has fewer tokens than its letters divided by this."""
+        pieces: list[str] = self._processor.id_to_piece(list(range(self.vocabulary)))
+        return max(len(piece) for piece in pieces)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The piece of each id as text, for eyes: parts of a letter are shown as <0xNN>."""

@@ -2,102 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from transfusion.checkpoint import export
 from transfusion.codec import pixels as codec
-from transfusion.config import Config
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.sampler import sample
-from transfusion.files import file_digest
 from transfusion.generate import Pipeline
 from transfusion.inference.cache import PagedCache, Row
 from transfusion.inference.image_diffusion import ImageSampling, build_sampler
-from transfusion.model import Transfusion
 from transfusion.model.patches import Encoding, unpatchify_groups
 from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken, TextSegment
 from transfusion.sequence.layout import Layout
-from transfusion.sequence.tokenizer import Tokenizer
-
-# Letters with a piece of their own, so that a text and its ids tell the same.
-LETTERS = "adeghiknorstvw"
-
-
-class Leaning(nn.Module):
-    """A text head that leans towards some tokens, so that an untrained model ends texts and begins images."""
-
-    def __init__(self, head: nn.Module, bias_V: Tensor) -> None:
-        super().__init__()
-        self.head = head
-        self.register_buffer("bias_V", bias_V)
-
-    def forward(self, hidden_ND: Tensor) -> Tensor:
-        return 3.0 * self.head(hidden_ND) + self.bias_V
-
-
-# Of the weight files of an export.
-MARKED = {"format": "pt", export.EXPORT_ID: "one"}
-
-
-@pytest.fixture
-def folder(
-    tmp_path: Path, build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
-) -> Path:
-    """Raw weights of seed 0, averaged ones of seed 1; the vocabulary is left to the tokenizer."""
-    (config, raw), (_, average) = build_model(seed=0), build_model(seed=1)
-    values = config.as_dict()
-    values["model"]["vocabulary"] = 0
-    write_export(tmp_path, values, tokenizer, raw, average)
-    return tmp_path
-
-
-def write_export(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, *models: Transfusion) -> None:
-    """A folder as `transfusion export` leaves it, of one network or of two: raw weights, and averaged ones."""
-    names = dict(list(export.WEIGHT_FILES.items())[: len(models)])
-    for file, model in zip(names.values(), models, strict=True):
-        save_file(model.state_dict(), folder / file, metadata=MARKED)
-    shutil.copy(tokenizer.path, folder / export.TOKENIZER)
-    description = {
-        "format": export.FORMAT,
-        "format_version": export.FORMAT_VERSION,
-        export.EXPORT_ID: "one",
-        "step": 5,
-        "weights": names,
-        "digests": {export.TOKENIZER: file_digest(folder / export.TOKENIZER)},
-        "config": config,
-    }
-    (folder / export.CONFIG).write_text(json.dumps(description))
-
-
-@pytest.fixture
-def build_pipeline(
-    build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
-) -> Callable[..., Pipeline]:
-    """build_pipeline(image=bias of <BOI>, end=bias of <EOS>, diffusion=..., **build_model's) -> says letters."""
-
-    def build(
-        *, image: float = -100.0, end: float = -100.0, diffusion: Any = None, **fields: Any
-    ) -> Pipeline:
-        config, model = build_model(**fields)
-        config = Config.model_validate(config.as_dict() | {"diffusion": diffusion or {}})
-        bias_V = torch.full((config.model.vocabulary,), -50.0)
-        bias_V[[tokenizer.encode(letter)[0] for letter in LETTERS]] = 0.0
-        bias_V[SpecialToken.BEGIN_IMAGE], bias_V[SpecialToken.END_DOCUMENT] = image, end
-        model.lm_head = Leaning(model.lm_head, bias_V)  # type: ignore[assignment]
-        return Pipeline(model, tokenizer, config, "cpu")
-
-    return build
 
 
 def read_prompts(

@@ -23,7 +23,7 @@ from transfusion.model.heads import TextHead
 from transfusion.schema import Batch, ImageSegment, TextSegment
 from transfusion.sequence.tokenizer import Tokenizer
 
-from .conftest import MARKED, write_export
+from ..conftest import MARKED, write_export
 
 # Of logits and of latents, as a share of their size. The weights of these models are large and random.
 BOUND = 0.05

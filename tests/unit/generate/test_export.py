@@ -18,7 +18,7 @@ from transfusion.generate.load import Weights
 from transfusion.model import Transfusion
 from transfusion.sequence.tokenizer import Tokenizer
 
-from .conftest import MARKED
+from ..conftest import MARKED
 
 
 def images(pipeline: Pipeline) -> torch.Tensor:

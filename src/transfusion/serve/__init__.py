@@ -1,0 +1,1 @@
+"""The server: OpenAI-compatible endpoints, the events of the engine, and the page."""

@@ -1,0 +1,156 @@
+"""What all endpoints share: the model, its limits, and how a body becomes requests of the engine."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import anyio.to_thread
+import torch
+from fastapi import Request as HttpRequest
+from pydantic import BaseModel, ValidationError
+
+from transfusion.errors import UserError, shown
+from transfusion.generate import Pipeline, Prompt, Request
+from transfusion.generate.settings import ImageSettings, check_seeds
+from transfusion.sequence.sizes import Size
+from transfusion.serve.errors import ApiError, MediaTypeError, TooManyImagesError, UnknownModelError
+from transfusion.serve.limits import Limits
+from transfusion.serve.media import ImageReader
+from transfusion.serve.metrics import Metrics
+from transfusion.serve.protocol import Protocol
+from transfusion.serve.worker import Answers, Worker
+
+logger = logging.getLogger(__name__)
+Body = TypeVar("Body", bound=BaseModel)
+# Of seeds that nobody asked for.
+_SEED_BITS = 31
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One server.
+
+    Attributes:
+        pipeline: The model.
+        name: Of the model, as clients name it.
+        created: When it was made, in seconds since 1970.
+        limits: Of requests.
+        protocol: What they may hold.
+        worker: Who answers them.
+        metrics: What is counted.
+        images: Who reads their images.
+        logs_prompts: Whether prompts may stand in the log.
+    """
+
+    pipeline: Pipeline
+    name: str
+    created: int
+    limits: Limits
+    protocol: Protocol
+    worker: Worker
+    metrics: Metrics
+    images: ImageReader
+    logs_prompts: bool = False
+
+    @property
+    def has_previews(self) -> bool:
+        """Whether images can be shown while they are made."""
+        codec, config = self.pipeline.runner.codec, self.pipeline.config
+        if config.codec.kind == "vq":
+            return False
+        shape = self.pipeline.runner.latent_shape(self.pipeline.runner.sizes.first)
+        try:
+            codec.preview(torch.zeros(1, *shape, device=self.pipeline.runner.device))
+        except UserError:
+            return False
+        return True
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Of the model's images."""
+        return list(self.pipeline.runner.sizes.sizes)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise UnknownModelError for a name that is not that of the model."""
+        if name not in (None, self.name):
+            raise UnknownModelError(
+                f"the model {shown(name)} is not served here; this is {self.name}", param="model"
+            )
+
+    def check_images(self, count: int) -> None:
+        """Raise TooManyImagesError for more images in a prompt than may be."""
+        if count > self.limits.prompt_images:
+            raise TooManyImagesError(
+                f"a prompt of {count} images; this server takes {self.limits.prompt_images}"
+            )
+
+    def image_requests(
+        self, prompt: Prompt, count: int, seed: int, *, previews: int, settings: ImageSettings
+    ) -> list[Request]:
+        """Requests for images behind a prompt, of seed, seed + 1 and so on. previews: of each, in the end."""
+        check_seeds(seed, count)
+        first = self.pipeline.image_request(prompt, seed=seed, **settings)
+        every = self.preview_every(first, previews)
+        requests = [self.pipeline.image_request(prompt, seed=seed, preview_every=every, **settings)]
+        for number in range(1, count):
+            # The parts that were checked, so that images are read once.
+            requests.append(
+                self.pipeline.image_request(
+                    requests[0].prompt, seed=seed + number, preview_every=every, **settings
+                )
+            )
+        return requests
+
+    def preview_every(self, request: Request, previews: int) -> int:
+        """Calls of the model between previews, for so many of them or some more."""
+        if not previews:
+            return 0
+        size = request.image.size or self.pipeline.runner.sizes.first
+        patches = self.pipeline.runner.sizes.patches(size)
+        calls = self.pipeline.family.image_calls(request.image, self.pipeline.config.diffusion, patches)
+        return max(1, calls // (previews + 1))
+
+    async def submit(self, make: Callable[[], list[Request]]) -> Answers:
+        """Make requests on a thread, since to tokenize a long prompt takes a while, and submit them.
+
+        Raises:
+            ApiError: Where they cannot be taken.
+            UserError: For what they may not be.
+        """
+        requests = await anyio.to_thread.run_sync(make)
+        if self.logs_prompts:
+            texts = [part if isinstance(part, str) else "[image]" for part in requests[0].prompt]
+            logger.info("prompt: %s", shown(" ".join(texts)))
+        return await self.worker.submit(requests)
+
+
+def new_seed() -> int:
+    """A seed where none was given."""
+    return secrets.randbits(_SEED_BITS)
+
+
+async def read_json(request: HttpRequest, model: type[Body]) -> Body:
+    """The body of a request.
+
+    Raises:
+        ApiError: For what it may not be.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise MediaTypeError(f"the body must be application/json, not {shown(kind or 'of no type')}")
+    try:
+        return model.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise bad_body(error) from None
+
+
+def bad_body(error: ValidationError) -> ApiError:
+    """The first thing that is wrong with a body. Of alternatives, the one that was followed furthest."""
+    first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
+    where = shown(".".join(map(str, first["loc"])))
+    message: Any = first["msg"].removeprefix("Value error, ")
+    return ApiError(f"{where}: {message}" if where else message, param=where or None)

@@ -1,0 +1,192 @@
+"""What stands before every endpoint: who may call, how much may be sent, and what is told to browsers and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from transfusion.errors import shown
+from transfusion.serve.errors import (
+    ApiError,
+    ForeignOriginError,
+    OverloadedError,
+    SlowBodyError,
+    TokenError,
+    TooLargeError,
+)
+from transfusion.serve.limits import Limits
+from transfusion.serve.metrics import Metrics
+from transfusion.serve.worker import Worker
+
+logger = logging.getLogger(__name__)
+# Everything else needs the token, where there is one.
+_OPEN = ("/healthz", "/readyz", "/", "/page/")
+# Asked for again and again by those that watch.
+_UNTOLD = ("/healthz", "/readyz", "/metrics")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# A page of this server loads from it alone, and nobody else shows it in a frame.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class Guard:
+    """Lets callers pass or not, and tells browsers how to treat what they get. An ASGI application around another.
+
+    Args:
+        app: The one inside.
+        token: That every request needs, but for those that look after the server's health, and the page, which asks
+            for it. None: none does.
+        hosts: Names under which a server without a token may be called, so that no page elsewhere reaches it under a
+            name of its own.
+    """
+
+    def __init__(self, app: ASGIApp, token: str | None = None, hosts: Iterable[str] = LOOPBACK) -> None:
+        self._app, self._hosts = app, frozenset(hosts)
+        self._token = None if token is None else token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(raw=message["headers"])
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+                message["headers"] = headers.raw
+            await send(message)
+
+        try:
+            self._check(scope)
+        except ApiError as error:
+            await refuse(error, scope, receive, send_guarded)
+        else:
+            await self._app(scope, receive, send_guarded)
+
+    def _check(self, scope: Scope) -> None:
+        """Raise ApiError for a caller that may not call."""
+        headers, path = Headers(scope=scope), scope["path"]
+        host = headers.get("host", "")
+        if self._token is None and _name(host) not in self._hosts:
+            raise ForeignOriginError(
+                f"this server is called localhost, not {shown(_name(host))}; start it with a token to call it otherwise"
+            )
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise ForeignOriginError(f"pages of {shown(origin)} may not use this server")
+        is_open = path in _OPEN or path.startswith("/page/")
+        if self._token is not None and not is_open:
+            kind, _, given = headers.get("authorization", "").partition(" ")
+            # Takes as long for any wrong token.
+            matches = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._token)
+            if kind.lower() != "bearer" or not matches:
+                raise TokenError
+
+
+class BodyReader:
+    """Reads bodies whole, within limits, and only where there is room for what they ask.
+
+    Args:
+        app: The application inside.
+        limits: Of bodies.
+        worker: Who must have room.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, worker: Worker) -> None:
+        self._app, self._limits, self._worker = app, limits, worker
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            try:
+                receive = await self._read(receive, Headers(scope=scope))
+            except ApiError as error:
+                await refuse(error, scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _read(self, receive: Receive, headers: Headers) -> Receive:
+        """What tells a body again, once it is here."""
+        if not self._worker.has_room():
+            raise OverloadedError(self._worker.retry_after)
+        most, seconds = self._limits.body_bytes, self._limits.body_seconds
+        too_large = TooLargeError(f"the body is over {most:,} bytes; send less")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > most:
+            raise too_large
+        body, more = bytearray(), True
+        try:
+            async with asyncio.timeout(seconds):
+                while more:
+                    message = await receive()
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise too_large
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise SlowBodyError(f"the body did not arrive within {seconds:g} s; try again") from None
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def again() -> Message:
+            return whole.pop() if whole else await receive()
+
+        return again
+
+
+class Observer:
+    """Counts requests and writes a line for each, without what they hold.
+
+    Args:
+        app: The application inside.
+        metrics: Of the server.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin, status = time.monotonic(), 0
+
+        async def send_observed(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_observed)
+        finally:
+            seconds = time.monotonic() - begin
+            # The pattern, so that no caller makes new names of metrics.
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(seconds)
+            if route not in _UNTOLD:
+                logger.info("%s %s %d %.2f s", scope["method"], shown(scope["path"]), status, seconds)
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with an error."""
+    await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
+
+
+def _name(host: str) -> str:
+    """Of a Host header, without the port."""
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() and not host.endswith("]") else host
+    return name.strip("[]").lower()

@@ -1,0 +1,176 @@
+"""/v1/images: images of captions, and images made of others, as OpenAI's clients ask for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request as HttpRequest
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.responses import JSONResponse, Response
+from torch import Tensor
+
+from transfusion.errors import shown
+from transfusion.generate import Done, ImageDone, ImagePreview, Prompt
+from transfusion.sequence.sizes import Size
+from transfusion.serve.context import Context, bad_body, new_seed, read_json
+from transfusion.serve.errors import ApiError, MediaTypeError, StoppingError
+from transfusion.serve.media import encode, size_name
+from transfusion.serve.protocol import ImagesBody
+from transfusion.serve.stream import EventStream, sse, watched_request
+from transfusion.serve.worker import Answers
+
+_IMAGE_FIELDS = ("image", "image[]")
+_MAX_FIELDS = 64
+
+
+async def generations(context: Context, request: HttpRequest) -> Response:
+    """POST /v1/images/generations."""
+    body = await read_json(request, context.protocol.images)
+    return await _answer(context, request, body, [body.prompt], None, "image_generation")
+
+
+async def edits(context: Context, request: HttpRequest) -> Response:
+    """POST /v1/images/edits."""
+    form = await _read_form(request, context)
+    files = [value for name, value in form.multi_items() if name in _IMAGE_FIELDS]
+    fields = {name: value for name, value in form.multi_items() if name not in _IMAGE_FIELDS}
+    for name, value in fields.items():
+        if isinstance(value, UploadFile):
+            raise ApiError(f"{shown(name)}: no file of this name is used; leave it out", param=shown(name))
+    try:
+        body = context.protocol.edits.model_validate(fields)
+    except ValidationError as error:
+        raise bad_body(error) from None
+    if not files:
+        raise ApiError("image: send at least one image, as a file", param="image")
+    context.check_images(len(files))
+    pixels = []
+    for number, file in enumerate(files):
+        if not isinstance(file, UploadFile):
+            raise ApiError("image: send it as a file, not as a text", param="image")
+        pixels.append(await context.images.read(await file.read(), f"image {number}"))
+    size = Size(*pixels[0].shape[1:])
+    return await _answer(context, request, body, [*pixels, body.prompt], size, "image_edit")
+
+
+async def _read_form(request: HttpRequest, context: Context) -> FormData:
+    """A multipart form, held in memory."""
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "multipart/form-data":
+        raise MediaTypeError("the body must be multipart/form-data, with the image as a file")
+    parser = MultiPartParser(
+        request.headers,
+        request.stream(),
+        max_files=context.limits.prompt_images,
+        max_fields=_MAX_FIELDS,
+        max_part_size=context.limits.body_bytes,
+    )
+    # The whole body is in memory already, and within its limit. So nothing is written to a disk.
+    parser.spool_max_size = context.limits.body_bytes
+    try:
+        return await parser.parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        reason = error.message if isinstance(error, MultiPartException) else "it has no boundary"
+        raise ApiError(f"the form cannot be read: {shown(reason)}") from None
+
+
+async def _answer(
+    context: Context, request: HttpRequest, body: ImagesBody, prompt: Prompt, size: Size | None, kind: str
+) -> Response:
+    """Draw and answer. size: where the body names none. kind: what the events are called."""
+    context.check_model(body.model)
+    settings = body.image_settings(context.sizes)
+    if body.size is None:
+        settings["size"] = size
+    seed = new_seed() if body.seed is None else body.seed
+    answers = await context.submit(
+        lambda: context.image_requests(prompt, body.n, seed, previews=body.partial_images, settings=settings)
+    )
+    drawn = _Drawn(context, answers, body)
+    if body.stream:
+        return EventStream(answers, drawn.pieces(kind), context.limits.read_seconds, context.metrics)
+    async with watched_request(answers, request):
+        return JSONResponse(await drawn.whole())
+
+
+class _Drawn:
+    """Images of one request, as they are told."""
+
+    def __init__(self, context: Context, answers: Answers, body: ImagesBody) -> None:
+        self._answers, self._body = answers, body
+        request, sizes = answers.places[0].request, context.pipeline.runner.sizes
+        size = request.image.size
+        assert size is not None
+        self._patches = sizes.patches(size)
+        self._prompt_patches = sum(
+            sizes.patches(Size(*part.shape[1:])) for part in request.prompt if isinstance(part, Tensor)
+        )
+        self._about = {
+            "background": "opaque",
+            "output_format": body.output_format,
+            "quality": "auto",
+            "size": size_name(size),
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece. Raises StoppingError where the server stopped before any image was finished."""
+        data: list[dict[str, Any]] = [{} for _ in self._answers.places]
+        ended = []
+        async for number, event in self._answers:
+            if isinstance(event, ImageDone):
+                data[number] = await self._image(event)
+            elif isinstance(event, Done):
+                ended.append(event)
+        made = [each for each in data if each]
+        if not made:
+            raise StoppingError
+        # OpenAI's client knows no quality "auto" here.
+        about = {name: value for name, value in self._about.items() if name != "quality"}
+        return {"created": int(time.time()), **about, "data": made, "usage": self._usage(ended)}
+
+    async def pieces(self, kind: str) -> AsyncIterator[bytes]:
+        """The answer as events: previews, and each image when it is finished."""
+        shown_previews = [0] * len(self._answers.places)
+        finished: dict[int, dict[str, Any]] = {}
+        async for number, event in self._answers:
+            about = {**self._about, "created_at": int(time.time()), "index": number}
+            if isinstance(event, ImagePreview):
+                count = shown_previews[number]
+                if count < self._body.partial_images:
+                    shown_previews[number] += 1
+                    name = f"{kind}.partial_image"
+                    encoded = await self._encode(event)
+                    yield sse(
+                        {"type": name, "b64_json": encoded, "partial_image_index": count, **about}, name
+                    )
+            elif isinstance(event, ImageDone):
+                finished[number] = await self._image(event)
+            elif isinstance(event, Done):
+                if number not in finished:
+                    raise StoppingError
+                name = f"{kind}.completed"
+                usage = self._usage([event])
+                yield sse({"type": name, **finished.pop(number), **about, "usage": usage}, name)
+
+    async def _image(self, event: ImageDone) -> dict[str, Any]:
+        return {"b64_json": await self._encode(event), "seed": event.seed, "recipe": event.recipe.as_dict()}
+
+    async def _encode(self, event: ImagePreview | ImageDone) -> str:
+        recipe = event.recipe if isinstance(event, ImageDone) else None
+        return await encode(event.pixels, self._body.output_format, self._body.output_compression, recipe)
+
+    def _usage(self, ended: Sequence[Done]) -> dict[str, Any]:
+        read = sum(done.prompt_positions for done in ended)
+        made = sum(done.images for done in ended) * self._patches
+        images = len(ended) * self._prompt_patches
+        details = {"text_tokens": read - images, "image_tokens": images}
+        return {
+            "input_tokens": read,
+            "output_tokens": made,
+            "total_tokens": read + made,
+            "input_tokens_details": details,
+        }

@@ -1,0 +1,41 @@
+"""What one request and all requests together may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transfusion.data.images.probe import MAX_PIXELS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits of a server. What exceeds them is refused before it costs anything.
+
+    Attributes:
+        body_bytes: Of the body of a request.
+        body_seconds: Until a body has arrived.
+        read_seconds: That a client may take to read a piece of its answer.
+        prompt_images: Images of a prompt.
+        pixels: Of an image of a prompt, as it is sent.
+        images: New images of a request.
+        tokens: New text tokens of a request, over all its answers.
+        steps: Sampler steps of an image.
+        running: Answers that are under way at a time.
+        waiting: Answers that may wait for their turn. One more is refused with 429.
+    """
+
+    body_bytes: int = 32 << 20
+    body_seconds: float = 60.0
+    read_seconds: float = 60.0
+    prompt_images: int = 16
+    pixels: int = MAX_PIXELS
+    images: int = 10
+    tokens: int = 4096
+    steps: int = 250
+    running: int = 64
+    waiting: int = 64
+
+    @property
+    def answers(self) -> int:
+        """How many answers there are at a time."""
+        return self.running + self.waiting

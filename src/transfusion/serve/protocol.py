@@ -1,0 +1,328 @@
+"""What clients send, as this server's model and limits allow it. What is not listed is refused by its name.
+
+Names follow OpenAI's API where it has them, and elsewhere vLLM-Omni's, which others share. The native request has the
+names of `Pipeline.stream`. Sizes are WIDTHxHEIGHT, as OpenAI writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
+
+from transfusion.config import Config
+from transfusion.config.objectives import SAMPLERS
+from transfusion.generate.settings import AnswerSettings, ImageSettings
+from transfusion.sequence.sizes import Size
+from transfusion.serve.limits import Limits
+from transfusion.serve.media import OutputFormat, size_name, size_of
+from transfusion.tokens import MAX_SAMPLING_SEED
+
+Text = Annotated[str, StringConstraints(strict=True)]
+# Parts of a prompt, and messages of a chat.
+MAX_PARTS = 1024
+Seed = Annotated[int, Field(ge=0, le=MAX_SAMPLING_SEED)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class _ImageFields(_Strict):
+    """How images are drawn, in the names of OpenAI's and vLLM-Omni's endpoints."""
+
+    size: str | None = Field(
+        None, description="WIDTHxHEIGHT, one of the model's sizes. auto: the model's choice"
+    )
+    num_inference_steps: int = Field(25, description="sampler steps of an image")
+    guidance_scale: float = Field(3.0, description="scale of classifier-free guidance. 1: none")
+    guidance_interval: tuple[Share, Share] = Field(
+        (0.0, 1.0), description="shares of the timesteps between which guidance is applied. 1 is noise alone"
+    )
+    guidance_rescale: Share = Field(0.0, description="how far guidance keeps the contrast")
+    negative_prompt: Text = Field("", description="what guidance leads away from. Empty: no caption")
+    sampler: str = Field("auto", description="of the images")
+
+    def image_settings(self, sizes: list[Size]) -> ImageSettings:
+        """As `Pipeline` takes them."""
+        return {
+            "size": size_of(self.size or "auto", sizes),
+            "steps": self.num_inference_steps,
+            "guidance": self.guidance_scale,
+            "guidance_interval": self.guidance_interval,
+            "guidance_rescale": self.guidance_rescale,
+            "negative_prompt": self.negative_prompt,
+            "sampler": self.sampler,
+        }
+
+
+class _Ignored(_Strict):
+    """What OpenAI's clients may send and no answer depends on."""
+
+    user: Text | None = Field(None, description="not used")
+    safety_identifier: Text | None = Field(None, description="not used")
+
+
+class ImagesBody(_ImageFields, _Ignored):
+    """POST /v1/images/generations."""
+
+    prompt: Text = Field(description="what is to be drawn")
+    model: Text | None = Field(None, description="the name of the model that is served")
+    n: int = Field(1, ge=1, description="images, of seed, seed + 1 and so on")
+    seed: Seed | None = Field(
+        None, description="of the first image. None: a random one, which the answer tells"
+    )
+    stream: bool = Field(False, description="send events as images are made")
+    partial_images: int = Field(0, ge=0, le=3, description="previews of each image, with stream")
+    output_format: OutputFormat = Field("png", description="of the images. Only PNG carries the recipe")
+    output_compression: int = Field(100, ge=0, le=100, description="quality of JPEG and WebP")
+    response_format: Literal["b64_json"] | None = Field(None, description="images are in the answer itself")
+    quality: Literal["auto", "standard"] | None = Field(None, description="not used; steps decide")
+    background: Literal["auto", "opaque"] | None = Field(None, description="images are opaque")
+    moderation: Literal["auto", "low"] | None = Field(None, description="not used")
+
+    @model_validator(mode="after")
+    def _streams_what_it_shows(self) -> ImagesBody:
+        if self.partial_images and not self.stream:
+            raise ValueError("partial_images needs stream=true")
+        return self
+
+
+class EditsBody(ImagesBody):
+    """POST /v1/images/edits: a form, with its images as files under `image` or `image[]`."""
+
+    prompt: Text = Field(description="what is to be changed")
+    size: str | None = Field(
+        None, description="WIDTHxHEIGHT, one of the model's sizes. None: that of the first image"
+    )
+
+
+class ImageUrl(_Strict):
+    """An image of a message."""
+
+    url: Text = Field(description="data:image/png;base64,... No other URL is fetched")
+    detail: Literal["auto", "low", "high", "original"] | None = Field(None, description="not used")
+
+
+class TextPart(_Strict):
+    """A text of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ImagePart(_Strict):
+    """An image of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+    index: int | None = Field(None, description="as in answers; not used")
+    seed: int | None = Field(None, description="as in answers; not used")
+
+
+MessagePart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Parts = Annotated[list[MessagePart], Field(max_length=MAX_PARTS)]
+
+
+class Message(BaseModel):
+    """A message of a chat. An answer may be sent back as it came."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Parts | None = Field(None, description="a text, or texts and images in their order")
+    parts: Parts | None = Field(
+        None, description="of an answer: its texts and images in their order, in place of content and images"
+    )
+    images: Annotated[list[ImagePart], Field(max_length=MAX_PARTS)] | None = Field(
+        None, description="of an answer without parts: images behind its content"
+    )
+
+    def all_parts(self) -> list[TextPart | ImagePart]:
+        """Its texts and images in their order."""
+        if self.parts is not None:
+            return list(self.parts)
+        content = self.content or []
+        written = [TextPart(type="text", text=content)] if isinstance(content, str) else list(content)
+        return [*written, *(self.images or [])]
+
+
+class StreamOptions(_Strict):
+    """Of a streamed chat."""
+
+    include_usage: bool | None = Field(None, description="send usage in a last chunk")
+    include_obfuscation: bool | None = Field(None, description="not used")
+
+
+class ImageConfig(_ImageFields):
+    """Of the images of an answer."""
+
+
+class ChatBody(_Ignored):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(
+        min_length=1, max_length=MAX_PARTS, description="what was said, in its order"
+    )
+    model: Text | None = Field(None, description="the name of the model that is served")
+    modalities: list[Literal["text", "image"]] = Field(
+        ["text", "image"],
+        min_length=1,
+        max_length=2,
+        description="what the answer may hold. image alone: one image follows at once",
+    )
+    image_config: ImageConfig = Field(ImageConfig(), description="how images are drawn")
+    max_images: int = Field(4, ge=0, description="maximum of images")
+    partial_images: int = Field(0, ge=0, le=3, description="previews of each image, with stream")
+    max_tokens: int | None = Field(None, ge=1, description="maximum of text tokens. Default 256")
+    max_completion_tokens: int | None = Field(None, ge=1, description="the same, by its newer name")
+    temperature: float = Field(0.0, ge=0, le=100, description="of the text. 0: the likeliest tokens")
+    top_p: float = Field(1.0, gt=0, le=1, description="the likeliest tokens that together reach it")
+    seed: Seed | None = Field(
+        None, description="of the first answer. None: a random one, which the answer tells"
+    )
+    n: int = Field(1, ge=1, description="answers, of seed, seed + 1 and so on")
+    stop: Text | list[Text] | None = Field(None, description="texts before which an answer ends, at most 4")
+    stream: bool = Field(False, description="send the answer as it is made")
+    stream_options: StreamOptions | None = Field(None, description="with stream")
+    metadata: dict[str, Any] | None = Field(None, description="not used")
+    store: bool | None = Field(None, description="not used; nothing is stored")
+    service_tier: Text | None = Field(None, description="not used")
+    prompt_cache_key: Text | None = Field(None, description="not used; equal beginnings are shared anyway")
+    parallel_tool_calls: bool | None = Field(None, description="not used")
+    frequency_penalty: Literal[0] | None = Field(None, description="there is none")
+    presence_penalty: Literal[0] | None = Field(None, description="there is none")
+    logprobs: Literal[False] | None = Field(None, description="not told")
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts before which an answer ends."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ChatBody:
+        if self.partial_images and not self.stream:
+            raise ValueError("partial_images needs stream=true")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        if len(self.stops) > 4 or not all(self.stops):
+            raise ValueError("stop takes up to 4 texts, none of them empty")
+        return self
+
+
+class PromptImage(_Strict):
+    """An image of a native prompt."""
+
+    image: Text = Field(description="data:image/png;base64,... No other URL is fetched")
+
+
+class GenerateBody(_Strict):
+    """POST /v1/generate: the names and the meaning of `Pipeline.stream`, with `draws` those of `Pipeline.sample`."""
+
+    prompt: Text | Annotated[list[Text | PromptImage], Field(max_length=MAX_PARTS)] = Field(
+        description="a text, or texts and images in their order"
+    )
+    seed: Seed = Field(0, description="of the text and the first image")
+    preview_every: int = Field(
+        0, ge=0, description="calls of the model between previews of an image. 0: none"
+    )
+    draws: bool = Field(False, description="the answer is one image that follows the prompt at once")
+    max_tokens: int = Field(256, ge=1, description="maximum of text tokens")
+    max_images: int = Field(4, ge=0, description="maximum of images")
+    temperature: float = Field(0.0, ge=0, le=100, description="of the text. 0: the likeliest tokens")
+    top_p: float = Field(1.0, gt=0, le=1, description="the likeliest tokens that together reach it")
+    guidance: float = Field(3.0, description="scale of classifier-free guidance. 1: none")
+    guidance_interval: tuple[Share, Share] = Field(
+        (0.0, 1.0), description="shares of the timesteps between which guidance is applied. 1 is noise alone"
+    )
+    guidance_rescale: Share = Field(0.0, description="how far guidance keeps the contrast")
+    negative_prompt: Text = Field("", description="what guidance leads away from. Empty: no caption")
+    steps: int = Field(25, description="sampler steps of an image")
+    sampler: str = Field("auto", description="of the images")
+    size: str = Field("auto", description="WIDTHxHEIGHT, one of the model's sizes. auto: the model's choice")
+
+    def image_settings(self, sizes: list[Size]) -> ImageSettings:
+        """As `Pipeline` takes them."""
+        return {
+            "size": size_of(self.size, sizes),
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "guidance_interval": self.guidance_interval,
+            "guidance_rescale": self.guidance_rescale,
+            "negative_prompt": self.negative_prompt,
+            "sampler": self.sampler,
+        }
+
+    def answer_settings(self, sizes: list[Size]) -> AnswerSettings:
+        """As `Pipeline` takes them."""
+        return {
+            **self.image_settings(sizes),
+            "max_tokens": self.max_tokens,
+            "max_images": self.max_images,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """The bodies that one server takes, each field within what its model and limits allow."""
+
+    images: type[ImagesBody]
+    edits: type[EditsBody]
+    chat: type[ChatBody]
+    generate: type[GenerateBody]
+
+    @classmethod
+    def of(cls, config: Config, limits: Limits) -> Protocol:
+        """Of a model and limits."""
+        sizes = [size_name(size) for size in config.codec.sizes]
+        samplers = ["auto", *SAMPLERS[config.diffusion.prediction]]
+        steps = min(limits.steps, config.diffusion.steps)
+        tokens = min(limits.tokens, config.data.sequence_length)
+        # Without dropped captions in training there is nothing that guidance could lead away from.
+        guided = config.data.caption_dropout > 0
+        guidance = {"ge": 0.0, "le": 100.0} if guided else {"ge": 1.0, "le": 1.0}
+        default = 3.0 if guided else 1.0
+        allowed: dict[str, tuple[Any, dict[str, Any]]] = {
+            "size": (Literal[("auto", *sizes)], {}),
+            "sampler": (Literal[tuple(samplers)], {}),
+            "num_inference_steps": (int, {"ge": 1, "le": steps, "default": min(25, steps)}),
+            "steps": (int, {"ge": 1, "le": steps, "default": min(25, steps)}),
+            "guidance_scale": (float, {**guidance, "default": default}),
+            "guidance": (float, {**guidance, "default": default}),
+            "n": (int, {"ge": 1, "le": min(limits.images, limits.answers)}),
+            "max_images": (int, {"ge": 0, "le": limits.images, "default": min(4, limits.images)}),
+            "max_tokens": (int, {"ge": 1, "le": tokens}),
+            "max_completion_tokens": (int, {"ge": 1, "le": tokens}),
+        }
+        image_config = _narrowed(ImageConfig, allowed)
+        return cls(
+            _narrowed(ImagesBody, allowed),
+            _narrowed(EditsBody, allowed),
+            _narrowed(ChatBody, {**allowed, "image_config": (image_config, {"default": image_config()})}),
+            _narrowed(
+                GenerateBody,
+                {**allowed, "max_tokens": (int, {"ge": 1, "le": tokens, "default": min(256, tokens)})},
+            ),
+        )
+
+
+def _narrowed(model: type[Body], allowed: Mapping[str, tuple[Any, dict[str, Any]]]) -> type[Body]:
+    """The model with fields of narrower types. A field that may be None still may."""
+    fields: dict[str, Any] = {}
+    for name, (kind, changes) in allowed.items():
+        field = model.model_fields.get(name)
+        if field is None:
+            continue
+        bounds = {key: value for key, value in changes.items() if key != "default"}
+        narrow = Annotated[kind, Field(**bounds)] if bounds else kind
+        default = changes.get("default", field.default)
+        if field.default is None:
+            narrow, default = narrow | None, None
+        fields[name] = (narrow, Field(default, description=field.description))
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **fields)

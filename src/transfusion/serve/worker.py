@@ -1,0 +1,278 @@
+"""The engine on a thread of its own: requests come from an event loop, and their events go back to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transfusion.errors import UserError
+from transfusion.generate import Done, Engine, Event, ImagePreview, Request
+from transfusion.serve.errors import EngineFailedError, OverloadedError, StoppingError
+from transfusion.serve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+# After so many failed ticks without a good one between them the server tells that it is broken.
+_FAILURES_TOLERATED = 3
+# Until answers that were ended are handed back.
+_LAST_SECONDS = 10.0
+# The longest wait that a client is advised.
+_MOST_RETRY_SECONDS = 60
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """One answer of several that were asked for together.
+
+    Attributes:
+        number: What the engine knows it by, once it has the request.
+    """
+
+    answers: Answers
+    index: int
+    request: Request
+    number: int | None = None
+    begun: float = field(default_factory=time.monotonic)
+    has_ended: bool = False
+
+
+class Answers:
+    """The answers to one client in the making, as the event loop sees them.
+
+    `async for` gives their events with their numbers, from 0. The last event of each is `Done`. A reader that is slow
+    misses previews, and nothing else.
+    """
+
+    def __init__(self, worker: Worker, requests: Sequence[Request]) -> None:
+        self.places = [_Place(self, index, request) for index, request in enumerate(requests)]
+        self._worker, self._untaken = worker, len(self.places)
+        self._events: deque[tuple[int, Event | Exception]] = deque()
+        self._arrived = asyncio.Event()
+        self._taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def taken(self) -> None:
+        """Wait until the engine has all requests. Raises UserError for what it refuses."""
+        await self._taken
+
+    def cancel(self, index: int | None = None) -> None:
+        """End one answer, or all. Their places are free with the next tick."""
+        for place in self.places:
+            if index in (None, place.index) and not place.has_ended:
+                self._worker.cancel(place)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        left = len(self.places)
+        while left:
+            while not self._events:
+                self._arrived.clear()
+                await self._arrived.wait()
+            index, event = self._events.popleft()
+            if isinstance(event, Exception):
+                raise event
+            yield index, event
+            left -= isinstance(event, Done)
+
+    def tell(self, place: _Place, event: Event | Exception | None) -> None:
+        """Take an event of a place, the error that ended it, or None: the engine has its request."""
+        if isinstance(event, Exception) and not self._taken.done():
+            self._taken.set_exception(event)
+        if event is None:
+            self._untaken -= 1
+            if self._untaken == 0 and not self._taken.done():
+                self._taken.set_result(None)
+            return
+        last, before = self._events[-1] if self._events else (None, None)
+        if last == place.index and isinstance(event, ImagePreview) and isinstance(before, ImagePreview):
+            self._events.pop()
+        self._events.append((place.index, event))
+        self._arrived.set()
+
+
+class Worker:
+    """Runs an engine for a server. All methods but `start` are called on the event loop.
+
+    Args:
+        make_engine: Makes the engine, and makes it again should it fail.
+        answers: How many there may be at a time, under way and waiting.
+        metrics: Of the server.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine], answers: int, metrics: Metrics) -> None:
+        self._make_engine, self._most_answers, self._metrics = make_engine, answers, metrics
+        self._engine = make_engine()
+        self._commands: queue.SimpleQueue[tuple[str, _Place | None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # Of the event loop: answers that have not ended, and those that come after the server was told to stop.
+        self._places: set[_Place] = set()
+        self._all_ended = asyncio.Event()
+        self.is_stopping = False
+        self._mean_seconds = 1.0
+        # Of the thread.
+        self._by_number: dict[int, _Place] = {}
+        self._failures = 0
+        self.ticks = 0
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the thread. Events go to this loop."""
+        self._loop = loop
+        self._thread.start()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the engine fails again and again, or its thread has ended."""
+        return self._failures >= _FAILURES_TOLERATED or not self._thread.is_alive()
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds after which a place may be free, from how long answers have taken."""
+        return max(1, min(_MOST_RETRY_SECONDS, round(self._mean_seconds)))
+
+    def has_room(self, count: int = 1) -> bool:
+        """Whether so many answers more can be taken."""
+        return len(self._places) + count <= self._most_answers
+
+    async def submit(self, requests: Sequence[Request]) -> Answers:
+        """Take requests, all of them or none.
+
+        Raises:
+            OverloadedError: Where there is no room for them.
+            StoppingError: Where the server is about to end.
+            EngineFailedError: Where nothing can be answered any more.
+            UserError: For what the engine refuses.
+        """
+        if self.is_stopping:
+            raise StoppingError
+        if self.is_broken:
+            raise EngineFailedError
+        if not self.has_room(len(requests)):
+            raise OverloadedError(self.retry_after)
+        answers = Answers(self, requests)
+        for place in answers.places:
+            self._places.add(place)
+            self._commands.put(("submit", place))
+        self._metrics.answers.set(len(self._places))
+        try:
+            await answers.taken()
+        except BaseException:
+            answers.cancel()
+            raise
+        return answers
+
+    def cancel(self, place: _Place) -> None:
+        """End an answer before the next tick."""
+        self._commands.put(("cancel", place))
+
+    async def stop(self, grace: float) -> None:
+        """Take no more requests, let those under way end within `grace` seconds, and hand back the rest as it is."""
+        self.is_stopping = True
+        if not await self._ended_within(grace):
+            for place in self._places:
+                self.cancel(place)
+            await self._ended_within(_LAST_SECONDS)
+        self._commands.put(("stop", None))
+
+    async def _ended_within(self, seconds: float) -> bool:
+        """Wait until no answer is left. False: some are."""
+        self._all_ended.clear()
+        with contextlib.suppress(TimeoutError):
+            if self._places:
+                await asyncio.wait_for(self._all_ended.wait(), seconds)
+        return not self._places
+
+    # On the thread
+
+    def _run(self) -> None:
+        while True:
+            try:
+                if not self._take_commands():
+                    return
+                begin = time.perf_counter()
+                events = self._engine.tick()
+                self._metrics.tick.observe(time.perf_counter() - begin)
+                self._failures = 0
+            except Exception as error:
+                self._fail(error)
+                continue
+            self.ticks += 1
+            told: list[tuple[_Place, Event | Exception | None]] = []
+            for number, event in events:
+                place = self._by_number[number]
+                told.append((place, event))
+                if isinstance(event, Done):
+                    del self._by_number[number]
+            self._tell(told)
+
+    def _take_commands(self) -> bool:
+        """Do what was asked for since the last tick. Waits for more while there is nothing to do. False: stop."""
+        waits = self._engine.is_idle
+        while True:
+            try:
+                command, place = self._commands.get(block=waits)
+            except queue.Empty:
+                return True
+            if place is None:
+                return False
+            self._do(command, place)
+            waits = self._engine.is_idle
+
+    def _do(self, command: str, place: _Place) -> None:
+        if command == "cancel":
+            # The numbers of an engine that failed are given out anew.
+            if place.number is not None and self._by_number.get(place.number) is place:
+                self._engine.cancel(place.number)
+            return
+        try:
+            place.number = self._engine.submit(place.request)
+        except UserError as error:
+            self._tell([(place, error)])
+        except Exception as error:
+            logger.error("a request could not be taken", exc_info=error)
+            self._tell([(place, EngineFailedError())])
+        else:
+            self._by_number[place.number] = place
+            self._tell([(place, None)])
+
+    def _fail(self, error: Exception) -> None:
+        """End all answers with an error, and begin with an engine that knows none of them."""
+        logger.error("the engine failed, and %d answers with it", len(self._by_number), exc_info=error)
+        self._failures += 1
+        self._tell([(place, EngineFailedError()) for place in self._by_number.values()])
+        self._by_number.clear()
+        # The former cache is let go first, since there may be no room for two.
+        del self._engine
+        self._engine = self._make_engine()
+
+    def _tell(self, told: list[tuple[_Place, Any]]) -> None:
+        if told and self._loop is not None:
+            # The loop is closed where the server was ended by force.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._hand_over, told)
+
+    # On the event loop
+
+    def _hand_over(self, told: list[tuple[_Place, Any]]) -> None:
+        for place, event in told:
+            place.answers.tell(place, event)
+            if isinstance(event, Done | Exception):
+                place.has_ended = True
+                self._places.discard(place)
+                self._observe(place, event)
+        self._metrics.answers.set(len(self._places))
+        if not self._places:
+            self._all_ended.set()
+
+    def _observe(self, place: _Place, event: Done | Exception) -> None:
+        seconds = time.monotonic() - place.begun
+        self._mean_seconds += (seconds - self._mean_seconds) / 8
+        if isinstance(event, Done):
+            self._metrics.answered(event)
+        elif isinstance(event, EngineFailedError):
+            self._metrics.ended.labels("failed").inc()
