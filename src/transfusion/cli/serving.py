@@ -83,6 +83,26 @@ def serve(
     run(model, settings, weights=weights, device=device, dtype=dtype)
 
 
+def board(
+    runs: Annotated[Path, typer.Argument(help="a run folder, or one that holds several")],
+    host: Annotated[
+        str, typer.Option(help="address to listen on. Beyond this machine it needs --token-file")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="port to listen on. 0: any that is free")
+    ] = 8001,
+    token_file: Annotated[
+        Path | None, typer.Option(help="a file with the token that the page asks for")
+    ] = None,
+) -> None:
+    """Show runs on a local page: curves, sample grids over time, and the log of those under way. Nothing is written."""
+    _need_packages()
+    from transfusion.serve.board.app import board as run
+
+    run(runs, host=host, port=port, token_file=token_file)
+
+
 def add_to(app: typer.Typer) -> None:
     """Add the commands to a program."""
     app.command()(serve)
+    app.command()(board)

@@ -2,6 +2,7 @@
 
 from transfusion.generate.engine import Engine
 from transfusion.generate.events import Done, Event, ImageDone, ImagePreview, ImageStart, TextDelta
+from transfusion.generate.inspection import Inspection
 from transfusion.generate.pillow_images import to_image
 from transfusion.generate.pipeline import ImageLike, Pipeline, Prompt, SampledImage
 from transfusion.generate.recipe import Recipe, read_recipe
@@ -22,6 +23,7 @@ __all__ = [
     "ImageSampling",
     "ImageSettings",
     "ImageStart",
+    "Inspection",
     "Part",
     "Pipeline",
     "Prompt",

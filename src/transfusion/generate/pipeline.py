@@ -22,6 +22,7 @@ from transfusion.errors import UserError
 from transfusion.families.build import family_of
 from transfusion.generate.engine import Engine
 from transfusion.generate.events import Event, ImageDone, extend
+from transfusion.generate.inspection import Inspection, inspect
 from transfusion.generate.load import Dtype, Weights, load_model
 from transfusion.generate.pillow_images import from_image, to_image
 from transfusion.generate.recipe import Origin, Recipe
@@ -481,6 +482,23 @@ class Pipeline:
                 )
         return [found[number] for number in range(len(after))]
 
+    @torch.no_grad()
+    def inspect(self, document: Prompt) -> Inspection:
+        """A document as the model sees it: tokens, patches, what each sees, and the loss of each token.
+
+        Args:
+            document: A text, or texts and images, such as a prompt with its answer.
+
+        Returns:
+            One entry for each position.
+
+        Raises:
+            UserError: For images that do not fit the model, or what does not fit `data.sequence_length`.
+        """
+        parts = self._parts(document)
+        self._check_length(parts, finished=False)
+        return inspect(parts, self.runner, self.tokenizer)
+
     def replay(self, recipe: Recipe, images: Sequence[ImageLike] = ()) -> SampledImage:
         """Make an image again. On the machine and versions that made it, its pixels are the same.
 
@@ -712,16 +730,19 @@ class Pipeline:
                 )
             self._check_length(parts, size)
 
-    def _check_length(self, parts: Sequence[Part], size: Size | None = None) -> None:
+    def _check_length(
+        self, parts: Sequence[Part], size: Size | None = None, *, finished: bool = True
+    ) -> None:
         """Of a document of these parts, and an image of this size where there is one."""
         document = segments(parts, self.runner, self.tokenizer)
         if size is not None:
             document.append(self.runner.image(size))
-        length, limit = len(self.runner.lay_out(document)), self.config.data.sequence_length
+        length = len(self.runner.lay_out(document, finished=finished))
+        limit = self.config.data.sequence_length
         if length > limit:
-            what = "a prompt and its image" if size else "a context and its target"
+            what = "a prompt and its image take" if size else "a document takes"
             raise UserError(
-                f"{what} take {length} positions, more than data.sequence_length {limit}: {_texts(parts)[:60]!r}"
+                f"{what} {length} positions, more than data.sequence_length {limit}: {_texts(parts)[:60]!r}"
             )
 
 

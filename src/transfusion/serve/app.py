@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,7 +13,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.staticfiles import StaticFiles
 
 from transfusion import __version__
 from transfusion.errors import UserError, shown
@@ -22,6 +24,9 @@ from transfusion.serve.errors import ApiError, EngineFailedError, UnknownModelEr
 from transfusion.serve.media import size_name
 from transfusion.serve.metrics import METRICS_TYPE
 
+PAGE = Path(__file__).parent / "page"
+# Prompts that the page proposes.
+_EXAMPLES = 6
 _REFERENCE = "#/components/schemas/{model}"
 _CODES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 _GET_CODES = (401, 403, 500)
@@ -50,6 +55,7 @@ def build_app(context: Context) -> FastAPI:
     _add_posts(app, context)
     _add_gets(app, context)
     _add_errors(app)
+    app.mount("/page", StaticFiles(directory=PAGE))
     app.openapi = lambda: _openapi(app, context)  # type: ignore[method-assign]
     return app
 
@@ -63,6 +69,7 @@ def _add_posts(app: FastAPI, context: Context) -> None:
         "/v1/images/edits": (images.edits, protocol.edits, "multipart/form-data"),
         "/v1/chat/completions": (chat.completions, protocol.chat, "application/json"),
         "/v1/generate": (native.generate, protocol.generate, "application/json"),
+        "/v1/inspect": (native.inspect, protocol.inspect, "application/json"),
     }
     for path, (answer, model, kind) in endpoints.items():
         app.add_api_route(
@@ -105,10 +112,17 @@ def _add_gets(app: FastAPI, context: Context) -> None:
             raise UnknownModelError(f"the model {shown(name)} is not served here; this is {context.name}")
         return JSONResponse(about)
 
+    @app.get("/", include_in_schema=False, response_model=None)
+    async def page() -> Response:
+        """For people."""
+        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    described = _describe(context)
+
     @app.get("/v1/schema", response_model=None)
     async def schema() -> Response:
         """What this model and this server allow."""
-        return JSONResponse(_describe(context))
+        return JSONResponse(described)
 
     @app.get("/healthz", response_model=None)
     async def healthz() -> Response:
@@ -138,7 +152,6 @@ def _ready(context: Context) -> int:
 
 def _describe(context: Context) -> dict[str, Any]:
     config, protocol = context.pipeline.config, context.protocol
-    bodies = (protocol.images, protocol.edits, protocol.chat, protocol.generate)
     return {
         "model": context.name,
         "version": __version__,
@@ -147,8 +160,11 @@ def _describe(context: Context) -> dict[str, Any]:
         "sequence_length": config.data.sequence_length,
         "has_guidance": config.data.caption_dropout > 0,
         "has_previews": context.has_previews,
+        "examples": list(dict.fromkeys(prompt for prompt in config.sample_grid.prompts if prompt))[
+            :_EXAMPLES
+        ],
         "limits": asdict(context.limits),
-        "bodies": {body.__name__: body.model_json_schema() for body in bodies},
+        "bodies": {body.__name__: body.model_json_schema() for body in protocol.bodies},
     }
 
 
@@ -177,8 +193,9 @@ def _openapi(app: FastAPI, context: Context) -> dict[str, Any]:
     """The description of the endpoints. FastAPI knows neither the bodies, which depend on the model, nor the errors."""
     found = get_openapi(title=app.title, version=app.version, routes=app.routes)
     protocol = context.protocol
-    bodies = (protocol.images, protocol.edits, protocol.chat, protocol.generate)
-    _, schemas = models_json_schema([(body, "validation") for body in bodies], ref_template=_REFERENCE)
+    _, schemas = models_json_schema(
+        [(body, "validation") for body in protocol.bodies], ref_template=_REFERENCE
+    )
     edits = schemas["$defs"][protocol.edits.__name__]
     edits["properties"]["image"] = {"type": "array", "items": {"type": "string", "format": "binary"}}
     edits["required"] = [*edits["required"], "image"]
@@ -202,6 +219,6 @@ def _content(path: str, method: str) -> dict[str, Any]:
         return {"text/plain": {"schema": {"type": "string"}}}
     whole = {"application/json": {"schema": {"type": "object"}}}
     events = {"text/event-stream": {"schema": {"type": "string"}}}
-    if method != "post":
+    if method != "post" or path == "/v1/inspect":
         return whole
     return events if path == "/v1/generate" else {**whole, **events}

@@ -7,6 +7,7 @@ import hmac
 import logging
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -21,9 +22,11 @@ from transfusion.serve.errors import (
     TokenError,
     TooLargeError,
 )
-from transfusion.serve.limits import Limits
-from transfusion.serve.metrics import Metrics
-from transfusion.serve.worker import Worker
+
+if TYPE_CHECKING:  # What guards a page alone needs no torch.
+    from transfusion.serve.limits import Limits
+    from transfusion.serve.metrics import Metrics
+    from transfusion.serve.worker import Worker
 
 logger = logging.getLogger(__name__)
 # Everything else needs the token, where there is one.

@@ -1,4 +1,4 @@
-"""/v1/generate: the events of the engine, as they come."""
+"""/v1/generate: the events of the engine, as they come. /v1/inspect: a document as the model sees it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
+from torch import Tensor
 
 from transfusion.generate import Done, Event, ImageDone, ImagePreview, ImageStart, Part, Request, TextDelta
 from transfusion.generate.request import joined
+from transfusion.sequence.sizes import Size
 from transfusion.serve.context import Context, read_json
 from transfusion.serve.media import encode, size_name
-from transfusion.serve.protocol import GenerateBody
+from transfusion.serve.protocol import GenerateBody, PromptImage
 from transfusion.serve.stream import EventStream, sse
 from transfusion.serve.worker import Answers
 
@@ -20,7 +22,7 @@ from transfusion.serve.worker import Answers
 async def generate(context: Context, request: HttpRequest) -> Response:
     """POST /v1/generate."""
     body = await read_json(request, context.protocol.generate)
-    prompt = await _prompt(context, body)
+    prompt = await _parts(context, body.prompt)
     answers = await context.submit(lambda: [_request(context, body, prompt)])
     return EventStream(answers, _pieces(answers), context.limits.read_seconds, context.metrics)
 
@@ -32,13 +34,41 @@ def _request(context: Context, body: GenerateBody, prompt: list[Part]) -> Reques
     return pipeline.request(prompt, **asked, **body.answer_settings(context.sizes))
 
 
-async def _prompt(context: Context, body: GenerateBody) -> list[Part]:
-    if isinstance(body.prompt, str):
-        return [body.prompt]
-    context.check_images(sum(not isinstance(part, str) for part in body.prompt))
-    context.pipeline.check_letters(part for part in body.prompt if isinstance(part, str))
+async def inspect(context: Context, request: HttpRequest) -> Response:
+    """POST /v1/inspect."""
+    body = await read_json(request, context.protocol.inspect)
+    parts = await _parts(context, body.document)
+    found = await context.worker.call(lambda: context.pipeline.inspect(parts))
+    layout = found.layout
+    return JSONResponse(
+        {
+            "tokens": layout.token_ids_S.tolist(),
+            "texts": found.texts,
+            "nats": [None if nat is None else round(nat, 4) for nat in found.nats],
+            "positions": layout.position_SA.tolist(),
+            "sees_before": layout.end_key_S.tolist(),
+            "images": [
+                {"first": first, "patches": patches, "columns": _columns(context, part)}
+                for (first, patches), part in zip(
+                    layout.images, [part for part in parts if isinstance(part, Tensor)], strict=True
+                )
+            ],
+        }
+    )
+
+
+def _columns(context: Context, image: Tensor) -> int:
+    """Patches in a line of an image."""
+    return context.pipeline.runner.sizes.grid(Size(*image.shape[1:]))[1]
+
+
+async def _parts(context: Context, prompt: str | list[str | PromptImage]) -> list[Part]:
+    if isinstance(prompt, str):
+        return [prompt]
+    context.check_images(sum(not isinstance(part, str) for part in prompt))
+    context.pipeline.check_letters(part for part in prompt if isinstance(part, str))
     parts: list[Part] = []
-    for part in body.prompt:
+    for part in prompt:
         if isinstance(part, str):
             parts = joined(parts, [part])
         else:

@@ -220,12 +220,19 @@ class PromptImage(_Strict):
     image: Text = Field(description="data:image/png;base64,... No other URL is fetched")
 
 
+Prompt = Text | Annotated[list[Text | PromptImage], Field(max_length=MAX_PARTS)]
+
+
+class InspectBody(_Strict):
+    """POST /v1/inspect: a document as the model sees it."""
+
+    document: Prompt = Field(description="a text, or texts and images, such as a prompt with its answer")
+
+
 class GenerateBody(_Strict):
     """POST /v1/generate: the names and the meaning of `Pipeline.stream`, with `draws` those of `Pipeline.sample`."""
 
-    prompt: Text | Annotated[list[Text | PromptImage], Field(max_length=MAX_PARTS)] = Field(
-        description="a text, or texts and images in their order"
-    )
+    prompt: Prompt = Field(description="a text, or texts and images in their order")
     seed: Seed = Field(0, description="of the text and the first image")
     preview_every: int = Field(
         0, ge=0, description="calls of the model between previews of an image. 0: none"
@@ -276,6 +283,12 @@ class Protocol:
     edits: type[EditsBody]
     chat: type[ChatBody]
     generate: type[GenerateBody]
+    inspect: type[InspectBody]
+
+    @property
+    def bodies(self) -> list[type[BaseModel]]:
+        """All of them."""
+        return [self.images, self.edits, self.chat, self.generate, self.inspect]
 
     @classmethod
     def of(cls, config: Config, limits: Limits) -> Protocol:
@@ -309,6 +322,7 @@ class Protocol:
                 GenerateBody,
                 {**allowed, "max_tokens": (int, {"ge": 1, "le": tokens, "default": min(256, tokens)})},
             ),
+            InspectBody,
         )
 
 

@@ -1,4 +1,7 @@
-"""`transfusion serve`: from a model folder to a server, and to its end."""
+"""`transfusion serve`: from a model folder to a server, and to its end.
+
+torch is imported when a model is, since `transfusion board` listens by this module too and needs none.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,20 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from transfusion.errors import UserError
-from transfusion.generate import Pipeline
-from transfusion.generate.load import Dtype, Weights
 from transfusion.observe.console import start_logging
-from transfusion.serve.app import build_app
-from transfusion.serve.context import Context
 from transfusion.serve.guard import LOOPBACK, BodyReader, Guard, Observer
 from transfusion.serve.limits import Limits
-from transfusion.serve.media import ImageReader
-from transfusion.serve.memory import cache_pages
-from transfusion.serve.metrics import Metrics
-from transfusion.serve.protocol import Protocol
-from transfusion.serve.worker import Worker
+
+if TYPE_CHECKING:
+    from transfusion.generate import Pipeline
+    from transfusion.generate.load import Dtype, Weights
+    from transfusion.serve.context import Context
 
 logger = logging.getLogger(__name__)
 # A tick reads about so many positions of prompts, so that a long prompt does not halt the answers under way.
@@ -77,12 +78,11 @@ def serve(
     # Before the model is loaded, so that a port in use is told at once. Nobody is let in until it is.
     listener = bind(settings.host, settings.port)
     try:
+        from transfusion.generate import Pipeline
+
         pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
         context = build_context(pipeline, settings.name or _name_of(model), settings)
-        where, port = listener.getsockname()[:2]
-        logger.info(
-            "%s is served at http://%s:%d", context.name, f"[{where}]" if ":" in where else where, port
-        )
+        logger.info("%s is served at %s", context.name, address(listener))
         Server(context, token, settings.grace).run([listener])
     finally:
         listener.close()
@@ -96,6 +96,13 @@ def _name_of(model: Path) -> str:
 
 def build_context(pipeline: Pipeline, name: str, settings: ServeSettings) -> Context:
     """What the endpoints of a server share."""
+    from transfusion.serve.context import Context
+    from transfusion.serve.media import ImageReader
+    from transfusion.serve.memory import cache_pages
+    from transfusion.serve.metrics import Metrics
+    from transfusion.serve.protocol import Protocol
+    from transfusion.serve.worker import Worker
+
     limits, metrics = settings.limits, Metrics()
     pages = cache_pages(pipeline, limits.running, settings.cache_gb)
     worker = Worker(
@@ -159,7 +166,39 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-class Server(uvicorn.Server):
+def address(listener: socket.socket) -> str:
+    """The URL of what listens there."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class PlainServer(uvicorn.Server):
+    """Serves an application, and leaves with 0 when it is told to stop.
+
+    Args:
+        app: What it serves.
+        seconds: That answers under way have to end when it is told to stop.
+    """
+
+    def __init__(self, app: ASGIApp, seconds: int) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=seconds,
+        )
+        super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop as told, and leave with 0. uvicorn would raise the signal once more at the end."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+
+class Server(PlainServer):
     """Lets answers under way end when it is told to stop.
 
     Args:
@@ -169,30 +208,17 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, context: Context, token: str | None, grace: float) -> None:
+        from transfusion.serve.app import build_app
+
         inside = BodyReader(build_app(context), context.limits, context.worker)
-        app = Observer(Guard(inside, token), context.metrics)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            backlog=_BACKLOG,
-            # uvicorn's own deadline is behind that of the answers.
-            timeout_graceful_shutdown=int(grace) + 15,
-        )
-        super().__init__(config)
+        # uvicorn's own deadline is behind that of the answers.
+        super().__init__(Observer(Guard(inside, token), context.metrics), int(grace) + 15)
         self._worker, self._grace = context.worker, grace
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to answer."""
         self._worker.start(asyncio.get_running_loop())
         await super().startup(sockets)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop as told, and leave with 0. uvicorn would raise the signal once more at the end."""
-        self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer nothing new, and end."""

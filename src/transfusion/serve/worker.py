@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import queue
@@ -11,7 +12,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from transfusion.errors import UserError
 from transfusion.generate import Done, Engine, Event, ImagePreview, Request
@@ -21,6 +23,9 @@ from transfusion.serve.metrics import Metrics
 logger = logging.getLogger(__name__)
 # After so many failed ticks without a good one between them the server tells that it is broken.
 _FAILURES_TOLERATED = 3
+Result = TypeVar("Result")
+# Of `Worker.call` at a time.
+_MOST_CALLS = 8
 # Until answers that were ended are handed back.
 _LAST_SECONDS = 10.0
 # The longest wait that a client is advised.
@@ -107,17 +112,19 @@ class Worker:
     def __init__(self, make_engine: Callable[[], Engine], answers: int, metrics: Metrics) -> None:
         self._make_engine, self._most_answers, self._metrics = make_engine, answers, metrics
         self._engine = make_engine()
-        self._commands: queue.SimpleQueue[tuple[str, _Place | None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         # Of the event loop: answers that have not ended, and those that come after the server was told to stop.
         self._places: set[_Place] = set()
         self._all_ended = asyncio.Event()
         self.is_stopping = False
+        self._calls = 0
         self._mean_seconds = 1.0
         # Of the thread.
         self._by_number: dict[int, _Place] = {}
         self._failures = 0
+        self._has_ended = False
         self.ticks = 0
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -157,7 +164,7 @@ class Worker:
         answers = Answers(self, requests)
         for place in answers.places:
             self._places.add(place)
-            self._commands.put(("submit", place))
+            self._commands.put(partial(self._submit, place))
         self._metrics.answers.set(len(self._places))
         try:
             await answers.taken()
@@ -168,7 +175,37 @@ class Worker:
 
     def cancel(self, place: _Place) -> None:
         """End an answer before the next tick."""
-        self._commands.put(("cancel", place))
+        self._commands.put(partial(self._cancel, place))
+
+    async def call(self, function: Callable[[], Result]) -> Result:
+        """Let the thread do something else between two ticks, since a model on a GPU serves one thread.
+
+        Raises:
+            OverloadedError: Where many wait for that already.
+            StoppingError: Where the server is about to end.
+            Exception: What the function raises.
+        """
+        if self.is_stopping:
+            raise StoppingError
+        if self._calls >= _MOST_CALLS:
+            raise OverloadedError(self.retry_after)
+        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+        def run() -> None:
+            # Nobody waits any more.
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._calls += 1
+        self._commands.put(run)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            self._calls -= 1
 
     async def stop(self, grace: float) -> None:
         """Take no more requests, let those under way end within `grace` seconds, and hand back the rest as it is."""
@@ -177,7 +214,7 @@ class Worker:
             for place in self._places:
                 self.cancel(place)
             await self._ended_within(_LAST_SECONDS)
-        self._commands.put(("stop", None))
+        self._commands.put(self._end)
 
     async def _ended_within(self, seconds: float) -> bool:
         """Wait until no answer is left. False: some are."""
@@ -212,23 +249,18 @@ class Worker:
 
     def _take_commands(self) -> bool:
         """Do what was asked for since the last tick. Waits for more while there is nothing to do. False: stop."""
-        waits = self._engine.is_idle
-        while True:
+        while not self._has_ended:
             try:
-                command, place = self._commands.get(block=waits)
+                command = self._commands.get(block=self._engine.is_idle)
             except queue.Empty:
                 return True
-            if place is None:
-                return False
-            self._do(command, place)
-            waits = self._engine.is_idle
+            command()
+        return False
 
-    def _do(self, command: str, place: _Place) -> None:
-        if command == "cancel":
-            # The numbers of an engine that failed are given out anew.
-            if place.number is not None and self._by_number.get(place.number) is place:
-                self._engine.cancel(place.number)
-            return
+    def _end(self) -> None:
+        self._has_ended = True
+
+    def _submit(self, place: _Place) -> None:
         try:
             place.number = self._engine.submit(place.request)
         except UserError as error:
@@ -239,6 +271,11 @@ class Worker:
         else:
             self._by_number[place.number] = place
             self._tell([(place, None)])
+
+    def _cancel(self, place: _Place) -> None:
+        # The numbers of an engine that failed are given out anew.
+        if place.number is not None and self._by_number.get(place.number) is place:
+            self._engine.cancel(place.number)
 
     def _fail(self, error: Exception) -> None:
         """End all answers with an error, and begin with an engine that knows none of them."""

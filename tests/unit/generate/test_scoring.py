@@ -145,7 +145,7 @@ def test_best_of_keeps_what_the_model_reads_best(build_pipeline: Build) -> None:
         ({"batch": 0}, "batch 0 must be at least 1"),
         ({"seed": -1}, "seed -1 must lie in"),
         ({"targets": ["two"]}, "2 contexts and 1 targets"),
-        ({"targets": ["two", "three " * 300]}, "a context and its target take .* positions"),
+        ({"targets": ["two", "three " * 140]}, "a document takes .* positions"),
         ({"targets": ["two", "\ud800"]}, "is not Unicode text"),
         ({"targets": ["two", ["a", "b"]]}, "a target is one text or one image, got 2 parts"),
         ({"targets": ["two", []]}, "a target is one text or one image, got 0 parts"),

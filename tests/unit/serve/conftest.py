@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +77,20 @@ def serve(build_pipeline: Callable[..., Pipeline]) -> Iterator[Callable[..., Liv
 @pytest.fixture
 def live(serve: Callable[..., Live]) -> Live:
     return serve()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a screen, as the system has it."""
+    sync = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium; apt-get install chromium")
+    with sync.sync_playwright() as started:
+        # Root has no sandbox.
+        chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 def pixels_of(encoded: str) -> Tensor:

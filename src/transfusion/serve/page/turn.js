@@ -1,0 +1,182 @@
+// One question and its answer, as it comes.
+
+import { generate } from "./api.js";
+import { asCommand, asCurl, asPython } from "./copying.js";
+import { element, pngUrl, quietButton, say } from "./dom.js";
+
+const REASONS = { tokens: "at the maximum of tokens", length: "where the model\u2019s sequence is full", cancelled: "when the server stopped" };
+// Smaller images are enlarged, pixel by pixel.
+const SMALL = 160;
+
+export class Turn {
+  // actions: inspect(document), use(dataUrl), replay(turn), finished(turn)
+  constructor(body, title, actions) {
+    Object.assign(this, { body, title, actions, parts: [], figures: [], recipes: [] });
+    this.abort = new AbortController();
+    this.answer = element("div", { class: "answer" });
+    this.under = element("div", { class: "under" });
+    this.article = element("article", { class: body.draws ? "turn draws" : "turn", "aria-busy": "true", "aria-label": title }, this.asked(), this.answer, this.under);
+  }
+
+  asked() {
+    const given = Array.isArray(this.body.prompt) ? this.body.prompt : [this.body.prompt];
+    const shown = given.filter((part) => part !== "").map((part, place) =>
+      typeof part === "string"
+        ? element("span", {}, part)
+        : element("img", { src: part.image, alt: `Image ${place + 1} of the prompt`, class: "pixels" }),
+    );
+    return element("div", { class: "asked" }, ...shown);
+  }
+
+  async run(expected = null) {
+    const stop = element("button", { type: "button", class: "stop", onclick: () => this.stop() }, "Stop");
+    this.under.replaceChildren(stop);
+    const begun = performance.now();
+    try {
+      await generate(this.body, this.abort.signal, (name, data) => this.take(name, data));
+      this.finish((performance.now() - begun) / 1000, expected);
+    } catch (error) {
+      if (error.name === "AbortError") this.finish((performance.now() - begun) / 1000, null);
+      else this.fail(error);
+    } finally {
+      this.article.setAttribute("aria-busy", "false");
+      this.actions.finished(this);
+    }
+  }
+
+  stop() {
+    this.wasStopped = true;
+    this.abort.abort();
+  }
+
+  take(name, data) {
+    if (name === "text") this.addText(data.text);
+    if (name === "image_start") this.beginImage(data);
+    if (name === "image_preview") this.showPreview(data);
+    if (name === "image") this.endImage(data);
+    if (name === "done") this.done = data;
+  }
+
+  addText(text) {
+    if (typeof this.parts.at(-1) === "string") {
+      this.parts[this.parts.length - 1] += text;
+      this.answer.lastElementChild.textContent = this.parts.at(-1);
+    } else {
+      this.parts.push(text);
+      this.answer.append(element("span", { class: "text" }, text));
+    }
+  }
+
+  beginImage({ index, size, steps }) {
+    const [width, height] = size.split("x").map(Number);
+    const image = element("img", { alt: `Image ${index + 1}, being made` });
+    image.classList.toggle("pixels", Math.min(width, height) < SMALL);
+    const progress = element("progress", { max: steps, value: 0, "aria-label": `Steps of image ${index + 1}` });
+    const frame = element("div", { class: "frame" }, image, progress);
+    frame.style.setProperty("--shape", `${width} / ${height}`);
+    frame.style.setProperty("--shown-width", `${Math.max(width, Math.round((256 * width) / Math.max(width, height)))}px`);
+    const caption = element("figcaption", {}, element("span", {}, `step 0 of ${steps}`));
+    const figure = element("figure", {}, frame, caption);
+    image.hidden = true;
+    this.figures[index] = { image, progress, caption, size, steps };
+    this.parts.push(null);
+    this.answer.append(figure);
+  }
+
+  showPreview({ index, step, png }) {
+    const { image, progress, caption, steps } = this.figures[index];
+    image.src = pngUrl(png);
+    image.hidden = false;
+    progress.value = step;
+    caption.firstElementChild.textContent = `step ${step} of ${steps}`;
+  }
+
+  endImage({ index, png, seed, recipe }) {
+    const { image, progress, caption, size, steps } = this.figures[index];
+    const url = pngUrl(png);
+    image.src = url;
+    image.hidden = false;
+    image.alt = `Image ${index + 1} of the answer to: ${this.title}`;
+    progress.remove();
+    this.parts[this.parts.lastIndexOf(null)] = { image: url };
+    this.recipes[index] = recipe;
+    caption.replaceChildren(
+      element("span", {}, `${size.replace("x", " \u00d7 ")}, ${steps} steps`),
+      element("a", { class: "quiet button", href: url, download: `transfusion-${seed}.png` }, "Download"),
+      quietButton("Use in a prompt", () => this.actions.use(url)),
+    );
+  }
+
+  finish(seconds, expected) {
+    const { reason, usage } = this.done ?? { reason: "", usage: null };
+    const told = [`seed ${this.body.seed}`];
+    if (usage?.tokens) told.push(`${usage.tokens} tokens`);
+    told.push(`${seconds.toFixed(1)} s`);
+    if (!this.done) told.push("stopped");
+    else if (REASONS[reason]) told.push(`ended ${REASONS[reason]}`);
+    if (expected) told.push(this.equals(expected) ? "made again, the same" : "made again, and it differs");
+    this.figures.filter((figure) => figure.progress.isConnected).forEach((figure) => {
+      figure.progress.remove();
+      figure.image.alt = figure.image.alt.replace("being made", "not finished");
+    });
+    this.under.replaceChildren(
+      element("span", {}, told.join(" \u00b7 ")),
+      quietButton("Replay", () => this.actions.replay(this)),
+      this.copyMenu(),
+      quietButton("As the model sees it", () => this.actions.inspect(this.document())),
+    );
+    const images = this.parts.filter((part) => part?.image).length;
+    say(this.done ? `The answer is complete: ${images} images, ${usage.tokens} tokens.` : "Stopped.");
+  }
+
+  fail(error) {
+    this.under.replaceChildren(
+      element("p", { class: "error", role: "alert" }, error.message),
+      quietButton("Try again", () => this.actions.replay(this)),
+    );
+  }
+
+  // Whether this answer is another, image for image and letter for letter.
+  equals(other) {
+    const seen = (turn) => JSON.stringify([turn.parts.filter((part) => typeof part === "string"), turn.recipes.map((recipe) => recipe?.pixels)]);
+    return seen(this) === seen(other);
+  }
+
+  // Prompt and answer as one document, without what is not finished.
+  document() {
+    const given = Array.isArray(this.body.prompt) ? this.body.prompt : [this.body.prompt];
+    return [...given, ...this.parts.filter((part) => part !== null)];
+  }
+
+  copyMenu() {
+    const copies = {
+      "Command line": () => asCommand(this.body), curl: () => asCurl(this.body, location.origin), Python: () => asPython(this.body),
+    };
+    const list = element("ul", { hidden: true });
+    const opener = quietButton("Copy as \u2026", () => toggle(list.hidden), { "aria-expanded": "false" });
+    const toggle = (opens) => {
+      list.hidden = !opens;
+      opener.setAttribute("aria-expanded", `${opens}`);
+      if (opens) list.querySelector("button").focus();
+    };
+    const menu = element("div", { class: "menu" }, opener, list);
+    for (const [name, make] of Object.entries(copies)) {
+      const copy = async () => {
+        await navigator.clipboard.writeText(make());
+        toggle(false);
+        opener.textContent = `Copied as ${name}`;
+        setTimeout(() => (opener.textContent = "Copy as \u2026"), 2000);
+        say(`Copied as ${name}.`);
+      };
+      list.append(element("li", {}, quietButton(name, copy)));
+    }
+    menu.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || list.hidden) return;
+      event.stopPropagation();
+      toggle(false);
+      opener.focus();
+    });
+    menu.addEventListener("focusout", (event) => menu.contains(event.relatedTarget) || toggle(false));
+    return menu;
+  }
+}
