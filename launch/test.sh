@@ -12,6 +12,11 @@ ensure_venv all,test,oracles,docs
 "$PYTHON" -m mypy
 # The site of docs/ in build/site: every link and every docstring. Its theme's advertisement is left out.
 NO_MKDOCS_2_WARNING=1 "$PYTHON" -m mkdocs build --strict
+# The page is tested in a browser, which Debian has. Elsewhere these tests are left out, and say so.
+if ! command -v chromium google-chrome >/dev/null && command -v apt-get >/dev/null && [[ $(id -u) == 0 ]]; then
+    printf 'Installing Chromium\n' >&2
+    { apt-get install -qy chromium || { apt-get update -q && apt-get install -qy chromium; }; } >/dev/null 2>&1 || true
+fi
 # Two at a time, the tests of a file in one process: many wait for processes that they started. A thread each, since
 # threads of two processes on two cores wait for one another.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

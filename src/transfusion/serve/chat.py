@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from transfusion.generate import Done, ImageDone, ImagePreview, Part, Request, TextDelta
 from transfusion.generate.request import joined
+from transfusion.generate.settings import AnswerSettings
 from transfusion.serve.context import Context, new_seed, read_json
 from transfusion.serve.media import data_url, encode
 from transfusion.serve.protocol import ChatBody, ImagePart, Message, TextPart
@@ -65,20 +66,17 @@ async def _prompt(context: Context, messages: Sequence[Message]) -> list[Part]:
 def _requests(context: Context, body: ChatBody, prompt: list[Part], seed: int) -> list[Request]:
     drawing = body.image_config.image_settings(context.sizes)
     if body.modalities == ["image"]:
-        return context.image_requests(prompt, body.n, seed, previews=body.partial_images, settings=drawing)
-    settings: dict[str, Any] = {
-        **drawing,
-        "max_images": body.max_images if "image" in body.modalities else 0,
-        "max_tokens": body.max_completion_tokens or body.max_tokens or _DEFAULT_TOKENS,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-    }
-    first = context.pipeline.request(prompt, seed=seed, **settings)
-    every = context.preview_every(first, body.partial_images)
-    return [
-        context.pipeline.request(first.prompt, seed=seed + number, preview_every=every, **settings)
-        for number in range(body.n)
-    ]
+        first = context.pipeline.image_request(prompt, seed=seed, **drawing)
+    else:
+        settings: AnswerSettings = {
+            **drawing,
+            "max_images": body.max_images if "image" in body.modalities else 0,
+            "max_tokens": body.max_completion_tokens or body.max_tokens or _DEFAULT_TOKENS,
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+        }
+        first = context.pipeline.request(prompt, seed=seed, **settings)
+    return context.numbered(first, body.n, body.partial_images)
 
 
 class _StopTexts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import anyio.to_thread
@@ -14,8 +14,8 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ValidationError
 
 from transfusion.errors import UserError, shown
-from transfusion.generate import Pipeline, Prompt, Request
-from transfusion.generate.settings import ImageSettings, check_seeds
+from transfusion.generate import Pipeline, Request
+from transfusion.generate.settings import check_seeds
 from transfusion.sequence.sizes import Size
 from transfusion.serve.errors import ApiError, MediaTypeError, TooManyImagesError, UnknownModelError
 from transfusion.serve.limits import Limits
@@ -88,31 +88,24 @@ class Context:
                 f"a prompt of {count} images; this server takes {self.limits.prompt_images}"
             )
 
-    def image_requests(
-        self, prompt: Prompt, count: int, seed: int, *, previews: int, settings: ImageSettings
-    ) -> list[Request]:
-        """Requests for images behind a prompt, of seed, seed + 1 and so on. previews: of each, in the end."""
-        check_seeds(seed, count)
-        first = self.pipeline.image_request(prompt, seed=seed, **settings)
-        every = self.preview_every(first, previews)
-        requests = [self.pipeline.image_request(prompt, seed=seed, preview_every=every, **settings)]
-        for number in range(1, count):
-            # The parts that were checked, so that images are read once.
-            requests.append(
-                self.pipeline.image_request(
-                    requests[0].prompt, seed=seed + number, preview_every=every, **settings
-                )
+    def numbered(self, first: Request, count: int, previews: int) -> list[Request]:
+        """A request so many times, of its seed, the next and so on. previews: of each image, or some more."""
+        check_seeds(first.image.seed, count)
+        every = 0
+        if previews:
+            sizes, image = self.pipeline.runner.sizes, first.image
+            patches = sizes.patches(image.size or sizes.first)
+            calls = self.pipeline.family.image_calls(image, self.pipeline.config.diffusion, patches)
+            every = max(1, calls // (previews + 1))
+        return [
+            replace(
+                first,
+                preview_every=every,
+                text=replace(first.text, seed=first.text.seed + number),
+                image=replace(first.image, seed=first.image.seed + number),
             )
-        return requests
-
-    def preview_every(self, request: Request, previews: int) -> int:
-        """Calls of the model between previews, for so many of them or some more."""
-        if not previews:
-            return 0
-        size = request.image.size or self.pipeline.runner.sizes.first
-        patches = self.pipeline.runner.sizes.patches(size)
-        calls = self.pipeline.family.image_calls(request.image, self.pipeline.config.diffusion, patches)
-        return max(1, calls // (previews + 1))
+            for number in range(count)
+        ]
 
     async def submit(self, make: Callable[[], list[Request]]) -> Answers:
         """Make requests on a thread, since to tokenize a long prompt takes a while, and submit them.

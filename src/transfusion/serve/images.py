@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
 from transfusion.errors import shown
-from transfusion.generate import Done, ImageDone, ImagePreview, Prompt
+from transfusion.generate import Done, ImageDone, ImagePreview, Prompt, Request
 from transfusion.sequence.sizes import Size
 from transfusion.serve.context import Context, bad_body, new_seed, read_json
 from transfusion.serve.errors import ApiError, MediaTypeError, StoppingError
@@ -87,9 +87,12 @@ async def _answer(
     if body.size is None:
         settings["size"] = size
     seed = new_seed() if body.seed is None else body.seed
-    answers = await context.submit(
-        lambda: context.image_requests(prompt, body.n, seed, previews=body.partial_images, settings=settings)
-    )
+
+    def requests() -> list[Request]:
+        first = context.pipeline.image_request(prompt, seed=seed, **settings)
+        return context.numbered(first, body.n, body.partial_images)
+
+    answers = await context.submit(requests)
     drawn = _Drawn(context, answers, body)
     if body.stream:
         return EventStream(answers, drawn.pieces(kind), context.limits.read_seconds, context.metrics)
