@@ -67,15 +67,16 @@ from transfusion.generate.events import extend
 from transfusion.generate.pillow_images import to_image
 from transfusion.generate.recipe import pixel_digest
 from transfusion.model.initialise import initialise
+from transfusion.parallel.parameter_shards import WEIGHT
 from transfusion.schema import SpecialToken
 from transfusion.sequence.tokenizer import train_tokenizer
 from transfusion.serve.limits import Limits
 
 RESULT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "serve-load.json"
 MISSED = 1
-NETWORK = (*MODEL, "data.caption_dropout=0.1", "diffusion.prediction=v")
+NETWORK = (*MODEL, "data.caption_dropout=0.1", "diffusion.prediction=v", "codec.image_sizes=[8x8, 8x12]")
 # Height and width.
-SIZES = ((8, 8), (4, 12))
+SIZES = ((8, 8), (8, 12))
 # What the network leans towards: to begin an image and to end, in logits above those of letters.
 BEGINS, ENDS = 0.5, 0.5
 # The first coordinate of every token. It is far above the others, so that its row of the head is a bias.
@@ -83,7 +84,8 @@ FIRST_COORDINATE = 20.0
 # Shares of the requests: what is asked, who goes away, who reads slowly.
 KINDS = {"chat": 32, "native": 30, "image": 20, "edit": 16, "too long": 2}
 LEAVES, SLOW = 0.12, 0.06
-LONGEST_PAUSE = 2.0
+# The share of a slow reader's reads, each of a chunk, before which it pauses.
+PAUSES = 0.015
 # A slow reader has so small a buffer that the server has to wait for it.
 SLOW_BUFFER = 4096
 # Seconds after which an answer counts as lost.
@@ -102,7 +104,6 @@ TIMED = (
     HEALTH,
     FIRST_BYTE,
     FIRST_TEXT,
-    GROWTH,
     START,
 )
 EXAMPLES = 20
@@ -118,6 +119,7 @@ class Scale:
         seconds: Of the load.
         compared: Answers that are compared with those of this process.
         first_bytes: How often the first byte is timed, for each kind of stream.
+        longest_pause: Seconds between two reads of a slow reader.
         short_seconds: Of the load in whose middle the server is killed.
         grace: Of the server that is told to stop.
     """
@@ -126,6 +128,7 @@ class Scale:
     seconds: float = 600.0
     compared: int = 200
     first_bytes: int = 20
+    longest_pause: float = 2.0
     short_seconds: float = 5.0
     grace: float = 5.0
 
@@ -140,6 +143,7 @@ class Figures:
         seconds: Of the load, until the last answer.
         longest_seconds: That a request of a client that does not read slowly took.
         health_ms: p50, p99 and maximum of /healthz, and how many there were.
+        cores: That the server, the clients and all others were busy on. With busy others the times are longer.
         memory: Resident MiB of the server, each second.
         growth_percent: The maximum of the last fifth above that of the fifth after the warm-up. None: too short a run.
         ended: Answers by how they ended, as /metrics tells.
@@ -165,6 +169,7 @@ class Figures:
     seconds: float = 0.0
     longest_seconds: float = 0.0
     health_ms: dict[str, float] = field(default_factory=dict)
+    cores: dict[str, float] = field(default_factory=dict)
     memory: list[float] = field(default_factory=list)
     growth_percent: float | None = None
     ended: dict[str, int] = field(default_factory=dict)
@@ -213,9 +218,8 @@ def make_export(folder: Path) -> None:
     state["norm.weight"][0] = 1.0
     state["lm_head.weight"] *= 3.0
     state["lm_head.weight"][:, 0] = bias_V
-    for kind, name in list(export.WEIGHT_FILES.items())[:1]:
-        weights = {kind: name}
-        save_file(state, folder / name, metadata={"format": "pt", export.EXPORT_ID: "one"})
+    weights = {WEIGHT: export.WEIGHT_FILES[WEIGHT]}
+    save_file(state, folder / weights[WEIGHT], metadata={"format": "pt", export.EXPORT_ID: "one"})
     description = {
         "format": export.FORMAT,
         "format_version": export.FORMAT_VERSION,
@@ -267,6 +271,12 @@ class Server:
     def text(self) -> str:
         """Its log."""
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def busy_seconds(self) -> float:
+        """Of the processor."""
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8")
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def memory_mib(self) -> float:
         """Memory that is in use."""
@@ -340,8 +350,8 @@ class Ask:
 class Load:
     """Requests at random, the same for the same seed. No two have the same prompt."""
 
-    def __init__(self, seed: int, name: str) -> None:
-        self.name = name
+    def __init__(self, seed: int, longest_pause: float, name: str) -> None:
+        self.longest_pause, self.name = longest_pause, name
         shared = random.Random(f"{seed} {name}")
         self.samplers = ("auto", *SAMPLERS["v"])
         self.beginnings = [_words(shared, 12) for _ in range(4)]
@@ -358,24 +368,26 @@ class Load:
         if manner < LEAVES:
             return replace(ask, leaves=draw.randrange(12))
         if manner < LEAVES + SLOW:
-            return replace(self._long_text(draw), pause=LONGEST_PAUSE)
+            return replace(self._long_text(draw), pause=self.longest_pause)
         return ask
 
     def long(self, draw: random.Random) -> Ask:
-        """What takes the server several seconds."""
-        kind = draw.choice(("image", "text", "native"))
+        """What takes the server up to several seconds."""
+        kind, count, steps = (
+            draw.choice(("image", "text", "native")),
+            draw.randint(1, 2),
+            draw.randint(20, 250),
+        )
+        more: dict[str, Any]
         if kind == "text":
-            ask = self._long_text(draw)
-            return ask if draw.random() < 0.5 else _as_whole(ask)
-        if kind == "image":
-            ask = self._image(draw)
-            settings = {**ask.settings, "steps": 250}
-            return replace(
-                ask, settings=settings, body={**ask.body, "num_inference_steps": 250, "n": 2}, count=2
-            )
-        ask = self._native(draw)
-        more = {"max_tokens": 300, "max_images": 4, "steps": 60}
-        return replace(ask, settings={**ask.settings, **more}, body={**ask.body, **more})
+            ask, more = self._long_text(draw), {"max_tokens": draw.randint(30, 300), "n": count}
+            ask = ask if draw.random() < 0.5 else _as_whole(ask)
+        elif kind == "image":
+            ask, more = self._image(draw), {"num_inference_steps": steps, "n": count}
+        else:
+            ask, count = self._native(draw), 1
+            more = {"max_tokens": 300, "max_images": 4, "steps": steps, "temperature": 0.0}
+        return replace(ask, body={**ask.body, **more}, count=count)
 
     def _unique(self, draw: random.Random, words: int) -> str:
         """A text that no other request has."""
@@ -431,7 +443,7 @@ class Load:
     def _long_text(self, draw: random.Random) -> Ask:
         """A long answer in many chunks."""
         prompt = self._unique(draw, 2)
-        settings = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 150, "max_images": 0}
+        settings = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 300, "max_images": 0}
         body = {
             "messages": [{"role": "user", "content": prompt}],
             "modalities": ["text"],
@@ -841,7 +853,7 @@ class Clients:
                     if ask.leaves is not None and reading.pieces > ask.leaves and not reading.is_complete:
                         self._leave(ask, surely=True)
                         return 0, reading, 0.0
-                    if ask.pause:
+                    if ask.pause and draw.random() < PAUSES:
                         await asyncio.sleep(draw.uniform(0, ask.pause))
             return response.status_code, reading, float(response.headers.get("retry-after", 0))
 
@@ -971,6 +983,23 @@ def probing(server: Server, figures: Figures) -> Iterator[None]:
     }
 
 
+@contextlib.contextmanager
+def counting_cores(server: Server, figures: Figures) -> Iterator[None]:
+    """Note who keeps the processor busy meanwhile."""
+
+    def spent() -> tuple[float, float, float, float]:
+        # user, nice, system, idle, iowait, irq, softirq.
+        times = [int(value) for value in Path("/proc/stat").read_text(encoding="ascii").split()[1:8]]
+        busy = (sum(times) - times[3] - times[4]) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), server.busy_seconds(), time.process_time(), busy
+
+    before = spent()
+    yield
+    seconds, of_server, of_clients, busy = (b - a for a, b in zip(before, spent(), strict=True))
+    found = {"server": of_server, "clients": of_clients, "others": busy - of_server - of_clients}
+    figures.cores = {name: round(value / seconds, 2) for name, value in found.items()}
+
+
 async def watch_memory(server: Server, figures: Figures) -> None:
     """Note the memory of a server each second."""
     while True:
@@ -991,10 +1020,11 @@ def growth_percent(memory: Sequence[float], seconds: float) -> float | None:
 
 async def load(server: Server, figures: Figures, scale: Scale, seed: int) -> Clients:
     """The load itself."""
-    clients = Clients(server, figures, Load(seed, "load"), seed, scale.compared)
+    clients = Clients(server, figures, Load(seed, scale.longest_pause, "load"), seed, scale.compared)
     before = await read_metrics(server)
     watcher = asyncio.create_task(watch_memory(server, figures))
-    await clients.run(scale.clients, scale.seconds)
+    with counting_cores(server, figures):
+        await clients.run(scale.clients, scale.seconds)
     watcher.cancel()
     figures.growth_percent = growth_percent(figures.memory, scale.seconds)
     for _ in range(50):
@@ -1089,7 +1119,7 @@ async def _first(http: httpx.AsyncClient, ask: Ask) -> tuple[float, float]:
 async def killed(server: Server, figures: Figures, scale: Scale, seed: int) -> None:
     """Kill the server in the middle of a load. Clients may see closed connections, and nothing worse."""
     seen = Figures()
-    clients = Clients(server, seen, Load(seed, "killed"), seed, survives=False)
+    clients = Clients(server, seen, Load(seed, scale.longest_pause, "killed"), seed, survives=False)
     running = asyncio.create_task(clients.run(scale.clients, scale.short_seconds))
     await asyncio.sleep(scale.short_seconds / 2)
     server.process.send_signal(signal.SIGKILL)
@@ -1103,7 +1133,7 @@ async def killed(server: Server, figures: Figures, scale: Scale, seed: int) -> N
 
 async def stopped(server: Server, figures: Figures, scale: Scale, seed: int) -> None:
     """Tell the server to stop under load. What is under way ends, or is handed back."""
-    asks = Load(seed, "stopped")
+    asks = Load(seed, scale.longest_pause, "stopped")
     draw = random.Random(f"{seed} stopped")
     readings = [Reading(asks.long(draw)) for _ in range(scale.clients)]
     running = [asyncio.create_task(_hold(server, reading)) for reading in readings]
@@ -1170,15 +1200,15 @@ def difference(pipeline: Pipeline, reading: Reading) -> str:
             ),
             "",
         )
-    tokens = images = 0
+    tokens, done = 0, None
     for number in range(ask.count):
         parts: list[str | Tensor] = []
         for event in pipeline.stream(ask.prompt, seed=ask.seed + number, **ask.settings):
             extend(parts, event)
-            last = event
-        assert isinstance(last, Done)
+            done = event if isinstance(event, Done) else done
+        assert done is not None
         text = "".join(part for part in parts if isinstance(part, str))
-        reason = "limit" if last.reason in ("tokens", "length") else last.reason
+        reason = "limit" if done.reason in ("tokens", "length") else done.reason
         if ask.stop and ask.stop in text:
             text, reason = text.partition(ask.stop)[0], "end"
         if text != reading.texts[number] or reason != reading.reasons[number]:
@@ -1186,11 +1216,12 @@ def difference(pipeline: Pipeline, reading: Reading) -> str:
         drawn = [part for part in parts if isinstance(part, Tensor)]
         if gap := _image_gap(reading.images[number], drawn):
             return gap
-        tokens, images = tokens + last.tokens, images + last.images
+        tokens += done.tokens
     names = ("prompt_positions", "tokens") if ask.kind == "native" else ("prompt_tokens", "completion_tokens")
     told = tuple(reading.usage.get(name) for name in names)
-    if not ask.stop and told != (last.prompt_positions, tokens):
-        return f"usage {reading.usage} in place of {last.prompt_positions} and {tokens}"
+    assert done is not None
+    if not ask.stop and told != (done.prompt_positions, tokens):
+        return f"usage {reading.usage} in place of {done.prompt_positions} and {tokens}"
     return ""
 
 
@@ -1292,6 +1323,8 @@ def main() -> int:
     torch.set_num_threads(1)
     scale = Scale(clients=options.clients, seconds=options.seconds)
     with tempfile.TemporaryDirectory() as folder:
+        # So that the server does not outlive this process.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(MISSED))
         figures = run(Path(folder), scale, options.seed)
     judged = bars(figures, scale)
     record = record_head(torch.device("cpu")) | {
@@ -1307,7 +1340,17 @@ def main() -> int:
     print("\n".join(map(str, judged)))
     print("\n".join(figures.examples))
     print(", ".join(f"{name} {count}" for name, count in sorted(figures.counts.items())))
-    for name in ("health_ms", "ended", "statuses", "ticks", "start_seconds", "killed", "stopped", "newcomer"):
+    for name in (
+        "health_ms",
+        "cores",
+        "ended",
+        "statuses",
+        "ticks",
+        "start_seconds",
+        "killed",
+        "stopped",
+        "newcomer",
+    ):
         print(f"{name}: {getattr(figures, name)}")
     return MISSED if record["missed"] else 0
 

@@ -70,7 +70,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "diffusers": ("src/transfusion/codec/",),
     "fastapi": ("src/transfusion/serve/",),
     "starlette": ("src/transfusion/serve/",),
-    "uvicorn": ("src/transfusion/serve/server.py",),
+    "uvicorn": ("src/transfusion/serve/connection.py",),
     "prometheus_client": ("src/transfusion/serve/metrics.py",),
     # Not optional, but one digest for all. The kernels stand alone and have their own.
     "hashlib": ("src/transfusion/files.py", "kernels/transfusion_kernels/probe/records.py"),

@@ -254,7 +254,7 @@ class Engine:
         if taken > limit:
             raise UserError(
                 f"a prompt of {count} tokens and patches leaves no room in a sequence of {limit}"
-                " (data.sequence_length)"
+                " (data.sequence_length); shorten it"
             )
         if request.draws:
             room = taken

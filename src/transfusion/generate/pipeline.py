@@ -741,8 +741,10 @@ class Pipeline:
         limit = self.config.data.sequence_length
         if length > limit:
             what = "a prompt and its image take" if size else "a document takes"
+            said = _texts(parts)
+            which = f" that begins {said[:60]!r}" if said else ""
             raise UserError(
-                f"{what} {length} positions, more than data.sequence_length {limit}: {_texts(parts)[:60]!r}"
+                f"{what} {length} positions, more than data.sequence_length {limit}; shorten the one{which}"
             )
 
 

@@ -54,6 +54,12 @@ class ForeignOriginError(ApiError):
     status, kind, code = 403, "permission_error", "foreign_origin"
 
 
+class NoSuchPathError(ApiError):
+    """No endpoint has this path."""
+
+    status = 404
+
+
 class TooManyImagesError(ApiError):
     """A prompt has more images than may be."""
 
@@ -95,6 +101,15 @@ class StoppingError(ApiError):
 
     def __init__(self) -> None:
         super().__init__("the server is stopping; try again in a while", headers={"Retry-After": "10"})
+
+
+class ClientGoneError(ApiError):
+    """Nobody is there to be answered. For the log alone, with the status that proxies use for it."""
+
+    status, kind, code = 499, "client_error", "client_gone"
+
+    def __init__(self) -> None:
+        super().__init__("the client has gone")
 
 
 class EngineFailedError(ApiError):

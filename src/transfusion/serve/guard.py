@@ -7,16 +7,18 @@ import hmac
 import logging
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from transfusion.errors import shown
+from transfusion.errors import UserError, shown
 from transfusion.serve.errors import (
     ApiError,
     ForeignOriginError,
+    NoSuchPathError,
     OverloadedError,
     SlowBodyError,
     TokenError,
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 _OPEN = ("/healthz", "/readyz", "/", "/page/")
 # Asked for again and again by those that watch.
 _UNTOLD = ("/healthz", "/readyz", "/metrics")
+_LEAST_TOKEN = 16
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # A page of this server loads from it alone, and nobody else shows it in a frame.
 _HEADERS = {
@@ -44,6 +47,33 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+
+
+def read_token(host: str, token_file: Path | None) -> str | None:
+    """The token that clients must send, None where only this machine can call.
+
+    Raises:
+        UserError: For a file that cannot be read, a token that is easily guessed, or none where one is needed.
+    """
+    if token_file is None:
+        if host not in LOOPBACK:
+            raise UserError(
+                f"--host {host} can be reached from other machines, and then a token is needed: write one"
+                " into a file (`openssl rand -hex 32 > token`), and give --token-file"
+            )
+        return None
+    try:
+        token = token_file.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise UserError(f"cannot read {token_file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        token = ""
+    if len(token) < _LEAST_TOKEN or not token.isprintable() or " " in token:
+        raise UserError(
+            f"{token_file} must hold a token of at least {_LEAST_TOKEN} ASCII letters and digits;"
+            " make one with `openssl rand -hex 32`"
+        )
+    return token
 
 
 class Guard:
@@ -87,7 +117,8 @@ class Guard:
         host = headers.get("host", "")
         if self._token is None and _name(host) not in self._hosts:
             raise ForeignOriginError(
-                f"this server is called localhost, not {shown(_name(host))}; start it with a token to call it otherwise"
+                f"this server is called localhost, not {shown(_name(host) or 'nothing')}; call it so, or start it"
+                " with a token"
             )
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
@@ -99,6 +130,10 @@ class Guard:
             matches = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._token)
             if kind.lower() != "bearer" or not matches:
                 raise TokenError
+        if not path.isprintable():
+            raise NoSuchPathError(
+                f"{shown(path)}: no path has such letters; GET /v1/schema tells what there is"
+            )
 
 
 class BodyReader:
@@ -135,7 +170,7 @@ class BodyReader:
         try:
             async with asyncio.timeout(seconds):
                 while more:
-                    message = await receive()
+                    message = await self._worker.unless_stopping(receive())
                     body += message.get("body", b"")
                     if len(body) > most:
                         raise too_large
@@ -174,6 +209,9 @@ class Observer:
 
         try:
             await self._app(scope, receive, send_observed)
+        except asyncio.CancelledError:
+            # The server ends, and this client did not read in time. Nothing is left to be told.
+            status = 499
         finally:
             seconds = time.monotonic() - begin
             # The pattern, so that no caller makes new names of metrics.

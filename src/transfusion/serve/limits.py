@@ -13,18 +13,20 @@ class Limits:
 
     Attributes:
         body_bytes: Of the body of a request.
+        body_values: Keys, values and elements of a JSON body, about.
         body_seconds: Until a body has arrived.
         read_seconds: That a client may take to read a piece of its answer.
         prompt_images: Images of a prompt.
         pixels: Of an image of a prompt, as it is sent.
         images: New images of a request.
-        tokens: New text tokens of a request, over all its answers.
+        tokens: New text tokens of an answer.
         steps: Sampler steps of an image.
         running: Answers that are under way at a time.
         waiting: Answers that may wait for their turn. One more is refused with 429.
     """
 
     body_bytes: int = 32 << 20
+    body_values: int = 20_000
     body_seconds: float = 60.0
     read_seconds: float = 60.0
     prompt_images: int = 16

@@ -1,38 +1,31 @@
-"""`transfusion serve`: from a model folder to a server, and to its end.
-
-torch is imported when a model is, since `transfusion board` listens by this module too and needs none.
-"""
+"""`transfusion serve`: from a model folder to a server, and to its end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
 
-import uvicorn
-from starlette.types import ASGIApp
-
-from transfusion.errors import UserError
+from transfusion.generate import Pipeline
+from transfusion.generate.load import Dtype, Weights
 from transfusion.observe.console import start_logging
-from transfusion.serve.guard import LOOPBACK, BodyReader, Guard, Observer
+from transfusion.serve.connection import PlainServer, address, bind
+from transfusion.serve.endpoints.app import build_app
+from transfusion.serve.endpoints.context import Context
+from transfusion.serve.endpoints.media import ImageReader
+from transfusion.serve.endpoints.protocol import Protocol
+from transfusion.serve.guard import BodyReader, Guard, Observer, read_token
 from transfusion.serve.limits import Limits
-
-if TYPE_CHECKING:
-    from transfusion.generate import Pipeline
-    from transfusion.generate.load import Dtype, Weights
-    from transfusion.serve.context import Context
+from transfusion.serve.memory import cache_pages
+from transfusion.serve.metrics import Metrics
+from transfusion.serve.worker import Worker
 
 logger = logging.getLogger(__name__)
 # A tick reads about so many positions of prompts, so that a long prompt does not halt the answers under way.
 _PROMPT_POSITIONS = 512
-_BACKLOG = 1024
-_LEAST_TOKEN = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +67,14 @@ def serve(
         UserError: For an address that cannot be had, a missing or weak token, or a model that cannot be opened.
     """
     start_logging(None)
-    token = read_token(settings)
+    token = read_token(settings.host, settings.token_file)
     # Before the model is loaded, so that a port in use is told at once. Nobody is let in until it is.
     listener = bind(settings.host, settings.port)
     try:
-        from transfusion.generate import Pipeline
-
         pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
         context = build_context(pipeline, settings.name or _name_of(model), settings)
+        # So that whoever reads the line can connect.
+        listener.listen()
         logger.info("%s is served at %s", context.name, address(listener))
         Server(context, token, settings.grace).run([listener])
     finally:
@@ -96,13 +89,6 @@ def _name_of(model: Path) -> str:
 
 def build_context(pipeline: Pipeline, name: str, settings: ServeSettings) -> Context:
     """What the endpoints of a server share."""
-    from transfusion.serve.context import Context
-    from transfusion.serve.media import ImageReader
-    from transfusion.serve.memory import cache_pages
-    from transfusion.serve.metrics import Metrics
-    from transfusion.serve.protocol import Protocol
-    from transfusion.serve.worker import Worker
-
     limits, metrics = settings.limits, Metrics()
     pages = cache_pages(pipeline, limits.running, settings.cache_gb)
     worker = Worker(
@@ -125,79 +111,6 @@ def build_context(pipeline: Pipeline, name: str, settings: ServeSettings) -> Con
     )
 
 
-def read_token(settings: ServeSettings) -> str | None:
-    """The token that clients must send, None where only this machine can call.
-
-    Raises:
-        UserError: For a file that cannot be read, a token that is easily guessed, or none where one is needed.
-    """
-    if settings.token_file is None:
-        if settings.host not in LOOPBACK:
-            raise UserError(
-                f"--host {settings.host} can be reached from other machines, and then a token is needed: write one"
-                " into a file (`openssl rand -hex 32 > token`), and give --token-file"
-            )
-        return None
-    try:
-        token = settings.token_file.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise UserError(f"cannot read {settings.token_file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        token = ""
-    if len(token) < _LEAST_TOKEN or not token.isprintable() or " " in token:
-        raise UserError(
-            f"{settings.token_file} must hold a token of at least {_LEAST_TOKEN} ASCII letters and digits;"
-            " make one with `openssl rand -hex 32`"
-        )
-    return token
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at this address that does not listen yet."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"cannot listen on {host} port {port}: {reason}; choose another --port") from None
-    return listener
-
-
-def address(listener: socket.socket) -> str:
-    """The URL of what listens there."""
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-class PlainServer(uvicorn.Server):
-    """Serves an application, and leaves with 0 when it is told to stop.
-
-    Args:
-        app: What it serves.
-        seconds: That answers under way have to end when it is told to stop.
-    """
-
-    def __init__(self, app: ASGIApp, seconds: int) -> None:
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            backlog=_BACKLOG,
-            timeout_graceful_shutdown=seconds,
-        )
-        super().__init__(config)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop as told, and leave with 0. uvicorn would raise the signal once more at the end."""
-        self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
-
-
 class Server(PlainServer):
     """Lets answers under way end when it is told to stop.
 
@@ -208,8 +121,6 @@ class Server(PlainServer):
     """
 
     def __init__(self, context: Context, token: str | None, grace: float) -> None:
-        from transfusion.serve.app import build_app
-
         inside = BodyReader(build_app(context), context.limits, context.worker)
         # uvicorn's own deadline is behind that of the answers.
         super().__init__(Observer(Guard(inside, token), context.metrics), int(grace) + 15)

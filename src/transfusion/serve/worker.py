@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -48,17 +48,32 @@ class _Place:
     has_ended: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class _Told:
+    """An event of one of the answers to a client, or the error that ended it."""
+
+    index: int
+    event: Event | Exception
+
+
 class Answers:
     """The answers to one client in the making, as the event loop sees them.
 
     `async for` gives their events with their numbers, from 0. The last event of each is `Done`. A reader that is slow
     misses previews, and nothing else.
+
+    Attributes:
+        places: One for each answer.
+        is_left: Whether the client has gone.
     """
 
     def __init__(self, worker: Worker, requests: Sequence[Request]) -> None:
         self.places = [_Place(self, index, request) for index, request in enumerate(requests)]
+        self.is_left = False
         self._worker, self._untaken = worker, len(self.places)
-        self._events: deque[tuple[int, Event | Exception]] = deque()
+        self._events: deque[_Told] = deque()
+        # Of each answer, the last event that is not read yet.
+        self._latest: dict[int, _Told] = {}
         self._arrived = asyncio.Event()
         self._taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -78,11 +93,13 @@ class Answers:
             while not self._events:
                 self._arrived.clear()
                 await self._arrived.wait()
-            index, event = self._events.popleft()
-            if isinstance(event, Exception):
-                raise event
-            yield index, event
-            left -= isinstance(event, Done)
+            told = self._events.popleft()
+            if self._latest.get(told.index) is told:
+                del self._latest[told.index]
+            if isinstance(told.event, Exception):
+                raise told.event
+            yield told.index, told.event
+            left -= isinstance(told.event, Done)
 
     def tell(self, place: _Place, event: Event | Exception | None) -> None:
         """Take an event of a place, the error that ended it, or None: the engine has its request."""
@@ -93,10 +110,12 @@ class Answers:
             if self._untaken == 0 and not self._taken.done():
                 self._taken.set_result(None)
             return
-        last, before = self._events[-1] if self._events else (None, None)
-        if last == place.index and isinstance(event, ImagePreview) and isinstance(before, ImagePreview):
-            self._events.pop()
-        self._events.append((place.index, event))
+        unread = self._latest.get(place.index)
+        if unread is not None and isinstance(event, ImagePreview) and isinstance(unread.event, ImagePreview):
+            unread.event = event
+            return
+        self._latest[place.index] = told = _Told(place.index, event)
+        self._events.append(told)
         self._arrived.set()
 
 
@@ -118,7 +137,7 @@ class Worker:
         # Of the event loop: answers that have not ended, and those that come after the server was told to stop.
         self._places: set[_Place] = set()
         self._all_ended = asyncio.Event()
-        self.is_stopping = False
+        self._stopping = asyncio.Event()
         self._calls = 0
         self._mean_seconds = 1.0
         # Of the thread.
@@ -136,6 +155,23 @@ class Worker:
     def is_broken(self) -> bool:
         """Whether the engine fails again and again, or its thread has ended."""
         return self._failures >= _FAILURES_TOLERATED or not self._thread.is_alive()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._stopping.is_set()
+
+    async def unless_stopping(self, awaitable: Awaitable[Result]) -> Result:
+        """Wait for something, but not beyond the end of the server. Raises StoppingError at that."""
+        waiting, stopping = asyncio.ensure_future(awaitable), asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                return waiting.result()
+            raise StoppingError
+        finally:
+            waiting.cancel()
+            stopping.cancel()
 
     @property
     def retry_after(self) -> int:
@@ -209,7 +245,7 @@ class Worker:
 
     async def stop(self, grace: float) -> None:
         """Take no more requests, let those under way end within `grace` seconds, and hand back the rest as it is."""
-        self.is_stopping = True
+        self._stopping.set()
         if not await self._ended_within(grace):
             for place in self._places:
                 self.cancel(place)

@@ -48,5 +48,5 @@ def test_what_fills_the_row_can_be_looked_at_and_no_more(build_pipeline: Callabl
     (parts,) = pipeline.generate(["one"], max_tokens=1000)
     assert len(pipeline.inspect(parts).texts) > 250
     assert isinstance(parts[1], str)
-    with pytest.raises(UserError, match="a document takes .* positions"):
+    with pytest.raises(UserError, match=r"a document takes .* positions"):
         pipeline.inspect([parts[0], parts[1], "d" * 20])

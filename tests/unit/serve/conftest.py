@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from transfusion.generate import Pipeline, to_image
-from transfusion.serve.server import Server, ServeSettings, bind, build_context
+from transfusion.serve.connection import bind
+from transfusion.serve.server import Server, ServeSettings, build_context
 
 # As long as a server of another test may keep the cores busy.
 PATIENCE = 30.0

@@ -18,8 +18,9 @@ import pytest
 from transfusion.cli import main, serving
 from transfusion.errors import UserError
 from transfusion.generate import Pipeline
+from transfusion.serve.connection import bind
+from transfusion.serve.guard import read_token
 from transfusion.serve.memory import cache_pages
-from transfusion.serve.server import ServeSettings, bind, read_token
 
 from .conftest import PATIENCE, wait_for
 
@@ -60,9 +61,8 @@ def _token(folder: Path) -> Path:
 
 
 def test_a_token_is_read_without_the_end_of_its_line(tmp_path: Path) -> None:
-    settings = ServeSettings(host="0.0.0.0", token_file=_token(tmp_path))
-    assert read_token(settings) == "0123456789abcdef0123"
-    assert read_token(ServeSettings(host="::1")) is None
+    assert read_token("0.0.0.0", _token(tmp_path)) == "0123456789abcdef0123"
+    assert read_token("::1", None) is None
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

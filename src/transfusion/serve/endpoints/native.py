@@ -12,16 +12,16 @@ from torch import Tensor
 from transfusion.generate import Done, Event, ImageDone, ImagePreview, ImageStart, Part, Request, TextDelta
 from transfusion.generate.request import joined
 from transfusion.sequence.sizes import Size
-from transfusion.serve.context import Context, read_json
-from transfusion.serve.media import encode, size_name
-from transfusion.serve.protocol import GenerateBody, PromptImage
-from transfusion.serve.stream import EventStream, sse
+from transfusion.serve.endpoints.context import Context, read_json
+from transfusion.serve.endpoints.media import encode, size_name
+from transfusion.serve.endpoints.protocol import GenerateBody, PromptImage
+from transfusion.serve.endpoints.stream import EventStream, sse
 from transfusion.serve.worker import Answers
 
 
 async def generate(context: Context, request: HttpRequest) -> Response:
     """POST /v1/generate."""
-    body = await read_json(request, context.protocol.generate)
+    body = await read_json(context, request, context.protocol.generate)
     prompt = await _parts(context, body.prompt)
     answers = await context.submit(lambda: [_request(context, body, prompt)])
     return EventStream(answers, _pieces(answers), context.limits.read_seconds, context.metrics)
@@ -36,7 +36,7 @@ def _request(context: Context, body: GenerateBody, prompt: list[Part]) -> Reques
 
 async def inspect(context: Context, request: HttpRequest) -> Response:
     """POST /v1/inspect."""
-    body = await read_json(request, context.protocol.inspect)
+    body = await read_json(context, request, context.protocol.inspect)
     parts = await _parts(context, body.document)
     found = await context.worker.call(lambda: context.pipeline.inspect(parts))
     layout = found.layout

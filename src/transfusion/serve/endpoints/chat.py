@@ -18,20 +18,19 @@ from starlette.responses import JSONResponse, Response
 from transfusion.generate import Done, ImageDone, ImagePreview, Part, Request, TextDelta
 from transfusion.generate.request import joined
 from transfusion.generate.settings import AnswerSettings
-from transfusion.serve.context import Context, new_seed, read_json
-from transfusion.serve.media import data_url, encode
-from transfusion.serve.protocol import ChatBody, ImagePart, Message, TextPart
-from transfusion.serve.stream import EventStream, sse, watched_request
+from transfusion.serve.endpoints.context import Context, new_seed, read_json
+from transfusion.serve.endpoints.media import data_url, encode
+from transfusion.serve.endpoints.protocol import ChatBody, ImagePart, Message, TextPart
+from transfusion.serve.endpoints.stream import EventStream, sse, watched_request
 from transfusion.serve.worker import Answers
 
 # As OpenAI calls them. abort, as vLLM says it, is an answer that the stopping server hands back as it is.
 _FINISH = {"end": "stop", "image": "stop", "tokens": "length", "length": "length", "cancelled": "abort"}
-_DEFAULT_TOKENS = 256
 
 
 async def completions(context: Context, request: HttpRequest) -> Response:
     """POST /v1/chat/completions."""
-    body = await read_json(request, context.protocol.chat)
+    body = await read_json(context, request, context.protocol.chat)
     context.check_model(body.model)
     seed = new_seed() if body.seed is None else body.seed
     prompt = await _prompt(context, body.messages)
@@ -71,7 +70,7 @@ def _requests(context: Context, body: ChatBody, prompt: list[Part], seed: int) -
         settings: AnswerSettings = {
             **drawing,
             "max_images": body.max_images if "image" in body.modalities else 0,
-            "max_tokens": body.max_completion_tokens or body.max_tokens or _DEFAULT_TOKENS,
+            "max_tokens": body.max_completion_tokens or body.max_tokens,
             "temperature": body.temperature,
             "top_p": body.top_p,
         }

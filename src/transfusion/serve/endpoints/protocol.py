@@ -16,8 +16,8 @@ from transfusion.config import Config
 from transfusion.config.objectives import SAMPLERS
 from transfusion.generate.settings import AnswerSettings, ImageSettings
 from transfusion.sequence.sizes import Size
+from transfusion.serve.endpoints.media import OutputFormat, size_name, size_of
 from transfusion.serve.limits import Limits
-from transfusion.serve.media import OutputFormat, size_name, size_of
 from transfusion.tokens import MAX_SAMPLING_SEED
 
 Text = Annotated[str, StringConstraints(strict=True)]
@@ -178,7 +178,7 @@ class ChatBody(_Ignored):
     image_config: ImageConfig = Field(ImageConfig(), description="how images are drawn")
     max_images: int = Field(4, ge=0, description="maximum of images")
     partial_images: int = Field(0, ge=0, le=3, description="previews of each image, with stream")
-    max_tokens: int | None = Field(None, ge=1, description="maximum of text tokens. Default 256")
+    max_tokens: int = Field(256, ge=1, description="maximum of text tokens")
     max_completion_tokens: int | None = Field(None, ge=1, description="the same, by its newer name")
     temperature: float = Field(0.0, ge=0, le=100, description="of the text. 0: the likeliest tokens")
     top_p: float = Field(1.0, gt=0, le=1, description="the likeliest tokens that together reach it")
@@ -189,14 +189,14 @@ class ChatBody(_Ignored):
     stop: Text | list[Text] | None = Field(None, description="texts before which an answer ends, at most 4")
     stream: bool = Field(False, description="send the answer as it is made")
     stream_options: StreamOptions | None = Field(None, description="with stream")
-    metadata: dict[str, Any] | None = Field(None, description="not used")
+    metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = Field(None, description="not used")
     store: bool | None = Field(None, description="not used; nothing is stored")
     service_tier: Text | None = Field(None, description="not used")
     prompt_cache_key: Text | None = Field(None, description="not used; equal beginnings are shared anyway")
     parallel_tool_calls: bool | None = Field(None, description="not used")
-    frequency_penalty: Literal[0] | None = Field(None, description="there is none")
-    presence_penalty: Literal[0] | None = Field(None, description="there is none")
-    logprobs: Literal[False] | None = Field(None, description="not told")
+    frequency_penalty: float | None = Field(None, ge=0, le=0, description="there is none")
+    presence_penalty: float | None = Field(None, ge=0, le=0, description="there is none")
+    logprobs: bool | None = Field(None, description="not told, so it can only be false")
 
     @property
     def stops(self) -> list[str]:
@@ -209,6 +209,8 @@ class ChatBody(_Ignored):
             raise ValueError("partial_images needs stream=true")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream=true")
+        if self.logprobs:
+            raise ValueError("logprobs are not told; leave it out")
         if len(self.stops) > 4 or not all(self.stops):
             raise ValueError("stop takes up to 4 texts, none of them empty")
         return self
@@ -310,7 +312,7 @@ class Protocol:
             "guidance": (float, {**guidance, "default": default}),
             "n": (int, {"ge": 1, "le": min(limits.images, limits.answers)}),
             "max_images": (int, {"ge": 0, "le": limits.images, "default": min(4, limits.images)}),
-            "max_tokens": (int, {"ge": 1, "le": tokens}),
+            "max_tokens": (int, {"ge": 1, "le": tokens, "default": min(256, tokens)}),
             "max_completion_tokens": (int, {"ge": 1, "le": tokens}),
         }
         image_config = _narrowed(ImageConfig, allowed)
@@ -318,10 +320,7 @@ class Protocol:
             _narrowed(ImagesBody, allowed),
             _narrowed(EditsBody, allowed),
             _narrowed(ChatBody, {**allowed, "image_config": (image_config, {"default": image_config()})}),
-            _narrowed(
-                GenerateBody,
-                {**allowed, "max_tokens": (int, {"ge": 1, "le": tokens, "default": min(256, tokens)})},
-            ),
+            _narrowed(GenerateBody, allowed),
             InspectBody,
         )
 

@@ -18,13 +18,13 @@ from starlette.staticfiles import StaticFiles
 
 from transfusion import __version__
 from transfusion.errors import UserError, shown
-from transfusion.serve import chat, images, native
-from transfusion.serve.context import Context
+from transfusion.serve.endpoints import chat, images, native
+from transfusion.serve.endpoints.context import Context
+from transfusion.serve.endpoints.media import size_name
 from transfusion.serve.errors import ApiError, EngineFailedError, UnknownModelError, error_body
-from transfusion.serve.media import size_name
 from transfusion.serve.metrics import METRICS_TYPE
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parents[1] / "page"
 # Prompts that the page proposes.
 _EXAMPLES = 6
 _REFERENCE = "#/components/schemas/{model}"
@@ -51,7 +51,9 @@ _ERROR_CONTENT = {"application/json": {"schema": {"$ref": _REFERENCE.format(mode
 
 def build_app(context: Context) -> FastAPI:
     """The endpoints of one server. Documentation pages are left out, since they load from foreign hosts."""
-    app = FastAPI(title="Transfusion", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Transfusion", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     _add_posts(app, context)
     _add_gets(app, context)
     _add_errors(app)
@@ -199,6 +201,11 @@ def _openapi(app: FastAPI, context: Context) -> dict[str, Any]:
     edits = schemas["$defs"][protocol.edits.__name__]
     edits["properties"]["image"] = {"type": "array", "items": {"type": "string", "format": "binary"}}
     edits["required"] = [*edits["required"], "image"]
+    # No field of a form is null.
+    for field in edits["properties"].values():
+        if "anyOf" in field:
+            field.update(next(kind for kind in field.pop("anyOf") if kind != {"type": "null"}))
+            field.pop("default", None)
     found["components"] = {"schemas": {**schemas["$defs"], "Error": _ERROR_SCHEMA}}
     for path, methods in found["paths"].items():
         for method, operation in methods.items():
@@ -218,7 +225,8 @@ def _content(path: str, method: str) -> dict[str, Any]:
     if path == "/metrics":
         return {"text/plain": {"schema": {"type": "string"}}}
     whole = {"application/json": {"schema": {"type": "object"}}}
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    # The schema is that of the data of one event.
+    events = {"text/event-stream": {"schema": {"type": "object"}}}
     if method != "post" or path == "/v1/inspect":
         return whole
     return events if path == "/v1/generate" else {**whole, **events}

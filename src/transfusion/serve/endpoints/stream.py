@@ -36,6 +36,7 @@ async def watched(answers: Answers, receive: Receive) -> AsyncIterator[None]:
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        answers.is_left = True
         answers.cancel()
 
     watcher = asyncio.create_task(watch())

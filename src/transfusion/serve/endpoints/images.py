@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request as HttpRequest
 from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
@@ -16,11 +17,11 @@ from torch import Tensor
 from transfusion.errors import shown
 from transfusion.generate import Done, ImageDone, ImagePreview, Prompt, Request
 from transfusion.sequence.sizes import Size
-from transfusion.serve.context import Context, bad_body, new_seed, read_json
-from transfusion.serve.errors import ApiError, MediaTypeError, StoppingError
-from transfusion.serve.media import encode, size_name
-from transfusion.serve.protocol import ImagesBody
-from transfusion.serve.stream import EventStream, sse, watched_request
+from transfusion.serve.endpoints.context import Context, bad_body, new_seed, read_json
+from transfusion.serve.endpoints.media import encode, size_name
+from transfusion.serve.endpoints.protocol import ImagesBody
+from transfusion.serve.endpoints.stream import EventStream, sse, watched_request
+from transfusion.serve.errors import ApiError, ClientGoneError, MediaTypeError, StoppingError
 from transfusion.serve.worker import Answers
 
 _IMAGE_FIELDS = ("image", "image[]")
@@ -29,53 +30,80 @@ _MAX_FIELDS = 64
 
 async def generations(context: Context, request: HttpRequest) -> Response:
     """POST /v1/images/generations."""
-    body = await read_json(request, context.protocol.images)
+    body = await read_json(context, request, context.protocol.images)
     return await _answer(context, request, body, [body.prompt], None, "image_generation")
 
 
 async def edits(context: Context, request: HttpRequest) -> Response:
     """POST /v1/images/edits."""
-    form = await _read_form(request, context)
-    files = [value for name, value in form.multi_items() if name in _IMAGE_FIELDS]
-    fields = {name: value for name, value in form.multi_items() if name not in _IMAGE_FIELDS}
-    for name, value in fields.items():
-        if isinstance(value, UploadFile):
-            raise ApiError(f"{shown(name)}: no file of this name is used; leave it out", param=shown(name))
+    files, fields = await _read_form(request, context)
     try:
         body = context.protocol.edits.model_validate(fields)
     except ValidationError as error:
-        raise bad_body(error) from None
+        raise bad_body(error, fields) from None
     if not files:
         raise ApiError("image: send at least one image, as a file", param="image")
     context.check_images(len(files))
-    pixels = []
-    for number, file in enumerate(files):
-        if not isinstance(file, UploadFile):
-            raise ApiError("image: send it as a file, not as a text", param="image")
-        pixels.append(await context.images.read(await file.read(), f"image {number}"))
+    pixels = [await context.images.read(file, f"image {number}") for number, file in enumerate(files)]
     size = Size(*pixels[0].shape[1:])
     return await _answer(context, request, body, [*pixels, body.prompt], size, "image_edit")
 
 
-async def _read_form(request: HttpRequest, context: Context) -> FormData:
-    """A multipart form, held in memory."""
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "multipart/form-data":
+async def _read_form(
+    request: HttpRequest, context: Context
+) -> tuple[list[bytes], dict[str, str | list[str]]]:
+    """The files of a multipart form, and its other fields, lists for names that end in []."""
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    boundary, body = options.get(b"boundary", b""), await request.body()
+    if kind.lower() != b"multipart/form-data":
         raise MediaTypeError("the body must be multipart/form-data, with the image as a file")
+    if not boundary:
+        raise ApiError("the form cannot be read: it has no boundary; let the client make the form")
+    if not body.rstrip().endswith(b"--" + boundary + b"--"):
+        raise ApiError("the form is cut off: its last boundary is missing; send it again")
+    # Texts of a form are UTF-8. No other encoding is asked of Python.
+    headers = Headers({"content-type": f"multipart/form-data; boundary={boundary.decode('latin-1')}"})
     parser = MultiPartParser(
-        request.headers,
-        request.stream(),
+        headers,
+        _once(body),
         max_files=context.limits.prompt_images,
         max_fields=_MAX_FIELDS,
         max_part_size=context.limits.body_bytes,
     )
-    # The whole body is in memory already, and within its limit. So nothing is written to a disk.
+    # The body is in memory already, and within its limit. So nothing is written to a disk.
     parser.spool_max_size = context.limits.body_bytes
     try:
-        return await parser.parse()
+        form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
-        reason = error.message if isinstance(error, MultiPartException) else "it has no boundary"
-        raise ApiError(f"the form cannot be read: {shown(reason)}") from None
+        reason = error.message if isinstance(error, MultiPartException) else "a part is broken"
+        raise ApiError(f"the form cannot be read: {shown(reason)}; let the client make the form") from None
+    files: list[bytes] = []
+    fields: dict[str, str | list[str]] = {}
+    for name, value in form.multi_items():
+        is_image = name in _IMAGE_FIELDS
+        if is_image and not isinstance(value, UploadFile):
+            raise ApiError("image: send it as a file, not as a text", param="image")
+        if isinstance(value, UploadFile):
+            if not is_image:
+                raise ApiError(
+                    f"{shown(name)}: no file of this name is used; leave it out", param=shown(name)
+                )
+            files.append(await value.read())
+        elif value.encode("utf-8", "surrogatepass") not in body:
+            raise ApiError(f"{shown(name)}: it is not UTF-8 text", param=shown(name))
+        elif name.endswith("[]"):
+            found = fields.setdefault(name[:-2], [])
+            assert isinstance(found, list)
+            found.append(value)
+        elif name in fields:
+            raise ApiError(f"{shown(name)}: it is given twice; give it once", param=shown(name))
+        else:
+            fields[name] = value
+    return files, fields
+
+
+async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
+    yield body
 
 
 async def _answer(
@@ -130,7 +158,7 @@ class _Drawn:
                 ended.append(event)
         made = [each for each in data if each]
         if not made:
-            raise StoppingError
+            raise ClientGoneError if self._answers.is_left else StoppingError
         # OpenAI's client knows no quality "auto" here.
         about = {name: value for name, value in self._about.items() if name != "quality"}
         return {"created": int(time.time()), **about, "data": made, "usage": self._usage(ended)}

@@ -12,16 +12,17 @@ import anyio.to_thread
 import torch
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, from_json
 
 from transfusion.errors import UserError, shown
 from transfusion.generate import Pipeline, Request
 from transfusion.generate.settings import check_seeds
 from transfusion.sequence.sizes import Size
+from transfusion.serve.endpoints.media import ImageReader
+from transfusion.serve.endpoints.protocol import Protocol
 from transfusion.serve.errors import ApiError, MediaTypeError, TooManyImagesError, UnknownModelError
 from transfusion.serve.limits import Limits
-from transfusion.serve.media import ImageReader
 from transfusion.serve.metrics import Metrics
-from transfusion.serve.protocol import Protocol
 from transfusion.serve.worker import Answers, Worker
 
 logger = logging.getLogger(__name__)
@@ -126,8 +127,8 @@ def new_seed() -> int:
     return secrets.randbits(_SEED_BITS)
 
 
-async def read_json(request: HttpRequest, model: type[Body]) -> Body:
-    """The body of a request.
+async def read_json(context: Context, request: HttpRequest, model: type[Body]) -> Body:
+    """The body of a request. Numbers are no texts, and 1 is not true.
 
     Raises:
         ApiError: For what it may not be.
@@ -135,15 +136,45 @@ async def read_json(request: HttpRequest, model: type[Body]) -> Body:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise MediaTypeError(f"the body must be application/json, not {shown(kind or 'of no type')}")
+    body = await request.body()
+    # To tell what is wrong with a million values takes minutes.
+    if sum(map(body.count, (b",", b"[", b"{"))) > context.limits.body_values:
+        raise ApiError(f"the body has more than {context.limits.body_values:,} values; send fewer")
     try:
-        return model.model_validate_json(await request.body())
+        return model.model_validate_json(body, strict=True)
     except ValidationError as error:
-        raise bad_body(error) from None
+        raise bad_body(error, _parsed(body)) from None
 
 
-def bad_body(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body. Of alternatives, the one that was followed furthest."""
-    first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
-    where = shown(".".join(map(str, first["loc"])))
-    message: Any = first["msg"].removeprefix("Value error, ")
+def _parsed(body: bytes) -> Any:
+    try:
+        return from_json(body)
+    except ValueError:
+        return None
+
+
+def bad_body(error: ValidationError, body: Any) -> ApiError:
+    """What is wrong with a body, in its own names. Of alternatives, the one that was followed furthest."""
+
+    def rank(found: ErrorDetails) -> tuple[int, bool]:
+        return len(_path(found, body)), not found["type"].endswith("_type")
+
+    first = max(error.errors(include_url=False, include_input=False, include_context=False), key=rank)
+    where = shown(".".join(map(str, _path(first, body))))
+    message = first["msg"].removeprefix("Value error, ")
     return ApiError(f"{where}: {message}" if where else message, param=where or None)
+
+
+def _path(found: ErrorDetails, body: Any) -> list[str | int]:
+    """Where it is in the body. pydantic also names the alternatives that it tried on the way."""
+    path: list[str | int] = []
+    for number, name in enumerate(found["loc"]):
+        inside = body is not None and (
+            (isinstance(body, dict) and name in body)
+            or (isinstance(body, list) and isinstance(name, int) and name < len(body))
+        )
+        is_missing = found["type"] == "missing" and number == len(found["loc"]) - 1
+        if inside or is_missing:
+            path.append(name)
+            body = body[name] if inside else None
+    return path
