@@ -30,14 +30,15 @@ class Connection(H11Protocol):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._opened = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, unless there are so many that none could be accepted any more."""
+        """Take a connection. Where there are as many as may be, the one that has said nothing for longest ends."""
         super().connection_made(transport)
-        if len(self.connections) > most_connections():
-            transport.abort()
-        else:
-            self._watch_head()
+        self._watch_head()
+        there = [each for each in self.connections if isinstance(each, Connection) and not each.is_closing]
+        if len(there) > most_connections():
+            min(there, key=lambda each: (not each._awaits_head, each._opened)).transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Take some bytes."""
@@ -55,6 +56,11 @@ class Connection(H11Protocol):
             super().send_400_response(msg)
         else:
             self.transport.close()
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether it ends with the next turn of the loop."""
+        return self.transport.is_closing()
 
     @property
     def _awaits_head(self) -> bool:

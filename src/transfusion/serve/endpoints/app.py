@@ -199,7 +199,12 @@ def _openapi(app: FastAPI, context: Context) -> dict[str, Any]:
         [(body, "validation") for body in protocol.bodies], ref_template=_REFERENCE
     )
     edits = schemas["$defs"][protocol.edits.__name__]
-    edits["properties"]["image"] = {"type": "array", "items": {"type": "string", "format": "binary"}}
+    edits["properties"]["image"] = {
+        "type": "array",
+        "items": {"type": "string", "format": "binary"},
+        "minItems": 1,
+        "maxItems": context.limits.prompt_images,
+    }
     edits["required"] = [*edits["required"], "image"]
     # No field of a form is null.
     for field in edits["properties"].values():

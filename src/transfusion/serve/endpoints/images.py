@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
@@ -49,9 +50,7 @@ async def edits(context: Context, request: HttpRequest) -> Response:
     return await _answer(context, request, body, [*pixels, body.prompt], size, "image_edit")
 
 
-async def _read_form(
-    request: HttpRequest, context: Context
-) -> tuple[list[bytes], dict[str, str | list[str]]]:
+async def _read_form(request: HttpRequest, context: Context) -> tuple[list[bytes], dict[str, Any]]:
     """The files of a multipart form, and its other fields, lists for names that end in []."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary, body = options.get(b"boundary", b""), await request.body()
@@ -78,7 +77,7 @@ async def _read_form(
         reason = error.message if isinstance(error, MultiPartException) else "a part is broken"
         raise ApiError(f"the form cannot be read: {shown(reason)}; let the client make the form") from None
     files: list[bytes] = []
-    fields: dict[str, str | list[str]] = {}
+    fields: dict[str, Any] = {}
     for name, value in form.multi_items():
         is_image = name in _IMAGE_FIELDS
         if is_image and not isinstance(value, UploadFile):
@@ -92,14 +91,20 @@ async def _read_form(
         elif value.encode("utf-8", "surrogatepass") not in body:
             raise ApiError(f"{shown(name)}: it is not UTF-8 text", param=shown(name))
         elif name.endswith("[]"):
-            found = fields.setdefault(name[:-2], [])
-            assert isinstance(found, list)
-            found.append(value)
+            fields[name[:-2]] = [*fields.get(name[:-2], []), value]
         elif name in fields:
             raise ApiError(f"{shown(name)}: it is given twice; give it once", param=shown(name))
         else:
-            fields[name] = value
+            fields[name] = _list_of(value) if name == "guidance_interval" else value
     return files, fields
+
+
+def _list_of(text: str) -> Any:
+    """A list as forms have it, in JSON. What is none is left to be refused."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 async def _once(body: bytes) -> AsyncGenerator[bytes, None]:

@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    create_model,
+    model_validator,
+)
 
 from transfusion.config import Config
 from transfusion.config.objectives import SAMPLERS
@@ -23,6 +30,7 @@ from transfusion.tokens import MAX_SAMPLING_SEED
 Text = Annotated[str, StringConstraints(strict=True)]
 # Parts of a prompt, and messages of a chat.
 MAX_PARTS = 1024
+
 Seed = Annotated[int, Field(ge=0, le=MAX_SAMPLING_SEED)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Body = TypeVar("Body", bound=BaseModel)
@@ -196,7 +204,9 @@ class ChatBody(_Ignored):
     parallel_tool_calls: bool | None = Field(None, description="not used")
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="there is none")
     presence_penalty: float | None = Field(None, ge=0, le=0, description="there is none")
-    logprobs: bool | None = Field(None, description="not told, so it can only be false")
+    logprobs: Annotated[bool, Field(json_schema_extra={"const": False})] | None = Field(
+        None, description="not told"
+    )
 
     @property
     def stops(self) -> list[str]:
