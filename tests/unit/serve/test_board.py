@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -449,29 +448,13 @@ def test_the_board_needs_no_torch() -> None:
     assert told.stdout == "False\n"
 
 
-@pytest.fixture
-def chromium() -> Iterator[Any]:
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("playwright is missing; run `pip install playwright`")
-    from playwright.sync_api import Error, sync_playwright
-
-    with sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-            )
-        except Error:
-            pytest.skip("no browser; run `apt-get install chromium` or `playwright install chromium`")
-        yield browser
-        browser.close()
-
-
-def test_the_page_in_a_browser(runs: Path, start: Callable[..., Board], chromium: Any) -> None:
+@pytest.mark.slow
+def test_the_page_in_a_browser(runs: Path, start: Callable[..., Board], browser: Any) -> None:
     make_run(runs / "one", grids=(0, 400, 800), rate=0.1)
     under_way = make_run(runs / "other", 6, grids=(0, 400), rate=0.2)
     append(under_way, line(7))
     board = start()
-    page = chromium.new_page()
+    page = browser.new_page()
     page.set_default_timeout(PATIENCE * 1000)
     complaints: list[str] = []
     page.on(

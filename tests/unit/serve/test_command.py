@@ -121,6 +121,7 @@ def _is_ready(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_ends_when_it_is_told_to(
     process: Callable[..., tuple[subprocess.Popen[str], str]], number: signal.Signals
@@ -135,6 +136,7 @@ def test_a_server_ends_when_it_is_told_to(
     assert "prompt: one" in told and re.search(r"POST /v1/generate 200 \d\.\d\d s", told)
 
 
+@pytest.mark.slow
 def test_a_server_that_was_killed_can_be_started_again_at_once(
     process: Callable[..., tuple[subprocess.Popen[str], str]], folder: Path
 ) -> None:

@@ -21,6 +21,7 @@ from .conftest import Live, file_of, pixels_of, squares
 from .test_survival import slow_down
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
+pytestmark = pytest.mark.slow
 Page = Any
 
 

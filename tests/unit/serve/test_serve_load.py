@@ -34,22 +34,6 @@ def check(folder: Path, scale: Scale) -> Figures:
     return figures
 
 
-def test_a_short_load(tmp_path: Path) -> None:
-    figures = check(
-        tmp_path,
-        Scale(
-            clients=12,
-            seconds=5,
-            compared=12,
-            first_bytes=1,
-            longest_pause=0.2,
-            short_seconds=2,
-            grace=0.2,
-        ),
-    )
-    assert figures.counts["left"] and figures.counts["images"]
-
-
 @pytest.mark.slow
 def test_a_minute_of_load(tmp_path: Path) -> None:
     figures = check(tmp_path, Scale(seconds=60, compared=60))

@@ -162,6 +162,8 @@ def bad_body(error: ValidationError, body: Any) -> ApiError:
     first = max(error.errors(include_url=False, include_input=False, include_context=False), key=rank)
     where = shown(".".join(map(str, _path(first, body))))
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "this server knows no such field; GET /v1/schema lists what it knows"
     return ApiError(f"{where}: {message}" if where else message, param=where or None)
 
 
