@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import resource
-import signal
 import socket
 from types import FrameType
 from typing import Any
@@ -18,6 +17,8 @@ from transfusion.errors import UserError
 
 # Until the head of a request is there, from its first byte or from the beginning of the connection.
 HEAD_SECONDS = 10.0
+# How often it is seen whether a client has read something of what waits for it.
+SWEEP_SECONDS = 30.0
 # Connections at a time, as far as the system allows so many files. Some are kept for everything else.
 _MOST_CONNECTIONS, _OTHER_FILES = 2048, 64
 # That wait to be accepted, and that are accepted before one more than may be is closed.
@@ -30,15 +31,18 @@ class Connection(H11Protocol):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._head_timer: asyncio.TimerHandle | None = None
-        self._opened = self.loop.time()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._opened, self._unsent, self._is_aborted = self.loop.time(), 0, False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection. Where there are as many as may be, the one that has said nothing for longest ends."""
         super().connection_made(transport)
         self._watch_head()
-        there = [each for each in self.connections if isinstance(each, Connection) and not each.is_closing]
+        self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        # Those that are aborted are still among them until the loop turns.
+        there = [each for each in self.connections if isinstance(each, Connection) and not each._is_aborted]
         if len(there) > most_connections():
-            min(there, key=lambda each: (not each._awaits_head, each._opened)).transport.abort()
+            min(there, key=lambda each: (each._is_busy, each._opened))._abort()
 
     def data_received(self, data: bytes) -> None:
         """Take some bytes."""
@@ -48,6 +52,8 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_watching()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -57,10 +63,22 @@ class Connection(H11Protocol):
         else:
             self.transport.close()
 
+    def _abort(self) -> None:
+        self._is_aborted = True
+        self.transport.abort()
+
+    def _sweep(self) -> None:
+        """End a connection whose client reads nothing of what waits for it, be it closed or not."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent == self._unsent:
+            self._abort()
+        else:
+            self._unsent = unsent
+            self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
+
     @property
-    def is_closing(self) -> bool:
-        """Whether it ends with the next turn of the loop."""
-        return self.transport.is_closing()
+    def _is_busy(self) -> bool:
+        return not (self._awaits_head or self.transport.is_closing())
 
     @property
     def _awaits_head(self) -> bool:
@@ -132,8 +150,8 @@ class PlainServer(uvicorn.Server):
         super().__init__(config)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop as told, and leave with 0. uvicorn would raise the signal once more at the end."""
-        self.force_exit = self.should_exit and sig == signal.SIGINT
+        """Stop as told, at once when told again, and leave with 0. uvicorn would raise the signal once more."""
+        self.force_exit = self.should_exit
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

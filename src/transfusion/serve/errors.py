@@ -60,10 +60,6 @@ class NoSuchPathError(ApiError):
     status = 404
 
 
-class TooManyImagesError(ApiError):
-    """A prompt has more images than may be."""
-
-
 class MediaTypeError(ApiError):
     """The body is of another type."""
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # What guards a page alone needs no torch.
 
 logger = logging.getLogger(__name__)
 # Everything else needs the token, where there is one.
-_OPEN = ("/healthz", "/readyz", "/", "/page/")
+_OPEN = ("/healthz", "/readyz", "/")
 # Asked for again and again by those that watch.
 _UNTOLD = ("/healthz", "/readyz", "/metrics")
 _LEAST_TOKEN = 16
@@ -147,18 +147,24 @@ class BodyReader:
 
     def __init__(self, app: ASGIApp, limits: Limits, worker: Worker) -> None:
         self._app, self._limits, self._worker = app, limits, worker
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            try:
-                receive = await self._read(receive, Headers(scope=scope))
-            except ApiError as error:
-                await refuse(error, scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        body = bytearray()
+        try:
+            again = await self._read(receive, Headers(scope=scope), body)
+        except ApiError as error:
+            await refuse(error, scope, receive, send)
+        else:
+            await self._app(scope, again, send)
+        finally:
+            self._held -= len(body)
 
-    async def _read(self, receive: Receive, headers: Headers) -> Receive:
-        """What tells a body again, once it is here."""
+    async def _read(self, receive: Receive, headers: Headers, body: bytearray) -> Receive:
+        """Fill the body. Gives what tells it again."""
         if not self._worker.has_room():
             raise OverloadedError(self._worker.retry_after)
         most, seconds = self._limits.body_bytes, self._limits.body_seconds
@@ -166,14 +172,18 @@ class BodyReader:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > most:
             raise too_large
-        body, more = bytearray(), True
+        more = True
         try:
             async with asyncio.timeout(seconds):
                 while more:
                     message = await self._worker.unless_stopping(receive())
-                    body += message.get("body", b"")
+                    piece = message.get("body", b"")
+                    body += piece
+                    self._held += len(piece)
                     if len(body) > most:
                         raise too_large
+                    if self._held > self._limits.held_bytes:
+                        raise OverloadedError(self._worker.retry_after)
                     more = message.get("more_body", False)
         except TimeoutError:
             raise SlowBodyError(f"the body did not arrive within {seconds:g} s; try again") from None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transfusion.data.images.probe import MAX_PIXELS
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -13,11 +11,10 @@ class Limits:
 
     Attributes:
         body_bytes: Of the body of a request.
+        held_bytes: Of the bodies of all requests at a time.
         body_values: Keys, values and elements of a JSON body, about.
         body_seconds: Until a body has arrived.
-        read_seconds: That a client may take to read a piece of its answer.
         prompt_images: Images of a prompt.
-        pixels: Of an image of a prompt, as it is sent.
         images: New images of a request.
         tokens: New text tokens of an answer.
         steps: Sampler steps of an image.
@@ -26,11 +23,10 @@ class Limits:
     """
 
     body_bytes: int = 32 << 20
+    held_bytes: int = 512 << 20
     body_values: int = 20_000
     body_seconds: float = 60.0
-    read_seconds: float = 60.0
     prompt_images: int = 16
-    pixels: int = MAX_PIXELS
     images: int = 10
     tokens: int = 4096
     steps: int = 250

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transfusion.errors import UserError
 from transfusion.generate import Pipeline
 from transfusion.generate.load import Dtype, Weights
 from transfusion.observe.console import start_logging
@@ -77,6 +78,10 @@ def serve(
         listener.listen()
         logger.info("%s is served at %s", context.name, address(listener))
         Server(context, token, settings.grace).run([listener])
+        if context.worker.is_broken:
+            raise UserError(
+                "the engine failed again and again, as the log above tells; start the server again"
+            )
     finally:
         listener.close()
 
@@ -106,7 +111,7 @@ def build_context(pipeline: Pipeline, name: str, settings: ServeSettings) -> Con
         protocol=Protocol.of(pipeline.config, limits),
         worker=worker,
         metrics=metrics,
-        images=ImageReader(pipeline.config, limits),
+        images=ImageReader(pipeline.config),
         logs_prompts=settings.logs_prompts,
     )
 
@@ -135,4 +140,9 @@ class Server(PlainServer):
         """Answer nothing new, and end."""
         stopping = asyncio.create_task(self._worker.stop(self._grace))
         await super().shutdown(sockets)
-        await stopping
+        if not self.force_exit:
+            await stopping
+
+    async def on_tick(self, counter: int) -> bool:
+        """End where nothing can be answered any more, so that whoever looks after the server starts it again."""
+        return await super().on_tick(counter) or self._worker.is_broken

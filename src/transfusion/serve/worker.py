@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import logging
 import queue
@@ -132,18 +131,19 @@ class Worker:
         self._make_engine, self._most_answers, self._metrics = make_engine, answers, metrics
         self._engine = make_engine()
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         # Of the event loop: answers that have not ended, and those that come after the server was told to stop.
         self._places: set[_Place] = set()
         self._all_ended = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._calls = 0
+        self._futures: set[asyncio.Future[Any]] = set()
         self._mean_seconds = 1.0
         # Of the thread.
         self._by_number: dict[int, _Place] = {}
         self._failures = 0
-        self._has_ended = False
+        self._has_ended = self._crashed = False
         self.ticks = 0
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -154,7 +154,7 @@ class Worker:
     @property
     def is_broken(self) -> bool:
         """Whether the engine fails again and again, or its thread has ended."""
-        return self._failures >= _FAILURES_TOLERATED or not self._thread.is_alive()
+        return self._failures >= _FAILURES_TOLERATED or self._crashed
 
     @property
     def is_stopping(self) -> bool:
@@ -191,10 +191,7 @@ class Worker:
             EngineFailedError: Where nothing can be answered any more.
             UserError: For what the engine refuses.
         """
-        if self.is_stopping:
-            raise StoppingError
-        if self.is_broken:
-            raise EngineFailedError
+        self._check()
         if not self.has_room(len(requests)):
             raise OverloadedError(self.retry_after)
         answers = Answers(self, requests)
@@ -221,27 +218,44 @@ class Worker:
             StoppingError: Where the server is about to end.
             Exception: What the function raises.
         """
-        if self.is_stopping:
-            raise StoppingError
-        if self._calls >= _MOST_CALLS:
+        self._check()
+        if len(self._futures) >= _MOST_CALLS:
             raise OverloadedError(self.retry_after)
-        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+
+        def answer(result: Result | None, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
 
         def run() -> None:
-            # Nobody waits any more.
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+            result, failure = None, None
+            # Unless nobody waits any more.
+            if not future.cancelled():
+                try:
+                    result = function()
+                except Exception as error:
+                    failure = error
+            self._on_loop(partial(answer, result, failure))
 
-        self._calls += 1
-        self._commands.put(run)
+        self._futures.add(future)
+        self._asked.put(run)
+        # Wakes the thread.
+        self._commands.put(lambda: None)
         try:
-            return await asyncio.wrap_future(future)
+            return await future
         finally:
-            self._calls -= 1
+            self._futures.discard(future)
+
+    def _check(self) -> None:
+        """Raise ApiError where nothing is taken any more."""
+        if self.is_stopping:
+            raise StoppingError
+        if self.is_broken:
+            raise EngineFailedError
 
     async def stop(self, grace: float) -> None:
         """Take no more requests, let those under way end within `grace` seconds, and hand back the rest as it is."""
@@ -263,35 +277,46 @@ class Worker:
     # On the thread
 
     def _run(self) -> None:
-        while True:
-            try:
-                if not self._take_commands():
-                    return
-                begin = time.perf_counter()
-                events = self._engine.tick()
-                self._metrics.tick.observe(time.perf_counter() - begin)
-                self._failures = 0
-            except Exception as error:
-                self._fail(error)
-                continue
+        try:
+            while self._step():
+                pass
+        except BaseException as error:
+            logger.critical("the engine's thread has ended", exc_info=error)
+            self._crashed = True
+            self._on_loop(self._fail_everything)
+
+    def _step(self) -> bool:
+        """One tick. False: stop."""
+        try:
+            self._take_commands()
+            if self._has_ended:
+                return False
+            begin = time.perf_counter()
+            events = self._engine.tick()
+            self._metrics.tick.observe(time.perf_counter() - begin)
+            self._failures = 0
             self.ticks += 1
-            told: list[tuple[_Place, Event | Exception | None]] = []
+            self._tell([(self._by_number[number], event) for number, event in events])
             for number, event in events:
-                place = self._by_number[number]
-                told.append((place, event))
                 if isinstance(event, Done):
                     del self._by_number[number]
-            self._tell(told)
+        except Exception as error:
+            self._fail(error)
+        return True
 
-    def _take_commands(self) -> bool:
-        """Do what was asked for since the last tick. Waits for more while there is nothing to do. False: stop."""
+    def _take_commands(self) -> None:
+        """Do what was asked for since the last tick, and one call. Waits for more while there is nothing to do."""
         while not self._has_ended:
             try:
-                command = self._commands.get(block=self._engine.is_idle)
+                self._commands.get(block=self._engine.is_idle and self._asked.empty())()
+                continue
             except queue.Empty:
-                return True
-            command()
-        return False
+                pass
+            # One before each tick, so that answers go on.
+            with contextlib.suppress(queue.Empty):
+                self._asked.get(block=False)()
+            if not self._engine.is_idle:
+                return
 
     def _end(self) -> None:
         self._has_ended = True
@@ -324,10 +349,14 @@ class Worker:
         self._engine = self._make_engine()
 
     def _tell(self, told: list[tuple[_Place, Any]]) -> None:
-        if told and self._loop is not None:
+        if told:
+            self._on_loop(partial(self._hand_over, told))
+
+    def _on_loop(self, function: Callable[[], object]) -> None:
+        if self._loop is not None:
             # The loop is closed where the server was ended by force.
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._hand_over, told)
+                self._loop.call_soon_threadsafe(function)
 
     # On the event loop
 
@@ -341,6 +370,13 @@ class Worker:
         self._metrics.answers.set(len(self._places))
         if not self._places:
             self._all_ended.set()
+
+    def _fail_everything(self) -> None:
+        """Tell all who wait that nothing comes any more."""
+        self._hand_over([(place, EngineFailedError()) for place in self._places])
+        for future in self._futures:
+            if not future.done():
+                future.set_exception(EngineFailedError())
 
     def _observe(self, place: _Place, event: Done | Exception) -> None:
         seconds = time.monotonic() - place.begun

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -134,3 +135,23 @@ def test_other_formats_are_refused_by_content(kind: str) -> None:
 def test_the_pixels_of_a_png_may_not_be_missing() -> None:
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
     assert reason(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IEND", b"")) == "image_corrupt"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xd8\xff" + b"\xff" * (8 << 20),
+        b"\xff\xd8"
+        + b"\xff\xc0\x00\x0b\x08\x00\x10\x00\x10\x01\x01\x11\x00"
+        + b"\xff\xe0\x00\x02" * (1 << 20),
+        png(16, 16, chunk(b"aaaa", b"") * (1 << 19)),
+        b"RIFF" + struct.pack("<I", 1 << 23) + b"WEBP" + b"AAAA\0\0\0\0" * (1 << 20),
+    ],
+    ids=["a run of FF", "segments", "chunks", "chunks of WebP"],
+)
+def test_no_file_takes_long(data: bytes) -> None:
+    """A server looks at what anybody sends. Eight megabytes of nothing once took six seconds."""
+    begin = time.process_time()
+    with pytest.raises(SampleError):
+        probe(data)
+    assert time.process_time() - begin < 1.0

@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from transfusion.serve import connection
 from transfusion.serve.limits import Limits
 
-from .conftest import PATIENCE, Live, squares, url_of
+from .conftest import PATIENCE, Live, squares, url_of, wait_for
 
 TOKEN = "correct-horse-battery-staple"
 BODY = {"prompt": "a secret wish", "num_inference_steps": 1}
@@ -128,7 +129,7 @@ def test_prompts_are_not_in_the_log_unless_asked(
 
 
 def test_limits_are_those_that_the_schema_tells(serve: Callable[..., Live]) -> None:
-    live = serve(limits=Limits(steps=4, images=2, tokens=9, prompt_images=1, pixels=100))
+    live = serve(limits=Limits(steps=4, images=2, tokens=9, prompt_images=1))
     schema = live.http.get("/v1/schema").json()
     assert schema["limits"]["steps"] == 4 and schema["sizes"] == ["8x8"] and schema["model"] == "small"
     fields = schema["bodies"]["ImagesBody"]["properties"]
@@ -139,12 +140,47 @@ def test_limits_are_those_that_the_schema_tells(serve: Callable[..., Live]) -> N
             {"max_tokens": 10},
             {"max_images": 3},
             {"prompt": [{"image": url} for url in map(url_of, squares(2))]},
-            {"prompt": [{"image": url_of(squares(1, 12)[0])}]},
         ],
     }
     for path, bodies in refused.items():
         for body in bodies:
             assert live.http.post(path, json={"prompt": "one", **body}).status_code == 400, body
+
+
+def test_bodies_of_all_requests_have_a_limit(serve: Callable[..., Live]) -> None:
+    live = serve(limits=Limits(held_bytes=3000))
+    head = b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    port = int(live.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as held:
+        held.sendall(head + b"Content-Length: 2999\r\n\r\n" + b" " * 2500)
+        wait_for(lambda: live.http.post("/v1/generate", content=b" " * 1000).status_code == 429)
+    wait_for(lambda: live.http.post("/v1/generate", json={"prompt": "one", "max_tokens": 1}).is_success)
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(
+    serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.1)
+    live = serve()
+    for sent in (b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /"):
+        with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2]))) as held:
+            held.sendall(sent)
+            held.settimeout(PATIENCE)
+            while held.recv(1 << 16):
+                pass
+
+
+def test_a_client_that_reads_nothing_is_left(
+    serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "SWEEP_SECONDS", 0.2)
+    live = serve()
+    with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2]))) as held:
+        # More than the buffers of both sides take, of which nothing is read.
+        held.sendall(b"GET /v1/schema HTTP/1.1\r\nHost: localhost\r\n\r\n" * 400)
+        connections = live.server.server_state.connections
+        wait_for(lambda: any(each.transport.get_write_buffer_size() for each in connections))
+        wait_for(lambda: not connections)
 
 
 def test_a_path_that_is_none_and_a_method_that_is_none(live: Live) -> None:

@@ -290,6 +290,47 @@ def test_messages_are_one_document(live: Live) -> None:
     assert answer.choices[0].message.content == expected[1]
 
 
+def test_what_asks_for_nothing_is_taken(live: Live) -> None:
+    """As clients of other servers send it."""
+    nothing: dict[str, Any] = dict.fromkeys(
+        (
+            "temperature",
+            "top_p",
+            "n",
+            "max_tokens",
+            "stream",
+            "seed",
+            "stop",
+            "tools",
+            "modalities",
+            "response_format",
+        )
+    )
+    more = {
+        "frequency_penalty": 0.0,
+        "logprobs": False,
+        "logit_bias": {},
+        "tool_choice": "none",
+        "user": "me",
+    }
+    hinted = [{"type": "text", "text": "one", "cache_control": {"type": "ephemeral"}}]
+    answers = [
+        live.http.post(
+            "/v1/chat/completions", json={"messages": [{"role": "user", "content": content}], **extra}
+        )
+        for content, extra in (
+            ("one", {}),
+            (hinted, nothing | more),
+            ("one", {"tools": [], "response_format": {"type": "text"}, "reasoning_effort": "low"}),
+        )
+    ]
+    assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 1
+    drawn = live.http.post(
+        "/v1/images/generations", json={"prompt": "one", "n": None, "stream": None, "size": None}
+    )
+    assert drawn.is_success
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -298,7 +339,7 @@ def test_messages_are_one_document(live: Live) -> None:
         ({"size": "9x9"}, "size: .*8x8"),
         ({"sampler": "euler"}, "sampler: .*ddim"),
         ({"seed": -1}, "seed"),
-        ({"tools": []}, "tools: this server knows no such field"),
+        ({"frames": 2}, "frames: this server knows no such field"),
         ({"partial_images": 2}, "partial_images needs stream"),
         ({"prompt": ""}, "nothing to guide by; use guidance 1"),
         ({"prompt": "one two three " * 100}, "more than data.sequence_length"),

@@ -129,6 +129,7 @@ def test_no_prompt_comes_twice() -> None:
     assert any(each.pause for each in asked) and any(each.leaves is not None for each in asked)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
     server = Server(tmp_path / "nothing", tmp_path / "log", grace=1)
     with pytest.raises(RuntimeError, match="not a model folder"):

@@ -6,6 +6,7 @@ decoding and holds nothing but the bytes themselves.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from typing import Literal, NamedTuple
@@ -15,6 +16,8 @@ from transfusion.sequence.sizes import MAX_ASPECT as MAX_ASPECT
 
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
+# Chunks or segments of a file. Real ones have thousands at most, and each costs a turn of a loop.
+MAX_PIECES = 1 << 16
 # Pillow refuses more in one text or profile, so more is refused here, before it is decoded.
 MAX_METADATA = 1 << 20
 
@@ -28,6 +31,7 @@ _WEBP_CHUNK = struct.Struct("<4sI")
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Markers that stand alone: restarts and TEM.
 _ALONE = frozenset((*range(0xD0, 0xD8), 0x01))
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 # Chunks of a PNG with a text or profile that may be compressed.
 _COMPRESSED = (b"zTXt", b"iCCP", b"iTXt")
@@ -70,9 +74,12 @@ def _checked(width: int, height: int) -> ImageFacts:
 
 
 def _png(data: bytes) -> ImageFacts:
-    facts, position, animated, has_pixels = None, len(_PNG), False, False
+    facts, position, animated, has_pixels, pieces = None, len(_PNG), False, False, 0
     view, size = memoryview(data), len(data)
     while position + CHUNK.size <= size:
+        pieces += 1
+        if pieces > MAX_PIECES:
+            raise SampleError("image_corrupt")
         length, kind = CHUNK.unpack_from(data, position)
         body, end = position + 8, position + 12 + length
         if facts is None:
@@ -122,14 +129,18 @@ def _refuse_bomb(kind: bytes, body: bytes) -> None:
 
 
 def _jpeg(data: bytes) -> ImageFacts:
-    facts, position = None, 2
+    facts, position, pieces = None, 2, 0
     while position + 4 <= len(data):
         if data[position] != 0xFF or data[position + 1] in (0x00, 0xFF):
             # Between markers libjpeg passes over whatever stands there.
-            position = data.find(b"\xff", position + 1)
-            if position < 0:
+            found = _MARKER.search(data, position + 1)
+            if found is None:
                 break
+            position = found.start()
             continue
+        pieces += 1
+        if pieces > MAX_PIECES:
+            raise SampleError("image_corrupt")
         marker = data[position + 1]
         if marker in _ALONE:
             position += 2
@@ -152,9 +163,12 @@ def _jpeg(data: bytes) -> ImageFacts:
 
 
 def _webp(data: bytes) -> ImageFacts:
-    facts, position, animated, has_pixels = None, 12, False, False
+    facts, position, animated, has_pixels, pieces = None, 12, False, False, 0
     end = 8 + int.from_bytes(data[4:8], "little")
     while position + 8 <= min(end, len(data)):
+        pieces += 1
+        if pieces > MAX_PIECES:
+            raise SampleError("image_corrupt")
         kind, length = _WEBP_CHUNK.unpack_from(data, position)
         body = position + 8
         if kind == b"VP8X" and facts is None:

@@ -353,7 +353,7 @@ def differences(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _flat(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and depth < _MAX_DEPTH:
+    if isinstance(value, dict) and value and depth < _MAX_DEPTH:
         for key, each in value.items():
             yield from _flat(each, f"{name}.{key}" if name else str(key), depth + 1)
     elif isinstance(value, list) and depth < _MAX_DEPTH and any(isinstance(each, dict) for each in value):

@@ -198,6 +198,13 @@ def _openapi(app: FastAPI, context: Context) -> dict[str, Any]:
     _, schemas = models_json_schema(
         [(body, "validation") for body in protocol.bodies], ref_template=_REFERENCE
     )
+    for body in protocol.with_nulls:
+        fields, required = (
+            schemas["$defs"][body.__name__].get(key, {}) for key in ("properties", "required")
+        )
+        for name in set(fields) - set(required):
+            if "anyOf" not in fields[name]:
+                fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
     edits = schemas["$defs"][protocol.edits.__name__]
     edits["properties"]["image"] = {
         "type": "array",

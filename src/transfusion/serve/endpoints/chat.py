@@ -37,7 +37,7 @@ async def completions(context: Context, request: HttpRequest) -> Response:
     answers = await context.submit(lambda: _requests(context, body, prompt, seed))
     chat = _Chat(context, answers, body, seed)
     if body.stream:
-        return EventStream(answers, chat.pieces(), context.limits.read_seconds, context.metrics)
+        return EventStream(answers, chat.pieces(), context.metrics)
     async with watched_request(answers, request):
         return JSONResponse(await chat.whole())
 

@@ -12,7 +12,7 @@ import anyio.to_thread
 import torch
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import ErrorDetails, from_json, to_json
 
 from transfusion.errors import UserError, shown
 from transfusion.generate import Pipeline, Request
@@ -20,7 +20,7 @@ from transfusion.generate.settings import check_seeds
 from transfusion.sequence.sizes import Size
 from transfusion.serve.endpoints.media import ImageReader
 from transfusion.serve.endpoints.protocol import Protocol
-from transfusion.serve.errors import ApiError, MediaTypeError, TooManyImagesError, UnknownModelError
+from transfusion.serve.errors import ApiError, MediaTypeError, UnknownModelError
 from transfusion.serve.limits import Limits
 from transfusion.serve.metrics import Metrics
 from transfusion.serve.worker import Answers, Worker
@@ -85,9 +85,7 @@ class Context:
     def check_images(self, count: int) -> None:
         """Raise TooManyImagesError for more images in a prompt than may be."""
         if count > self.limits.prompt_images:
-            raise TooManyImagesError(
-                f"a prompt of {count} images; this server takes {self.limits.prompt_images}"
-            )
+            raise ApiError(f"a prompt of {count} images; this server takes {self.limits.prompt_images}")
 
     def numbered(self, first: Request, count: int, previews: int) -> list[Request]:
         """A request so many times, of its seed, the next and so on. previews: of each image, or some more."""
@@ -109,7 +107,7 @@ class Context:
         ]
 
     async def submit(self, make: Callable[[], list[Request]]) -> Answers:
-        """Make requests on a thread, since to tokenize a long prompt takes a while, and submit them.
+        """Make requests on a thread, since to measure a long prompt takes a while, and submit them.
 
         Raises:
             ApiError: Where they cannot be taken.
@@ -140,10 +138,20 @@ async def read_json(context: Context, request: HttpRequest, model: type[Body]) -
     # To tell what is wrong with a million values takes minutes.
     if sum(map(body.count, (b",", b"[", b"{"))) > context.limits.body_values:
         raise ApiError(f"the body has more than {context.limits.body_values:,} values; send fewer")
+    if model in context.protocol.with_nulls:
+        body = _without_nulls(body)
     try:
         return model.model_validate_json(body, strict=True)
     except ValidationError as error:
         raise bad_body(error, _parsed(body)) from None
+
+
+def _without_nulls(body: bytes) -> bytes:
+    """OpenAI's clients may send null for what is not set."""
+    data = _parsed(body) if b"null" in body else None
+    if not isinstance(data, dict):
+        return body
+    return to_json({name: value for name, value in data.items() if value is not None})
 
 
 def _parsed(body: bytes) -> Any:

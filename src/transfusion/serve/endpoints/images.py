@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import anyio.to_thread
 from fastapi import Request as HttpRequest
 from pydantic import ValidationError
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
@@ -19,14 +17,15 @@ from transfusion.errors import shown
 from transfusion.generate import Done, ImageDone, ImagePreview, Prompt, Request
 from transfusion.sequence.sizes import Size
 from transfusion.serve.endpoints.context import Context, bad_body, new_seed, read_json
+from transfusion.serve.endpoints.forms import read_form
 from transfusion.serve.endpoints.media import encode, size_name
 from transfusion.serve.endpoints.protocol import ImagesBody
 from transfusion.serve.endpoints.stream import EventStream, sse, watched_request
-from transfusion.serve.errors import ApiError, ClientGoneError, MediaTypeError, StoppingError
+from transfusion.serve.errors import ApiError, ClientGoneError, StoppingError
 from transfusion.serve.worker import Answers
 
 _IMAGE_FIELDS = ("image", "image[]")
-_MAX_FIELDS = 64
+_MOST_PAIR_LETTERS = 100
 
 
 async def generations(context: Context, request: HttpRequest) -> Response:
@@ -37,7 +36,8 @@ async def generations(context: Context, request: HttpRequest) -> Response:
 
 async def edits(context: Context, request: HttpRequest) -> Response:
     """POST /v1/images/edits."""
-    files, fields = await _read_form(request, context)
+    body_bytes, content_type = await request.body(), request.headers.get("content-type", "")
+    files, fields = await anyio.to_thread.run_sync(_read_form, content_type, body_bytes)
     try:
         body = context.protocol.edits.model_validate(fields)
     except ValidationError as error:
@@ -50,65 +50,40 @@ async def edits(context: Context, request: HttpRequest) -> Response:
     return await _answer(context, request, body, [*pixels, body.prompt], size, "image_edit")
 
 
-async def _read_form(request: HttpRequest, context: Context) -> tuple[list[bytes], dict[str, Any]]:
-    """The files of a multipart form, and its other fields, lists for names that end in []."""
-    kind, options = parse_options_header(request.headers.get("content-type", ""))
-    boundary, body = options.get(b"boundary", b""), await request.body()
-    if kind.lower() != b"multipart/form-data":
-        raise MediaTypeError("the body must be multipart/form-data, with the image as a file")
-    if not boundary:
-        raise ApiError("the form cannot be read: it has no boundary; let the client make the form")
-    if not body.rstrip().endswith(b"--" + boundary + b"--"):
-        raise ApiError("the form is cut off: its last boundary is missing; send it again")
-    # Texts of a form are UTF-8. No other encoding is asked of Python.
-    headers = Headers({"content-type": f"multipart/form-data; boundary={boundary.decode('latin-1')}"})
-    parser = MultiPartParser(
-        headers,
-        _once(body),
-        max_files=context.limits.prompt_images,
-        max_fields=_MAX_FIELDS,
-        max_part_size=context.limits.body_bytes,
-    )
-    # The body is in memory already, and within its limit. So nothing is written to a disk.
-    parser.spool_max_size = context.limits.body_bytes
-    try:
-        form = await parser.parse()
-    except (MultiPartException, KeyError, ValueError) as error:
-        reason = error.message if isinstance(error, MultiPartException) else "a part is broken"
-        raise ApiError(f"the form cannot be read: {shown(reason)}; let the client make the form") from None
+def _read_form(content_type: str, body: bytes) -> tuple[list[bytes], dict[str, Any]]:
+    """The files of a form, and its other fields, lists for names that end in []."""
     files: list[bytes] = []
     fields: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        is_image = name in _IMAGE_FIELDS
-        if is_image and not isinstance(value, UploadFile):
-            raise ApiError("image: send it as a file, not as a text", param="image")
-        if isinstance(value, UploadFile):
-            if not is_image:
-                raise ApiError(
-                    f"{shown(name)}: no file of this name is used; leave it out", param=shown(name)
-                )
-            files.append(await value.read())
-        elif value.encode("utf-8", "surrogatepass") not in body:
-            raise ApiError(f"{shown(name)}: it is not UTF-8 text", param=shown(name))
-        elif name.endswith("[]"):
-            fields[name[:-2]] = [*fields.get(name[:-2], []), value]
-        elif name in fields:
-            raise ApiError(f"{shown(name)}: it is given twice; give it once", param=shown(name))
+    for part in read_form(content_type, body):
+        name = shown(part.name)
+        if part.is_file and part.name not in _IMAGE_FIELDS:
+            raise ApiError(f"{name}: no file of this name is used; leave it out", param=name)
+        if part.name in _IMAGE_FIELDS:
+            if not part.is_file:
+                raise ApiError("image: send it as a file, not as a text", param="image")
+            files.append(bytes(part.data))
+            continue
+        try:
+            text = part.data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ApiError(f"{name}: it is not UTF-8 text", param=name) from None
+        base = part.name.removesuffix("[]")
+        is_list = base != part.name
+        if base in fields and not (is_list and isinstance(fields[base], list)):
+            raise ApiError(f"{name}: it is given twice; give it once", param=name)
+        if is_list:
+            fields[base] = [*fields.get(base, []), text]
         else:
-            fields[name] = _list_of(value) if name == "guidance_interval" else value
+            fields[base] = _pair(text) if base == "guidance_interval" else text
     return files, fields
 
 
-def _list_of(text: str) -> Any:
-    """A list as forms have it, in JSON. What is none is left to be refused."""
+def _pair(text: str) -> Any:
+    """Two numbers as forms have them, in JSON. What is none is left to be refused."""
     try:
-        return json.loads(text)
+        return json.loads(text) if len(text) < _MOST_PAIR_LETTERS else text
     except ValueError:
         return text
-
-
-async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
-    yield body
 
 
 async def _answer(
@@ -128,7 +103,7 @@ async def _answer(
     answers = await context.submit(requests)
     drawn = _Drawn(context, answers, body)
     if body.stream:
-        return EventStream(answers, drawn.pieces(kind), context.limits.read_seconds, context.metrics)
+        return EventStream(answers, drawn.pieces(kind), context.metrics)
     async with watched_request(answers, request):
         return JSONResponse(await drawn.whole())
 

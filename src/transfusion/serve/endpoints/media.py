@@ -15,13 +15,10 @@ import anyio.to_thread
 from torch import Tensor
 
 from transfusion.config import Config
-from transfusion.data.images.probe import probe
-from transfusion.data.shards.sample import SampleError
 from transfusion.errors import UserError
 from transfusion.generate import Recipe, to_image
 from transfusion.generate.pillow_images import read_image
 from transfusion.sequence.sizes import Size
-from transfusion.serve.limits import Limits
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 _DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp)(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
@@ -32,8 +29,8 @@ _READ_AT_ONCE = 2
 class ImageReader:
     """Reads the images of requests, on threads."""
 
-    def __init__(self, config: Config, limits: Limits) -> None:
-        self._config, self._limits = config, limits
+    def __init__(self, config: Config) -> None:
+        self._config = config
         self._limiter: anyio.CapacityLimiter | None = None
 
     async def read(self, data: bytes, name: str) -> Tensor:
@@ -60,13 +57,6 @@ class ImageReader:
         return self._read(data, name)
 
     def _read(self, data: bytes, name: str) -> Tensor:
-        try:
-            facts = probe(data)
-        except SampleError:
-            # What is wrong is said in words where it is read.
-            return read_image(data, self._config, name)
-        if facts.width * facts.height > self._limits.pixels:
-            raise UserError(f"{name}: it has more than {self._limits.pixels:,} pixels; send a smaller one")
         return read_image(data, self._config, name)
 
 

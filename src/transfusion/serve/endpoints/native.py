@@ -24,7 +24,7 @@ async def generate(context: Context, request: HttpRequest) -> Response:
     body = await read_json(context, request, context.protocol.generate)
     prompt = await _parts(context, body.prompt)
     answers = await context.submit(lambda: [_request(context, body, prompt)])
-    return EventStream(answers, _pieces(answers), context.limits.read_seconds, context.metrics)
+    return EventStream(answers, _pieces(answers), context.metrics)
 
 
 def _request(context: Context, body: GenerateBody, prompt: list[Part]) -> Request:

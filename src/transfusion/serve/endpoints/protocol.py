@@ -109,37 +109,38 @@ class EditsBody(ImagesBody):
     )
 
 
-class ImageUrl(_Strict):
-    """An image of a message."""
+class _Tolerant(BaseModel):
+    """Parts of messages carry hints for other servers."""
 
-    url: Text = Field(description="data:image/png;base64,... No other URL is fetched")
-    detail: Literal["auto", "low", "high", "original"] | None = Field(None, description="not used")
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class TextPart(_Strict):
+class TextPart(_Tolerant):
     """A text of a message."""
 
     type: Literal["text"]
     text: Text
 
 
-class ImagePart(_Strict):
+class ImageUrl(_Tolerant):
+    """An image of a message."""
+
+    url: Text = Field(description="data:image/png;base64,... No other URL is fetched")
+
+
+class ImagePart(_Tolerant):
     """An image of a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
-    index: int | None = Field(None, description="as in answers; not used")
-    seed: int | None = Field(None, description="as in answers; not used")
 
 
 MessagePart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[MessagePart], Field(max_length=MAX_PARTS)]
 
 
-class Message(BaseModel):
+class Message(_Tolerant):
     """A message of a chat. An answer may be sent back as it came."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Parts | None = Field(None, description="a text, or texts and images in their order")
@@ -164,6 +165,12 @@ class StreamOptions(_Strict):
 
     include_usage: bool | None = Field(None, description="send usage in a last chunk")
     include_obfuscation: bool | None = Field(None, description="not used")
+
+
+class TextFormat(_Strict):
+    """The one format of answers."""
+
+    type: Literal["text"]
 
 
 class ImageConfig(_ImageFields):
@@ -199,6 +206,15 @@ class ChatBody(_Ignored):
     stream_options: StreamOptions | None = Field(None, description="with stream")
     metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = Field(None, description="not used")
     store: bool | None = Field(None, description="not used; nothing is stored")
+    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="there are none")
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="there are no tools")
+    response_format: TextFormat | None = Field(None, description="answers are text and images")
+    logit_bias: Annotated[dict[Text, float], Field(max_length=0)] | None = Field(
+        None, description="there is none"
+    )
+    top_logprobs: int | None = Field(None, ge=0, le=0, description="not told")
+    reasoning_effort: Text | None = Field(None, description="not used")
+    verbosity: Text | None = Field(None, description="not used")
     service_tier: Text | None = Field(None, description="not used")
     prompt_cache_key: Text | None = Field(None, description="not used; equal beginnings are shared anyway")
     parallel_tool_calls: bool | None = Field(None, description="not used")
@@ -296,6 +312,11 @@ class Protocol:
     chat: type[ChatBody]
     generate: type[GenerateBody]
     inspect: type[InspectBody]
+
+    @property
+    def with_nulls(self) -> tuple[type[BaseModel], ...]:
+        """Those whose fields may be null wherever they may be left out."""
+        return (self.images, self.chat)
 
     @property
     def bodies(self) -> list[type[BaseModel]]:

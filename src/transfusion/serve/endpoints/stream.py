@@ -58,39 +58,30 @@ class EventStream(Response):
     Args:
         answers: What the pieces are made of.
         pieces: Server-sent events.
-        read_seconds: A client that does not read a piece for so long is left.
         metrics: Of the server.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, answers: Answers, pieces: AsyncIterator[bytes], read_seconds: float, metrics: Metrics
-    ) -> None:
+    def __init__(self, answers: Answers, pieces: AsyncIterator[bytes], metrics: Metrics) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         # Of an empty body.
         del self.headers["content-length"]
-        self._answers, self._pieces = answers, pieces
-        self._read_seconds, self._metrics = read_seconds, metrics
+        self._answers, self._pieces, self._metrics = answers, pieces, metrics
         self._begun = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_piece(piece: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(self._read_seconds):
-                await send({"type": "http.response.body", "body": piece, "more_body": more})
-
         async with watched(self._answers, receive):
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
             first = True
-            with contextlib.suppress(TimeoutError):
-                async for piece in _with_heartbeat(_with_errors(self._pieces)):
-                    await send_piece(piece)
-                    if first:
-                        self._metrics.first_byte.observe(time.monotonic() - self._begun)
-                    first = False
-                await send_piece(b"", more=False)
+            async for piece in _with_heartbeat(_with_errors(self._pieces)):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                if first:
+                    self._metrics.first_byte.observe(time.monotonic() - self._begun)
+                first = False
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _with_errors(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

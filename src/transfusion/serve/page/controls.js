@@ -12,7 +12,6 @@ const SEED_LIMIT = 2 ** 31;
 export class Controls {
   constructor(schema) {
     this.fields = schema.bodies.GenerateBody.properties;
-    this.sequenceLength = schema.sequence_length;
     this.readers = {};
     this.writers = {};
     this.show();

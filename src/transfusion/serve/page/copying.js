@@ -1,9 +1,14 @@
-// One request as others send it: on the command line, by curl, from Python. Only what is not usual is written out.
+// One request as others send it: on the command line, by curl, from Python. Only what is not usual there is written.
 
 const FLAGS = {
   steps: "--steps", guidance: "--cfg", sampler: "--sampler", guidance_rescale: "--guidance-rescale",
   negative_prompt: "--negative-prompt", seed: "--seed", max_tokens: "--max-tokens", max_images: "--max-images",
   temperature: "--temperature", top_p: "--top-p",
+};
+// What the command line and `Pipeline` take unless told. A server may take another, where its model or its limits do.
+const USUAL = {
+  steps: 25, guidance: 3, sampler: "auto", guidance_rescale: 0, guidance_interval: [0, 1], negative_prompt: "", size: "auto",
+  max_tokens: 256, max_images: 4, temperature: 0, top_p: 1,
 };
 const OF_ANSWERS = ["max_tokens", "max_images", "temperature", "top_p"];
 
@@ -14,31 +19,38 @@ const isImage = (part) => typeof part !== "string";
 // WIDTHxHEIGHT, as the endpoints have it, with the height first.
 const heightFirst = (size) => size.split("x").reverse().join("x");
 
-function settings(body) {
-  const { prompt, draws, preview_every, ...left } = body;
-  if (left.size === "auto") delete left.size;
-  if (draws) OF_ANSWERS.forEach((name) => delete left[name]);
-  return left;
+// Settings that must be written out. fields: of the server's schema.
+function settings(body, fields) {
+  const found = { seed: body.seed };
+  for (const [name, usual] of Object.entries(USUAL)) {
+    const value = body[name] ?? fields[name].default;
+    const isUsed = !(body.draws && OF_ANSWERS.includes(name));
+    if (isUsed && JSON.stringify(value) !== JSON.stringify(usual)) found[name] = value;
+  }
+  return found;
 }
 
-export function asCommand(body) {
-  const flags = Object.entries(settings(body)).map(([name, value]) => {
+// sizes: of the model. The server draws an image of the first where none is named, and `edit` one like its image.
+export function asCommand(body, { fields, sizes }) {
+  const given = parts(body);
+  const isEdit = body.draws && given.length === 2 && isImage(given[0]) && !isImage(given[1]);
+  if (body.draws && !isEdit && given.some(isImage)) return "# The command line has no command for this. Copy it as Python.";
+  const set = settings(body, fields);
+  if (isEdit) set.size ??= sizes[0];
+  const flags = Object.entries(set).map(([name, value]) => {
     if (name === "size") return `--size ${heightFirst(value)}`;
     if (name === "guidance_interval") return `--guidance-interval ${value.join(" ")}`;
     return `${FLAGS[name]} ${typeof value === "string" ? quote(value) : value}`;
   });
+  if (isEdit) return ["transfusion edit MODEL", ...flags, "--", "image1.png", quote(given[1])].join(" ");
+  if (body.draws) return ["transfusion sample MODEL --out images", ...flags, "--prompt", quote(given.join(""))].join(" ");
   let image = 0;
-  const words = parts(body).map((part) => (isImage(part) ? `image${(image += 1)}.png` : part));
-  const texts = parts(body).filter((part) => !isImage(part));
-  const start = { 0: ["sample", "MODEL", "--prompt", quote(texts.join("")), "--out", "images"] };
-  const edits = ["edit", "MODEL", words.find((_, place) => isImage(parts(body)[place])), quote(texts.join(""))];
-  const goesOn = ["generate", "MODEL", ...parts(body).map((part, place) => (isImage(part) ? `@${words[place]}` : quote(escaped(part))))];
-  const command = body.draws ? (image ? edits : start[0]) : goesOn;
-  return ["transfusion", ...command, ...flags].join(" ");
+  const words = given.map((part) => (isImage(part) ? `@image${(image += 1)}.png` : quote(escaped(part))));
+  return ["transfusion generate MODEL", ...flags, "--", ...words].join(" ");
 }
 
-// A text that begins with @ would be read as the name of an image.
-const escaped = (text) => (text.startsWith("@") ? `@${text}` : text === "-" ? " -" : text);
+// A text that begins with @ would be read as the name of an image, and - alone as standard input.
+const escaped = (text) => (text.startsWith("@") ? `@${text}` : text === "-" ? "- " : text);
 
 export function asCurl(body, origin) {
   const { preview_every, ...sent } = body;
@@ -63,11 +75,11 @@ function literal(value) {
   return JSON.stringify(value);
 }
 
-export function asPython(body) {
+export function asPython(body, { fields }) {
   let image = 0;
   const prompt = parts(body).map((part) => (isImage(part) ? `Image.open("image${(image += 1)}.png")` : JSON.stringify(part)));
   const given = prompt.length === 1 && !image ? prompt[0] : `[${prompt.join(", ")}]`;
-  const named = Object.entries(settings(body)).map(([name, value]) =>
+  const named = Object.entries(settings(body, fields)).map(([name, value]) =>
     name === "size" ? `size=(${heightFirst(value).replace("x", ", ")})` : `${name}=${literal(value)}`,
   );
   const lines = [

@@ -22,4 +22,18 @@ export function say(text) {
   $("said").textContent = text;
 }
 
+// Without TLS a browser gives the clipboard to pages of its own machine alone. Elsewhere a selection can be copied.
+export async function copyText(text) {
+  if (navigator.clipboard) {
+    await navigator.clipboard.writeText(text);
+    return;
+  }
+  const area = element("textarea", { class: "hidden", "aria-hidden": "true" });
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
 export const pngUrl = (base64) => `data:image/png;base64,${base64}`;

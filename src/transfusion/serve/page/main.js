@@ -16,6 +16,8 @@ let schema;
 let controls;
 let past;
 let attached = [];
+// The prompt of a former request, and how it is shown, until it is changed.
+let restored = null;
 const turns = [];
 
 async function start() {
@@ -69,12 +71,15 @@ function submit(event) {
 function ask(text) {
   controls.renewSeed();
   const asked = [...attached.map((image) => ({ image })), ...(text ? [text] : [])];
-  const prompt = $("whole-thread").checked ? joined([...thread(), "\n", ...asked]) : asked;
+  const isRestored = restored?.shown === shownPrompt(text);
+  const prompt = $("whole-thread").checked ? joined([...thread(), "\n", ...asked]) : isRestored ? restored.parts : asked;
   const body = { prompt: prompt.length === 1 && typeof prompt[0] === "string" ? prompt[0] : prompt, ...controls.values() };
   if (mode() === "image") body.draws = true;
   if (mode() === "text") body.max_images = 0;
   run(body, text || "An image");
 }
+
+const shownPrompt = (text) => JSON.stringify([text, attached, $("whole-thread").checked]);
 
 // What was said so far, as one document.
 function thread() {
@@ -95,7 +100,8 @@ function joined(parts) {
 function run(body, title, expected = null) {
   $("welcome").hidden = true;
   const sent = schema.has_previews ? { ...body, preview_every: previewEvery(body) } : body;
-  const turn = new Turn(sent, title, { inspect: show, use: attach, replay, finished });
+  const known = { fields: controls.fields, sizes: schema.sizes };
+  const turn = new Turn(sent, title, { inspect: show, use: attach, replay, finished, schema: known });
   turns.push(turn);
   $("thread").append(turn.article);
   turn.article.scrollIntoView({ block: "end" });
@@ -155,6 +161,8 @@ function restore({ body }) {
   $("prompt").value = parts.filter((part) => typeof part === "string").join("");
   document.querySelector(`input[name=mode][value=${body.draws ? "image" : body.max_images === 0 ? "text" : "both"}]`).checked = true;
   $("whole-thread").checked = false;
+  // Texts and images keep their order, which the composer does not show.
+  restored = { parts, shown: shownPrompt($("prompt").value.trim()) };
   controls.restore(body.max_images === 0 ? { ...body, max_images: undefined } : body);
   showAttached();
   fit();

@@ -2,14 +2,14 @@
 
 import { generate } from "./api.js";
 import { asCommand, asCurl, asPython } from "./copying.js";
-import { element, pngUrl, quietButton, say } from "./dom.js";
+import { copyText, element, pngUrl, quietButton, say } from "./dom.js";
 
 const REASONS = { tokens: "at the maximum of tokens", length: "where the model\u2019s sequence is full", cancelled: "when the server stopped" };
 // Smaller images are enlarged, pixel by pixel.
 const SMALL = 160;
 
 export class Turn {
-  // actions: inspect(document), use(dataUrl), replay(turn), finished(turn)
+  // actions: inspect(document), use(dataUrl), replay(turn), finished(turn), and the schema: fields and sizes.
   constructor(body, title, actions) {
     Object.assign(this, { body, title, actions, parts: [], figures: [], recipes: [] });
     this.abort = new AbortController();
@@ -115,10 +115,7 @@ export class Turn {
     if (!this.done) told.push("stopped");
     else if (REASONS[reason]) told.push(`ended ${REASONS[reason]}`);
     if (expected) told.push(this.equals(expected) ? "made again, the same" : "made again, and it differs");
-    this.figures.filter((figure) => figure.progress.isConnected).forEach((figure) => {
-      figure.progress.remove();
-      figure.image.alt = figure.image.alt.replace("being made", "not finished");
-    });
+    this.endFigures();
     this.under.replaceChildren(
       element("span", {}, told.join(" \u00b7 ")),
       quietButton("Replay", () => this.actions.replay(this)),
@@ -129,7 +126,16 @@ export class Turn {
     say(this.done ? `The answer is complete: ${images} images, ${usage.tokens} tokens.` : "Stopped.");
   }
 
+  // Images that are not finished are no longer being made.
+  endFigures() {
+    for (const { image, progress } of this.figures.filter((figure) => figure.progress.isConnected)) {
+      progress.remove();
+      image.alt = image.alt.replace("being made", "not finished");
+    }
+  }
+
   fail(error) {
+    this.endFigures();
     this.under.replaceChildren(
       element("p", { class: "error", role: "alert" }, error.message),
       quietButton("Try again", () => this.actions.replay(this)),
@@ -150,7 +156,9 @@ export class Turn {
 
   copyMenu() {
     const copies = {
-      "Command line": () => asCommand(this.body), curl: () => asCurl(this.body, location.origin), Python: () => asPython(this.body),
+      "Command line": () => asCommand(this.body, this.actions.schema),
+      curl: () => asCurl(this.body, location.origin),
+      Python: () => asPython(this.body, this.actions.schema),
     };
     const list = element("ul", { hidden: true });
     const opener = quietButton("Copy as \u2026", () => toggle(list.hidden), { "aria-expanded": "false" });
@@ -162,7 +170,7 @@ export class Turn {
     const menu = element("div", { class: "menu" }, opener, list);
     for (const [name, make] of Object.entries(copies)) {
       const copy = async () => {
-        await navigator.clipboard.writeText(make());
+        await copyText(make());
         toggle(false);
         opener.textContent = `Copied as ${name}`;
         setTimeout(() => (opener.textContent = "Copy as \u2026"), 2000);
