@@ -175,7 +175,7 @@ def test_a_chat_survives_what_cannot_be_answered(
     text = talk(pipeline, tmp_path, f"@{tmp_path}/gone.png\n{'one ' * 40}\none\n")
     errors = capsys.readouterr().err
     assert "gone.png names no file; @@ begins a text that begins with @\n" in errors
-    assert "leaves no room in a sequence of 32 (data.sequence_length); /new begins anew" in errors
+    assert "leaves no room in a sequence of 32 (data.sequence_length); shorten it; /new begins anew" in errors
     assert len(text.strip()) > 0
 
 

@@ -80,9 +80,9 @@ def live(serve: Callable[..., Live]) -> Live:
     return serve()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a screen, as the system has it."""
+    """Chromium without a screen, as the system has it. While it is there, this thread can run no other event loop."""
     sync = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
