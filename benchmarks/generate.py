@@ -117,21 +117,9 @@ def prompt_of(tokenizer: Tokenizer, tokens: int, seed: int = 0) -> str:
     raise ValueError(f"no text of {tokens} tokens")
 
 
-def engine_of(pipeline: Pipeline, batch: int, pages: int | None = None) -> Engine:
-    """An engine for so many requests at a time."""
-    return Engine(
-        pipeline.runner,
-        pipeline.tokenizer,
-        pipeline.config,
-        pipeline.family,
-        pages=pages,
-        most_requests=batch,
-    )
-
-
 def run(pipeline: Pipeline, requests: list[Request], batch: int, engine: Engine | None = None) -> list[Done]:
     """Answer requests, `batch` at a time, by a new engine unless given one."""
-    engine = engine or engine_of(pipeline, batch)
+    engine = engine or pipeline.engine(most_requests=batch)
     for request in requests:
         engine.submit(request)
     done = []
@@ -279,7 +267,7 @@ def context(tokenizer: Tokenizer, rounds: int) -> Iterator[dict[str, Any]]:
                         block = runner.prompt_block([(document, 0, len(document) - 1)], [*images, drawn])
                         runner.read(cache.view([cache.row(len(document))]), block)
 
-        keeps = engine_of(pipeline, 1, pages=1024)
+        keeps = pipeline.engine(most_requests=1, pages=1024)
 
         for which, engine in (("kept", keeps), ("new", None)):
 
@@ -322,7 +310,7 @@ def overhead(tokenizer: Tokenizer, rounds: int) -> Iterator[dict[str, Any]]:
 
     runner = pipeline.runner
     runner.read, runner.logits = timed(runner.read), timed(runner.logits)  # type: ignore[method-assign]
-    engine = Engine(runner, tokenizer, pipeline.config, pipeline.family, most_requests=64)
+    engine = pipeline.engine(most_requests=64)
     ticks = 10 * rounds
     for seed in range(64):
         prompt = [prompt_of(tokenizer, 32, seed)]

@@ -461,7 +461,7 @@ class Campaign:
 
     def _alone(self, request: Request) -> list[Event]:
         pipeline = self.pipeline
-        engine = Engine(pipeline.runner, pipeline.tokenizer, pipeline.config, pipeline.family)
+        engine = pipeline.engine()
         engine.submit(request)
         events: list[Event] = []
         while not engine.is_idle:

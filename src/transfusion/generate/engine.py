@@ -188,8 +188,7 @@ class Engine:
         """
         if request.preview_every and self.config.codec.kind != "vq":
             # So that what is missing is told before anything is drawn.
-            codec, size = self.runner.codec, self.runner.sizes.first
-            codec.preview(torch.zeros(1, *self.runner.latent_shape(size), device=self.runner.device))
+            self.runner.check_previews()
         task = self._task(request)
         needs = _needs(task)
         if self.pages is not None and needs > self.pages:

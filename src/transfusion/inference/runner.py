@@ -92,6 +92,10 @@ class ModelRunner:
         """[C, H, W] of the latents of an image of this size."""
         return self._latent_channels, *self.sizes.latents(size)
 
+    def check_previews(self) -> None:
+        """Raise UserError where the codec shows no latents before they are decoded."""
+        self.codec.preview(torch.zeros(1, *self.latent_shape(self.sizes.first), device=self.device))
+
     def image_positions(self, starts: Sequence[int], size: Size) -> Tensor:
         """Positions [R, P + 1, A] of images of this size whose first patches stand at `starts`, each with its <EOI>.
 

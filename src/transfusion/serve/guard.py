@@ -25,7 +25,8 @@ from transfusion.serve.errors import (
     TooLargeError,
 )
 
-if TYPE_CHECKING:  # What guards a page alone needs no torch.
+# What guards a page alone needs no torch.
+if TYPE_CHECKING:
     from transfusion.serve.limits import Limits
     from transfusion.serve.metrics import Metrics
     from transfusion.serve.worker import Worker

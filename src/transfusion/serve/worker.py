@@ -134,7 +134,7 @@ class Worker:
         self._asked: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        # Of the event loop: answers that have not ended, and those that come after the server was told to stop.
+        # Of the event loop: answers that have not ended, and calls that wait.
         self._places: set[_Place] = set()
         self._all_ended = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -265,6 +265,7 @@ class Worker:
                 self.cancel(place)
             await self._ended_within(_LAST_SECONDS)
         self._commands.put(self._end)
+        self._fail_calls(StoppingError())
 
     async def _ended_within(self, seconds: float) -> bool:
         """Wait until no answer is left. False: some are."""
@@ -374,9 +375,12 @@ class Worker:
     def _fail_everything(self) -> None:
         """Tell all who wait that nothing comes any more."""
         self._hand_over([(place, EngineFailedError()) for place in self._places])
+        self._fail_calls(EngineFailedError())
+
+    def _fail_calls(self, error: Exception) -> None:
         for future in self._futures:
             if not future.done():
-                future.set_exception(EngineFailedError())
+                future.set_exception(error)
 
     def _observe(self, place: _Place, event: Done | Exception) -> None:
         seconds = time.monotonic() - place.begun

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.generate.test_engine import assert_same, engine_of, random_request, run
+from tests.unit.generate.test_engine import assert_same, random_request, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,9 +67,9 @@ def test_answers_are_those_of_plain_calls(
     draw = random.Random(5)
     pipeline = build_pipeline(image=2.0, end=2.0, **fields)
     requests = [random_request(draw, make_image) for _ in range(9)]
-    plain = [run(engine_of(pipeline), [one])[0] for one in requests]
+    plain = [run(pipeline.engine(), [one])[0] for one in requests]
     recorded = request.getfixturevalue("names")
-    for mine, theirs in zip(run(engine_of(pipeline, most_requests=5), requests), plain, strict=True):
+    for mine, theirs in zip(run(pipeline.engine(most_requests=5), requests), plain, strict=True):
         assert_same(mine, theirs)
     assert "tokens" in recorded and any(isinstance(name, tuple) and name[0] == "image" for name in recorded)
 
@@ -127,12 +127,12 @@ def test_answers_of_cuda_graphs(build_pipeline: Build, make_image: Any) -> None:
     made = build_pipeline(image=2.0, end=2.0)
     pipeline = Pipeline(made.runner.model.cuda(), made.tokenizer, made.config, "cuda", captures=True)
     requests = [random_request(draw, make_image) for _ in range(9)]
-    engine = engine_of(pipeline, most_requests=5)
+    engine = pipeline.engine(most_requests=5)
     graphs = run(engine, requests)
     calls = engine.cache.captured
     assert calls is not None and calls._recorded and not calls._fails
     pipeline.runner.captures = False
-    for mine, theirs in zip(graphs, run(engine_of(pipeline, most_requests=5), requests), strict=True):
+    for mine, theirs in zip(graphs, run(pipeline.engine(most_requests=5), requests), strict=True):
         assert_same(mine, theirs)
 
 

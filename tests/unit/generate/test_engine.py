@@ -32,10 +32,6 @@ from transfusion.inference.runner import ModelRunner
 Build = Callable[..., Pipeline]
 
 
-def engine_of(pipeline: Pipeline, **settings: Any) -> Engine:
-    return Engine(pipeline.runner, pipeline.tokenizer, pipeline.config, pipeline.family, **settings)
-
-
 def answer(events: Sequence[Event]) -> tuple[str, list[Tensor]]:
     """All that was said, and the images."""
     text = "".join(event.text for event in events if isinstance(event, TextDelta))
@@ -94,8 +90,8 @@ def test_an_answer_does_not_depend_on_its_company(
     draw = random.Random(10 * seed + others)
     pipeline = build_pipeline(image=2.0, end=2.0)
     requests = [random_request(draw, make_image) for _ in range(others + 1)]
-    alone = [run(engine_of(pipeline), [request])[0] for request in requests]
-    engine = engine_of(pipeline, pages=40, most_requests=5, prompt_positions=draw.choice((8, 30, None)))
+    alone = [run(pipeline.engine(), [request])[0] for request in requests]
+    engine = pipeline.engine(pages=40, most_requests=5, prompt_positions=draw.choice((8, 30, None)))
     enter = [draw.randint(0, 8) for _ in requests]
     left = draw.randrange(len(requests))
     found: dict[int, list[Event]] = {}
@@ -180,7 +176,7 @@ def test_text_comes_token_by_token_and_letters_whole(build_pipeline: Build) -> N
 
 def test_a_closed_stream_and_a_cancelled_request_give_back_all(build_pipeline: Build) -> None:
     pipeline = build_pipeline(image=5.0)
-    engine = engine_of(pipeline, pages=30)
+    engine = pipeline.engine(pages=30)
     request = Request(prompt=["one"], max_tokens=5, max_images=1, image=ImageSampling(steps=4))
     for ticks in range(9):
         number = engine.submit(request)
@@ -224,7 +220,7 @@ def test_what_has_ended_holds_no_memory(build_pipeline: Build, monkeypatch: pyte
 
 def test_a_request_that_the_cache_could_never_hold(build_pipeline: Build) -> None:
     """The cache is made for what comes first."""
-    engine = engine_of(build_pipeline())
+    engine = build_pipeline().engine()
     engine.tick()
     engine.cancel(engine.submit(Request(prompt=["one"], max_tokens=200, max_images=0)))
     engine.tick()
@@ -236,7 +232,7 @@ def test_a_request_that_the_cache_could_never_hold(build_pipeline: Build) -> Non
 def test_memory_stays_as_it_is(build_pipeline: Build, make_image: Any) -> None:
     draw = random.Random(3)
     pipeline = build_pipeline(image=2.0, end=2.0)
-    engine = engine_of(pipeline, pages=40, most_requests=4)
+    engine = pipeline.engine(pages=40, most_requests=4)
     for _ in range(60):
         engine.submit(random_request(draw, make_image))
     while not engine.is_idle:
@@ -248,7 +244,7 @@ def test_memory_stays_as_it_is(build_pipeline: Build, make_image: Any) -> None:
 def test_equal_beginnings_are_read_once(build_pipeline: Build, make_image: Any) -> None:
     """A second request with the same prompt reads nothing, one with the same beginning only what is its own."""
     pipeline = build_pipeline()
-    engine = engine_of(pipeline, pages=60)
+    engine = pipeline.engine(pages=60)
     read: list[int] = []
     prompt_block = pipeline.runner.prompt_block
 
@@ -265,16 +261,16 @@ def test_equal_beginnings_are_read_once(build_pipeline: Build, make_image: Any) 
     other = Request(prompt=[*long, "nine"], max_tokens=3, max_images=0)
     (events,) = run(engine, [other])
     assert read[1] == len(pipeline.tokenizer.encode("nine"))
-    assert_same(events, run(engine_of(build_pipeline()), [other])[0])
+    assert_same(events, run(build_pipeline().engine(), [other])[0])
     changed = Request(prompt=[long[0], image ^ 1, "eight"], max_tokens=3, max_images=0)
     (events,) = run(engine, [changed])
-    assert_same(events, run(engine_of(build_pipeline()), [changed])[0])
+    assert_same(events, run(build_pipeline().engine(), [changed])[0])
 
 
 def test_nobody_waits_for_long(build_pipeline: Build) -> None:
     """Beside a long prompt that is read in pieces, and beside images: a token every tick."""
     pipeline = build_pipeline(sequence_length=400)
-    engine = engine_of(pipeline, pages=200, prompt_positions=32)
+    engine = pipeline.engine(pages=200, prompt_positions=32)
     talker = engine.submit(Request(prompt=["one"], max_tokens=40, max_images=0))
     engine.tick()
     engine.submit(Request(prompt=["seven " * 30], max_tokens=2, max_images=0))
@@ -296,7 +292,7 @@ def test_nobody_waits_for_long(build_pipeline: Build) -> None:
 
 
 def test_first_words_come_at_once(build_pipeline: Build) -> None:
-    engine = engine_of(build_pipeline(), pages=100)
+    engine = build_pipeline().engine(pages=100)
     for turn in range(5):
         number = engine.submit(Request(prompt=[f"{turn} one"], max_tokens=20, max_images=0))
         told = [event for own, event in engine.tick() if own == number]
@@ -308,14 +304,14 @@ def test_requests_wait_for_pages_in_their_order(build_pipeline: Build) -> None:
     request = Request(prompt=["one"], max_tokens=20, max_images=0)
     prompts = [Request(prompt=[f"{number} one"], max_tokens=20, max_images=0) for number in range(6)]
     pages = 2 * pages_for(len(pipeline.tokenizer.encode("5 one")) + 21) + 1
-    engine = engine_of(pipeline, pages=pages)
+    engine = pipeline.engine(pages=pages)
     ended = []
     numbers = [engine.submit(each) for each in prompts]
     while not engine.is_idle:
         ended += [number for number, event in engine.tick() if isinstance(event, Done)]
     assert ended == numbers
     with pytest.raises(UserError, match=r"takes \d+ pages of the cache, which has 2; ask for fewer"):
-        engine_of(pipeline, pages=2).submit(Request(prompt=["one"], max_tokens=99, max_images=0))
+        pipeline.engine(pages=2).submit(Request(prompt=["one"], max_tokens=99, max_images=0))
     assert run(engine, [request])[0]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.sampler import rescale, sample
 from transfusion.errors import UserError
-from transfusion.generate import Engine, ImageSampling, Pipeline, Request
+from transfusion.generate import ImageSampling, Pipeline, Request
 from transfusion.inference import image_diffusion
 from transfusion.inference.image_diffusion import build_sampler
 from transfusion.schema import Batch, ImageSegment, TextSegment
@@ -121,7 +121,7 @@ def test_images_with_their_own_guidance_share_a_batch(build_pipeline: Build) -> 
     ]
     alone = [pipeline.sample(["one"], steps=4, **each)[0].pixels for each in settings]
     size = pipeline.runner.sizes.first
-    engine = Engine(pipeline.runner, pipeline.tokenizer, pipeline.config, pipeline.family)
+    engine = pipeline.engine()
     for each in settings:
         engine.submit(Request(prompt=["one"], image=ImageSampling(steps=4, size=size, **each), draws=True))
     together = {}

@@ -125,10 +125,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def engine_of(pipeline: Pipeline, **settings: Any) -> Engine:
-    return Engine(pipeline.runner, pipeline.tokenizer, pipeline.config, pipeline.family, **settings)
-
-
 def text_of(pipeline: Pipeline, text: str) -> TextSegment:
     return TextSegment(tuple(pipeline.tokenizer.encode(text)))
 
@@ -228,10 +224,10 @@ def test_2_a_guided_image_beside_an_unguided_one_of_the_same_prompt(build_pipeli
         for guidance, seed in ((1.0, 0), (3.0, 1))
     ]
     watch = Watch(pipeline)
-    run(engine_of(pipeline), requests)
+    run(pipeline.engine(), requests)
     together = watch.latents
     watch.clear()
-    run(engine_of(pipeline), requests[1:])
+    run(pipeline.engine(), requests[1:])
     assert watch.latents.keys() == {1}
     assert_same_latents(together, watch.latents)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import shutil
 import threading
 import time
@@ -92,6 +93,29 @@ def browser() -> Iterator[Any]:
         chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+def slow_down(live: Live, seconds: float = 0.05) -> None:
+    """Let each tick take so long."""
+    engine = live.worker._engine
+    tick = engine.tick
+
+    def slow() -> Any:
+        time.sleep(seconds)
+        return tick()
+
+    engine.tick = slow  # type: ignore[method-assign]
+
+
+def events_of(answer: httpx.Response) -> Iterator[tuple[str, Any]]:
+    """Names and contents of the events of a stream."""
+    name = ""
+    for line in answer.iter_lines():
+        kind, _, value = line.partition(": ")
+        if kind == "event":
+            name = value
+        elif kind == "data":
+            yield name, value if value == "[DONE]" else json.loads(value)
 
 
 def pixels_of(encoded: str) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from transfusion.generate import Pipeline, TextDelta
 from transfusion.generate.recipe import pixel_digest
 
-from .conftest import Live, file_of, pixels_of, same, squares, url_of
+from .conftest import Live, events_of, file_of, pixels_of, same, squares, url_of
 
 DRAWING = {"seed": 7, "num_inference_steps": 6, "guidance_scale": 2.0}
 SETTINGS: dict[str, Any] = {"steps": 6, "guidance": 2.0}
@@ -370,16 +369,9 @@ def test_native_events_are_those_of_the_pipeline(talker: Live) -> None:
     (image,) = squares(1)
     settings = {**TALK, "preview_every": 1}
     body = {"prompt": ["one", {"image": url_of(image)}, "two"], "seed": 3, **settings}
-    found: list[tuple[str, Any]] = []
     with talker.http.stream("POST", "/v1/generate", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        name = ""
-        for line in answer.iter_lines():
-            kind, _, value = line.partition(": ")
-            if kind == "event":
-                name = value
-            elif kind == "data":
-                found.append((name, json.loads(value)))
+        found = list(events_of(answer))
     events = list(talker.pipeline.stream(["one", image, "two"], seed=3, **settings))
     assert "".join(data["text"] for name, data in found if name == "text") == "".join(
         event.text for event in events if isinstance(event, TextDelta)

@@ -17,8 +17,7 @@ from transfusion.cli import main
 from transfusion.generate import Pipeline
 from transfusion.generate.image_files import read_pixels
 
-from .conftest import Live, file_of, pixels_of, squares
-from .test_survival import slow_down
+from .conftest import Live, file_of, pixels_of, slow_down, squares
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
 pytestmark = pytest.mark.slow
@@ -220,17 +219,23 @@ def test_a_thread_goes_on(live: Live, open_page: Callable[..., Page]) -> None:
     assert parts_of(second) == expected[1:]
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which what was copied runs."""
+    made = tmp_path / "here"
+    made.mkdir()
+    monkeypatch.chdir(made)
+    return made
+
+
 def test_what_is_copied_makes_the_same(
     serve: Callable[..., Live],
     open_page: Callable[..., Page],
     folder: Path,
-    tmp_path: Path,
+    here: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The command line and Python on the same export, and curl on the same server."""
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
     live = serve(Pipeline.from_export(folder))
     page = open_page(live.url)
     page.wait_for_selector("#controls input")
@@ -262,12 +267,8 @@ def test_what_is_copied_of_an_answer_with_an_image(
     serve: Callable[..., Live],
     open_page: Callable[..., Page],
     folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    here: Path,
 ) -> None:
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
     (image,) = squares(1)
     (here / "image1.png").write_bytes(file_of(image))
     live = serve(Pipeline.from_export(folder))

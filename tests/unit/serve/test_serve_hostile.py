@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import sys
@@ -59,7 +58,6 @@ def test_more_connections_than_files(campaign: Campaign, wrong: list[str]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="needs schemathesis")
 def test_schemathesis(campaign: Campaign, wrong: list[str]) -> None:
     campaign.examine(examples=5)
     assert wrong == []

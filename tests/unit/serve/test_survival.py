@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,22 +22,9 @@ from transfusion.serve.limits import Limits
 from transfusion.serve.metrics import Metrics
 from transfusion.serve.worker import Answers
 
-from .conftest import PATIENCE, Live, wait_for
+from .conftest import PATIENCE, Live, events_of, slow_down, wait_for
 
 LONG = {"prompt": "one", "max_tokens": 240, "max_images": 0}
-TICK = 0.05
-
-
-def slow_down(live: Live, seconds: float = TICK) -> None:
-    """Let each tick take so long."""
-    engine = live.worker._engine
-    tick = engine.tick
-
-    def slow() -> Any:
-        time.sleep(seconds)
-        return tick()
-
-    engine.tick = slow  # type: ignore[method-assign]
 
 
 def posted(live: Live, path: str, body: Any) -> socket.socket:
@@ -47,17 +34,6 @@ def posted(live: Live, path: str, body: Any) -> socket.socket:
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return connection
-
-
-def events_of(answer: httpx.Response) -> Iterator[tuple[str, Any]]:
-    """Names and contents of the events of a stream."""
-    name = ""
-    for line in answer.iter_lines():
-        kind, _, value = line.partition(": ")
-        if kind == "event":
-            name = value
-        elif kind == "data":
-            yield name, value if value == "[DONE]" else json.loads(value)
 
 
 @pytest.mark.parametrize("path", ["/v1/generate", "/v1/chat/completions", "/v1/images/generations"])

@@ -17,7 +17,7 @@ from transfusion.sequence.sizes import MAX_ASPECT as MAX_ASPECT
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
 # Chunks or segments of a file. Real ones have thousands at most, and each costs a turn of a loop.
-MAX_PIECES = 1 << 16
+_MAX_PIECES = 1 << 16
 # Pillow refuses more in one text or profile, so more is refused here, before it is decoded.
 MAX_METADATA = 1 << 20
 
@@ -78,7 +78,7 @@ def _png(data: bytes) -> ImageFacts:
     view, size = memoryview(data), len(data)
     while position + CHUNK.size <= size:
         pieces += 1
-        if pieces > MAX_PIECES:
+        if pieces > _MAX_PIECES:
             raise SampleError("image_corrupt")
         length, kind = CHUNK.unpack_from(data, position)
         body, end = position + 8, position + 12 + length
@@ -139,7 +139,7 @@ def _jpeg(data: bytes) -> ImageFacts:
             position = found.start()
             continue
         pieces += 1
-        if pieces > MAX_PIECES:
+        if pieces > _MAX_PIECES:
             raise SampleError("image_corrupt")
         marker = data[position + 1]
         if marker in _ALONE:
@@ -167,7 +167,7 @@ def _webp(data: bytes) -> ImageFacts:
     end = 8 + int.from_bytes(data[4:8], "little")
     while position + 8 <= min(end, len(data)):
         pieces += 1
-        if pieces > MAX_PIECES:
+        if pieces > _MAX_PIECES:
             raise SampleError("image_corrupt")
         kind, length = _WEBP_CHUNK.unpack_from(data, position)
         body = position + 8

@@ -21,7 +21,7 @@ from transfusion.generate.settings import AnswerSettings
 from transfusion.serve.endpoints.context import Context, new_seed, read_json
 from transfusion.serve.endpoints.media import data_url, encode
 from transfusion.serve.endpoints.protocol import ChatBody, ImagePart, Message, TextPart
-from transfusion.serve.endpoints.stream import EventStream, sse, watched_request
+from transfusion.serve.endpoints.stream import EventStream, sse, watched
 from transfusion.serve.worker import Answers
 
 # As OpenAI calls them. abort, as vLLM says it, is an answer that the stopping server hands back as it is.
@@ -38,7 +38,7 @@ async def completions(context: Context, request: HttpRequest) -> Response:
     chat = _Chat(context, answers, body, seed)
     if body.stream:
         return EventStream(answers, chat.pieces(), context.metrics)
-    async with watched_request(answers, request):
+    async with watched(answers, request.receive):
         return JSONResponse(await chat.whole())
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import anyio.to_thread
-import torch
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json, to_json
@@ -60,12 +59,10 @@ class Context:
     @property
     def has_previews(self) -> bool:
         """Whether images can be shown while they are made."""
-        codec, config = self.pipeline.runner.codec, self.pipeline.config
-        if config.codec.kind == "vq":
+        if self.pipeline.config.codec.kind == "vq":
             return False
-        shape = self.pipeline.runner.latent_shape(self.pipeline.runner.sizes.first)
         try:
-            codec.preview(torch.zeros(1, *shape, device=self.pipeline.runner.device))
+            self.pipeline.runner.check_previews()
         except UserError:
             return False
         return True

@@ -20,7 +20,7 @@ from transfusion.serve.endpoints.context import Context, bad_body, new_seed, rea
 from transfusion.serve.endpoints.forms import read_form
 from transfusion.serve.endpoints.media import encode, size_name
 from transfusion.serve.endpoints.protocol import ImagesBody
-from transfusion.serve.endpoints.stream import EventStream, sse, watched_request
+from transfusion.serve.endpoints.stream import EventStream, sse, watched
 from transfusion.serve.errors import ApiError, ClientGoneError, StoppingError
 from transfusion.serve.worker import Answers
 
@@ -104,7 +104,7 @@ async def _answer(
     drawn = _Drawn(context, answers, body)
     if body.stream:
         return EventStream(answers, drawn.pieces(kind), context.metrics)
-    async with watched_request(answers, request):
+    async with watched(answers, request.receive):
         return JSONResponse(await drawn.whole())
 
 

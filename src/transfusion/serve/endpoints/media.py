@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import anyio.to_thread
@@ -35,14 +35,16 @@ class ImageReader:
 
     async def read(self, data: bytes, name: str) -> Tensor:
         """The bytes of a file as uint8 [C, H, W]. Raises UserError, which begins with the name."""
-        # Made where an event loop runs.
-        self._limiter = self._limiter or anyio.CapacityLimiter(_READ_AT_ONCE)
-        return await anyio.to_thread.run_sync(self._read, data, name, limiter=self._limiter)
+        return await self._on_thread(read_image, data, self._config, name)
 
     async def read_url(self, url: str, name: str) -> Tensor:
         """As `read`, for a data URL. No other URL is ever fetched."""
+        return await self._on_thread(self._read_url, url, name)
+
+    async def _on_thread(self, function: Callable[..., Tensor], *arguments: object) -> Tensor:
+        # Made where an event loop runs.
         self._limiter = self._limiter or anyio.CapacityLimiter(_READ_AT_ONCE)
-        return await anyio.to_thread.run_sync(self._read_url, url, name, limiter=self._limiter)
+        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._limiter)
 
     def _read_url(self, url: str, name: str) -> Tensor:
         found = _DATA_URL.match(url)
@@ -54,9 +56,6 @@ class ImageReader:
             data = base64.b64decode(memoryview(url.encode("ascii"))[found.end() :], validate=True)
         except ValueError:
             raise UserError(f"{name}: its base64 is broken; encode the file again") from None
-        return self._read(data, name)
-
-    def _read(self, data: bytes, name: str) -> Tensor:
         return read_image(data, self._config, name)
 
 

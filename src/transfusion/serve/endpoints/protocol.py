@@ -40,14 +40,12 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-class _ImageFields(_Strict):
-    """How images are drawn, in the names of OpenAI's and vLLM-Omni's endpoints."""
+class _Drawing(_Strict):
+    """How images are drawn, so far as all endpoints name it alike."""
 
     size: str | None = Field(
         None, description="WIDTHxHEIGHT, one of the model's sizes. auto: the model's choice"
     )
-    num_inference_steps: int = Field(25, description="sampler steps of an image")
-    guidance_scale: float = Field(3.0, description="scale of classifier-free guidance. 1: none")
     guidance_interval: tuple[Share, Share] = Field(
         (0.0, 1.0), description="shares of the timesteps between which guidance is applied. 1 is noise alone"
     )
@@ -55,17 +53,27 @@ class _ImageFields(_Strict):
     negative_prompt: Text = Field("", description="what guidance leads away from. Empty: no caption")
     sampler: str = Field("auto", description="of the images")
 
-    def image_settings(self, sizes: list[Size]) -> ImageSettings:
-        """As `Pipeline` takes them."""
+    def _settings(self, sizes: list[Size], steps: int, guidance: float) -> ImageSettings:
         return {
             "size": size_of(self.size or "auto", sizes),
-            "steps": self.num_inference_steps,
-            "guidance": self.guidance_scale,
+            "steps": steps,
+            "guidance": guidance,
             "guidance_interval": self.guidance_interval,
             "guidance_rescale": self.guidance_rescale,
             "negative_prompt": self.negative_prompt,
             "sampler": self.sampler,
         }
+
+
+class _ImageFields(_Drawing):
+    """The same with the names of OpenAI's and vLLM-Omni's endpoints."""
+
+    num_inference_steps: int = Field(25, description="sampler steps of an image")
+    guidance_scale: float = Field(3.0, description="scale of classifier-free guidance. 1: none")
+
+    def image_settings(self, sizes: list[Size]) -> ImageSettings:
+        """As `Pipeline` takes them."""
+        return self._settings(sizes, self.num_inference_steps, self.guidance_scale)
 
 
 class _Ignored(_Strict):
@@ -257,7 +265,7 @@ class InspectBody(_Strict):
     document: Prompt = Field(description="a text, or texts and images, such as a prompt with its answer")
 
 
-class GenerateBody(_Strict):
+class GenerateBody(_Drawing):
     """POST /v1/generate: the names and the meaning of `Pipeline.stream`, with `draws` those of `Pipeline.sample`."""
 
     prompt: Prompt = Field(description="a text, or texts and images in their order")
@@ -271,26 +279,12 @@ class GenerateBody(_Strict):
     temperature: float = Field(0.0, ge=0, le=100, description="of the text. 0: the likeliest tokens")
     top_p: float = Field(1.0, gt=0, le=1, description="the likeliest tokens that together reach it")
     guidance: float = Field(3.0, description="scale of classifier-free guidance. 1: none")
-    guidance_interval: tuple[Share, Share] = Field(
-        (0.0, 1.0), description="shares of the timesteps between which guidance is applied. 1 is noise alone"
-    )
-    guidance_rescale: Share = Field(0.0, description="how far guidance keeps the contrast")
-    negative_prompt: Text = Field("", description="what guidance leads away from. Empty: no caption")
     steps: int = Field(25, description="sampler steps of an image")
-    sampler: str = Field("auto", description="of the images")
     size: str = Field("auto", description="WIDTHxHEIGHT, one of the model's sizes. auto: the model's choice")
 
     def image_settings(self, sizes: list[Size]) -> ImageSettings:
         """As `Pipeline` takes them."""
-        return {
-            "size": size_of(self.size, sizes),
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "guidance_interval": self.guidance_interval,
-            "guidance_rescale": self.guidance_rescale,
-            "negative_prompt": self.negative_prompt,
-            "sampler": self.sampler,
-        }
+        return self._settings(sizes, self.steps, self.guidance)
 
     def answer_settings(self, sizes: list[Size]) -> AnswerSettings:
         """As `Pipeline` takes them."""

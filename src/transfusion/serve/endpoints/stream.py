@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -45,11 +44,6 @@ async def watched(answers: Answers, receive: Receive) -> AsyncIterator[None]:
     finally:
         watcher.cancel()
         answers.cancel()
-
-
-def watched_request(answers: Answers, request: HttpRequest) -> contextlib.AbstractAsyncContextManager[None]:
-    """The same for an answer that is sent in one piece."""
-    return watched(answers, request.receive)
 
 
 class EventStream(Response):
