@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from generate import drawing, engine_of, make_pipeline, make_tokenizer, prompt_of
+from generate import drawing, make_pipeline, make_tokenizer, prompt_of
 from limits import find_device, record_head, write_json
 from transfusion.generate import Pipeline, Request
 from transfusion.inference.captured import WARM_UPS
@@ -89,7 +89,7 @@ def measure(
     engines = {}
     for way in ways:
         pipeline.runner.captures = way == "graphs"
-        engine = engine_of(pipeline, len(requests))
+        engine = pipeline.engine(most_requests=len(requests))
         for request in requests:
             engine.submit(request)
         engine.tick()
