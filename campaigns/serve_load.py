@@ -121,7 +121,7 @@ class Scale:
         first_bytes: How often the first byte is timed, for each kind of stream.
         longest_pause: Seconds between two reads of a slow reader.
         short_seconds: Of the load in whose middle the server is killed.
-        grace: Of the server that is told to stop.
+        grace: Of the server that is told to stop, short enough that a fast machine has answers to hand back.
     """
 
     clients: int = 64
@@ -130,7 +130,7 @@ class Scale:
     first_bytes: int = 20
     longest_pause: float = 2.0
     short_seconds: float = 5.0
-    grace: float = 5.0
+    grace: float = 1.0
 
 
 @dataclass(slots=True)
