@@ -56,6 +56,7 @@ class Case:
 
 SHARED = {"train__sequence_parallel": 2}
 COMPILED = {"train__compile": True}
+OWN = {"model__modality_weights": "all"}
 RECOMPUTED = {"train__activation_checkpointing": "block"}
 # Ranks with other images, and so with more or fewer groups of them, and of other numbers of patches.
 SEVERAL: Stream = [("two sizes", "mixed"), ("wide", "text"), ("two sizes", "wide"), ("text", "two sizes")]
@@ -79,6 +80,11 @@ CASES = {
     "no places": Case({"model__patch_position": "none"}),
     "learned places": Case(LEARNED_PLACES),
     "learned places, several sizes, shared rows": Case(LEARNED_PLACES | SHARED, SEVERAL),
+    "own feed-forward": Case({"model__modality_weights": "ffn"}),
+    "own weights": Case(OWN),
+    "own weights, several sizes, recomputed, shared rows": Case(OWN | RECOMPUTED | SHARED, SEVERAL),
+    "own weights, compiled, accumulation 4": Case(OWN | COMPILED, accumulation=4),
+    "clean image": Case({"diffusion__prediction": "x"}),
     "unet": Case(UNET),
     "unet, recomputed, shared rows": Case(UNET | RECOMPUTED | SHARED),
     "all kept gathered": Case({"train__zero": {}}),

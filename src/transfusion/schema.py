@@ -105,13 +105,14 @@ class PatchRoutes:
 
     order_N: int64, the patches of this rank's images in the order of the ranks that they are sent to; sent: how many
     each gets. slot_M: int64, flat positions (row * slice + position) of the patches that come, rank after rank;
-    received: how many from each.
+    received: how many from each. held: positions of this rank's slice that hold a patch.
     """
 
     order_N: Tensor
     sent: tuple[int, ...]
     slot_M: Tensor
     received: tuple[int, ...]
+    held: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +135,13 @@ class Batch:
     media: tuple[MediaGroup, ...]
     counts: BatchCounts
     routes: PatchRoutes | None = None
+
+    @property
+    def patches(self) -> int:
+        """Positions that hold a patch, known without asking the device."""
+        if self.routes is not None:
+            return self.routes.held
+        return sum(group.patch_slot_IP.numel() for group in self.media) if self.counts.images else 0
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""

@@ -248,7 +248,9 @@ def llama_name(name: str, tied: bool) -> str | None:
     if first != "blocks":
         return None
     layer, _, part = rest.removesuffix(".weight").partition(".")
-    return f"model.layers.{layer}.{IN_BLOCK[part]}.weight"
+    # Weights that patches have of their own start as those of text do.
+    part = IN_BLOCK[part.removeprefix("image_")]
+    return f"model.layers.{layer}.{part}.weight"
 
 
 def _rows(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transfusion.checkpoint.layout import Manifest
 from transfusion.config import Config
-from transfusion.config.objectives import PREDICTED
+from transfusion.config.objectives import COMPARED, PREDICTED
 from transfusion.parallel.parameter_shards import AVERAGE
 
 _BEFORE_LOSS, _AFTER_LOSS = "validation_", "_loss"
@@ -146,7 +146,7 @@ def _validation(config: Config, manifest: Manifest, losses: Mapping[str, float])
         return f"No validation loss of step {step} is known. `transfusion eval MODEL` measures it."
     units = {"text": ", nats per token", "image": ", nats per token"}
     if config.codec.makes == "latents":
-        units["image"] = f", squared error of the predicted {PREDICTED[config.diffusion.prediction]}"
+        units["image"] = f", squared error of the predicted {COMPARED[config.diffusion.prediction]}"
     names = ", ".join(f"`{source.name}`" for source in data.validation)
     limit = f", at most {data.validation_limit:,} documents" if data.validation_limit else ""
     weights = "the moving average" if AVERAGE in manifest.kinds else "the weights"

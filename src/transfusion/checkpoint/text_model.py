@@ -64,7 +64,11 @@ def export_text_model(source: str | Path, out: str | Path) -> Path:
 
 def _write(folder: Path, saved: SavedModel, pieces: int) -> None:
     reader, manifest = saved.reader, saved.reader.manifest
-    ours = {theirs: name for name in manifest.parameters if (theirs := llama_name(name, tied=False))}
+    ours = {
+        theirs: name
+        for name in manifest.parameters
+        if ".image_" not in name and (theirs := llama_name(name, tied=False))
+    }
     shapes = {theirs: manifest.parameters[name].shape for theirs, name in ours.items()}
     read = partial(reader.read_whole, AVERAGE if AVERAGE in manifest.kinds else WEIGHT)
     write_tensors(

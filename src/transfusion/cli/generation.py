@@ -53,7 +53,7 @@ SamplerName = Annotated[
     str,
     typer.Option(
         callback=_known_sampler,
-        help="ddim, ddpm or dpmpp_2m, for flow euler, heun or dpmpp_2m. auto takes ddim, for flow euler",
+        help="ddim, ddpm or dpmpp_2m, for flow and x euler, heun or dpmpp_2m. auto takes ddim, or euler",
     ),
 ]
 ImageSize = Annotated[

@@ -64,12 +64,14 @@ class Config(Section):
     def warnings(self) -> list[str]:
         """What can be trained but hardly learns, one line each with its remedy."""
         values, width = self.codec.depth * self.model.patch_size**2, self.model.hidden_size
-        if self.model.patch_embed != "linear" or self.model.family != "transfusion" or values <= width:
+        carries = values <= width or self.diffusion.prediction == "x"
+        if self.model.patch_embed != "linear" or self.model.family != "transfusion" or carries:
             return []
         return [
             f"a patch has {values} values ({self.codec.depth} channels x model.patch_size {self.model.patch_size}"
             f" squared), more than model.hidden_size {width} can carry, so even its noise is lost; set"
-            f" model.hidden_size={values} or more, a smaller model.patch_size, or model.patch_embed=unet"
+            f" diffusion.prediction=x, which asks for the image alone, model.hidden_size={values} or more, a smaller"
+            " model.patch_size, or model.patch_embed=unet"
         ]
 
     @model_validator(mode="before")

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from transfusion.config.codec_folder import KINDS
-from transfusion.config.objectives import PredictionName
+from transfusion.config.objectives import STRAIGHT, PredictionName
 from transfusion.sequence.sizes import Resize, Size
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 from transfusion.urls import redacted_plain
@@ -149,6 +149,11 @@ class ModelConfig(Section):
     norm_epsilon: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
     rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary embedding")
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
+    modality_weights: Literal["shared", "ffn", "all"] = Field(
+        "shared",
+        description="what patches have of their own in each block: nothing, the feed-forward with its norm, or all weights"
+        " (Mixture-of-Transformers)",
+    )
     norm_placement: Literal["pre", "post"] = Field(
         "pre", description="where RMSNorm stands: before attention and feed-forward, or after them"
     )
@@ -320,19 +325,28 @@ class DiffusionConfig(Section):
 
     prediction: PredictionName = Field(
         "epsilon",
-        description="what the network predicts: noise or v (cosine schedule), or the velocity of a rectified flow",
+        description="what the network predicts: noise or v (cosine schedule), the velocity of a rectified flow, or on its"
+        " path the clean image x",
     )
     steps: PositiveInt = Field(1000, description="training timesteps T")
     timestep_sampling: Literal["uniform", "logit-normal"] = Field(
         "uniform",
         description="how timesteps are drawn; logit-normal: mostly from the middle, not for epsilon",
     )
+    logit_mean: float = Field(
+        0.0,
+        description="for timestep_sampling=logit-normal: mean of the logit of the noise level, above 0 for more noise",
+    )
+    logit_std: PositiveFloat = Field(
+        1.0, description="for timestep_sampling=logit-normal: standard deviation of the logit"
+    )
     timestep_shift: PositiveFloat = Field(
-        1.0, description="for flow, in training and sampling: above 1 shifts towards more noise; 1: none"
+        1.0,
+        description="for flow and x, in training and sampling: above 1 shifts towards more noise; 1: none",
     )
     image_loss_weight: PositiveFloat = Field(5.0, description="lambda, the weight of the image loss")
     loss_weight: Literal["none", "min-snr"] = Field(
-        "none", description="weight of each image by its timestep; min-snr: not for flow"
+        "none", description="weight of each image by its timestep; min-snr: for epsilon and v"
     )
     min_snr_gamma: PositiveFloat = Field(
         5.0, description="for loss_weight=min-snr: signal-to-noise ratio above which images weigh less"
@@ -341,6 +355,11 @@ class DiffusionConfig(Section):
         500, description="images that come before their caption get timesteps below this; 0: no limit"
     )
 
+    @property
+    def is_straight(self) -> bool:
+        """Whether images become noise on a straight path, and not by the cosine schedule."""
+        return self.prediction in STRAIGHT
+
     def problems(self) -> Iterator[str]:
         """Values that do not fit together, one line each. `Config` asks, so that other sections are heard too."""
         if self.max_timestep_before_caption > self.steps:
@@ -348,23 +367,26 @@ class DiffusionConfig(Section):
         if self.timestep_sampling == "logit-normal" and self.prediction == "epsilon":
             yield (
                 "diffusion.timestep_sampling=logit-normal rarely draws the highest timesteps, where sampling begins and"
-                " predicted noise says least about the image; use it with diffusion.prediction=v or flow"
+                " predicted noise says least about the image; use it with diffusion.prediction=v, flow or x"
             )
-        if self.timestep_shift != 1 and self.prediction != "flow":
+        if self.timestep_shift != 1 and not self.is_straight:
             yield (
-                f"diffusion.timestep_shift={self.timestep_shift:g} is for diffusion.prediction=flow;"
+                f"diffusion.timestep_shift={self.timestep_shift:g} is for diffusion.prediction=flow or x;"
                 f" {self.prediction} takes 1"
             )
-        if self.loss_weight == "min-snr" and self.prediction == "flow":
+        if self.loss_weight == "min-snr" and self.is_straight:
             yield (
                 "diffusion.loss_weight=min-snr is for diffusion.prediction=epsilon or v;"
-                " flow weighs by diffusion.timestep_sampling and diffusion.timestep_shift"
+                f" {self.prediction} weighs by diffusion.timestep_sampling and diffusion.timestep_shift"
             )
-        if (
-            self.loss_weight == "none"
-            and self.min_snr_gamma != type(self).model_fields["min_snr_gamma"].default
+        for name, owner, value in (
+            ("min_snr_gamma", "loss_weight", "min-snr"),
+            ("logit_mean", "timestep_sampling", "logit-normal"),
+            ("logit_std", "timestep_sampling", "logit-normal"),
         ):
-            yield f"diffusion.min_snr_gamma={self.min_snr_gamma:g} does nothing without diffusion.loss_weight=min-snr"
+            given = getattr(self, name)
+            if getattr(self, owner) != value and given != type(self).model_fields[name].default:
+                yield f"diffusion.{name}={given:g} does nothing without diffusion.{owner}={value}"
 
 
 class WeightFrom(Section):
@@ -631,7 +653,8 @@ class SampleGridConfig(Section):
     steps: PositiveInt = Field(50, description="sampler steps")
     sampler: str = Field(
         "auto",
-        description="ddim, ddpm or dpmpp_2m, for flow euler, heun or dpmpp_2m. auto takes ddim, for flow euler",
+        description="ddim, ddpm or dpmpp_2m, for flow and x euler, heun or dpmpp_2m. auto takes ddim, or"
+        " euler",
     )
     guidance: NonNegativeFloat = Field(3.0, description="guidance scale; 1: none")
     seed: SamplingSeed = Field(0, description="seed of the first image; image k has seed + k")

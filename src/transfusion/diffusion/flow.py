@@ -1,9 +1,11 @@
-"""Samplers of a rectified flow: along dx / d sigma, the network's answer, from noise (sigma 1) to an image (0).
+"""Samplers of a rectified flow: along dx / d sigma, as the network's answer means it, from noise (sigma 1) to an image (0).
 
 I images, C channels, H/W latent height and width.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,7 +17,13 @@ class Euler:
     """Steps of the first order (Liu et al., 2023); one call of the network each."""
 
     def __init__(
-        self, train_steps: int, steps: int, *, shift: float = 1.0, clip: float | None = None
+        self,
+        train_steps: int,
+        steps: int,
+        *,
+        predicts: Literal["flow", "x"] = "flow",
+        shift: float = 1.0,
+        clip: float | None = None,
     ) -> None:
         """`steps` noise levels, evenly spaced and then shifted as in training (Esser et al., 2024, eq. 23).
 
@@ -23,7 +31,7 @@ class Euler:
         """
         if not 1 <= steps <= train_steps:
             raise ValueError(f"steps must lie in [1, {train_steps}], got {steps}")
-        self.clip = clip
+        self.predicts, self.clip = predicts, clip
         self.sigmas = [shifted(1 - index / steps, shift) for index in range(steps + 1)]
         # Level (t + 1) / train_steps belongs to timestep t; levels between those of training are asked for as such.
         self.timesteps = [max(0.0, sigma * train_steps - 1) for sigma in self.sigmas[:-1]]
@@ -59,11 +67,13 @@ class Euler:
         return self.sigmas[index + 1] - self.sigmas[index]
 
     def _velocity(self, index: int, latent_ICHW: Tensor, output_ICHW: Tensor) -> Tensor:
-        """The network's answer at a noise level, with the clean latents that it means within their bound."""
-        if self.clip is None:
+        """What the network's answer at a noise level means, with the clean latents within their bound."""
+        if self.predicts == "flow" and self.clip is None:
             return output_ICHW
         sigma = self.sigmas[index]
-        clean_ICHW = (latent_ICHW - sigma * output_ICHW).clamp(-self.clip, self.clip)
+        clean_ICHW = output_ICHW if self.predicts == "x" else latent_ICHW - sigma * output_ICHW
+        if self.clip is not None:
+            clean_ICHW = clean_ICHW.clamp(-self.clip, self.clip)
         return (latent_ICHW - clean_ICHW) / sigma
 
 

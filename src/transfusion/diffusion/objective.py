@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from transfusion.config import DiffusionConfig
+from transfusion.config.objectives import MIN_X_SIGMA
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.schedule import CosineSchedule, RectifiedFlowSchedule, Schedule
 from transfusion.schema import TIMESTEP_BUCKETS, LossTerms
@@ -24,17 +25,16 @@ class NoisedImages(NamedTuple):
 
 
 class ImageObjective:
-    """Prediction of epsilon (the noise; paper, eq. 3), v or flow; one timestep an image.
+    """Prediction of epsilon (the noise; paper, eq. 3), v, flow or x; one timestep an image.
 
-    epsilon: eps. v: signal eps - noise x_0 (Salimans and Ho, 2022). flow: eps - x_0 (Liu et al., 2023).
+    epsilon: eps. v: signal eps - noise x_0 (Salimans and Ho, 2022). flow: eps - x_0 (Liu et al., 2023). x: x_0 on the
+    path of flow, with the loss of the velocity that it means (Li and He, 2025, table 1, 3-b).
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.predicts = config.prediction
         self.schedule: Schedule = (
-            RectifiedFlowSchedule(config.steps)
-            if config.prediction == "flow"
-            else CosineSchedule(config.steps)
+            RectifiedFlowSchedule(config.steps) if config.is_straight else CosineSchedule(config.steps)
         )
         self.min_snr_gamma = config.min_snr_gamma if config.loss_weight == "min-snr" else None
 
@@ -50,11 +50,15 @@ class ImageObjective:
             return noise_ICHW
         if self.predicts == "flow":
             return noise_ICHW - clean_ICHW
+        if self.predicts == "x":
+            return clean_ICHW
         signal, noise = self.schedule.factors(timestep_I)
         return signal * noise_ICHW - noise * clean_ICHW
 
     def clean(self, noisy_ICHW: Tensor, output_ICHW: Tensor, timestep_I: Tensor) -> Tensor:
         """The clean latents that a prediction means."""
+        if self.predicts == "x":
+            return output_ICHW
         signal, noise = self.schedule.factors(timestep_I)
         if self.predicts == "epsilon":
             return (noisy_ICHW - noise * output_ICHW) / signal
@@ -63,11 +67,16 @@ class ImageObjective:
         return signal * noisy_ICHW - noise * output_ICHW
 
     def timestep_weight(self, timestep_I: Tensor) -> Tensor | None:
-        """Min-SNR weights, fp32 [I] (Hang et al., 2023, section 3.4); None: all images count alike.
+        """Weights of the squared errors, fp32 [I]; None: all images count alike.
 
-        min(SNR, gamma) is the weight of an error in x_0. An error in the noise is one in x_0 times SNR, squared, an
-        error in the velocity one times SNR + 1.
+        x: an error in x_0 over the noise level is one in the velocity. Levels below `MIN_X_SIGMA` count as that one.
+
+        Min-SNR (Hang et al., 2023, section 3.4): min(SNR, gamma) is the weight of an error in x_0. An error in the noise
+        is one in x_0 times SNR, squared, an error in the velocity one times SNR + 1.
         """
+        if self.predicts == "x":
+            _, sigma_I = self.schedule.signal_and_noise(timestep_I)
+            return sigma_I.clamp(min=MIN_X_SIGMA).square().reciprocal()
         if self.min_snr_gamma is None:
             return None
         signal_I, noise_I = self.schedule.signal_and_noise(timestep_I)

@@ -18,7 +18,7 @@ SamplerBuilder = Callable[[DiffusionConfig, int, float | None], Sampler]
 def _cosine(
     sampler: type[SpacedSampler], config: DiffusionConfig, steps: int, clip: float | None
 ) -> SpacedSampler:
-    assert config.prediction != "flow"
+    assert config.prediction == "epsilon" or config.prediction == "v"
     # With a bound, the bound holds the error.
     min_alpha_bar = MIN_ALPHA_BAR if clip is None else 0.0
     schedule = CosineSchedule(config.steps)
@@ -26,12 +26,13 @@ def _cosine(
 
 
 def _flow(sampler: type[Euler], config: DiffusionConfig, steps: int, clip: float | None) -> Euler:
-    return sampler(config.steps, steps, shift=config.timestep_shift, clip=clip)
+    assert config.prediction == "flow" or config.prediction == "x"
+    return sampler(config.steps, steps, predicts=config.prediction, shift=config.timestep_shift, clip=clip)
 
 
 def _dpm_solver(config: DiffusionConfig, steps: int, clip: float | None) -> Sampler:
-    is_flow = config.prediction == "flow"
-    return DPMSolver(_flow(Euler, config, steps, clip) if is_flow else _cosine(DDIM, config, steps, clip))
+    is_straight = config.is_straight
+    return DPMSolver(_flow(Euler, config, steps, clip) if is_straight else _cosine(DDIM, config, steps, clip))
 
 
 BUILDERS: dict[str, SamplerBuilder] = {

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.config import DiffusionConfig
-from transfusion.config.objectives import PREDICTED
+from transfusion.config.objectives import COMPARED
 from transfusion.families.family import Family, ImageMetric
 from transfusion.inference import image_diffusion
 from transfusion.inference.image_scores import diffusion_bound
@@ -30,8 +30,10 @@ def image_metric(diffusion: DiffusionConfig) -> ImageMetric:
     """The squared error, with how the timesteps were drawn, where it is not evenly."""
     shift = "" if diffusion.timestep_shift == 1 else f"shift {diffusion.timestep_shift:g}"
     law = "" if diffusion.timestep_sampling == "uniform" else diffusion.timestep_sampling
+    if (diffusion.logit_mean, diffusion.logit_std) != (0, 1):
+        law += f" of mean {diffusion.logit_mean:g} and deviation {diffusion.logit_std:g}"
     drawn = f" ({', '.join(filter(None, (law, shift)))})" if law or shift else ""
-    how = f"mean squared error of the predicted {PREDICTED[diffusion.prediction]}, validation {{}}, fixed noise and"
+    how = f"mean squared error of the predicted {COMPARED[diffusion.prediction]}, validation {{}}, fixed noise and"
     return ImageMetric("image_loss", "", f"{how} timesteps{drawn}")
 
 

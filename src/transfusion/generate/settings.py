@@ -24,8 +24,8 @@ class ImageSettings(TypedDict, total=False):
         negative_prompt: What guidance leads away from. Default "": an image without a caption.
         steps: Sampler steps of an image, from 1 to `diffusion.steps`. Each calls the model once. With heun it is twice,
             except in the last. A Chameleon model draws token by token, whatever the steps and the sampler. Default 25.
-        sampler: "ddim", "ddpm" or "dpmpp_2m", for flow prediction "euler", "heun" or "dpmpp_2m". Default "auto": ddim,
-            for flow euler.
+        sampler: "ddim", "ddpm" or "dpmpp_2m", for prediction of flow or x "euler", "heun" or "dpmpp_2m". Default
+            "auto": ddim, or euler.
         size: Height and width in pixels, one of the model's sizes. Default None: the first, or in an answer the one
             that the model chooses.
     """

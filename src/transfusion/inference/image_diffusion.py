@@ -22,6 +22,7 @@ from transfusion.inference.cache import CacheRows, FixedRows, PagedCache, Row
 from transfusion.inference.runner import ModelRunner
 from transfusion.model import Transfusion
 from transfusion.model.attention import Attend
+from transfusion.model.grouping import ALL_IMAGES
 from transfusion.model.patches import unpatchify
 from transfusion.sequence.sizes import Size
 from transfusion_kernels import IntervalMask
@@ -203,7 +204,7 @@ def _predict(
     assert isinstance(model, Transfusion)
     encoding = model.encode_patches([latent_ICHW], timestep_I).with_copies(copies)
     patches_RPD = encoding.patch_ND.unflatten(0, position_RPA.shape[:2])
-    hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, layers)
+    hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, layers, ALL_IMAGES)
     predicted_NE = model.decode_patches(model.norm(hidden_RPD).flatten(0, 1), encoding)
     _, channels, height, width = latent_ICHW.shape
     return unpatchify(predicted_NE, channels, height, width, model.config.patch_size).float()

@@ -21,6 +21,7 @@ from transfusion.config import Config
 from transfusion.inference.cache import CacheRows, FixedRows, PagedCache
 from transfusion.inference.captured import CapturedCalls, next_power_of_two
 from transfusion.model.backbone import Backbone
+from transfusion.model.grouping import ALL_IMAGES, ALL_TEXT, Grouping
 from transfusion.model.patches import Grid
 from transfusion.schema import ImageSegment, Segment, SpecialToken
 from transfusion.sequence.layout import Layout, image_segment, lay_out, position_axes
@@ -33,8 +34,8 @@ class ModelInput:
 
     token_ids_RS and position_RSA: int64. end_RS: int64, up to where each position sees, counted from the
     row's length before. counts: real positions of each row. images: those in the block, as the codec encodes them, a
-    tensor for each shape. patch_slot_N: int64, flat positions (row * S + position) of their patches, in that order.
-    place: where each row reads one image token, the grid of these images and the number of the token.
+    tensor for each shape. patch_slot_N: int64, flat positions (row * S + position) of their patches, in that order. None:
+    the block is of tokens alone, on every rank. place: where each row reads one image token, the grid of these images and the number of the token.
     """
 
     token_ids_RS: Tensor
@@ -121,6 +122,7 @@ class ModelRunner:
         position_RSA = np.zeros((len(pieces), longest, self.axes), dtype=np.int64)
         end_RS = np.zeros((len(pieces), longest), dtype=np.int64)
         slots: list[Tensor] = []
+        nothing = torch.zeros(0, dtype=torch.int64)
         for row, (layout, first, end) in enumerate(pieces):
             count = end - first
             ids_RS[row, :count] = layout.token_ids_S[first:end]
@@ -142,9 +144,7 @@ class ModelRunner:
                 self.codec.encode(torch.stack([images[number] for number in group]).to(self.device))
                 for group in groups
             ),
-            torch.cat([slots[number] for group in groups for number in group]).to(self.device)
-            if groups
-            else None,
+            torch.cat([nothing, *(slots[number] for group in groups for number in group)]).to(self.device),
         )
 
     def token_block(self, ids: Sequence[int], starts: Sequence[int]) -> ModelInput:
@@ -211,14 +211,26 @@ class ModelRunner:
         if block.place is not None:
             grid, number = block.place
             hidden_RSD = self.model.at_their_places(hidden_RSD.flatten(0, 1), [grid], number)[:, None]
-        if block.patch_slot_N is not None:
+        if block.images:
+            assert block.patch_slot_N is not None
             image_ND = self.model.read_images(block.images).to(hidden_RSD.dtype)
             flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, image_ND)
             hidden_RSD = flat.view_as(hidden_RSD)
         mask = rows.mask(block.end_RS, block.counts)
-        hidden_RSD = self.model.run_blocks(hidden_RSD, block.position_RSA, mask, rows.layers)
+        grouping = self._grouping(block)
+        hidden_RSD = self.model.run_blocks(hidden_RSD, block.position_RSA, mask, rows.layers, grouping)
         rows.advance(block.counts)
         return hidden_RSD
+
+    def _grouping(self, block: ModelInput) -> Grouping:
+        """Which positions are of images, where those have weights of their own."""
+        if block.place is not None:
+            return ALL_IMAGES
+        if block.patch_slot_N is None or self.model.config.modality_weights == "shared":
+            return ALL_TEXT
+        is_image_RS = torch.zeros_like(block.token_ids_RS, dtype=torch.bool)
+        is_image_RS.view(-1)[block.patch_slot_N] = True
+        return Grouping.of(is_image_RS, len(block.patch_slot_N))
 
     def logits(self, state_RD: Tensor) -> Tensor:
         """fp32 logits [R, V] of the token after each state."""

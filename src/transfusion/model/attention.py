@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from transfusion.config import ModelConfig
 from transfusion.model.embedding import rotate
+from transfusion.model.grouping import ALL_TEXT, Grouping
 from transfusion_kernels import IntervalMask, interval_attention
 
 
@@ -90,32 +91,52 @@ class Attention(nn.Module):
             self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon)
             self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon)
 
+    def queries(self, x: Tensor) -> Tensor:
+        """States [..., D] to queries [..., H, E], before they are turned."""
+        query = self.query(x).unflatten(-1, (self.heads, self.head_dim))
+        return query if self.query_norm is None else self.query_norm(query)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """States [..., D] to keys [..., K, E], before they are turned."""
+        key = self.key(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        return key if self.key_norm is None else self.key_norm(key)
+
+    def values(self, x: Tensor) -> Tensor:
+        """States [..., D] to values [..., K, E]."""
+        return self.value(x).unflatten(-1, (self.kv_heads, self.head_dim))
+
     def forward(
         self,
-        x_BSD: Tensor,
+        x: Tensor,
         cosine_B1SE: Tensor,
         sine_B1SE: Tensor,
         mask: IntervalMask,
         attend: Attend | None = None,
+        grouping: Grouping = ALL_TEXT,
+        image: Attention | None = None,
     ) -> Tensor:
         """Attend from every position to those that it sees.
 
         Args:
-            x_BSD: States of the positions.
+            x: States of the positions, [B, S, D], or as the grouping orders them.
             cosine_B1SE: Cosines of the rotary angles, as `rotate` takes them.
             sine_B1SE: Their signed sines.
             mask: Which positions see which.
             attend: What carries it out this time, such as a layer of a cache.
+            grouping: Which positions are of images.
+            image: Whose weights these have. None: the same as text.
 
         Returns:
-            New states [B, S, D].
+            New states, in the shape of `x`.
         """
-        B, S, _ = x_BSD.shape
-        query = self.query(x_BSD).view(B, S, self.heads, self.head_dim).transpose(1, 2)
-        key = self.key(x_BSD).view(B, S, self.kv_heads, self.head_dim).transpose(1, 2)
-        value = self.value(x_BSD).view(B, S, self.kv_heads, self.head_dim).transpose(1, 2)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        rows = len(cosine_B1SE)
+        of_text = (self.queries, self.keys, self.values)
+        of_images = (None,) * 3 if image is None else (image.queries, image.keys, image.values)
+        query, key, value = (
+            grouping.in_rows(grouping.apply(x, *modules), rows).transpose(1, 2)
+            for modules in zip(of_text, of_images, strict=True)
+        )
         query, key = (rotate(x, cosine_B1SE, sine_B1SE) for x in (query, key))
         attended = (attend or self.attend)(query, key, value, mask)
-        return self.out(attended.transpose(1, 2).reshape(B, S, self.heads * self.head_dim))
+        seen = grouping.ordered(attended.transpose(1, 2).flatten(2))
+        return grouping.apply(seen, self.out, None if image is None else image.out)

@@ -16,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transfusion.config import ModelConfig
 from transfusion.model.attention import Attend
 from transfusion.model.embedding import rotation
+from transfusion.model.grouping import ALL_TEXT, Grouping
 from transfusion.model.heads import TextHead
 from transfusion.model.patch_position import PatchPosition
 from transfusion.model.patches import Grid
+from transfusion.schema import Batch
 from transfusion_kernels import IntervalMask
 
 
@@ -48,17 +50,29 @@ class Backbone(nn.Module, ABC):
         position_BSA: Tensor,
         mask: IntervalMask,
         layers: Sequence[Attend] | None = None,
+        grouping: Grouping = ALL_TEXT,
     ) -> Tensor:
-        """All blocks. The final norm is the caller's. layers: the attention of each, such as a cache."""
+        """All blocks. The final norm is the caller's.
+
+        layers: the attention of each, such as a cache. grouping: which positions are of images, for
+        `model.modality_weights`.
+        """
+        if self.config.modality_weights == "shared":
+            grouping = ALL_TEXT
+        hidden = grouping.ordered(hidden_BSD)
         turn = rotation(position_BSA, self.config.head_dim, self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
             if self.recomputes_blocks and torch.is_grad_enabled():
-                inputs = (hidden_BSD, *turn, mask)
-                hidden_BSD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                inputs = (hidden, *turn, mask, None, grouping)
+                hidden = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 attend = None if layers is None else layers[layer]
-                hidden_BSD = block(hidden_BSD, *turn, mask, attend)
-        return hidden_BSD
+                hidden = block(hidden, *turn, mask, attend, grouping)
+        return grouping.in_rows(hidden, len(hidden_BSD))
+
+    def grouping_of(self, batch: Batch) -> Grouping:
+        """Which positions of a batch have weights of images, as `run_blocks` takes it."""
+        return ALL_TEXT if self.config.modality_weights == "shared" else Grouping.of_batch(batch)
 
 
 def compile_blocks(model: Backbone) -> None:

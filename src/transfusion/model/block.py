@@ -1,4 +1,8 @@
-"""One Llama block: attention and SwiGLU, each with an RMSNorm and a residual."""
+"""One Llama block: attention and SwiGLU, each with an RMSNorm and a residual.
+
+With `model.modality_weights` patches have a feed-forward of their own, or all weights (Liang et al., 2024). Their names
+begin with `image_`. Those of text are named as in a block that both share.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import ModelConfig
 from transfusion.model.attention import Attend, Attention
+from transfusion.model.grouping import ALL_TEXT, Grouping
 from transfusion_kernels import IntervalMask
 
 
@@ -20,8 +25,8 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.ffn_width, bias=False)
         self.down = nn.Linear(config.ffn_width, config.hidden_size, bias=False)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(nn.functional.silu(self.gate(x_BSD)) * self.up(x_BSD))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
 class TransformerBlock(nn.Module):
@@ -38,29 +43,43 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.recomputes_attention = recomputes_attention
         self.norms_before = config.norm_placement == "pre"
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.attention = Attention(config, attend)
-        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.feed_forward = FeedForward(config)
+
+        def norm() -> nn.RMSNorm:
+            return nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+
+        self.attention_norm, self.attention = norm(), Attention(config, attend)
+        self.feed_forward_norm, self.feed_forward = norm(), FeedForward(config)
+        self.image_attention_norm = self.image_attention = None
+        self.image_feed_forward_norm = self.image_feed_forward = None
+        if config.modality_weights == "all":
+            self.image_attention_norm, self.image_attention = norm(), Attention(config, attend)
+        if config.modality_weights != "shared":
+            self.image_feed_forward_norm, self.image_feed_forward = norm(), FeedForward(config)
 
     def forward(
         self,
-        x_BSD: Tensor,
+        x: Tensor,
         cosine_B1SE: Tensor,
         sine_B1SE: Tensor,
         mask: IntervalMask,
         attend: Attend | None = None,
+        grouping: Grouping = ALL_TEXT,
     ) -> Tensor:
-        def attention(x_BSD: Tensor) -> Tensor:
-            x_BSD = self.attention_norm(x_BSD) if self.norms_before else x_BSD
-            out_BSD = self.attention(x_BSD, cosine_B1SE, sine_B1SE, mask, attend)
-            return out_BSD if self.norms_before else self.attention_norm(out_BSD)
+        """States [B, S, D], or as the grouping orders them, to new ones. The rest is as `Attention.forward` takes it."""
+
+        def attention(x: Tensor) -> Tensor:
+            norms = (self.attention_norm, self.image_attention_norm)
+            x = grouping.apply(x, *norms) if self.norms_before else x
+            out = self.attention(x, cosine_B1SE, sine_B1SE, mask, attend, grouping, self.image_attention)
+            return out if self.norms_before else grouping.apply(out, *norms)
 
         if self.recomputes_attention and torch.is_grad_enabled():
-            attended_BSD = checkpoint(attention, x_BSD, use_reentrant=False, preserve_rng_state=False)
+            attended = checkpoint(attention, x, use_reentrant=False, preserve_rng_state=False)
         else:
-            attended_BSD = attention(x_BSD)
-        x_BSD = x_BSD + attended_BSD
+            attended = attention(x)
+        x = x + attended
+        norms = (self.feed_forward_norm, self.image_feed_forward_norm)
+        modules = (self.feed_forward, self.image_feed_forward)
         if not self.norms_before:
-            return x_BSD + self.feed_forward_norm(self.feed_forward(x_BSD))
-        return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
+            return x + grouping.apply(grouping.apply(x, *modules), *norms)
+        return x + grouping.apply(grouping.apply(x, *norms), *modules)

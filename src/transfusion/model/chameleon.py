@@ -84,7 +84,8 @@ class Chameleon(Backbone):
         if self.patch_position is not None:
             embedded = embedded.index_copy(0, slot_N, self.patch_position(embedded[slot_N], grids))
         hidden_BSD = embedded.unflatten(0, batch.token_ids_BS.shape)
-        hidden_BSD = self.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
+        grouping = self.grouping_of(batch)
+        hidden_BSD = self.run_blocks(hidden_BSD, batch.position_BSA, batch.mask, grouping=grouping)
         flat = self.norm(hidden_BSD).flatten(0, 1)
         # The count is known on the host, so nothing waits for the device to tell it.
         texts = batch.counts.text_targets

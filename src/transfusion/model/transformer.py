@@ -86,7 +86,9 @@ class Transfusion(Backbone):
         weight 0 where a rank has nothing for it, so that all ranks gather the same parameters.
         """
         encoding = self.encode_patches(noisy, torch.cat([group.timestep_I for group in batch.media]))
-        hidden_BSD = self.run_blocks(self.embed(batch, encoding.patch_ND), batch.position_BSA, batch.mask)
+        hidden_BSD = self.embed(batch, encoding.patch_ND)
+        grouping = self.grouping_of(batch)
+        hidden_BSD = self.run_blocks(hidden_BSD, batch.position_BSA, batch.mask, grouping=grouping)
         flat = self.norm(hidden_BSD).flatten(0, 1)
         # The count is known on the host, so nothing waits for the device to tell it.
         weight = batch.text_weight_BS.flatten()

@@ -1,13 +1,13 @@
 """Floating-point operations of training, by three conventions.
 
 exact: what must be computed. Each matrix multiplies the real positions that pass through it (the text head: those
-with a target, of text or of image tokens), attention is counted by the visible pairs of the mask, 4 * width forward
+with a target, of text or of image tokens. With `model.modality_weights` a patch passes through its own), attention is counted by the visible pairs of the mask, 4 * width forward
 and 8 * width backward a pair and layer; the first matrices have no gradient of their input. Padding and recomputation
 do not count.
 hardware: what is computed. Padding and images of weight 0 count, the attention's backward pass makes its scores
 again (10 * width a pair), and what activation checkpointing recomputes counts once more.
 palm: (6 * N + 12 * width * layers * row length) * positions, as PaLM counts (Chowdhery et al., 2022, appendix B); N:
-parameters without the embedding table. Hidden pairs and padding are included: only to compare like with like.
+parameters without the embedding table, and without those that only patches have. Hidden pairs and padding are included: only to compare like with like.
 
 B rows, S positions.
 """
@@ -108,11 +108,21 @@ class FlopModel:
             self._model = self._family.network(config.model, config.codec)
         model = config.model
         self.pair = model.heads * model.head_dim * model.layers
-        self.blocks = _matrices(self._model.blocks)
+        self.patch_size = model.patch_size
+        # What a position of text passes through, and a patch.
+        self.blocks, self.image_blocks = (
+            sum(map(_matrices, _parts(self._model, of_images))) for of_images in (False, True)
+        )
         self.lm_head = _matrices(self._model.lm_head)
         self.recomputes = config.train.activation_checkpointing
-        self.recomputed = _recomputed(self._model, self.recomputes)
-        self.counted = sum(p.numel() for p in self._model.parameters()) - self._model.embedding.weight.numel()
+        self.recomputed, self.image_recomputed = (
+            _recomputed(self._model, self.recomputes, of_images) for of_images in (False, True)
+        )
+        self.counted = sum(
+            parameter.numel()
+            for name, parameter in self._model.named_parameters()
+            if not name.startswith("embedding.") and ".image_" not in name
+        )
         self.sequence_length = config.data.sequence_length
         self.codec = config.codec
         self._images: dict[tuple[tuple[int, ...], bool], int] = {}
@@ -124,11 +134,19 @@ class FlopModel:
         carried = sum(self.image_operations(each.shape, again) * each.carried for each in load.images)
         of_images = sum(each.real * self._family.head_targets(each.shape) for each in load.images)
         head = 6 * self.lm_head * (load.text_targets + of_images)
+        patches = sum(each.real * each.shape[1] * each.shape[2] for each in load.images) // self.patch_size**2
+        texts, others = load.tokens - patches, load.positions - patches
         scores = 14 if self.recomputes == "none" else 18
         return Work(
-            exact=Operations(6 * self.blocks * load.tokens + head + real, 12 * self.pair * load.pairs),
+            exact=Operations(
+                6 * (self.blocks * texts + self.image_blocks * patches) + head + real,
+                12 * self.pair * load.pairs,
+            ),
             hardware=Operations(
-                (6 * self.blocks + 2 * self.recomputed) * load.positions + head + carried,
+                (6 * self.blocks + 2 * self.recomputed) * others
+                + (6 * self.image_blocks + 2 * self.image_recomputed) * patches
+                + head
+                + carried,
                 scores * self.pair * load.pairs,
             ),
             palm=Operations(
@@ -148,18 +166,31 @@ class FlopModel:
         return self._images[key]
 
 
-def _recomputed(model: Backbone, what: str) -> int:
+def _parts(model: Backbone, of_images: bool) -> list[nn.Module]:
+    """Attention and feed-forward of each block in turn: those of text, or those of patches, which may be the same."""
+    parts = []
+    for block in model.blocks:
+        for name in ("attention", "feed_forward"):
+            own = getattr(block, f"image_{name}")
+            parts.append(own if of_images and own is not None else block.get_submodule(name))
+    return parts
+
+
+def _recomputed(model: Backbone, what: str, of_images: bool) -> int:
     """Elements of the blocks' matrices that multiply once more in the backward pass.
 
     Recomputation ends once all saved tensors are there again: the last product of what is recomputed is not made.
     """
-    last = {"none": None, "block": "feed_forward.down", "attention": "attention.out"}[what]
-    if last is None:
+    if what == "none":
         return 0
-    parts = [block if what == "block" else block.get_submodule("attention") for block in model.blocks]
-    return sum(_matrices(part) for part in parts) - sum(
-        _matrices(block.get_submodule(last)) for block in model.blocks
-    )
+    parts = _parts(model, of_images)
+    attentions, feed_forwards = parts[::2], parts[1::2]
+    again, last = (attentions, "out") if what == "attention" else (parts, "down")
+    ends = attentions if what == "attention" else feed_forwards
+    # The last product is of patches, where they have weights of their own there.
+    others = _parts(model, not of_images)
+    is_last = of_images or ends[0] in others
+    return sum(map(_matrices, again)) - is_last * sum(_matrices(part.get_submodule(last)) for part in ends)
 
 
 def _matrices(module: nn.Module) -> int:

@@ -135,9 +135,10 @@ class SequenceGroup:
         idle = idle.repeat_interleave(groups[0].patch_slot_IP.shape[1])
         owner, place = torch.cat([owner, idle]), torch.cat([place, idle])
         local = torch.cat([local, torch.zeros_like(idle)])
-        return tuple(mine), self._routes(owner, place, local)
+        held = int((place[: len(slot)] == self.rank).sum())
+        return tuple(mine), self._routes(owner, place, local, held)
 
-    def _routes(self, owner: Tensor, place: Tensor, local: Tensor) -> PatchRoutes:
+    def _routes(self, owner: Tensor, place: Tensor, local: Tensor, held: int) -> PatchRoutes:
         """Of all patches, in the order of the images: the ranks that encode and hold them, and their slots there."""
         going, coming = place[owner == self.rank], place == self.rank
         origin = owner[coming]
@@ -146,6 +147,7 @@ class SequenceGroup:
             sent=tuple(going.bincount(minlength=self.degree).tolist()),
             slot_M=local[coming][origin.argsort(stable=True)],
             received=tuple(origin.bincount(minlength=self.degree).tolist()),
+            held=held,
         )
 
     def _refuse_other_rows(self, batch: Batch) -> None:

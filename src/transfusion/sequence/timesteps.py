@@ -25,12 +25,14 @@ def shifted(level: float, shift: float) -> float:
 class TimestepLaw:
     """Noise levels in [0, 1), cut into `steps` timesteps.
 
-    Uniform, or the logistic function of a standard normal number (Esser et al., 2024, eq. 19); then shifted.
+    Uniform, or the logistic function of a normal number (Esser et al., 2024, eq. 19); then shifted.
     """
 
     law: Literal["uniform", "logit-normal"]
     shift: float
     steps: int
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
 
     def draw(self, uniform: float, limit: int) -> int:
         """The timestep for a number in [0, 1), by the law given that it lies below `limit`."""
@@ -42,10 +44,13 @@ class TimestepLaw:
     def _level(self, share: float) -> float:
         """The level below which this share of all levels lies."""
         if self.law == "logit-normal":
-            share = 1 / (1 + math.exp(-_NORMAL.inv_cdf(max(share, _MIN_SHARE))))
+            logit = self.logit_mean + self.logit_std * _NORMAL.inv_cdf(max(share, _MIN_SHARE))
+            share = 1 / (1 + math.exp(-logit))
         return shifted(share, self.shift)
 
     def _share_below(self, level: float) -> float:
         """The share of all levels below one in (0, 1): the inverse of `_level`."""
         level = shifted(level, 1 / self.shift)
-        return _NORMAL.cdf(math.log(level / (1 - level))) if self.law == "logit-normal" else level
+        if self.law == "uniform":
+            return level
+        return _NORMAL.cdf((math.log(level / (1 - level)) - self.logit_mean) / self.logit_std)

@@ -56,6 +56,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uneven": {"model__patch_size": 1, "codec__image_size": 2, "train__zero": NOTHING_KEPT},
     "unet": {**UNET, "train__zero": NOTHING_KEPT},
     "unet, recomputed": {**UNET, "train__activation_checkpointing": "block", "train__zero": NOTHING_KEPT},
+    "own feed-forward": {"model__modality_weights": "ffn", "train__zero": NOTHING_KEPT},
+    "own weights": {
+        "model__modality_weights": "all",
+        "model__qk_norm": True,
+        "train__activation_checkpointing": "block",
+        "train__zero": NOTHING_KEPT,
+    },
+    "own weights, shared rows": {
+        "model__modality_weights": "all",
+        "train__sequence_parallel": 2,
+        "train__zero": NOTHING_KEPT,
+    },
+    "clean image": {"diffusion__prediction": "x", "train__zero": NOTHING_KEPT},
     "stage 1": {"train__zero": {"stage": 1}},
     "stage 2": {"train__zero": {"stage": 2}},
     "all offloaded": {

@@ -178,8 +178,13 @@ def test_a_patch_of_more_values_than_the_width_is_warned_of(
     code, _, told = here("config", *wide)
     assert code == 0
     assert told.startswith("warning: a patch has 192 values (3 channels x model.patch_size 8 squared)")
-    assert "set model.hidden_size=192 or more" in told and len(told.splitlines()) == 1
-    for enough in ("model.hidden_size=192", "model.patch_size=4", "model.patch_embed=unet"):
+    assert "model.hidden_size=192 or more" in told and len(told.splitlines()) == 1
+    for enough in (
+        "model.hidden_size=192",
+        "model.patch_size=4",
+        "model.patch_embed=unet",
+        "diffusion.prediction=x",
+    ):
         assert transfusion("config", *wide, enough).stderr == ""
 
 

@@ -101,6 +101,9 @@ def test_parts_that_do_not_fit_each_other() -> None:
         ),
         (["prediction=v", "timestep_shift=3"], ["timestep_shift=3 is for diffusion.prediction=flow"]),
         (["prediction=flow", "loss_weight=min-snr"], ["loss_weight=min-snr is for"]),
+        (["prediction=x", "loss_weight=min-snr"], ["x weighs by"]),
+        (["prediction=x", "logit_mean=0.8"], ["logit_mean=0.8 does nothing"]),
+        (["logit_std=0.8"], ["logit_std=0.8 does nothing"]),
         (["min_snr_gamma=3"], ["min_snr_gamma=3 does nothing"]),
         (
             ["steps=100", "timestep_sampling=logit-normal"],
@@ -122,6 +125,7 @@ def test_laws_and_weights_that_cannot_serve_an_objective(overrides: list[str], m
         ("epsilon", "euler", "ddim or ddpm"),
         ("v", "heun", "ddim or ddpm"),
         ("flow", "ddim", "euler or heun"),
+        ("x", "ddpm", "euler or heun"),
     ],
 )
 def test_a_sampler_that_does_not_fit_the_objective(prediction: str, sampler: str, choice: str) -> None:

@@ -103,7 +103,7 @@ def test_no_limit_when_it_is_zero(make_config: MakeConfig, indexes: list[SourceI
     assert max(row.images[0].timestep for row in rows) > 900
 
 
-@pytest.mark.parametrize("prediction", ["v", "flow"])
+@pytest.mark.parametrize("prediction", ["v", "flow", "x"])
 def test_a_law_of_timesteps_and_its_limit(
     make_config: MakeConfig, indexes: list[SourceIndex], prediction: str
 ) -> None:

@@ -34,7 +34,7 @@ def variance_of_the_chain(schedule: Schedule, believed: float) -> float:
     raise AssertionError
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow", "x"])
 @pytest.mark.parametrize("believed", [SCALE, 2 * SCALE])
 def test_images_of_normal_numbers(prediction: Any, believed: float) -> None:
     """With a linear predictor the chain draws a normal distribution, whose likelihood is bounded from below."""
@@ -50,7 +50,12 @@ def test_images_of_normal_numbers(prediction: Any, believed: float) -> None:
         signal, sigma = (factor.double() for factor in schedule.factors(timestep_I))
         guess = noisy.double() * signal * believed**2 / (signal**2 * believed**2 + sigma**2)
         of_noise = (noisy.double() - signal * guess) / sigma
-        output = {"epsilon": of_noise, "v": signal * of_noise - sigma * guess, "flow": of_noise - guess}
+        output = {
+            "epsilon": of_noise,
+            "v": signal * of_noise - sigma * guess,
+            "flow": of_noise - guess,
+            "x": guess,
+        }
         predicted = objective.clean(noisy.double(), output[prediction], timestep_I)
         torch.testing.assert_close(predicted, guess, rtol=1e-4, atol=1e-4)
         total += bound.terms(clean, predicted, timestep_I)

@@ -37,6 +37,11 @@ SERVED = [
     ("euler", "flow", 3.0),
     ("heun", "flow", 1.0),
     ("heun", "flow", 3.0),
+    ("euler", "x", 1.0),
+    ("euler", "x", 3.0),
+    ("heun", "x", 1.0),
+    ("heun", "x", 3.0),
+    ("dpmpp_2m", "x", 3.0),
     ("dpmpp_2m", "epsilon", 1.0),
     ("dpmpp_2m", "v", 1.0),
     ("dpmpp_2m", "flow", 1.0),
@@ -60,7 +65,12 @@ def test_a_perfect_predictor_leads_to_its_image(
         calls.append(timestep)
         signal, sigma = (factor.double() for factor in schedule.signal_and_noise(torch.tensor([timestep])))
         noise = (latent - signal * image) / sigma
-        return {"epsilon": noise, "v": signal * noise - sigma * image, "flow": noise - image}[prediction]
+        return {
+            "epsilon": noise,
+            "v": signal * noise - sigma * image,
+            "flow": noise - image,
+            "x": image,
+        }[prediction]
 
     sampler = build_sampler(ImageSampling(sampler=name, steps=steps), config, clip=clip)
     latent = sample(sampler, start_noise(key, (1, 8, 8)).double(), perfect, key)
@@ -93,7 +103,7 @@ def test_heun_is_of_the_second_order() -> None:
     assert 1.8 < euler_10 / euler_20 < 2.2 and heun_10 / heun_20 > 3.3 and heun_20 < euler_20 / 5
 
 
-@pytest.mark.parametrize("prediction", ["v", "flow"])
+@pytest.mark.parametrize("prediction", ["v", "flow", "x"])
 def test_dpm_solver_errs_less_than_the_first_order(prediction: Any) -> None:
     """Images that are normal numbers of scale 1/2 have a best predictor and a path that are known."""
     config, key, start = DiffusionConfig(prediction=prediction), torch.tensor([0]), torch.ones(1, 1, 1, 1)
@@ -105,13 +115,13 @@ def test_dpm_solver_errs_less_than_the_first_order(prediction: Any) -> None:
         )
         clean = latent * signal / 4 / (signal**2 / 4 + sigma**2)
         noise = (latent - signal * clean) / sigma
-        return {"v": signal * noise - sigma * clean, "flow": noise - clean}[prediction]
+        return {"v": signal * noise - sigma * clean, "flow": noise - clean, "x": clean}[prediction]
 
     def error(name: str, steps: int) -> float:
         sampler = build_sampler(ImageSampling(sampler=name, steps=steps), config, clip=None)
         return abs(sample(sampler, start.double(), best, key).item() - 0.5)
 
-    first = {"v": "ddim", "flow": "euler"}[prediction]
+    first = {"v": "ddim", "flow": "euler", "x": "euler"}[prediction]
     for steps in (20, 40):
         assert error("dpmpp_2m", steps) < error(first, steps) / 5
 

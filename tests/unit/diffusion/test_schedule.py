@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from transfusion.config import DiffusionConfig
+from transfusion.config.objectives import MIN_X_SIGMA
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.objective import ImageObjective
 from transfusion.diffusion.sampler import guide
@@ -41,7 +42,7 @@ def test_noised_images_keep_their_variance() -> None:
     torch.testing.assert_close(signal**2 + noise**2, torch.ones(1000), rtol=0, atol=1e-6)
 
 
-OBJECTIVES = ("epsilon", "v", "flow")
+OBJECTIVES = ("epsilon", "v", "flow", "x")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -77,6 +78,26 @@ def test_the_answer_is_the_slope_of_the_path(name: Any) -> None:
         angle, step = math.atan2(sigma, signal), 1e-4
         ahead, behind = (math.cos(a) * clean + math.sin(a) * noise for a in (angle + step, angle - step))
         torch.testing.assert_close(noised.target.double(), (ahead - behind) / (2 * step), rtol=0, atol=1e-5)
+
+
+def test_an_error_of_the_clean_image_counts_as_one_of_the_velocity() -> None:
+    """x has the loss of flow for the velocity that it means, but where the noise level is below its bound."""
+    as_clean, as_flow = (ImageObjective(DiffusionConfig(prediction=name)) for name in ("x", "flow"))
+    timestep, key = torch.tensor([999, 500, 49, 9]), torch.arange(4)
+    clean = torch.rand(4, 1, 4, 4)
+    noised, of_flow = (objective.corrupt(clean, timestep, key) for objective in (as_clean, as_flow))
+    assert torch.equal(noised.noisy, of_flow.noisy) and torch.equal(noised.target, clean)
+    guess = clean + 0.1 * torch.randn_like(clean)
+    _, sigma = as_clean.schedule.factors(timestep)
+    velocity = (noised.noisy - guess) / sigma
+    for image in range(4):
+        weight = torch.zeros(4)
+        weight[image] = 1.0
+        own = as_clean.loss(guess, noised.target, weight, timestep).sums["image"]
+        other = as_flow.loss(velocity, of_flow.target, weight, timestep).sums["image"]
+        bounded = (min(sigma[image].item(), MIN_X_SIGMA) / MIN_X_SIGMA) ** 2
+        torch.testing.assert_close(own, other * bounded, rtol=1e-4, atol=0)
+    assert sigma[3] < MIN_X_SIGMA <= sigma[2]
 
 
 @pytest.mark.parametrize("loss_weight", ["none", "min-snr"])

@@ -80,7 +80,8 @@ class Truth:
         given = [torch.stack(list(latents))] if latents else [torch.zeros(1, 1, 8, 8)]
         encoding = self.model.encode_patches(given, batch.media[0].timestep_I)
         hidden_BSD = self.model.embed(batch, encoding.patch_ND)
-        hidden_BSD = self.model.run_blocks(hidden_BSD, batch.position_BSA, batch.mask)
+        grouping = self.model.grouping_of(batch)
+        hidden_BSD = self.model.run_blocks(hidden_BSD, batch.position_BSA, batch.mask, grouping=grouping)
         return self.model.norm(hidden_BSD[0]), encoding
 
     def noise(

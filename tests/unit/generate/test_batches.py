@@ -121,6 +121,7 @@ def test_images_come_in_order_whatever_their_prompts_share(build_pipeline: Calla
         ({"prediction": "v"}, "auto", "ddim"),
         ({"prediction": "flow"}, "auto", "euler"),
         ({"prediction": "flow"}, "heun", "heun"),
+        ({"prediction": "x"}, "auto", "euler"),
         ({"prediction": "flow", "timestep_shift": 4.0}, "auto", "euler"),
     ],
 )
@@ -133,7 +134,7 @@ def test_the_grid_is_drawn_for_the_objective(
     assert torch.equal(drawn.pixels, expected.pixels)
     plain = build_pipeline(diffusion={"prediction": diffusion["prediction"]})
     (unlike,) = plain.sample(["one"], steps=3, seed=4, sampler="ddpm" if meant == "ddim" else "euler")
-    same_settings = diffusion == {"prediction": "flow"} and meant == "euler"
+    same_settings = diffusion in ({"prediction": "flow"}, {"prediction": "x"}) and meant == "euler"
     assert torch.equal(drawn.pixels, unlike.pixels) == same_settings
 
 

@@ -40,20 +40,20 @@ def test_an_export_samples_as_its_live_model(
     assert not any(parameter.requires_grad for parameter in loaded.runner.model.parameters())
 
 
-@pytest.mark.parametrize("prediction", ["v", "flow"])
+@pytest.mark.parametrize("prediction", ["v", "flow", "x"])
 def test_an_export_knows_what_its_model_predicts(folder: Path, prediction: str) -> None:
     drawn = {"epsilon": images(Pipeline.from_export(folder, device="cpu"))}
     description = json.loads((folder / export.CONFIG).read_text())
     description["config"]["diffusion"]["prediction"] = prediction
     (folder / export.CONFIG).write_text(json.dumps(description))
     pipeline = Pipeline.from_export(folder, device="cpu")
-    own, other = {"v": ("ddim", "euler"), "flow": ("euler", "ddim")}[prediction]
+    own, other = {"v": ("ddim", "euler"), "flow": ("euler", "ddim"), "x": ("euler", "ddim")}[prediction]
     drawn[prediction] = images(pipeline)
     assert not torch.equal(drawn["epsilon"], drawn[prediction])
     named = pipeline.sample(["a handwritten three"], steps=3, sampler=own)
     assert torch.equal(named[0].pixels, drawn[prediction])
     with pytest.raises(
-        UserError, match=f"'{other}' cannot draw with this model, .*velocity; choose {own} or"
+        UserError, match=f"'{other}' cannot draw with this model, .*(velocity|image); choose {own} or"
     ):
         pipeline.sample(["a handwritten three"], steps=3, sampler=other)
 

@@ -101,9 +101,9 @@ class Watch:
         self.steps.append(Step(latent_ICHW, timestep_I.tolist(), answer_RCHW))
         return predicted_NE
 
-    def _running(self, hidden_BSD: Tensor, *others: Any) -> Tensor:
+    def _running(self, hidden_BSD: Tensor, *others: Any, **named: Any) -> Tensor:
         self.rows.append((hidden_BSD.shape[0], hidden_BSD.shape[1]))
-        hidden_BSD = self._blocks(hidden_BSD, *others)
+        hidden_BSD = self._blocks(hidden_BSD, *others, **named)
         return hidden_BSD
 
     def _choosing(self, state_RD: Tensor) -> Tensor:

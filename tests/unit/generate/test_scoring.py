@@ -66,7 +66,7 @@ def test_an_empty_text_is_certain(build_pipeline: Build) -> None:
     assert score.log_likelihood == 0 and score.count == 0
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow", "x"])
 def test_images(
     build_pipeline: Build,
     pack: Callable[..., Batch],

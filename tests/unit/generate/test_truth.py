@@ -76,16 +76,30 @@ def test_interleaved(
 UNET = {"patch_embed": "unet", "unet": {"widths": [8, 16], "layers": 1, "head_dim": 8}}
 
 
-VELOCITY, FLOW = ({"diffusion": {"prediction": prediction}} for prediction in ("v", "flow"))
+VELOCITY, FLOW, CLEAN = ({"diffusion": {"prediction": prediction}} for prediction in ("v", "flow", "x"))
 
 
 @pytest.mark.parametrize(
     ("sampler", "fields"),
     [
         *(("ddpm", {}), ("ddim", {}), ("ddim", UNET), ("ddpm", VELOCITY), ("euler", FLOW), ("heun", FLOW)),
+        ("heun", CLEAN),
         *(("ddim", {"patch_position": kind}) for kind in ("none", "learned")),
+        *(("ddim", {"modality_weights": weights, "qk_norm": True}) for weights in ("ffn", "all")),
     ],
-    ids=["ddpm", "ddim", "unet", "v", "euler", "heun", "no places", "learned places"],
+    ids=[
+        "ddpm",
+        "ddim",
+        "unet",
+        "v",
+        "euler",
+        "heun",
+        "x",
+        "no places",
+        "learned places",
+        "own feed-forward",
+        "own weights",
+    ],
 )
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @torch.no_grad()

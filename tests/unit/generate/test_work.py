@@ -26,9 +26,9 @@ class Calls:
         self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []
         run_blocks = pipeline.runner.model.run_blocks
 
-        def spying(hidden_BSD: Tensor, position_BSA: Tensor, mask: Any, layers: Any) -> Tensor:
+        def spying(hidden_BSD: Tensor, position_BSA: Tensor, mask: Any, *others: Any) -> Tensor:
             self.inputs.append((hidden_BSD.clone(), position_BSA.clone(), mask.end_key.clone()))
-            return run_blocks(hidden_BSD, position_BSA, mask, layers)
+            return run_blocks(hidden_BSD, position_BSA, mask, *others)
 
         pipeline.runner.model.run_blocks = spying  # type: ignore[method-assign]
 

@@ -58,11 +58,11 @@ class Perfect(nn.Module):
         noise = counter_normal(group.noise_key_I, group.values.shape[1:])
         signal, sigma = CosineSchedule(1000).factors(group.timestep_I)
         clean = PixelCodec().encode(group.values)
-        answers = {"epsilon": noise, "v": signal * noise - sigma * clean, "flow": noise - clean}
+        answers = {"epsilon": noise, "v": signal * noise - sigma * clean, "flow": noise - clean, "x": clean}
         return ModelOutput(torch.zeros(()), patchify(answers[self.prediction], 2).flatten(0, 1))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow", "x"])
 def test_a_perfect_prediction_has_no_image_loss(
     build_model: Build, mixed: Callable[[Config], Batch], prediction: str
 ) -> None:

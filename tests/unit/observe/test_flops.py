@@ -18,10 +18,11 @@ from transfusion.observe.utilization import OperationMeter
 from transfusion.schema import Batch, ImageSegment, TextSegment
 
 
-def small(**train: Any) -> Config:
+def small(model: dict[str, Any] | None = None, **train: Any) -> Config:
+    shape = {"vocabulary": 96, "layers": 2, "hidden_size": 64, "heads": 4, "num_kv_heads": 2}
     return Config.model_validate(
         {
-            "model": {"vocabulary": 96, "layers": 2, "hidden_size": 64, "heads": 4, "num_kv_heads": 2},
+            "model": {**shape, **(model or {})},
             "codec": {"channels": 1, "image_size": 8},
             "data": {"sequence_length": 64, "global_batch_size": 2},
             "train": {"attention": "cpu", "precision": "fp32", "loss_chunk_size": 7, **train},
@@ -56,13 +57,22 @@ def counted(config: Config, batch: Batch) -> int:
     return int(counter.get_total_flops())
 
 
+UNET = {"patch_embed": "unet", "unet": {"widths": (32, 64), "layers": 1, "head_dim": 16}}
+NETWORKS = [{}, UNET, {"modality_weights": "ffn"}, {"modality_weights": "all"}]
+
+
 @pytest.mark.parametrize("recomputes", ["none", "block", "attention"])
-@pytest.mark.parametrize("patch_embed", ["linear", "unet"])
-def test_products_are_those_that_torch_counts(recomputes: str, patch_embed: str, batch: Batch) -> None:
-    config = small(activation_checkpointing=recomputes)
-    unet = {"patch_embed": patch_embed, "unet": {"widths": (32, 64), "layers": 1, "head_dim": 16}}
-    config = config.model_copy(update={"model": config.model.model_validate({**dict(config.model), **unet})})
+@pytest.mark.parametrize("model", NETWORKS, ids=["linear", "unet", "own feed-forward", "own weights"])
+def test_products_are_those_that_torch_counts(recomputes: str, model: dict[str, Any], batch: Batch) -> None:
+    config = small(model, activation_checkpointing=recomputes)
     assert FlopModel(config).of([batch]).hardware.products == counted(config, batch)
+
+
+@pytest.mark.parametrize("weights", ["ffn", "all"])
+def test_weights_of_their_own_are_no_more_work(weights: str, batch: Batch) -> None:
+    """Each position passes through as many as before."""
+    shared, own = (FlopModel(small(model)) for model in ({}, {"modality_weights": weights}))
+    assert own.of([batch]) == shared.of([batch])
 
 
 def test_attention_is_that_of_the_pairs_in_the_dense_mask(batch: Batch) -> None:

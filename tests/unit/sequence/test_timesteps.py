@@ -17,7 +17,13 @@ UNIFORMS = hash_rng.uniform(7, np.arange(20_000))
 
 
 def law_of(diffusion: DiffusionConfig) -> TimestepLaw:
-    return TimestepLaw(diffusion.timestep_sampling, diffusion.timestep_shift, diffusion.steps)
+    return TimestepLaw(
+        diffusion.timestep_sampling,
+        diffusion.timestep_shift,
+        diffusion.steps,
+        diffusion.logit_mean,
+        diffusion.logit_std,
+    )
 
 
 def levels(limit: int = 1000, **fields: Any) -> np.ndarray:
@@ -55,6 +61,13 @@ def test_the_logit_normal_law_is_normal_in_the_logit(shift: float) -> None:
     np.testing.assert_allclose(below, expected, atol=0.02)
 
 
+def test_the_logit_has_the_mean_and_deviation_that_are_set() -> None:
+    """The law of Li and He (2025, table 9): mostly noise, seldom either end."""
+    fields = {"timestep_sampling": "logit-normal", "logit_mean": 0.8, "logit_std": 0.8}
+    drawn = logit(levels(prediction="x", **fields))
+    assert abs(drawn.mean() - 0.8) < 0.03 and abs(drawn.std() - 0.8) < 0.03
+
+
 def test_a_shifted_uniform_law_has_the_shifted_quantiles() -> None:
     drawn = levels(prediction="flow", timestep_shift=3.0)
     for share in (0.1, 0.5, 0.9):
@@ -68,6 +81,7 @@ def test_a_shifted_uniform_law_has_the_shifted_quantiles() -> None:
         {"timestep_sampling": "logit-normal"},
         {"timestep_shift": 3.0},
         {"timestep_sampling": "logit-normal", "timestep_shift": 3.0},
+        {"timestep_sampling": "logit-normal", "logit_mean": 0.8, "logit_std": 0.5},
     ],
 )
 def test_a_limit_leaves_the_law_as_it_is_below(fields: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from transfusion.config import DiffusionConfig
-from transfusion.config.objectives import PREDICTED
+from transfusion.config.objectives import COMPARED
 from transfusion.families import FAMILIES
 from transfusion.schema import TIMESTEP_BUCKETS
 
@@ -96,7 +96,7 @@ def _unit(name: str, config: dict[str, Any]) -> str:
     if name != "image" or family is None:
         return ""
     diffusion = config.get("diffusion") or {}
-    predicted = PREDICTED.get(diffusion.get("prediction", "epsilon"), "")
+    predicted = COMPARED.get(diffusion.get("prediction", "epsilon"), "")
     weighted = ", by min-SNR" if diffusion.get("loss_weight") == "min-snr" else ""
     return f"squared error of the {predicted}{weighted}"
 

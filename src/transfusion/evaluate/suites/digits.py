@@ -28,8 +28,8 @@ Labels = NDArray[np.int64]
 SAMPLES = 20
 GUIDANCE = 3.0
 SAMPLER_STEPS = 50
-# For flow the only one without a second call a step.
-SAMPLER: dict[PredictionName, str] = {"epsilon": "ddpm", "v": "ddpm", "flow": "euler"}
+# For flow and x the only one without a second call a step.
+SAMPLER: dict[PredictionName, str] = {"epsilon": "ddpm", "v": "ddpm", "flow": "euler", "x": "euler"}
 GENERATION_BAR, DIVERSITY_BAR, CAPTION_BAR = 0.95, 0.5, 0.90
 
 
