@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Previews of an image that can be asked for, as at OpenAI.
+MAX_PARTIAL_IMAGES = 3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:

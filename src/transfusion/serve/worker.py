@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from transfusion.errors import UserError
 from transfusion.generate import Done, Engine, Event, ImagePreview, Request
 from transfusion.serve.errors import EngineFailedError, OverloadedError, StoppingError
+from transfusion.serve.limits import MAX_PARTIAL_IMAGES
 from transfusion.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -49,17 +50,21 @@ class _Place:
 
 @dataclass(slots=True, eq=False)
 class _Told:
-    """An event of one of the answers to a client, or the error that ended it."""
+    """An event of one of the answers to a client, or the error that ended it.
+
+    previews: how many stood in a row when it came, itself with them.
+    """
 
     index: int
     event: Event | Exception
+    previews: int = 0
 
 
 class Answers:
     """The answers to one client in the making, as the event loop sees them.
 
     `async for` gives their events with their numbers, from 0. The last event of each is `Done`. A reader that is slow
-    misses previews, and nothing else.
+    misses previews beyond `MAX_PARTIAL_IMAGES` in a row, and nothing else.
 
     Attributes:
         places: One for each answer.
@@ -110,10 +115,13 @@ class Answers:
                 self._taken.set_result(None)
             return
         unread = self._latest.get(place.index)
-        if unread is not None and isinstance(event, ImagePreview) and isinstance(unread.event, ImagePreview):
-            unread.event = event
-            return
-        self._latest[place.index] = told = _Told(place.index, event)
+        previews = 0
+        if isinstance(event, ImagePreview):
+            previews = 1 + (unread.previews if unread is not None else 0)
+            if unread is not None and previews > MAX_PARTIAL_IMAGES:
+                unread.event = event
+                return
+        self._latest[place.index] = told = _Told(place.index, event, previews)
         self._events.append(told)
         self._arrived.set()
 

@@ -24,7 +24,7 @@ from transfusion.config.objectives import SAMPLERS
 from transfusion.generate.settings import AnswerSettings, ImageSettings
 from transfusion.sequence.sizes import Size
 from transfusion.serve.endpoints.media import OutputFormat, size_name, size_of
-from transfusion.serve.limits import Limits
+from transfusion.serve.limits import MAX_PARTIAL_IMAGES, Limits
 from transfusion.tokens import MAX_SAMPLING_SEED
 
 Text = Annotated[str, StringConstraints(strict=True)]
@@ -93,7 +93,9 @@ class ImagesBody(_ImageFields, _Ignored):
         None, description="of the first image. None: a random one, which the answer tells"
     )
     stream: bool = Field(False, description="send events as images are made")
-    partial_images: int = Field(0, ge=0, le=3, description="previews of each image, with stream")
+    partial_images: int = Field(
+        0, ge=0, le=MAX_PARTIAL_IMAGES, description="previews of each image, with stream"
+    )
     output_format: OutputFormat = Field("png", description="of the images. Only PNG carries the recipe")
     output_compression: int = Field(100, ge=0, le=100, description="quality of JPEG and WebP")
     response_format: Literal["b64_json"] | None = Field(None, description="images are in the answer itself")
@@ -200,7 +202,9 @@ class ChatBody(_Ignored):
     )
     image_config: ImageConfig = Field(ImageConfig(), description="how images are drawn")
     max_images: int = Field(4, ge=0, description="maximum of images")
-    partial_images: int = Field(0, ge=0, le=3, description="previews of each image, with stream")
+    partial_images: int = Field(
+        0, ge=0, le=MAX_PARTIAL_IMAGES, description="previews of each image, with stream"
+    )
     max_tokens: int = Field(256, ge=1, description="maximum of text tokens")
     max_completion_tokens: int | None = Field(None, ge=1, description="the same, by its newer name")
     temperature: float = Field(0.0, ge=0, le=100, description="of the text. 0: the likeliest tokens")
