@@ -128,7 +128,8 @@ def _row_digest(batch: Batch, row: int) -> str:
         slots = group.patch_slot_IP - row * length
         here = (slots[:, 0] >= 0) & (slots[:, 0] < length) & (group.image_weight_I > 0)
         if here.any():
-            fields = (group.values, group.timestep_I, group.noise_key_I, slots)
+            values = group.values if group.value_I is None else group.values[group.value_I]
+            fields = (values, group.timestep_I, group.noise_key_I, slots)
             found += [field[here] for field in fields]
     digest = hashlib.blake2b(digest_size=12)
     for tensor in found:

@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dist"))
 from handmade import small_config
-from scenarios.common import LEARNED_PLACES, NOTHING_KEPT, STREAM, UNET, Stream
+from scenarios.common import CLEAN_STREAM, LEARNED_PLACES, NOTHING_KEPT, STREAM, UNET, Stream
 from scenarios.equality import equals_local
 
 from limits import record_head, write_json
@@ -57,6 +57,7 @@ class Case:
 SHARED = {"train__sequence_parallel": 2}
 COMPILED = {"train__compile": True}
 OWN = {"model__modality_weights": "all"}
+CLEAN = {"diffusion__context": "clean"}
 RECOMPUTED = {"train__activation_checkpointing": "block"}
 # Ranks with other images, and so with more or fewer groups of them, and of other numbers of patches.
 SEVERAL: Stream = [("two sizes", "mixed"), ("wide", "text"), ("two sizes", "wide"), ("text", "two sizes")]
@@ -84,6 +85,11 @@ CASES = {
     "own weights": Case(OWN),
     "own weights, several sizes, recomputed, shared rows": Case(OWN | RECOMPUTED | SHARED, SEVERAL),
     "own weights, compiled, accumulation 4": Case(OWN | COMPILED, accumulation=4),
+    "clean context": Case(CLEAN, CLEAN_STREAM),
+    "clean context, own weights, recomputed, shared rows, accumulation 4": Case(
+        CLEAN | OWN | RECOMPUTED | SHARED, CLEAN_STREAM, accumulation=4
+    ),
+    "clean context, compiled": Case(CLEAN | COMPILED, CLEAN_STREAM),
     "clean image": Case({"diffusion__prediction": "x"}),
     "unet": Case(UNET),
     "unet, recomputed, shared rows": Case(UNET | RECOMPUTED | SHARED),

@@ -73,6 +73,8 @@ class MediaGroup:
     patch_slot_IP: int64, flat positions (row * S + position) of its patches, row-major over the image.
     timestep_I: int64 in [0, diffusion.steps); one noise level an image.
     noise_key_I: int64, key of the counter-based noise (`diffusion.noise`).
+    is_context_I: bool, True for a clean image that is only read (`diffusion.context`). None: there is none.
+    value_I: int64, which of the values each image shows, where some show the same. None: each its own.
     """
 
     modality: Modality
@@ -82,11 +84,20 @@ class MediaGroup:
     patch_slot_IP: Tensor
     timestep_I: Tensor
     noise_key_I: Tensor
+    is_context_I: Tensor | None = None
+    value_I: Tensor | None = None
+
+    @property
+    def learned_I(self) -> Tensor:
+        """float32, 1 for an image that is learned, else 0."""
+        if self.is_context_I is None:
+            return self.image_weight_I
+        return self.image_weight_I * ~self.is_context_I
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchCounts:
-    """Host integers that describe a batch, known without asking the device."""
+    """Host integers that describe a batch, known without asking the device. Images: those that are learned."""
 
     tokens: int
     text_targets: int
@@ -123,6 +134,8 @@ class Batch:
     its document) or 3 (running position, patch row, patch column). target_ids_BS: int64, the next token.
     text_weight_BS: float32, 1 where the next token is learned, else 0. mask: who sees whom. media: never empty, so
     that every rank does the same work; without images one of weight 0.
+    second: positions that see more, int64 [B, M], and what, as `interval_attention` takes it: the noised images beside
+    clean ones see what comes before these.
     routes: only where ranks share rows; then S is a slice of the mask's positions (`parallel.ulysses`).
     """
 
@@ -135,6 +148,7 @@ class Batch:
     media: tuple[MediaGroup, ...]
     counts: BatchCounts
     routes: PatchRoutes | None = None
+    second: tuple[Tensor, IntervalMask] | None = None
 
     @property
     def patches(self) -> int:

@@ -7,15 +7,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import transfusion_kernels
 from transfusion.codec import pixels
 from transfusion.config import Config
+from transfusion.data.loading.collate import collate
+from transfusion.data.loading.rows import RowImage, RowSettings, joined, placed
 from transfusion.parallel.collectives import global_counts
 from transfusion.parallel.engine import Engine
-from transfusion.schema import Batch, BatchCounts, LossTerms, MediaGroup, Modality, SpecialToken, StepResult
+from transfusion.schema import (
+    Batch,
+    BatchCounts,
+    ImageSegment,
+    LossTerms,
+    MediaGroup,
+    Modality,
+    SpecialToken,
+    StepResult,
+    TextSegment,
+)
+from transfusion.sequence.layout import tokenize_document, with_twins
 from transfusion_kernels import IntervalMask
 
 VOCABULARY = 64
@@ -23,7 +37,9 @@ LENGTH = 32
 PATCHES = 4
 SIDE = 4
 
-Content = Literal["mixed", "text", "image", "little text", "two kinds", "packed", "wide", "two sizes"]
+Content = Literal[
+    "mixed", "text", "image", "little text", "two kinds", "packed", "wide", "two sizes", "clean"
+]
 # Words of a document and the images that follow them: how many times as wide as high each is, and so how many times
 # PATCHES it has.
 Document = tuple[int, tuple[int, ...]]
@@ -54,8 +70,11 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
     """Rows of one document each (packed: of three) and some padding; without images there is one of weight 0.
 
     side: height of the images, which have four patches, twice as wide ones eight. two kinds: as mixed, the first
-    image as latents. wide: one of eight patches in each row. two sizes: one of each, in turn first.
+    image as latents. wide: one of eight patches in each row. two sizes: one of each, in turn first. clean: see
+    `_clean_batch`.
     """
+    if content == "clean":
+        return _clean_batch(seed, rows, side)
     random = torch.Generator().manual_seed(seed)
     token = torch.zeros(rows, LENGTH, dtype=torch.int64)
     modality = torch.full((rows, LENGTH), Modality.PADDING, dtype=torch.uint8)
@@ -122,6 +141,26 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
             padding=int(rows * LENGTH - length.sum()),
         ),
     )
+
+
+def _clean_batch(seed: int, rows: int, side: int) -> Batch:
+    """Rows of one document with clean images, their noised copies behind it, and more images in odd rows."""
+    random = np.random.default_rng(seed)
+    settings = RowSettings.of(small_config(diffusion__context="clean", codec__image_size=side))
+    built = []
+    for row in range(rows):
+        images = [
+            ImageSegment(random.integers(0, 256, (1, side, side), dtype=np.uint8), PATCHES)
+            for _ in range(1 + row % 2)
+        ]
+        text = TextSegment(tuple(random.integers(8, VOCABULARY, 3 + row % 2).tolist()))
+        document = with_twins(tokenize_document([*images, text]))
+        shown: list[RowImage] = []
+        for number, image in enumerate(images):
+            key, timestep = 1000 * seed + 10 * row + number, int(random.integers(1000))
+            shown += placed(document, 0, number, image.values_CHW, timestep, key)
+        built.append(joined([document], settings, tuple(shown), ()))
+    return collate(built, settings)
 
 
 def _document(content: Content, row: int) -> Document:

@@ -18,6 +18,7 @@ VARIANTS = [
     "qk norm, 2d, gqa, learned places", "uneven", "unet", "unet, recomputed", "stage 1", "stage 2", "shared rows",
     "shared rows, unet", "shared rows, 2d, gqa, learned places", "shared rows, latents", "all offloaded",
     "stage 2, optimiser offloaded", "own feed-forward", "own weights", "own weights, shared rows", "clean image",
+    "clean context", "clean context, own weights, shared rows",
 ]  # fmt: skip
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]
 
@@ -36,7 +37,17 @@ def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", ["defaults", "nothing kept", "recomputed", "shared rows", "second copies"]
+    "variant",
+    [
+        "defaults",
+        "nothing kept",
+        "recomputed",
+        "shared rows",
+        "own weights",
+        "clean image",
+        "clean context, own weights, shared rows",
+        "second copies",
+    ],  # fmt: skip
 )
 def test_four_ranks_equal_one_process(quad: Findings, variant: str) -> None:
     """Twenty steps: losses within 1e-6 relative in fp32."""

@@ -23,10 +23,12 @@ from scenarios.chameleon import chameleon
 from scenarios.checkpoints import checkpoints, failures, from_one_rank
 from scenarios.common import (
     ALONE,
+    CLEAN_STREAM,
     LATENTS,
     NOTHING_KEPT,
     STREAM,
     Halves,
+    Stream,
     train,
 )
 from scenarios.equality import VARIANTS, accumulation, chunk_counts, equals_local, nothing_is_read
@@ -54,7 +56,7 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     scenarios: dict[str, Callable[[], Any]] = {"agreement": lambda: agreement(here)}
     for name, changes in VARIANTS.items():
         scenarios[f"equals local: {name}"] = lambda changes=changes: equals_local(
-            small_config(**changes), here
+            small_config(**changes), here, stream=stream_of(changes)
         )
     scenarios |= {
         "accumulation": lambda: accumulation(here),
@@ -173,18 +175,33 @@ def pair_in_training(here: Environment) -> dict[str, Callable[[], Any]]:
     }
 
 
+def stream_of(changes: dict[str, Any]) -> Stream:
+    """What the ranks see under such a configuration."""
+    return CLEAN_STREAM if changes.get("diffusion__context") == "clean" else STREAM
+
+
 def whole_pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     return pair(here, folder) | pair_in_training(here)
 
 
 def quad(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     """Four ranks over twenty-three steps, so that the stream comes round more than twice."""
-    names = ("defaults", "nothing kept", "recomputed", "shared rows")
+    names = (
+        "defaults",
+        "nothing kept",
+        "recomputed",
+        "shared rows",
+        "own weights",
+        "clean image",
+        "clean context, own weights, shared rows",
+    )
     variants = {name: VARIANTS[name] for name in names}
     # The last one: DeepSpeed makes the groups for it once a process.
     variants["second copies"] = {"train__zero": NOTHING_KEPT | {"hpz_partition_size": 2}}
     return {
-        name: lambda changes=changes: equals_local(small_config(**changes), here, steps=23)  # type: ignore[misc]
+        name: lambda changes=changes: equals_local(  # type: ignore[misc]
+            small_config(**changes), here, steps=23, stream=stream_of(changes)
+        )
         for name, changes in variants.items()
     }
 

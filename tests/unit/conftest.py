@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transfusion.checkpoint import export
 from transfusion.config import CodecConfig, Config, DataConfig, ModelConfig
 from transfusion.data.loading.collate import collate
-from transfusion.data.loading.rows import Row, RowImage, RowSettings, borders, joined
+from transfusion.data.loading.rows import Row, RowImage, RowSettings, borders, joined, placed
 from transfusion.files import file_digest
 from transfusion.generate import Pipeline
 from transfusion.model import Transfusion
 from transfusion.model.initialise import initialise
 from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken
-from transfusion.sequence.layout import tokenize_document
+from transfusion.sequence.layout import tokenize_document, with_twins
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 VOCABULARY = 320
@@ -99,7 +99,7 @@ def pack() -> Callable[..., Batch]:
         built, images = [], 0
         for documents in rows:
             row = _row(documents, settings, images, timesteps, keys)
-            images += len(row.images)
+            images += sum(not image.is_context for image in row.images)
             built.append(row)
         return collate(built, settings)
 
@@ -115,10 +115,12 @@ def _row(
 ) -> Row:
     """What the loader makes of planned documents, for documents, noise levels and noise keys given by hand."""
     tokenized = [tokenize_document(document) for document in documents]
+    if settings.clean_context:
+        tokenized = [with_twins(document) for document in tokenized]
     places = [
-        (start + first, patches)
-        for start, each in zip(borders(tokenized), tokenized, strict=False)
-        for first, patches, _ in each.images
+        (document, start, number)
+        for start, document in zip(borders(tokenized), tokenized, strict=False)
+        for number in range(len(document.images))
     ]
     decoded = [
         np.asarray(segment.values_CHW)
@@ -126,10 +128,10 @@ def _row(
         for segment in document
         if isinstance(segment, ImageSegment)
     ]
-    images = []
+    images: list[RowImage] = []
     for number, (values, place) in enumerate(zip(decoded, places, strict=True), images_before):
         timestep = timesteps[number] if timesteps else 10 * (number + 1)
-        images.append(RowImage(values, *place, timestep, keys[number] if keys else number))
+        images += placed(*place, values, timestep, keys[number] if keys else number)
     return joined(tokenized, settings, tuple(images), ())
 
 

@@ -116,7 +116,10 @@ def _training(config: Config, manifest: Manifest) -> Iterator[tuple[str, object]
     yield "batch", f"{data.global_batch_size:,} sequences of {data.sequence_length:,}"
     yield "optimizer", f"AdamW, peak learning rate {config.optimizer.learning_rate:g}"
     yield "precision", config.train.precision
-    yield "moving average", f"decay {config.optimizer.ema_decay:g}" if AVERAGE in manifest.kinds else "none"
+    yield (
+        "moving average",
+        f"decay {config.optimizer.average_decay:g}" if AVERAGE in manifest.kinds else "none",
+    )
     if config.train.init_from:
         yield "text tower started from", Path(config.train.init_from).name
 

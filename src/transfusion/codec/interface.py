@@ -89,8 +89,10 @@ def encoded(group: MediaGroup, codec: Codec | None) -> Tensor:
     if group.kind == "pixels":
         if codec is None:
             raise ValueError("a batch of pixels needs the configuration's codec")
-        return codec.encode(group.values)
-    return group.values.long() if group.kind == "tokens" else group.values.float()
+        values = codec.encode(group.values)
+    else:
+        values = group.values.long() if group.kind == "tokens" else group.values.float()
+    return values if group.value_I is None else values[group.value_I]
 
 
 def latent_shape(group: MediaGroup, codec: CodecConfig | None) -> tuple[int, int, int]:

@@ -91,8 +91,10 @@ class Config(Section):
         return filled
 
     def _misfits(self) -> Iterator[str]:
-        yield from rules.family_problems(self.model, self.codec, self.train)
-        yield from rules.size_problems(self.codec, self.data, self.sample_grid, self.image_sizes)
+        yield from rules.family_problems(self.model, self.codec, self.diffusion, self.train)
+        yield from rules.size_problems(
+            self.codec, self.data, self.diffusion, self.sample_grid, self.image_sizes
+        )
         yield from self.diffusion.problems()
         yield from rules.sampling_problems(self.sample_grid, self.diffusion, self.data)
         yield from rules.source_problems(self.data)

@@ -17,7 +17,9 @@ from transfusion.config.sections import (
 from transfusion.sequence.sizes import MAX_ASPECT, ImageSizes, Size
 
 
-def family_problems(model: ModelConfig, codec: CodecConfig, train: TrainConfig) -> Iterator[str]:
+def family_problems(
+    model: ModelConfig, codec: CodecConfig, diffusion: DiffusionConfig, train: TrainConfig
+) -> Iterator[str]:
     """What a family of models cannot do."""
     name = f"model.family={model.family}"
     family = FAMILY_SETTINGS.get(model.family)
@@ -30,6 +32,8 @@ def family_problems(model: ModelConfig, codec: CodecConfig, train: TrainConfig) 
     if train.sequence_parallel > 1 and not family.shares_rows:
         others = " or ".join(other for other, settings in FAMILY_SETTINGS.items() if settings.shares_rows)
         yield f"train.sequence_parallel={train.sequence_parallel} is for model.family={others}; set it to 1"
+    if diffusion.context == "clean" and family.reads == "tokens":
+        yield f"diffusion.context=clean does nothing for {name}, whose images have no noise; remove it"
     if codec.makes == "tokens" and family.reads == "latents":
         yield f"codec.kind={codec.kind} makes tokens, and {name} learns latents: set codec.kind=kl"
     if codec.makes == "latents" and family.reads == "tokens":
@@ -37,18 +41,24 @@ def family_problems(model: ModelConfig, codec: CodecConfig, train: TrainConfig) 
 
 
 def size_problems(
-    codec: CodecConfig, data: DataConfig, sample: SampleGridConfig, sizes: ImageSizes
+    codec: CodecConfig,
+    data: DataConfig,
+    diffusion: DiffusionConfig,
+    sample: SampleGridConfig,
+    sizes: ImageSizes,
 ) -> Iterator[str]:
     """What keeps images from being cut into patches and put into rows."""
+    copies = 2 if diffusion.context == "clean" else 1
     step = sizes.downscale * sizes.patch_size
     downscale = f" / codec.downscale {codec.downscale}" if codec.downscale else ""
     for size, name in codec.named_sizes():
         if size.height % step or size.width % step:
             yield f"codec.{name}{downscale} must be a multiple of model.patch_size {sizes.patch_size}"
-        elif (patches := sizes.patches(size)) + 4 > data.sequence_length:
+        elif (patches := sizes.patches(size)) * copies + 4 > data.sequence_length:
+            twice = ", twice for diffusion.context=clean," if copies == 2 else ""
             yield (
                 f"data.sequence_length {data.sequence_length} is too short for an image of"
-                f" {patches} patches and its four control tokens"
+                f" {patches} patches{twice} and its four control tokens"
             )
         if max(size) > MAX_ASPECT * min(size):
             yield (

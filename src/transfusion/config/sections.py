@@ -151,8 +151,8 @@ class ModelConfig(Section):
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
     modality_weights: Literal["shared", "ffn", "all"] = Field(
         "shared",
-        description="what patches have of their own in each block: nothing, the feed-forward with its norm, or all weights"
-        " (Mixture-of-Transformers)",
+        description="what patches have of their own in each block: nothing, the feed-forward with its norm, or all"
+        " weights (Mixture-of-Transformers)",
     )
     norm_placement: Literal["pre", "post"] = Field(
         "pre", description="where RMSNorm stands: before attention and feed-forward, or after them"
@@ -325,8 +325,8 @@ class DiffusionConfig(Section):
 
     prediction: PredictionName = Field(
         "epsilon",
-        description="what the network predicts: noise or v (cosine schedule), the velocity of a rectified flow, or on its"
-        " path the clean image x",
+        description="what the network predicts: noise or v (cosine schedule), the velocity of a rectified flow, or on"
+        " its path the clean image x",
     )
     steps: PositiveInt = Field(1000, description="training timesteps T")
     timestep_sampling: Literal["uniform", "logit-normal"] = Field(
@@ -352,7 +352,13 @@ class DiffusionConfig(Section):
         5.0, description="for loss_weight=min-snr: signal-to-noise ratio above which images weigh less"
     )
     max_timestep_before_caption: NonNegativeInt = Field(
-        500, description="images that come before their caption get timesteps below this; 0: no limit"
+        500,
+        description="images that come before their caption get timesteps below this; 0: no limit. For context=noisy",
+    )
+    context: Literal["noisy", "clean"] = Field(
+        "noisy",
+        description="what reads an image that something follows: the noised image itself, or a clean copy of it, beside"
+        " which the noised one is learned",
     )
 
     @property
@@ -519,6 +525,19 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = Field(0.1, description="on matrices only")
     gradient_clip: PositiveFloat = Field(1.0, description="maximum global gradient norm")
     ema_decay: Decay = Field(0.0, description="decay of the moving average of the weights; 0: none")
+    ema_half_life: NonNegativeFloat = Field(
+        0.0,
+        description="in place of ema_decay: steps after which a weight's share of the average is halved; 0: none",
+    )
+
+    @property
+    def average_decay(self) -> float:
+        """Decay of the moving average in a step, however it is set. 0: there is no average."""
+        return 0.5 ** (1 / self.ema_half_life) if self.ema_half_life else self.ema_decay
+
+    def _misfits(self) -> Iterator[str]:
+        if self.ema_decay and self.ema_half_life:
+            yield "optimizer.ema_decay and optimizer.ema_half_life say the same in two ways; set one of them"
 
 
 class ZeroConfig(Section):

@@ -1,4 +1,4 @@
-"""Samplers of a rectified flow: along dx / d sigma, as the network's answer means it, from noise (sigma 1) to an image (0).
+"""Samplers of a rectified flow: along dx / d sigma, from noise (sigma 1) to an image (0).
 
 I images, C channels, H/W latent height and width.
 """

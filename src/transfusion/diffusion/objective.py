@@ -38,12 +38,21 @@ class ImageObjective:
         )
         self.min_snr_gamma = config.min_snr_gamma if config.loss_weight == "min-snr" else None
 
-    def corrupt(self, clean_ICHW: Tensor, timestep_I: Tensor, noise_key_I: Tensor) -> NoisedImages:
-        """Noise whole images, before they are cut into patches."""
+    def corrupt(
+        self,
+        clean_ICHW: Tensor,
+        timestep_I: Tensor,
+        noise_key_I: Tensor,
+        is_context_I: Tensor | None = None,
+    ) -> NoisedImages:
+        """Noise whole images, before they are cut into patches. Those of the context stay as they are."""
         clean = clean_ICHW.float()
         noise = counter_normal(noise_key_I, clean.shape[1:])
         noisy = self.schedule.add_noise(clean, noise, timestep_I)
-        return NoisedImages(noisy, self._target(clean, noise, timestep_I))
+        target = self._target(clean, noise, timestep_I)
+        if is_context_I is not None:
+            noisy = torch.where(is_context_I[:, None, None, None], clean, noisy)
+        return NoisedImages(noisy, target)
 
     def _target(self, clean_ICHW: Tensor, noise_ICHW: Tensor, timestep_I: Tensor) -> Tensor:
         if self.predicts == "epsilon":
@@ -71,8 +80,8 @@ class ImageObjective:
 
         x: an error in x_0 over the noise level is one in the velocity. Levels below `MIN_X_SIGMA` count as that one.
 
-        Min-SNR (Hang et al., 2023, section 3.4): min(SNR, gamma) is the weight of an error in x_0. An error in the noise
-        is one in x_0 times SNR, squared, an error in the velocity one times SNR + 1.
+        Min-SNR (Hang et al., 2023, section 3.4): min(SNR, gamma) is the weight of an error in x_0. An error in the
+        noise is one in x_0 times SNR, squared, an error in the velocity one times SNR + 1.
         """
         if self.predicts == "x":
             _, sigma_I = self.schedule.signal_and_noise(timestep_I)

@@ -29,7 +29,7 @@ def image_operations(network: Backbone, shape: tuple[int, int, int], recomputes:
 def image_metric(diffusion: DiffusionConfig) -> ImageMetric:
     """The squared error, with how the timesteps were drawn, where it is not evenly."""
     shift = "" if diffusion.timestep_shift == 1 else f"shift {diffusion.timestep_shift:g}"
-    law = "" if diffusion.timestep_sampling == "uniform" else diffusion.timestep_sampling
+    law = "" if diffusion.timestep_sampling == "uniform" else str(diffusion.timestep_sampling)
     if (diffusion.logit_mean, diffusion.logit_std) != (0, 1):
         law += f" of mean {diffusion.logit_mean:g} and deviation {diffusion.logit_std:g}"
     drawn = f" ({', '.join(filter(None, (law, shift)))})" if law or shift else ""

@@ -102,7 +102,7 @@ def _weight_file(found: ModelFolder, weights: Weights) -> Path:
     path = files[weights]
     if path is None:
         raise UserError(
-            f"{found.weights.parent} holds no averaged weights (the run had optimizer.ema_decay=0);"
+            f"{found.weights.parent} holds no averaged weights (the run had none, see optimizer.ema_decay);"
             " use the raw ones"
         )
     return path

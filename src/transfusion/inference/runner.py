@@ -34,8 +34,9 @@ class ModelInput:
 
     token_ids_RS and position_RSA: int64. end_RS: int64, up to where each position sees, counted from the
     row's length before. counts: real positions of each row. images: those in the block, as the codec encodes them, a
-    tensor for each shape. patch_slot_N: int64, flat positions (row * S + position) of their patches, in that order. None:
-    the block is of tokens alone, on every rank. place: where each row reads one image token, the grid of these images and the number of the token.
+    tensor for each shape. patch_slot_N: int64, flat positions (row * S + position) of their patches, in that order;
+    None: the block is of tokens alone, on every rank. place: where each row reads one image token, the grid of these
+    images and the number of the token.
     """
 
     token_ids_RS: Tensor

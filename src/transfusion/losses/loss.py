@@ -32,7 +32,7 @@ class Loss(Protocol):
 def target_counts(batch: Batch, codec: CodecConfig | None) -> dict[str, Tensor]:
     """Text targets, and latent elements or image tokens, of a batch. codec None: pixels are latents."""
     images = [
-        group.image_weight_I.sum(dtype=torch.float64) * image_elements(group, codec) for group in batch.media
+        group.learned_I.sum(dtype=torch.float64) * image_elements(group, codec) for group in batch.media
     ]
     return {"text": batch.text_weight_BS.sum(dtype=torch.float64), "image": torch.stack(images).sum()}
 

@@ -31,13 +31,15 @@ class TransfusionLoss:
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
         """Run the model on a batch. `model` maps (batch, noisy latents) to `ModelOutput`."""
         noised = [
-            self.objective.corrupt(encoded(group, self.codec), group.timestep_I, group.noise_key_I)
+            self.objective.corrupt(
+                encoded(group, self.codec), group.timestep_I, group.noise_key_I, group.is_context_I
+            )
             for group in batch.media
         ]
         output = model(batch, [images.noisy for images in noised])
         predictions = unpatchify_groups(output.prediction_NE, [images.noisy for images in noised])
         parts = [
-            self.objective.loss(prediction, images.target, group.image_weight_I, group.timestep_I)
+            self.objective.loss(prediction, images.target, group.learned_I, group.timestep_I)
             for group, images, prediction in zip(batch.media, noised, predictions, strict=True)
         ]
         images = functools.reduce(LossTerms.plus, parts)

@@ -7,14 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from transfusion.config import ModelConfig
 from transfusion.model.embedding import rotate
 from transfusion.model.grouping import ALL_TEXT, Grouping
+from transfusion.schema import Batch
 from transfusion_kernels import IntervalMask, interval_attention
+
+
+class TwoIntervals(NamedTuple):
+    """A mask under which some queries see a second interval, as `interval_attention` takes both."""
+
+    mask: IntervalMask
+    second: tuple[Tensor, IntervalMask]
+
+
+Mask = IntervalMask | TwoIntervals
+
+
+def visibility(batch: Batch) -> Mask:
+    """Who sees whom in a batch."""
+    return batch.mask if batch.second is None else TwoIntervals(batch.mask, batch.second)
 
 
 class Attend(Protocol):
@@ -24,7 +40,7 @@ class Attend(Protocol):
     the keys of a cache too.
     """
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor: ...
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +53,9 @@ class PlainAttention:
 
     backend: str = "auto"
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
-        attended = interval_attention(query, key, value, mask, backend=self.backend)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+        first, second = mask if isinstance(mask, TwoIntervals) else (mask, None)
+        attended = interval_attention(query, key, value, first, second=second, backend=self.backend)
         assert isinstance(attended, Tensor)  # not a pair: the log-sum-exp is not asked for
         return attended
 
@@ -110,7 +127,7 @@ class Attention(nn.Module):
         x: Tensor,
         cosine_B1SE: Tensor,
         sine_B1SE: Tensor,
-        mask: IntervalMask,
+        mask: Mask,
         attend: Attend | None = None,
         grouping: Grouping = ALL_TEXT,
         image: Attention | None = None,

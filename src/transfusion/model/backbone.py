@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import ModelConfig
-from transfusion.model.attention import Attend
+from transfusion.model.attention import Attend, Mask
 from transfusion.model.embedding import rotation
 from transfusion.model.grouping import ALL_TEXT, Grouping
 from transfusion.model.heads import TextHead
 from transfusion.model.patch_position import PatchPosition
 from transfusion.model.patches import Grid
 from transfusion.schema import Batch
-from transfusion_kernels import IntervalMask
 
 
 class Backbone(nn.Module, ABC):
@@ -48,7 +47,7 @@ class Backbone(nn.Module, ABC):
         self,
         hidden_BSD: Tensor,
         position_BSA: Tensor,
-        mask: IntervalMask,
+        mask: Mask,
         layers: Sequence[Attend] | None = None,
         grouping: Grouping = ALL_TEXT,
     ) -> Tensor:

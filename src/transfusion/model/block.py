@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import ModelConfig
-from transfusion.model.attention import Attend, Attention
+from transfusion.model.attention import Attend, Attention, Mask
 from transfusion.model.grouping import ALL_TEXT, Grouping
-from transfusion_kernels import IntervalMask
 
 
 class FeedForward(nn.Module):
@@ -61,11 +60,11 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         cosine_B1SE: Tensor,
         sine_B1SE: Tensor,
-        mask: IntervalMask,
+        mask: Mask,
         attend: Attend | None = None,
         grouping: Grouping = ALL_TEXT,
     ) -> Tensor:
-        """States [B, S, D], or as the grouping orders them, to new ones. The rest is as `Attention.forward` takes it."""
+        """States [B, S, D], or as the grouping orders them, to new ones. The rest: see `Attention.forward`."""
 
         def attention(x: Tensor) -> Tensor:
             norms = (self.attention_norm, self.image_attention_norm)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transfusion.config import CodecConfig, ModelConfig
-from transfusion.model.attention import WHOLE_ROWS, Attend, Sharing
+from transfusion.model.attention import WHOLE_ROWS, Attend, Sharing, visibility
 from transfusion.model.backbone import Backbone
 from transfusion.model.block import TransformerBlock
 from transfusion.model.heads import TextHead
@@ -22,15 +22,12 @@ from transfusion.model.patch_position import PatchPosition
 from transfusion.model.patches import Encoding, Grid, PatchDecoder, PatchEncoder, patchify
 from transfusion.model.unet import UNetDecoder, UNetEncoder
 from transfusion.schema import Batch, Modality
+from transfusion.sequence.timesteps import CLEAN_TIMESTEP
 
 PATCHERS: dict[str, tuple[type[PatchEncoder | UNetEncoder], type[PatchDecoder | UNetDecoder]]] = {
     "linear": (PatchEncoder, PatchDecoder),
     "unet": (UNetEncoder, UNetDecoder),
 }
-
-
-# Finished and prompted images are read as what they are: the least noise that training knows.
-CLEAN_TIMESTEP = 0
 
 
 class ModelOutput(NamedTuple):
@@ -88,7 +85,7 @@ class Transfusion(Backbone):
         encoding = self.encode_patches(noisy, torch.cat([group.timestep_I for group in batch.media]))
         hidden_BSD = self.embed(batch, encoding.patch_ND)
         grouping = self.grouping_of(batch)
-        hidden_BSD = self.run_blocks(hidden_BSD, batch.position_BSA, batch.mask, grouping=grouping)
+        hidden_BSD = self.run_blocks(hidden_BSD, batch.position_BSA, visibility(batch), grouping=grouping)
         flat = self.norm(hidden_BSD).flatten(0, 1)
         # The count is known on the host, so nothing waits for the device to tell it.
         weight = batch.text_weight_BS.flatten()

@@ -1,13 +1,14 @@
 """Floating-point operations of training, by three conventions.
 
 exact: what must be computed. Each matrix multiplies the real positions that pass through it (the text head: those
-with a target, of text or of image tokens. With `model.modality_weights` a patch passes through its own), attention is counted by the visible pairs of the mask, 4 * width forward
-and 8 * width backward a pair and layer; the first matrices have no gradient of their input. Padding and recomputation
-do not count.
+with a target, of text or of image tokens; with `model.modality_weights` patches have their own), attention is counted
+by the visible pairs of the mask, 4 * width forward and 8 * width backward a pair and layer; the first matrices have no
+gradient of their input. Padding and recomputation do not count.
 hardware: what is computed. Padding and images of weight 0 count, the attention's backward pass makes its scores
 again (10 * width a pair), and what activation checkpointing recomputes counts once more.
 palm: (6 * N + 12 * width * layers * row length) * positions, as PaLM counts (Chowdhery et al., 2022, appendix B); N:
-parameters without the embedding table, and without those that only patches have. Hidden pairs and padding are included: only to compare like with like.
+parameters without the embedding table, and without those that only patches have. Hidden pairs and padding are
+included: only to compare like with like.
 
 B rows, S positions.
 """
@@ -89,7 +90,7 @@ class Workload:
             positions=batch.token_ids_BS.numel(),
             tokens=batch.counts.tokens,
             text_targets=batch.counts.text_targets,
-            pairs=batch.mask.visible_pairs(),
+            pairs=batch.mask.visible_pairs() + (batch.second[1].visible_pairs() if batch.second else 0),
             images=tuple(
                 ImageLoad(
                     latent_shape(group, codec), int(group.image_weight_I.sum()), len(group.image_weight_I)

@@ -49,7 +49,7 @@ class Engine(ABC):
         self.device: torch.device = environment.device
         self.loss = family_of(config).loss(config, codec)
         # Whether a moving average is kept.
-        self.averages = config.optimizer.ema_decay > 0
+        self.averages = config.optimizer.average_decay > 0
         # Counted on the device, which no step waits for.
         self._updates: Tensor | int = 0
 

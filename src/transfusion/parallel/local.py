@@ -43,7 +43,7 @@ class LocalEngine(Engine):
         parameters = groups.parameter_groups(self.masters, self.masters, config.optimizer.weight_decay)
         self.optimizer = groups.adamw(parameters, config.optimizer, fused=groups.runs_fused(self.device))
         groups.create_moments(self.optimizer, self.masters.values())
-        self.average = MovingAverage(list(self.masters.values()), config.optimizer.ema_decay)
+        self.average = MovingAverage(list(self.masters.values()), config.optimizer.average_decay)
 
     def _backward(self, loss: Tensor) -> None:
         """See `Engine._backward`; gradients add up in fp32."""

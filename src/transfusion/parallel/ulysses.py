@@ -22,9 +22,8 @@ from torch import Tensor
 
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.model.attention import PlainAttention
+from transfusion.model.attention import Mask, PlainAttention, TwoIntervals
 from transfusion.schema import Batch, BatchCounts, MediaGroup, Modality, PatchRoutes
-from transfusion_kernels import IntervalMask
 
 # A custom operator takes no process groups, so it is told their names.
 _groups: dict[str, dist.ProcessGroup] = {}
@@ -86,8 +85,8 @@ class SequenceGroup:
         counts = BatchCounts(
             tokens=real,
             text_targets=int(sliced["text_weight_BS"].sum()),
-            images=sum(int(group.image_weight_I.sum()) for group in images),
-            image_elements=sum(int(group.image_weight_I.sum()) * group.values[0].numel() for group in images),
+            images=sum(int(group.learned_I.sum()) for group in images),
+            image_elements=sum(int(group.learned_I.sum()) * group.values[0].numel() for group in images),
             padding=sliced["modality_BS"].numel() - real,
             faults=batch.counts.faults if self.rank == 0 else 0,
         )
@@ -164,8 +163,10 @@ class SequenceGroup:
 
 
 def _choose(group: MediaGroup, chosen_I: Tensor) -> MediaGroup:
-    names = ("values", "image_weight_I", "patch_slot_IP", "timestep_I", "noise_key_I")
-    return replace(group, **{name: getattr(group, name)[chosen_I] for name in names})
+    names = ("image_weight_I", "patch_slot_IP", "timestep_I", "noise_key_I", "is_context_I")
+    chosen = {name: value[chosen_I] for name in names if (value := getattr(group, name)) is not None}
+    value_I = chosen_I if group.value_I is None else group.value_I[chosen_I]
+    return replace(group, values=group.values[value_I], value_I=None, **chosen)
 
 
 @torch.library.custom_op("transfusion::all_to_all", mutates_args=())
@@ -198,12 +199,13 @@ class UlyssesAttention:
     group: SequenceGroup
     plain: PlainAttention
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: IntervalMask) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         """See `Attend`: of a slice query [B, H, s, E], key and value [B, K, s, E] to [B, H, s, E].
 
         In evaluation a rank has whole rows, and with them as many queries as the mask.
         """
-        if mask.num_queries == query.shape[2]:
+        whole_mask = mask.mask if isinstance(mask, TwoIntervals) else mask
+        if whole_mask.num_queries == query.shape[2]:
             return self.plain(query, key, value, mask)
         R, heads = self.group.degree, query.shape[1] // self.group.degree
         key_heads = key.shape[1] // R

@@ -61,7 +61,7 @@ class ZeroEngine(Engine):
         }
         self.norms = ModuleNorms(self.optimizer, self.flats, self.slices, list(self.shapes))
         self._initialise()
-        self.average = MovingAverage(self.flats, config.optimizer.ema_decay)
+        self.average = MovingAverage(self.flats, config.optimizer.average_decay)
 
     def _backward(self, loss: Tensor) -> None:
         """See `Engine._backward`. That `step` ends the accumulation is in DeepSpeed's configuration."""

@@ -44,7 +44,7 @@ class Memory:
 def local_memory(config: Config, network: Network, trace: Trace) -> Memory:
     """Of the local engine."""
     elements, largest = network.elements, network.largest
-    averages = FP32 * elements if config.optimizer.ema_decay else 0
+    averages = FP32 * elements if config.optimizer.average_decay else 0
     traced = {kind: trace.peak[kind] for kind in (GRADIENTS, ACTIVATIONS, LOGITS)}
     if config.train.precision == "fp32":
         kept = Memory(parameters=FP32 * elements, optimizer=MOMENTS * elements + averages)
@@ -66,7 +66,7 @@ def zero_memory(config: Config, network: Network, trace: Trace, ranks: int) -> M
     zero, elements = config.train.zero, network.elements
     width = compute_dtype(config).itemsize
     part = -(-elements // ranks)
-    states = FP32 + MOMENTS + (FP32 if config.optimizer.ema_decay else 0)
+    states = FP32 + MOMENTS + (FP32 if config.optimizer.average_decay else 0)
     # On its way a bucket's gradients are copied, in the order in which the ranks get them. Where all gradients fit in
     # one bucket, it leaves when the backward pass has ended.
     sent = FP32 * min(zero.reduce_bucket_size, elements)

@@ -15,6 +15,8 @@ from transfusion.sequence.layout import PAIR_CONTROL_TOKENS
 
 # Targets of a pair beside the tokens of its caption: <BOI> and <EOS>; see `data.sequence`.
 CONTROL_TARGETS = 2
+# <BOS> and <BOI>.
+_BEFORE_AN_IMAGE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,10 @@ class DocumentMix:
         """Of `rows` rows without padding; at least one image, as in every batch."""
         positions, sizes = rows * config.data.sequence_length, config.image_sizes
         around = PAIR_CONTROL_TOKENS + self.caption_tokens
-        every = sum(sizes.patches(size) + around for size in sizes.sizes)
+        # Of the pairs, the share with a noised copy: of those in which the image stands before its caption.
+        copied = (1 - config.data.caption_dropout) * (1 - config.data.caption_first)
+        copied *= config.diffusion.context == "clean"
+        every = sum(sizes.patches(size) * (1 + copied) + around for size in sizes.sizes)
         images = round(positions * self.pair_share * len(sizes.sizes) / every)
         text = min(self.text_tokens, config.data.sequence_length)
         loads, in_pairs, visible = list[ImageLoad](), 0, 0
@@ -90,12 +95,16 @@ class DocumentMix:
             # As evenly as can be, the first ones once more.
             count = (images + len(sizes.sizes) - 1 - turn) // len(sizes.sizes)
             patches = sizes.patches(size)
-            pair = patches + around
-            in_pairs += count * pair
-            visible += count * (pair * (pair + 1) // 2 + sees_ahead * patches * (patches - 1) // 2)
+            pair, copies = patches + around, round(count * copied)
+            in_pairs += count * pair + copies * patches
+            # Half of the square of an image that sees itself both ways is counted with the pair.
+            itself = sees_ahead * patches * (patches - 1) // 2
+            visible += count * (pair * (pair + 1) // 2 + itself)
+            # A copy sees itself, and the <BOS> and <BOI> before the image.
+            visible += copies * (patches * (patches + 1) // 2 + itself + _BEFORE_AN_IMAGE * patches)
             if count or not turn:
                 shape = config.codec.latent_shape(*size)
-                loads.append(ImageLoad(shape, count, max(1, count)))
+                loads.append(ImageLoad(shape, count + copies, max(1, count + copies)))
         texts = max(0.0, (positions - in_pairs) / text)
         return Workload(
             positions=positions,

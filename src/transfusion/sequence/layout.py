@@ -6,6 +6,7 @@
     caption dropped <BOS> <BOI> patches <EOI> <EOS>
 
 Any order of texts and images works the same way. Where images have several sizes, <BOI> is another token for each.
+With `diffusion.context=clean` the noised copies of images that something follows stand behind <EOS>, see `with_twins`.
 Shape suffixes: S positions of the document, A position axes.
 """
 
@@ -28,6 +29,8 @@ from transfusion.sequence.sizes import ImageSizes, Size
 TEXT_CONTROL_TOKENS = 2
 IMAGE_CONTROL_TOKENS = 2
 PAIR_CONTROL_TOKENS = TEXT_CONTROL_TOKENS + IMAGE_CONTROL_TOKENS
+# <EOI> and <EOS>.
+_AFTER_LAST_IMAGE = 2
 
 Integers = NDArray[np.int64]
 
@@ -51,13 +54,25 @@ _MODALITY = np.full(_TEXT + 1, int(Modality.TEXT), np.uint8)
 _MODALITY[_PATCH] = int(Modality.IMAGE)
 
 
+class Twin(NamedTuple):
+    """The noised copy of an image that stands clean in its document: it sees itself, and what comes before the other.
+
+    first, patches: its positions. first_key, end_key: the positions that come before the clean one, with its <BOI>.
+    """
+
+    first: int
+    patches: int
+    first_key: int
+    end_key: int
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Documents or pieces of documents, mostly one, as arrays; positions count from the first token of each.
 
     token_ids_S: PATCH stands at patch positions. target_ids_S: the next token. text_weight_S: 1 where that is
-    learned. end_key_S: first position that s may not see; it sees all before, of its document. images: (first
-    patch, patches). end_key_S and images count from the first token of all.
+    learned. first_key_S, end_key_S: the first position that s sees, and the first behind that it does not. images:
+    (first patch, patches). twins: noised copies. Bounds, images and twins count from the first token of all.
     """
 
     token_ids_S: Integers
@@ -65,8 +80,10 @@ class Layout:
     position_SA: Integers
     target_ids_S: Integers
     text_weight_S: NDArray[np.float32]
+    first_key_S: NDArray[np.int32]
     end_key_S: NDArray[np.int32]
     images: tuple[tuple[int, int], ...]
+    twins: tuple[Twin, ...]
 
     def __len__(self) -> int:
         return len(self.token_ids_S)
@@ -90,13 +107,19 @@ class TokenizedDocument(NamedTuple):
     """The tokens of one document, or of a piece of one, before the rules are applied.
 
     following: the token behind the last. images: (first patch, patches, patches in a row of them).
-    learns_text: False where no text is a target.
+    learns_text: False where no text is a target. twins: (first patch of a noised copy, number of its image).
     """
 
     token_ids_S: Integers
     following: int
     images: tuple[tuple[int, int, int], ...]
     learns_text: bool
+    twins: tuple[tuple[int, int], ...] = ()
+
+    def is_followed(self, image: int) -> bool:
+        """Whether something stands behind an image but its <EOI> and <EOS>. Asked before there are twins."""
+        first, patches, _ = self.images[image]
+        return first + patches + _AFTER_LAST_IMAGE < len(self.token_ids_S)
 
 
 def tokenize_document(segments: Sequence[Segment], *, finished: bool = True) -> TokenizedDocument:
@@ -141,6 +164,21 @@ def tokenize_text(token_ids: NDArray[np.integer], first: int, tokens: int) -> To
     return TokenizedDocument(piece[:-1], int(piece[-1]), (), True)
 
 
+def with_twins(tokenized: TokenizedDocument) -> TokenizedDocument:
+    """The document, and behind it the patches of each image that something follows, once more.
+
+    An image that nothing follows needs no copy.
+    """
+    length, twins = len(tokenized.token_ids_S), []
+    for number, (_, patches, _) in enumerate(tokenized.images):
+        if tokenized.is_followed(number):
+            twins.append((length, number))
+            length += patches
+    patches_T = np.full(length - len(tokenized.token_ids_S), _PATCH)
+    token_ids_S = np.concatenate([tokenized.token_ids_S, patches_T])
+    return tokenized._replace(token_ids_S=token_ids_S, twins=tuple(twins))
+
+
 def lay_out(
     segments: Sequence[Segment], *, axes: int = 1, finished: bool = True, causal_images: bool = False
 ) -> Layout:
@@ -168,8 +206,9 @@ def lay_out_all(
     target_ids_S[np.array(starts[1:], np.int64) - 1] = [each.following for each in tokenized]
     kind_S = np.minimum(token_ids_S, _TEXT)
     weight_S = _LEARNED_FROM[kind_S] * _LEARNED_AS[np.minimum(target_ids_S, _TEXT)]
+    first_key_S = np.repeat(np.array(starts[:-1], np.int32), lengths)
     end_key_S = np.arange(1, starts[-1] + 1, dtype=np.int32)
-    images = []
+    images, twins = [], []
     for start, length, each in zip(starts, lengths, tokenized, strict=False):
         if not each.learns_text:
             weight_S[start : start + length] = 0
@@ -177,15 +216,27 @@ def lay_out_all(
             if not causal_images:
                 end_key_S[start + first : start + first + patches] = start + first + patches
             images.append((start + first, patches, columns))
+        for first, number in each.twins:
+            (of_image, patches, _), begin = each.images[number], start + first
+            first_key_S[begin : begin + patches] = begin
+            if not causal_images:
+                end_key_S[begin : begin + patches] = begin + patches
+            twins.append(Twin(begin, patches, start, start + of_image))
     running_S = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    position_SA = _positions(running_S, images, axes)
+    for twin in twins:
+        clean_SA = position_SA[twin.end_key : twin.end_key + twin.patches]
+        position_SA[twin.first : twin.first + twin.patches] = clean_SA
     return Layout(
         token_ids_S=token_ids_S,
         modality_S=_MODALITY[kind_S],
-        position_SA=_positions(running_S, images, axes),
+        position_SA=position_SA,
         target_ids_S=target_ids_S,
         text_weight_S=weight_S,
+        first_key_S=first_key_S,
         end_key_S=end_key_S,
         images=tuple((first, patches) for first, patches, _ in images),
+        twins=tuple(twins),
     )
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
+# Finished and prompted images are read as what they are: the least noise that training knows.
+CLEAN_TIMESTEP = 0
+
 _NORMAL = NormalDist()
 # Half of the spacing of the uniform numbers, in the place of 0, whose quantile is infinite.
 _MIN_SHARE = 2.0**-54

@@ -39,6 +39,13 @@ STREAM: list[tuple[Content, Content]] = [
     ("two sizes", "text"),
     ("wide", "two sizes"),
 ]
+# With `diffusion.context=clean`: a rank with noised copies beside one without, and so on.
+CLEAN_STREAM: list[tuple[Content, Content]] = [
+    ("clean", "text"),
+    ("clean", "clean"),
+    ("image", "clean"),
+    ("clean", "mixed"),
+]
 # Vectors of rows and columns for all images of the stream.
 LEARNED_PLACES = {"model__patch_position": "learned", "codec__image_sizes": ("4x4", "4x8")}
 # Images of 8 x 8 pixels, latents of 4 x 4 in two channels.

@@ -68,6 +68,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train__sequence_parallel": 2,
         "train__zero": NOTHING_KEPT,
     },
+    "clean context": {"diffusion__context": "clean", "train__zero": NOTHING_KEPT},
+    "clean context, own weights, shared rows": {
+        "diffusion__context": "clean",
+        "model__modality_weights": "all",
+        "train__sequence_parallel": 2,
+        "train__zero": NOTHING_KEPT,
+    },
     "clean image": {"diffusion__prediction": "x", "train__zero": NOTHING_KEPT},
     "stage 1": {"train__zero": {"stage": 1}},
     "stage 2": {"train__zero": {"stage": 2}},

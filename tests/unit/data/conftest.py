@@ -87,8 +87,9 @@ def rows_of() -> Callable[[Sequence[Batch]], list[list[torch.Tensor]]]:
         for group in batch.media:
             real = group.image_weight_I > 0
             here = (group.patch_slot_IP[:, 0] // length == number) & real
+            values = group.values if group.value_I is None else group.values[group.value_I]
             fields = (
-                group.values,
+                values,
                 group.timestep_I,
                 group.noise_key_I,
                 group.patch_slot_IP - number * length,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +16,14 @@ from PIL import Image
 
 from transfusion.config import Config
 from transfusion.data.index.source_index import SourceIndex, build_indexes
-from transfusion.data.loading.loader import Loader
+from transfusion.data.loading.loader import Loader, plan_settings
 from transfusion.data.loading.rows import RowBuilder, RowSettings
 from transfusion.data.loading.validation import documents
 from transfusion.data.planning.epoch import Variant
-from transfusion.data.planning.packing import DocumentSpan
+from transfusion.data.planning.packing import DocumentSpan, Planner
 from transfusion.data.shards.webdataset import write_shards
-from transfusion.schema import ImageSegment, Modality
+from transfusion.errors import UserError
+from transfusion.schema import ImageSegment, Modality, SpecialToken
 from transfusion.sequence.layout import lay_out
 from transfusion.sequence.tokenizer import Tokenizer
 
@@ -149,3 +153,82 @@ def test_latents_are_read_as_they_are(config: Config, tokenizer: Tokenizer) -> N
     ]
     assert [float(value[0, 0, 0]) for value in values] == [number / 8 for number in range(DOCUMENTS)]
     assert {value.dtype for value in values} == {np.dtype(np.float32)}
+
+
+def test_noised_copies_are_planned_to_the_token(config: Config, tokenizer: Tokenizer) -> None:
+    """Every span has the length of its row's part, whose images are read clean and learned behind it."""
+    config = Config.model_validate(config.as_dict() | {"diffusion": {"context": "clean"}})
+    with Loader(config, config.data.sources, tokenizer, rank=0, world_size=1) as loader:
+        indexes, builder = loader.indexes, RowBuilder(loader.indexes, RowSettings.of(config))
+        state = loader.state()
+        batches = [batch for _ in range(4) for batch in loader.next_step()]
+    lengths = [index.lengths for index in indexes]
+    planner, seen = Planner(lengths, plan_settings(config)), set()
+    for plan in itertools.chain.from_iterable(planner.next_batch() for _ in range(4)):
+        row = builder.build(plan)
+        used = int((row.modality_S != Modality.PADDING).sum())
+        assert used == sum(span.tokens for span in plan) <= config.data.sequence_length
+        twins = {twin.first for twin in row.twins}
+        assert twins == {image.first_patch for image in row.images if image.first_patch in twins}
+        for image in row.images:
+            assert (
+                row.token_ids_S[image.first_patch : image.first_patch + PATCHES] == SpecialToken.PATCH
+            ).all()
+            assert not image.is_context or (image.timestep == 0 and image.first_patch not in twins)
+        assert len(twins) == sum(image.is_context for image in row.images)
+        seen |= {Variant(span.variant) for span in plan if span.variant != Variant.TEXT}
+    assert seen >= {Variant.IMAGE_FIRST, Variant.INTERLEAVED, Variant.CAPTION_DROPPED}
+    for batch in batches:
+        batch.mask.validate()
+        assert batch.second is not None
+        batch.second[1].validate()
+        assert len(batch.second[0].unique(dim=1)[0]) == batch.second[0].shape[1]
+    # A plan of noisy contexts is another plan.
+    noisy = Config.model_validate(config.as_dict() | {"diffusion": {"context": "noisy"}})
+    with pytest.raises(UserError):
+        Loader(noisy, noisy.data.sources, tokenizer, rank=0, world_size=1, state=state)
+
+
+def test_what_does_not_fit_with_its_copies_is_left_out(config: Config, tokenizer: Tokenizer) -> None:
+    """Every fourth document has three images, of which two have a copy, the others two and one."""
+    index, *_ = build_indexes(config, config.data.sources, tokenizer)
+
+    def length(text: int, images: int) -> int:
+        return text + 2 + images * (PATCHES + 2) + (images - 1) * PATCHES
+
+    texts = index.lengths.text_tokens_C.tolist()
+    values = config.as_dict()
+    values["data"] |= {"sequence_length": length(max(texts), 2)}
+    values["diffusion"] |= {"context": "clean"}
+    fitting = Config.model_validate(values)
+    one, *_ = build_indexes(fitting, fitting.data.sources, tokenizer)
+    lengths = [length(text, 2 if number % 4 else 3) for number, text in enumerate(texts)]
+    kept = [each for each in lengths if each <= length(max(texts), 2)]
+    assert len(one) == len(kept) < len(lengths) == DOCUMENTS
+    assert {fault.reason for fault in one.faults} == {"longer_than_row"}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"), [(2, {}), (1, {"micro_batch_size": 3}), (1, {"workers": 2})]
+)
+def test_noised_copies_are_the_same_at_any_world_size(
+    config: Config, tokenizer: Tokenizer, rows_of: Any, same: Any, world_size: int, changes: dict[str, int]
+) -> None:
+    values = config.as_dict()
+    values["diffusion"] |= {"context": "clean"}
+    alone = Config.model_validate(values)
+    shared = Config.model_validate(values | {"data": values["data"] | changes})
+
+    def steps(config: Config, ranks: int) -> list[Any]:
+        with contextlib.ExitStack() as stack:
+            loaders = [
+                stack.enter_context(
+                    Loader(config, config.data.sources, tokenizer, rank=rank, world_size=ranks)
+                )
+                for rank in range(ranks)
+            ]
+            parts = [[rows_of(loader.next_step()) for loader in loaders] for _ in range(3)]
+        return [[row for rows in zip(*step, strict=True) for row in rows] for step in parts]
+
+    for one, other in zip(steps(alone, 1), steps(shared, world_size), strict=True):
+        assert same(one, other)

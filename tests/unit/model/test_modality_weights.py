@@ -1,4 +1,4 @@
-"""Weights of their own for patches: the network of shared weights where they are equal, and apart where they are not."""
+"""Weights of their own for patches: where they are equal, the network of shared weights, else apart from text's."""
 
 from __future__ import annotations
 
@@ -67,7 +67,6 @@ def test_equal_weights_are_the_shared_network(
     got, parts = learned(own, made, own_config)
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
-        layer, _, part = name.rpartition(".attention")
         image_name = name.replace(".attention", ".image_attention").replace(
             ".feed_forward", ".image_feed_forward"
         )

@@ -61,9 +61,11 @@ class SourceIndex:
         sizes: ImageSizes | None = None,
         schedule: Schedule = ((0, 1.0),),
         kind: SourceKind = "auto",
+        clean_context: bool = False,
     ) -> None:
         """patches: of one image, or with `sizes` those of the size that it takes. latent_channels: of precomputed
-        latents; 0: any. shuffle_window: of a remote source.
+        latents; 0: any. shuffle_window: of a remote source. clean_context: images that something follows take their
+        patches twice (`diffusion.context`).
 
         What cannot be cut and is longer than a row is a fault; of several captions only those too long are left out.
         """
@@ -72,10 +74,17 @@ class SourceIndex:
         self._parts, self._patches, self._sequence_length = tuple(parts), patches, sequence_length
         self._sizes = sizes if sizes and sizes.is_multi_size else None
         self._image = ImageSegment(None, patches)
+        self._clean_context = clean_context
         self._size_numbers: dict[int, NDArray[np.uint8]] = {}
         views = [
             _FittingSamples(
-                part, faults, self._document_patches(part, number), sequence_length, latent_channels, kind
+                part,
+                faults,
+                self._document_patches(part, number),
+                self._context_patches(part, number),
+                sequence_length,
+                latent_channels,
+                kind,
             )
             for number, (part, faults) in enumerate(
                 zip(parts, faults_of(parts, [kind] * len(parts)), strict=True)
@@ -97,6 +106,7 @@ class SourceIndex:
             windows=Windows(np.diff(self._start_of_part), shuffle_window) if self.is_remote else None,
             patches_N=_joined([view.patches_N for view in views], np.int64) if self._sizes else None,
             image_sizes=tuple(map(str, self._sizes.sizes)) if self._sizes else (),
+            context_N=_joined([view.context_N for view in views], np.int64) if clean_context else None,
         )
 
     def __len__(self) -> int:
@@ -127,7 +137,8 @@ class SourceIndex:
         first, end = part.caption_start_N.item(place), part.caption_start_N.item(place + 1)
         if end - first > 1:
             lengths = part["tokens_C"][first:end]
-            longest = self._sequence_length - self.image(sample).patches - PAIR_CONTROL_TOKENS
+            copies = 2 if self._clean_context else 1
+            longest = self._sequence_length - copies * self.image(sample).patches - PAIR_CONTROL_TOKENS
             first += int(np.flatnonzero(lengths <= longest)[caption])
         start_C = part.token_start_C
         return part["token_ids_T"][start_C.item(first) : start_C.item(first + 1)]
@@ -188,6 +199,24 @@ class SourceIndex:
         shown_N = np.diff(_sums(shown_E)[part.element_start_N])
         return np.where(part["elements_N"] > 0, shown_N, stored_N)
 
+    def _context_patches(self, part: ShardIndex, number: int) -> Integers:
+        """Patches [N] of the images of each sample's document that something follows, or may; 0 without copies."""
+        if not self._clean_context:
+            return np.zeros(len(part), np.int64)
+        patches_N = self._document_patches(part, number)
+        element_E, start_N = part["element_E"].astype(np.int64), part.element_start_N
+        has_order_N = part["elements_N"] > 0
+        last_N = np.zeros(len(part), np.int64)
+        last_N[has_order_N] = element_E[start_N[1:][has_order_N] - 1]
+        ends_N = has_order_N & (last_N < 0)
+        if self._sizes is None:
+            return patches_N - ends_N * self._patches
+        patches_I = self._sizes.patches_K[self._numbers(part, number)]
+        image_N = part.image_start_N[:-1][ends_N] - 1 - last_N[ends_N]
+        patches_N = patches_N.copy()
+        patches_N[ends_N] -= patches_I[image_N]
+        return patches_N
+
     def read_image(self, sample: int, image_number: int = 0, shards: OpenShards | None = None) -> bytes:
         """Bytes of one of the sample's images or latents, as they are now in the shard. Raises OSError.
 
@@ -222,7 +251,7 @@ class SourceIndex:
 class _FittingSamples:
     """Of one shard what fits a row of this length. kept: numbers of these samples; None: all of them.
 
-    patches_N: of all images of each sample's document.
+    patches_N: of all images of each sample's document. context_N: of noised copies beside them.
     """
 
     def __init__(
@@ -230,6 +259,7 @@ class _FittingSamples:
         part: ShardIndex,
         faults: list[Fault],
         patches_N: Integers,
+        context_N: Integers,
         sequence_length: int,
         latent_channels: int,
         kind: SourceKind,
@@ -238,10 +268,11 @@ class _FittingSamples:
         self.tokens_C: NDArray[Any] = part["tokens_C"]
         self.images_N: NDArray[Any] = part.images_N
         self.interleaved_N: NDArray[np.bool_] = (part["elements_N"] > 0) & (self.images_N > 0)
-        self.patches_N = patches_N
+        self.patches_N, self.context_N = patches_N, context_N
         self.kept: Integers | None = None
         self.faults = faults
-        longest_N = sequence_length - TEXT_CONTROL_TOKENS - patches_N - self.images_N * IMAGE_CONTROL_TOKENS
+        images_N = patches_N + context_N + self.images_N * IMAGE_CONTROL_TOKENS
+        longest_N = sequence_length - TEXT_CONTROL_TOKENS - images_N
         is_cut_N = self.images_N == 0
         fits_C = np.repeat(is_cut_N, self.captions_N) | (
             self.tokens_C <= np.repeat(longest_N, self.captions_N)
@@ -262,7 +293,7 @@ class _FittingSamples:
             self.faults.append(part.fault(sample, reason))
         self.captions_N, self.tokens_C = fitting_N[self.kept], self.tokens_C[fits_C]
         self.images_N, self.interleaved_N = self.images_N[self.kept], self.interleaved_N[self.kept]
-        self.patches_N = self.patches_N[self.kept]
+        self.patches_N, self.context_N = self.patches_N[self.kept], self.context_N[self.kept]
 
 
 def build_index(
@@ -276,12 +307,13 @@ def build_index(
     cache: CacheSettings | None = None,
     codec: CodecConfig | None = None,
     sizes: ImageSizes | None = None,
+    clean_context: bool = False,
 ) -> SourceIndex:
     """The index of a source; index files that are missing are made first.
 
-    patches, sizes: see `SourceIndex`. cache: for remote shards; None: the default one below this folder. codec: the
-    one whose latents are taken; None: any. Raises UserError when a shard is missing, an index is stale, latents are of
-    another codec, or no good sample is left.
+    patches, sizes, clean_context: see `SourceIndex`. cache: for remote shards; None: the default one below this folder.
+    codec: the one whose latents are taken; None: any. Raises UserError when a shard is missing, an index is stale,
+    latents are of another codec, or no good sample is left.
     """
     cache = cache or CacheSettings.of(CacheConfig(), Path("cache"))
     found = find_shards(source.shards, cache)
@@ -302,6 +334,7 @@ def build_index(
         sizes=sizes,
         schedule=source.schedule,
         kind=source.kind,
+        clean_context=clean_context,
     )
     if not len(index):
         raise UserError(
@@ -323,6 +356,7 @@ def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: To
             cache=cache_of(config),
             codec=config.codec,
             sizes=config.image_sizes,
+            clean_context=config.diffusion.context == "clean",
         )
         for source in sources
     ]

@@ -30,7 +30,29 @@ def collate(rows: Sequence[Row], settings: RowSettings) -> Batch:
         mask=mask,
         media=_groups(rows, settings),
         counts=_counts(rows),
+        second=_second(rows),
     )
+
+
+def _second(rows: Sequence[Row]) -> tuple[Tensor, IntervalMask] | None:
+    """What the patches of noised copies see beside themselves, in every row for as many positions. None without any."""
+    length = len(rows[0].token_ids_S)
+    bounds = [np.array(row.twins, np.int64).reshape(-1, 4) for row in rows]
+    most = max(int(each[:, 1].sum()) for each in bounds)
+    if not most:
+        return None
+    place_BM = np.empty((len(rows), most), np.int64)
+    # Other positions, which see nothing more, fill up a row, behind those that do.
+    first_BM, end_BM = (np.full((len(rows), most), length, np.int32) for _ in range(2))
+    for row, twins in enumerate(bounds):
+        mine = np.concatenate([np.arange(first, first + patches) for first, patches, _, _ in twins] + [[]])
+        count = len(mine)
+        place_BM[row, :count] = mine
+        place_BM[row, count:] = np.setdiff1d(np.arange(length), mine)[: most - count]
+        first_BM[row, :count] = np.repeat(twins[:, 2], twins[:, 1])
+        end_BM[row, :count] = np.repeat(twins[:, 3], twins[:, 1])
+    mask = IntervalMask(torch.from_numpy(first_BM), torch.from_numpy(end_BM), num_keys=length)
+    return torch.from_numpy(place_BM), mask
 
 
 def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[MediaGroup, ...]:
@@ -53,24 +75,31 @@ def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[MediaGroup, ...
 
 def _group(images: Sequence[tuple[int, RowImage]], *, weight: float) -> MediaGroup:
     first_slot_I = torch.tensor([slot for slot, _ in images], dtype=torch.int64)
+    context_I = torch.tensor([image.is_context for _, image in images])
+    has_context = bool(context_I.any())
+    # A noised copy stands right behind its clean image, whose values are encoded once for both.
+    is_new_I = ~context_I.roll(1)
     return MediaGroup(
         modality=Modality.IMAGE,
         kind=KINDS[images[0][1].values_CHW.dtype.type],
-        values=_stacked([image.values_CHW for _, image in images]),
+        values=_stacked([image.values_CHW for (_, image), new in zip(images, is_new_I, strict=True) if new]),
         image_weight_I=torch.full((len(images),), weight, dtype=torch.float32),
         patch_slot_IP=first_slot_I[:, None] + torch.arange(images[0][1].patches),
         timestep_I=torch.tensor([image.timestep for _, image in images], dtype=torch.int64),
         noise_key_I=torch.tensor([image.noise_key for _, image in images], dtype=torch.int64),
+        is_context_I=context_I if has_context else None,
+        value_I=is_new_I.cumsum(0) - 1 if has_context else None,
     )
 
 
 def _counts(rows: Sequence[Row]) -> BatchCounts:
     padding = sum(int((row.modality_S == Modality.PADDING).sum()) for row in rows)
+    learned = [image for row in rows for image in row.images if not image.is_context]
     return BatchCounts(
         tokens=sum(len(row.token_ids_S) for row in rows) - padding,
         text_targets=sum(int(np.count_nonzero(row.text_weight_S)) for row in rows),
-        images=sum(len(row.images) for row in rows),
-        image_elements=sum(image.values_CHW.size for row in rows for image in row.images),
+        images=len(learned),
+        image_elements=sum(image.values_CHW.size for image in learned),
         padding=padding,
         faults=sum(len(row.faults) for row in rows),
     )

@@ -7,7 +7,7 @@ Shape suffixes: S positions of the row, A position axes, C channels, H/W image h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,21 +27,21 @@ from transfusion.files import name_hash
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken
 from transfusion.sequence.layout import (
     TokenizedDocument,
+    Twin,
     image_segment,
     lay_out_all,
     position_axes,
     tokenize_document,
     tokenize_pair,
     tokenize_text,
+    with_twins,
 )
 from transfusion.sequence.sizes import ImageSizes
-from transfusion.sequence.timesteps import TimestepLaw
+from transfusion.sequence.timesteps import CLEAN_TIMESTEP, TimestepLaw
 
 _TIMESTEP, _NOISE = name_hash("timestep"), name_hash("noise")
 # Decoded images are kept up to this size: a small data set is then decoded once, not once an epoch.
 _CACHE_BYTES = 64 << 20
-# <EOI> and <EOS>.
-_AFTER_LAST_IMAGE = 2
 # uint8 pixels or float32 latents, [C, H, W], or int32 tokens [H, W].
 Values = NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int32]
 # Of an image, latents or tokens: source, sample, number among the sample's.
@@ -60,6 +60,7 @@ class RowSettings:
     sizes: ImageSizes
     timesteps: TimestepLaw
     image_first_timesteps: int
+    clean_context: bool = False
     causal_images: bool = False
     codebook_size: int = 0
 
@@ -81,19 +82,24 @@ class RowSettings:
                 diffusion.logit_std,
             ),
             image_first_timesteps=diffusion.max_timestep_before_caption or diffusion.steps,
+            clean_context=diffusion.context == "clean",
             causal_images=config.model.image_attention == "causal",
             codebook_size=config.codec.codebook_size if config.codec.makes == "tokens" else 0,
         )
 
 
 class RowImage(NamedTuple):
-    """An image of the row: pixels or latents, the position of its first patch, its noise level and noise."""
+    """An image of the row: pixels or latents, the position of its first patch, its noise level and noise.
+
+    is_context: it stands clean, to be read and not learned.
+    """
 
     values_CHW: Values
     first_patch: int
     patches: int
     timestep: int
     noise_key: int
+    is_context: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +113,7 @@ class Row:
     text_weight_S: NDArray[np.float32]
     first_key_S: NDArray[np.int32]
     end_key_S: NDArray[np.int32]
+    twins: tuple[Twin, ...]
     images: tuple[RowImage, ...]
     faults: tuple[Fault, ...]
     samples: int
@@ -128,6 +135,8 @@ class RowBuilder:
         """
         decoded, faults = self._decode(plan)
         tokenized = [self._tokenize(span, decoded.get(number, ())) for number, span in enumerate(plan)]
+        if self._settings.clean_context:
+            tokenized = [with_twins(each) for each in tokenized]
         bad = [number for number, span in enumerate(plan) if _has_images(span) and number not in decoded]
         images = self._images(plan, tokenized, decoded)
         return joined(tokenized, self._settings, images, faults, masked_out=bad)
@@ -205,13 +214,25 @@ class RowBuilder:
         law, images = self._settings.timesteps, []
         drawn = zip(places, uniforms.tolist(), noise_keys.tolist(), strict=True)
         for (number, image), uniform, noise_key in drawn:
-            first, patches = tokenized[number].images[image][:2]
-            # An image with something after it is there to be understood, so it is not noised beyond recognition.
-            goes_on = first + patches + _AFTER_LAST_IMAGE < len(tokenized[number].token_ids_S)
-            timestep = law.draw(uniform, self._settings.image_first_timesteps if goes_on else law.steps)
+            document = tokenized[number]
+            # What something reads is not noised beyond recognition, or not at all.
+            is_read = not self._settings.clean_context and document.is_followed(image)
+            timestep = law.draw(uniform, self._settings.image_first_timesteps if is_read else law.steps)
             values = decoded[number][image]
-            images.append(RowImage(values, starts[number] + first, patches, timestep, noise_key))
+            images += placed(document, starts[number], image, values, timestep, noise_key)
         return tuple(images)
+
+
+def placed(
+    document: TokenizedDocument, start: int, image: int, values: Values, timestep: int, noise_key: int
+) -> Iterator[RowImage]:
+    """An image of a document that begins at `start`: noised at its place, or clean there and noised behind <EOS>."""
+    first, patches, _ = document.images[image]
+    for twin, of_image in document.twins:
+        if of_image == image:
+            yield RowImage(values, start + first, patches, CLEAN_TIMESTEP, noise_key, is_context=True)
+            first = twin
+    yield RowImage(values, start + first, patches, timestep, noise_key)
 
 
 def read_values(
@@ -284,8 +305,9 @@ def joined(
         position_SA=_padded(layout.position_SA, length, 0),
         target_ids_S=_padded(layout.target_ids_S, length, SpecialToken.PADDING),
         text_weight_S=_padded(layout.text_weight_S, length, 0),
-        first_key_S=_padded(np.repeat(np.array(starts[:-1], np.int32), np.diff(starts)), length, used),
+        first_key_S=_padded(layout.first_key_S, length, used),
         end_key_S=_padded(layout.end_key_S, length, used),
+        twins=layout.twins,
         images=images,
         faults=faults,
         samples=len(tokenized),

@@ -120,6 +120,9 @@ class Lengths(Protocol):
     def image_tokens(self, sample_D: Integers) -> Integers:
         """Patches of each sample's images, with the control tokens of all but one; 0 says that it is a text."""
 
+    def context_tokens(self, sample_D: Integers) -> Integers:
+        """Patches of noised copies, for each sample in whose order a text or an image follows an image."""
+
     def interleaved(self, sample_D: Integers) -> NDArray[np.bool_]:
         """Whether each sample has images and an order of its own."""
 
@@ -134,7 +137,9 @@ class SourceLengths:
     caption_start_N: N + 1 borders of each sample's captions in C; a text counts as one.
     text_tokens_C: ids of each. images_N: images of each document. interleaved_N: whether these and its texts have an
     order of their own, else one image is a pair and none a text. patches: of one image; patches_N: where they differ,
-    of all images of each document; image_sizes: the sizes that images take then.
+    of all images of each document; image_sizes: the sizes that images take then. context_N: with
+    `diffusion.context=clean`, patches of the images of each document that something follows, of a pair when it is the
+    caption.
     """
 
     name: str
@@ -147,6 +152,7 @@ class SourceLengths:
     windows: Windows | None = None
     patches_N: Integers | None = None
     image_sizes: tuple[str, ...] = ()
+    context_N: Integers | None = None
 
     def __len__(self) -> int:
         return len(self.images_N)
@@ -162,6 +168,9 @@ class SourceLengths:
         patches_D = images_D * self.patches if self.patches_N is None else self.patches_N[sample_D]
         return np.where(images_D > 0, patches_D + (images_D - 1) * IMAGE_CONTROL_TOKENS, 0)
 
+    def context_tokens(self, sample_D: Integers) -> Integers:
+        return np.zeros_like(sample_D) if self.context_N is None else self.context_N[sample_D]
+
     def interleaved(self, sample_D: Integers) -> NDArray[np.bool_]:
         return self.interleaved_N[sample_D]
 
@@ -173,6 +182,9 @@ class SourceLengths:
         if self.patches_N is not None:
             known.update(f"patches of {self.image_sizes}".encode())
             known.update(np.ascontiguousarray(self.patches_N).data)
+        if self.context_N is not None:
+            known.update(b"clean context")
+            known.update(np.ascontiguousarray(self.context_N).data)
         if self.windows is not None:
             known.update(f"{self.windows.shards} windows".encode())
             known.update(np.ascontiguousarray(self.windows.counts_K).data)
@@ -271,7 +283,9 @@ class EpochOrder:
         text_D = self.source.text_tokens(sample_D, caption_D)
         text_D = np.where(variant_D == Variant.CAPTION_DROPPED, 0, text_D)
         control_D = np.where(patches_D > 0, PAIR_CONTROL_TOKENS, TEXT_CONTROL_TOKENS)
-        tokens_D = (text_D + patches_D + control_D).astype(np.int64)
+        is_followed_D = (variant_D == Variant.IMAGE_FIRST) | (variant_D == Variant.INTERLEAVED)
+        copies_D = np.where(is_followed_D, self.source.context_tokens(sample_D), 0)
+        tokens_D = (text_D + patches_D + control_D + copies_D).astype(np.int64)
         nothing_D = np.zeros_like(draw_D)
         return SpanTable(
             source=nothing_D,

@@ -62,6 +62,9 @@ class SimulatedLengths:
         has_image_D = hash_rng.uniform(_IMAGE, name_hash(self.name), sample_D) < self.pairs
         return np.where(has_image_D, self.patches, 0)
 
+    def context_tokens(self, sample_D: Integers) -> Integers:
+        return np.zeros_like(sample_D)
+
     def interleaved(self, sample_D: Integers) -> np.ndarray:
         return np.zeros(len(sample_D), bool)
 

@@ -94,7 +94,9 @@ def _section(number: int, drawn: DrawnRow, tokenizer: Tokenizer) -> str:
 
 def _spans(drawn: DrawnRow) -> Iterator[_Span]:
     """The pieces of a row, told by where their first keys change."""
-    first_key_S = drawn.row.first_key_S
+    first_key_S = drawn.row.first_key_S.copy()
+    for twin in drawn.row.twins:
+        first_key_S[twin.first : twin.first + twin.patches] = twin.first_key
     used = int((drawn.row.end_key_S > np.arange(len(first_key_S))).sum())
     borders = [*np.flatnonzero(np.diff(first_key_S[:used], prepend=-1)).tolist(), used]
     for origin, first, end in zip(drawn.origins, borders, borders[1:], strict=False):
@@ -134,7 +136,8 @@ def _document(span: _Span, row: Row, tokenizer: Tokenizer) -> str:
     parts = []
     for first, end, modality in _runs(row, span):
         if modality == Modality.IMAGE:
-            parts.append(_figure(images[first]))
+            # Noised copies stand side by side.
+            parts += [_figure(images[place]) for place in range(first, end) if place in images]
         else:
             parts += _chips(row.token_ids_S[first:end], row.text_weight_S[first:end], tokenizer)
     head = f"{html.escape(span.origin)} <small>positions {span.first:,} to {span.end:,}</small>"
@@ -163,7 +166,8 @@ def _chips(token_ids: NDArray[np.int64], weights: NDArray[np.float32], tokenizer
 
 def _figure(image: RowImage) -> str:
     height, width = image.values_CHW.shape[1:]
-    noise = f"{height} x {width}, {image.patches} patches, noise level {image.timestep}"
+    level = "clean, to be read" if image.is_context else f"noise level {image.timestep}"
+    noise = f"{height} x {width}, {image.patches} patches, {level}"
     return f'<img class="image" src="{_png(_as_image(image))}" title="{noise}" alt="{noise}">'
 
 
@@ -184,6 +188,11 @@ def _mask_pixels(row: Row, pixels: int = _MASK_PIXELS) -> NDArray[np.uint8]:
     length = len(row.first_key_S)
     step = -(-length // pixels)
     key = np.arange(length)
+    # What the noised copies see besides themselves.
+    low, high = np.zeros(length, np.int64), np.zeros(length, np.int64)
+    for twin in row.twins:
+        here = slice(twin.first, twin.first + twin.patches)
+        low[here], high[here] = twin.first_key, twin.end_key
     colours = [
         np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) for colour in (_SEEN, _SEEN_AHEAD)
     ]
@@ -192,6 +201,7 @@ def _mask_pixels(row: Row, pixels: int = _MASK_PIXELS) -> NDArray[np.uint8]:
     for first in starts.tolist():
         query = np.arange(first, min(first + step, length))[:, None]
         seen = (key >= row.first_key_S[query]) & (key < row.end_key_S[query])
+        seen |= (key >= low[query]) & (key < high[query])
         line = np.full((len(starts), 3), 255.0)
         for colour, where in zip(colours, (seen & (key <= query), seen & (key > query)), strict=True):
             covered = np.add.reduceat(where.sum(0), starts) / np.add.reduceat(
