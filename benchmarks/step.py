@@ -91,7 +91,8 @@ FORMULAS = {
 def synthetic_sources(config: Config, folder: Path) -> list[SourceIndex]:
     """Texts of 64 to 3,000 tokens, and images with captions of 8 to 64, as an index of shards would list them."""
     random = np.random.default_rng(config.run.seed)
-    longest_caption = config.data.sequence_length - config.patches_per_image - PAIR_CONTROL_TOKENS
+    copies = 2 if config.diffusion.context == "clean" else 1
+    longest_caption = config.data.sequence_length - copies * config.patches_per_image - PAIR_CONTROL_TOKENS
     texts = np.exp(random.uniform(math.log(64), math.log(3000), DOCUMENTS)).astype(np.int64)
     captions = random.integers(8, 65, DOCUMENTS).clip(max=max(1, longest_caption))
     return [
@@ -118,7 +119,11 @@ def _source(
     index_shard(shard, index_file, encoder)
     parts = [ShardIndex(index_file, shard)]
     return SourceIndex(
-        name, parts, patches=config.patches_per_image, sequence_length=config.data.sequence_length
+        name,
+        parts,
+        patches=config.patches_per_image,
+        sequence_length=config.data.sequence_length,
+        clean_context=config.diffusion.context == "clean",
     )
 
 
@@ -287,7 +292,7 @@ def _timed_steps(
     while len(readings) <= steps and (len(readings) <= 3 or time.monotonic() < deadline):
         begun.append(begin_step(engine, data[len(begun) % len(data)], config))
         begun[-2][0].read()
-        readings.append(_now(engine.device))
+        readings.append(now(engine.device))
     return [end - begin for begin, end in pairwise(readings)], begun
 
 
@@ -320,7 +325,7 @@ def finish_step(pending: PendingResult, loss: Tensor) -> float:
     return number
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds: of the wall beside a GPU, on the CPU of the processor."""
     return time.perf_counter() if device.type == "cuda" else time.process_time()
 

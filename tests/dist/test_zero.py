@@ -47,7 +47,7 @@ def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
         "clean image",
         "clean context, own weights, shared rows",
         "second copies",
-    ],  # fmt: skip
+    ],
 )
 def test_four_ranks_equal_one_process(quad: Findings, variant: str) -> None:
     """Twenty steps: losses within 1e-6 relative in fp32."""
