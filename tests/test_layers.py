@@ -6,6 +6,7 @@ Reads the source with ast and runs none of it. Each rule is also shown to fail o
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
 import sys
 from collections import Counter
@@ -272,6 +273,16 @@ def _unfinished(text: str) -> Iterator[tuple[int, str]]:
 
 def test_the_house_keeps_its_rules() -> None:
     assert violations(HOUSE) == []
+
+
+def test_every_folder_of_tests_is_collected(pytestconfig: pytest.Config) -> None:
+    """Pytest's defaults leave out a folder called dist without a word."""
+    folders = [path for path in Path(__file__).parent.rglob("*") if path.is_dir()]
+    left_out = pytestconfig.getini("norecursedirs")
+    passed_over = {
+        folder.name for folder in folders for pattern in left_out if fnmatch.fnmatch(folder.name, pattern)
+    }
+    assert passed_over <= {"__pycache__"} and "dist" in {folder.name for folder in folders}
 
 
 def test_the_house_was_really_read() -> None:

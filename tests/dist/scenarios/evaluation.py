@@ -35,6 +35,7 @@ class Letters:
     """Stands for the tokenizer of a vocabulary of 64."""
 
     vocabulary = 64
+    longest_piece = 1
 
     def encode(self, text: str) -> list[int]:
         return [8 + ord(letter) % 56 for letter in text]

@@ -37,6 +37,7 @@ class Builder:
             text_weight_S=random.random(LENGTH, dtype=np.float32),
             first_key_S=random.integers(0, 99, LENGTH, dtype=np.int32),
             end_key_S=random.integers(0, 99, LENGTH, dtype=np.int32),
+            twins=(),
             images=images,
             faults=(Fault("00000.tar", "key", "truncated"),),
             samples=count,

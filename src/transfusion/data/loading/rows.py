@@ -211,7 +211,8 @@ class RowBuilder:
         columns = np.array(words, np.uint64).reshape(-1, 4).T
         uniforms = hash_rng.uniform(self._settings.seed, _TIMESTEP, *columns)
         noise_keys = hash_rng.bits(self._settings.seed, _NOISE, *columns) >> np.uint64(1)
-        law, images = self._settings.timesteps, []
+        law = self._settings.timesteps
+        images: list[RowImage] = []
         drawn = zip(places, uniforms.tolist(), noise_keys.tolist(), strict=True)
         for (number, image), uniform, noise_key in drawn:
             document = tokenized[number]
