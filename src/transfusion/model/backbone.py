@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from transfusion.config import ModelConfig
+from transfusion.config import Config, ModelConfig
 from transfusion.model.attention import Attend, Mask
 from transfusion.model.embedding import rotation
 from transfusion.model.grouping import ALL_TEXT, Grouping
@@ -74,18 +74,20 @@ class Backbone(nn.Module, ABC):
         return ALL_TEXT if self.config.modality_weights == "shared" else Grouping.of_batch(batch)
 
 
-def compile_blocks(model: Backbone) -> None:
+def compile_blocks(model: Backbone, config: Config) -> None:
     """Compile each block's forward for training; sampling, whose shapes change all the time, stays eager.
 
     The forward and not the module is compiled, so that ZeRO's hooks stay outside of the graph.
     """
+    # Own weights and noised copies see how many patches a batch has. What differs then is taken as a symbol.
+    varies = config.model.modality_weights != "shared" or config.diffusion.context == "clean"
     for block in model.blocks:
-        block.forward = _compiled_when_training(block)
+        block.forward = _compiled_when_training(block, None if varies else False)
 
 
-def _compiled_when_training(block: nn.Module) -> Callable[..., Tensor]:
+def _compiled_when_training(block: nn.Module, dynamic: bool | None) -> Callable[..., Tensor]:
     eager = block.forward
-    compiled = torch.compile(eager, dynamic=False)
+    compiled = torch.compile(eager, dynamic=dynamic)
 
     def forward(*arguments: Any) -> Tensor:
         return (compiled if torch.is_grad_enabled() else eager)(*arguments)

@@ -39,7 +39,7 @@ class LocalEngine(Engine):
             }
             self.model.to(torch.bfloat16)
         if config.train.compile:
-            compile_blocks(self.model)
+            compile_blocks(self.model, config)
         parameters = groups.parameter_groups(self.masters, self.masters, config.optimizer.weight_decay)
         self.optimizer = groups.adamw(parameters, config.optimizer, fused=groups.runs_fused(self.device))
         groups.create_moments(self.optimizer, self.masters.values())

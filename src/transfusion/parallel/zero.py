@@ -51,7 +51,7 @@ class ZeroEngine(Engine):
             self.model = self._wrap(deepspeed, described)
         self.runner = self.engine
         if config.train.compile:
-            compile_blocks(self.model)
+            compile_blocks(self.model, config)
         self.flats = _flat_weights(self.zero, self.stage)
         groups.create_moments(self.optimizer, self.flats)
         self.slices = {
