@@ -42,9 +42,10 @@ SMALL = (
     "model.hidden_size=256",
     "model.heads=4",
     "model.vocabulary=2048",
+    "model.patch_size=4",
     "codec.image_size=32",
-    "data.sequence_length=512",
-    "data.global_batch_size=4",
+    "data.sequence_length=1024",
+    "data.global_batch_size=2",
     "train.engine=local",
     "train.precision=fp32",
     "train.threads=1",
@@ -105,10 +106,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    device = find_device()
+    device = find_device("auto")
     base = (*PAPER_SMALLEST, f"model.vocabulary={VOCABULARY}") if device.type == "cuda" else SMALL
     found = measure((*base, *options.overrides), options.rounds)
-    write_json(options.out, record_head(device) | {"rounds": options.rounds, "recipes": found})
+    write_json(record_head(device) | {"rounds": options.rounds, "recipes": found}, options.out)
     for name, each in found.items():
         print(
             f"{name:18} {each['seconds'] * 1000:8.1f} ms  {each['ratio']:.3f} of shared,"
