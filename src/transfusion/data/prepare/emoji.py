@@ -72,13 +72,15 @@ def collect_emoji(font: Path | None, *, seed: int, validation: float) -> Collect
             if (drawing.concept in held()) == wanted:
                 yield _sample(drawing)
 
-    notes = [] if opened.shapes else ["this Pillow has no raqm, so there are no emoji of several characters"]
-    if not listing:
+    notes = []
+    if not opened.shapes:
+        notes.append("this Pillow has no raqm, so there are no emoji of several characters")
+    elif not listing:
         notes.append(
-            "for flags and other emoji of several characters install unicode-data, then prepare again"
+            "for flags and other emoji of several characters install unicode-data and prepare into another folder"
         )
     if not known:
-        notes.append("for more captions an image install unicode-cldr-core, then prepare again")
+        notes.append("for more captions an image install unicode-cldr-core and prepare into another folder")
     return Collection(identity, part(False), part(True), skipped, notes=notes)
 
 
@@ -100,14 +102,19 @@ def _drawn(emoji: list[Emoji], font: EmojiFont, skipped: list[Fault]) -> Iterato
             variants = [] if one.listed or one.is_sequence else emoji_names.with_tones(one)
             yield from ((variant, values) for variant in variants if (values := _values(variant, font)))
         elif one.listed:
-            unshaped = one.is_sequence and not font.shapes
-            reason = "sequence_not_drawn" if font.draw(one.text) else "glyph_missing"
-            skipped.append(_fault(one, "raqm_missing" if unshaped else reason))
+            skipped.append(_fault(one, _why_not_drawn(one, font)))
 
 
 def _values(one: Emoji, font: EmojiFont) -> bytes | None:
-    known = not one.is_sequence or (font.shapes and font.is_one_glyph(one.text))
-    return font.draw(one.text) if known else None
+    if not one.is_sequence:
+        return font.draw(one.text if font.shapes else emoji_names.plain(one.text))
+    return font.draw(one.text) if font.shapes and font.is_one_glyph(one.text) else None
+
+
+def _why_not_drawn(one: Emoji, font: EmojiFont) -> str:
+    if one.is_sequence and not font.shapes:
+        return "raqm_missing"
+    return "sequence_not_drawn" if font.draw(one.text) else "glyph_missing"
 
 
 def _drawings(

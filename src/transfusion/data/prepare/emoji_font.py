@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
+import os
 import shutil
 import struct
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageChops, ImageDraw, ImageFont, features
 
 from transfusion.errors import UserError, shown
 from transfusion.files import digest
@@ -36,8 +38,8 @@ _OUTLINE_SIZE = 128
 _NONCHARACTER = "\U0010ffff"
 # Some of these are in every emoji font, and fill what room a glyph has.
 _FULL_GLYPHS = ("😀", "🌍", "🎈", "❤", "🚗")
-# As opaque as ink must be to count, of 255. Fainter is the edge of a shadow.
-_VISIBLE = 8
+# As far from white as a pixel must be to count, of 255. The edge of a shadow is nearer.
+_VISIBLE = 16
 # A mark that asks for the coloured form, and one that joins: both are nothing to see.
 _STYLE, _JOINER = "\ufe0f", "\u200d"
 # A sequence wider than so many glyphs was drawn as several.
@@ -87,17 +89,18 @@ class EmojiFont:
         return all(self.draw(text[:end]) != drawn for end in ends)
 
     def _ink(self, text: str) -> Image.Image | None:
-        """The glyph in RGBA, cut to what is seen of it. Its colours are those on white."""
+        """The glyph on white, cut to what is seen of it there."""
         try:
             left, top, right, bottom = map(round, self._font.getbbox(text, mode="RGBA"))
             if left >= right or top >= bottom:
                 return None
-            image = Image.new("RGBA", (right - left, bottom - top), (255, 255, 255, 0))
+            image = Image.new("RGB", (right - left, bottom - top), "white")
             ImageDraw.Draw(image).text((-left, -top), text, font=self._font, embedded_color=True)
         except OSError:
             # Of this glyph FreeType cannot read the bitmap.
             return None
-        box = image.getchannel("A").point(lambda alpha: 255 * (alpha >= _VISIBLE)).getbbox()
+        darkest = functools.reduce(ImageChops.darker, image.split())
+        box = darkest.point(lambda value: 255 * (value <= 255 - _VISIBLE)).getbbox()
         ink = image.crop(box) if box else None
         return None if ink and ink.tobytes() == self._undefined else ink
 
@@ -108,7 +111,7 @@ def on_white(ink: Image.Image, full_side: int) -> Image.Image:
     side = max(width, height, full_side) * SIZE / (SIZE - 2 * MARGIN)
     left, top = math.ceil((side - width) / 2) + 1, math.ceil((side - height) / 2) + 1
     canvas = Image.new("RGB", (width + 2 * left, height + 2 * top), "white")
-    canvas.paste(ink.convert("RGB"), (left, top))
+    canvas.paste(ink, (left, top))
     x, y = canvas.width / 2 - side / 2, canvas.height / 2 - side / 2
     # One resampling for scale and place, to fractions of a pixel.
     return canvas.resize((SIZE, SIZE), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
@@ -132,8 +135,11 @@ def _fontconfig() -> list[Path]:
     if not program:
         return []
     command = [program, "--format=%{color} %{file}", "emoji"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
-    colour, _, file = answer.partition(" ")
+    try:
+        answer = subprocess.run(command, capture_output=True, check=False, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    colour, _, file = os.fsdecode(answer).partition(" ")
     return [Path(file)] if colour == "True" and file else []
 
 
@@ -148,7 +154,7 @@ def open_font(path: Path) -> EmojiFont:
     layout = ImageFont.Layout.RAQM if shapes else ImageFont.Layout.BASIC
     try:
         font = ImageFont.truetype(io.BytesIO(data), size, layout_engine=layout)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{shown(path)} cannot be opened as a font ({error}); {_REMEDY}") from None
     return EmojiFont(path, digest(data), shapes, font)
 

@@ -25,7 +25,7 @@ SKIN_TONES = {
     "\U0001f3ff": "dark skin tone",
 }
 EMOJI_STYLE, JOINER, KEYCAP = "\ufe0f", "\u200d", "\u20e3"
-_LINE = re.compile(r"([0-9A-F ]+?) *; *([a-z-]+) *# \S+ E([0-9.]+) (.+)")
+_LINE = re.compile(r"((?:(?:10|[0-9A-F])?[0-9A-F]{4} *)+); *([a-z-]+) *# \S+ E(\d+)\.(\d+) (.+)")
 _GROUP = re.compile(r"# (group|subgroup): (.+)")
 # Behind a person: which sex, and which way they go.
 _SIGNS = re.compile(f"{JOINER}[\u2640\u2642\u27a1]|[{''.join(SKIN_TONES)}{EMOJI_STYLE}]")
@@ -73,9 +73,8 @@ def read_list(text: str, path: Path = LIST) -> list[Emoji]:
             place[match[1]] = match[2]
         elif (match := _LINE.fullmatch(line.strip())) and match[2] == "fully-qualified":
             letters = "".join(chr(int(point, 16)) for point in match[1].split())
-            version = tuple(int(part) for part in match[3].split("."))
             groups = place.get("group", ""), place.get("subgroup", "")
-            found.append(Emoji(letters, match[4].lower(), *groups, version=version))
+            found.append(Emoji(letters, match[5].lower(), *groups, (int(match[3]), int(match[4]))))
     if not found:
         raise UserError(f"{shown(path)} lists no emoji; install the package unicode-data again, or remove it")
     return found
@@ -100,7 +99,7 @@ def with_tones(one: Emoji) -> Iterator[Emoji]:
 
 
 def read_annotations(texts: Iterable[tuple[Path, str]]) -> dict[str, list[str]]:
-    """Of each emoji, spelt without style, the words that CLDR's files know it by. The name comes first."""
+    """Of each emoji, spelt without style, its name in CLDR's files, or "", and behind it further words for it."""
     names, keywords = dict[str, str](), defaultdict[str, list[str]](list)
     for path, text in texts:
         try:
@@ -116,10 +115,11 @@ def read_annotations(texts: Iterable[tuple[Path, str]]) -> dict[str, list[str]]:
                 names[letters] = words[0]
             else:
                 keywords[letters] += words
-    return {
-        letters: list(dict.fromkeys(filter(None, [names.get(letters, ""), *keywords[letters]])))
-        for letters in {**names, **keywords}
-    }
+    found = {}
+    for letters in {**names, **keywords}:
+        name = names.get(letters, "")
+        found[letters] = [name, *dict.fromkeys(word for word in keywords[letters] if word not in ("", name))]
+    return found
 
 
 def plain(text: str) -> str:
@@ -144,19 +144,22 @@ def captions(
     emoji: Sequence[Emoji], concept: Sequence[str], annotations: Mapping[str, list[str]]
 ) -> list[list[str]]:
     """Of each emoji its captions, each once: its names, words of CLDR that only it is known by, and name with words."""
-    known = [annotations.get(plain(one.text), []) for one in emoji]
+    known = [annotations.get(plain(one.text), [""]) for one in emoji]
     meant: dict[str, set[str]] = defaultdict(set)
     for words, shows in zip(known, concept, strict=True):
         for word in words:
             meant[word].add(shows)
     found = []
-    for one, words in zip(emoji, known, strict=True):
-        own = [] if one.has_tone else [word for word in words[1:] if len(meant[word]) == 1]
-        said = {word.strip(":,") for word in one.name.split()}
-        more = [word for word in words if word != one.name and not said.issuperset(word.split())]
+    for one, (name, *words) in zip(emoji, known, strict=True):
+        own = [] if one.has_tone else [word for word in words if len(meant[word]) == 1]
+        more = [word for word in (name, *words) if not _words(word) <= _words(one.name)]
         together = ", ".join([one.name, *more])
-        found.append(list(dict.fromkeys([one.name, *words[:1], *_formal_name(one), *own, together])))
+        found.append(list(dict.fromkeys([one.name, name or one.name, *_formal_name(one), *own, together])))
     return found
+
+
+def _words(text: str) -> set[str]:
+    return {word.strip(":,") for word in text.split()}
 
 
 def _formal_name(one: Emoji) -> Iterator[str]:

@@ -62,9 +62,10 @@ def prepare(
     """Write the shards of a source, or find that they are there already.
 
     source: `digits`, `python-docs`, `emoji`, a folder of images with .txt captions, or a .jsonl file of texts.
-    validation: share kept for evaluation (default 0.1 of python-docs' characters, else 0.02 of the samples; the
-    digits have a fixed split). one_caption_a_line: of a folder, each line of a .txt is a caption of its image. font:
-    of the emoji, in place of the system's. Raises UserError for an unknown source, or when `out` holds something else.
+    validation: share kept for evaluation (default 0.1 of python-docs' characters, 0.02 of the concepts of emoji, else
+    0.02 of the samples; the digits have a fixed split). one_caption_a_line: of a folder, each line of a .txt is a
+    caption of its image. font: of the emoji, in place of the system's. Raises UserError for an unknown source, or when
+    `out` holds something else.
     """
     collection = _collect(source, seed, validation, one_caption_a_line, font)
     mark = fingerprint({"format": _FORMAT, **collection.identity})
