@@ -17,6 +17,12 @@ if ! command -v chromium google-chrome >/dev/null && command -v apt-get >/dev/nu
     printf 'Installing Chromium\n' >&2
     { apt-get install -qy chromium || { apt-get update -q && apt-get install -qy chromium; }; } >/dev/null 2>&1 || true
 fi
+# Emoji are drawn from Debian's font. Elsewhere the test of the system's font is left out.
+if ! [[ -e /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf ]] && command -v apt-get >/dev/null && [[ $(id -u) == 0 ]]; then
+    printf 'Installing the colour emoji font\n' >&2
+    fonts=(fonts-noto-color-emoji unicode-data unicode-cldr-core)
+    { apt-get install -qy "${fonts[@]}" || { apt-get update -q && apt-get install -qy "${fonts[@]}"; }; } >/dev/null 2>&1 || true
+fi
 # Two at a time, the tests of a file in one process: many wait for processes that they started. A thread each, since
 # threads of two processes on two cores wait for one another.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -104,7 +104,8 @@ def _root(
 @app.command()
 def prepare(
     source: Annotated[
-        str, typer.Argument(help="digits, python-docs, a folder of images with captions, or a .jsonl file")
+        str,
+        typer.Argument(help="digits, python-docs, emoji, a folder of images with captions, or a .jsonl file"),
     ],
     out: Annotated[Path, typer.Option(help="folder for the shards")],
     validation: Annotated[
@@ -116,11 +117,16 @@ def prepare(
         bool,
         typer.Option("--one-caption-a-line", help="each line of an image's .txt is a caption of its own"),
     ] = False,
+    font: Annotated[
+        Path | None, typer.Option(help="for emoji: a font file with colour glyphs. Default: the system's")
+    ] = None,
 ) -> None:
     """Write webdataset shards for training and validation."""
     from transfusion.data.prepare.prepare import prepare as run
 
-    result = run(source, out, seed=seed, validation=validation, one_caption_a_line=one_caption_a_line)
+    result = run(
+        source, out, seed=seed, validation=validation, one_caption_a_line=one_caption_a_line, font=font
+    )
     state = "already there" if result.reused else "written"
     print(f"{result.out}: {result.train} training and {result.validation} validation samples, {state}")
     for note in result.notes:

@@ -1,1 +1,1 @@
-"""Shards of real data for trying things: digits, documentation, folders of images."""
+"""Shards of real data for trying things: digits, emoji, documentation, folders of images."""

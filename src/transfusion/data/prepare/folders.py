@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Seen:
 class Collection:
     """Samples of the two splits, read lazily; `skipped` and `seen` fill while they are read.
 
-    identity: plain values that change whenever the prepared shards would.
+    identity: plain values that change whenever the prepared shards would. notes: what to do for more of them.
     """
 
     identity: dict[str, Any]
@@ -73,11 +73,20 @@ class Collection:
     validation: Iterable[Sample]
     skipped: list[Fault] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
+    notes: list[str] = field(default_factory=list)
 
 
 def is_validation(key: str, seed: int, share: float) -> bool:
     """Whether the sample with this key is held out: decided by a hash, so it stays when others come or go."""
     return _draw(key, seed) < share
+
+
+def validation_keys(keys: Set[str], seed: int, share: float) -> set[str]:
+    """The keys that are held out, at least one of several where any are to be."""
+    held = {key for key in keys if is_validation(key, seed, share)}
+    if share and not held and len(keys) > 1:
+        held = {min(sorted(keys), key=lambda key: _draw(key, seed))}
+    return held
 
 
 def _draw(key: str, seed: int) -> float:

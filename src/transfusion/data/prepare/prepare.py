@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from transfusion.data.prepare.digits import captions_for
+from transfusion.data.prepare.emoji import EMOJI, collect_emoji
 from transfusion.data.prepare.folders import Collection, collect_folder, collect_lines, image_sample
 from transfusion.data.shards.sample import reasons
 from transfusion.data.shards.webdataset import Sample, sample_key, write_shards
@@ -56,15 +57,17 @@ def prepare(
     seed: int = 0,
     validation: float | None = None,
     one_caption_a_line: bool = False,
+    font: Path | None = None,
 ) -> PrepareResult:
     """Write the shards of a source, or find that they are there already.
 
-    source: `digits`, `python-docs`, a folder of images with .txt captions, or a .jsonl file of texts.
-    validation: share kept for evaluation (default 0.1 of python-docs' characters, else 0.02 of the samples; the
-    digits have a fixed split). one_caption_a_line: of a folder, each line of a .txt is a caption of its image. Raises
-    UserError for an unknown source, or when `out` holds something else.
+    source: `digits`, `python-docs`, `emoji`, a folder of images with .txt captions, or a .jsonl file of texts.
+    validation: share kept for evaluation (default 0.1 of python-docs' characters, 0.02 of the concepts of emoji, else
+    0.02 of the samples; the digits have a fixed split). one_caption_a_line: of a folder, each line of a .txt is a
+    caption of its image. font: of the emoji, in place of the system's. Raises UserError for an unknown source, or when
+    `out` holds something else.
     """
-    collection = _collect(source, seed, validation, one_caption_a_line)
+    collection = _collect(source, seed, validation, one_caption_a_line, font)
     mark = fingerprint({"format": _FORMAT, **collection.identity})
     if existing := _existing(out, mark):
         return existing
@@ -80,15 +83,19 @@ def prepare(
         record["skipped_samples"] = [[fault.key, fault.reason] for fault in collection.skipped]
         # In ASCII, since the source may have a name that is no UTF-8.
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="ascii")
-    notes = tuple(collection.seen.notes())
+    notes = (*collection.notes, *collection.seen.notes())
     return PrepareResult(out, counts[TRAIN], counts[VALIDATION], skipped, reused=False, notes=notes)
 
 
-def _collect(source: str, seed: int, validation: float | None, one_caption_a_line: bool) -> Collection:
+def _collect(
+    source: str, seed: int, validation: float | None, one_caption_a_line: bool, font: Path | None
+) -> Collection:
     if validation is not None and not 0 <= validation < 1:
         raise UserError(f"validation share must be at least 0 and below 1, got {validation}")
     if one_caption_a_line and not Path(source).is_dir():
         raise UserError(f"{shown(source)} is no folder of images; remove --one-caption-a-line")
+    if font and source != EMOJI:
+        raise UserError(f"a font is for the source {EMOJI} alone, not for {shown(source)}; remove --font")
     if source == "digits":
         if validation is not None:
             raise UserError(
@@ -98,12 +105,16 @@ def _collect(source: str, seed: int, validation: float | None, one_caption_a_lin
     if source == "python-docs":
         return collect_python_docs(_VALIDATION_DOCS if validation is None else validation)
     path, share = Path(source), _VALIDATION_OTHERS if validation is None else validation
+    if source == EMOJI:
+        return collect_emoji(font, seed=seed, validation=share)
     if path.is_dir():
         return collect_folder(path, seed=seed, validation=share, one_caption_a_line=one_caption_a_line)
     if path.is_file() and path.suffix.lower() == ".jsonl":
         return collect_lines(path, seed=seed, validation=share)
     what = "is neither a folder nor a .jsonl file" if path.exists() else "does not exist"
-    raise UserError(f"{shown(source)} {what}; name digits, python-docs, a folder of images or a .jsonl file")
+    raise UserError(
+        f"{shown(source)} {what}; name digits, python-docs, emoji, a folder of images or a .jsonl file"
+    )
 
 
 def collect_digits(seed: int) -> Collection:
