@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transfusion.config import Config
+from transfusion.config import Config, ModelConfig
 from transfusion.errors import UserError
 from transfusion.files import DIGEST_BYTES, file_digest, fingerprint
 
@@ -146,7 +146,8 @@ def model_settings(config: dict[str, Any]) -> dict[str, Any]:
     # Not where the autoencoder lies, whose fingerprint tells which it is, nor how images are cut. What is empty says
     # nothing.
     return {
-        "model": config["model"],
+        # A checkpoint from before a setting was there says nothing of it: it is as the default.
+        "model": ModelConfig().as_dict() | config["model"],
         "codec": {
             name: value
             for name, value in config["codec"].items()

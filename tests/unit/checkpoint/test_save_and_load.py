@@ -324,6 +324,17 @@ def test_damage_is_told(tmp_path: Path, damage: Callable[[Path], None], message:
     assert same_state(before, state_of(other))
 
 
+def test_a_checkpoint_from_before_a_setting_is_as_its_default(tmp_path: Path) -> None:
+    folder = save(tmp_path, trained(0), TrainState(step=1), keep=1)
+    manifest = layout.read_manifest(folder)
+    del manifest.config["model"]["modality_weights"], manifest.config["model"]["qk_norm"]
+    (folder / layout.MANIFEST).write_text(manifest.as_json())
+    assert load(folder, LocalEngine(small_config(), ALONE)).step == 1
+    own = LocalEngine(small_config(model__modality_weights="ffn"), ALONE)
+    with pytest.raises(UserError, match=r"model\.modality_weights was 'shared' and is now 'ffn'"):
+        load(folder, own)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
