@@ -64,6 +64,7 @@ VARYING = 3
 SHARED = {"train__sequence_parallel": 2}
 COMPILED = {"train__compile": True}
 OWN = {"model__modality_weights": "all"}
+FROZEN = {"train__freeze": ["text"]}
 CLEAN = {"diffusion__context": "clean"}
 RECOMPUTED = {"train__activation_checkpointing": "block"}
 # Ranks with other images, and so with more or fewer groups of them, and of other numbers of patches.
@@ -97,6 +98,11 @@ CASES = {
         CLEAN | OWN | RECOMPUTED | SHARED, CLEAN_STREAM, accumulation=4
     ),
     "clean context, compiled": Case(CLEAN | COMPILED, CLEAN_STREAM, graphs=VARYING),
+    "frozen text": Case(OWN | FROZEN),
+    "frozen text, recomputed, shared rows, accumulation 4": Case(
+        OWN | FROZEN | RECOMPUTED | SHARED, accumulation=4
+    ),
+    "frozen text, kept gathered": Case(OWN | FROZEN | {"train__zero": {}}),
     "clean image": Case({"diffusion__prediction": "x"}),
     "unet": Case(UNET),
     "unet, recomputed, shared rows": Case(UNET | RECOMPUTED | SHARED),

@@ -18,7 +18,7 @@ VARIANTS = [
     "qk norm, 2d, gqa, learned places", "uneven", "unet", "unet, recomputed", "stage 1", "stage 2", "shared rows",
     "shared rows, unet", "shared rows, 2d, gqa, learned places", "shared rows, latents", "all offloaded",
     "stage 2, optimiser offloaded", "own feed-forward", "own weights", "own weights, shared rows", "clean image",
-    "clean context", "clean context, own weights, shared rows",
+    "frozen text", "frozen text, kept", "clean context", "clean context, own weights, shared rows",
 ]  # fmt: skip
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ class ParameterRecord:
 class Manifest:
     """All about a checkpoint but its tensors.
 
-    kinds: which tensors each parameter has. updates: optimiser steps made. state: the `TrainState`.
-    config: the run's configuration, plain values.
+    kinds: which tensors each parameter has. frozen: parameters with a weight alone, which were not trained. updates:
+    optimiser steps made. state: the `TrainState`. config: the run's configuration, plain values.
     """
 
     format_version: int
@@ -60,6 +60,7 @@ class Manifest:
     files: dict[str, FileRecord]
     state: dict[str, Any]
     config: dict[str, Any]
+    frozen: list[str] = field(default_factory=list)
 
     def as_json(self) -> str:
         """The text of manifest.json, with a digest of all the rest."""

@@ -29,7 +29,14 @@ class SliceReader:
         self._open: dict[int, Any] = {}
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        """Elements [start, start + length) of the flattened parameter, fp32 on the CPU."""
+        """Elements [start, start + length) of the flattened parameter, fp32 on the CPU.
+
+        A frozen parameter is its own average, and its moments are those that AdamW begins with.
+        """
+        if name in self.manifest.frozen and kind != WEIGHT:
+            if kind != AVERAGE:
+                return torch.zeros(length)
+            kind = WEIGHT
         parts = []
         position = start
         slices = self.manifest.parameters[name].slices

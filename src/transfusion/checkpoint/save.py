@@ -117,8 +117,11 @@ class Saver:
 
     def _own_part(self, *, copy: bool) -> tuple[list[Shard], Mapping[str, Tensor]]:
         shards = [shard for shard in self._engine.shards() if shard.length]
+        # All are fp32 but frozen weights of a network that runs in less.
         tensors = {
-            f"{kind}/{shard.name}": tensor for shard in shards for kind, tensor in shard.values.items()
+            f"{kind}/{shard.name}": tensor.float()
+            for shard in shards
+            for kind, tensor in shard.values.items()
         }
         return shards, self._copied(tensors) if copy else tensors
 
@@ -142,6 +145,11 @@ class Saver:
             fingerprint=layout.model_fingerprint(config),
             kinds=[WEIGHT, FIRST_MOMENT, SECOND_MOMENT, *([AVERAGE] if self._engine.averages else [])],
             parameters=dict(sorted(parameters.items())),
+            frozen=sorted(
+                name
+                for name, parameter in self._engine.model.named_parameters()
+                if not parameter.requires_grad
+            ),
             files=files,
             state=pending.state,
             config=config.as_dict(),

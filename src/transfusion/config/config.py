@@ -97,6 +97,7 @@ class Config(Section):
         )
         yield from self.diffusion.problems()
         yield from rules.sampling_problems(self.sample_grid, self.diffusion, self.data)
+        yield from rules.freeze_problems(self.model, self.train)
         yield from rules.source_problems(self.data)
         yield from rules.division_problems(self.model, self.data, self.train)
         if self.optimizer.final_learning_rate > self.optimizer.learning_rate:

@@ -89,6 +89,20 @@ def sampling_problems(
         )
 
 
+def freeze_problems(model: ModelConfig, train: TrainConfig) -> Iterator[str]:
+    """What cannot be left untrained."""
+    if not train.freeze:
+        return
+    name = f"train.freeze={train.freeze}".replace("'", "")
+    if model.family != "transfusion":
+        yield f"{name} is for model.family=transfusion; remove it"
+    elif model.modality_weights == "shared":
+        yield f"{name} leaves patches nothing to learn with; set model.modality_weights=all"
+    for key, needed in (("stage", 3), ("offload_parameters", "none"), ("hpz_partition_size", 1)):
+        if getattr(train.zero, key) != needed:
+            yield f"{name} needs train.zero.{key}={needed}"
+
+
 def source_problems(data: DataConfig) -> Iterator[str]:
     """What the sources lack together."""
     schedules = [source.schedule for source in data.sources]

@@ -605,6 +605,11 @@ class TrainConfig(Section):
     init_from: FilePath = Field(
         "", description="folder of a Hugging Face Llama whose weights a new run starts from; empty: none"
     )
+    freeze: list[Literal["text"]] = Field(
+        default_factory=list,
+        description="what is not trained. text: embedding, text head, norm and all weights of blocks but those that"
+        " patches have of their own (model.modality_weights)",
+    )
     stall_seconds: NonNegativeFloat = Field(
         100.0,
         description="seconds in one activity after which a process writes a report into RUN/stalls; 0: never",

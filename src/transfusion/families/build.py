@@ -7,7 +7,7 @@ import torch
 from transfusion.config import CodecConfig, Config, ModelConfig
 from transfusion.families import FAMILIES, Family
 from transfusion.model.attention import PlainAttention, Sharing
-from transfusion.model.backbone import Backbone
+from transfusion.model.backbone import Backbone, is_of_text
 
 
 def family_of(config: Config) -> Family:
@@ -18,12 +18,12 @@ def family_of(config: Config) -> Family:
 def build_model(config: Config, sharing: Sharing | None = None) -> Backbone:
     """The network with uninitialised weights in fp32, on torch's default device.
 
-    sharing: the ranks that share rows, if any do.
+    What `train.freeze` names takes no gradient. sharing: the ranks that share rows, if any do.
     """
     if config.model.vocabulary == 0:
         raise ValueError("model.vocabulary must hold the tokenizer's size before an engine is built")
     backend = config.train.attention
-    return family_of(config).network(
+    network = family_of(config).network(
         config.model,
         config.codec,
         attend=PlainAttention(backend) if sharing is None else sharing.attention(backend),
@@ -32,6 +32,10 @@ def build_model(config: Config, sharing: Sharing | None = None) -> Backbone:
         z_loss=config.train.z_loss,
         sharing=sharing,
     )
+    if "text" in config.train.freeze:
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(not is_of_text(name))
+    return network
 
 
 def count_parameters(config: ModelConfig, codec: CodecConfig) -> dict[str, int]:

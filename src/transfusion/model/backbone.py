@@ -74,6 +74,11 @@ class Backbone(nn.Module, ABC):
         return ALL_TEXT if self.config.modality_weights == "shared" else Grouping.of_batch(batch)
 
 
+def is_of_text(name: str) -> bool:
+    """Whether text passes through this parameter: whether `train.freeze=[text]` keeps it as it is."""
+    return not name.startswith("patch_") and ".image_" not in name
+
+
 def compile_blocks(model: Backbone, config: Config) -> None:
     """Compile each block's forward for training; sampling, whose shapes change all the time, stays eager.
 

@@ -3,7 +3,8 @@
 exact: what must be computed. Each matrix multiplies the real positions that pass through it (the text head: those
 with a target, of text or of image tokens; with `model.modality_weights` patches have their own), attention is counted
 by the visible pairs of the mask, 4 * width forward and 8 * width backward a pair and layer; the first matrices have no
-gradient of their input. Padding and recomputation do not count.
+gradient of their input. Frozen weights (`train.freeze`) have none of their own: 4 operations an element, not 6. Padding
+and recomputation do not count.
 hardware: what is computed. Padding and images of weight 0 count, the attention's backward pass makes its scores
 again (10 * width a pair), and what activation checkpointing recomputes counts once more.
 palm: (6 * N + 12 * width * layers * row length) * positions, as PaLM counts (Chowdhery et al., 2022, appendix B); N:
@@ -24,7 +25,7 @@ from torch import nn
 
 from transfusion.codec.interface import latent_shape
 from transfusion.config import CodecConfig, Config
-from transfusion.families.build import family_of
+from transfusion.families.build import build_model, family_of
 from transfusion.model.backbone import Backbone
 from transfusion.schema import Batch
 
@@ -106,15 +107,15 @@ class FlopModel:
     def __init__(self, config: Config) -> None:
         self._family = family_of(config)
         with torch.device("meta"):
-            self._model = self._family.network(config.model, config.codec)
+            self._model = build_model(config)
         model = config.model
         self.pair = model.heads * model.head_dim * model.layers
         self.patch_size = model.patch_size
-        # What a position of text passes through, and a patch.
+        # Operations of what a position of text passes through, of a patch, and of a target of the text head.
         self.blocks, self.image_blocks = (
-            sum(map(_matrices, _parts(self._model, of_images))) for of_images in (False, True)
+            sum(map(_operations, _parts(self._model, of_images))) for of_images in (False, True)
         )
-        self.lm_head = _matrices(self._model.lm_head)
+        self.lm_head = _operations(self._model.lm_head)
         self.recomputes = config.train.activation_checkpointing
         self.recomputed, self.image_recomputed = (
             _recomputed(self._model, self.recomputes, of_images) for of_images in (False, True)
@@ -134,18 +135,18 @@ class FlopModel:
         again = self.recomputes == "block"
         carried = sum(self.image_operations(each.shape, again) * each.carried for each in load.images)
         of_images = sum(each.real * self._family.head_targets(each.shape) for each in load.images)
-        head = 6 * self.lm_head * (load.text_targets + of_images)
+        head = self.lm_head * (load.text_targets + of_images)
         patches = sum(each.real * each.shape[1] * each.shape[2] for each in load.images) // self.patch_size**2
         texts, others = load.tokens - patches, load.positions - patches
         scores = 14 if self.recomputes == "none" else 18
         return Work(
             exact=Operations(
-                6 * (self.blocks * texts + self.image_blocks * patches) + head + real,
+                self.blocks * texts + self.image_blocks * patches + head + real,
                 12 * self.pair * load.pairs,
             ),
             hardware=Operations(
-                (6 * self.blocks + 2 * self.recomputed) * others
-                + (6 * self.image_blocks + 2 * self.image_recomputed) * patches
+                (self.blocks + 2 * self.recomputed) * others
+                + (self.image_blocks + 2 * self.image_recomputed) * patches
                 + head
                 + carried,
                 scores * self.pair * load.pairs,
@@ -192,6 +193,12 @@ def _recomputed(model: Backbone, what: str, of_images: bool) -> int:
     others = _parts(model, not of_images)
     is_last = of_images or ends[0] in others
     return sum(map(_matrices, again)) - is_last * sum(_matrices(part.get_submodule(last)) for part in ends)
+
+
+def _operations(module: nn.Module) -> int:
+    """Of a position, forward and backward: a product, that of its gradient, and of a weight that is trained its own."""
+    matrices = [parameter for parameter in module.parameters() if parameter.dim() == 2]
+    return sum(parameter.numel() * (6 if parameter.requires_grad else 4) for parameter in matrices)
 
 
 def _matrices(module: nn.Module) -> int:

@@ -16,11 +16,12 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Two AdamW groups: matrices, embeddings among them, are decayed. Norms, biases and gains are not.
 
-    `described` tells the shapes, by name, since a sharded parameter has lost its own. A group without
-    parameters is left out.
+    `described` tells the shapes, by name, since a sharded parameter has lost its own. What takes no gradient is in
+    none. A group without parameters is left out.
     """
-    matrices = [parameters[name] for name, shape in described.items() if shape.dim() >= 2]
-    others = [parameters[name] for name, shape in described.items() if shape.dim() < 2]
+    trained = {name: shape for name, shape in described.items() if shape.requires_grad}
+    matrices = [parameters[name] for name, shape in trained.items() if shape.dim() >= 2]
+    others = [parameters[name] for name, shape in trained.items() if shape.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},

@@ -94,7 +94,7 @@ class Engine(ABC):
 
     @abstractmethod
     def shards(self) -> list[Shard]:
-        """This rank's slices of every parameter with optimiser state, to be read or overwritten in place."""
+        """This rank's slices of every parameter and of its optimiser state, to be read or overwritten in place."""
 
     def shards_written(self, updates: int) -> None:
         """Take over what was written into the shards; `updates`: the optimiser steps behind them."""

@@ -16,7 +16,7 @@ from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.environment import Environment
-from transfusion.parallel.parameter_shards import Shard, module_of
+from transfusion.parallel.parameter_shards import WEIGHT, Shard, module_of
 from transfusion.parallel.step_result import PendingResult
 from transfusion.parallel.ulysses import SequenceGroup
 
@@ -31,7 +31,9 @@ class LocalEngine(Engine):
         initialise(model, seed=config.run.seed, layers=config.model.layers)
         self.model = self.runner = model.to(self.device)
         # The optimiser's weights, always fp32: the parameters themselves, or what they are rounded from.
-        self.masters = {name: parameter for name, parameter in self.model.named_parameters()}
+        self.masters = {
+            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        }
         self.rounded = config.train.precision == "bf16"
         if self.rounded:
             self.masters = {
@@ -82,10 +84,16 @@ class LocalEngine(Engine):
 
     def shards(self) -> list[Shard]:
         """See `Engine.shards`: every parameter whole."""
-        return [
+        trained = [
             Shard(name, tuple(master.shape), 0, master.numel(), self._values(number, master))
             for number, (name, master) in enumerate(self.masters.items())
         ]
+        frozen = [
+            Shard(name, tuple(parameter.shape), 0, parameter.numel(), {WEIGHT: parameter.detach().flatten()})
+            for name, parameter in self.model.named_parameters()
+            if name not in self.masters
+        ]
+        return trained + frozen
 
     def _module_norms(self) -> dict[str, float]:
         gradients: dict[str, list[Tensor]] = {}

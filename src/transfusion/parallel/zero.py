@@ -25,7 +25,7 @@ from transfusion.parallel.deepspeed_patches import (
 from transfusion.parallel.engine import Engine, Weights
 from transfusion.parallel.environment import Environment, join_group
 from transfusion.parallel.module_norms import FlatSlice, ModuleNorms
-from transfusion.parallel.parameter_shards import Shard
+from transfusion.parallel.parameter_shards import WEIGHT, Shard
 from transfusion.parallel.step_result import PendingResult
 from transfusion.parallel.ulysses import SequenceGroup
 from transfusion.parallel.zero_config import deepspeed_config
@@ -57,7 +57,8 @@ class ZeroEngine(Engine):
         self.slices = {
             name: flat_slice
             for name, parameter in self.model.named_parameters()
-            if (flat_slice := _locate(self.zero, self.stage, parameter, described[name].numel(), self.rank))
+            if parameter.requires_grad
+            and (flat_slice := _locate(self.zero, self.stage, parameter, described[name].numel(), self.rank))
         }
         self.norms = ModuleNorms(self.optimizer, self.flats, self.slices, list(self.shapes))
         self._initialise()
@@ -103,6 +104,18 @@ class ZeroEngine(Engine):
             values = self._values(flat, self.flats[flat])
             slices = {kind: tensor.narrow(0, offset, length) for kind, tensor in values.items()}
             shards.append(Shard(name, self.shapes[name], start, length, slices))
+        return shards + self._frozen()
+
+    def _frozen(self) -> list[Shard]:
+        """This rank's slices of what is not trained: parts that stage 3 gathers from, and no optimiser's."""
+        shards = []
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                part = parameter.ds_tensor.flatten()  # type: ignore[attr-defined]
+                start = self.rank * part.numel()
+                length = min(part.numel(), math.prod(self.shapes[name]) - start)
+                if length > 0:
+                    shards.append(Shard(name, self.shapes[name], start, length, {WEIGHT: part[:length]}))
         return shards
 
     def _wrap(self, deepspeed: Any, described: dict[str, nn.Parameter]) -> Backbone:
@@ -130,6 +143,12 @@ class ZeroEngine(Engine):
             shape = torch.empty(self.shapes[name], device="meta")
             value = initial_value(name, shape, seed=self.config.run.seed, layers=self.config.model.layers)
             self.flats[flat].narrow(0, offset, length).copy_(value.flatten()[start : start + length])
+        for shard in self._frozen():
+            shape = torch.empty(shard.shape, device="meta")
+            value = initial_value(
+                shard.name, shape, seed=self.config.run.seed, layers=self.config.model.layers
+            )
+            shard.values[WEIGHT].copy_(value.flatten()[shard.start : shard.start + shard.length])
         self._refresh()
 
     def _use(self, weights: Weights) -> None:

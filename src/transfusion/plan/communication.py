@@ -47,12 +47,12 @@ def communicate(
         return Communication()
     zero, ranks = config.train.zero, division.gpus
     reductions = count_reductions(network.sizes, zero.reduce_bucket_size)
-    reduce_seconds = gpu.ring_seconds(FP32 * network.elements, ranks, reductions)
+    reduce_seconds = gpu.ring_seconds(FP32 * network.trained, ranks, reductions)
     exchanged, between = _exchange(config, division, positions, gpu)
     # Stage 1 adds gradients up on each rank and sends them once a step.
     each, once = (0.0, reduce_seconds) if zero.stage == 1 else (reduce_seconds, 0.0)
     sent = Communication(
-        reduced=FP32 * network.elements,
+        reduced=FP32 * network.trained,
         exchanged=exchanged,
         calls=reductions,
         seconds_of_micro_batch=each,

@@ -43,21 +43,21 @@ class Memory:
 
 def local_memory(config: Config, network: Network, trace: Trace) -> Memory:
     """Of the local engine."""
-    elements, largest = network.elements, network.largest
-    averages = FP32 * elements if config.optimizer.average_decay else 0
+    elements, trained, largest = network.elements, network.trained, network.largest
+    averages = FP32 * trained if config.optimizer.average_decay else 0
     traced = {kind: trace.peak[kind] for kind in (GRADIENTS, ACTIVATIONS, LOGITS)}
     if config.train.precision == "fp32":
-        kept = Memory(parameters=FP32 * elements, optimizer=MOMENTS * elements + averages)
+        kept = Memory(parameters=FP32 * elements, optimizer=MOMENTS * trained + averages)
         moments = [replace(kept, **traced)]
     else:
         # The optimiser's weights and gradients are fp32 copies; gradients are rounded up one by one.
-        kept = Memory(parameters=2 * elements, optimizer=(FP32 + MOMENTS) * elements + averages)
-        added = FP32 * elements if trace.accumulates else 0
+        kept = Memory(parameters=2 * elements, optimizer=(FP32 + MOMENTS) * trained + averages)
+        added = FP32 * trained if trace.accumulates else 0
         moments = [replace(kept, **traced | {"gradients": traced["gradients"] + added})]
-        halves = 2 * elements if trace.accumulates else 0
-        moments.append(replace(kept, gradients=FP32 * (elements + largest) + halves))
+        halves = 2 * trained if trace.accumulates else 0
+        moments.append(replace(kept, gradients=FP32 * (trained + largest) + halves))
     # The optimiser's step: AdamW of the CPU makes two tensors of the parameter at hand.
-    moments.append(replace(kept, gradients=FP32 * elements, activations=2 * FP32 * largest))
+    moments.append(replace(kept, gradients=FP32 * trained, activations=2 * FP32 * largest))
     return max(moments, key=lambda memory: memory.total)
 
 
@@ -65,18 +65,18 @@ def zero_memory(config: Config, network: Network, trace: Trace, ranks: int) -> M
     """Of one rank of the ZeRO engine, parts being equal among `ranks`."""
     zero, elements = config.train.zero, network.elements
     width = compute_dtype(config).itemsize
-    part = -(-elements // ranks)
+    part, trained = -(-elements // ranks), -(-network.trained // ranks)
     states = FP32 + MOMENTS + (FP32 if config.optimizer.average_decay else 0)
     # On its way a bucket's gradients are copied, in the order in which the ranks get them. Where all gradients fit in
     # one bucket, it leaves when the backward pass has ended.
-    sent = FP32 * min(zero.reduce_bucket_size, elements)
-    one_bucket = elements <= zero.reduce_bucket_size
+    sent = FP32 * min(zero.reduce_bucket_size, network.trained)
+    one_bucket = network.trained <= zero.reduce_bucket_size
     if zero.stage == 3:
         small = elements - network.larger_than(zero.persistence_threshold)
         ahead = zero.max_live_parameters + zero.prefetch_bucket_size
         # One rank alone has nothing to gather.
         live = min(elements, max(ahead, network.max_gather)) - small if ranks > 1 else 0
-        kept = Memory(parameters=width * (part + small), optimizer=states * part, gradients=FP32 * part)
+        kept = Memory(parameters=width * (part + small), optimizer=states * trained, gradients=FP32 * trained)
         if zero.hpz_partition_size > 1:
             kept = replace(kept, parameters=kept.parameters + width * elements // zero.hpz_partition_size)
         gathers = width * max(0, live) + FP32 * zero.reduce_bucket_size
@@ -94,7 +94,7 @@ def zero_memory(config: Config, network: Network, trace: Trace, ranks: int) -> M
         logits=trace.working[LOGITS],
     )
     # The optimiser's step copies the gradients into the flat tensors that AdamW reads.
-    stepping = replace(kept, gradients=kept.gradients + (FP32 * part if kept.optimizer else 0))
+    stepping = replace(kept, gradients=kept.gradients + (FP32 * trained if kept.optimizer else 0))
     return max(working, sending, stepping, key=lambda memory: memory.total)
 
 

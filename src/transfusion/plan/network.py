@@ -15,13 +15,19 @@ from transfusion.families.build import build_model
 class Network:
     """Parameters, in elements. parts: by child of the network. sizes: of each parameter, in the network's order.
 
-    block: of the largest block. outside: of each parameter that is in none.
+    block: of the largest block. outside: of each parameter that is in none. frozen: of those that are not trained.
     """
 
     parts: Mapping[str, int]
     sizes: tuple[int, ...]
     block: int
     outside: tuple[int, ...]
+    frozen: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Elements with a gradient and the optimiser's state."""
+        return self.elements - self.frozen
 
     @property
     def elements(self) -> int:
@@ -53,6 +59,7 @@ class Network:
             sizes=tuple(parameter.numel() for parameter in parameters.values()),
             block=max(sum(p.numel() for p in block.parameters()) for block in model.blocks),
             outside=tuple(p.numel() for name, p in parameters.items() if not name.startswith("blocks.")),
+            frozen=sum(parameter.numel() for parameter in parameters.values() if not parameter.requires_grad),
         )
 
 

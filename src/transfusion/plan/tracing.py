@@ -165,7 +165,8 @@ def _run(
         live = LiveBytes()
         for parameter in model.parameters():
             live.count(parameter, PARAMETERS)
-            parameter.register_post_accumulate_grad_hook(live.recount_gradient)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(live.recount_gradient)
         # What the text head makes, its gradients among it, counts as logits.
         head = model.get_submodule("lm_head")
         head.register_forward_pre_hook(functools.partial(live.set_kind, LOGITS))
@@ -223,7 +224,8 @@ def _make_fake(model: nn.Module) -> None:
     """Replace the parameters, which are on the meta device, by fake ones of the CPU."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+            made = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
 
 
 class _OneOperatorNorm(torch.autograd.Function):

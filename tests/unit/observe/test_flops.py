@@ -68,6 +68,15 @@ def test_products_are_those_that_torch_counts(recomputes: str, model: dict[str, 
     assert FlopModel(config).of([batch]).hardware.products == counted(config, batch)
 
 
+@pytest.mark.parametrize("recomputes", ["none", "block"])
+@pytest.mark.parametrize("weights", ["ffn", "all"])
+def test_frozen_weights_have_no_products_of_their_own(recomputes: str, weights: str, batch: Batch) -> None:
+    config = small({"modality_weights": weights}, freeze=["text"], activation_checkpointing=recomputes)
+    found = FlopModel(config).of([batch])
+    assert found.hardware.products == counted(config, batch)
+    assert found.exact.products < FlopModel(small({"modality_weights": weights})).of([batch]).exact.products
+
+
 @pytest.mark.parametrize("weights", ["ffn", "all"])
 def test_weights_of_their_own_are_no_more_work(weights: str, batch: Batch) -> None:
     """Each position passes through as many as before."""
