@@ -116,10 +116,15 @@ def _training(config: Config, manifest: Manifest) -> Iterator[tuple[str, object]
     yield "batch", f"{data.global_batch_size:,} sequences of {data.sequence_length:,}"
     yield "optimizer", f"AdamW, peak learning rate {config.optimizer.learning_rate:g}"
     yield "precision", config.train.precision
-    yield (
-        "moving average",
-        f"decay {config.optimizer.average_decay:g}" if AVERAGE in manifest.kinds else "none",
-    )
+    half_life = config.optimizer.ema_half_life
+    average = f"half-life {half_life:g} steps" if half_life else f"decay {config.optimizer.ema_decay:g}"
+    yield "moving average", average if AVERAGE in manifest.kinds else "none"
+    if config.model.modality_weights != "shared":
+        yield "weights of patches", f"their own ({config.model.modality_weights})"
+    if config.train.freeze:
+        yield "not trained", ", ".join(config.train.freeze)
+    if config.diffusion.context == "clean":
+        yield "images in the context", "clean"
     if config.train.init_from:
         yield "text tower started from", Path(config.train.init_from).name
 

@@ -117,11 +117,8 @@ class Saver:
 
     def _own_part(self, *, copy: bool) -> tuple[list[Shard], Mapping[str, Tensor]]:
         shards = [shard for shard in self._engine.shards() if shard.length]
-        # All are fp32 but frozen weights of a network that runs in less.
         tensors = {
-            f"{kind}/{shard.name}": tensor.float()
-            for shard in shards
-            for kind, tensor in shard.values.items()
+            f"{kind}/{shard.name}": tensor for shard in shards for kind, tensor in shard.values.items()
         }
         return shards, self._copied(tensors) if copy else tensors
 

@@ -63,16 +63,26 @@ class Config(Section):
 
     def warnings(self) -> list[str]:
         """What can be trained but hardly learns, one line each with its remedy."""
+        return [*self._narrow_patches(), *self._untrained_text()]
+
+    def _untrained_text(self) -> Iterator[str]:
+        if self.train.freeze and not self.train.init_from:
+            yield (
+                "train.freeze=[text] in a new run keeps text as it was drawn at random; set train.init_from to a"
+                " language model's folder, or go on with a run that has learned text"
+            )
+
+    def _narrow_patches(self) -> Iterator[str]:
         values, width = self.codec.depth * self.model.patch_size**2, self.model.hidden_size
         carries = values <= width or self.diffusion.prediction == "x"
         if self.model.patch_embed != "linear" or self.model.family != "transfusion" or carries:
-            return []
-        return [
+            return
+        yield (
             f"a patch has {values} values ({self.codec.depth} channels x model.patch_size {self.model.patch_size}"
             f" squared), more than model.hidden_size {width} can carry, so even its noise is lost; set"
             f" diffusion.prediction=x, which asks for the image alone, model.hidden_size={values} or more, a smaller"
             " model.patch_size, or model.patch_embed=unet"
-        ]
+        )
 
     @model_validator(mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -333,11 +334,11 @@ class DiffusionConfig(Section):
         "uniform",
         description="how timesteps are drawn; logit-normal: mostly from the middle, not for epsilon",
     )
-    logit_mean: float = Field(
+    logit_mean: FiniteFloat = Field(
         0.0,
         description="for timestep_sampling=logit-normal: mean of the logit of the noise level, above 0 for more noise",
     )
-    logit_std: PositiveFloat = Field(
+    logit_std: Annotated[float, Field(gt=0, le=10)] = Field(
         1.0, description="for timestep_sampling=logit-normal: standard deviation of the logit"
     )
     timestep_shift: PositiveFloat = Field(
@@ -538,6 +539,11 @@ class OptimizerConfig(Section):
     def _misfits(self) -> Iterator[str]:
         if self.ema_decay and self.ema_half_life:
             yield "optimizer.ema_decay and optimizer.ema_half_life say the same in two ways; set one of them"
+        if self.ema_half_life and not 0 < self.average_decay < 1:
+            yield (
+                f"optimizer.ema_half_life={self.ema_half_life:g} makes a decay of {self.average_decay:g}; set it to"
+                " between 0.001 and 1e15 steps"
+            )
 
 
 class ZeroConfig(Section):
@@ -608,7 +614,8 @@ class TrainConfig(Section):
     freeze: list[Literal["text"]] = Field(
         default_factory=list,
         description="what is not trained. text: embedding, text head, norm and all weights of blocks but those that"
-        " patches have of their own (model.modality_weights)",
+        " patches have of their own (model.modality_weights). Such a model draws when it is told to, and does not begin"
+        " an image by itself",
     )
     stall_seconds: NonNegativeFloat = Field(
         100.0,

@@ -56,11 +56,11 @@ class Grouping:
 
     def ordered(self, x_BSD: Tensor) -> Tensor:
         """Rows in the order of the grouping: [N, D], or as they are where all positions are of one kind."""
-        return x_BSD if self.order_N is None else x_BSD.flatten(0, 1)[self.order_N]
+        return x_BSD if self.order_N is None else x_BSD.flatten(0, 1).index_select(0, self.order_N)
 
     def in_rows(self, x_ND: Tensor, rows: int) -> Tensor:
         """What `ordered` gave, as [B, S, ...] again."""
-        return x_ND if self.place_N is None else x_ND[self.place_N].unflatten(0, (rows, -1))
+        return x_ND if self.place_N is None else x_ND.index_select(0, self.place_N).unflatten(0, (rows, -1))
 
     def apply(
         self, x: Tensor, text: Callable[[Tensor], Tensor], image: Callable[[Tensor], Tensor] | None

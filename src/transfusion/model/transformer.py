@@ -80,7 +80,8 @@ class Transfusion(Backbone):
         """Text loss and predicted noise of a batch.
 
         noisy: for each image group its noised latents [I, C, H, W]. Every branch runs on every rank, with
-        weight 0 where a rank has nothing for it, so that all ranks gather the same parameters.
+        weight 0 where a rank has nothing for it, so that all ranks gather the same parameters. Clean images of the
+        context are decoded with the others, and nothing is asked of what comes out.
         """
         encoding = self.encode_patches(noisy, torch.cat([group.timestep_I for group in batch.media]))
         hidden_BSD = self.embed(batch, encoding.patch_ND)

@@ -8,8 +8,8 @@ and recomputation do not count.
 hardware: what is computed. Padding and images of weight 0 count, the attention's backward pass makes its scores
 again (10 * width a pair), and what activation checkpointing recomputes counts once more.
 palm: (6 * N + 12 * width * layers * row length) * positions, as PaLM counts (Chowdhery et al., 2022, appendix B); N:
-parameters without the embedding table, and without those that only patches have. Hidden pairs and padding are
-included: only to compare like with like.
+parameters without the embedding table, and without the weights of blocks that only patches have. Hidden pairs and
+padding are included: only to compare like with like.
 
 B rows, S positions.
 """

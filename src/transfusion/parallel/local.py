@@ -31,21 +31,22 @@ class LocalEngine(Engine):
         initialise(model, seed=config.run.seed, layers=config.model.layers)
         self.model = self.runner = model.to(self.device)
         # The optimiser's weights, always fp32: the parameters themselves, or what they are rounded from.
-        self.masters = {
-            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
-        }
+        self.masters = {name: parameter for name, parameter in self.model.named_parameters()}
         self.rounded = config.train.precision == "bf16"
         if self.rounded:
             self.masters = {
-                name: nn.Parameter(parameter.detach().clone()) for name, parameter in self.masters.items()
+                name: nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                for name, parameter in self.masters.items()
             }
             self.model.to(torch.bfloat16)
         if config.train.compile:
             compile_blocks(self.model, config)
         parameters = groups.parameter_groups(self.masters, self.masters, config.optimizer.weight_decay)
         self.optimizer = groups.adamw(parameters, config.optimizer, fused=groups.runs_fused(self.device))
-        groups.create_moments(self.optimizer, self.masters.values())
-        self.average = MovingAverage(list(self.masters.values()), config.optimizer.average_decay)
+        self.trained = [name for name, master in self.masters.items() if master.requires_grad]
+        trained = [self.masters[name] for name in self.trained]
+        groups.create_moments(self.optimizer, trained)
+        self.average = MovingAverage(trained, config.optimizer.average_decay)
 
     def _backward(self, loss: Tensor) -> None:
         """See `Engine._backward`; gradients add up in fp32."""
@@ -84,16 +85,19 @@ class LocalEngine(Engine):
 
     def shards(self) -> list[Shard]:
         """See `Engine.shards`: every parameter whole."""
-        trained = [
-            Shard(name, tuple(master.shape), 0, master.numel(), self._values(number, master))
-            for number, (name, master) in enumerate(self.masters.items())
+        numbers = {name: number for number, name in enumerate(self.trained)}
+        return [
+            Shard(
+                name,
+                tuple(master.shape),
+                0,
+                master.numel(),
+                self._values(numbers[name], master)
+                if name in numbers
+                else {WEIGHT: master.detach().flatten()},
+            )
+            for name, master in self.masters.items()
         ]
-        frozen = [
-            Shard(name, tuple(parameter.shape), 0, parameter.numel(), {WEIGHT: parameter.detach().flatten()})
-            for name, parameter in self.model.named_parameters()
-            if name not in self.masters
-        ]
-        return trained + frozen
 
     def _module_norms(self) -> dict[str, float]:
         gradients: dict[str, list[Tensor]] = {}

@@ -17,8 +17,8 @@ class Shard:
     """A slice of one parameter, counted in elements of the flattened parameter.
 
     values: by kind (weight, both Adam moments, moving average if there is one) a fp32 view [length] of what
-    the engine trains with. Of a frozen parameter only the weight, in the dtype that the network runs in. Over all ranks
-    the slices of a parameter cover it without overlap.
+    the engine trains with. Of a frozen parameter only the weight. Over all ranks the slices of a parameter cover it
+    without overlap.
     """
 
     name: str

@@ -60,7 +60,9 @@ class ZeroEngine(Engine):
             if parameter.requires_grad
             and (flat_slice := _locate(self.zero, self.stage, parameter, described[name].numel(), self.rank))
         }
-        self.norms = ModuleNorms(self.optimizer, self.flats, self.slices, list(self.shapes))
+        trained = [name for name, parameter in described.items() if parameter.requires_grad]
+        self.norms = ModuleNorms(self.optimizer, self.flats, self.slices, trained)
+        self.frozen = self._frozen()
         self._initialise()
         self.average = MovingAverage(self.flats, config.optimizer.average_decay)
 
@@ -104,18 +106,19 @@ class ZeroEngine(Engine):
             values = self._values(flat, self.flats[flat])
             slices = {kind: tensor.narrow(0, offset, length) for kind, tensor in values.items()}
             shards.append(Shard(name, self.shapes[name], start, length, slices))
-        return shards + self._frozen()
+        return shards + self.frozen
 
     def _frozen(self) -> list[Shard]:
-        """This rank's slices of what is not trained: parts that stage 3 gathers from, and no optimiser's."""
+        """This rank's slices of what is not trained, fp32: those that stage 3 gathers, or copies on the host."""
         shards = []
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
-                part = parameter.ds_tensor.flatten()  # type: ignore[attr-defined]
+                part = _gathered_part(parameter)
                 start = self.rank * part.numel()
                 length = min(part.numel(), math.prod(self.shapes[name]) - start)
                 if length > 0:
-                    shards.append(Shard(name, self.shapes[name], start, length, {WEIGHT: part[:length]}))
+                    part = part[:length] if part.dtype == torch.float32 else torch.empty(length)
+                    shards.append(Shard(name, self.shapes[name], start, length, {WEIGHT: part}))
         return shards
 
     def _wrap(self, deepspeed: Any, described: dict[str, nn.Parameter]) -> Backbone:
@@ -143,7 +146,7 @@ class ZeroEngine(Engine):
             shape = torch.empty(self.shapes[name], device="meta")
             value = initial_value(name, shape, seed=self.config.run.seed, layers=self.config.model.layers)
             self.flats[flat].narrow(0, offset, length).copy_(value.flatten()[start : start + length])
-        for shard in self._frozen():
+        for shard in self.frozen:
             shape = torch.empty(shard.shape, device="meta")
             value = initial_value(
                 shard.name, shape, seed=self.config.run.seed, layers=self.config.model.layers
@@ -170,6 +173,10 @@ class ZeroEngine(Engine):
             self.zero.update_lp_params()
             return
         self.zero._partition_all_parameters()
+        if self.frozen:
+            parameters = dict(self.model.named_parameters())
+            for shard in self.frozen:
+                _gathered_part(parameters[shard.name])[: shard.length].copy_(shard.values[WEIGHT])
         # Second copies (hpZ) are of the former weights.
         self.zero.invalidate_secondary_tensor()
         for group in range(len(self.flats)):
@@ -185,6 +192,12 @@ def _flat_weights(zero: Any, stage: int) -> list[Tensor]:
         return list(zero.fp32_partitioned_groups_flat)
     # Stage 1 in bf16 is run by another class of DeepSpeed, with another name for the same.
     return list(getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition)
+
+
+def _gathered_part(parameter: nn.Parameter) -> Tensor:
+    """This rank's slice of a parameter as stage 3 gathers it, with its padding."""
+    part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    return part.view(-1)
 
 
 def _locate(zero: Any, stage: int, parameter: nn.Parameter, elements: int, rank: int) -> FlatSlice | None:

@@ -18,7 +18,7 @@ STEPS_COUNTED = 16
 class Cost:
     """Of a whole run. step_flops: exact, of forward and backward, over the visible pairs of the mask (`observe.flops`).
 
-    parameters: all but the embedding table.
+    parameters: all but the embedding table, and the weights of blocks that only patches have.
     """
 
     steps: int

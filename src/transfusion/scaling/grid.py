@@ -36,6 +36,15 @@ _PLACES = ("name", "dir")
 Say = Callable[[str], None]
 
 
+# Settings that are younger than the first grids. As by default they change nothing, and these grids go on.
+_LATER = {
+    "model": ("modality_weights", "attention_bias", "head_dim", "rope_scaling", "tie_embeddings"),
+    "diffusion": ("logit_mean", "logit_std", "context"),
+    "optimizer": ("ema_half_life",),
+    "train": ("freeze",),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One run of a grid: a cell with a seed, in its folder."""
@@ -61,6 +70,11 @@ class Job:
         """Changes with whatever would make another result."""
         values = config.as_dict()
         values["run"] = {key: value for key, value in values["run"].items() if key not in _PLACES}
+        defaults = Config().as_dict()
+        for section, names in _LATER.items():
+            for name in names:
+                if values[section].get(name) == defaults[section].get(name):
+                    values[section].pop(name, None)
         return fingerprint([values, self.cell.flops, self.grid.suites, _digest(self.grid.classifier)])
 
 

@@ -48,7 +48,8 @@ class TimestepLaw:
         """The level below which this share of all levels lies."""
         if self.law == "logit-normal":
             logit = self.logit_mean + self.logit_std * _NORMAL.inv_cdf(max(share, _MIN_SHARE))
-            share = 1 / (1 + math.exp(-logit))
+            # Beyond that a level is 0 or 1 to the last bit.
+            share = 1 / (1 + math.exp(-min(max(logit, -700.0), 700.0)))
         return shifted(share, self.shift)
 
     def _share_below(self, level: float) -> float:

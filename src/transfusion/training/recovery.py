@@ -48,7 +48,9 @@ class SpikeDetector:
         if not self.on or len(self._recent) < min(MIN_STEPS, self._window):
             return Limits(math.inf, math.inf)
         losses, norms = zip(*self._recent, strict=True)
-        return Limits(self._factor * statistics.median(losses), self._factor * statistics.median(norms))
+        # With frozen text, steps of text alone have no gradient.
+        found = [norm for norm in norms if norm] or [math.inf]
+        return Limits(self._factor * statistics.median(losses), self._factor * statistics.median(found))
 
     def note(self, loss: float, norm: float) -> None:
         """One more good step."""

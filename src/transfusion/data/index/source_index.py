@@ -62,10 +62,11 @@ class SourceIndex:
         schedule: Schedule = ((0, 1.0),),
         kind: SourceKind = "auto",
         clean_context: bool = False,
+        captions_follow: bool = True,
     ) -> None:
         """patches: of one image, or with `sizes` those of the size that it takes. latent_channels: of precomputed
         latents; 0: any. shuffle_window: of a remote source. clean_context: images that something follows take their
-        patches twice (`diffusion.context`).
+        patches twice (`diffusion.context`). captions_follow: whether a caption may follow its image.
 
         What cannot be cut and is longer than a row is a fault; of several captions only those too long are left out.
         """
@@ -74,7 +75,7 @@ class SourceIndex:
         self._parts, self._patches, self._sequence_length = tuple(parts), patches, sequence_length
         self._sizes = sizes if sizes and sizes.is_multi_size else None
         self._image = ImageSegment(None, patches)
-        self._clean_context = clean_context
+        self._clean_context, self._captions_follow = clean_context, captions_follow
         self._size_numbers: dict[int, NDArray[np.uint8]] = {}
         views = [
             _FittingSamples(
@@ -137,7 +138,7 @@ class SourceIndex:
         first, end = part.caption_start_N.item(place), part.caption_start_N.item(place + 1)
         if end - first > 1:
             lengths = part["tokens_C"][first:end]
-            copies = 2 if self._clean_context else 1
+            copies = 2 if self._clean_context and self._captions_follow else 1
             longest = self._sequence_length - copies * self.image(sample).patches - PAIR_CONTROL_TOKENS
             first += int(np.flatnonzero(lengths <= longest)[caption])
         start_C = part.token_start_C
@@ -203,17 +204,18 @@ class SourceIndex:
         """Patches [N] of the images of each sample's document that something follows, or may; 0 without copies."""
         if not self._clean_context:
             return np.zeros(len(part), np.int64)
-        patches_N = self._document_patches(part, number)
+        patches_N = self._document_patches(part, number).copy()
         element_E, start_N = part["element_E"].astype(np.int64), part.element_start_N
         has_order_N = part["elements_N"] > 0
         last_N = np.zeros(len(part), np.int64)
         last_N[has_order_N] = element_E[start_N[1:][has_order_N] - 1]
         ends_N = has_order_N & (last_N < 0)
+        if not self._captions_follow:
+            patches_N[~has_order_N] = 0
         if self._sizes is None:
             return patches_N - ends_N * self._patches
         patches_I = self._sizes.patches_K[self._numbers(part, number)]
         image_N = part.image_start_N[:-1][ends_N] - 1 - last_N[ends_N]
-        patches_N = patches_N.copy()
         patches_N[ends_N] -= patches_I[image_N]
         return patches_N
 
@@ -308,12 +310,13 @@ def build_index(
     codec: CodecConfig | None = None,
     sizes: ImageSizes | None = None,
     clean_context: bool = False,
+    captions_follow: bool = True,
 ) -> SourceIndex:
     """The index of a source; index files that are missing are made first.
 
-    patches, sizes, clean_context: see `SourceIndex`. cache: for remote shards; None: the default one below this folder.
-    codec: the one whose latents are taken; None: any. Raises UserError when a shard is missing, an index is stale,
-    latents are of another codec, or no good sample is left.
+    patches, sizes, clean_context, captions_follow: see `SourceIndex`. cache: for remote shards; None: the default one
+    below this folder. codec: the one whose latents are taken; None: any. Raises UserError when a shard is missing, an
+    index is stale, latents are of another codec, or no good sample is left.
     """
     cache = cache or CacheSettings.of(CacheConfig(), Path("cache"))
     found = find_shards(source.shards, cache)
@@ -335,6 +338,7 @@ def build_index(
         schedule=source.schedule,
         kind=source.kind,
         clean_context=clean_context,
+        captions_follow=captions_follow,
     )
     if not len(index):
         raise UserError(
@@ -343,8 +347,17 @@ def build_index(
     return index
 
 
-def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> list[SourceIndex]:
-    """The index of each source, for rows and images of this configuration; missing files of it are made."""
+def build_indexes(
+    config: Config,
+    sources: Sequence[SourceConfig],
+    tokenizer: Tokenizer,
+    *,
+    captions_follow: bool = True,
+) -> list[SourceIndex]:
+    """The index of each source, for rows and images of this configuration; missing files of it are made.
+
+    captions_follow: False where no caption comes after its image, and so no pair has a noised copy.
+    """
     return [
         build_index(
             source,
@@ -357,6 +370,7 @@ def build_indexes(config: Config, sources: Sequence[SourceConfig], tokenizer: To
             codec=config.codec,
             sizes=config.image_sizes,
             clean_context=config.diffusion.context == "clean",
+            captions_follow=captions_follow,
         )
         for source in sources
     ]

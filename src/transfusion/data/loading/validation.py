@@ -60,7 +60,7 @@ class EvaluationLoader:
         self._rows = (
             rows or config.data.micro_batch_size or max(1, config.data.global_batch_size // world_size)
         )
-        self.indexes = build_indexes(config, sources, tokenizer)
+        self.indexes = build_indexes(config, sources, tokenizer, captions_follow=caption_first < 1)
         self._settings, self._cache = RowSettings.of(config), cache_of(config)
         self._builder = RowBuilder(self.indexes, self._settings)
         rule = VariantRule(seed=config.run.seed, caption_first=caption_first, caption_dropout=0.0)
@@ -117,7 +117,7 @@ def documents(
     Raises:
         UserError: For shards that are missing or hold nothing to read.
     """
-    for index in build_indexes(config, sources, tokenizer):
+    for index in build_indexes(config, sources, tokenizer, captions_follow=False):
         for sample in range(len(index)):
             try:
                 yield _document(index, sample, config)

@@ -65,8 +65,8 @@ class Planner:
         if state and state.get("fingerprint") != self._fingerprint:
             raise UserError(
                 "the data differ from those this run was started with (shards, tokenizer, seed, source weights,"
-                " batch or sequence size), or another version planned it; restore them, or start a new run in another"
-                " run.dir"
+                " batch or sequence size, diffusion.context), or another version planned it; restore them, or start a"
+                " new run in another run.dir"
             )
         self._start: State = state["start"] if state else fresh(self._sources)
         self._used: int = state["used"] if state else 0

@@ -36,7 +36,8 @@ _LENGTH, _IMAGE = name_hash("simulated length"), name_hash("simulated picture")
 class SimulatedLengths:
     """A source of any size: a sample's length is a hash that looks up a quantile, so none of them is stored.
 
-    quantiles_Q: ascending token counts of texts or captions. pairs: share of samples with an image.
+    quantiles_Q: ascending token counts of texts or captions. pairs: share of samples with an image. context: patches of
+    the noised copy of an image that its caption follows.
     """
 
     name: str
@@ -45,6 +46,7 @@ class SimulatedLengths:
     quantiles_Q: Integers
     patches: int
     pairs: float
+    context: int = 0
     # Order costs the plan next to nothing.
     windows: None = None
 
@@ -63,13 +65,14 @@ class SimulatedLengths:
         return np.where(has_image_D, self.patches, 0)
 
     def context_tokens(self, sample_D: Integers) -> Integers:
-        return np.zeros_like(sample_D)
+        return np.where(self.image_tokens(sample_D) > 0, self.context, 0)
 
     def interleaved(self, sample_D: Integers) -> np.ndarray:
         return np.zeros(len(sample_D), bool)
 
     def digest(self) -> str:
-        return f"simulated {self.samples} {self.pairs} {self.patches} {name_hash(str(self.quantiles_Q.tolist()))}"
+        known = f"{self.pairs} {self.patches} {self.context} {name_hash(str(self.quantiles_Q.tolist()))}"
+        return f"simulated {self.samples} {known}"
 
 
 def simulated(source: Lengths, samples: int) -> SimulatedLengths:
@@ -85,11 +88,18 @@ def simulated(source: Lengths, samples: int) -> SimulatedLengths:
         quantiles_Q=np.quantile(tokens, places, method="nearest").astype(np.int64),
         patches=int(patches.max()),
         pairs=float((patches > 0).mean()),
+        context=int(source.context_tokens(every).max()),
     )
 
 
 def lognormal_lengths(
-    name: str, schedule: Schedule, samples: int, mean_tokens: float, spread: float, patches: int = 0
+    name: str,
+    schedule: Schedule,
+    samples: int,
+    mean_tokens: float,
+    spread: float,
+    patches: int = 0,
+    context: int = 0,
 ) -> SimulatedLengths:
     """Texts, or with `patches` pairs, whose lengths are lognormal: `spread` is the deviation of their logarithm."""
     normal = np.sort(np.random.default_rng(0).standard_normal(_QUANTILES))
@@ -101,6 +111,7 @@ def lognormal_lengths(
         quantiles_Q=np.maximum(1, tokens).astype(np.int64),
         patches=patches,
         pairs=float(patches > 0),
+        context=context,
     )
 
 
@@ -251,9 +262,10 @@ def measure_config(
         if simulate:
             sources = [simulated(source, samples or len(source)) for source in sources]
     elif simulate:
-        half, many = ((0, 0.5),), samples or _MANY
+        half, many, patches = ((0, 0.5),), samples or _MANY, config.patches_per_image
+        context = patches if config.diffusion.context == "clean" else 0
         sources = [
-            lognormal_lengths("pairs", half, many, *_CAPTION_TOKENS, patches=config.patches_per_image),
+            lognormal_lengths("pairs", half, many, *_CAPTION_TOKENS, patches=patches, context=context),
             lognormal_lengths("texts", half, many, *_TEXT_TOKENS),
         ]
     else:
