@@ -17,8 +17,9 @@ VARIANTS = [
     "defaults", "nothing kept", "recomputed", "attention recomputed, no places",
     "qk norm, 2d, gqa, learned places", "uneven", "unet", "unet, recomputed", "stage 1", "stage 2", "shared rows",
     "shared rows, unet", "shared rows, 2d, gqa, learned places", "shared rows, latents", "all offloaded",
-    "stage 2, optimiser offloaded", "own feed-forward", "own weights", "own weights, shared rows", "clean image",
-    "frozen text", "frozen text, kept", "clean context", "clean context, own weights, shared rows",
+    "stage 2, optimiser offloaded", "biases, wider heads, slower turns", "own feed-forward", "own weights",
+    "own weights, shared rows", "clean image", "frozen text", "frozen text, kept", "clean context",
+    "clean context, own weights, shared rows",
 ]  # fmt: skip
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]
 

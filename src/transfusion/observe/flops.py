@@ -109,7 +109,7 @@ class FlopModel:
         with torch.device("meta"):
             self._model = build_model(config)
         model = config.model
-        self.pair = model.heads * model.head_dim * model.layers
+        self.pair = model.heads * model.head_width * model.layers
         self.patch_size = model.patch_size
         # Operations of what a position of text passes through, of a patch, and of a target of the text head.
         self.blocks, self.image_blocks = (

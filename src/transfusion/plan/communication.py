@@ -88,7 +88,7 @@ def _gather(config: Config, network: Network, ranks: int, gpu: Gpu) -> tuple[int
 def _exchange(config: Config, division: Division, positions: int, gpu: Gpu) -> tuple[int, float]:
     """Bytes and seconds of a micro-batch's exchanges of heads for positions: queries, keys, values, and back."""
     model, ranks = config.model, division.sequence_ranks
-    values = 2 * (model.heads + model.kv_heads) * model.head_dim
+    values = 2 * (model.heads + model.kv_heads) * model.head_width
     again = 0 if config.train.activation_checkpointing == "none" else 1
     exchanges = model.layers * (2 + again)
     sent = exchanges * positions * values * compute_dtype(config).itemsize * (ranks - 1) // ranks
