@@ -32,7 +32,9 @@ def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
         assert found["norm"] < 1e-6
         # Adam divides by the gradient's own size, so rounding shows more in the weights, most in those that a U-Net
         # starts at zero.
-        assert found["weight"] < (5e-4 if "unet" in variant else 2e-5)
+        assert found["weight"] < (
+            5e-4 if variant.startswith(("unet", "shared rows, unet", "biases")) else 2e-5
+        )
         assert found["parameters"]
         assert found["dtypes"] == ["torch.float32"]
 

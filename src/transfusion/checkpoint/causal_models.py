@@ -146,10 +146,13 @@ def refuse_other_network(folder: Path, config: Config) -> dict[str, Any]:
     both = dimensions | parts
     if wrong := [key for key, (_, there) in both.items() if not isinstance(there, int | float | str)]:
         raise UserError(f"{folder / CONFIG} is not a {name} model's: {wrong[0]} is not a number")
-    for what, compared in (("dimensions", dimensions), ("parts", parts)):
+    for told, compared in (
+        ("its network has other dimensions: set", dimensions),
+        ("its network has other parts: set", parts),
+    ):
         different = [f"{key}={_plain(there)}" for key, (here, there) in compared.items() if here != there]
         if different:
-            problems.append(f"its network has other {what}: set " + " ".join(different))
+            problems.append(f"{told} {' '.join(different)}")
     if problems:
         raise UserError(f"cannot start from the model in {folder}: " + "; ".join(problems))
     return settings

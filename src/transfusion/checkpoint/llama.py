@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from transfusion.checkpoint.causal_models import CONFIG, refuse_other_network
-from transfusion.checkpoint.llama_vocabulary import TOKENIZERS, pieces_of_folder
+from transfusion.checkpoint.llama_vocabulary import TOKENIZERS, numbers_of_folder, pieces_of_folder
 from transfusion.config import Config, ModelConfig
 from transfusion.config.weights_folder import StoredTensor, stored_tensors, weight_files
 from transfusion.errors import UserError
@@ -26,6 +26,7 @@ from transfusion.parallel.collectives import raise_together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT, Shard
 from transfusion.sequence.tokenizer import Tokenizer
+from transfusion.tokens import SpecialToken
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +56,16 @@ _BIASED = ("attention.query", "attention.key", "attention.value")
 
 
 def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None:
-    """Fill the weights of `engine`, and its moving average, from the causal language model in `folder`.
+    """Fill the weights of `engine`, and its moving average, from the model in `folder`.
 
-    Rows of embedding and head: with its tokenizer.json or tokenizer.model in the folder each of our pieces
-    takes the row of the piece of the same bytes. Without either, or where tokenizer.model is ours, each number takes
-    the row of the same number. Rows without a counterpart keep their drawn weights, and rows of theirs without one are
-    left out. A tied head starts as the embedding, and is trained apart from it. Called by all ranks together. Raises
-    UserError, on every rank: files that are missing or damaged, and a `model` section that means another network, with
-    the values to set.
+    Rows of embedding and head: with its tokenizer.json or tokenizer.model in the folder each of our pieces takes the
+    row of the piece of the same bytes. Without either, or where tokenizer.model is ours, each number takes the row of
+    the same number. With a published tokenizer (see `sequence.published`) rows go by the names of pieces first, and
+    those of <BOS> and <EOS> are the ones that config.json names. Rows without a counterpart keep their drawn weights,
+    and rows of theirs without one are left out. A tied head starts as the embedding, and is trained apart from it.
+
+    Called by all ranks together. Raises UserError, on every rank: files that are missing or damaged, and a `model`
+    section that means another network, with the values to set.
     """
     llama = raise_together(lambda: Llama(folder, engine.config))
     row_V = raise_together(lambda: _rows(folder, llama, engine.config.model.vocabulary, tokenizer))
@@ -172,6 +175,8 @@ def llama_name(name: str, tied: bool) -> str | None:
 def _rows(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> Tensor:
     """For each row of our vocabulary the model's row that it starts from, int64 [V]; -1: none."""
     theirs = llama.tensors[EMBEDDING].shape[0]
+    if isinstance(tokenizer, Tokenizer) and tokenizer.is_published:
+        return _rows_of_published(folder, llama, vocabulary, tokenizer)
     model = folder / "tokenizer.model"
     ours = model.is_file() and digest(model.read_bytes(), FINGERPRINT_BYTES) == tokenizer.fingerprint
     pieces = None if ours else pieces_of_folder(folder)
@@ -182,6 +187,34 @@ def _rows(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> 
         return row_V
     for number, piece in enumerate(tokenizer.piece_bytes()):
         row = pieces.get(piece, -1)
+        if row < theirs:
+            row_V[number] = row
+    return row_V
+
+
+def _rows_of_published(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> Tensor:
+    """As `_rows`, for a published tokenizer: by the names of pieces, else by their bytes, else by their numbers."""
+    theirs = llama.tensors[EMBEDDING].shape[0]
+    row_V = torch.full((vocabulary,), -1, dtype=torch.int64)
+    names, numbers, spelt = tokenizer.names(), numbers_of_folder(folder) or {}, pieces_of_folder(folder)
+    if numbers and all(numbers.get(name) == number for number, name in enumerate(names) if name):
+        # An export of ours, also the rows that begin images of further sizes.
+        same = min(vocabulary, theirs)
+        row_V[:same] = torch.arange(same)
+        return row_V
+    controls = {
+        SpecialToken.BEGIN_DOCUMENT: llama.settings.get("bos_token_id"),
+        SpecialToken.END_DOCUMENT: llama.settings.get("eos_token_id"),
+    }
+    for number, (name, value) in enumerate(zip(names, tokenizer.piece_bytes(), strict=True)):
+        found: list[Any] = [numbers.get(name), None if spelt is None else spelt.get(value)]
+        if number < len(SpecialToken):
+            # A list has all that may end an answer, and first what ends a document.
+            ids = controls.get(SpecialToken(number))
+            found.insert(1, ids[0] if isinstance(ids, list) and ids else ids)
+        elif spelt is None:
+            found = [number - len(SpecialToken)]
+        row = next((row for row in found if isinstance(row, int)), -1)
         if row < theirs:
             row_V[number] = row
     return row_V

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transfusion.checkpoint.causal_models import MODELS, CausalModel, rope_scaling
-from transfusion.checkpoint.export import CONFIG, TOKENIZER, SavedModel, open_saved, write_export
+from transfusion.checkpoint.export import CONFIG, SavedModel, open_saved, write_export
 from transfusion.checkpoint.hub_files import (
     CONTROL_IDS,
     GENERATION,
@@ -26,7 +26,6 @@ from transfusion.checkpoint.llama import STEM, llama_name
 from transfusion.checkpoint.stream import write_tensors
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.files import atomic_copy
 from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT
 from transfusion.sequence.tokenizer import Tokenizer
 
@@ -84,7 +83,6 @@ def _write(folder: Path, saved: SavedModel, pieces: int) -> None:
     rows = manifest.parameters["embedding.weight"].shape[0]
     write_json(folder / CONFIG, _causal_config(saved.config, rows))
     write_json(folder / GENERATION, text_generation(pieces, rows))
-    atomic_copy(saved.tokenizer, folder / TOKENIZER)
     write_tokenizer(folder, saved.tokenizer, saved.config.data.sequence_length, with_bos=True)
 
 

@@ -531,7 +531,10 @@ class DataConfig(Section):
         description="documents of `validation` that training measures at a checkpoint, the same ones each time. 0 takes"
         " all, as `transfusion eval` always does",
     )
-    tokenizer: FilePath = Field("", description="sentencepiece model file")
+    tokenizer: FilePath = Field(
+        "",
+        description="a sentencepiece model of `transfusion tokenizer train`, or a published tokenizer.json",
+    )
     index: FilePath = Field(
         "",
         description="folder of `transfusion data index`; empty: an index beside each shard, or in the run folder",
