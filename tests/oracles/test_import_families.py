@@ -59,7 +59,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 64, "head_dim": 12}, {"head_dim": 12}),
     "qwen2": ("Qwen2", {}, {"attention_bias": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}, {"qk_norm": True, "head_dim": 16}),
-    "smollm2": ("Llama", {"tie_word_embeddings": True}, {}),
+    "smollm2": ("Llama", {"tie_word_embeddings": True}, {"tie_embeddings": True}),
+    "smollm2, trained apart": ("Llama", {"tie_word_embeddings": True}, {}),
 }
 
 
@@ -132,6 +133,8 @@ def test_the_text_tower_goes_back_to_transformers(tmp_path: Path, family: str) -
     with torch.no_grad():
         wanted = opened(out)(input_ids=ids).logits
     assert relative_error(logits(engine, ids), wanted) <= 2e-6
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["tie_word_embeddings"] == ours.get("tie_embeddings", False)
     again = LocalEngine(engine.config, ALONE)
     start_from_llama(out, again, tokenizer)
     text = ("embedding.", "blocks.", "norm.", "lm_head.")
@@ -174,6 +177,14 @@ def test_every_value_to_set_is_told(tmp_path: Path, family: str, told: str) -> N
     assert told in str(refused.value)
     # Nothing else is, but for the width of Qwen3's heads.
     assert str(refused.value).count("model.") == told.count("model.") + (family == "qwen3")
+
+
+def test_a_head_of_its_own_is_no_tied_one(tmp_path: Path) -> None:
+    """The other way round it starts as the embedding."""
+    name, theirs, ours = FAMILIES["llama 2"]
+    save_model(tmp_path, name, theirs)
+    with pytest.raises(UserError, match=r"set model\.tie_embeddings=false"):
+        started(tmp_path, config_of({**ours, "tie_embeddings": True}))
 
 
 @pytest.mark.parametrize(

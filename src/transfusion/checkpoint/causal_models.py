@@ -274,6 +274,9 @@ def _compared(
         "model.qk_norm": (model.qk_norm, family.qk_norm),
         "model.norm_placement": (model.norm_placement, "pre"),
     }
+    if model.tie_embeddings:
+        # The other way round the head starts as the embedding, and is trained apart from it.
+        parts["model.tie_embeddings"] = (True, bool(values.get("tie_word_embeddings")))
     for name, value in scaling.items():
         parts[f"model.rope_scaling.{name}"] = (getattr(model.rope_scaling, name), value)
     return dimensions, parts

@@ -62,7 +62,8 @@ def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None
     row of the piece of the same bytes. Without either, or where tokenizer.model is ours, each number takes the row of
     the same number. With a published tokenizer (see `sequence.published`) rows go by the names of pieces first, and
     those of <BOS> and <EOS> are the ones that config.json names. Rows without a counterpart keep their drawn weights,
-    and rows of theirs without one are left out. A tied head starts as the embedding, and is trained apart from it.
+    and rows of theirs without one are left out. A tied head starts as the embedding. It is trained apart
+    from it without model.tie_embeddings.
 
     Called by all ranks together. Raises UserError, on every rank: files that are missing or damaged, and a `model`
     section that means another network, with the values to set.
@@ -71,6 +72,12 @@ def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None
     row_V = raise_together(lambda: _rows(folder, llama, engine.config.model.vocabulary, tokenizer))
     raise_together(lambda: _fill(engine.shards(), llama, row_V))
     engine.shards_written(0)
+    if llama.tied and not engine.config.model.tie_embeddings:
+        log.info(
+            "%s: its text head is its embedding; they start alike here and are trained apart, unless"
+            " model.tie_embeddings=true",
+            folder,
+        )
     found = int((row_V >= 0).sum())
     if engine.rank == 0 and not any((folder / name).is_file() for name in TOKENIZERS):
         log.warning(
@@ -123,7 +130,7 @@ class Llama:
 
 def _text_weights(model: ModelConfig) -> Iterator[str]:
     """Our parameters that start from a file, by their names."""
-    yield from OUTSIDE
+    yield from (name for name in OUTSIDE if name != "lm_head.weight" or not model.tie_embeddings)
     for layer in range(model.layers):
         for part in IN_BLOCK:
             if part not in _NORMS or model.qk_norm:

@@ -112,7 +112,7 @@ def _causal_config(config: Config, rows: int) -> dict[str, Any]:
         "rope_parameters": rope,
         "attention_bias": model.attention_bias,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.tie_embeddings,
         "dtype": "float32",
         **CONTROL_IDS,
     }

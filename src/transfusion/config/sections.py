@@ -187,6 +187,9 @@ class ModelConfig(Section):
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     attention_bias: bool = Field(False, description="biases on queries, keys and values, as Qwen2 has them")
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head, before they are turned")
+    tie_embeddings: bool = Field(
+        False, description="whether the text head is the embedding's own weight, not a matrix apart from it"
+    )
     modality_weights: Literal["shared", "ffn", "all"] = Field(
         "shared",
         description="what patches have of their own in each block: nothing, the feed-forward with its norm, or all"

@@ -8,7 +8,8 @@ and recomputation do not count.
 hardware: what is computed. Padding and images of weight 0 count, the attention's backward pass makes its scores
 again (10 * width a pair), and what activation checkpointing recomputes counts once more.
 palm: (6 * N + 12 * width * layers * row length) * positions, as PaLM counts (Chowdhery et al., 2022, appendix B); N:
-parameters without the embedding table, and without those that only patches have. Hidden pairs and padding are
+parameters without the embedding table (which counts where it is the text head too), and without those that only patches
+have. Hidden pairs and padding are
 included: only to compare like with like.
 
 B rows, S positions.
@@ -123,7 +124,7 @@ class FlopModel:
         self.counted = sum(
             parameter.numel()
             for name, parameter in self._model.named_parameters()
-            if not name.startswith("embedding.") and ".image_" not in name
+            if (model.tie_embeddings or not name.startswith("embedding.")) and ".image_" not in name
         )
         self.sequence_length = config.data.sequence_length
         self.codec = config.codec
