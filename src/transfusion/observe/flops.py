@@ -8,9 +8,8 @@ and recomputation do not count.
 hardware: what is computed. Padding and images of weight 0 count, the attention's backward pass makes its scores
 again (10 * width a pair), and what activation checkpointing recomputes counts once more.
 palm: (6 * N + 12 * width * layers * row length) * positions, as PaLM counts (Chowdhery et al., 2022, appendix B); N:
-parameters without the embedding table (which counts where it is the text head too), and without those that only patches
-have. Hidden pairs and padding are
-included: only to compare like with like.
+parameters without those that only patches have, and without the embedding table unless it is the text head too. Hidden
+pairs and padding are included: only to compare like with like.
 
 B rows, S positions.
 """

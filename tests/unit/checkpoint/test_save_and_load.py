@@ -20,7 +20,6 @@ from transfusion.checkpoint.layout import MANIFEST, find_latest, read_manifest, 
 from transfusion.checkpoint.resume import SliceReader, load, resume
 from transfusion.checkpoint.save import Saver, save
 from transfusion.errors import UserError
-from transfusion.files import DIGEST_BYTES, fingerprint
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.schema import TrainState
@@ -353,19 +352,6 @@ def test_another_model_is_refused(tmp_path: Path, changes: dict[str, Any], messa
     engine = LocalEngine(small_config(**changes), ALONE)
     with pytest.raises(UserError, match=f"is of another model: {message}; restore the settings of the model"):
         load(folder, engine)
-
-
-def test_a_setting_that_a_former_version_did_not_have_is_as_its_default(tmp_path: Path) -> None:
-    folder = save(tmp_path, trained(0), TrainState(step=1), keep=1)
-    values = json.loads((folder / MANIFEST).read_text())
-    del values["digest"]
-    for key in ("attention_bias", "head_dim", "rope_scaling"):
-        del values["config"]["model"][key]
-    values["digest"] = fingerprint(values, DIGEST_BYTES)
-    (folder / MANIFEST).write_text(json.dumps(values))
-    assert load(folder, LocalEngine(small_config(), ALONE)).step == 1
-    with pytest.raises(UserError, match=r"model\.attention_bias was False and is now True"):
-        load(folder, LocalEngine(small_config(model__attention_bias=True), ALONE))
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
