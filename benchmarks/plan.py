@@ -189,7 +189,7 @@ def measure_rates(config: Config, batch: Batch) -> dict[str, float]:
     limits = measure_limits(device, seconds=3.0, dtypes=(config.train.precision,))
     rows, positions = batch.token_ids_BS.shape
     model = config.model
-    shape = (rows, model.heads, positions, model.head_dim)
+    shape = (rows, model.heads, positions, model.head_width)
     inputs = [torch.randn(shape, dtype=compute_dtype(config), requires_grad=True) for _ in range(3)]
     times = []
     for _ in range(3):
@@ -198,7 +198,7 @@ def measure_rates(config: Config, batch: Batch) -> dict[str, float]:
         assert isinstance(attended, Tensor)
         attended.sum().backward()
         times.append(time.process_time() - begin)
-    operations = 14 * model.heads * model.head_dim * batch.mask.visible_pairs()
+    operations = 14 * model.heads * model.head_width * batch.mask.visible_pairs()
     return {
         "products": limits.gemm_tflops[config.train.precision] * 1e12,
         "attention": operations / min(times),

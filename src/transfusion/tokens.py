@@ -18,6 +18,18 @@ class SpecialToken(enum.IntEnum):
     PATCH = 6
 
 
+# As tokenizers name them.
+CONTROL_PIECES = {
+    SpecialToken.PADDING: "<PAD>",
+    SpecialToken.BEGIN_DOCUMENT: "<BOS>",
+    SpecialToken.END_DOCUMENT: "<EOS>",
+    SpecialToken.UNKNOWN: "<UNK>",
+    SpecialToken.BEGIN_IMAGE: "<BOI>",
+    SpecialToken.END_IMAGE: "<EOI>",
+    SpecialToken.PATCH: "<PATCH>",
+}
+
+
 # What is added to a seed must stay within a signed 64-bit integer.
 MAX_SEED = (1 << 62) - 1
 # One that is sampled with: the key of a word has 24 more bits, for its number in the answer.

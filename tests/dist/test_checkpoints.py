@@ -11,7 +11,7 @@ Findings = Callable[[str], list[Any]]
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-KINDS = ["defaults", "nothing kept", "bf16", "stage 2", "uneven"]
+KINDS = ["defaults", "nothing kept", "bf16", "stage 2", "uneven", "tied, bf16"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

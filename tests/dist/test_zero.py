@@ -17,10 +17,11 @@ VARIANTS = [
     "defaults", "nothing kept", "recomputed", "attention recomputed, no places",
     "qk norm, 2d, gqa, learned places", "uneven", "unet", "unet, recomputed", "stage 1", "stage 2", "shared rows",
     "shared rows, unet", "shared rows, 2d, gqa, learned places", "shared rows, latents", "all offloaded",
-    "stage 2, optimiser offloaded", "own feed-forward", "own weights", "own weights, shared rows", "clean image",
-    "frozen text", "frozen text, kept", "clean context", "clean context, own weights, shared rows",
+    "stage 2, optimiser offloaded", "biases, wider heads, slower turns", "tied head", "tied head, nothing kept",
+    "tied head, stage 2", "own feed-forward", "own weights", "own weights, shared rows", "clean image", "frozen text",
+    "frozen text, kept", "clean context", "clean context, own weights, shared rows",
 ]  # fmt: skip
-KINDS = ["defaults", "nothing kept", "bf16", "stage 2"]
+KINDS = ["defaults", "nothing kept", "bf16", "stage 2", "tied, bf16"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -29,9 +30,9 @@ def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
     for found in pair(f"equals local: {variant}"):
         assert found["loss"] < 1e-6
         assert found["norm"] < 1e-6
-        # Adam divides by the gradient's own size, so rounding shows more in the weights, most in those that a U-Net
-        # starts at zero.
-        assert found["weight"] < (5e-4 if "unet" in variant else 2e-5)
+        # Adam divides by the gradient's own size, so rounding shows more in the weights, most in those that start at
+        # zero: of a U-Net, and biases of keys, which have hardly a gradient.
+        assert found["weight"] < (5e-4 if "unet" in variant or "biases" in variant else 2e-5)
         assert found["parameters"]
         assert found["dtypes"] == ["torch.float32"]
 
@@ -136,7 +137,7 @@ def test_norms_by_module_and_a_greatest_norm(pair: Findings, kind: str) -> None:
         assert found["updates"] == 4
 
 
-@pytest.mark.parametrize("kind", ["nothing kept", "stage 2"])
+@pytest.mark.parametrize("kind", ["nothing kept", "stage 2", "tied"])
 def test_ranks_start_from_a_llama_each_with_its_own_slices(pair: Findings, kind: str) -> None:
     """Bit for bit the weights in the files; no more is read at once than one tensor, and little by both ranks."""
     ranks = pair(f"from a Llama: {kind}")
@@ -144,10 +145,10 @@ def test_ranks_start_from_a_llama_each_with_its_own_slices(pair: Findings, kind:
         assert found["same"] and found["read at once"] and found["next loss"] < 1e-6
     # Stages 1 and 2 cut the whole in two, and so the Llama's part of it unevenly.
     assert sum(found["share read"] for found in ranks) < 1.2
-    assert max(found["share read"] for found in ranks) < (0.6 if kind == "nothing kept" else 0.8)
+    assert max(found["share read"] for found in ranks) < (0.8 if kind == "stage 2" else 0.6)
 
 
-@pytest.mark.parametrize("kind", ["defaults", "nothing kept", "unet", "stage 2"])
+@pytest.mark.parametrize("kind", ["defaults", "nothing kept", "unet", "stage 2", "tied"])
 def test_evaluation_uses_the_average_and_leaves_no_trace(pair: Findings, kind: str) -> None:
     for found in pair(f"evaluation: {kind}"):
         for weights in ("ema", "raw"):

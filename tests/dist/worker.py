@@ -50,6 +50,12 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     low = small_config(optimizer__ema_decay=0.5, train__precision="bf16")
     second = small_config(optimizer__ema_decay=0.5, train__zero={"stage": 2})
     uneven = small_config(optimizer__ema_decay=0.5, **VARIANTS["uneven"])
+    tied = small_config(
+        optimizer__ema_decay=0.5,
+        model__tie_embeddings=True,
+        train__precision="bf16",
+        train__zero=NOTHING_KEPT,
+    )
     unet = small_config(optimizer__ema_decay=0.5, **VARIANTS["unet"])
     shared_low = small_config(optimizer__ema_decay=0.5, train__precision="bf16", train__sequence_parallel=2)
     latents = small_config(codec=LATENTS, **VARIANTS["shared rows"])
@@ -73,6 +79,7 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
     for name, changes in {
         "nothing kept": {"train__zero": NOTHING_KEPT},
         "stage 2": {"train__zero": {"stage": 2}},
+        "tied": {"model__tie_embeddings": True, "train__zero": NOTHING_KEPT},
     }.items():
         scenarios[f"from a Llama: {name}"] = lambda name=name, changes=changes: from_llama(
             changes, here, folder / f"llama {name}"
@@ -83,14 +90,17 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
             clipped = small_config(optimizer__gradient_clip=0.05, **changes)
             scenarios[f"told norms: {name}"] = lambda clipped=clipped: told_norms(clipped, here)
     kinds = {"defaults": averaged, "nothing kept": tight, "bf16": low, "stage 2": second, "uneven": uneven}
+    kinds["tied, bf16"] = tied
     for name, config in kinds.items():
         scenarios[f"checkpoints: {name}"] = lambda config=config, name=name: checkpoints(
             config, here, folder / name
         )
         if name != "uneven":
             scenarios[f"broken step: {name}"] = lambda config=config: broken_step(config, here)
-        if name not in ("bf16", "uneven"):
+        if name not in ("bf16", "tied, bf16", "uneven"):
             scenarios[f"evaluation: {name}"] = lambda config=config: evaluation(config, here)
+    fp32_tied = small_config(optimizer__ema_decay=0.5, **VARIANTS["tied head, nothing kept"])
+    scenarios["evaluation: tied"] = lambda: evaluation(fp32_tied, here)
     scenarios["evaluation: unet"] = lambda: evaluation(unet, here)
     return scenarios
 

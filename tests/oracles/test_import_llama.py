@@ -143,15 +143,15 @@ def test_another_network_is_refused_with_every_value_to_set(tmp_path: Path) -> N
     assert "set model.layers=2 model.num_kv_heads=2 model.norm_epsilon=1e-05" in told
     assert "set model.qk_norm=false" in told
     for key, value, complaint in (
-        ("model_type", "mistral", "only 'llama' can be read"),
+        ("model_type", "gpt2", "only 'llama', 'mistral', 'qwen2' and 'qwen3' can be read"),
         (
             "rope_parameters",
             {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0},
             "rotary embedding is scaled",
         ),
         ("attention_bias", True, "attention_bias"),
-        ("head_dim", 16, "its heads have 16 dimensions"),
-        ("hidden_size", None, "config.json is not a Llama's"),
+        ("head_dim", 16, r"set model\.head_dim=16"),
+        ("hidden_size", None, "config.json is not a llama model's"),
     ):
         settings = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "changed").mkdir(exist_ok=True)
@@ -231,10 +231,10 @@ def test_numbers_that_need_a_scale_are_refused(tmp_path: Path, dtype: torch.dtyp
         ({"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"factor": 2.0}}, "is scaled"),
         (
             {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "is scaled",
+            r"set model\.rope_scaling\.type=linear model\.rope_scaling\.factor=2\.0",
         ),
         ({"vocab_size": 7}, r"says \[7, 32\] \(vocab_size"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "is scaled"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "is scaled in two ways"),
         ({"rope_scaling": 2.0}, "is scaled"),
         ({"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": "linear"}, "is scaled"),
     ],

@@ -4,10 +4,10 @@ config.json               this format's version, the step, the run's configurati
                           the names of the weight files and the digests of the other files
 model.safetensors         the weights, fp32, with the same id in the metadata
 model.ema.safetensors     their moving average, where the run kept one
-tokenizer.model
+tokenizer.model           or tokenizer.json where it is a published one, whose ids are moved behind control tokens
 codec/                    the autoencoder, where the run has one: a folder of diffusers
 
-The rest is for people and other programs, and is not read again: README.md (`model_card`), tokenizer.json,
+The rest is for people and other programs, and is not read again: README.md (`model_card`), else tokenizer.json,
 tokenizer_config.json and generation_config.json (`hub_files`).
 """
 
@@ -44,11 +44,12 @@ from transfusion.files import (
     sync_folder,
 )
 from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT
+from transfusion.sequence.tokenizer import MODEL, tokenizer_in
 
 FORMAT = "transfusion model"
 FORMAT_VERSION = 3
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.model"
+TOKENIZER = MODEL
 CODEC = "codec"
 CARD = "README.md"
 EXPORT_ID = "export_id"
@@ -174,7 +175,8 @@ def read_export(folder: str | Path) -> ModelFolder:
             f"{folder} is not a model folder: {CONFIG} is not an export's; {EXPORT_AGAIN}"
         ) from None
     config = check_as(Config, plain, where=str(folder / CONFIG))
-    for name in [*names.values(), TOKENIZER, *digests]:
+    tokenizer = tokenizer_in(folder)
+    for name in [*names.values(), tokenizer.name, *digests]:
         path = folder / name
         if not path.is_file():
             raise UserError(f"{folder}: {name} is missing; {EXPORT_AGAIN}")
@@ -192,7 +194,7 @@ def read_export(folder: str | Path) -> ModelFolder:
     if config.codec.is_autoencoder:
         beside = config.codec.model_copy(update={"folder": str(folder / CODEC)})
         config = config.model_copy(update={"codec": beside})
-    return ModelFolder(export_id, config, step, weights, average, folder / TOKENIZER)
+    return ModelFolder(export_id, config, step, weights, average, tokenizer)
 
 
 def _export_id(weights: Path) -> str | None:
@@ -214,7 +216,7 @@ def _tokenizer(folder: Path, run: Path | None, config: Config) -> Path:
 
     That file may have changed since, so a run never falls back to it.
     """
-    path = run / TOKENIZER if run else Path(config.data.tokenizer or folder / TOKENIZER)
+    path = tokenizer_in(run) if run else Path(config.data.tokenizer or tokenizer_in(folder))
     if not path.is_file():
         raise UserError(
             f"cannot export {folder}: no tokenizer at {path}; put the file that it was trained with there"
@@ -247,8 +249,7 @@ def _refuse_foreign(out: Path, kind: str) -> None:
 
 def _write(folder: Path, saved: SavedModel, codec: Path | None) -> None:
     reader, manifest = saved.reader, saved.reader.manifest
-    atomic_copy(saved.tokenizer, folder / TOKENIZER)
-    copied = [TOKENIZER]
+    copied = [write_tokenizer(folder, saved.tokenizer, saved.config.data.sequence_length)]
     if codec is not None:
         (folder / CODEC).mkdir()
         for source in folder_files(codec):
@@ -270,6 +271,5 @@ def _write(folder: Path, saved: SavedModel, codec: Path | None) -> None:
     metadata = {"format": "pt", EXPORT_ID: export_id}
     for kind, file in content["weights"].items():
         write_tensors(folder / file, shapes, partial(reader.read_whole, kind), metadata=metadata)
-    write_tokenizer(folder, saved.tokenizer, saved.config.data.sequence_length)
     write_json(folder / GENERATION, image_generation(saved.config))
     atomic_write_text(folder / CARD, model_card(saved.config, manifest, saved.run))

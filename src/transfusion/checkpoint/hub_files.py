@@ -1,6 +1,7 @@
 """What other programs read in an exported folder, beside weights and config.json: their tokenizer and their defaults.
 
-tokenizer.json           the tokenizer for the `tokenizers` library, where it gives the very ids of tokenizer.model
+tokenizer.json           the tokenizer for the `tokenizers` library, where it gives the very ids of tokenizer.model;
+                         of a published tokenizer a copy with its ids moved
 tokenizer_config.json    what transformers needs to know of it
 generation_config.json   ids of control tokens under transformers' names, and how a model generates unless it is told
 """
@@ -15,10 +16,11 @@ from typing import Any
 from transfusion.config import Config
 from transfusion.config.objectives import SAMPLERS
 from transfusion.errors import UserError
-from transfusion.files import atomic_write_text
-from transfusion.sequence.tokenizer import CONTROL_PIECES, Tokenizer
+from transfusion.files import atomic_copy, atomic_write_text
+from transfusion.sequence.published import moved, read_values
+from transfusion.sequence.tokenizer import JSON, MODEL, Tokenizer, file_name
 from transfusion.sequence.tokenizer_json import tokenizer_json
-from transfusion.tokens import SpecialToken
+from transfusion.tokens import CONTROL_PIECES, SpecialToken
 
 log = logging.getLogger(__name__)
 
@@ -46,38 +48,56 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     atomic_write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_tokenizer(folder: Path, tokenizer: Path, sequence_length: int, *, with_bos: bool = False) -> None:
-    """Write tokenizer.json and tokenizer_config.json. Where ids would differ there is a warning in place of both.
+def write_tokenizer(folder: Path, tokenizer: Path, sequence_length: int, *, with_bos: bool = False) -> str:
+    """Write the tokenizer, tokenizer.json and tokenizer_config.json. Of a published one tokenizer.json is both.
+
+    Where the ids of a sentencepiece model would differ in tokenizer.json, a warning stands for the latter two.
 
     Args:
         folder: Where to.
-        tokenizer: The sentencepiece model.
+        tokenizer: Its file.
         sequence_length: Of training, in tokens.
         with_bos: Whether <BOS> comes before each text unless a call has add_special_tokens=False.
+
+    Returns:
+        The name of the file that `Tokenizer` reads.
+
+    Raises:
+        UserError: For a published tokenizer whose ids cannot be moved.
     """
-    try:
-        Tokenizer(tokenizer)
-        described = tokenizer_json(tokenizer.read_bytes())
-    except (UserError, ValueError) as error:
-        log.warning("no tokenizer.json is written, since it could not equal tokenizer.model: %s", error)
-        return
+    name = file_name(tokenizer)
+    if name == MODEL:
+        atomic_copy(tokenizer, folder / MODEL)
+        try:
+            Tokenizer(tokenizer)
+            described = tokenizer_json(tokenizer.read_bytes())
+        except (UserError, ValueError) as error:
+            log.warning("no tokenizer.json is written, since it could not equal tokenizer.model: %s", error)
+            return name
+    else:
+        described = moved(read_values(tokenizer))
     if with_bos:
         described["post_processor"] = _BOS_FIRST
-    write_json(folder / "tokenizer.json", described)
-    names = {"pad": SpecialToken.PADDING, "bos": SpecialToken.BEGIN_DOCUMENT}
-    names |= {"eos": SpecialToken.END_DOCUMENT, "unk": SpecialToken.UNKNOWN}
+    write_json(folder / JSON, described)
+    if name == JSON and Tokenizer(folder / JSON).names() != Tokenizer(tokenizer).names():
+        raise UserError(
+            f"{tokenizer}: its ids cannot be moved behind the control tokens; take another tokenizer"
+        )
+    tokens = {"pad": SpecialToken.PADDING, "bos": SpecialToken.BEGIN_DOCUMENT}
+    tokens |= {"eos": SpecialToken.END_DOCUMENT, "unk": SpecialToken.UNKNOWN}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": sequence_length,
-        **{f"{name}_token": CONTROL_PIECES[token] for name, token in names.items()},
+        **{f"{kind}_token": CONTROL_PIECES[token] for kind, token in tokens.items()},
         "additional_special_tokens": [
-            piece for token, piece in CONTROL_PIECES.items() if token not in names.values()
+            piece for token, piece in CONTROL_PIECES.items() if token not in tokens.values()
         ],
         # A text that spells a control token is text.
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", settings)
+    return name
 
 
 def image_generation(config: Config) -> dict[str, Any]:

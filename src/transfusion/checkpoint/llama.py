@@ -1,12 +1,11 @@
-"""Starts the text tower from a Hugging Face Llama: config.json, safetensors, and where it is there its tokenizer.
+"""Starts the text tower from a published causal language model: config.json, safetensors and, if there, its tokenizer.
 
 Each rank reads the slices that it trains and nothing else, straight from the files into its fp32 shards. Parts that
-a Llama does not have (patch encoder and decoder, places of patches) keep their drawn weights.
+it does not have (patch encoder and decoder, places of patches) keep their drawn weights.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from transfusion.checkpoint.llama_vocabulary import TOKENIZERS, pieces_of_folder
+from transfusion.checkpoint.causal_models import CONFIG, refuse_other_network
+from transfusion.checkpoint.llama_vocabulary import TOKENIZERS, numbers_of_folder, pieces_of_folder
 from transfusion.config import Config, ModelConfig
 from transfusion.config.weights_folder import StoredTensor, stored_tensors, weight_files
 from transfusion.errors import UserError
@@ -26,13 +26,11 @@ from transfusion.parallel.collectives import raise_together
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT, Shard
 from transfusion.sequence.tokenizer import Tokenizer
+from transfusion.tokens import SpecialToken
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.json"
 STEM = "model"
-# Keys of a rotary embedding that is not scaled.
-_PLAIN_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 # Of the embedding, compared at once.
 _ROWS = 4096
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -49,44 +47,37 @@ IN_BLOCK = {
     "feed_forward.gate": "mlp.gate_proj",
     "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj",
+    # Of those families that have them.
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
 }
-# Settings of transformers' Llamas. Those that change numbers are compared, the others are of training, of generation
-# or of how files are stored.
-# fmt: off
-LLAMA_KEYS = {
-    "attention_bias", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_act",
-    "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings", "mlp_bias",
-    "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pad_token_id",
-    "partial_rotary_factor", "pretraining_tp", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
-    "tie_word_embeddings", "torch_dtype", "use_cache", "vocab_size",
-    "add_cross_attention", "architectures", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward",
-    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
-    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
-    "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_decoder", "is_encoder_decoder", "label2id",
-    "length_penalty", "max_length", "max_sequence_length", "min_length", "model_max_length",
-    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
-    "output_hidden_states", "output_scores", "remove_invalid_values", "repetition_penalty", "return_dict",
-    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
-    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torchscript", "typical_p",
-    "use_bfloat16",
-}
-# fmt: on
+_NORMS = ("attention.query_norm", "attention.key_norm")
+_BIASED = ("attention.query", "attention.key", "attention.value")
 
 
 def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None:
-    """Fill the weights of `engine`, and its moving average, from the Llama in `folder`.
+    """Fill the weights of `engine`, and its moving average, from the model in `folder`.
 
-    Rows of embedding and head: with the Llama's tokenizer.json or tokenizer.model in the folder each of our pieces
-    takes the row of the piece of the same bytes. Without either, or where tokenizer.model is ours, each number takes
-    the row of the same number. Rows without a counterpart keep their drawn weights, and rows of theirs without one are
-    left out. A tied head starts as the embedding, and is trained apart from it. Called by all ranks together. Raises
-    UserError, on every rank: files that are missing or damaged, and a `model` section that means another network, with
-    the values to set.
+    Rows of embedding and head: with its tokenizer.json or tokenizer.model in the folder each of our pieces takes the
+    row of the piece of the same bytes. Without either, or where tokenizer.model is ours, each number takes the row of
+    the same number. With a published tokenizer (see `sequence.published`) rows go by the names of pieces first, and
+    those of <BOS> and <EOS> are the ones that config.json names. Rows without a counterpart keep their drawn weights,
+    and rows of theirs without one are left out. A tied head starts as the embedding. It is trained apart
+    from it without model.tie_embeddings.
+
+    Called by all ranks together. Raises UserError, on every rank: files that are missing or damaged, and a `model`
+    section that means another network, with the values to set.
     """
     llama = raise_together(lambda: Llama(folder, engine.config))
     row_V = raise_together(lambda: _rows(folder, llama, engine.config.model.vocabulary, tokenizer))
     raise_together(lambda: _fill(engine.shards(), llama, row_V))
     engine.shards_written(0)
+    if llama.tied and not engine.config.model.tie_embeddings:
+        log.info(
+            "%s: its text head is its embedding; they start alike here and are trained apart, unless"
+            " model.tie_embeddings=true",
+            folder,
+        )
     found = int((row_V >= 0).sum())
     if engine.rank == 0 and not any((folder / name).is_file() for name in TOKENIZERS):
         log.warning(
@@ -98,23 +89,19 @@ def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None
 
 
 class Llama:
-    """The tensors of a Llama's folder, read slice by slice."""
+    """The tensors of a causal language model's folder, read slice by slice."""
 
     def __init__(self, folder: Path, config: Config) -> None:
-        """Raises UserError where the folder is no Llama that `config.model` can start from."""
+        """Raises UserError where the folder holds no model that `config.model` can start from."""
         self.folder = folder
-        self.settings = _read_json(folder / CONFIG)
-        _refuse_other_network(folder, self.settings, config.model)
+        self.settings = refuse_other_network(folder, config)
         self.tied = bool(self.settings.get("tie_word_embeddings"))
         try:
             self.tensors = stored_tensors(weight_files(folder, STEM), STEM)
         except (OSError, ValueError) as error:
             raise UserError(f"train.init_from: {folder}: {error}") from None
         self._open: dict[Path, Any] = {}
-        blocks = (
-            f"blocks.{layer}.{part}.weight" for layer in range(config.model.layers) for part in IN_BLOCK
-        )
-        wanted = {theirs for name in (*OUTSIDE, *blocks) if (theirs := llama_name(name, self.tied))}
+        wanted = {theirs for name in _text_weights(config.model) if (theirs := llama_name(name, self.tied))}
         _refuse_other_tensors(folder, self.tensors, wanted, self.settings)
         if self.tied and HEAD in self.tensors and not self._head_is_embedding():
             raise UserError(
@@ -141,13 +128,25 @@ class Llama:
         )
 
 
+def _text_weights(model: ModelConfig) -> Iterator[str]:
+    """Our parameters that start from a file, by their names."""
+    yield from (name for name in OUTSIDE if name != "lm_head.weight" or not model.tie_embeddings)
+    for layer in range(model.layers):
+        for part in IN_BLOCK:
+            if part not in _NORMS or model.qk_norm:
+                yield f"blocks.{layer}.{part}.weight"
+            if part in _BIASED and model.attention_bias:
+                yield f"blocks.{layer}.{part}.bias"
+
+
 def _refuse_other_tensors(
     folder: Path, tensors: Mapping[str, StoredTensor], wanted: set[str], settings: dict[str, Any]
 ) -> None:
-    """Raise UserError unless the files hold what is wanted, and beside it only what a Llama computes anew."""
+    """Raise UserError unless the files hold what is wanted, and beside it only what is computed anew."""
     if missing := sorted(wanted - tensors.keys()):
         raise UserError(
-            f"{folder} is not a Llama: {missing[0]} is in none of its files ({len(missing)} missing)"
+            f"{folder} is not a whole {settings['model_type']} model: {missing[0]} is in none of its files"
+            f" ({len(missing)} missing); copy it again"
         )
     # A tied head may be stored too.
     left = [
@@ -155,7 +154,7 @@ def _refuse_other_tensors(
     ]
     if left:
         raise UserError(
-            f"cannot start from the Llama in {folder}: this network has no place for {min(left)}"
+            f"cannot start from the model in {folder}: this network has no place for {min(left)}"
             f" ({len(left)} such tensors)"
         )
     shape = (settings.get("vocab_size", tensors[EMBEDDING].shape[0]), settings["hidden_size"])
@@ -167,95 +166,24 @@ def _refuse_other_tensors(
             )
 
 
-def _refuse_other_network(folder: Path, settings: dict[str, Any], model: ModelConfig) -> None:
-    """Raise UserError, with all differences at once, where the blocks would not compute what the Llama's do."""
-    problems = []
-    if settings.get("model_type") != "llama":
-        problems.append(f"its model_type is {settings.get('model_type')!r}, and only 'llama' can be read")
-    # Up to transformers 4 under names of its own, from 5 on together.
-    ropes = [settings[key] for key in ("rope_parameters", "rope_scaling") if settings.get(key)]
-    for rope in ropes:
-        if not isinstance(rope, dict) or rope.keys() - _PLAIN_ROPE or _type_of(rope) != "default":
-            problems.append(f"its rotary embedding is scaled ({rope}), and this network's is not")
-    rope = {key: value for each in reversed(ropes) if isinstance(each, dict) for key, value in each.items()}
-    if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor") or 1) != 1:
-        problems.append("its partial_rotary_factor is not 1, and this network rotates all dimensions")
-    problems += _unknown(settings)
-    for key in ("attention_bias", "mlp_bias"):
-        if settings.get(key):
-            problems.append(f"it has {key}, and this network has no biases there")
-    if settings.get("hidden_act", "silu") != "silu":
-        problems.append(f"its hidden_act is {settings['hidden_act']!r}, and this network's is 'silu'")
-    if model.qk_norm:
-        problems.append("a Llama has no norm on queries and keys: set model.qk_norm=false")
-    try:
-        compared = _compared(settings, rope, model)
-    except KeyError as error:
-        raise UserError(f"{folder / CONFIG} is not a Llama's: {error} is missing") from None
-    if wrong := [key for key, (_, there) in compared.items() if not isinstance(there, int | float)]:
-        raise UserError(f"{folder / CONFIG} is not a Llama's: {wrong[0]} is not a number")
-    heads, width = settings["num_attention_heads"], settings["hidden_size"]
-    head_dim = settings.get("head_dim") or width // heads
-    if head_dim * heads != width:
-        problems.append(
-            f"its heads have {head_dim} dimensions, which is not its hidden_size divided by its heads"
-        )
-    different = [f"{key}={there}" for key, (here, there) in compared.items() if here != there]
-    if different:
-        problems.append("its network has other dimensions: set " + " ".join(different))
-    if problems:
-        raise UserError(f"cannot start from the Llama in {folder}: " + "; ".join(problems))
-
-
-def _type_of(rope: dict[str, Any]) -> Any:
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _unknown(settings: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with settings that a Llama does not have: they may change what it computes."""
-    for key, value in settings.items():
-        if (
-            value
-            and not isinstance(value, str)
-            and not key.startswith(("_", "unsloth_"))
-            and key not in LLAMA_KEYS
-        ):
-            yield f"its {CONFIG} has {key}, which a Llama does not; remove it there if it changes nothing"
-
-
-def _compared(
-    settings: dict[str, Any], rope: dict[str, Any], model: ModelConfig
-) -> dict[str, tuple[float, Any]]:
-    """By our key, our value and that of config.json: what must agree."""
-    heads = settings["num_attention_heads"]
-    theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
-    return {
-        "model.layers": (model.layers, settings["num_hidden_layers"]),
-        "model.hidden_size": (model.hidden_size, settings["hidden_size"]),
-        "model.heads": (model.heads, heads),
-        "model.num_kv_heads": (model.kv_heads, settings.get("num_key_value_heads") or heads),
-        "model.ffn_size": (model.ffn_width, settings["intermediate_size"]),
-        "model.norm_epsilon": (model.norm_epsilon, settings.get("rms_norm_eps", 1e-6)),
-        "model.rope_theta": (model.rope_theta, theta),
-    }
-
-
 def llama_name(name: str, tied: bool) -> str | None:
-    """A Llama's name for one of our parameters; None where it has none."""
+    """A causal language model's name for one of our parameters; None where it has none."""
     if name in OUTSIDE:
         return EMBEDDING if tied and name == "lm_head.weight" else OUTSIDE[name]
     first, _, rest = name.partition(".")
     if first != "blocks":
         return None
-    layer, _, part = rest.removesuffix(".weight").partition(".")
+    layer, _, part = rest.partition(".")
+    part, _, kind = part.rpartition(".")
     # Weights that patches have of their own start as those of text do.
-    part = IN_BLOCK[part.removeprefix("image_")]
-    return f"model.layers.{layer}.{part}.weight"
+    return f"model.layers.{layer}.{IN_BLOCK[part.removeprefix('image_')]}.{kind}"
 
 
 def _rows(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> Tensor:
-    """For each row of our vocabulary the Llama's row that it starts from, int64 [V]; -1: none."""
+    """For each row of our vocabulary the model's row that it starts from, int64 [V]; -1: none."""
     theirs = llama.tensors[EMBEDDING].shape[0]
+    if isinstance(tokenizer, Tokenizer) and tokenizer.is_published:
+        return _rows_of_published(folder, llama, vocabulary, tokenizer)
     model = folder / "tokenizer.model"
     ours = model.is_file() and digest(model.read_bytes(), FINGERPRINT_BYTES) == tokenizer.fingerprint
     pieces = None if ours else pieces_of_folder(folder)
@@ -266,6 +194,34 @@ def _rows(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> 
         return row_V
     for number, piece in enumerate(tokenizer.piece_bytes()):
         row = pieces.get(piece, -1)
+        if row < theirs:
+            row_V[number] = row
+    return row_V
+
+
+def _rows_of_published(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> Tensor:
+    """As `_rows`, for a published tokenizer: by the names of pieces, else by their bytes, else by their numbers."""
+    theirs = llama.tensors[EMBEDDING].shape[0]
+    row_V = torch.full((vocabulary,), -1, dtype=torch.int64)
+    names, numbers, spelt = tokenizer.names(), numbers_of_folder(folder) or {}, pieces_of_folder(folder)
+    if numbers and all(numbers.get(name) == number for number, name in enumerate(names) if name):
+        # An export of ours, also the rows that begin images of further sizes.
+        same = min(vocabulary, theirs)
+        row_V[:same] = torch.arange(same)
+        return row_V
+    controls = {
+        SpecialToken.BEGIN_DOCUMENT: llama.settings.get("bos_token_id"),
+        SpecialToken.END_DOCUMENT: llama.settings.get("eos_token_id"),
+    }
+    for number, (name, value) in enumerate(zip(names, tokenizer.piece_bytes(), strict=True)):
+        found: list[Any] = [numbers.get(name), None if spelt is None else spelt.get(value)]
+        if number < len(SpecialToken):
+            # A list has all that may end an answer, and first what ends a document.
+            ids = controls.get(SpecialToken(number))
+            found.insert(1, ids[0] if isinstance(ids, list) and ids else ids)
+        elif spelt is None:
+            found = [number - len(SpecialToken)]
+        row = next((row for row in found if isinstance(row, int)), -1)
         if row < theirs:
             row_V[number] = row
     return row_V
@@ -313,18 +269,3 @@ def _runs(row_V: Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
             if rows[first] >= 0:
                 yield start + first, start + place
             first = place
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"train.init_from: cannot read {path}: {error.strerror}; name a folder as transformers saves a Llama,"
-            " with config.json and safetensors"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"train.init_from: {path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"train.init_from: {path} holds no settings")
-    return values

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from transfusion.errors import UserError
-from transfusion.sequence.tokenizer import bytes_of_pieces, read_pieces
+from transfusion.sequence.pieces import bytes_of_pieces
+from transfusion.sequence.published import numbers_of, spelt_pieces
+from transfusion.sequence.tokenizer import read_pieces
 
 # In the order in which they are looked for.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -39,32 +41,23 @@ def pieces_of_folder(folder: Path) -> dict[bytes, int] | None:
     }
 
 
+def numbers_of_folder(folder: Path) -> dict[str, int] | None:
+    """Number of each piece of a folder's tokenizer.json as it is written there; None where it has none."""
+    path = folder / TOKENIZERS[0]
+    return numbers_of(_read(path)) if path.exists() else None
+
+
 def _from_json(path: Path) -> dict[bytes, int]:
+    values = _read(path)
+    spelt = spelt_pieces(values)
+    return {CONTROL_NAMES.get(piece, spelt[piece]): number for piece, number in numbers_of(values).items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The values of a tokenizer.json whose pieces can be read."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary: dict[str, int] = values["model"]["vocab"]
-        added = {token["content"]: int(token["id"]) for token in values.get("added_tokens") or []}
-        numbers = {**vocabulary, **added}
-        byte_level = "ByteLevel" in json.dumps([values.get("pre_tokenizer"), values.get("decoder")])
+        spelt_pieces(values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a tokenizer whose pieces can be read: {error}") from None
-    if byte_level:
-        byte_of = _byte_of_letter()
-        spelt = [
-            bytes(byte_of[letter] for letter in piece) if set(piece) <= byte_of.keys() else piece.encode()
-            for piece in numbers
-        ]
-    else:
-        spelt = bytes_of_pieces(list(numbers))
-    return {
-        CONTROL_NAMES.get(piece, value): number
-        for (piece, number), value in zip(numbers.items(), spelt, strict=True)
-    }
-
-
-def _byte_of_letter() -> dict[str, int]:
-    """How byte-level pieces write bytes as letters (GPT-2): printable ones as they are, others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+    return values

@@ -201,7 +201,9 @@ def export(
     out: Annotated[Path, typer.Option(help="folder for config.json, weights, tokenizer and model card")],
     text_model: Annotated[
         Path | None,
-        typer.Option(help="also write the text tower here, as a LlamaForCausalLM that transformers opens"),
+        typer.Option(
+            help="also write the text tower here, as a causal language model that transformers opens"
+        ),
     ] = None,
 ) -> None:
     """Export a run's newest checkpoint as a folder of safetensors."""
@@ -212,7 +214,9 @@ def export(
         raise UserError(f"--out and --text-model both name {out}; give each a folder of its own")
     # First, so that a network that is no Llama is refused before anything is written.
     if text_model:
-        print(f"{export_text_model(run, text_model)}: the text tower, a LlamaForCausalLM of transformers")
+        print(
+            f"{export_text_model(run, text_model)}: the text tower, a causal language model of transformers"
+        )
     folder = write(run, out)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(
@@ -334,6 +338,10 @@ def show_config(
     from transfusion.config.yaml_files import explain
 
     resolved = load_config(config, overrides or [])
+    if resolved.train.init_from:
+        from transfusion.checkpoint.causal_models import refuse_other_network
+
+        refuse_other_network(Path(resolved.train.init_from), resolved)
     print(explain(resolved))
     for warning in resolved.warnings():
         print(f"warning: {warning}", file=sys.stderr)

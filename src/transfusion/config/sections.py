@@ -129,6 +129,41 @@ class UNetConfig(Section):
     head_dim: PositiveInt = Field(64, description="dimensions of a self-attention head")
 
 
+class RopeScalingConfig(Section):
+    """How the frequencies of the rotary embedding are lowered, under the names of transformers."""
+
+    type: Literal["none", "linear", "llama3"] = Field(
+        "none",
+        description="none; linear: every frequency is divided by `factor`; llama3: low frequencies are, high ones stay",
+    )
+    factor: PositiveFloat = Field(1.0, description="what frequencies are divided by")
+    low_freq_factor: PositiveFloat = Field(
+        1.0,
+        description="llama3: a wave that turns at most so often in the original length is divided in full",
+    )
+    high_freq_factor: PositiveFloat = Field(
+        4.0, description="llama3: a wave that turns at least so often in the original length stays"
+    )
+    original_max_position_embeddings: PositiveInt = Field(8192, description="llama3: the original length")
+
+    def _misfits(self) -> Iterator[str]:
+        needs = {"factor": ("linear", "llama3")} | dict.fromkeys(
+            ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ("llama3",)
+        )
+        for name, types in needs.items():
+            given = getattr(self, name)
+            if self.type not in types and given != type(self).model_fields[name].default:
+                yield (
+                    f"model.rope_scaling.{name}={given:g} does nothing without model.rope_scaling.type="
+                    f"{' or '.join(types)}"
+                )
+        if self.low_freq_factor >= self.high_freq_factor:
+            yield (
+                f"model.rope_scaling.low_freq_factor {self.low_freq_factor:g} must be below"
+                f" model.rope_scaling.high_freq_factor {self.high_freq_factor:g}"
+            )
+
+
 class ModelConfig(Section):
     """Llama blocks, with a patch embedder before and after them (paper, section 3)."""
 
@@ -144,12 +179,18 @@ class ModelConfig(Section):
     hidden_size: PositiveInt = Field(768, description="model width")
     heads: PositiveInt = Field(12, description="query heads")
     num_kv_heads: NonNegativeInt = Field(0, description="key and value heads; 0: as many as query heads")
+    head_dim: NonNegativeInt = Field(0, description="dimensions of a head; 0: hidden_size divided by heads")
     ffn_size: NonNegativeInt = Field(
         0, description="SwiGLU width; 0: 8/3 of hidden_size, up to a multiple of 64"
     )
     norm_epsilon: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
     rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary embedding")
-    qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    attention_bias: bool = Field(False, description="biases on queries, keys and values, as Qwen2 has them")
+    qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head, before they are turned")
+    tie_embeddings: bool = Field(
+        False, description="whether the text head is the embedding's own weight, not a matrix apart from it"
+    )
     modality_weights: Literal["shared", "ffn", "all"] = Field(
         "shared",
         description="what patches have of their own in each block: nothing, the feed-forward with its norm, or all"
@@ -185,20 +226,25 @@ class ModelConfig(Section):
         return self.num_kv_heads or self.heads
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.heads
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.heads
 
     @property
     def ffn_width(self) -> int:
         return self.ffn_size or -(-self.hidden_size * 8 // 3 // 64) * 64
 
     def _misfits(self) -> Iterator[str]:
-        if self.hidden_size % self.heads or self.head_dim % 2:
-            yield f"model.hidden_size {self.hidden_size} must be an even multiple of model.heads {self.heads}"
+        if self.head_dim % 2:
+            yield f"model.head_dim {self.head_dim} must be even, since dimensions are turned in pairs"
+        elif not self.head_dim and (self.hidden_size % self.heads or self.head_width % 2):
+            yield (
+                f"model.hidden_size {self.hidden_size} must be an even multiple of model.heads {self.heads}, or"
+                " model.head_dim be set"
+            )
         if self.heads % self.kv_heads:
             yield f"model.heads {self.heads} must be a multiple of model.num_kv_heads {self.kv_heads}"
-        if self.position == "2d" and self.head_dim < 8:
-            yield f"model.position=2d needs heads of at least 8 dimensions, got {self.head_dim}"
+        if self.position == "2d" and self.head_width < 8:
+            yield f"model.position=2d needs heads of at least 8 dimensions, got {self.head_width}"
         if self.patch_embed == "linear":
             return
         if self.patch_size & (self.patch_size - 1):
@@ -489,7 +535,10 @@ class DataConfig(Section):
         description="documents of `validation` that training measures at a checkpoint, the same ones each time. 0 takes"
         " all, as `transfusion eval` always does",
     )
-    tokenizer: FilePath = Field("", description="sentencepiece model file")
+    tokenizer: FilePath = Field(
+        "",
+        description="a sentencepiece model of `transfusion tokenizer train`, or a published tokenizer.json",
+    )
     index: FilePath = Field(
         "",
         description="folder of `transfusion data index`; empty: an index beside each shard, or in the run folder",
@@ -609,7 +658,9 @@ class TrainConfig(Section):
         0, description="CPU threads per process; 0: cores divided by local processes"
     )
     init_from: FilePath = Field(
-        "", description="folder of a Hugging Face Llama whose weights a new run starts from; empty: none"
+        "",
+        description="folder of a published causal language model (Llama, Mistral, Qwen2, Qwen3) whose weights a new run"
+        " starts from; empty: none",
     )
     freeze: list[Literal["text"]] = Field(
         default_factory=list,

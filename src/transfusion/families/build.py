@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from transfusion.config import CodecConfig, Config, ModelConfig
 from transfusion.families import FAMILIES, Family
@@ -42,5 +43,13 @@ def count_parameters(config: ModelConfig, codec: CodecConfig) -> dict[str, int]:
     """Number of parameters of each part of the network, and their `total`, counted from real modules on meta."""
     with torch.device("meta"):
         model = FAMILIES[config.family].network(config, codec)
-    parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    parts = elements_of_parts(model)
     return parts | {"total": sum(parts.values())}
+
+
+def elements_of_parts(model: nn.Module) -> dict[str, int]:
+    """Elements of each child's parameters. One that several children have counts for the first of them."""
+    parts = {name: 0 for name, _ in model.named_children()}
+    for name, parameter in model.named_parameters():
+        parts[name.partition(".")[0]] += parameter.numel()
+    return parts

@@ -97,6 +97,7 @@ class _Task:
         bare_room: Positions that the second row may fill. 0 where no image will be guided.
         bare_size: Of the image that the second row is ready for.
         token_ids: Of the text that is not told yet.
+        in_text: Whether text stands before it, of the prompt or told.
         size: Of the image that it makes, None while it speaks.
         drawing: That image, once it is begun.
         unread: What the codec made of a finished image that is not read yet.
@@ -111,6 +112,7 @@ class _Task:
     bare_size: Size | None = None
     state_D: Tensor | None = None
     token_ids: list[int] = field(default_factory=list)
+    in_text: bool = False
     tokens: int = 0
     images: int = 0
     size: Size | None = None
@@ -261,7 +263,8 @@ class Engine:
             room = min(count + request.max_tokens + request.max_images * (max(patches) + 2), limit)
         images = [part for part in request.prompt if isinstance(part, Tensor)]
         prompt = _Prompt(layout, count, images, _content(layout, count, images), Row())
-        return _Task(self._submitted, request, prompt, room, self._bare_room(request))
+        in_text = bool(request.prompt) and isinstance(request.prompt[-1], str) and request.prompt[-1] != ""
+        return _Task(self._submitted, request, prompt, room, self._bare_room(request), in_text=in_text)
 
     def _bare_room(self, request: Request) -> int:
         """Positions of the second row of a request's images, 0 if it needs none."""
@@ -447,6 +450,7 @@ class Engine:
             if token in self._begin_tokens:
                 self._tell_text(task, complete=True)
                 task.size = self._sizes[self._begin_tokens.index(token)]
+                task.in_text = False
             else:
                 task.token_ids.append(token)
                 task.tokens += 1
@@ -484,10 +488,10 @@ class Engine:
 
     def _tell_text(self, task: _Task, *, complete: bool = False) -> None:
         """Tell what was said. The bytes of a letter that is not complete wait, unless nothing follows them."""
-        text = self.tokenizer.decode(task.token_ids) if task.token_ids else ""
+        text = self.tokenizer.decode(task.token_ids, continues=task.in_text) if task.token_ids else ""
         if text and (complete or not text.endswith("\ufffd")):
             self._tell(task, TextDelta(text))
-            task.token_ids = []
+            task.token_ids, task.in_text = [], True
 
     # Images
 

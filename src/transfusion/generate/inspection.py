@@ -16,7 +16,8 @@ from transfusion.inference.cache import pages_for
 from transfusion.inference.runner import ModelRunner
 from transfusion.schema import SpecialToken
 from transfusion.sequence.layout import Layout
-from transfusion.sequence.tokenizer import CONTROL_PIECES, Tokenizer
+from transfusion.sequence.tokenizer import Tokenizer
+from transfusion.tokens import CONTROL_PIECES
 
 # Logits of so many positions are there at a time.
 _PIECE = 256

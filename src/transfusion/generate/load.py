@@ -54,6 +54,9 @@ def load_model(
             _load_int8(model.to(precision), path, stored, device)
         else:
             model.load_state_dict(load_file(path), assign=True)
+            if model.lm_head.is_tied:
+                # It still has the former weight.
+                model.lm_head.weight = model.embedding.weight
             model.to(device, precision)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} does not match config.json: {error}; {EXPORT_AGAIN}") from None

@@ -90,6 +90,27 @@ class Int8TextHead(Int8Weight):
         return (nats_N.sum(), nats_N) if each else nats_N.sum()
 
 
+class Int8TiedHead(nn.Module):
+    """In place of a `TextHead` whose weight is the embedding's, which stays there.
+
+    Args:
+        head: What it stands for.
+        embedding: Whose rows these are.
+    """
+
+    def __init__(self, head: TextHead, embedding: Int8Embedding) -> None:
+        super().__init__()
+        self.chunk = head.chunk
+        # No part of this module: its numbers are counted, moved and filled once.
+        self._of = (embedding,)
+
+    def multiply(self, x_ND: Tensor) -> Tensor:
+        """See `Int8Weight.multiply`."""
+        return self._of[0].multiply(x_ND)
+
+    forward = Int8TextHead.forward
+
+
 def keep_int8(model: Backbone) -> set[str]:
     """Put int8 in place of the matrices of the blocks, the embedding and the text head, and drop their weights.
 
@@ -108,6 +129,9 @@ def keep_int8(model: Backbone) -> set[str]:
         if (replacement := _replacement(module)) is not None:
             model.set_submodule(name, replacement)
             kept.add(f"{name}.weight")
+    head, embedding = model.lm_head, model.embedding
+    if isinstance(head, TextHead) and head.is_tied and isinstance(embedding, Int8Embedding):
+        model.set_submodule("lm_head", Int8TiedHead(head, embedding))
     return kept
 
 
@@ -141,7 +165,7 @@ def _replacement(module: nn.Module) -> Int8Weight | None:
         return Int8Linear(module)
     if type(module) is nn.Embedding:
         return Int8Embedding(module)
-    return Int8TextHead(module) if type(module) is TextHead else None
+    return Int8TextHead(module) if type(module) is TextHead and not module.is_tied else None
 
 
 def _rows_at_once(weight_OD: Tensor) -> int:

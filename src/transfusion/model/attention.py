@@ -90,17 +90,18 @@ class Attention(nn.Module):
     """Self-attention of one block.
 
     Args:
-        config: Width, heads and norms.
+        config: Width, heads, biases and norms.
         attend: What carries it out, unless `forward` is given another.
     """
 
     def __init__(self, config: ModelConfig, attend: Attend) -> None:
         super().__init__()
         self.attend = attend
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.query = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.key = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.value = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_width
+        bias = config.attention_bias
+        self.query = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
+        self.key = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.value = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
         self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.query_norm: nn.Module | None = None
         self.key_norm: nn.Module | None = None

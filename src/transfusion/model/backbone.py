@@ -59,7 +59,8 @@ class Backbone(nn.Module, ABC):
         if self.config.modality_weights == "shared":
             grouping = ALL_TEXT
         hidden = grouping.ordered(hidden_BSD)
-        turn = rotation(position_BSA, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        turn = rotation(position_BSA, config.head_width, config.rope_theta, config.rope_scaling)
         for layer, block in enumerate(self.blocks):
             if self.recomputes_blocks and torch.is_grad_enabled():
                 inputs = (hidden, *turn, mask, None, grouping)

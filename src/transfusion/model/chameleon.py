@@ -64,7 +64,8 @@ class Chameleon(Backbone):
             for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.lm_head = TextHead(config.hidden_size, both, loss_chunk_size, z_loss)
+        tied = self.embedding if config.tie_embeddings else None
+        self.lm_head = TextHead(config.hidden_size, both, loss_chunk_size, z_loss, tied=tied)
         self.patch_position = None if config.patch_position == "none" else PatchPosition(config, codec)
 
     def forward(self, batch: Batch, tokens: Sequence[Tensor]) -> TokenOutput:

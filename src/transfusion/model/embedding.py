@@ -10,12 +10,35 @@ import math
 import torch
 from torch import Tensor, nn
 
+from transfusion.config import RopeScalingConfig
+
 TIMESTEP_FREQUENCIES = 256
 # Over 2 pi, of sinusoids (Vaswani et al., 2017, section 3.5).
 LONGEST_WAVELENGTH = 10_000.0
 
 
-def rotary_angles(position_BSA: Tensor, head_dim: int, theta: float) -> Tensor:
+UNSCALED = RopeScalingConfig()
+
+
+def scaled(frequency_F: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    """Rotary frequencies as they were lowered for longer sequences.
+
+    With llama3 waves that turn rarely in the original length are slowed down in full, waves that turn often stay, and
+    those between go over from one to the other by how often they turn.
+    """
+    if scaling.type == "none":
+        return frequency_F
+    if scaling.type == "linear":
+        return frequency_F / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turn_F = frequency_F * scaling.original_max_position_embeddings / (2 * math.pi)
+    kept_F = ((turn_F - low) / (high - low)).clamp(0, 1)
+    return (1 - kept_F) * frequency_F / scaling.factor + kept_F * frequency_F
+
+
+def rotary_angles(
+    position_BSA: Tensor, head_dim: int, theta: float, scaling: RopeScalingConfig = UNSCALED
+) -> Tensor:
     """Angles [B, S, F] in fp32 for positions [B, S, A].
 
     With one axis every frequency turns with it. With three (running position, patch row, patch column)
@@ -24,7 +47,7 @@ def rotary_angles(position_BSA: Tensor, head_dim: int, theta: float) -> Tensor:
     """
     frequencies = head_dim // 2
     exponent_F = torch.arange(frequencies, device=position_BSA.device, dtype=torch.float32) / frequencies
-    frequency_F = theta**-exponent_F
+    frequency_F = scaled(theta**-exponent_F, scaling)
     axes = position_BSA.shape[-1]
     if axes == 1:
         return position_BSA.float() * frequency_F
@@ -32,9 +55,11 @@ def rotary_angles(position_BSA: Tensor, head_dim: int, theta: float) -> Tensor:
     return position_BSA[..., axis_F].float() * frequency_F
 
 
-def rotation(position_BSA: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotation(
+    position_BSA: Tensor, head_dim: int, theta: float, scaling: RopeScalingConfig = UNSCALED
+) -> tuple[Tensor, Tensor]:
     """What `rotate` takes for positions [B, S, A]: cosines and signed sines [B, 1, S, E] in fp32."""
-    angle_B1SF = rotary_angles(position_BSA, head_dim, theta)[:, None]
+    angle_B1SF = rotary_angles(position_BSA, head_dim, theta, scaling)[:, None]
     cosine, sine = angle_B1SF.cos(), angle_B1SF.sin()
     return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
 

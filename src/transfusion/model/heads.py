@@ -78,12 +78,33 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class TextHead(nn.Module):
-    """Untied output projection to the vocabulary."""
+    """Output projection to the vocabulary, by a weight of its own or by that of the embedding.
 
-    def __init__(self, width: int, vocabulary: int, chunk: int, z_loss: float = 0.0) -> None:
+    A tied weight is one parameter of two modules. Its name is the embedding's, and so is its place in a state dict.
+    Under ZeRO-3 each of the two gathers it when it is called. Autograd adds up both gradients before one is reduced.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        vocabulary: int,
+        chunk: int,
+        z_loss: float = 0.0,
+        *,
+        tied: nn.Embedding | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocabulary, width))
+        self.weight = nn.Parameter(torch.empty(vocabulary, width)) if tied is None else tied.weight
+        self.is_tied = tied is not None
         self.chunk, self.z_loss = chunk, z_loss
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self.is_tied:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        if not self.is_tied:
+            super()._load_from_state_dict(*arguments)
 
     def forward(
         self, hidden_ND: Tensor, target_N: Tensor | None = None, *, each: bool = False

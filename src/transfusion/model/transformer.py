@@ -72,7 +72,8 @@ class Transfusion(Backbone):
             for _ in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.lm_head = TextHead(config.hidden_size, config.vocabulary, loss_chunk_size, z_loss)
+        tied = self.embedding if config.tie_embeddings else None
+        self.lm_head = TextHead(config.hidden_size, config.vocabulary, loss_chunk_size, z_loss, tied=tied)
         self.patch_decoder = decoder(config, patch_values)
         self.patch_position = None if config.patch_position == "none" else PatchPosition(config, codec)
 

@@ -8,8 +8,8 @@ and recomputation do not count.
 hardware: what is computed. Padding and images of weight 0 count, the attention's backward pass makes its scores
 again (10 * width a pair), and what activation checkpointing recomputes counts once more.
 palm: (6 * N + 12 * width * layers * row length) * positions, as PaLM counts (Chowdhery et al., 2022, appendix B); N:
-parameters without the embedding table, and without the weights of blocks that only patches have. Hidden pairs and
-padding are included: only to compare like with like.
+parameters without the weights of blocks that only patches have, and without the embedding table unless it is the text
+head too. Hidden pairs and padding are included: only to compare like with like.
 
 B rows, S positions.
 """
@@ -109,7 +109,7 @@ class FlopModel:
         with torch.device("meta"):
             self._model = build_model(config)
         model = config.model
-        self.pair = model.heads * model.head_dim * model.layers
+        self.pair = model.heads * model.head_width * model.layers
         self.patch_size = model.patch_size
         # Operations of what a position of text passes through, of a patch, and of a target of the text head.
         self.blocks, self.image_blocks = (
@@ -123,7 +123,7 @@ class FlopModel:
         self.counted = sum(
             parameter.numel()
             for name, parameter in self._model.named_parameters()
-            if not name.startswith("embedding.") and ".image_" not in name
+            if (model.tie_embeddings or not name.startswith("embedding.")) and ".image_" not in name
         )
         self.sequence_length = config.data.sequence_length
         self.codec = config.codec

@@ -23,6 +23,7 @@ from transfusion.files import (
     remove_unfinished,
 )
 from transfusion.observe.environment import describe_environment
+from transfusion.sequence.tokenizer import JSON, MODEL, file_name, tokenizer_in
 
 
 class RunFolder:
@@ -35,7 +36,6 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.log = path / "log.txt"
         self.quarantine = path / "quarantine.jsonl"
-        self.tokenizer = path / "tokenizer.model"
         self.codec = path / "codec"
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
@@ -43,6 +43,11 @@ class RunFolder:
         self.memory = path / "memory"
         self.wandb_id = path / "wandb_id"
         self.report = path / "report.html"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The run's own copy of its tokenizer."""
+        return tokenizer_in(self.path)
 
     def grid(self, step: int) -> Path:
         """Where the sample grid of a step stands."""
@@ -103,8 +108,12 @@ class RunFolder:
     def keep_tokenizer(self, path: Path) -> None:
         """Copy the tokenizer, so that the run stays usable whatever becomes of the file."""
         try:
-            if not self.tokenizer.is_file() or not _same_bytes(self.tokenizer, path):
-                atomic_copy(path, self.tokenizer)
+            kept = self.path / file_name(path)
+            if not kept.is_file() or not _same_bytes(kept, path):
+                atomic_copy(path, kept)
+            # Of a former start, which never came to a checkpoint.
+            for other in {MODEL, JSON} - {kept.name}:
+                (self.path / other).unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from None
 

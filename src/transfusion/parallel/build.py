@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from transfusion.codec import Codec
-from transfusion.config import Config
+from transfusion.config import Config, ModelConfig
 from transfusion.errors import UserError
 from transfusion.parallel.collectives import raise_together
 from transfusion.parallel.deepspeed_patches import import_deepspeed
@@ -45,11 +45,18 @@ def build_engine(config: Config, environment: Environment, codec: Codec | None =
     return ZeroEngine(config, environment, codec)
 
 
+def _head_width(model: ModelConfig) -> str:
+    """Which settings make the width of a head."""
+    if model.head_dim:
+        return f"model.head_dim {model.head_dim}"
+    return f"model.hidden_size {model.hidden_size} / model.heads {model.heads}"
+
+
 def _refuse_attention(config: Config, device: torch.device) -> None:
     """Raise UserError where the attention asked for cannot run, or a GPU would silently use the dense one."""
     model, asked = config.model, config.train.attention
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    query = torch.empty(1, model.heads, 1, model.head_dim, device=device, dtype=dtype)
+    query = torch.empty(1, model.heads, 1, model.head_width, device=device, dtype=dtype)
     try:
         choice = dispatch.choose(asked, query)
     except ValueError as error:
@@ -60,5 +67,5 @@ def _refuse_attention(config: Config, device: torch.device) -> None:
     if device.type == "cuda" and choice.implementation == "reference" and fell_back:
         raise UserError(
             f"attention on this GPU would be the dense reference, since {choice.reason}; head_dim is "
-            f"model.hidden_size {model.hidden_size} / model.heads {model.heads}; train.attention=reference asks for it"
+            f"{_head_width(model)}; train.attention=reference asks for it"
         )

@@ -71,8 +71,12 @@ def _gather(config: Config, network: Network, ranks: int, gpu: Gpu) -> tuple[int
     """Bytes, calls and seconds of the gathers of a micro-batch under stage 3."""
     zero = config.train.zero
     large = network.larger_than(zero.persistence_threshold)
-    size = compute_dtype(config).itemsize * large
     calls = config.model.layers + sum(each >= zero.persistence_threshold for each in network.outside)
+    embedding = network.parts["embedding"]
+    if config.model.tie_embeddings and embedding >= zero.persistence_threshold:
+        # Once more for the text head.
+        large, calls = large + embedding, calls + 1
+    size = compute_dtype(config).itemsize * large
     seconds = gpu.ring_seconds(size, ranks, calls)
     # Whether the weights stay gathered from the forward to the backward pass.
     passes = 1 if large <= min(zero.max_live_parameters, zero.max_reuse_distance) else 2
@@ -88,7 +92,7 @@ def _gather(config: Config, network: Network, ranks: int, gpu: Gpu) -> tuple[int
 def _exchange(config: Config, division: Division, positions: int, gpu: Gpu) -> tuple[int, float]:
     """Bytes and seconds of a micro-batch's exchanges of heads for positions: queries, keys, values, and back."""
     model, ranks = config.model, division.sequence_ranks
-    values = 2 * (model.heads + model.kv_heads) * model.head_dim
+    values = 2 * (model.heads + model.kv_heads) * model.head_width
     again = 0 if config.train.activation_checkpointing == "none" else 1
     exchanges = model.layers * (2 + again)
     sent = exchanges * positions * values * compute_dtype(config).itemsize * (ranks - 1) // ranks

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from transfusion.config import Config
-from transfusion.families.build import build_model
+from transfusion.families.build import build_model, elements_of_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Network:
         """`config.model.vocabulary` must be set."""
         with torch.device("meta"):
             model = build_model(config)
-        parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+        parts = elements_of_parts(model)
         parameters = dict(model.named_parameters())
         return cls(
             parts=parts,

@@ -60,7 +60,7 @@ def step_seconds(
         products, attention = work.hardware.products / gpu.fp32, work.hardware.attention / gpu.fp32
     else:
         products = work.hardware.products / gpu.product_rate(model.hidden_size)
-        attention = work.hardware.attention / gpu.attention_rate(model.head_dim)
+        attention = work.hardware.attention / gpu.attention_rate(model.head_width)
     traffic = left * trace.traffic / gpu.copy
     compute = products + attention + traffic
     host = left * trace.operators * LAUNCH + communication.calls * COLLECTIVE

@@ -222,10 +222,14 @@ def _fake_group(config: Config, load: ImageLoad) -> MediaGroup:
 
 def _make_fake(model: nn.Module) -> None:
     """Replace the parameters, which are on the meta device, by fake ones of the CPU."""
+    # A parameter of several modules stays one.
+    fakes: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            made = torch.empty(parameter.shape, dtype=parameter.dtype)
-            setattr(module, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in fakes:
+                made = torch.empty(parameter.shape, dtype=parameter.dtype)
+                fakes[parameter] = nn.Parameter(made, requires_grad=parameter.requires_grad)
+            setattr(module, name, fakes[parameter])
 
 
 class _OneOperatorNorm(torch.autograd.Function):

@@ -13,55 +13,103 @@ import sentencepiece
 
 from transfusion.errors import UserError
 from transfusion.files import FINGERPRINT_BYTES, atomic_file, digest
-from transfusion.tokens import SpecialToken
+from transfusion.sequence.pieces import SPACE_MARK, bytes_of_pieces
+from transfusion.sequence.published import PublishedPieces, is_json
+from transfusion.tokens import CONTROL_PIECES, SpecialToken
 
-# sentencepiece writes a space as this character inside its pieces, and would read the character as a space.
-SPACE_MARK = "\u2581"
-CONTROL_PIECES = {
-    SpecialToken.PADDING: "<PAD>",
-    SpecialToken.BEGIN_DOCUMENT: "<BOS>",
-    SpecialToken.END_DOCUMENT: "<EOS>",
-    SpecialToken.UNKNOWN: "<UNK>",
-    SpecialToken.BEGIN_IMAGE: "<BOI>",
-    SpecialToken.END_IMAGE: "<EOI>",
-    SpecialToken.PATCH: "<PATCH>",
-}
+# Under which a folder keeps its own.
+MODEL, JSON = "tokenizer.model", "tokenizer.json"
 _REMEDY = "make one with `transfusion tokenizer train`"
 # The trainer drops longer sentences, so documents are cut at line ends first.
 _LONGEST_SENTENCE = 4000
 
 
 class Tokenizer:
-    """A sentencepiece model whose first ids are `SpecialToken`; text never produces one of them.
+    """A tokenizer whose first ids are `SpecialToken`; text never produces one of them.
 
-    Any text comes back unchanged from `decode(encode(text))`: nothing is normalised, and what has no piece is
-    spelt in bytes.
+    It is a sentencepiece model of ours, or a published tokenizer.json, whose ids stand behind the control tokens (see
+    `published`). With ours any text comes back unchanged from `decode(encode(text))`: nothing is normalised, and what
+    has no piece is spelt in bytes. A published one may normalise texts.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Raises UserError when the file is missing, no sentencepiece model, or one of another project."""
+        """Raises UserError when the file is missing, of another kind, or a sentencepiece model of another project."""
         self.path = Path(path)
         try:
-            model = self.path.read_bytes()
+            content = self.path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read tokenizer {path}: {error.strerror}; {_REMEDY}") from None
+        self.is_published = is_json(content)
+        self._pieces = (PublishedPieces if self.is_published else _SentencePieces)(self.path, content)
+        self.fingerprint = self._pieces.fingerprint
+        self.vocabulary: int = self._pieces.size
+        # What single tokens were decoded to.
+        self._texts: dict[tuple[int, bool], str] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without control tokens. Raises UnicodeEncodeError on lone surrogates."""
+        text.encode()
+        return self._pieces.encode(text)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, of each; with sentencepiece in one call, which then takes a third of the time."""
+        for text in texts:
+            text.encode()
+        return self._pieces.encode_all(texts)
+
+    def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
+        """Text of the ids; control tokens and ids outside the vocabulary leave nothing.
+
+        continues: whether text stands before it. Some published tokenizers drop a space where a text begins.
+        """
+        if len(ids) == 1:
+            # An answer is told token by token, and a call of the library takes longer than the token.
+            key = (int(ids[0]), continues)
+            if key not in self._texts:
+                self._texts[key] = self._decode(ids, continues)
+            return self._texts[key]
+        return self._decode(ids, continues)
+
+    def _decode(self, ids: Sequence[int], continues: bool) -> str:
+        first, end = len(SpecialToken), self.vocabulary
+        return self._pieces.decode([int(token) for token in ids if first <= token < end], continues)
+
+    def piece_bytes(self) -> list[bytes]:
+        """The bytes that each piece stands for; of a control token its name, as `<BOS>`."""
+        return self._pieces.piece_bytes()
+
+    def names(self) -> list[str]:
+        """Each piece as its file writes it."""
+        return self._pieces.names()
+
+    @functools.cached_property
+    def longest_piece(self) -> int:
+        """Letters of the longest piece. No text has fewer tokens than its letters divided by this."""
+        return self._pieces.longest
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The piece of each id as text, for eyes: parts of a letter are shown as <0xNN>."""
+        return self._pieces.pieces([int(token) for token in ids])
+
+
+class _SentencePieces:
+    """A sentencepiece model that `train_tokenizer` made."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        """Raises UserError where it is none."""
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError:
-            raise UserError(f"{path} is not a sentencepiece model; {_REMEDY}") from None
+            raise UserError(f"{path} is not a sentencepiece model, nor a tokenizer.json; {_REMEDY}") from None
         if not _has_our_tokens(self._processor):
             raise UserError(f"{path} has other control tokens than this project's; {_REMEDY}")
         self._space_mark_ids = [
             self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()
         ]
-        self.fingerprint = digest(model, FINGERPRINT_BYTES)
-        self.vocabulary: int = self._processor.get_piece_size()
-        # What single tokens were decoded to.
-        self._texts: dict[int, str] = {}
+        self.fingerprint = digest(content, FINGERPRINT_BYTES)
+        self.size: int = self._processor.get_piece_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without control tokens. Raises UnicodeEncodeError on lone surrogates."""
-        text.encode()
         if SPACE_MARK not in text:
             ids: list[int] = self._processor.encode(text)
             return ids
@@ -73,43 +121,40 @@ class Tokenizer:
         return joined
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode`, of each; in one call of sentencepiece, which then takes a third of the time."""
         if any(SPACE_MARK in text for text in texts):
             return [self.encode(text) for text in texts]
-        for text in texts:
-            text.encode()
         ids: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; control tokens and ids outside the vocabulary leave nothing."""
-        if len(ids) == 1:
-            # An answer is told token by token, and a call of sentencepiece takes longer than the token.
-            token = int(ids[0])
-            if token not in self._texts:
-                self._texts[token] = self._decode([token])
-            return self._texts[token]
-        return self._decode(ids)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        first, end = len(SpecialToken), self.vocabulary
-        text: str = self._processor.decode([int(token) for token in ids if first <= token < end])
+    def decode(self, ids: Sequence[int], continues: bool) -> str:
+        text: str = self._processor.decode(list(ids))
         return text
 
-    def piece_bytes(self) -> list[bytes]:
-        """The bytes that each piece stands for; of a control token its name, as `<BOS>`."""
-        return bytes_of_pieces(self._processor.id_to_piece(list(range(self.vocabulary))))
+    def names(self) -> list[str]:
+        names: list[str] = self._processor.id_to_piece(list(range(self.size)))
+        return names
 
-    @functools.cached_property
-    def longest_piece(self) -> int:
-        """Letters of the longest piece. No text has fewer tokens than its letters divided by this."""
-        pieces: list[str] = self._processor.id_to_piece(list(range(self.vocabulary)))
-        return max(len(piece) for piece in pieces)
+    def piece_bytes(self) -> list[bytes]:
+        return bytes_of_pieces(self.names())
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.names()))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The piece of each id as text, for eyes: parts of a letter are shown as <0xNN>."""
-        pieces: list[str] = self._processor.id_to_piece([int(token) for token in ids])
+        pieces: list[str] = self._processor.id_to_piece(list(ids))
         return [piece.replace(SPACE_MARK, " ") for piece in pieces]
+
+
+def file_name(path: Path) -> str:
+    """Under which name a folder keeps a copy of a tokenizer's file, so that other programs know what it is."""
+    with path.open("rb") as file:
+        return JSON if is_json(file.read(1)) else MODEL
+
+
+def tokenizer_in(folder: Path) -> Path:
+    """Where a run's folder or an export has its tokenizer. Beside tokenizer.model, tokenizer.json is a copy of it."""
+    return folder / JSON if (folder / JSON).is_file() and not (folder / MODEL).is_file() else folder / MODEL
 
 
 def read_pieces(path: Path) -> list[str]:
@@ -120,15 +165,6 @@ def read_pieces(path: Path) -> list[str]:
         raise UserError(f"{path} is not a sentencepiece model") from None
     pieces: list[str] = processor.id_to_piece(list(range(processor.get_piece_size())))
     return pieces
-
-
-def bytes_of_pieces(pieces: Sequence[str]) -> list[bytes]:
-    """What sentencepiece's pieces stand for: <0xNN> a byte, its mark a space, all else its letters."""
-    spelt = []
-    for piece in pieces:
-        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
-        spelt.append(bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_MARK, " ").encode())
-    return spelt
 
 
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocabulary: int) -> Tokenizer:

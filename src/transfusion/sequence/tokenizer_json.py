@@ -15,8 +15,8 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from transfusion.sequence.tokenizer import CONTROL_PIECES, SPACE_MARK
-from transfusion.tokens import SpecialToken
+from transfusion.sequence.pieces import SPACE_MARK
+from transfusion.tokens import CONTROL_PIECES, SpecialToken
 
 # Kinds of pieces that can be said in the format. Others are those that a user defined, and unused ones.
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6

@@ -45,7 +45,7 @@ def _page_bytes(pipeline: Pipeline) -> int:
     element = next(
         each for each in pipeline.runner.model.parameters() if each.is_floating_point()
     ).element_size()
-    return model.layers * 2 * model.kv_heads * model.head_dim * PAGE_SLOTS * element
+    return model.layers * 2 * model.kv_heads * model.head_width * PAGE_SLOTS * element
 
 
 def _free_bytes(device: torch.device) -> float:

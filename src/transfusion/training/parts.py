@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from transfusion.checkpoint.causal_models import refuse_other_network
+from transfusion.checkpoint.layout import find_latest
 from transfusion.checkpoint.llama import start_from_llama
 from transfusion.checkpoint.resume import resume
 from transfusion.checkpoint.save import Saver
@@ -69,11 +71,13 @@ class RunParts:
         if self.here.is_main:
             self.folder.refuse_other_tokenizer(self.tokenizer.path)
             refuse_missing_logger(self.config)
+            if self.config.train.init_from and find_latest(self.folder.path) is None:
+                refuse_other_network(Path(self.config.train.init_from), self.config)
         if self.config.log.memory_history:
             remember_allocations(self.here.device)
 
     def _begin(self) -> TrainState:
-        """The state of a new run; its weights are drawn, or those of a Llama."""
+        """The state of a new run; its weights are drawn, or those of a published model."""
         if self.config.train.init_from:
             start_from_llama(Path(self.config.train.init_from), self.engine, self.tokenizer)
         return TrainState()

@@ -74,6 +74,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train__zero": NOTHING_KEPT,
     },
     "frozen text, kept": {"model__modality_weights": "ffn", "train__freeze": ["text"]},
+    "biases, wider heads, slower turns": {
+        "model__attention_bias": True,
+        "model__head_dim": 12,
+        "model__rope_scaling": {"type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16},
+        "train__zero": NOTHING_KEPT,
+    },
+    "tied head": {"model__tie_embeddings": True},
+    "tied head, nothing kept": {
+        "model__tie_embeddings": True,
+        "train__activation_checkpointing": "block",
+        "train__zero": NOTHING_KEPT,
+    },
+    "tied head, stage 2": {"model__tie_embeddings": True, "train__zero": {"stage": 2}},
     "clean context": {"diffusion__context": "clean", "train__zero": NOTHING_KEPT},
     "clean context, own weights, shared rows": {
         "diffusion__context": "clean",

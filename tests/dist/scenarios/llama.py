@@ -60,7 +60,7 @@ def from_llama(changes: dict[str, Any], here: Environment, folder: Path) -> dict
     batches = stream_batches(0, config)
     terms, _ = train_step(zero, [batches[here.rank]])
     wanted, _ = train_step(plain, batches, counts=counts_of(batches))
-    taken = plain.masters["lm_head.weight"].numel()
+    taken = plain.masters["embedding.weight"].numel()
     return {
         "same": all(
             torch.equal(got[f"{kind}/{name}"], value.flatten())
@@ -91,5 +91,6 @@ def write_llama(folder: Path, source: LocalEngine) -> None:
         "model_type": "llama", "num_hidden_layers": model.layers, "hidden_size": model.hidden_size,
         "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
         "intermediate_size": model.ffn_width, "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.tie_embeddings,
     }  # fmt: skip
     (folder / llama.CONFIG).write_text(json.dumps(settings))

@@ -234,7 +234,7 @@ def test_norms_stand_where_they_are_asked_for(build: Build, pack: Any) -> None:
         config, model = build(model={"norm_placement": order})
         block, batch = model.blocks[0], pairs(pack, config)
         x_BSD = model.embedding(batch.token_ids_BS)
-        turn = rotation(batch.position_BSA, config.model.head_dim, config.model.rope_theta)
+        turn = rotation(batch.position_BSA, config.model.head_width, config.model.rope_theta)
         rest = (*turn, batch.mask)
         if order == "pre":
             y_BSD = x_BSD + block.attention(block.attention_norm(x_BSD), *rest)

@@ -75,11 +75,14 @@ def test_what_is_no_text_is_never_chosen(tmp_path: Path, tokenizer: Tokenizer) -
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model__qk_norm": True}, r"since model\.qk_norm=true; .* train with model\.qk_norm=false"),
+        (
+            {"model__qk_norm": True, "model__attention_bias": True},
+            r"since model\.attention_bias=true and model\.qk_norm=true; .* train with one of them",
+        ),
         ({"model__norm_placement": "post"}, r"model\.norm_placement=post; .*model\.norm_placement=pre"),
     ],
 )
-def test_a_network_that_is_no_llama_is_refused(
+def test_a_network_of_no_family_is_refused(
     tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, Any], told: str
 ) -> None:
     make_run(tmp_path / "run", tokenizer, **changes)
@@ -122,7 +125,7 @@ def test_the_command_writes_both_folders_or_neither(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "run", tokenizer)
-    make_run(tmp_path / "normed", tokenizer, model__qk_norm=True)
+    make_run(tmp_path / "normed", tokenizer, model__norm_placement="post")
     for run, code in (("normed", 2), ("run", 0)):
         out = f"of-{run}"
         monkeypatch.setattr(
@@ -133,6 +136,6 @@ def test_the_command_writes_both_folders_or_neither(
         assert int(ended.value.code or 0) == code
         told = capsys.readouterr()
         if code:
-            assert len(told.err.splitlines()) == 1 and "model.qk_norm=true" in told.err
+            assert len(told.err.splitlines()) == 1 and "model.norm_placement=post" in told.err
         assert Path(out).exists() == Path(f"{out}-text").exists() == (not code)
-    assert "of-run-text: the text tower, a LlamaForCausalLM of transformers" in told.out
+    assert "of-run-text: the text tower, a causal language model of transformers" in told.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -186,6 +187,24 @@ def test_a_patch_of_more_values_than_the_width_is_warned_of(
         "diffusion.prediction=x",
     ):
         assert transfusion("config", *wide, enough).stderr == ""
+
+
+def test_a_published_model_of_another_network_is_told_with_what_to_set(
+    tmp_path: Path, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Before anything is loaded: of the folder config.json alone is read."""
+    described = {
+        "model_type": "qwen3", "num_hidden_layers": 28, "hidden_size": 1024, "num_attention_heads": 16, "head_dim": 128,
+        "num_key_value_heads": 8, "intermediate_size": 3072, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    words = ["configs/train/own-data.yaml", f"train.init_from={tmp_path}"]
+    code, printed, told = here("config", *words)
+    assert (code, printed) == (2, "") and len(told.splitlines()) == 1
+    words += [word.rstrip(";") for word in told.split() if word.startswith("model.") and "=" in word]
+    code, printed, told = here("config", *words)
+    assert code == 0 and told == ""
+    assert {"model.qk_norm=true", "model.head_dim=128", "model.layers=28"} <= set(words)
 
 
 def test_without_a_command_the_help_is_shown() -> None:
