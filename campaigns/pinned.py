@@ -138,9 +138,13 @@ def parts(value: Any) -> Iterator[bytes]:
         yield f"{value.dtype}{tuple(value.shape)}".encode()
         yield value.contiguous().numpy().tobytes()
     elif dataclasses.is_dataclass(value):
-        # `kind` came after the first pins, and says only what the values' type says too.
-        for field in (each for each in dataclasses.fields(value) if each.name != "kind"):
-            yield from parts(getattr(value, field.name))
+        for field in dataclasses.fields(value):
+            held = getattr(value, field.name)
+            # These came after the first pins. `kind` says only what the type of the values says too. The others are
+            # None where nothing is new.
+            if field.name == "kind" or (held is None and field.name in ("is_context_I", "value_I", "second")):
+                continue
+            yield from parts(held)
     elif isinstance(value, (list, tuple)):
         for member in value:
             yield from parts(member)

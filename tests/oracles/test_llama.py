@@ -150,15 +150,17 @@ def test_logits_of_packed_documents(models: tuple[Transfusion, Any]) -> None:
     lengths = [len(document) for document in documents]
     start_C = np.cumsum([0, *lengths[:-1]])
     start_S = np.repeat(start_C, lengths)
-    parts = zip(documents, start_C, strict=True)
+    parts = list(zip(documents, start_C, strict=True))
     packed = Layout(
         token_ids_S=np.concatenate([d.token_ids_S for d in documents]),
         modality_S=np.concatenate([d.modality_S for d in documents]),
         position_SA=np.concatenate([d.position_SA for d in documents]),
         target_ids_S=np.concatenate([d.target_ids_S for d in documents]),
         text_weight_S=np.concatenate([d.text_weight_S for d in documents]),
+        first_key_S=np.concatenate([d.first_key_S + start for d, start in parts]).astype(np.int32),
         end_key_S=np.concatenate([d.end_key_S + start for d, start in parts]).astype(np.int32),
         images=(),
+        twins=(),
     )
     ids = text_ids(len(packed))
     mine = ours_logits(ours, ids, packed, start_S)
