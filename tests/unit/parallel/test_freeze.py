@@ -37,10 +37,10 @@ def logits(engine: LocalEngine) -> torch.Tensor:
     return model.lm_head(model.norm(hidden))
 
 
-@pytest.mark.parametrize("weights", ["ffn", "all"])
+@pytest.mark.parametrize(("weights", "tied"), [("ffn", False), ("all", False), ("all", True)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_text_stays_as_it_is_and_images_are_learned(weights: str, precision: str) -> None:
-    frozen = engine(model__modality_weights=weights, train__precision=precision)
+def test_text_stays_as_it_is_and_images_are_learned(weights: str, tied: bool, precision: str) -> None:
+    frozen = engine(model__modality_weights=weights, model__tie_embeddings=tied, train__precision=precision)
     before, images = logits(frozen), []
     for step in range(6):
         terms, _ = train_step(frozen, [make_batch("mixed", step % 2)])
