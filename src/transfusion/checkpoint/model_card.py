@@ -114,7 +114,8 @@ def _training(config: Config, manifest: Manifest) -> Iterator[tuple[str, object]
     yield "tokens and patches, padding included", state["tokens"]
     yield "images", state["images"]
     yield "batch", f"{data.global_batch_size:,} sequences of {data.sequence_length:,}"
-    yield "optimizer", f"AdamW, peak learning rate {config.optimizer.learning_rate:g}"
+    optimizer = {"adamw": "AdamW", "muon": "Muon and AdamW"}[config.optimizer.name]
+    yield "optimizer", f"{optimizer}, peak learning rate {config.optimizer.learning_rate:g}"
     yield "precision", config.train.precision
     half_life = config.optimizer.ema_half_life
     average = f"half-life {half_life:g} steps" if half_life else f"decay {config.optimizer.ema_decay:g}"

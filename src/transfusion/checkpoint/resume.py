@@ -132,6 +132,12 @@ def _check_model(folder: Path, manifest: Manifest, engine: Engine) -> None:
                 raise UserError(f"{folder} is of another model: {change}; {remedy}")
     if saved != wanted:
         raise UserError(f"{folder} is of another model; {remedy}")
+    optimizer = manifest.config.get("optimizer", {}).get("name", "adamw")
+    if optimizer != engine.config.optimizer.name:
+        raise UserError(
+            f"{folder} has the state of optimizer.name={optimizer}, which means nothing to"
+            f" {engine.config.optimizer.name}; restore it, or set run.dir to a new folder"
+        )
     for shard in sorted(engine.shards(), key=lambda shard: shard.name):
         record = manifest.parameters.get(shard.name)
         if record is None:

@@ -567,10 +567,16 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and the cosine schedule of the paper (section 4.1)."""
 
+    name: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="adamw, or muon for the matrices of the blocks and AdamW for all else, in one process",
+    )
     learning_rate: PositiveFloat = Field(3e-4, description="peak learning rate")
     final_learning_rate: NonNegativeFloat = Field(1.5e-5, description="learning rate at the last step")
     warmup_steps: NonNegativeInt = Field(4000, description="steps of linear warm-up")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas")
+    betas: tuple[Decay, Decay] = Field(
+        (0.9, 0.95), description="AdamW betas. The second is the momentum of muon too"
+    )
     epsilon: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     weight_decay: NonNegativeFloat = Field(0.1, description="on matrices only")
     gradient_clip: PositiveFloat = Field(1.0, description="maximum global gradient norm")

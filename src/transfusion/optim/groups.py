@@ -1,4 +1,4 @@
-"""Which parameters are decayed, and the one place that builds AdamW."""
+"""Which parameters are decayed, and the one place that builds AdamW, and Muon beside it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,29 @@ def parameter_groups(
         {"params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def muon(matrices: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Muon | None:
+    """Muon for the matrices of the blocks (Jordan et al., 2024), where the configuration asks for it.
+
+    Its updates have the size of AdamW's (Liu et al., 2025, section 2.2), so that both go by one learning rate.
+    """
+    if config.name != "muon":
+        return None
+    chosen = [parameter for name, parameter in matrices.items() if is_for_muon(name, parameter)]
+    return torch.optim.Muon(
+        chosen,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=config.betas[1],
+        nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
+    )
+
+
+def is_for_muon(name: str, parameter: Tensor) -> bool:
+    """Whether Muon takes a parameter: embeddings, heads, and what encodes and decodes patches stay with AdamW."""
+    return name.startswith("blocks.") and parameter.dim() == 2 and parameter.requires_grad
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
@@ -67,16 +90,25 @@ def clip_and_skip(optimizer: torch.optim.AdamW, norm: Tensor, max_norm: float, c
     return skipped
 
 
-def create_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
-    """Give AdamW its zero moments now instead of at the first step, so that they can be saved and loaded."""
+def create_moments(
+    optimizer: torch.optim.AdamW, parameters: Iterable[Tensor], muon: torch.optim.Muon | None = None
+) -> None:
+    """Give AdamW its zero moments now instead of at the first step, so that they can be saved and loaded.
+
+    Muon's momentum stands beside them as a first moment without a second.
+    """
     fused = is_fused(optimizer)
+    of_muon = {id(matrix) for group in (muon.param_groups if muon else ()) for matrix in group["params"]}
     for parameter in parameters:
         state = optimizer.state[parameter]
         if not state:
             # The fused kernel counts on the device, the plain one on the host.
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
             state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+            if muon and id(parameter) in of_muon:
+                muon.state[parameter]["momentum_buffer"] = state["exp_avg"]
+            else:
+                state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def set_updates(optimizer: torch.optim.AdamW, updates: int) -> None:
@@ -85,7 +117,7 @@ def set_updates(optimizer: torch.optim.AdamW, updates: int) -> None:
         state["step"].fill_(updates)
 
 
-def set_learning_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """The rate of the next step, in every group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -119,7 +119,9 @@ class Engine(ABC):
     def _values(self, number: int, weight: Tensor) -> dict[str, Tensor]:
         """By kind, flat: what there is of one of the optimiser's tensors, and of the average of that number."""
         state = self.optimizer.state[weight]
-        values = {WEIGHT: weight.detach(), FIRST_MOMENT: state["exp_avg"], SECOND_MOMENT: state["exp_avg_sq"]}
+        values = {WEIGHT: weight.detach(), FIRST_MOMENT: state["exp_avg"]}
+        if "exp_avg_sq" in state:
+            values[SECOND_MOMENT] = state["exp_avg_sq"]
         if self.averages:
             values[AVERAGE] = self.average.averages[number]
         return {kind: tensor.flatten() for kind, tensor in values.items()}

@@ -22,7 +22,7 @@ from transfusion.parallel.ulysses import SequenceGroup
 
 
 class LocalEngine(Engine):
-    """AdamW on fp32 weights; with bf16, the network runs on a low-precision copy of them."""
+    """AdamW, or Muon with it, on fp32 weights; with bf16, the network runs on a low-precision copy of them."""
 
     def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
         super().__init__(config, environment, codec)
@@ -41,11 +41,18 @@ class LocalEngine(Engine):
             self.model.to(torch.bfloat16)
         if config.train.compile:
             compile_blocks(self.model, config)
-        parameters = groups.parameter_groups(self.masters, self.masters, config.optimizer.weight_decay)
-        self.optimizer = groups.adamw(parameters, config.optimizer, fused=groups.runs_fused(self.device))
+        self.muon = groups.muon(self.masters, config.optimizer)
+        others = {
+            name: master
+            for name, master in self.masters.items()
+            if self.muon is None or not groups.is_for_muon(name, master)
+        }
+        parameters = groups.parameter_groups(others, others, config.optimizer.weight_decay)
+        fused = groups.runs_fused(self.device) and self.muon is None
+        self.optimizer = groups.adamw(parameters, config.optimizer, fused=fused)
         self.trained = [name for name, master in self.masters.items() if master.requires_grad]
         trained = [self.masters[name] for name in self.trained]
-        groups.create_moments(self.optimizer, trained)
+        groups.create_moments(self.optimizer, trained, self.muon)
         self.average = MovingAverage(trained, config.optimizer.average_decay)
 
     def _backward(self, loss: Tensor) -> None:
@@ -77,10 +84,14 @@ class LocalEngine(Engine):
             if not skipped:
                 torch.nn.utils.clip_grads_with_norm_(masters, clip, norm)
                 self.optimizer.step()
+                if self.muon is not None:
+                    groups.set_learning_rate(self.muon, learning_rate)
+                    self.muon.step()
                 self.average.update()
                 self._refresh()
         self._updates = self._updates + (~skipped).long()
-        self.optimizer.zero_grad(set_to_none=True)
+        for master in masters:
+            master.grad = None
         return PendingResult(norm, skipped, norms)
 
     def shards(self) -> list[Shard]:

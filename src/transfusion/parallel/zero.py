@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from transfusion.codec import Codec
 from transfusion.config import Config
+from transfusion.errors import UserError
 from transfusion.families.build import build_model
 from transfusion.model.backbone import Backbone, compile_blocks
 from transfusion.model.initialise import initial_value
@@ -35,6 +36,11 @@ class ZeroEngine(Engine):
     """ZeRO stage 1, 2 or 3. All state that trains lies in a few flat fp32 tensors a rank, `self.flats`."""
 
     def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
+        if config.optimizer.name == "muon":
+            raise UserError(
+                "optimizer.name=muon works on whole matrices, of which ZeRO gives each rank a slice; set"
+                " train.engine=local in one process, or optimizer.name=adamw"
+            )
         deepspeed = import_deepspeed()
         join_group(environment)
         super().__init__(config, environment, codec)

@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 _LATER = {
     "model": ("modality_weights", "attention_bias", "head_dim", "rope_scaling", "tie_embeddings"),
     "diffusion": ("logit_mean", "logit_std", "context"),
-    "optimizer": ("ema_half_life",),
+    "optimizer": ("name", "ema_half_life"),
     "train": ("freeze",),
 }
 
