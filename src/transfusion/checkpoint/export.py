@@ -44,7 +44,7 @@ from transfusion.files import (
     sync_folder,
 )
 from transfusion.parallel.parameter_shards import AVERAGE, WEIGHT
-from transfusion.sequence.tokenizer import MODEL, tokenizer_in
+from transfusion.sequence.tokenizer import JSON, MODEL, tokenizer_in
 
 FORMAT = "transfusion model"
 FORMAT_VERSION = 3
@@ -175,7 +175,8 @@ def read_export(folder: str | Path) -> ModelFolder:
             f"{folder} is not a model folder: {CONFIG} is not an export's; {EXPORT_AGAIN}"
         ) from None
     config = check_as(Config, plain, where=str(folder / CONFIG))
-    tokenizer = tokenizer_in(folder)
+    # tokenizer.json may be a copy for other programs, which is no file of the model's own.
+    tokenizer = folder / (JSON if JSON in digests and MODEL not in digests else MODEL)
     for name in [*names.values(), tokenizer.name, *digests]:
         path = folder / name
         if not path.is_file():

@@ -38,21 +38,12 @@ class ImageObjective:
         )
         self.min_snr_gamma = config.min_snr_gamma if config.loss_weight == "min-snr" else None
 
-    def corrupt(
-        self,
-        clean_ICHW: Tensor,
-        timestep_I: Tensor,
-        noise_key_I: Tensor,
-        is_context_I: Tensor | None = None,
-    ) -> NoisedImages:
-        """Noise whole images, before they are cut into patches. Those of the context stay as they are."""
+    def corrupt(self, clean_ICHW: Tensor, timestep_I: Tensor, noise_key_I: Tensor) -> NoisedImages:
+        """Noise whole images, before they are cut into patches."""
         clean = clean_ICHW.float()
         noise = counter_normal(noise_key_I, clean.shape[1:])
         noisy = self.schedule.add_noise(clean, noise, timestep_I)
-        target = self._target(clean, noise, timestep_I)
-        if is_context_I is not None:
-            noisy = torch.where(is_context_I[:, None, None, None], clean, noisy)
-        return NoisedImages(noisy, target)
+        return NoisedImages(noisy, self._target(clean, noise, timestep_I))
 
     def _target(self, clean_ICHW: Tensor, noise_ICHW: Tensor, timestep_I: Tensor) -> Tensor:
         if self.predicts == "epsilon":

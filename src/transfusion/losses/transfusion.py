@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from transfusion.codec import Codec, encoded
 from transfusion.codec.pixels import PixelCodec
 from transfusion.config import CodecConfig, DiffusionConfig
-from transfusion.diffusion.objective import ImageObjective
+from transfusion.diffusion.objective import ImageObjective, NoisedImages
 from transfusion.losses.loss import ratio, target_counts
 from transfusion.model.patches import unpatchify_groups
-from transfusion.schema import Batch, LossTerms
+from transfusion.schema import Batch, LossTerms, MediaGroup
 
 
 class TransfusionLoss:
@@ -30,12 +31,7 @@ class TransfusionLoss:
 
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
         """Run the model on a batch. `model` maps (batch, noisy latents) to `ModelOutput`."""
-        noised = [
-            self.objective.corrupt(
-                encoded(group, self.codec), group.timestep_I, group.noise_key_I, group.is_context_I
-            )
-            for group in batch.media
-        ]
+        noised = [self._noised(group) for group in batch.media]
         output = model(batch, [images.noisy for images in noised])
         predictions = unpatchify_groups(output.prediction_NE, [images.noisy for images in noised])
         parts = [
@@ -46,6 +42,15 @@ class TransfusionLoss:
         return LossTerms(
             {"text": output.text_sum, **images.sums}, {"text": batch.text_weight_BS.sum(), **images.counts}
         )
+
+    def _noised(self, group: MediaGroup) -> NoisedImages:
+        """Images and what is asked of them. Those that are only read stay clean."""
+        clean = encoded(group, self.codec)
+        images = self.objective.corrupt(clean, group.timestep_I, group.noise_key_I)
+        if group.is_context_I is None:
+            return images
+        noisy = torch.where(group.is_context_I[:, None, None, None], clean.float(), images.noisy)
+        return images._replace(noisy=noisy)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """See `Loss.counts`."""
