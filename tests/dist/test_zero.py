@@ -163,7 +163,7 @@ def test_evaluation_uses_the_average_and_leaves_no_trace(pair: Findings, kind: s
         assert found["trains on the same"]
 
 
-@pytest.mark.parametrize("kind", ["defaults", "nothing kept", "unet"])
+@pytest.mark.parametrize("kind", ["defaults", "nothing kept", "unet", "own weights"])
 def test_ranks_with_unequal_shares_judge_as_one_process(pair: Findings, kind: str) -> None:
     """Three images on two ranks, then one, and validation data that leave one rank nothing but padding."""
     assert [found["of one"] for found in pair(f"judged: {kind}")] == [1, 0]

@@ -180,6 +180,7 @@ def pair_in_training(here: Environment) -> dict[str, Callable[[], Any]]:
         "judged: defaults": lambda: judged_in_training(here, {}),
         "judged: nothing kept": lambda: judged_in_training(here, {"train__zero": NOTHING_KEPT}),
         "judged: unet": lambda: judged_in_training(here, VARIANTS["unet"]),
+        "judged: own weights": lambda: judged_in_training(here, VARIANTS["own weights"]),
         "chameleon": lambda: chameleon(here),
         "built files": built_files,
     }
