@@ -38,7 +38,7 @@ from torch import Tensor
 
 from odd_base import SILENT, Outcome, judge, kl_folder, stored, tokenizer
 from odd_shards import lost, narrow
-from transfusion.checkpoint.llama import start_from_llama
+from transfusion.checkpoint.published_weights import start_from_published
 from transfusion.codec.networks import load_network
 from transfusion.config import Config, load_config
 from transfusion.config.codec_folder import STEM as KL_STEM
@@ -213,7 +213,7 @@ def read_kl(folder: Path) -> dict[str, Tensor]:
 def read_llama(folder: Path) -> dict[str, Tensor]:
     engine = LocalEngine(llama_config(), ALONE)
     tokenizer: Any = SimpleNamespace(piece_bytes=list)
-    start_from_llama(folder, engine, tokenizer)
+    start_from_published(folder, engine, tokenizer)
     return {name: engine.masters[ours].detach() for name, ours in LLAMA_NAMES.items()}
 
 

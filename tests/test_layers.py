@@ -65,7 +65,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "webdataset": ("src/transfusion/data/shards/webdataset.py",),
     "fsspec": ("src/transfusion/data/shards/webdataset.py",),
     "sentencepiece": ("src/transfusion/sequence/tokenizer.py",),
-    "tokenizers": ("src/transfusion/sequence/published.py",),
+    "tokenizers": ("src/transfusion/sequence/published_tokenizer.py",),
     "sklearn": ("src/transfusion/data/prepare/prepare.py", "src/transfusion/evaluate/"),
     "matplotlib": ("src/transfusion/evaluate/report/", "src/transfusion/scaling/plot.py"),
     "jinja2": ("src/transfusion/evaluate/report/page.py",),

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from text_logits import logits
 
-from transfusion.checkpoint.llama import start_from_llama
+from transfusion.checkpoint.published_weights import start_from_published
 from transfusion.checkpoint.save import save
 from transfusion.checkpoint.text_model import export_text_model
 from transfusion.config import Config
@@ -21,7 +21,6 @@ from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.schema import TrainState
 from transfusion.sequence.tokenizer import train_tokenizer
-from transfusion_kernels import IntervalMask
 from transfusion_kernels.verification.testing import relative_error
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: oracles)")
@@ -95,17 +94,8 @@ def config_of(changes: dict[str, Any], vocabulary: int = VOCABULARY, length: int
 
 def started(folder: Path, config: Config) -> LocalEngine:
     engine = LocalEngine(config, ALONE)
-    start_from_llama(folder, engine, SimpleNamespace(piece_bytes=lambda: []))  # type: ignore[arg-type]
+    start_from_published(folder, engine, SimpleNamespace(piece_bytes=lambda: []))  # type: ignore[arg-type]
     return engine
-
-
-@torch.no_grad()
-def logits(engine: LocalEngine, ids_BS: Tensor) -> Tensor:
-    model, (rows, length) = engine.model, ids_BS.shape
-    end = torch.arange(1, length + 1, dtype=torch.int32).expand(rows, -1)
-    position = torch.arange(length).expand(rows, -1)[..., None]
-    hidden = model.run_blocks(model.embedding(ids_BS), position, IntervalMask(torch.zeros_like(end), end))
-    return model.lm_head(model.norm(hidden))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,7 +126,7 @@ def test_the_text_tower_goes_back_to_transformers(tmp_path: Path, family: str) -
     settings = json.loads((out / "config.json").read_text())
     assert settings["tie_word_embeddings"] == ours.get("tie_embeddings", False)
     again = LocalEngine(engine.config, ALONE)
-    start_from_llama(out, again, tokenizer)
+    start_from_published(out, again, tokenizer)
     text = ("embedding.", "blocks.", "norm.", "lm_head.")
     assert all(
         torch.equal(again.masters[key], value)

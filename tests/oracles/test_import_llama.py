@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from text_logits import logits
 
 from transfusion.checkpoint.export import export
-from transfusion.checkpoint.llama import start_from_llama
+from transfusion.checkpoint.published_weights import start_from_published
 from transfusion.checkpoint.save import save
 from transfusion.checkpoint.text_model import export_text_model
 from transfusion.config import Config
@@ -24,7 +24,6 @@ from transfusion.parallel.local import LocalEngine
 from transfusion.schema import TrainState
 from transfusion.sequence.tokenizer import train_tokenizer
 from transfusion.tokens import SpecialToken
-from transfusion_kernels import IntervalMask
 from transfusion_kernels.verification.testing import relative_error
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: oracles)")
@@ -70,17 +69,8 @@ def tokenizer_of(pieces: list[bytes]) -> Any:
 
 def started(folder: Path, config: Config, pieces: list[bytes] | None = None) -> LocalEngine:
     engine = LocalEngine(config, ALONE)
-    start_from_llama(folder, engine, tokenizer_of(pieces or []))
+    start_from_published(folder, engine, tokenizer_of(pieces or []))
     return engine
-
-
-@torch.no_grad()
-def logits(engine: LocalEngine, ids_BS: Tensor) -> Tensor:
-    model, (rows, length) = engine.model, ids_BS.shape
-    end = torch.arange(1, length + 1, dtype=torch.int32).expand(rows, -1)
-    position = torch.arange(length).expand(rows, -1)[..., None]
-    hidden = model.run_blocks(model.embedding(ids_BS), position, IntervalMask(torch.zeros_like(end), end))
-    return model.lm_head(model.norm(hidden))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from transfusion.checkpoint.export import export, read_export
-from transfusion.checkpoint.llama import start_from_llama
+from transfusion.checkpoint.published_weights import start_from_published
 from transfusion.checkpoint.text_model import export_text_model
 from transfusion.config import Config
 from transfusion.data.prepare.prepare import prepare
@@ -100,7 +100,7 @@ def config_of(init_from: Path, tokenizer: Path, folder: Path, **model: Any) -> C
 def started(folder: Path, tokenizer: Tokenizer, vocabulary: int = 0) -> dict[str, torch.Tensor]:
     config = config_of(folder, tokenizer.path, folder, vocabulary=vocabulary or tokenizer.vocabulary)
     engine = LocalEngine(config, ALONE)
-    start_from_llama(folder, engine, tokenizer)
+    start_from_published(folder, engine, tokenizer)
     return engine.masters
 
 
@@ -129,7 +129,7 @@ def test_our_pieces_find_theirs_by_their_bytes_as_before(published: Path, tmp_pa
     config = config_of(published, tmp_path, tmp_path, vocabulary=9)
     engine = LocalEngine(config, ALONE)
     pieces = [b"<PAD>", b"<BOS>", b"<EOS>", b" handwritten", b"\xc3"]
-    start_from_llama(published, engine, SimpleNamespace(piece_bytes=lambda: pieces))  # type: ignore[arg-type]
+    start_from_published(published, engine, SimpleNamespace(piece_bytes=lambda: pieces))  # type: ignore[arg-type]
     numbers = json.loads((published / "tokenizer.json").read_text())["model"]["vocab"]
     weight = transformers.LlamaForCausalLM.from_pretrained(published).lm_head.weight
     assert torch.equal(engine.masters["lm_head.weight"][3], weight[numbers["Ġhandwritten"]])

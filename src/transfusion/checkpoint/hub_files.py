@@ -17,7 +17,7 @@ from transfusion.config import Config
 from transfusion.config.objectives import SAMPLERS
 from transfusion.errors import UserError
 from transfusion.files import atomic_copy, atomic_write_text
-from transfusion.sequence.published import moved, read_values
+from transfusion.sequence.published_tokenizer import moved, read_values
 from transfusion.sequence.tokenizer import JSON, MODEL, Tokenizer, file_name
 from transfusion.sequence.tokenizer_json import tokenizer_json
 from transfusion.tokens import CONTROL_PIECES, SpecialToken

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transfusion.checkpoint.causal_models import MODELS, CausalModel, rope_scaling
 from transfusion.checkpoint.export import CONFIG, SavedModel, open_saved, write_export
 from transfusion.checkpoint.hub_files import (
     CONTROL_IDS,
@@ -22,7 +21,8 @@ from transfusion.checkpoint.hub_files import (
     write_json,
     write_tokenizer,
 )
-from transfusion.checkpoint.llama import STEM, llama_name
+from transfusion.checkpoint.published_models import MODELS, CausalModel, rope_scaling
+from transfusion.checkpoint.published_weights import STEM, published_name
 from transfusion.checkpoint.stream import write_tensors
 from transfusion.config import Config
 from transfusion.errors import UserError
@@ -73,7 +73,7 @@ def _write(folder: Path, saved: SavedModel, pieces: int) -> None:
     ours = {
         theirs: name
         for name in manifest.parameters
-        if ".image_" not in name and (theirs := llama_name(name, tied=False))
+        if ".image_" not in name and (theirs := published_name(name, tied=False))
     }
     shapes = {theirs: manifest.parameters[name].shape for theirs, name in ours.items()}
     read = partial(reader.read_whole, AVERAGE if AVERAGE in manifest.kinds else WEIGHT)

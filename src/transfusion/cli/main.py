@@ -339,7 +339,7 @@ def show_config(
 
     resolved = load_config(config, overrides or [])
     if resolved.train.init_from:
-        from transfusion.checkpoint.causal_models import refuse_other_network
+        from transfusion.checkpoint.published_models import refuse_other_network
 
         refuse_other_network(Path(resolved.train.init_from), resolved)
     print(explain(resolved))

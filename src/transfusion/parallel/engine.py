@@ -100,6 +100,7 @@ class Engine(ABC):
         """Take over what was written into the shards; `updates`: the optimiser steps behind them."""
         self._updates = updates
         groups.set_updates(self.optimizer, updates)
+        self._refresh_frozen()
         self._refresh()
 
     @abstractmethod
@@ -115,6 +116,10 @@ class Engine(ABC):
     @abstractmethod
     def _refresh(self) -> None:
         """Make the network compute with what the optimiser's tensors hold now."""
+
+    @abstractmethod
+    def _refresh_frozen(self) -> None:
+        """Make the network compute with what the shards of frozen weights hold now. No step changes these."""
 
     def _values(self, number: int, weight: Tensor) -> dict[str, Tensor]:
         """By kind, flat: what there is of one of the optimiser's tensors, and of the average of that number."""

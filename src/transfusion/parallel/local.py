@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -116,9 +117,16 @@ class LocalEngine(Engine):
             gradients.setdefault(module_of(name), []).extend([] if master.grad is None else [master.grad])
         return {name: float(torch.nn.utils.get_total_norm(parts)) for name, parts in gradients.items()}
 
-    @torch.no_grad()
     def _refresh(self) -> None:
         """Round the optimiser's weights into the network's, where these are a copy."""
-        if self.rounded:
+        self._round(self.trained)
+
+    def _refresh_frozen(self) -> None:
+        """See `Engine._refresh_frozen`."""
+        self._round([name for name in self.masters if name not in self.trained])
+
+    @torch.no_grad()
+    def _round(self, names: Sequence[str]) -> None:
+        if self.rounded and names:
             parameters = dict(self.model.named_parameters())
-            torch._foreach_copy_([parameters[name] for name in self.masters], list(self.masters.values()))
+            torch._foreach_copy_([parameters[name] for name in names], [self.masters[name] for name in names])

@@ -158,7 +158,17 @@ class ZeroEngine(Engine):
                 shard.name, shape, seed=self.config.run.seed, layers=self.config.model.layers
             )
             shard.values[WEIGHT].copy_(value.flatten()[shard.start : shard.start + shard.length])
+        self._refresh_frozen()
         self._refresh()
+
+    @torch.no_grad()
+    def _refresh_frozen(self) -> None:
+        """See `Engine._refresh_frozen`: copies on the host are rounded into what is gathered."""
+        parameters = dict(self.model.named_parameters())
+        for shard in self.frozen:
+            part = _gathered_part(parameters[shard.name])
+            if part.dtype != torch.float32:
+                part[: shard.length].copy_(shard.values[WEIGHT])
 
     def _use(self, weights: Weights) -> None:
         """See `Engine._use`; averages and weights are swapped shard by shard, nothing is gathered."""
@@ -179,10 +189,6 @@ class ZeroEngine(Engine):
             self.zero.update_lp_params()
             return
         self.zero._partition_all_parameters()
-        if self.frozen:
-            parameters = dict(self.model.named_parameters())
-            for shard in self.frozen:
-                _gathered_part(parameters[shard.name])[: shard.length].copy_(shard.values[WEIGHT])
         # Second copies (hpZ) are of the former weights.
         self.zero.invalidate_secondary_tensor()
         for group in range(len(self.flats)):

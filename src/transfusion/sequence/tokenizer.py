@@ -14,7 +14,7 @@ import sentencepiece
 from transfusion.errors import UserError
 from transfusion.files import FINGERPRINT_BYTES, atomic_file, digest
 from transfusion.sequence.pieces import SPACE_MARK, bytes_of_pieces
-from transfusion.sequence.published import PublishedPieces, is_json
+from transfusion.sequence.published_tokenizer import PublishedPieces, is_json
 from transfusion.tokens import CONTROL_PIECES, SpecialToken
 
 # Under which a folder keeps its own.
@@ -28,8 +28,8 @@ class Tokenizer:
     """A tokenizer whose first ids are `SpecialToken`; text never produces one of them.
 
     It is a sentencepiece model of ours, or a published tokenizer.json, whose ids stand behind the control tokens (see
-    `published`). With ours any text comes back unchanged from `decode(encode(text))`: nothing is normalised, and what
-    has no piece is spelt in bytes. A published one may normalise texts.
+    `published_tokenizer`). With ours any text comes back unchanged from `decode(encode(text))`: nothing is normalised,
+    and what has no piece is spelt in bytes. A published one may normalise texts.
     """
 
     def __init__(self, path: str | Path) -> None:

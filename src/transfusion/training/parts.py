@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from transfusion.checkpoint.causal_models import refuse_other_network
 from transfusion.checkpoint.layout import find_latest
-from transfusion.checkpoint.llama import start_from_llama
+from transfusion.checkpoint.published_models import refuse_other_network
+from transfusion.checkpoint.published_weights import start_from_published
 from transfusion.checkpoint.resume import resume
 from transfusion.checkpoint.save import Saver
 from transfusion.codec import open_codec
@@ -79,7 +79,7 @@ class RunParts:
     def _begin(self) -> TrainState:
         """The state of a new run; its weights are drawn, or those of a published model."""
         if self.config.train.init_from:
-            start_from_llama(Path(self.config.train.init_from), self.engine, self.tokenizer)
+            start_from_published(Path(self.config.train.init_from), self.engine, self.tokenizer)
         return TrainState()
 
     def _open_loader(self) -> Loader:

@@ -21,8 +21,8 @@ from scenarios.common import (
     stream_batches,
     whole_weights,
 )
-from transfusion.checkpoint import llama
-from transfusion.checkpoint.llama import Llama, start_from_llama
+from transfusion.checkpoint import published_weights
+from transfusion.checkpoint.published_weights import PublishedModel, start_from_published
 from transfusion.config.weights_folder import index_name
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
@@ -43,19 +43,19 @@ def from_llama(changes: dict[str, Any], here: Environment, folder: Path) -> dict
     if here.rank == 0:
         write_llama(folder, source)
     dist.barrier()
-    read, rows = [], Llama.rows
+    read, rows = [], PublishedModel.rows
 
-    def watched(self: Llama, name: str, start: int, end: int) -> torch.Tensor:
+    def watched(self: PublishedModel, name: str, start: int, end: int) -> torch.Tensor:
         values = rows(self, name, start, end)
         read.append(values.numel())
         return values
 
-    Llama.rows = watched  # type: ignore[method-assign]
+    PublishedModel.rows = watched  # type: ignore[method-assign]
     zero, plain = ZeroEngine(config, here), LocalEngine(config, ALONE)
-    start_from_llama(folder, zero, Pieces())  # type: ignore[arg-type]
+    start_from_published(folder, zero, Pieces())  # type: ignore[arg-type]
     mine = sum(read)
-    start_from_llama(folder, plain, Pieces())  # type: ignore[arg-type]
-    Llama.rows = rows  # type: ignore[method-assign]
+    start_from_published(folder, plain, Pieces())  # type: ignore[arg-type]
+    PublishedModel.rows = rows  # type: ignore[method-assign]
     got = whole_weights(zero)
     batches = stream_batches(0, config)
     terms, _ = train_step(zero, [batches[here.rank]])
@@ -78,7 +78,7 @@ def write_llama(folder: Path, source: LocalEngine) -> None:
     """The text tower of an engine, as transformers writes a Llama."""
     model = source.config.model
     folder.mkdir(parents=True)
-    names = {name: llama.llama_name(name, False) for name in source.masters}
+    names = {name: published_weights.published_name(name, False) for name in source.masters}
     tensors = {its: source.masters[name].detach().contiguous() for name, its in names.items() if its}
     halves = (dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2]))
     weight_map = {}
@@ -86,11 +86,11 @@ def write_llama(folder: Path, source: LocalEngine) -> None:
         file = f"model-{number}.safetensors"
         save_file(half, str(folder / file))
         weight_map |= dict.fromkeys(half, file)
-    (folder / index_name(llama.STEM)).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / index_name(published_weights.STEM)).write_text(json.dumps({"weight_map": weight_map}))
     settings = {
         "model_type": "llama", "num_hidden_layers": model.layers, "hidden_size": model.hidden_size,
         "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
         "intermediate_size": model.ffn_width, "rms_norm_eps": model.norm_epsilon,
         "tie_word_embeddings": model.tie_embeddings,
     }  # fmt: skip
-    (folder / llama.CONFIG).write_text(json.dumps(settings))
+    (folder / published_weights.CONFIG).write_text(json.dumps(settings))

@@ -76,7 +76,7 @@ FAULTS: list[tuple[str, str, Any, str]] = [
         lambda _: {n: t.half() for n, t in odd_inputs.kl_base()[1].items()},
         "of torch.float16",
     ),
-    ("weights", "start_from_llama", lambda *_: None, "is read with other numbers"),
+    ("weights", "start_from_published", lambda *_: None, "is read with other numbers"),
     ("configuration", "load_config", lambda *_: Config(), "is read as"),
     ("configuration", "parse", lambda _: {}, "is read as {}"),
     ("images", "decode", lambda *_, **__: np.zeros((3, 16, 16)), "is read as [0.0, 0.0, 0.0]"),

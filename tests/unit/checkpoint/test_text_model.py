@@ -13,7 +13,7 @@ import torch
 from handmade import make_batch, small_config, train_step
 from safetensors.torch import load_file
 
-from transfusion.checkpoint.llama import start_from_llama
+from transfusion.checkpoint.published_weights import start_from_published
 from transfusion.checkpoint.save import save
 from transfusion.checkpoint.text_model import export_text_model
 from transfusion.cli.main import main
@@ -46,7 +46,7 @@ def test_a_new_run_starts_from_it_bit_for_bit(tmp_path: Path, tokenizer: Tokeniz
         "tokenizer_config.json",
     ]  # fmt: skip
     started = LocalEngine(engine.config, ALONE)
-    start_from_llama(out, started, tokenizer)
+    start_from_published(out, started, tokenizer)
     averages = dict(zip(engine.masters, engine.average.averages, strict=True))
     text = [
         name for name in engine.masters if name.split(".")[0] in ("embedding", "blocks", "norm", "lm_head")

@@ -45,7 +45,10 @@ def _second(rows: Sequence[Row]) -> tuple[Tensor, IntervalMask] | None:
     # Other positions, which see nothing more, fill up a row, behind those that do.
     first_BM, end_BM = (np.full((len(rows), most), length, np.int32) for _ in range(2))
     for row, twins in enumerate(bounds):
-        mine = np.concatenate([np.arange(first, first + patches) for first, patches, _, _ in twins] + [[]])
+        nothing = np.arange(0)
+        mine = np.concatenate(
+            [nothing, *(np.arange(first, first + patches) for first, patches, _, _ in twins)]
+        )
         count = len(mine)
         place_BM[row, :count] = mine
         place_BM[row, count:] = np.setdiff1d(np.arange(length), mine)[: most - count]
@@ -75,20 +78,19 @@ def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[MediaGroup, ...
 
 def _group(images: Sequence[tuple[int, RowImage]], *, weight: float) -> MediaGroup:
     first_slot_I = torch.tensor([slot for slot, _ in images], dtype=torch.int64)
-    context_I = torch.tensor([image.is_context for _, image in images])
-    has_context = bool(context_I.any())
+    context = [image.is_context for _, image in images]
     # A noised copy stands right behind its clean image, whose values are encoded once for both.
-    is_new_I = ~context_I.roll(1)
+    is_new = [True, *(not clean for clean in context[:-1])]
     return MediaGroup(
         modality=Modality.IMAGE,
         kind=KINDS[images[0][1].values_CHW.dtype.type],
-        values=_stacked([image.values_CHW for (_, image), new in zip(images, is_new_I, strict=True) if new]),
+        values=_stacked([image.values_CHW for (_, image), new in zip(images, is_new, strict=True) if new]),
         image_weight_I=torch.full((len(images),), weight, dtype=torch.float32),
         patch_slot_IP=first_slot_I[:, None] + torch.arange(images[0][1].patches),
         timestep_I=torch.tensor([image.timestep for _, image in images], dtype=torch.int64),
         noise_key_I=torch.tensor([image.noise_key for _, image in images], dtype=torch.int64),
-        is_context_I=context_I if has_context else None,
-        value_I=is_new_I.cumsum(0) - 1 if has_context else None,
+        is_context_I=torch.tensor(context) if any(context) else None,
+        value_I=torch.tensor(is_new).cumsum(0) - 1 if any(context) else None,
     )
 
 

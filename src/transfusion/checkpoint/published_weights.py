@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from transfusion.checkpoint.causal_models import CONFIG, refuse_other_network
-from transfusion.checkpoint.llama_vocabulary import TOKENIZERS, numbers_of_folder, pieces_of_folder
+from transfusion.checkpoint.published_models import CONFIG, refuse_other_network
+from transfusion.checkpoint.published_vocabulary import TOKENIZERS, numbers_of_folder, pieces_of_folder
 from transfusion.config import Config, ModelConfig
 from transfusion.config.weights_folder import StoredTensor, stored_tensors, weight_files
 from transfusion.errors import UserError
@@ -55,24 +55,24 @@ _NORMS = ("attention.query_norm", "attention.key_norm")
 _BIASED = ("attention.query", "attention.key", "attention.value")
 
 
-def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None:
+def start_from_published(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None:
     """Fill the weights of `engine`, and its moving average, from the model in `folder`.
 
     Rows of embedding and head: with its tokenizer.json or tokenizer.model in the folder each of our pieces takes the
     row of the piece of the same bytes. Without either, or where tokenizer.model is ours, each number takes the row of
-    the same number. With a published tokenizer (see `sequence.published`) rows go by the names of pieces first, and
-    those of <BOS> and <EOS> are the ones that config.json names. Rows without a counterpart keep their drawn weights,
-    and rows of theirs without one are left out. A tied head starts as the embedding. It is trained apart
-    from it without model.tie_embeddings.
+    the same number. With a tokenizer of `sequence.published_tokenizer` rows go by the names of pieces first, and those
+    of <BOS> and <EOS> are the ones that config.json names. Rows without a counterpart keep their drawn weights, and
+    rows of theirs without one are left out. A tied head starts as the embedding. It is trained apart from it without
+    model.tie_embeddings.
 
     Called by all ranks together. Raises UserError, on every rank: files that are missing or damaged, and a `model`
     section that means another network, with the values to set.
     """
-    llama = raise_together(lambda: Llama(folder, engine.config))
-    row_V = raise_together(lambda: _rows(folder, llama, engine.config.model.vocabulary, tokenizer))
-    raise_together(lambda: _fill(engine.shards(), llama, row_V))
+    model = raise_together(lambda: PublishedModel(folder, engine.config))
+    row_V = raise_together(lambda: _rows(folder, model, engine.config.model.vocabulary, tokenizer))
+    raise_together(lambda: _fill(engine.shards(), model, row_V))
     engine.shards_written(0)
-    if llama.tied and not engine.config.model.tie_embeddings:
+    if model.tied and not engine.config.model.tie_embeddings:
         log.info(
             "%s: its text head is its embedding; they start alike here and are trained apart, unless"
             " model.tie_embeddings=true",
@@ -81,14 +81,15 @@ def start_from_llama(folder: Path, engine: Engine, tokenizer: Tokenizer) -> None
     found = int((row_V >= 0).sum())
     if engine.rank == 0 and not any((folder / name).is_file() for name in TOKENIZERS):
         log.warning(
-            "%s holds no tokenizer: its row N of the embedding becomes that of piece N here, which is right only where"
-            " both tokenizers number alike",
+            "%s holds no tokenizer: its row N of the embedding becomes that of piece N%s here, which is right only"
+            " where both tokenizers number alike",
             folder,
+            f" + {len(SpecialToken)}" if _is_published(tokenizer) else "",
         )
     log.info("weights of %s: %d of %d rows of the embedding are from it", folder, found, len(row_V))
 
 
-class Llama:
+class PublishedModel:
     """The tensors of a causal language model's folder, read slice by slice."""
 
     def __init__(self, folder: Path, config: Config) -> None:
@@ -101,7 +102,9 @@ class Llama:
         except (OSError, ValueError) as error:
             raise UserError(f"train.init_from: {folder}: {error}") from None
         self._open: dict[Path, Any] = {}
-        wanted = {theirs for name in _text_weights(config.model) if (theirs := llama_name(name, self.tied))}
+        wanted = {
+            theirs for name in _text_weights(config.model) if (theirs := published_name(name, self.tied))
+        }
         _refuse_other_tensors(folder, self.tensors, wanted, self.settings)
         if self.tied and HEAD in self.tensors and not self._head_is_embedding():
             raise UserError(
@@ -166,7 +169,7 @@ def _refuse_other_tensors(
             )
 
 
-def llama_name(name: str, tied: bool) -> str | None:
+def published_name(name: str, tied: bool) -> str | None:
     """A causal language model's name for one of our parameters; None where it has none."""
     if name in OUTSIDE:
         return EMBEDDING if tied and name == "lm_head.weight" else OUTSIDE[name]
@@ -179,13 +182,13 @@ def llama_name(name: str, tied: bool) -> str | None:
     return f"model.layers.{layer}.{IN_BLOCK[part.removeprefix('image_')]}.{kind}"
 
 
-def _rows(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> Tensor:
+def _rows(folder: Path, model: PublishedModel, vocabulary: int, tokenizer: Tokenizer) -> Tensor:
     """For each row of our vocabulary the model's row that it starts from, int64 [V]; -1: none."""
-    theirs = llama.tensors[EMBEDDING].shape[0]
-    if isinstance(tokenizer, Tokenizer) and tokenizer.is_published:
-        return _rows_of_published(folder, llama, vocabulary, tokenizer)
-    model = folder / "tokenizer.model"
-    ours = model.is_file() and digest(model.read_bytes(), FINGERPRINT_BYTES) == tokenizer.fingerprint
+    theirs = model.tensors[EMBEDDING].shape[0]
+    if _is_published(tokenizer):
+        return _rows_of_published(folder, model, vocabulary, tokenizer)
+    beside = folder / "tokenizer.model"
+    ours = beside.is_file() and digest(beside.read_bytes(), FINGERPRINT_BYTES) == tokenizer.fingerprint
     pieces = None if ours else pieces_of_folder(folder)
     row_V = torch.full((vocabulary,), -1, dtype=torch.int64)
     if pieces is None:
@@ -199,9 +202,14 @@ def _rows(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> 
     return row_V
 
 
-def _rows_of_published(folder: Path, llama: Llama, vocabulary: int, tokenizer: Tokenizer) -> Tensor:
+def _is_published(tokenizer: Tokenizer) -> bool:
+    # What stands for a tokenizer in tests has none of its own.
+    return isinstance(tokenizer, Tokenizer) and tokenizer.is_published
+
+
+def _rows_of_published(folder: Path, model: PublishedModel, vocabulary: int, tokenizer: Tokenizer) -> Tensor:
     """As `_rows`, for a published tokenizer: by the names of pieces, else by their bytes, else by their numbers."""
-    theirs = llama.tensors[EMBEDDING].shape[0]
+    theirs = model.tensors[EMBEDDING].shape[0]
     row_V = torch.full((vocabulary,), -1, dtype=torch.int64)
     names, numbers, spelt = tokenizer.names(), numbers_of_folder(folder) or {}, pieces_of_folder(folder)
     if numbers and all(numbers.get(name) == number for number, name in enumerate(names) if name):
@@ -210,8 +218,8 @@ def _rows_of_published(folder: Path, llama: Llama, vocabulary: int, tokenizer: T
         row_V[:same] = torch.arange(same)
         return row_V
     controls = {
-        SpecialToken.BEGIN_DOCUMENT: llama.settings.get("bos_token_id"),
-        SpecialToken.END_DOCUMENT: llama.settings.get("eos_token_id"),
+        SpecialToken.BEGIN_DOCUMENT: model.settings.get("bos_token_id"),
+        SpecialToken.END_DOCUMENT: model.settings.get("eos_token_id"),
     }
     for number, (name, value) in enumerate(zip(names, tokenizer.piece_bytes(), strict=True)):
         found: list[Any] = [numbers.get(name), None if spelt is None else spelt.get(value)]
@@ -228,32 +236,32 @@ def _rows_of_published(folder: Path, llama: Llama, vocabulary: int, tokenizer: T
 
 
 @torch.no_grad()
-def _fill(shards: list[Shard], llama: Llama, row_V: Tensor) -> None:
+def _fill(shards: list[Shard], model: PublishedModel, row_V: Tensor) -> None:
     for shard in shards:
-        name = llama_name(shard.name, llama.tied)
+        name = published_name(shard.name, model.tied)
         if name is None or not shard.length:
             continue
         weight = shard.values[WEIGHT]
         if shard.name in VOCABULARY:
-            _fill_vocabulary(shard, weight, llama, name, row_V)
+            _fill_vocabulary(shard, weight, model, name, row_V)
         else:
-            shape = llama.tensors[name].shape
+            shape = model.tensors[name].shape
             if shape != shard.shape:
-                raise UserError(f"{llama.folder}: {name} has shape {shape}, and {CONFIG} says {shard.shape}")
+                raise UserError(f"{model.folder}: {name} has shape {shape}, and {CONFIG} says {shard.shape}")
             width = math.prod(shard.shape[1:])
             first, last = shard.start // width, -(-(shard.start + shard.length) // width)
-            rows = llama.rows(name, first, last).flatten()
+            rows = model.rows(name, first, last).flatten()
             weight.copy_(rows.narrow(0, shard.start - first * width, shard.length))
         if AVERAGE in shard.values:
             shard.values[AVERAGE].copy_(weight)
 
 
-def _fill_vocabulary(shard: Shard, weight: Tensor, llama: Llama, name: str, row_V: Tensor) -> None:
+def _fill_vocabulary(shard: Shard, weight: Tensor, model: PublishedModel, name: str, row_V: Tensor) -> None:
     """Rows in runs of consecutive ones: a whole table of the same numbers is read at once."""
     width = shard.shape[1]
     end = shard.start + shard.length
     for first, last in _runs(row_V, shard.start // width, -(-end // width)):
-        values = llama.rows(name, int(row_V[first]), int(row_V[first]) + last - first).flatten()
+        values = model.rows(name, int(row_V[first]), int(row_V[first]) + last - first).flatten()
         # A shard may begin and end within a row.
         low, high = max(first * width, shard.start), min(last * width, end)
         part = values.narrow(0, low - first * width, high - low)

@@ -11,7 +11,7 @@ import pytest
 
 from transfusion.checkpoint.hub_files import write_tokenizer
 from transfusion.errors import UserError
-from transfusion.sequence.published import moved
+from transfusion.sequence.published_tokenizer import moved
 from transfusion.sequence.tokenizer import Tokenizer, file_name, tokenizer_in, train_tokenizer
 from transfusion.tokens import CONTROL_PIECES, SpecialToken
 

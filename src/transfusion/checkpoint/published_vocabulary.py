@@ -8,7 +8,7 @@ from typing import Any
 
 from transfusion.errors import UserError
 from transfusion.sequence.pieces import bytes_of_pieces
-from transfusion.sequence.published import numbers_of, spelt_pieces
+from transfusion.sequence.published_tokenizer import numbers_of, spelt_pieces
 from transfusion.sequence.tokenizer import read_pieces
 
 # In the order in which they are looked for.
