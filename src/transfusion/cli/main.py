@@ -234,8 +234,8 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="validation, samples, digits, images, captions or steps, repeated for several. None means validation,"
-            " and samples where the data have captioned images"
+            help="validation, samples, digits, images, guidance, captions or steps, repeated for several. None means"
+            " validation, and samples where the data have captioned images"
         ),
     ] = None,
     out: Annotated[
@@ -248,7 +248,8 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     classifier: Annotated[
-        Path | None, typer.Option(help="for the suite images: a file of `transfusion classifier`")
+        Path | None,
+        typer.Option(help="for the suites images and guidance: a file of `transfusion classifier`"),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="exit with code 3 when a metric misses its threshold")

@@ -179,6 +179,38 @@ def test_the_sampler_and_the_guidance_are_those_that_the_model_can_have(
     assert (called["sampler"], called["guidance"]) == ("euler", 1.0)
 
 
+def test_the_scale_of_guidance_is_chosen_by_other_images_than_the_figure(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = dict(zip(*reversed(coloured(240)), strict=True))
+    calls: list[tuple[float, int, int]] = []
+
+    def sample(prompts: list[str], *, guidance: float, seed: int, **_: Any) -> list[SampledImage]:
+        calls.append((guidance, seed, len(prompts)))
+        drawn = [pictures[prompt if guidance == 2 else "A red square."] for prompt in prompts]
+        return [SampledImage(image, prompt, 0) for image, prompt in zip(drawn, prompts, strict=True)]
+
+    monkeypatch.setattr(images_and_captions, "captioned_images", lambda *_, **__: coloured(40))
+    path = tmp_path / "classifier.safetensors"
+    save_classifier(classifier, path)
+
+    def measured(**data: float) -> dict[str, float]:
+        calls.clear()
+        config = Config.model_validate({"data": data})
+        pipeline: Any = SimpleNamespace(config=config, tokenizer=None, sample=sample)
+        found = images_and_captions.guidance(pipeline, tmp_path, classifier_path=path)
+        return {name: metric.value for name, metric in found.items()}
+
+    found = measured()
+    assert calls == [*((scale, 1000, 250) for scale in (1, 1.5, 2, 3, 5)), (2, 0, 1000)]
+    tried = {name: value for name, value in found.items() if "at_guidance" in name}
+    assert min(tried, key=tried.__getitem__) == "classifier_frechet_at_guidance_2" and len(tried) == 5
+    assert found["classifier_frechet_at_best_guidance"] < 0.1 * found["classifier_frechet_at_guidance_3"]
+    assert found["classifier_word_recall_at_best_guidance"] > 0.95
+    measured(caption_dropout=0.0)
+    assert calls == [(1, 1000, 250), (1, 0, 1000)]
+
+
 def test_captions_are_scored_against_their_own_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,15 +28,22 @@ MAX_CAPTION_TOKENS = 32
 
 
 def draw(
-    pipeline: Pipeline, prompts: Sequence[str], images: Sequence[Tensor]
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    images: Sequence[Tensor],
+    *,
+    guidance: float | None = None,
+    seed: int = 0,
 ) -> tuple[list[SampledImage], str]:
     """Draw an image of each prompt with the quick sampler, and tell the settings in words.
 
-    images: one [C, H, W] for each prompt, which gives the size. Those of one size are drawn together.
+    images: one [C, H, W] for each prompt, which gives the size. Those of one size are drawn together. guidance: none is
+    GUIDANCE, and 1 for a model that never learned without captions. seed: of the first image.
     """
     config = pipeline.config
     sampler = SAMPLERS[config.diffusion.prediction][0]
-    guidance = GUIDANCE if config.data.caption_dropout > 0 else 1.0
+    if guidance is None:
+        guidance = GUIDANCE if config.data.caption_dropout > 0 else 1.0
     steps = min(SAMPLER_STEPS, config.diffusion.steps)
     by_size: dict[Size, list[str]] = {}
     for prompt, image in zip(prompts, images, strict=True):
@@ -48,12 +55,12 @@ def draw(
             guidance=guidance,
             steps=steps,
             sampler=sampler,
-            seed=len(samples),
+            seed=seed + len(samples),
             batch=BATCH,
             size=size,
             on_call=ProgressLines(f"drawing {len(here)} images of {size} pixels"),
         )
-    return samples, f"{sampler} {steps} steps, guidance {guidance:g}, seeds from 0"
+    return samples, f"{sampler} {steps} steps, guidance {guidance:g}, seeds from {seed}"
 
 
 def describe(pipeline: Pipeline, images: Sequence[Tensor]) -> list[str]:

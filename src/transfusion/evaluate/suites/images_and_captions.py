@@ -18,6 +18,8 @@ from transfusion.generate.pipeline import Pipeline
 
 SAMPLES = 1000
 IMAGES_KEPT = 64
+# Of the suite that compares scales of guidance: images for each.
+SCALES, SWEEP = (1.0, 1.5, 2.0, 3.0, 5.0), 250
 # Of the suite that is no measurement but a look.
 FEW_IMAGES, FEW_CAPTIONS = 8, 32
 
@@ -39,42 +41,77 @@ def images(pipeline: Pipeline, out: Path, *, classifier_path: Path) -> dict[str,
 
     Leaves the first of them under OUT/evaluation/generated. Raises UserError as the classifier and the data do.
     """
-    classifier = load_classifier(classifier_path)
-    validation, captions = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
+    judge = _Judge(pipeline, classifier_path)
+    reached = judge.of_validation()
+    return judge.drawn(out, SAMPLES, guidance=None) | reached
 
-    def distance(pixels: Sequence[Tensor]) -> float:
-        return frechet_distance(gaussian_of(features_of(classifier, pixels).numpy()), classifier.reference)
 
-    # First, since it tells whether the classifier fits the images.
-    reached = distance(validation)
-    turns = [number % len(captions) for number in range(SAMPLES)]
-    drawn, settings = draw(pipeline, [captions[turn] for turn in turns], [validation[turn] for turn in turns])
-    save_drawn(drawn[:IMAGES_KEPT], out)
-    settings = f"{SAMPLES} images of the validation captions in turn ({settings})"
-    features = f"the features of {classifier_path.name} (no FID: its own small network)"
-    real_ones = f"the {len(validation)} real validation images"
-    between = f"{features} of {{}} and of the {classifier.images} training images"
-    pixels, prompts = [sample.pixels for sample in drawn], [sample.prompt for sample in drawn]
-    return {
-        "classifier_frechet": Metric(
-            value=distance(pixels),
-            higher_is_better=False,
-            how=f"Fréchet distance between {between.format(settings)}",
-        ),
-        "classifier_frechet_of_validation": Metric(
-            value=reached,
-            higher_is_better=False,
-            how=f"the same between {between.format(real_ones)}: what can be reached",
-        ),
-        "classifier_word_recall": Metric(
-            value=recall(classifier, pixels, prompts),
-            how=f"share of the captions' words that {classifier_path.name} ranks first in {settings}",
-        ),
-        "classifier_word_recall_of_validation": Metric(
-            value=recall(classifier, validation, captions),
-            how=f"the same on {real_ones}",
-        ),
+def guidance(pipeline: Pipeline, out: Path, *, classifier_path: Path) -> dict[str, Metric]:
+    """As `images`, at the scale of guidance whose images come nearest: a few at each scale, then as many as there.
+
+    A model without caption dropout is measured at scale 1 alone. Raises UserError as `images` does.
+    """
+    judge = _Judge(pipeline, classifier_path)
+    reached = judge.of_validation()
+    scales = SCALES if pipeline.config.data.caption_dropout > 0 else (1.0,)
+    tried = {
+        scale: judge.drawn(out, SWEEP, guidance=scale, seed=SAMPLES)["classifier_frechet"] for scale in scales
     }
+    best = min(scales, key=lambda scale: tried[scale].value)
+    # Seeds of its own, so that luck in choosing is none in the figure.
+    chosen = judge.drawn(out, SAMPLES, guidance=best)
+    return {
+        **{f"classifier_frechet_at_guidance_{scale:g}": metric for scale, metric in tried.items()},
+        **{f"{name}_at_best_guidance": metric for name, metric in chosen.items()},
+        **reached,
+    }
+
+
+class _Judge:
+    """Rates images of the validation captions by a classifier."""
+
+    def __init__(self, pipeline: Pipeline, classifier_path: Path) -> None:
+        self.pipeline = pipeline
+        self.name = classifier_path.name
+        self.classifier = load_classifier(classifier_path)
+        self.images, self.captions = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
+
+    def of_validation(self) -> dict[str, Metric]:
+        """The figures of the real validation images. It comes first, as it tells whether the classifier fits them."""
+        which = f"the {len(self.images)} real validation images"
+        rated = self._rated(self.images, self.captions, which)
+        return {f"{name}_of_validation": metric for name, metric in rated.items()}
+
+    def drawn(self, out: Path, count: int, *, guidance: float | None, seed: int = 0) -> dict[str, Metric]:
+        """The figures of so many drawn images, the first of which are left under OUT/evaluation/generated."""
+        turns = [number % len(self.captions) for number in range(count)]
+        samples, settings = draw(
+            self.pipeline,
+            [self.captions[turn] for turn in turns],
+            [self.images[turn] for turn in turns],
+            guidance=guidance,
+            seed=seed,
+        )
+        save_drawn(samples[:IMAGES_KEPT], out)
+        which = f"{count} images of the validation captions in turn ({settings})"
+        return self._rated(
+            [sample.pixels for sample in samples], [sample.prompt for sample in samples], which
+        )
+
+    def _rated(self, pixels: Sequence[Tensor], captions: Sequence[str], which: str) -> dict[str, Metric]:
+        features = gaussian_of(features_of(self.classifier, pixels).numpy())
+        return {
+            "classifier_frechet": Metric(
+                value=frechet_distance(features, self.classifier.reference),
+                higher_is_better=False,
+                how=f"Fréchet distance between the features of {self.name} (no FID: its own small network) of {which}"
+                f" and of the {self.classifier.images} training images",
+            ),
+            "classifier_word_recall": Metric(
+                value=recall(self.classifier, pixels, captions),
+                how=f"share of the captions' words that {self.name} ranks first in {which}",
+            ),
+        }
 
 
 def captions(pipeline: Pipeline, out: Path) -> dict[str, Metric]:

@@ -17,7 +17,7 @@ from transfusion.evaluate.captioned_images import NoCaptionedImagesError
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import say
 from transfusion.evaluate.suites.digits import digits
-from transfusion.evaluate.suites.images_and_captions import captions, images, samples
+from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
 from transfusion.evaluate.suites.steps import steps
 from transfusion.evaluate.suites.validation import validation
 from transfusion.files import atomic_write_text
@@ -30,7 +30,7 @@ METRICS = TABLE
 # From a model, and the folder where evidence is left.
 Suite = Callable[[Pipeline, Path], dict[str, Metric]]
 
-# By name. `images` needs a classifier beside them.
+# By name.
 SUITES: dict[str, Suite] = {
     "validation": validation,
     "samples": samples,
@@ -38,6 +38,8 @@ SUITES: dict[str, Suite] = {
     "captions": captions,
     "steps": steps,
 }
+# Those that need a classifier.
+RATED = {"images": images, "guidance": guidance}
 # What runs where none is named. Of these, what the data do not allow is left out.
 DEFAULT = ("validation", "samples")
 
@@ -54,19 +56,20 @@ def run_suites(
 ) -> dict[str, Metric]:
     """Run suites on an exported model; writes OUT/metrics.json (added to what is there) and OUT/evaluation/.
 
-    names: none are the default ones, as far as the data allow. classifier: for the suite `images`. Raises UserError for
-    an unknown suite, or when the model's validation data is not to be found.
+    names: none are the default ones, as far as the data allow. classifier: for the suites of RATED. Raises UserError
+    for an unknown suite, or when the model's validation data is not to be found.
     """
     suites = dict(SUITES)
-    if classifier is not None:
-        suites["images"] = functools.partial(images, classifier_path=classifier)
-    elif "images" in names:
-        raise UserError(
-            "the suite images needs --classifier; `transfusion classifier CONFIG --out FILE` makes one"
-        )
+    for name, suite in RATED.items():
+        if classifier is not None:
+            suites[name] = functools.partial(suite, classifier_path=classifier)
+        elif name in names:
+            raise UserError(
+                f"the suite {name} needs --classifier; `transfusion classifier CONFIG --out FILE` makes one"
+            )
     unknown = [name for name in names if name not in suites]
     if unknown:
-        raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join([*SUITES, 'images'])}")
+        raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join([*SUITES, *RATED])}")
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
     _refuse_missing_shards(pipeline.config.data.validation)
     if pipeline.config.train.threads:
