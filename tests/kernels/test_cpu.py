@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfusion_kernels import IntervalMask, interval_attention
-from transfusion_kernels.attention import cpu_plan
+from transfusion_kernels.attention import cpu, cpu_plan
 from transfusion_kernels.verification.testing import (
     exact_attention,
     mask_families,
@@ -121,7 +121,11 @@ def test_padding_gets_zeros(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"size_one"}))
-def test_half_precision_is_as_exact_as_dense_attention(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("short", [0, cpu.SHORT])
+def test_half_precision_is_as_exact_as_dense_attention(
+    name: str, dtype: torch.dtype, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "SHORT", short)
     mask = FAMILIES[name]
     q, k, v, grad_out = inputs_for(mask, 2, 64, dtype)
     dense = mask.dense()[:, None]

@@ -28,9 +28,11 @@ from transfusion_kernels.attention.second import merge_rows
 
 # The binding, since the operator's own call takes longer over its arguments.
 flash_forward: Callable[..., tuple[Tensor, Tensor]] = torch._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 QUERY_BLOCK = 256
+# PyTorch's backward for 16-bit types packs each block anew. Up to so many keys float32 is faster, up to five times.
+SHORT = 256
 
 
 def attention_forward(
@@ -131,9 +133,7 @@ def _packed_backward(
         if bucket.padding is not None:  # then grad_b was gathered anew, and this changes no input
             _rows(grad_b).index_fill_(0, bucket.padding, 0.0)
         bias = _typed(bucket.bias, q)
-        gradients = _flash_backward(
-            grad_b, q_b, k_b, v_b, out_b, lse_b, 0.0, bias is None, attn_mask=bias, scale=scale
-        )
+        gradients = _flash_backward(grad_b, q_b, k_b, v_b, out_b, lse_b, bias, bias is None, scale)
         results = _collect(results, gradients, bucket, batch * size)
     sums_RHD = [x[: batch * size] for x in results]
     if plan.empty_rows is not None:
@@ -159,14 +159,32 @@ def _add_image_gradients(
         _image(v_RHD, key_rows_G, images.count),
         _image(out_RHD, query_rows_G, images.count),
         _image(lse_RH1, query_rows_G, images.count)[..., 0],
-        0.0,
+        _typed(images.bias, q_RHD),
         False,
-        attn_mask=_typed(images.bias, q_RHD),
-        scale=scale,
+        scale,
     )
     rows_of_each = (query_rows_G, key_rows_G, key_rows_G)
     for sum_RHD, rows_G, gradient in zip(sums_RHD, rows_of_each, gradients, strict=True):
         sum_RHD.index_add_(0, rows_G, _rows(gradient))
+
+
+def _flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v of one call, in their dtype."""
+    inputs = [grad, q, k, v, out]
+    if q.dtype.itemsize == 2 and k.shape[2] <= SHORT:
+        inputs = [x.float() for x in inputs]
+    gradients = _backward(*inputs, lse, 0.0, is_causal, attn_mask=bias, scale=scale)
+    return tuple(gradient.to(q.dtype) for gradient in gradients)
 
 
 def _documents(x_BHSD: Tensor, bucket: Bucket) -> Tensor:
@@ -328,10 +346,9 @@ def _windowed_backward(
             v[:, :, window.keys],
             fold(out[:, :, window.queries], key_heads),
             fold(lse_w[..., None], key_heads)[..., 0],
-            0.0,
+            folded_bias(window.bias, heads // key_heads),
             False,
-            attn_mask=folded_bias(window.bias, heads // key_heads),
-            scale=scale,
+            scale,
         )
         dq[:, :, window.queries] = unfold(dq_w, heads)
         dk[:, :, window.keys] += dk_w

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# The emoji grids of configs/experiments: their data, their runs, their tables and figure.
+#
+#   bash launch/experiments.sh prepare IMAGES TEXT KL VQ   once: IMAGES/{train,val}/*.tar, TEXT/{train,val}/*.jsonl, two codecs
+#   bash launch/experiments.sh scaling [section.key=value ...]
+#   bash launch/experiments.sh ablation [section.key=value ...]
+#   bash launch/experiments.sh position [section.key=value ...]
+#
+# Run again, each goes on where it stopped. PROCESSES (default 2) runs at once, a thread each.
+set -euo pipefail
+
+usage="usage: bash launch/experiments.sh prepare IMAGES TEXT KL VQ | scaling|ablation|position [section.key=value ...]"
+[[ $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
+command="$1"
+shift
+[[ "$command" != prepare || $# -eq 4 ]] || { echo "$usage" >&2 && exit 2; }
+places=()
+if [[ "$command" == prepare ]]; then
+    for place in "$@"; do
+        places+=("$(realpath -e "$place")")
+    done
+fi
+
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+DATA=data/emoji
+GRIDS=configs/experiments
+# Documents of the validation text that are measured: all of them would cost more than the training.
+VALIDATION=200
+METRICS=(--metric text_loss_nats_per_byte --metric classifier_frechet --metric caption_token_f1)
+
+transfusion() {
+    "$PYTHON" -m transfusion "$@"
+}
+
+prepare() {
+    mkdir -p "$DATA"
+    ln -sfnT "$1" "$DATA/images"
+    ln -sfnT "$2" "$DATA/text"
+    ln -sfnT "$3" "$DATA/kl"
+    ln -sfnT "$4" "$DATA/vq"
+    cat "$DATA"/text/val/*.jsonl | awk -v most="$VALIDATION" 'NR <= most' > "$DATA/text_validation.jsonl"
+    [[ -e "$DATA/tokenizer.model" ]] || transfusion tokenizer train "$DATA/images/train/*.tar" \
+        "$DATA/text/train/00000.jsonl" --out "$DATA/tokenizer.model" --vocabulary 1024
+    local kind
+    for kind in kl vq; do
+        transfusion codec encode "$DATA/$kind" "$DATA/images/train/*.tar" --out "$DATA/encoded/$kind"
+    done
+    [[ -e "$DATA/classifier.safetensors" ]] || transfusion classifier "$GRIDS/emoji.yaml" \
+        --out "$DATA/classifier.safetensors" "data.sources.1.shards=$DATA/images/train/*.tar"
+}
+
+scaling() {
+    local out=runs/emoji-scaling
+    run "$GRIDS/emoji-scaling.yaml" "$out" "$@"
+    transfusion scaling fit "$out" "${METRICS[@]}" | tee "$out/laws.md"
+    transfusion scaling plot "$out" "${METRICS[@]}" --out "$out/figure.png"
+}
+
+ablation() {
+    run "$GRIDS/emoji-ablation.yaml" runs/emoji-ablation "$@"
+}
+
+position() {
+    run "$GRIDS/emoji-position.yaml" runs/emoji-position "$@"
+}
+
+# run GRID OUT [section.key=value ...]
+run() {
+    transfusion scaling run "$1" --out "$2" --processes "${PROCESSES:-2}" "${@:3}"
+    transfusion scaling table "$2" "${METRICS[@]}" | tee "$2/table.md"
+}
+
+ensure_venv all
+case "$command" in
+    prepare) prepare "${places[@]}" ;;
+    scaling | ablation | position) "$command" "$@" ;;
+    *) fail "$usage" ;;
+esac

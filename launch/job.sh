@@ -1,0 +1,102 @@
+# Sourced by the scripts that go from nothing to a report, quickstart.sh and emoji.sh, with their arguments. Each names
+#
+#   CONFIG, DATA, RUN   its configuration, and the folders of its data and its run
+#   VOCABULARY          of its tokenizer
+#   prepare             a function: its data, under $DATA
+#   TEXTS               an array: the shards whose texts the tokenizer learns from
+#   IMAGES              an array: options of `transfusion sample`
+#   PROMPT              of an image to try
+#   measure             a function: evaluates $MODEL into $RUN
+#
+# and calls run_job. Run again, a job goes on where it stopped.
+# shellcheck shell=bash disable=SC2154
+
+usage="usage: bash launch/$(basename "$0") [--fresh] [section.key=value ...]"
+fresh=false
+overrides=()
+for argument in "$@"; do
+    case "$argument" in
+        --fresh) fresh=true ;;
+        -h | --help) echo "$usage" && exit 0 ;;
+        -*) echo "$usage" >&2 && exit 2 ;;
+        *=*) overrides+=("$argument") ;;
+        *) echo "$usage" >&2 && exit 2 ;;
+    esac
+done
+
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+timings=()
+current=""
+
+# stage NAME COMMAND...: run it, and note the time.
+stage() {
+    local begin=$SECONDS
+    current="$1"
+    shift
+    printf '\n== %s\n' "$current" >&2
+    "$@"
+    timings+=("$(printf '%-10s %4d s' "$current" $((SECONDS - begin)))")
+    current=""
+}
+
+# newer PRODUCT SOURCE: PRODUCT was made after SOURCE last changed, so that its stage need not run.
+newer() {
+    [[ -e "$1" && ! "$1" -ot "$2" ]]
+}
+
+transfusion() {
+    "$PYTHON" -m transfusion "$@"
+}
+
+tell_how_to_go_on() {
+    local code=$?
+    if [[ $code -ne 0 && $code -ne 2 && -n "$current" ]]; then
+        printf '\nStopped in stage "%s" (exit code %d). The same command goes on from here.\n' "$current" $code >&2
+    fi
+}
+trap tell_how_to_go_on EXIT
+
+train_tokenizer() {
+    transfusion tokenizer train "${TEXTS[@]}" --out "$DATA/tokenizer.model" --vocabulary "$VOCABULARY"
+}
+
+train() {
+    # torchrun warns unless told; the training sets its own threads (train.threads).
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
+        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$(process_count 8)" \
+        -m transfusion train "$CONFIG" "run.dir=$RUN" ${overrides[@]+"${overrides[@]}"}
+}
+
+sample() {
+    # Those of a former run.
+    rm -rf "$RUN/images"
+    transfusion sample "$MODEL" --out "$RUN/images" "${IMAGES[@]}"
+}
+
+run_job() {
+    MODEL="$RUN/export"
+    if $fresh; then
+        rm -rf "$RUN" "$DATA"
+    fi
+    stage set-up ensure_venv all
+    check_config "$CONFIG" ${overrides[@]+"${overrides[@]}"}
+    stage prepare prepare
+    [[ -e "$DATA/tokenizer.model" ]] || stage tokenizer train_tokenizer
+    stage train train
+    newer "$MODEL/config.json" "$RUN/metrics.jsonl" || stage export transfusion export "$RUN" --out "$MODEL"
+    newer "$RUN/images/index.jsonl" "$MODEL/config.json" || stage sample sample
+    newer "$RUN/metrics.json" "$MODEL/config.json" || stage evaluate measure
+    stage report transfusion report "$RUN"
+
+    printf '\n'
+    printf '  %s\n' "${timings[@]}"
+    cat <<END
+
+Report    $ROOT/$RUN/report.html
+Images    $ROOT/$RUN/images
+Metrics   $ROOT/$RUN/metrics.json
+Model     $ROOT/$MODEL   (.venv/bin/transfusion sample $MODEL --prompt "$PROMPT" --out images)
+END
+}
