@@ -130,23 +130,30 @@ def model_of(path: Path) -> Path:
 
 
 def write_grid(samples: Sequence[SampledImage], path: Path, config: SampleGridConfig) -> None:
-    """One image: a column for each prompt, config.per_prompt rows for each size, enlarged so that it can be seen."""
-    if not samples:
-        return
-    heights, widths = zip(*(sample.pixels.shape[1:] for sample in samples), strict=True)
-    scale = max(1, -(-GRID_CELL // min(*heights, *widths)))
-    columns, rows = len(config.prompts), config.per_prompt
-    step_x, step_y = max(widths) * scale + GRID_GAP, max(heights) * scale + GRID_GAP
-    mode = "L" if samples[0].pixels.shape[0] == 1 else "RGB"
-    background = GRID_BACKGROUND if mode == "L" else (GRID_BACKGROUND,) * 3
-    every = rows * len(config.sizes or "1")
-    grid = Image.new(mode, (columns * step_x + GRID_GAP, every * step_y + GRID_GAP), background)
+    """One image: a column for each prompt, config.per_prompt rows for each size."""
+    rows: list[list[Tensor]] = [[] for _ in range(config.per_prompt * len(config.sizes or "1"))]
     for number, sample in enumerate(samples):
-        turn, place = divmod(number, columns * rows)
-        column, row = divmod(place, rows)
-        _, height, width = sample.pixels.shape
-        enlarged = to_image(sample.pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        grid.paste(enlarged, (GRID_GAP + column * step_x, GRID_GAP + (turn * rows + row) * step_y))
+        turn, place = divmod(number, len(config.prompts) * config.per_prompt)
+        rows[turn * config.per_prompt + place % config.per_prompt].append(sample.pixels)
+    if samples:
+        write_rows(rows, path)
+
+
+def write_rows(rows: Sequence[Sequence[Tensor]], path: Path) -> None:
+    """One image of rows of images, uint8 [C, H, W] each, enlarged so that they can be seen."""
+    images = [image for row in rows for image in row]
+    heights, widths = zip(*(image.shape[1:] for image in images), strict=True)
+    scale = max(1, -(-GRID_CELL // min(*heights, *widths)))
+    step_x, step_y = max(widths) * scale + GRID_GAP, max(heights) * scale + GRID_GAP
+    mode = "L" if images[0].shape[0] == 1 else "RGB"
+    background = GRID_BACKGROUND if mode == "L" else (GRID_BACKGROUND,) * 3
+    size = (max(map(len, rows)) * step_x + GRID_GAP, len(rows) * step_y + GRID_GAP)
+    grid = Image.new(mode, size, background)
+    for down, row in enumerate(rows):
+        for across, image in enumerate(row):
+            _, height, width = image.shape
+            enlarged = to_image(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            grid.paste(enlarged, (GRID_GAP + across * step_x, GRID_GAP + down * step_y))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as unfinished:
         grid.save(unfinished, format="PNG")

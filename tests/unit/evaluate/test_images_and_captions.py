@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -24,8 +25,9 @@ from transfusion.evaluate.metrics.classifier import (
     train_classifier,
 )
 from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
-from transfusion.evaluate.suites import images_and_captions
+from transfusion.evaluate.suites import images_and_captions, nearest
 from transfusion.evaluate.suites.images_and_captions import token_f1
+from transfusion.generate import image_files
 from transfusion.generate.pipeline import SampledImage
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (90, 90, 90)}
@@ -222,3 +224,29 @@ def test_captions_are_scored_against_their_own_images(
     lines = (tmp_path / "evaluation" / "captions.jsonl").read_text().splitlines()
     said = {"caption": "square", "expected": "A green square.", "f1": 0.5}
     assert json.loads(lines[1]) == {"image": "evaluation/validation/0001.png", **said}
+
+
+def test_copies_are_found_and_shown_under_the_images_that_were_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, captions = coloured(40)
+    monkeypatch.setattr(nearest, "_BLOCK", 7)
+    found = nearest.nearest_of(pictures[30:34], pictures)
+    assert [place for place, _ in found] == [30, 31, 32, 33] and all(distance == 0 for _, distance in found)
+    shifted = pictures[3].clone()
+    shifted[:, 0, 0] ^= 64
+    [(place, distance)] = nearest.nearest_of([shifted], pictures)
+    assert place == 3 and distance == pytest.approx((3 * (64 / 255) ** 2) ** 0.5, rel=1e-5)
+    with pytest.raises(UserError, match="no training image is 3 x 5 x 5"):
+        nearest.nearest_of([torch.zeros(3, 5, 5, dtype=torch.uint8)], pictures)
+
+    def sample(prompts: list[str], **_: Any) -> list[SampledImage]:
+        return [SampledImage(pictures[number], prompt, number) for number, prompt in enumerate(prompts)]
+
+    monkeypatch.setattr(nearest, "captioned_images", lambda *_, **__: (pictures, captions))
+    pipeline: Any = SimpleNamespace(config=Config(), tokenizer=None, sample=sample)
+    metrics = nearest.nearest(pipeline, tmp_path)
+    assert [metric.value for metric in metrics.values()] == [0.0, 0.0]
+    side = max(pictures[0].shape[1], image_files.GRID_CELL) + image_files.GRID_GAP
+    with Image.open(tmp_path / "evaluation" / "nearest.png") as image:
+        assert image.size == (16 * side + image_files.GRID_GAP, 6 * side + image_files.GRID_GAP)

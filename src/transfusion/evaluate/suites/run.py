@@ -18,6 +18,7 @@ from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import say
 from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
+from transfusion.evaluate.suites.nearest import nearest
 from transfusion.evaluate.suites.steps import steps
 from transfusion.evaluate.suites.validation import validation
 from transfusion.files import atomic_write_text
@@ -36,6 +37,7 @@ SUITES: dict[str, Suite] = {
     "samples": samples,
     "digits": digits,
     "captions": captions,
+    "nearest": nearest,
     "steps": steps,
 }
 # Those that need a classifier.
