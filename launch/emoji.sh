@@ -24,7 +24,8 @@ prepare() {
 measure() {
     local classifier="$DATA/classifier.safetensors"
     [[ -e "$classifier" ]] || transfusion classifier "$CONFIG" --out "$classifier"
-    transfusion eval "$MODEL" --suite validation --suite images --suite captions --classifier "$classifier" --out "$RUN"
+    transfusion eval "$MODEL" --suite validation --suite images --suite captions --suite nearest \
+        --classifier "$classifier" --out "$RUN"
 }
 
 run_job

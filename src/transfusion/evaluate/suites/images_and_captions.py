@@ -19,7 +19,7 @@ from transfusion.generate.pipeline import Pipeline
 SAMPLES = 1000
 IMAGES_KEPT = 64
 # Of the suite that compares scales of guidance: images for each.
-SCALES, SWEEP = (1.0, 1.5, 2.0, 3.0, 5.0), 250
+SCALES, SWEEP = (1.0, 2.0, 3.0, 5.0, 8.0), 250
 # Of the suite that is no measurement but a look.
 FEW_IMAGES, FEW_CAPTIONS = 8, 32
 

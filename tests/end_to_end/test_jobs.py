@@ -1,4 +1,4 @@
-"""launch/quickstart.sh itself: from nothing to the report, and on again, in a few steps of training."""
+"""launch/quickstart.sh and launch/emoji.sh: from nothing to the report, and on again, in a few steps of training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ FEW_STEPS = (
     "sample_grid.steps=2",
     "train.threads=1",
 )
-Quickstart = Callable[..., "subprocess.CompletedProcess[str]"]
+# A network whose thousand images take seconds.
+TINY = ("model.layers=1", "model.hidden_size=32", "model.heads=2", "data.sequence_length=192")
+Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +45,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def quickstart(checkout: Path) -> Quickstart:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(checkout / "launch" / "quickstart.sh"), *arguments]
+def job(checkout: Path) -> Job:
+    def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(checkout / "launch" / script), *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         # From another folder: the script finds its own.
         return subprocess.run(
@@ -59,8 +61,8 @@ def stages(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line.removeprefix("== ") for line in done.stderr.splitlines() if line.startswith("== ")]
 
 
-def test_from_nothing_to_the_report_and_on_again(checkout: Path, quickstart: Quickstart) -> None:
-    done = quickstart(*FEW_STEPS)
+def test_from_nothing_to_the_report_and_on_again(checkout: Path, job: Job) -> None:
+    done = job("quickstart.sh", *FEW_STEPS)
     assert done.returncode == 0, done.stdout + done.stderr
     everything = ["set-up", "prepare", "tokenizer", "train", "export", "sample", "evaluate", "report"]
     assert stages(done) == everything
@@ -72,19 +74,36 @@ def test_from_nothing_to_the_report_and_on_again(checkout: Path, quickstart: Qui
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(1, 7))
 
-    again = quickstart(*FEW_STEPS)
+    again = job("quickstart.sh", *FEW_STEPS)
     assert again.returncode == 0, again.stdout + again.stderr
     # Nothing is made twice; training finds that it is done.
     assert stages(again) == ["set-up", "prepare", "train", "report"]
     assert (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() == lines
 
 
+def test_emoji_of_the_systems_font_to_the_report_and_on_again(checkout: Path, job: Job) -> None:
+    if not any(Path("/usr/share/fonts").rglob("NotoColorEmoji.ttf")):
+        pytest.skip("apt-get install fonts-noto-color-emoji")
+    done = job("emoji.sh", *FEW_STEPS, *TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    everything = ["set-up", "prepare", "tokenizer", "train", "export", "sample", "evaluate", "report"]
+    assert stages(done) == everything
+    run = checkout / "runs" / "emoji-font"
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    named = {"classifier_frechet", "caption_token_f1", "distance_to_nearest_training_image"}
+    assert named | {"text_loss_nats_per_token"} <= set(metrics)
+    assert (run / "evaluation" / "nearest.png").is_file() and (run / "report.html").is_file()
+    again = job("emoji.sh", *FEW_STEPS, *TINY)
+    assert stages(again) == ["set-up", "prepare", "train", "report"], again.stdout + again.stderr
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "emoji.sh"])
 @pytest.mark.parametrize("argument", ["train.stepz=6", "--what", "steps"])
 def test_a_mistake_ends_before_anything_is_made(
-    checkout: Path, quickstart: Quickstart, argument: str
+    checkout: Path, job: Job, script: str, argument: str
 ) -> None:
     before = sorted(checkout.rglob("*"))
-    done = quickstart(argument)
+    done = job(script, argument)
     assert done.returncode == 2
     assert len([line for line in done.stderr.splitlines() if line and not line.startswith("==")]) == 1
     assert sorted(checkout.rglob("*")) == before
