@@ -66,6 +66,7 @@ COMPILED = {"train__compile": True}
 OWN = {"model__modality_weights": "all"}
 FROZEN = {"train__freeze": ["text"]}
 CLEAN = {"diffusion__context": "clean"}
+MUON = {"optimizer__name": "muon"}
 RECOMPUTED = {"train__activation_checkpointing": "block"}
 # Ranks with other images, and so with more or fewer groups of them, and of other numbers of patches.
 SEVERAL: Stream = [("two sizes", "mixed"), ("wide", "text"), ("two sizes", "wide"), ("text", "two sizes")]
@@ -104,6 +105,15 @@ CASES = {
     ),
     "frozen text, kept gathered": Case(OWN | FROZEN | {"train__zero": {}}),
     "clean image": Case({"diffusion__prediction": "x"}),
+    "muon": Case(MUON),
+    "muon, own weights, recomputed, shared rows, accumulation 4": Case(
+        MUON | OWN | RECOMPUTED | SHARED, accumulation=4
+    ),
+    "muon, frozen text": Case(MUON | OWN | FROZEN),
+    "muon, all kept gathered": Case(MUON | {"train__zero": {}}),
+    "muon, stage 1": Case(MUON | {"train__zero": {"stage": 1}}),
+    "muon, stage 2": Case(MUON | {"train__zero": {"stage": 2}}),
+    "muon, optimiser offloaded": Case(MUON | {"train__zero": NOTHING_KEPT | {"offload_optimizer": "cpu"}}),
     "unet": Case(UNET),
     "unet, recomputed, shared rows": Case(UNET | RECOMPUTED | SHARED),
     "all kept gathered": Case({"train__zero": {}}),

@@ -22,7 +22,8 @@ VARIANTS = [
     "shared rows, unet", "shared rows, 2d, gqa, learned places", "shared rows, latents", "all offloaded",
     "stage 2, optimiser offloaded", "biases, wider heads, slower turns", "tied head", "tied head, nothing kept",
     "tied head, stage 2", "own feed-forward", "own weights", "own weights, shared rows", "clean image", "frozen text",
-    "frozen text, kept", "clean context", "clean context, own weights, shared rows",
+    "frozen text, kept", "clean context", "clean context, own weights, shared rows", "muon",
+    "muon, nothing kept, own weights", "muon, stage 1",
 ]  # fmt: skip
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2", "tied, bf16"]
 SAVED = ["defaults", "nothing kept", "bf16", "stage 2", "uneven", "tied, bf16"]

@@ -99,9 +99,7 @@ def test_emoji_of_the_systems_font_to_the_report_and_on_again(checkout: Path, jo
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "emoji.sh"])
 @pytest.mark.parametrize("argument", ["train.stepz=6", "--what", "steps"])
-def test_a_mistake_ends_before_anything_is_made(
-    checkout: Path, job: Job, script: str, argument: str
-) -> None:
+def test_a_mistake_ends_before_anything_is_made(checkout: Path, job: Job, script: str, argument: str) -> None:
     before = sorted(checkout.rglob("*"))
     done = job(script, argument)
     assert done.returncode == 2

@@ -569,7 +569,7 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "muon"] = Field(
         "adamw",
-        description="adamw, or muon for the matrices of the blocks and AdamW for all else, in one process",
+        description="adamw, or muon for the matrices of the blocks and AdamW for all else",
     )
     learning_rate: PositiveFloat = Field(3e-4, description="peak learning rate")
     final_learning_rate: NonNegativeFloat = Field(1.5e-5, description="learning rate at the last step")

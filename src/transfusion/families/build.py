@@ -53,3 +53,8 @@ def elements_of_parts(model: nn.Module) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         parts[name.partition(".")[0]] += parameter.numel()
     return parts
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """What the network runs in."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32

@@ -1,4 +1,4 @@
-"""Which parameters are decayed, and the one place that builds AdamW, and Muon beside it."""
+"""Which parameters are decayed, which go by Muon, and the one place that builds AdamW."""
 
 from __future__ import annotations
 
@@ -12,44 +12,39 @@ from transfusion.config import OptimizerConfig
 
 
 def parameter_groups(
-    described: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], weight_decay: float
+    described: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices, embeddings among them, are decayed. Norms, biases and gains are not.
+    """Groups of AdamW: matrices, embeddings among them, are decayed. Norms, biases and gains are not.
 
-    `described` tells the shapes, by name, since a sharded parameter has lost its own. What takes no gradient is in
-    none. A group without parameters is left out.
+    Matrices that go by Muon are a group of their own. `described` tells the shapes, by name, since a sharded parameter
+    has lost its own. What takes no gradient is in none. A group without parameters is left out.
     """
     trained = {name: shape for name, shape in described.items() if shape.requires_grad}
-    matrices = [parameters[name] for name, shape in trained.items() if shape.dim() >= 2]
-    others = [parameters[name] for name, shape in trained.items() if shape.dim() < 2]
+    by_muon = for_muon(trained, config)
+    rest = [(name, shape.dim() >= 2) for name, shape in trained.items() if name not in by_muon]
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [parameters[name] for name in by_muon], "weight_decay": config.weight_decay},
+        {
+            "params": [parameters[name] for name, is_matrix in rest if is_matrix],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [parameters[name] for name, is_matrix in rest if not is_matrix], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
-def muon(matrices: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Muon | None:
-    """Muon for the matrices of the blocks (Jordan et al., 2024), where the configuration asks for it.
+def for_muon(described: Mapping[str, Tensor], config: OptimizerConfig) -> list[str]:
+    """The parameters that Muon takes where it is asked for, by their shapes: the matrices of the blocks.
 
-    Its updates have the size of AdamW's (Liu et al., 2025, section 2.2), so that both go by one learning rate.
+    Embeddings, heads, and what encodes and decodes patches stay with AdamW.
     """
     if config.name != "muon":
-        return None
-    chosen = [parameter for name, parameter in matrices.items() if is_for_muon(name, parameter)]
-    return torch.optim.Muon(
-        chosen,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.betas[1],
-        nesterov=True,
-        adjust_lr_fn="match_rms_adamw",
-    )
-
-
-def is_for_muon(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes a parameter: embeddings, heads, and what encodes and decodes patches stay with AdamW."""
-    return name.startswith("blocks.") and parameter.dim() == 2 and parameter.requires_grad
+        return []
+    return [
+        name
+        for name, shape in described.items()
+        if name.startswith("blocks.") and shape.dim() == 2 and shape.requires_grad
+    ]
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
@@ -90,25 +85,16 @@ def clip_and_skip(optimizer: torch.optim.AdamW, norm: Tensor, max_norm: float, c
     return skipped
 
 
-def create_moments(
-    optimizer: torch.optim.AdamW, parameters: Iterable[Tensor], muon: torch.optim.Muon | None = None
-) -> None:
-    """Give AdamW its zero moments now instead of at the first step, so that they can be saved and loaded.
-
-    Muon's momentum stands beside them as a first moment without a second.
-    """
+def create_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
+    """Give AdamW its zero moments now instead of at the first step, so that they can be saved and loaded."""
     fused = is_fused(optimizer)
-    of_muon = {id(matrix) for group in (muon.param_groups if muon else ()) for matrix in group["params"]}
     for parameter in parameters:
         state = optimizer.state[parameter]
         if not state:
             # The fused kernel counts on the device, the plain one on the host.
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
             state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-            if muon and id(parameter) in of_muon:
-                muon.state[parameter]["momentum_buffer"] = state["exp_avg"]
-            else:
-                state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def set_updates(optimizer: torch.optim.AdamW, updates: int) -> None:

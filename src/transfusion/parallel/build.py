@@ -7,6 +7,7 @@ import torch
 from transfusion.codec import Codec
 from transfusion.config import Config, ModelConfig
 from transfusion.errors import UserError
+from transfusion.families.build import compute_dtype
 from transfusion.parallel.collectives import raise_together
 from transfusion.parallel.deepspeed_patches import import_deepspeed
 from transfusion.parallel.engine import Engine
@@ -55,7 +56,7 @@ def _head_width(model: ModelConfig) -> str:
 def _refuse_attention(config: Config, device: torch.device) -> None:
     """Raise UserError where the attention asked for cannot run, or a GPU would silently use the dense one."""
     model, asked = config.model, config.train.attention
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = compute_dtype(config)
     query = torch.empty(1, model.heads, 1, model.head_width, device=device, dtype=dtype)
     try:
         choice = dispatch.choose(asked, query)

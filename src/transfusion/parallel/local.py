@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from transfusion.codec import Codec
 from transfusion.config import Config
-from transfusion.families.build import build_model
+from transfusion.families.build import build_model, compute_dtype
 from transfusion.model.backbone import compile_blocks
 from transfusion.model.initialise import initialise
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
 from transfusion.parallel.engine import Engine
 from transfusion.parallel.environment import Environment
+from transfusion.parallel.module_norms import FlatSlice
+from transfusion.parallel.muon import Muon
 from transfusion.parallel.parameter_shards import WEIGHT, Shard, module_of
 from transfusion.parallel.step_result import PendingResult
 from transfusion.parallel.ulysses import SequenceGroup
@@ -42,18 +44,19 @@ class LocalEngine(Engine):
             self.model.to(torch.bfloat16)
         if config.train.compile:
             compile_blocks(self.model, config)
-        self.muon = groups.muon(self.masters, config.optimizer)
-        others = {
-            name: master
-            for name, master in self.masters.items()
-            if self.muon is None or not groups.is_for_muon(name, master)
-        }
-        parameters = groups.parameter_groups(others, others, config.optimizer.weight_decay)
-        fused = groups.runs_fused(self.device) and self.muon is None
-        self.optimizer = groups.adamw(parameters, config.optimizer, fused=fused)
+        parameters = groups.parameter_groups(self.masters, self.masters, config.optimizer)
+        self.optimizer = groups.adamw(parameters, config.optimizer, fused=groups.runs_fused(self.device))
         self.trained = [name for name, master in self.masters.items() if master.requires_grad]
         trained = [self.masters[name] for name in self.trained]
-        groups.create_moments(self.optimizer, trained, self.muon)
+        groups.create_moments(self.optimizer, trained)
+        by_muon = groups.for_muon(self.masters, config.optimizer)
+        if by_muon:
+            shapes = {name: tuple(self.masters[name].shape) for name in by_muon}
+            places = {
+                name: FlatSlice(number, 0, 0, master.numel())
+                for number, (name, master) in enumerate(zip(self.trained, trained, strict=True))
+            }
+            Muon(self.optimizer, trained, [places], shapes, rank=0, dtype=compute_dtype(config))
         self.average = MovingAverage(trained, config.optimizer.average_decay)
 
     def _backward(self, loss: Tensor) -> None:
@@ -85,9 +88,6 @@ class LocalEngine(Engine):
             if not skipped:
                 torch.nn.utils.clip_grads_with_norm_(masters, clip, norm)
                 self.optimizer.step()
-                if self.muon is not None:
-                    groups.set_learning_rate(self.muon, learning_rate)
-                    self.muon.step()
                 self.average.update()
                 self._refresh()
         self._updates = self._updates + (~skipped).long()

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from transfusion.codec import Codec
 from transfusion.config import Config
-from transfusion.errors import UserError
-from transfusion.families.build import build_model
+from transfusion.families.build import build_model, compute_dtype
 from transfusion.model.backbone import Backbone, compile_blocks
 from transfusion.model.initialise import initial_value
 from transfusion.optim import groups
 from transfusion.optim.ema import MovingAverage
+from transfusion.parallel.collectives import gather
 from transfusion.parallel.deepspeed_patches import (
     clip_and_skip_on_device,
     import_deepspeed,
@@ -26,6 +26,7 @@ from transfusion.parallel.deepspeed_patches import (
 from transfusion.parallel.engine import Engine, Weights
 from transfusion.parallel.environment import Environment, join_group
 from transfusion.parallel.module_norms import FlatSlice, ModuleNorms
+from transfusion.parallel.muon import Muon
 from transfusion.parallel.parameter_shards import WEIGHT, Shard
 from transfusion.parallel.step_result import PendingResult
 from transfusion.parallel.ulysses import SequenceGroup
@@ -36,11 +37,6 @@ class ZeroEngine(Engine):
     """ZeRO stage 1, 2 or 3. All state that trains lies in a few flat fp32 tensors a rank, `self.flats`."""
 
     def __init__(self, config: Config, environment: Environment, codec: Codec | None = None) -> None:
-        if config.optimizer.name == "muon":
-            raise UserError(
-                "optimizer.name=muon works on whole matrices, of which ZeRO gives each rank a slice; set"
-                " train.engine=local in one process, or optimizer.name=adamw"
-            )
         deepspeed = import_deepspeed()
         join_group(environment)
         super().__init__(config, environment, codec)
@@ -67,7 +63,14 @@ class ZeroEngine(Engine):
             and (flat_slice := _locate(self.zero, self.stage, parameter, described[name].numel(), self.rank))
         }
         trained = [name for name, parameter in described.items() if parameter.requires_grad]
+        # Norms first: Muon takes its gradients away.
         self.norms = ModuleNorms(self.optimizer, self.flats, self.slices, trained)
+        by_muon = groups.for_muon(described, config.optimizer)
+        if by_muon:
+            shapes = {name: self.shapes[name] for name in by_muon}
+            slices = gather(self.slices)
+            dtype = compute_dtype(config)
+            Muon(self.optimizer, self.flats, slices, shapes, rank=self.rank, dtype=dtype)
         self.frozen = self._frozen()
         self._initialise()
         self.average = MovingAverage(self.flats, config.optimizer.average_decay)
@@ -138,7 +141,7 @@ class ZeroEngine(Engine):
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=self.stage == 3):
             model = build_model(self.config, self.sequence if self.sequence.degree > 1 else None)
         parameters = dict(model.named_parameters())
-        decayed = groups.parameter_groups(described, parameters, self.config.optimizer.weight_decay)
+        decayed = groups.parameter_groups(described, parameters, self.config.optimizer)
         self.optimizer = groups.adamw(decayed, self.config.optimizer, fused=groups.runs_fused(self.device))
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transfusion.config import Config
+from transfusion.families.build import compute_dtype
 from transfusion.plan.machines import Gpu
-from transfusion.plan.network import Network, compute_dtype
+from transfusion.plan.network import Network
 from transfusion.plan.workload import Division
 
 FP32 = 4

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from transfusion.config import Config
+from transfusion.families.build import compute_dtype
 from transfusion.observe.flops import ImageLoad, Workload
 from transfusion.plan.communication import FP32
-from transfusion.plan.network import Network, compute_dtype
+from transfusion.plan.network import Network
 from transfusion.plan.tracing import ACTIVATIONS, GRADIENTS, LOGITS, Trace
 
 # exp_avg and exp_avg_sq.

@@ -61,8 +61,3 @@ class Network:
             outside=tuple(p.numel() for name, p in parameters.items() if not name.startswith("blocks.")),
             frozen=sum(parameter.numel() for parameter in parameters.values() if not parameter.requires_grad),
         )
-
-
-def compute_dtype(config: Config) -> torch.dtype:
-    """What the network runs in."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32

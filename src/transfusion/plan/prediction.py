@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from transfusion.config import Config
+from transfusion.families.build import compute_dtype
 from transfusion.observe.flops import FlopModel, Work, Workload
 from transfusion.plan.communication import Communication, communicate
 from transfusion.plan.machines import GPUS, Gpu
 from transfusion.plan.memory import Memory, load_of_rank, local_memory, zero_memory
-from transfusion.plan.network import Network, compute_dtype
+from transfusion.plan.network import Network
 from transfusion.plan.speed import Seconds, step_seconds
 from transfusion.plan.tracing import Trace, trace_step
 from transfusion.plan.workload import Division, DocumentMix

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from transfusion.config import Config
+from transfusion.families.build import compute_dtype
 from transfusion.observe.flops import Work
 from transfusion.plan.communication import FP32, Communication
 from transfusion.plan.machines import Gpu
-from transfusion.plan.network import compute_dtype
 from transfusion.plan.tracing import Trace
 from transfusion.plan.workload import Division
 

@@ -95,6 +95,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train__zero": NOTHING_KEPT,
     },
     "clean image": {"diffusion__prediction": "x", "train__zero": NOTHING_KEPT},
+    "muon": {"optimizer__name": "muon"},
+    "muon, nothing kept, own weights": {
+        "optimizer__name": "muon",
+        "model__modality_weights": "all",
+        "train__zero": NOTHING_KEPT,
+    },
+    "muon, stage 1": {"optimizer__name": "muon", "train__zero": {"stage": 1}},
     "stage 1": {"train__zero": {"stage": 1}},
     "stage 2": {"train__zero": {"stage": 2}},
     "all offloaded": {

@@ -6,11 +6,12 @@ import pytest
 
 import plan
 import step
+from transfusion.families.build import compute_dtype
 from transfusion.observe.flops import Workload
 from transfusion.parallel import environment
 from transfusion.parallel.build import build_engine
 from transfusion.plan.memory import local_memory
-from transfusion.plan.network import Network, compute_dtype
+from transfusion.plan.network import Network
 from transfusion.plan.tracing import trace_step
 
 SMALL = (

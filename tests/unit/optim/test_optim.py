@@ -18,7 +18,7 @@ def test_matrices_are_decayed_norms_biases_and_gains_are_not() -> None:
         ModelConfig(vocabulary=16, layers=1, hidden_size=16, heads=2, qk_norm=True), CodecConfig()
     )
     parameters = dict(model.named_parameters())
-    decayed, plain = groups.parameter_groups(parameters, parameters, 0.1)
+    decayed, plain = groups.parameter_groups(parameters, parameters, OptimizerConfig())
     names = {parameter: name for name, parameter in parameters.items()}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert len(decayed["params"]) + len(plain["params"]) == len(parameters)
@@ -29,7 +29,7 @@ def test_matrices_are_decayed_norms_biases_and_gains_are_not() -> None:
 
 def test_an_empty_group_is_left_out() -> None:
     linear = dict(nn.Linear(2, 2, bias=False).named_parameters())
-    assert len(groups.parameter_groups(linear, linear, 0.1)) == 1
+    assert len(groups.parameter_groups(linear, linear, OptimizerConfig())) == 1
 
 
 def test_moments_made_early_change_nothing() -> None:

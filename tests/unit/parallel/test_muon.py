@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks: torch's own, beside AdamW, through checkpoints, and refused under ZeRO."""
+"""Muon for the matrices of the blocks: as torch's own, on any slices, through checkpoints. Ranks: tests/dist."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 from handmade import make_batch, small_config, state_of, train_step
+from torch import nn
 
 from transfusion.checkpoint.resume import resume
 from transfusion.checkpoint.save import save
+from transfusion.config import OptimizerConfig
 from transfusion.errors import UserError
+from transfusion.optim import groups
+from transfusion.parallel import muon
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
-from transfusion.parallel.zero import ZeroEngine
+from transfusion.parallel.module_norms import FlatSlice
+from transfusion.parallel.muon import Muon
 from transfusion.schema import TrainState
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
@@ -63,6 +68,66 @@ def test_a_run_goes_on_to_the_bit(tmp_path: Path, precision: str) -> None:
         resume(tmp_path, engine(optimizer__name="adamw"))
 
 
-def test_slices_of_matrices_are_refused() -> None:
-    with pytest.raises(UserError, match=r"muon works on whole matrices.*train\.engine=local"):
-        ZeroEngine(small_config(optimizer__name="muon"), ALONE)
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
+def test_updates_are_those_of_torch(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(4, *shape, generator=generator)
+    config = OptimizerConfig(name="muon")
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    adamw = groups.adamw([{"params": [ours], "weight_decay": 0.1}], config, fused=False)
+    groups.create_moments(adamw, [ours])
+    places = {"matrix": FlatSlice(0, 0, 0, ours.numel())}
+    Muon(adamw, [ours], [places], {"matrix": shape}, rank=0, dtype=torch.bfloat16)
+    muon = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    groups.set_learning_rate(adamw, 1e-2)
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        adamw.step()
+        muon.step()
+        assert torch.equal(ours.grad, gradient), "whoever keeps gradients finds them again"
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert (ours - start).abs().max() > 1e-2 and "exp_avg_sq" not in adamw.state[ours]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_a_fused_adamw_would_skip_or_scale_is_skipped_and_scaled(skip: bool) -> None:
+    start = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    results = []
+    for gradient, told in ((start.sin(), None), (start.sin() * 4, 4.0)):
+        matrix = nn.Parameter(start.clone())
+        adamw = groups.adamw(
+            [{"params": [matrix], "weight_decay": 0.1}], OptimizerConfig(), fused=told is not None
+        )
+        groups.create_moments(adamw, [matrix])
+        Muon(adamw, [matrix], [{"m": FlatSlice(0, 0, 0, 24)}], {"m": (4, 6)}, rank=0, dtype=torch.float32)
+        matrix.grad = gradient
+        if told:
+            adamw.found_inf, adamw.grad_scale = torch.tensor(float(skip)), torch.tensor(told)  # type: ignore[attr-defined]
+            matrix.grad[0, 0] = float("nan") if skip else matrix.grad[0, 0]
+        adamw.step()
+        results.append((matrix.detach(), adamw.state[matrix]))
+    (plain, _), (other, state) = results
+    torch.testing.assert_close(other, start if skip else plain, rtol=0, atol=0 if skip else 1e-6)
+    assert float(state["step"]) == (0 if skip else 1)
+    assert torch.count_nonzero(state["exp_avg"]) == (0 if skip else 24)
+
+
+def test_slices_that_leave_a_gap_are_no_matrix() -> None:
+    adamw = groups.adamw([{"params": [nn.Parameter(torch.zeros(10))]}], OptimizerConfig(), fused=False)
+    slices = [{"m": FlatSlice(0, 0, 0, 10)}, {"m": FlatSlice(0, 0, 12, 12)}]
+    with pytest.raises(RuntimeError, match="do not make up its 24 elements"):
+        Muon(adamw, [torch.zeros(10)], slices, {"m": (4, 6)}, rank=0, dtype=torch.float32)
+
+
+def test_large_networks_are_exchanged_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = engine(), engine()
+    monkeypatch.setattr(muon, "SHARE", 500)
+    small = engine()
+    for each in (whole, small):
+        train_step(each, [make_batch("mixed", 0)])
+    for name, master in whole.masters.items():
+        assert torch.equal(master, small.masters[name]) and not torch.equal(master, parts.masters[name]), name
+    matrices = [muon._Matrix((20, 20), 0, 400 * number, (400,)) for number in range(4)]
+    assert [len(part) for part in muon._chunks(matrices)] == [1, 1, 1, 1]
+    monkeypatch.setattr(muon, "SHARE", 900)
+    assert [len(part) for part in muon._chunks(matrices)] == [2, 2]
