@@ -234,8 +234,8 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="validation, samples, digits, images, guidance, captions, nearest or steps, repeated for several. None"
-            " means validation, and samples where the data have captioned images"
+            help="validation, samples, digits, images, guidance, captions, nearest, edit or steps, several if repeated."
+            " None means validation, and samples where the data have captioned images"
         ),
     ] = None,
     out: Annotated[

@@ -21,7 +21,7 @@ from transfusion.evaluate import captioned_images
 from transfusion.evaluate.metrics import classifier as classifiers
 from transfusion.evaluate.metrics.classifier import save_classifier, train_classifier
 from transfusion.evaluate.progress_lines import ProgressLines
-from transfusion.evaluate.suites import digits, evidence, images_and_captions, steps
+from transfusion.evaluate.suites import digits, edit, evidence, images_and_captions, steps
 from transfusion.evaluate.suites.run import run_suites
 from transfusion.generate.budget import read_table
 from transfusion.generate.pipeline import Pipeline
@@ -216,6 +216,43 @@ def test_a_classifier_of_two_sizes_judges_images_of_both(
     metrics = run_suites(model, ["images"], tmp_path / "out", classifier=path)
     assert 0 <= metrics["classifier_word_recall"].value <= 1
     assert metrics["classifier_frechet_of_validation"].value < 1e-6, "the same images as those of training"
+
+
+def write_edits(folder: Path, count: int) -> str:
+    """Shards of an image, a text and an image, and between them a document of two texts and an image."""
+    samples = []
+    for number in range(count):
+        elements = [
+            {"type": "image", "image": "img0.png"},
+            {"type": "text", "text": f"turn it into number {number}"},
+            {"type": "image", "image": "img1.png"},
+        ]
+        other = [{"type": "text", "text": "the image"}, {"type": "image", "image": "img0.png"}]
+        for each in (elements, other):
+            members = {"img0.png": png((8, 8), number), "img1.png": png((8, 8), number + 1000)}
+            used = {name: data for name, data in members.items() if name in json.dumps(each)}
+            samples.append({**used, "json": json.dumps({"elements": each}).encode()})
+    write_shards(samples, folder, per_shard=25)
+    return f"{folder}/*.tar"
+
+
+def test_edits_are_scored_behind_their_image_and_without_it_and_drawn(
+    open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edit, "DRAWS", 4)
+    monkeypatch.setattr(edit, "SAMPLER_STEPS", 2)
+    model = open_model({"validation": [source(write_edits(tmp_path / "edits", 20))]})
+    metrics = run_suites(model, ["edit"], tmp_path / "out")
+    assert "20 documents" in metrics["edit_distance"].how
+    behind, alone = (metrics[f"edit_nats_per_value{which}"].value for which in ("", "_without_the_image"))
+    assert np.isfinite([behind, alone]).all() and behind != alone
+    # Of two images of independent values.
+    assert metrics["edit_distance_of_no_change"].value == pytest.approx(255 / 6**0.5, rel=0.1)
+    with Image.open(tmp_path / "out" / "evaluation" / "edits.png") as shown:
+        assert shown.size == (16 * 52 + 4, 3 * 52 + 4)
+    model = open_model({"validation": [source(write_pairs(tmp_path / "pairs", ["one", "two"]))]})
+    with pytest.raises(UserError, match="the suite edit needs documents of an image, a text and an image"):
+        run_suites(model, ["edit"], tmp_path / "out")
 
 
 def test_digits_are_drawn_at_the_size_of_the_digits_where_a_model_has_another_first(

@@ -17,6 +17,7 @@ from transfusion.evaluate.captioned_images import NoCaptionedImagesError
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import say
 from transfusion.evaluate.suites.digits import digits
+from transfusion.evaluate.suites.edit import edit
 from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
 from transfusion.evaluate.suites.nearest import nearest
 from transfusion.evaluate.suites.steps import steps
@@ -38,6 +39,7 @@ SUITES: dict[str, Suite] = {
     "digits": digits,
     "captions": captions,
     "nearest": nearest,
+    "edit": edit,
     "steps": steps,
 }
 # Those that need a classifier.
