@@ -5,20 +5,27 @@
 #   bash launch/experiments.sh scaling [section.key=value ...]
 #   bash launch/experiments.sh ablation [section.key=value ...]
 #   bash launch/experiments.sh position [section.key=value ...]
+#   bash launch/experiments.sh recipes [section.key=value ...]
+#   bash launch/experiments.sh editing PAIRS [section.key=value ...]     PAIRS/{train,val}/*.tar: an image, a text, an image
 #
 # Run again, each goes on where it stopped. PROCESSES (default 2) runs at once, a thread each.
 set -euo pipefail
 
-usage="usage: bash launch/experiments.sh prepare IMAGES TEXT KL VQ | scaling|ablation|position [section.key=value ...]"
+usage="usage: bash launch/experiments.sh prepare IMAGES TEXT KL VQ | editing PAIRS | scaling|ablation|position|recipes, each with [section.key=value ...]"
 [[ $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
 command="$1"
 shift
 [[ "$command" != prepare || $# -eq 4 ]] || { echo "$usage" >&2 && exit 2; }
+[[ "$command" != editing || $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
+# What is named from here, before the script goes to its checkout.
 places=()
 if [[ "$command" == prepare ]]; then
     for place in "$@"; do
         places+=("$(realpath -e "$place")")
     done
+elif [[ "$command" == editing ]]; then
+    places+=("$(realpath -e "$1")")
+    shift
 fi
 
 # shellcheck source=launch/env.sh
@@ -27,6 +34,8 @@ DATA=data/emoji
 GRIDS=configs/experiments
 # Documents of the validation text that are measured: all of them would cost more than the training.
 VALIDATION=200
+GUIDED=(--metric text_loss_nats_per_byte --metric classifier_frechet_at_best_guidance --metric caption_token_f1)
+EDITED=(--metric edits_image_loss --metric edit_nats_per_value --metric edit_nats_per_value_without_the_image --metric edit_distance)
 METRICS=(--metric text_loss_nats_per_byte --metric classifier_frechet --metric caption_token_f1)
 
 transfusion() {
@@ -65,7 +74,19 @@ position() {
     run "$GRIDS/emoji-position.yaml" runs/emoji-position "$@"
 }
 
-# run GRID OUT [section.key=value ...]
+recipes() {
+    METRICS=("${GUIDED[@]}")
+    run "$GRIDS/emoji-recipes.yaml" runs/emoji-recipes "$@"
+}
+
+editing() {
+    ln -sfnT "${places[0]}" "$DATA/edits"
+    transfusion codec encode "$DATA/kl" "$DATA/edits/train/*.tar" --out "$DATA/encoded/edits"
+    METRICS=("${EDITED[@]}")
+    run "$GRIDS/context-editing.yaml" runs/context-editing "$@"
+}
+
+# run GRID OUT [section.key=value ...]: with METRICS in the table
 run() {
     transfusion scaling run "$1" --out "$2" --processes "${PROCESSES:-2}" "${@:3}"
     transfusion scaling table "$2" "${METRICS[@]}" | tee "$2/table.md"
@@ -74,6 +95,6 @@ run() {
 ensure_venv all
 case "$command" in
     prepare) prepare "${places[@]}" ;;
-    scaling | ablation | position) "$command" "$@" ;;
+    scaling | ablation | position | recipes | editing) "$command" "$@" ;;
     *) fail "$usage" ;;
 esac
