@@ -81,7 +81,6 @@ recipes() {
 
 editing() {
     ln -sfnT "${places[0]}" "$DATA/edits"
-    transfusion codec encode "$DATA/kl" "$DATA/edits/train/*.tar" --out "$DATA/encoded/edits"
     METRICS=("${EDITED[@]}")
     run "$GRIDS/context-editing.yaml" runs/context-editing "$@"
 }

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from transfusion.errors import UserError
+
 if TYPE_CHECKING:
     from transfusion.config import CodecConfig
 
@@ -67,6 +69,11 @@ def encode(
     settings = _settings(codec, image_size, size or []).model_copy(update={"resize": resize})
     records = encode_shards(settings, shards, out, workers=workers, device=device, progress=progress)
     total = sum(record.encoded for record in records)
+    if not total:
+        raise UserError(
+            f"{out}: no image was found to encode; those of interleaved documents are encoded in training, so name"
+            " their shards in data.sources"
+        )
     typer.echo(
         f"{out}: {total} images in {len(records)} shards, by codec {settings.fingerprint}; train with"
         f" data.sources.0.shards='{out}/*.tar' and codec.folder={codec}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from transfusion.cli.main import main
 from transfusion.codec import encoded, open_codec
 from transfusion.codec_train import encode as encoding
 from transfusion.codec_train.encode import encode_shards
@@ -370,3 +372,17 @@ def test_files_that_are_not_encoded_are_told(
     (tmp_path / "s" / "9.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match="compressed and cannot be read"):
         encode_shards(settings(kl_folder), [f"{tmp_path}/s/*"], tmp_path / "out")
+
+
+def test_shards_without_an_image_of_their_own_are_refused(
+    kl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "PNG")
+    elements = b'{"elements": [{"type": "image", "image": "img0.png"}, {"type": "text", "text": "mirrored"}]}'
+    write_shards([{"img0.png": stream.getvalue(), "json": elements}], tmp_path / "documents", per_shard=1)
+    words = ["codec", "encode", str(kl_folder), f"{tmp_path}/documents/*.tar", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["transfusion", *words])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "no image was found to encode; those of interleaved documents" in capsys.readouterr().err
