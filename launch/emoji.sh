@@ -3,7 +3,8 @@
 #
 #   bash launch/emoji.sh [--fresh] [section.key=value ...]
 #
-# Run again, it goes on where it stopped. --fresh starts over. Overrides go to the training. FONT=FILE takes another font.
+# Run again, it goes on where it stopped. --fresh starts over. Overrides go to the training. FONT=FILE takes another font,
+# CODEC_STEPS=N trains the autoencoder for so many steps.
 set -euo pipefail
 
 CONFIG=configs/train/emoji.yaml
@@ -13,6 +14,7 @@ VOCABULARY=2048
 TEXTS=("$DATA/images/train/*.tar" "$DATA/text/train/*.tar")
 IMAGES=(-n 8 --cfg 3 --steps 50 --seed 0 --prompt "red heart" --prompt "cat face" --prompt "flag: japan" --prompt "hamburger")
 PROMPT="grinning face"
+FASTEST=yes
 # shellcheck source=launch/job.sh
 source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
 
@@ -21,9 +23,20 @@ prepare() {
     transfusion prepare python-docs --out "$DATA/text"
 }
 
+# The autoencoder, and what it makes of the training images.
+make_codec() {
+    local made="$DATA/codec-run"
+    transfusion codec train configs/codec/emoji-kl.yaml "run.dir=$made" "images.shards=$DATA/images/train/*.tar" \
+        "images.validation=$DATA/images/validation/*.tar" ${CODEC_STEPS:+"steps=$CODEC_STEPS"} threads=0
+    transfusion codec encode "$made/codec" "$DATA/images/train/*.tar" --out "$DATA/latents"
+    # Last, since the stage is done once it is there.
+    ln -sfn codec-run/codec "$DATA/codec"
+}
+
 measure() {
     local classifier="$DATA/classifier.safetensors"
-    [[ -e "$classifier" ]] || transfusion classifier "$CONFIG" --out "$classifier"
+    [[ -e "$classifier" ]] || transfusion classifier "$CONFIG" --out "$classifier" \
+        "data.sources.0.shards=$DATA/images/train/*.tar"
     transfusion eval "$MODEL" --suite validation --suite images --suite captions --suite nearest \
         --classifier "$classifier" --out "$RUN"
 }

@@ -66,12 +66,26 @@ def captioned_images(
 
 
 @torch.no_grad()
+def training_images(pipeline: Pipeline) -> list[Tensor]:
+    """uint8 [C, H, W]: the captioned training images, as the codec decodes them where they are stored as latents.
+
+    Raises NoCaptionedImagesError.
+    """
+    tell = ProgressLines("reading the training images")
+    found = tell.each(single_images(pipeline.config, pipeline.config.data.sources, pipeline.tokenizer))
+    images = [_pixels(pipeline, values) for _, values, _ in found]
+    if not images:
+        raise NoCaptionedImagesError("data.sources")
+    return images
+
+
+@torch.no_grad()
 def some_captioned_images(pipeline: Pipeline, most: int) -> tuple[list[Tensor], list[str], int]:
     """As `captioned_images`, a few of the validation data, evenly spread, and how many there are.
 
     No other image is read. Stored latents come as the codec decodes them. Raises NoCaptionedImagesError.
     """
-    config, runner = pipeline.config, pipeline.runner
+    config = pipeline.config
     settings = RowSettings.of(config)
     known = [
         (index, sample)
@@ -86,15 +100,20 @@ def some_captioned_images(pipeline: Pipeline, most: int) -> tuple[list[Tensor], 
             values = torch.as_tensor(read_values(index, sample, _image_number(index, sample), settings))
         except (SampleError, OSError):
             continue
-        if values.dtype != torch.uint8:
-            encoded = values.float() if values.is_floating_point() else values.long()
-            values = runner.codec.decode(encoded[None].to(runner.device))[0].cpu()
         if caption.strip():
-            images.append(values)
+            images.append(_pixels(pipeline, values))
             captions.append(caption)
     if not images:
         raise NoCaptionedImagesError("data.validation")
     return images, captions, len(known)
+
+
+def _pixels(pipeline: Pipeline, values_CHW: Tensor) -> Tensor:
+    """uint8 [C, H, W]: an image as it is, or the decoded one of its latents or tokens."""
+    if values_CHW.dtype == torch.uint8:
+        return values_CHW
+    encoded = values_CHW.float() if values_CHW.is_floating_point() else values_CHW.long()
+    return pipeline.runner.codec.decode(encoded[None].to(pipeline.runner.device))[0].cpu()
 
 
 def evenly(count: int, most: int) -> list[int]:

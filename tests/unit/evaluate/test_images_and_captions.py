@@ -244,6 +244,7 @@ def test_copies_are_found_and_shown_under_the_images_that_were_drawn(
         return [SampledImage(pictures[number], prompt, number) for number, prompt in enumerate(prompts)]
 
     monkeypatch.setattr(nearest, "captioned_images", lambda *_, **__: (pictures, captions))
+    monkeypatch.setattr(nearest, "training_images", lambda _: pictures)
     pipeline: Any = SimpleNamespace(config=Config(), tokenizer=None, sample=sample)
     metrics = nearest.nearest(pipeline, tmp_path)
     assert [metric.value for metric in metrics.values()] == [0.0, 0.0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transfusion.errors import UserError
-from transfusion.evaluate.captioned_images import captioned_images, evenly
+from transfusion.evaluate.captioned_images import captioned_images, evenly, training_images
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.suites.evidence import draw
 from transfusion.generate.image_files import write_rows
@@ -29,10 +29,10 @@ _ACROSS = 16
 def nearest(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     """Distances of drawn images, and of as many validation images, to the nearest training image of their size.
 
-    Leaves OUT/evaluation/nearest.png: drawn images, under each its nearest training image. Raises UserError where
-    captioned images are missing or stored as latents.
+    Stored latents are compared as the codec decodes them. Leaves OUT/evaluation/nearest.png: drawn images, under each
+    its nearest training image. Raises UserError where captioned images are missing.
     """
-    training, _ = captioned_images(pipeline.config, pipeline.tokenizer, validation=False)
+    training = training_images(pipeline)
     validation, captions = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
     places = evenly(len(validation), IMAGES)
     real = [validation[place] for place in places]
