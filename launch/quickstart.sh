@@ -11,7 +11,7 @@ DATA=data/quickstart
 RUN=runs/quickstart
 VOCABULARY=1280
 TEXTS=("$DATA/digits/train/*.tar" "$DATA/text/train/*.tar")
-IMAGES=(-n 8 --cfg 3 --sampler ddim --steps 50 --seed 0 --prompt "a handwritten three" --prompt "a handwritten seven")
+IMAGES=(-n 8 --cfg 3 --steps 50 --seed 0 --prompt "a handwritten three" --prompt "a handwritten seven")
 PROMPT="a handwritten five"
 # shellcheck source=launch/job.sh
 source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
