@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from limits import find_device, measure_limits, record_head, write_json
 from step import config_of, synthetic_steps, train_step
 from transfusion.config import Config
+from transfusion.families.build import compute_dtype
 from transfusion.observe.flops import FlopModel, Work, Workload
 from transfusion.observe.memory import process_tree_peak_bytes
 from transfusion.parallel import environment
@@ -41,7 +42,7 @@ from transfusion.parallel.build import build_engine
 from transfusion.parallel.collectives import global_counts
 from transfusion.parallel.engine import Engine
 from transfusion.plan.memory import Memory, local_memory, zero_memory
-from transfusion.plan.network import Network, compute_dtype
+from transfusion.plan.network import Network
 from transfusion.plan.tracing import Trace, trace_step
 from transfusion.schema import Batch
 from transfusion_kernels import interval_attention
