@@ -234,10 +234,11 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="validation, samples, digits, images, guidance, captions, nearest, edit or steps, several if repeated."
-            " None means validation, and samples where the data have captioned images"
+            help="validation, samples, digits, images, guidance, captions, nearest, edit or steps, or a .yaml file of"
+            " suites; several if repeated. None means validation, and samples where the data have captioned images"
         ),
     ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="suite.key=value, as many as needed")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -262,7 +263,14 @@ def evaluate(
 
     folder = out or model
     metrics = run_suites(
-        model, suite or [], folder, weights=weights, device=device, dtype=dtype, classifier=classifier
+        model,
+        suite or [],
+        folder,
+        overrides=overrides or [],
+        weights=weights,
+        device=device,
+        dtype=dtype,
+        classifier=classifier,
     )
     for name, metric in metrics.items():
         print(f"{name:32} {metric.describe()}")

@@ -27,6 +27,7 @@ from transfusion.evaluate.metrics.classifier import (
 from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
 from transfusion.evaluate.suites import images_and_captions, nearest
 from transfusion.evaluate.suites.images_and_captions import token_f1
+from transfusion.evaluate.suites.settings import CaptionsSuite, GuidanceSuite, ImagesSuite, NearestSuite
 from transfusion.generate import image_files
 from transfusion.generate.pipeline import SampledImage
 
@@ -154,7 +155,7 @@ def drawn_by(
     save_classifier(classifier, save_path)
     config = Config.model_validate(settings)
     pipeline: Any = SimpleNamespace(config=config, tokenizer=None, sample=sample)
-    metrics = images_and_captions.images(pipeline, folder, classifier_path=save_path)
+    metrics = images_and_captions.images(pipeline, folder, ImagesSuite(classifier=str(save_path)))
     assert called["prompts"][: len(validation[1])] == validation[1]
     return {name: metric.value for name, metric in metrics.items()}, called
 
@@ -200,7 +201,7 @@ def test_the_scale_of_guidance_is_chosen_by_other_images_than_the_figure(
         calls.clear()
         config = Config.model_validate({"data": data})
         pipeline: Any = SimpleNamespace(config=config, tokenizer=None, sample=sample)
-        found = images_and_captions.guidance(pipeline, tmp_path, classifier_path=path)
+        found = images_and_captions.guidance(pipeline, tmp_path, GuidanceSuite(classifier=str(path)))
         return {name: metric.value for name, metric in found.items()}
 
     found = measured()
@@ -219,7 +220,7 @@ def test_captions_are_scored_against_their_own_images(
     monkeypatch.setattr(images_and_captions, "captioned_images", lambda *_, **__: coloured(4))
     said = ["a red square", "square", "", "a grey square"]
     pipeline: Any = SimpleNamespace(config=None, tokenizer=None, caption=lambda pixels, **_: said)
-    metric = images_and_captions.captions(pipeline, tmp_path)["caption_token_f1"]
+    metric = images_and_captions.captions(pipeline, tmp_path, CaptionsSuite())["caption_token_f1"]
     assert metric.value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
     lines = (tmp_path / "evaluation" / "captions.jsonl").read_text().splitlines()
     said = {"caption": "square", "expected": "A green square.", "f1": 0.5}
@@ -246,7 +247,7 @@ def test_copies_are_found_and_shown_under_the_images_that_were_drawn(
     monkeypatch.setattr(nearest, "captioned_images", lambda *_, **__: (pictures, captions))
     monkeypatch.setattr(nearest, "training_images", lambda _: pictures)
     pipeline: Any = SimpleNamespace(config=Config(), tokenizer=None, sample=sample)
-    metrics = nearest.nearest(pipeline, tmp_path)
+    metrics = nearest.nearest(pipeline, tmp_path, NearestSuite())
     assert [metric.value for metric in metrics.values()] == [0.0, 0.0]
     side = max(pictures[0].shape[1], image_files.GRID_CELL) + image_files.GRID_GAP
     with Image.open(tmp_path / "evaluation" / "nearest.png") as image:

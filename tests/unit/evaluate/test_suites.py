@@ -20,9 +20,10 @@ from transfusion.errors import UserError
 from transfusion.evaluate import captioned_images
 from transfusion.evaluate.metrics import classifier as classifiers
 from transfusion.evaluate.metrics.classifier import save_classifier, train_classifier
+from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
-from transfusion.evaluate.suites import digits, edit, evidence, images_and_captions, steps
-from transfusion.evaluate.suites.run import run_suites
+from transfusion.evaluate.suites.run import DEFAULT, run_suites
+from transfusion.evaluate.suites.settings import Suites
 from transfusion.generate.budget import read_table
 from transfusion.generate.pipeline import Pipeline
 
@@ -57,12 +58,22 @@ def open_model(build_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: py
         values["run"] = {"dir": str(tmp_path / "run")}
         pipeline = Pipeline(network, tokenizer, Config.model_validate(values), "cpu")
         monkeypatch.setattr(Pipeline, "from_export", lambda *_, **__: pipeline)
-        # What is drawn and said is not judged here.
-        monkeypatch.setattr(evidence, "SAMPLER_STEPS", 2)
-        monkeypatch.setattr(evidence, "MAX_CAPTION_TOKENS", 3)
         return tmp_path / "model"
 
     return make
+
+
+def run(
+    model: Path, asked: list[str], out: Path, *overrides: str, classifier: Path | None = None
+) -> dict[str, Metric]:
+    """`run_suites` in few steps, with short captions. What is drawn and said is not judged here."""
+    quick = [
+        f"{name}.{key}={value}"
+        for name in asked or DEFAULT
+        for key, value in (("steps", 2), ("max_tokens", 3))
+        if hasattr(getattr(Suites(), name), key)
+    ]
+    return run_suites(model, asked, out, overrides=[*quick, *overrides], classifier=classifier)
 
 
 def source(shards: str, name: str = "pairs") -> dict[str, str]:
@@ -87,7 +98,7 @@ def test_without_a_suite_losses_are_measured_and_a_few_images_drawn_and_captione
     monkeypatch.setattr(
         captioned_images, "read_values", lambda *some: read.append(some[1]) or read_values(*some)
     )
-    metrics = run_suites(model, [], tmp_path / "out")
+    metrics = run(model, [], tmp_path / "out")
     assert metrics.keys() == {"pairs_image_loss", "caption_token_f1"}
     assert "32 of the 70 validation images" in metrics["caption_token_f1"].how
     assert len(read) == 32 and read[0] == 0 and read[-1] == 69, "evenly spread, and no other is read"
@@ -106,7 +117,7 @@ def test_without_a_suite_losses_are_measured_and_a_few_images_drawn_and_captione
     assert "drawing 8 images" in told and "captioning 32 images" in told
 
     before = contents(left)
-    run_suites(model, [], tmp_path / "out")
+    run(model, [], tmp_path / "out")
     assert contents(left) == before, "the same images and captions each time"
 
 
@@ -116,19 +127,19 @@ def test_of_texts_alone_the_losses_are_measured_and_what_is_left_out_is_told(
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"someone wrote {word}"}) + "\n" for word in DIGIT_WORDS))
     model = open_model({"validation": [source(str(texts), "texts")]})
-    metrics = run_suites(model, [], tmp_path / "out")
+    metrics = run(model, [], tmp_path / "out")
     assert metrics.keys() == {"text_loss_nats_per_token", "text_loss_nats_per_byte"}
     assert (
         "suite samples is left out: data.validation names no images with captions" in capsys.readouterr().err
     )
     assert not (tmp_path / "out" / "evaluation").exists()
     with pytest.raises(UserError, match="no images with captions"):
-        run_suites(model, ["samples"], tmp_path / "out")
+        run(model, ["samples"], tmp_path / "out")
 
 
 def test_named_by_hand_all_captions_are_measured(open_model: Open, tmp_path: Path) -> None:
     pattern = write_pairs(tmp_path / "pairs", ["the digit seven"] * 70)
-    metrics = run_suites(open_model({"validation": [source(pattern)]}), ["captions"], tmp_path / "out")
+    metrics = run(open_model({"validation": [source(pattern)]}), ["captions"], tmp_path / "out")
     assert "the 70 validation images" in metrics["caption_token_f1"].how
     said = lines_of(tmp_path / "out" / "evaluation" / "captions.jsonl")
     assert len(said) == 70 and sum("image" in line for line in said) == 64
@@ -143,7 +154,7 @@ def test_stored_latents_are_looked_at_as_the_codec_shows_them(open_model: Open, 
         samples.append({"latent.npy": stream.getvalue(), "txt": b"the digit seven"})
     write_shards(samples, tmp_path / "latents")
     model = open_model({"validation": [source(f"{tmp_path}/latents/*.tar")]})
-    run_suites(model, ["samples"], tmp_path / "out")
+    run(model, ["samples"], tmp_path / "out")
     for number, latent in enumerate(latents):
         with Image.open(tmp_path / "out" / "evaluation" / "validation" / f"{number:04d}.png") as image:
             assert np.abs(np.asarray(image) - (latent[0] + 1) * 127.5).max() <= 0.5
@@ -159,7 +170,7 @@ def test_nothing_of_a_former_evaluation_is_left_among_the_new_images(
     (left / "generated" / "index.jsonl").write_text('{"file": "0500.png", "prompt": "old"}\n')
     (left / "captions.jsonl").write_text('{"caption": "old"}\n' * 99)
     pattern = write_pairs(tmp_path / "pairs", ["the digit seven"] * 3)
-    run_suites(open_model({"validation": [source(pattern)]}), ["samples"], tmp_path / "out")
+    run(open_model({"validation": [source(pattern)]}), ["samples"], tmp_path / "out")
     names = ["0000.png", "0001.png", "0002.png"]
     assert sorted(path.name for path in (left / "validation").iterdir()) == names
     assert sorted(path.name for path in (left / "generated").iterdir()) == [*names, "index.jsonl"]
@@ -175,9 +186,9 @@ def test_shards_that_are_not_here_are_told_with_the_folder_where_they_were_sough
     monkeypatch.chdir(tmp_path / "elsewhere")
     remedy = f"{re.escape(str(tmp_path / 'elsewhere'))}: change to that folder"
     with pytest.raises(UserError, match=rf"no shard pairs/\*\.tar.*training was started.*{remedy}"):
-        run_suites(model, [], tmp_path / "out")
+        run(model, [], tmp_path / "out")
     monkeypatch.chdir(tmp_path / "start")
-    assert run_suites(model, ["samples"], tmp_path / "out")
+    assert run(model, ["samples"], tmp_path / "out")
 
 
 TWO_SIZES = {"image_sizes": ["8x16", "8x8"], "position": "2d"}
@@ -189,7 +200,7 @@ def test_images_of_two_sizes_are_captioned_and_drawn_at_their_own_sizes(
     captions = [f"the digit {DIGIT_WORDS[number]}" for number in range(8)]
     pattern = write_pairs(tmp_path / "pairs", captions, [(8, 8), (8, 16)])
     model = open_model({"validation": [source(pattern)]}, **TWO_SIZES)
-    run_suites(model, ["samples", "captions"], tmp_path / "out")
+    run(model, ["samples", "captions"], tmp_path / "out")
     left = tmp_path / "out" / "evaluation"
     drawn = lines_of(left / "generated" / "index.jsonl")
     assert sorted(line["prompt"] for line in drawn) == sorted(captions)
@@ -204,7 +215,6 @@ def test_images_of_two_sizes_are_captioned_and_drawn_at_their_own_sizes(
 def test_a_classifier_of_two_sizes_judges_images_of_both(
     open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images_and_captions, "SAMPLES", 10)
     monkeypatch.setattr(classifiers, "MIN_IMAGES", 3)
     captions = [f"the digit {DIGIT_WORDS[number % 3]}" for number in range(12)]
     pattern = write_pairs(tmp_path / "pairs", captions, [(8, 8), (8, 16)])
@@ -213,7 +223,7 @@ def test_a_classifier_of_two_sizes_judges_images_of_both(
     found = captioned_images.captioned_images(pipeline.config, pipeline.tokenizer, validation=False)
     path = tmp_path / "classifier.safetensors"
     save_classifier(train_classifier(*found, epochs=1, say=lambda line: None), path)
-    metrics = run_suites(model, ["images"], tmp_path / "out", classifier=path)
+    metrics = run(model, ["images"], tmp_path / "out", "images.count=10", classifier=path)
     assert 0 <= metrics["classifier_word_recall"].value <= 1
     assert metrics["classifier_frechet_of_validation"].value < 1e-6, "the same images as those of training"
 
@@ -237,12 +247,10 @@ def write_edits(folder: Path, count: int) -> str:
 
 
 def test_edits_are_scored_behind_their_image_and_without_it_and_drawn(
-    open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_model: Open, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(edit, "DRAWS", 4)
-    monkeypatch.setattr(edit, "SAMPLER_STEPS", 2)
     model = open_model({"validation": [source(write_edits(tmp_path / "edits", 20))]})
-    metrics = run_suites(model, ["edit"], tmp_path / "out")
+    metrics = run(model, ["edit"], tmp_path / "out", "edit.draws=4")
     assert "20 documents" in metrics["edit_distance"].how
     behind, alone = (metrics[f"edit_nats_per_value{which}"].value for which in ("", "_without_the_image"))
     assert np.isfinite([behind, alone]).all() and behind != alone
@@ -252,24 +260,22 @@ def test_edits_are_scored_behind_their_image_and_without_it_and_drawn(
         assert shown.size == (16 * 52 + 4, 3 * 52 + 4)
     model = open_model({"validation": [source(write_pairs(tmp_path / "pairs", ["one", "two"]))]})
     with pytest.raises(UserError, match="the suite edit needs documents of an image, a text and an image"):
-        run_suites(model, ["edit"], tmp_path / "out")
+        run(model, ["edit"], tmp_path / "out")
 
 
 def test_digits_are_drawn_at_the_size_of_the_digits_where_a_model_has_another_first(
-    open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_model: Open, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(digits, "SAMPLES", 2)
-    monkeypatch.setattr(digits, "SAMPLER_STEPS", 2)
     captions = [f"a handwritten {word}" for word in DIGIT_WORDS] * 2
     square = write_pairs(tmp_path / "square", captions)
     model = open_model({"sources": [source(square)], "validation": [source(square)]}, **TWO_SIZES)
-    metrics = run_suites(model, ["digits"], tmp_path / "out")
+    metrics = run(model, ["digits"], tmp_path / "out", "digits.count=2")
     assert metrics["classifier_accuracy_on_real"].value == 1.0
     assert len(lines_of(tmp_path / "out" / "evaluation" / "generated" / "index.jsonl")) == 20
     mixed = write_pairs(tmp_path / "mixed", captions, [(8, 8), (8, 16)])
     model = open_model({"sources": [source(mixed)], "validation": [source(mixed)]}, **TWO_SIZES)
     with pytest.raises(UserError, match="needs images of one size"):
-        run_suites(model, ["digits"], tmp_path / "out")
+        run(model, ["digits"], tmp_path / "out")
 
 
 def test_whoever_waits_is_told_at_the_beginning_and_every_ten_seconds() -> None:
@@ -289,15 +295,11 @@ def test_whoever_waits_is_told_at_the_beginning_and_every_ten_seconds() -> None:
     ]
 
 
-def test_steps_tell_how_close_each_sampler_comes(
-    open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_tell_how_close_each_sampler_comes(open_model: Open, tmp_path: Path) -> None:
     """Against many steps of the same path: more steps come closer, and `--budget` finds the figures."""
-    monkeypatch.setattr(steps, "STEPS", (2, 16))
-    monkeypatch.setattr(steps, "REFERENCE_STEPS", 64)
     pairs = source(write_pairs(tmp_path / "pairs", ["one", "two", "three"]))
     model = open_model({"validation": [pairs]})
-    metrics = run_suites(model, ["steps"], tmp_path / "out")
+    metrics = run(model, ["steps"], tmp_path / "out", "steps.steps=64", "steps.tried=[2,16]")
     assert metrics.keys() == {
         f"distance_{name}_{count}_steps" for name in ("ddim", "dpmpp_2m") for count in (2, 16)
     }
@@ -309,3 +311,46 @@ def test_steps_tell_how_close_each_sampler_comes(
         (name.split("_", 1)[1].rsplit("_", 2)[0], int(name.split("_")[-2])): metric.value
         for name, metric in metrics.items()
     }
+
+
+def test_a_file_of_suites_says_what_runs_and_how(open_model: Open, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs", ["the digit seven"] * 5)
+    others = write_pairs(tmp_path / "others", ["the digit eight"] * 6)
+    model = open_model({"validation": [source(pairs)]})
+    file = tmp_path / "suites.yaml"
+    file.write_text(
+        f"validation:\nsamples: {{steps: 2}}\n"
+        f"captions: {{max_tokens: 2, data: [{{name: others, shards: '{others}'}}]}}\n"
+    )
+    metrics = run_suites(model, [str(file), "captions"], tmp_path / "out")
+    assert metrics.keys() == {"caption_token_f1"} and "the 6 validation" in metrics["caption_token_f1"].how
+    overrides = ["samples.count=2", "samples.max_tokens=1"]
+    metrics = run_suites(model, [str(file)], tmp_path / "out", overrides=overrides)
+    assert metrics.keys() == {"pairs_image_loss", "caption_token_f1"}
+    left = tmp_path / "out" / "evaluation"
+    drawn = lines_of(left / "generated" / "index.jsonl")
+    assert [line["prompt"] for line in drawn] == ["the digit seven"] * 2
+    assert {line["expected"] for line in lines_of(left / "captions.jsonl")} == {"the digit eight"}, (
+        "it ran last"
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "overrides", "words"),
+    [
+        (["picture"], [], "no suite named 'picture'; there are validation, samples, .* or name a .yaml file"),
+        (["samples"], ["samples.step=2"], "the overrides: samples.step is not a key.*steps"),
+        (["samples"], ["samples.steps=0"], "the overrides: samples.steps"),
+        (["samples"], ["nearest.steps=2"], "nearest is set and does not run; add --suite nearest"),
+        ([], ["images.count=2"], "images is set and does not run"),
+        (["one.yaml", "two.yml"], [], "two.yml is a second file of suites; name one"),
+        (["missing.yaml"], [], "missing.yaml"),
+        (["images"], [], "needs? --classifier"),
+    ],
+)
+def test_what_is_asked_in_vain_is_told_with_the_remedy(
+    open_model: Open, tmp_path: Path, asked: list[str], overrides: list[str], words: str
+) -> None:
+    model = open_model({"validation": [source(write_pairs(tmp_path / "pairs", ["one", "two"]))]})
+    with pytest.raises(UserError, match=words):
+        run_suites(model, asked, tmp_path / "out", overrides=overrides)

@@ -18,22 +18,20 @@ from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import single_images
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
-from transfusion.evaluate.suites.evidence import describe, save_captions, save_drawn
+from transfusion.evaluate.suites.evidence import Drawing, describe, save_captions, save_drawn
+from transfusion.evaluate.suites.settings import DigitsSuite
 from transfusion.generate.pipeline import Pipeline
 from transfusion.sequence.sizes import Size
 
 Pixels = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-SAMPLES = 20
-GUIDANCE = 3.0
-SAMPLER_STEPS = 50
 # For flow and x the only one without a second call a step.
 SAMPLER: dict[PredictionName, str] = {"epsilon": "ddpm", "v": "ddpm", "flow": "euler", "x": "euler"}
 GENERATION_BAR, DIVERSITY_BAR, CAPTION_BAR = 0.95, 0.5, 0.90
 
 
-def digits(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
+def digits(pipeline: Pipeline, out: Path, settings: DigitsSuite) -> dict[str, Metric]:
     """Generation read by a classifier of real digits, diversity, and captions of the validation images.
 
     Leaves evidence under OUT/evaluation: generated/ (images, index.jsonl), validation/ (images), captions.jsonl.
@@ -41,13 +39,14 @@ def digits(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     train_pixels, train_labels, _ = _images(pipeline, pipeline.config.data.sources)
     test_pixels, test_labels, test_values = _images(pipeline, pipeline.config.data.validation)
     size = Size(*test_values.shape[2:])
-    drawn = _generation(pipeline, out, size, train_pixels, train_labels, test_pixels, test_labels)
-    return drawn | _captions(pipeline, out, test_values, test_labels)
+    drawn = _generation(pipeline, out, settings, size, train_pixels, train_labels, test_pixels, test_labels)
+    return drawn | _captions(pipeline, out, settings, test_values, test_labels)
 
 
 def _generation(
     pipeline: Pipeline,
     out: Path,
+    settings: DigitsSuite,
     size: Size,
     train: Pixels,
     train_labels: Labels,
@@ -58,22 +57,23 @@ def _generation(
 
     classifier = SVC(gamma=0.2).fit(train, train_labels)
     prompts = [f"a handwritten {word}" for word in DIGIT_WORDS]
-    sampler = SAMPLER[pipeline.config.diffusion.prediction]
+    drawing = Drawing.of(settings, pipeline)
+    if not settings.sampler:
+        drawing = drawing._replace(sampler=SAMPLER[pipeline.config.diffusion.prediction])
     samples = pipeline.sample(
         prompts,
-        per_prompt=SAMPLES,
-        guidance=GUIDANCE,
-        steps=SAMPLER_STEPS,
-        sampler=sampler,
-        seed=0,
-        batch=SAMPLES * 10,
+        per_prompt=settings.count,
+        guidance=drawing.guidance,
+        steps=drawing.steps,
+        sampler=drawing.sampler,
+        seed=drawing.seed,
+        batch=settings.batch,
         size=size,
-        on_call=ProgressLines(f"drawing {SAMPLES} images of each of {len(prompts)} digits"),
+        on_call=ProgressLines(f"drawing {settings.count} images of each of {len(prompts)} digits"),
     )
     save_drawn(samples, out)
     drawn = _scaled(torch.stack([sample.pixels for sample in samples]))
-    wanted = np.repeat(np.arange(len(prompts)), SAMPLES)
-    settings = f"{sampler.upper()} {SAMPLER_STEPS} steps, guidance {GUIDANCE:g}, seeds from 0"
+    wanted = np.repeat(np.arange(len(prompts)), settings.count)
     ratios = [
         _spread(drawn[wanted == digit]) / _spread(train[train_labels == digit])
         for digit in range(len(prompts))
@@ -83,8 +83,8 @@ def _generation(
         "generation_accuracy": Metric(
             value=float((classifier.predict(drawn) == wanted).mean()),
             threshold=GENERATION_BAR,
-            how=f"SVC(gamma=0.2), trained on {len(train)} real images, reads {SAMPLES} samples of {classes}; "
-            f"{settings}",
+            how=f"SVC(gamma=0.2), trained on {len(train)} real images, reads {settings.count} samples of {classes}; "
+            f"{drawing}",
         ),
         "classifier_accuracy_on_real": Metric(
             value=float((classifier.predict(test) == test_labels).mean()),
@@ -106,8 +106,10 @@ def _generation(
     }
 
 
-def _captions(pipeline: Pipeline, out: Path, values: torch.Tensor, labels: Labels) -> dict[str, Metric]:
-    captions = describe(pipeline, list(values))
+def _captions(
+    pipeline: Pipeline, out: Path, settings: DigitsSuite, values: torch.Tensor, labels: Labels
+) -> dict[str, Metric]:
+    captions = describe(pipeline, list(values), settings)
     lines = [
         {
             "caption": caption,

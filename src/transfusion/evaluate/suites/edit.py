@@ -10,30 +10,27 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from transfusion.config.objectives import SAMPLERS
 from transfusion.data.loading.validation import documents
 from transfusion.errors import UserError
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
-from transfusion.evaluate.suites.evidence import GUIDANCE, SAMPLER_STEPS
+from transfusion.evaluate.suites.evidence import Drawing
+from transfusion.evaluate.suites.settings import EditSuite
 from transfusion.generate.image_files import write_rows
 from transfusion.generate.pipeline import Pipeline
 from transfusion.schema import ImageSegment, TextSegment
 
-DOCUMENTS = 64
-# Timesteps that each image is scored at.
-DRAWS = 32
 EVIDENCE = "edits.png"
 _SHOWN = 16
 
 
-def edit(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
+def edit(pipeline: Pipeline, out: Path, settings: EditSuite) -> dict[str, Metric]:
     """How well the last image of a document follows from its first image and the text between them.
 
     For documents of an image, a text and an image. Leaves OUT/evaluation/edits.png: first images, what was drawn, and
     the true ones. Raises UserError where there are none, for latents in their place, and for a model without a bound.
     """
-    found = list(islice(_triples(pipeline), DOCUMENTS))
+    found = list(islice(_triples(pipeline), settings.count))
     if not found:
         raise UserError(
             "the suite edit needs documents of an image, a text and an image in data.validation; choose another"
@@ -47,17 +44,17 @@ def edit(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
         ("_without_the_image", texts),
     ):
         pairs = list(zip(contexts, lasts, strict=True))
-        each = [pipeline.score([before], [last], samples=DRAWS)[0] for before, last in tell.each(pairs)]
+        each = [
+            pipeline.score([before], [last], samples=settings.draws)[0] for before, last in tell.each(pairs)
+        ]
         scores[name] = fmean(-score.log_likelihood / score.count for score in each)
-    sampler = SAMPLERS[pipeline.config.diffusion.prediction][0]
-    guidance = GUIDANCE if pipeline.config.data.caption_dropout > 0 else 1.0
-    steps = min(SAMPLER_STEPS, pipeline.config.diffusion.steps)
+    drawing = Drawing.of(settings, pipeline)
     tell = ProgressLines(f"drawing {len(found)} edits")
-    samples = pipeline.edit(firsts, texts, sampler=sampler, guidance=guidance, steps=steps, on_call=tell)
+    samples = pipeline.edit(firsts, texts, **drawing._asdict(), batch=settings.batch, on_call=tell)
     drawn = [sample.pixels for sample in samples]
     write_rows([row[:_SHOWN] for row in (firsts, drawn, lasts)], out / "evaluation" / EVIDENCE)
-    bound = f"variational bound of the last images of {count}, nats over values, {DRAWS} draws of timestep and noise"
-    settings = f"{sampler} {steps} steps, guidance {guidance:g}, seeds from 0"
+    draws = f"{settings.draws} draws of timestep and noise"
+    bound = f"variational bound of the last images of {count}, nats over values, {draws}"
     return {
         "edit_nats_per_value": Metric(value=scores[""], unit="nats/value", higher_is_better=False, how=bound),
         "edit_nats_per_value_without_the_image": Metric(
@@ -70,7 +67,7 @@ def edit(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
             value=_distance(drawn, lasts),
             unit="of 255",
             higher_is_better=False,
-            how=f"root mean square distance of images drawn behind {count} before the last ({settings}) from the last",
+            how=f"root mean square distance of images drawn behind {count} before the last ({drawing}) from the last",
         ),
         "edit_distance_of_no_change": Metric(
             value=_distance(firsts, lasts),

@@ -8,43 +8,57 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
 from transfusion.config.objectives import SAMPLERS
 from transfusion.evaluate.progress_lines import ProgressLines
+from transfusion.evaluate.suites.settings import DescribingSuite, DrawingSuite
 from transfusion.files import atomic_write_text, remove_leftover
 from transfusion.generate.image_files import save_samples
 from transfusion.generate.pillow_images import to_image
 from transfusion.generate.pipeline import Pipeline, SampledImage
 from transfusion.sequence.sizes import Size
 
+# Where a suite names no scale.
 GUIDANCE = 3.0
-SAMPLER_STEPS = 25
-BATCH = 128
-CAPTION_BATCH = 256
-MAX_CAPTION_TOKENS = 32
+
+
+class Drawing(NamedTuple):
+    """How a suite draws with one model."""
+
+    sampler: str
+    steps: int
+    guidance: float
+    seed: int
+
+    @classmethod
+    def of(cls, settings: DrawingSuite, pipeline: Pipeline) -> Self:
+        """What the settings leave open is the model's: its quick sampler, and guidance if it knows dropped captions."""
+        config = pipeline.config
+        return cls(
+            settings.sampler or SAMPLERS[config.diffusion.prediction][0],
+            min(settings.steps, config.diffusion.steps),
+            settings.guidance or (GUIDANCE if config.data.caption_dropout > 0 else 1.0),
+            settings.seed,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.sampler} {self.steps} steps, guidance {self.guidance:g}, seeds from {self.seed}"
 
 
 def draw(
     pipeline: Pipeline,
     prompts: Sequence[str],
     images: Sequence[Tensor],
-    *,
-    guidance: float | None = None,
-    seed: int = 0,
-) -> tuple[list[SampledImage], str]:
-    """Draw an image of each prompt with the quick sampler, and tell the settings in words.
+    drawing: Drawing,
+    batch: int,
+) -> list[SampledImage]:
+    """Draw an image of each prompt, `batch` at once.
 
-    images: one [C, H, W] for each prompt, which gives the size. Those of one size are drawn together. guidance: none is
-    GUIDANCE, and 1 for a model that never learned without captions. seed: of the first image.
+    images: one [C, H, W] for each prompt, which gives the size. Those of one size are drawn together.
     """
-    config = pipeline.config
-    sampler = SAMPLERS[config.diffusion.prediction][0]
-    if guidance is None:
-        guidance = GUIDANCE if config.data.caption_dropout > 0 else 1.0
-    steps = min(SAMPLER_STEPS, config.diffusion.steps)
     by_size: dict[Size, list[str]] = {}
     for prompt, image in zip(prompts, images, strict=True):
         by_size.setdefault(Size(*image.shape[1:]), []).append(prompt)
@@ -52,25 +66,26 @@ def draw(
     for size, here in by_size.items():
         samples += pipeline.sample(
             here,
-            guidance=guidance,
-            steps=steps,
-            sampler=sampler,
-            seed=seed + len(samples),
-            batch=BATCH,
+            guidance=drawing.guidance,
+            steps=drawing.steps,
+            sampler=drawing.sampler,
+            seed=drawing.seed + len(samples),
+            batch=batch,
             size=size,
             on_call=ProgressLines(f"drawing {len(here)} images of {size} pixels"),
         )
-    return samples, f"{sampler} {steps} steps, guidance {guidance:g}, seeds from {seed}"
+    return samples
 
 
-def describe(pipeline: Pipeline, images: Sequence[Tensor]) -> list[str]:
+def describe(pipeline: Pipeline, images: Sequence[Tensor], settings: DescribingSuite) -> list[str]:
     """Greedy captions of images, uint8 [C, H, W] each."""
     tell = ProgressLines(f"captioning {len(images)} images")
     captions: list[str] = []
-    for start in range(0, len(images), CAPTION_BATCH):
+    size = settings.caption_batch
+    for start in range(0, len(images), size):
         tell(start, len(images))
-        part = images[start : start + CAPTION_BATCH]
-        captions += pipeline.caption(part, max_tokens=MAX_CAPTION_TOKENS, batch=CAPTION_BATCH)
+        part = images[start : start + size]
+        captions += pipeline.caption(part, max_tokens=settings.max_tokens, batch=size)
     return captions
 
 

@@ -9,57 +9,63 @@ from statistics import fmean
 
 from torch import Tensor
 
+from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import captioned_images, evenly, some_captioned_images
 from transfusion.evaluate.metrics.classifier import features_of, load_classifier, recall, words_of
 from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
 from transfusion.evaluate.metrics.metric import Metric
-from transfusion.evaluate.suites.evidence import describe, draw, save_captions, save_drawn
+from transfusion.evaluate.suites.evidence import Drawing, describe, draw, save_captions, save_drawn
+from transfusion.evaluate.suites.settings import (
+    CaptionsSuite,
+    DescribingSuite,
+    GuidanceSuite,
+    ImagesSuite,
+    SamplesSuite,
+)
 from transfusion.generate.pipeline import Pipeline
 
-SAMPLES = 1000
 IMAGES_KEPT = 64
-# Of the suite that compares scales of guidance: images for each.
-SCALES, SWEEP = (1.0, 2.0, 3.0, 5.0, 8.0), 250
-# Of the suite that is no measurement but a look.
-FEW_IMAGES, FEW_CAPTIONS = 8, 32
 
 
-def samples(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
+def samples(pipeline: Pipeline, out: Path, settings: SamplesSuite) -> dict[str, Metric]:
     """A look at any model in short time: a few images of validation captions, captions of a few validation images.
 
     Leaves OUT/evaluation as `images` and `captions` do. Raises NoCaptionedImagesError.
     """
-    found, expected, total = some_captioned_images(pipeline, FEW_CAPTIONS)
-    places = evenly(len(found), FEW_IMAGES)
-    drawn, _ = draw(pipeline, [expected[place] for place in places], [found[place] for place in places])
-    save_drawn(drawn, out)
-    return _captions(pipeline, out, found, expected, f"{len(found)} of the {total}")
+    found, expected, total = some_captioned_images(pipeline, settings.captions)
+    places = evenly(len(found), settings.count)
+    prompts, sizes = [expected[place] for place in places], [found[place] for place in places]
+    save_drawn(draw(pipeline, prompts, sizes, Drawing.of(settings, pipeline), settings.batch), out)
+    return _captions(pipeline, out, settings, found, expected, f"{len(found)} of the {total}")
 
 
-def images(pipeline: Pipeline, out: Path, *, classifier_path: Path) -> dict[str, Metric]:
+def images(pipeline: Pipeline, out: Path, settings: ImagesSuite) -> dict[str, Metric]:
     """Images drawn from the validation captions against the classifier's training images, in its eyes.
 
     Leaves the first of them under OUT/evaluation/generated. Raises UserError as the classifier and the data do.
     """
-    judge = _Judge(pipeline, classifier_path)
+    judge = _Judge(pipeline, settings)
     reached = judge.of_validation()
-    return judge.drawn(out, SAMPLES, guidance=None) | reached
+    return judge.drawn(out, settings.count, Drawing.of(settings, pipeline)) | reached
 
 
-def guidance(pipeline: Pipeline, out: Path, *, classifier_path: Path) -> dict[str, Metric]:
+def guidance(pipeline: Pipeline, out: Path, settings: GuidanceSuite) -> dict[str, Metric]:
     """As `images`, at the scale of guidance whose images come nearest: a few at each scale, then as many as there.
 
     A model without caption dropout is measured at scale 1 alone. Raises UserError as `images` does.
     """
-    judge = _Judge(pipeline, classifier_path)
+    judge = _Judge(pipeline, settings)
     reached = judge.of_validation()
-    scales = SCALES if pipeline.config.data.caption_dropout > 0 else (1.0,)
+    scales = settings.scales if pipeline.config.data.caption_dropout > 0 else [1.0]
+    drawing = Drawing.of(settings, pipeline)
+    # Behind the seeds of the figure, so that luck in choosing is none in it.
+    later = drawing._replace(seed=drawing.seed + settings.count)
     tried = {
-        scale: judge.drawn(out, SWEEP, guidance=scale, seed=SAMPLES)["classifier_frechet"] for scale in scales
+        scale: judge.drawn(out, settings.tried, later._replace(guidance=scale))["classifier_frechet"]
+        for scale in scales
     }
     best = min(scales, key=lambda scale: tried[scale].value)
-    # Seeds of its own, so that luck in choosing is none in the figure.
-    chosen = judge.drawn(out, SAMPLES, guidance=best)
+    chosen = judge.drawn(out, settings.count, drawing._replace(guidance=best))
     return {
         **{f"classifier_frechet_at_guidance_{scale:g}": metric for scale, metric in tried.items()},
         **{f"{name}_at_best_guidance": metric for name, metric in chosen.items()},
@@ -70,10 +76,14 @@ def guidance(pipeline: Pipeline, out: Path, *, classifier_path: Path) -> dict[st
 class _Judge:
     """Rates images of the validation captions by a classifier."""
 
-    def __init__(self, pipeline: Pipeline, classifier_path: Path) -> None:
-        self.pipeline = pipeline
-        self.name = classifier_path.name
-        self.classifier = load_classifier(classifier_path)
+    def __init__(self, pipeline: Pipeline, settings: ImagesSuite) -> None:
+        if not settings.classifier:
+            raise UserError(
+                "the suites images and guidance need --classifier; `transfusion classifier CONFIG --out FILE` makes one"
+            )
+        self.pipeline, self.batch = pipeline, settings.batch
+        path = Path(settings.classifier)
+        self.name, self.classifier = path.name, load_classifier(path)
         self.images, self.captions = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
 
     def of_validation(self) -> dict[str, Metric]:
@@ -82,18 +92,13 @@ class _Judge:
         rated = self._rated(self.images, self.captions, which)
         return {f"{name}_of_validation": metric for name, metric in rated.items()}
 
-    def drawn(self, out: Path, count: int, *, guidance: float | None, seed: int = 0) -> dict[str, Metric]:
+    def drawn(self, out: Path, count: int, drawing: Drawing) -> dict[str, Metric]:
         """The figures of so many drawn images, the first of which are left under OUT/evaluation/generated."""
         turns = [number % len(self.captions) for number in range(count)]
-        samples, settings = draw(
-            self.pipeline,
-            [self.captions[turn] for turn in turns],
-            [self.images[turn] for turn in turns],
-            guidance=guidance,
-            seed=seed,
-        )
+        prompts, sizes = [self.captions[turn] for turn in turns], [self.images[turn] for turn in turns]
+        samples = draw(self.pipeline, prompts, sizes, drawing, self.batch)
         save_drawn(samples[:IMAGES_KEPT], out)
-        which = f"{count} images of the validation captions in turn ({settings})"
+        which = f"{count} images of the validation captions in turn ({drawing})"
         return self._rated(
             [sample.pixels for sample in samples], [sample.prompt for sample in samples], which
         )
@@ -114,19 +119,24 @@ class _Judge:
         }
 
 
-def captions(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
+def captions(pipeline: Pipeline, out: Path, settings: CaptionsSuite) -> dict[str, Metric]:
     """Greedy captions of all validation images against theirs.
 
     Leaves OUT/evaluation/captions.jsonl, and the first of the images beside it.
     """
     validation, expected = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
-    return _captions(pipeline, out, validation, expected, f"the {len(validation)}")
+    return _captions(pipeline, out, settings, validation, expected, f"the {len(validation)}")
 
 
 def _captions(
-    pipeline: Pipeline, out: Path, found: Sequence[Tensor], expected: Sequence[str], which: str
+    pipeline: Pipeline,
+    out: Path,
+    settings: DescribingSuite,
+    found: Sequence[Tensor],
+    expected: Sequence[str],
+    which: str,
 ) -> dict[str, Metric]:
-    said = describe(pipeline, found)
+    said = describe(pipeline, found, settings)
     scores = [token_f1(one, other) for one, other in zip(said, expected, strict=True)]
     lines = [
         {"caption": one, "expected": other, "f1": round(score, 4)}

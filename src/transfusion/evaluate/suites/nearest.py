@@ -15,18 +15,18 @@ from torch import Tensor
 from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import captioned_images, evenly, training_images
 from transfusion.evaluate.metrics.metric import Metric
-from transfusion.evaluate.suites.evidence import draw
+from transfusion.evaluate.suites.evidence import Drawing, draw
+from transfusion.evaluate.suites.settings import NearestSuite
 from transfusion.generate.image_files import write_rows
 from transfusion.generate.pipeline import Pipeline
 
-IMAGES = 64
 EVIDENCE = "nearest.png"
 # Other images that are compared at once.
 _BLOCK = 512
 _ACROSS = 16
 
 
-def nearest(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
+def nearest(pipeline: Pipeline, out: Path, settings: NearestSuite) -> dict[str, Metric]:
     """Distances of drawn images, and of as many validation images, to the nearest training image of their size.
 
     Stored latents are compared as the codec decodes them. Leaves OUT/evaluation/nearest.png: drawn images, under each
@@ -34,9 +34,10 @@ def nearest(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     """
     training = training_images(pipeline)
     validation, captions = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
-    places = evenly(len(validation), IMAGES)
+    places = evenly(len(validation), settings.count)
     real = [validation[place] for place in places]
-    samples, settings = draw(pipeline, [captions[place] for place in places], real)
+    drawing = Drawing.of(settings, pipeline)
+    samples = draw(pipeline, [captions[place] for place in places], real, drawing, settings.batch)
     drawn = [sample.pixels for sample in samples]
     found = nearest_of(drawn, training)
     copies = [training[place] for place, _ in found]
@@ -47,7 +48,7 @@ def nearest(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     return {
         "distance_to_nearest_training_image": Metric(
             value=fmean(distance for _, distance in found),
-            how=how.format(f"{len(drawn)} images of validation captions ({settings})"),
+            how=how.format(f"{len(drawn)} images of validation captions ({drawing})"),
         ),
         "distance_to_nearest_training_image_of_validation": Metric(
             value=fmean(distance for _, distance in nearest_of(real, training)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from transfusion.config import SourceConfig
+from transfusion.config.checking import check_as
+from transfusion.config.yaml_files import override, read
 from transfusion.data.shards.webdataset import expand_all
 from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import NoCaptionedImagesError
@@ -20,6 +22,7 @@ from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.edit import edit
 from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
 from transfusion.evaluate.suites.nearest import nearest
+from transfusion.evaluate.suites.settings import Suites
 from transfusion.evaluate.suites.steps import steps
 from transfusion.evaluate.suites.validation import validation
 from transfusion.files import atomic_write_text
@@ -29,30 +32,58 @@ from transfusion.generate.pipeline import Pipeline
 
 METRICS = TABLE
 
-# From a model, and the folder where evidence is left.
-Suite = Callable[[Pipeline, Path], dict[str, Metric]]
-
-# By name.
-SUITES: dict[str, Suite] = {
+# From a model, the folder where evidence is left, and the settings of that name. In the order in which they run.
+SUITES: dict[str, Callable[[Pipeline, Path, Any], dict[str, Metric]]] = {
     "validation": validation,
     "samples": samples,
     "digits": digits,
+    "images": images,
+    "guidance": guidance,
     "captions": captions,
     "nearest": nearest,
     "edit": edit,
     "steps": steps,
 }
-# Those that need a classifier.
-RATED = {"images": images, "guidance": guidance}
 # What runs where none is named. Of these, what the data do not allow is left out.
 DEFAULT = ("validation", "samples")
 
 
+def choose(
+    asked: Sequence[str], overrides: Sequence[str] = (), *, classifier: Path | None = None
+) -> tuple[Suites, list[str]]:
+    """The settings of all suites, and those that are to run: none are the default ones.
+
+    asked: names of suites, and at most one file of them. Its suites run where no name stands beside it. overrides:
+    `SUITE.key=value`. classifier: of all suites that take one. Raises UserError for what is unknown or set in vain.
+    """
+    files = [word for word in asked if Path(word).suffix in (".yaml", ".yml")]
+    names = [word for word in asked if word not in files]
+    if unknown := [name for name in names if name not in SUITES]:
+        raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join(SUITES)}, or name a .yaml file")
+    if len(files) > 1:
+        raise UserError(f"{files[1]} is a second file of suites; name one")
+    # `captions:` alone is that suite as it is.
+    stored = read(Path(files[0])) if files else {}
+    values = {name: {} if section is None else section for name, section in stored.items()}
+    before = set(values)
+    chosen = names or list(values) or list(DEFAULT)
+    where = files[0] if files else "the overrides"
+    settings = check_as(Suites, values, problems=override(values, overrides), where=where)
+    if vain := [name for name in values if name not in chosen and name not in before]:
+        raise UserError(f"{vain[0]} is set and does not run; add --suite {vain[0]}")
+    if classifier is not None:
+        told = {"classifier": str(classifier)}
+        update = {name: getattr(settings, name).model_copy(update=told) for name in ("images", "guidance")}
+        settings = settings.model_copy(update=update)
+    return settings, chosen
+
+
 def run_suites(
     model: Path,
-    names: Sequence[str],
+    asked: Sequence[str],
     out: Path,
     *,
+    overrides: Sequence[str] = (),
     weights: Weights = "auto",
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -60,33 +91,25 @@ def run_suites(
 ) -> dict[str, Metric]:
     """Run suites on an exported model; writes OUT/metrics.json (added to what is there) and OUT/evaluation/.
 
-    names: none are the default ones, as far as the data allow. classifier: for the suites of RATED. Raises UserError
-    for an unknown suite, or when the model's validation data is not to be found.
+    asked, overrides, classifier: see `choose`. Of the default suites those run that the data allow. Raises UserError as
+    `choose` does, and when the data is not to be found.
     """
-    suites = dict(SUITES)
-    for name, suite in RATED.items():
-        if classifier is not None:
-            suites[name] = functools.partial(suite, classifier_path=classifier)
-        elif name in names:
-            raise UserError(
-                f"the suite {name} needs --classifier; `transfusion classifier CONFIG --out FILE` makes one"
-            )
-    unknown = [name for name in names if name not in suites]
-    if unknown:
-        raise UserError(f"no suite named {unknown[0]!r}; there are {', '.join([*SUITES, *RATED])}")
+    settings, names = choose(asked, overrides, classifier=classifier)
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
-    _refuse_missing_shards(pipeline.config.data.validation)
+    on = {name: _on(pipeline, getattr(settings, name).data) for name in names}
+    for each in on.values():
+        _refuse_missing_shards(each.config.data.validation)
     if pipeline.config.train.threads:
         torch.set_num_threads(pipeline.config.train.threads)
     out.mkdir(parents=True, exist_ok=True)
     known = _known(out / METRICS)
     metrics: dict[str, Metric] = {}
-    for name in names or DEFAULT:
+    for name, each in on.items():
         say(f"suite {name}")
         try:
-            metrics |= suites[name](pipeline, out)
+            metrics |= SUITES[name](each, out, getattr(settings, name))
         except NoCaptionedImagesError as reason:
-            if names:
+            if asked:
                 raise
             say(f"suite {name} is left out: {reason}")
     # Names and numbers on top, for whoever compares; how each was measured under `details`.
@@ -94,6 +117,16 @@ def run_suites(
     values = {name: detail["value"] for name, detail in details.items()}
     atomic_write_text(out / METRICS, json.dumps(values | {"details": details}, indent=2) + "\n")
     return metrics
+
+
+def _on(pipeline: Pipeline, data: list[SourceConfig]) -> Pipeline:
+    """The same model with these data in place of its data.validation, if there are any."""
+    if not data:
+        return pipeline
+    changed = copy.copy(pipeline)
+    config = pipeline.config
+    changed.config = config.model_copy(update={"data": config.data.model_copy(update={"validation": data})})
+    return changed
 
 
 def _refuse_missing_shards(sources: Sequence[SourceConfig]) -> None:

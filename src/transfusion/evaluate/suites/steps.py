@@ -12,18 +12,16 @@ from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import some_captioned_images
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
-from transfusion.evaluate.suites.evidence import GUIDANCE
+from transfusion.evaluate.suites.evidence import Drawing
+from transfusion.evaluate.suites.settings import StepsSuite
 from transfusion.generate.budget import NAME
 from transfusion.generate.pipeline import Pipeline
 
-STEPS = (4, 8, 12, 25, 50)
 # What adds noise on the way leads elsewhere.
 RANDOM = ("ddpm",)
-REFERENCE, REFERENCE_STEPS = "dpmpp_2m", 250
-IMAGES = 16
 
 
-def steps(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
+def steps(pipeline: Pipeline, out: Path, settings: StepsSuite) -> dict[str, Metric]:
     """Root mean square distance of images by each sampler and number of steps from those of many steps, same seeds.
 
     All samplers without noise of their own follow one path, and more steps keep closer to it. Leaves no evidence.
@@ -32,26 +30,26 @@ def steps(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     config = pipeline.config
     if config.model.family == "chameleon":
         raise UserError("the suite steps is for models that diffuse images; this one draws token by token")
-    _, captions, _ = some_captioned_images(pipeline, IMAGES)
-    guidance = GUIDANCE if config.data.caption_dropout > 0 else 1.0
+    _, captions, _ = some_captioned_images(pipeline, settings.count)
+    drawing = Drawing.of(settings, pipeline)
 
     def drawn(sampler: str, count: int) -> torch.Tensor:
-        settings: dict[str, Any] = {"sampler": sampler, "steps": count, "guidance": guidance}
         tell = ProgressLines(f"drawing {len(captions)} images by {sampler} in {count} steps")
-        images = pipeline.sample(captions, batch=len(captions), on_call=tell, **settings)
+        how: dict[str, Any] = drawing._replace(sampler=sampler, steps=count)._asdict()
+        images = pipeline.sample(captions, batch=settings.batch, on_call=tell, **how)
         return torch.stack([image.pixels for image in images]).float()
 
-    many = min(REFERENCE_STEPS, config.diffusion.steps)
-    goal = drawn(REFERENCE, many)
+    many = drawing.steps
+    goal = drawn(drawing.sampler, many)
     metrics = {}
     for sampler in SAMPLERS[config.diffusion.prediction]:
-        for count in STEPS:
+        for count in settings.tried:
             if sampler not in RANDOM and count < many:
                 metrics[NAME.format(sampler, count)] = Metric(
                     value=(drawn(sampler, count) - goal).square().mean().sqrt().item(),
                     unit="of 255",
                     higher_is_better=False,
                     how=f"root mean square distance of {len(captions)} images of validation captions by {sampler} in"
-                    f" {count} steps from those by {REFERENCE} in {many}, guidance {guidance:g}, seeds from 0",
+                    f" {count} steps from those by {drawing}",
                 )
     return metrics

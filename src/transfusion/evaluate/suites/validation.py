@@ -11,12 +11,13 @@ from transfusion.errors import UserError
 from transfusion.evaluate.metrics.bigram import Bigram
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
+from transfusion.evaluate.suites.settings import ValidationSuite
 from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.pipeline import Pipeline
 from transfusion.schema import LossTerms, TextSegment
 
 
-def validation(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
+def validation(pipeline: Pipeline, out: Path, settings: ValidationSuite) -> dict[str, Metric]:
     """Losses on the config's validation sources; a text's beside a bigram fitted on the training text of its name."""
     if not pipeline.config.data.validation:
         raise UserError(

@@ -1,0 +1,113 @@
+"""What each suite of `transfusion eval` measures, and how: the sections of a file of suites, with their defaults."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from transfusion.config import Section, SourceConfig
+from transfusion.config.sections import FilePath, SamplingSeed
+
+
+class SuiteConfig(Section):
+    """One suite."""
+
+    data: list[SourceConfig] = Field(
+        default_factory=list, description="what is measured, as in data.validation; empty: that of the model"
+    )
+
+
+class DrawingSuite(SuiteConfig):
+    """A suite that draws images."""
+
+    count: PositiveInt = Field(1000, description="images that are drawn, of the captions in turn")
+    sampler: str = Field(
+        "", description="sampler; empty: the quick one of the model's prediction, ddim or euler"
+    )
+    steps: PositiveInt = Field(25, description="steps of the sampler, at most diffusion.steps")
+    guidance: PositiveFloat | None = Field(
+        None, description="scale of guidance; null: 3, and 1 for a model that knows no dropped captions"
+    )
+    seed: SamplingSeed = Field(0, description="seed of the first image")
+    batch: PositiveInt = Field(128, description="images that are drawn at once")
+
+
+class DescribingSuite(SuiteConfig):
+    """A suite that captions images."""
+
+    max_tokens: PositiveInt = Field(32, description="tokens of a caption at most")
+    caption_batch: PositiveInt = Field(256, description="images that are captioned at once")
+
+
+class ValidationSuite(SuiteConfig):
+    """Losses on each source."""
+
+
+class SamplesSuite(DrawingSuite, DescribingSuite):
+    """A look at a few images and captions."""
+
+    count: PositiveInt = Field(8, description="images that are drawn, of captions that are evenly spread")
+    captions: PositiveInt = Field(32, description="images that are captioned, evenly spread")
+
+
+class DigitsSuite(DrawingSuite, DescribingSuite):
+    """Handwritten digits, drawn and named."""
+
+    count: PositiveInt = Field(20, description="images of each of the ten digits")
+    sampler: str = Field("", description="sampler; empty: ddpm, or euler where the prediction is flow or x")
+    steps: PositiveInt = Field(50, description="steps of the sampler")
+    batch: PositiveInt = Field(200, description="images that are drawn at once")
+
+
+class CaptionsSuite(DescribingSuite):
+    """Captions of all images."""
+
+
+class NearestSuite(DrawingSuite):
+    """Whether images are copies."""
+
+    count: PositiveInt = Field(64, description="images that are drawn, of captions that are evenly spread")
+
+
+class EditSuite(DrawingSuite):
+    """Images behind an image and a text."""
+
+    count: PositiveInt = Field(64, description="documents, the first ones")
+    draws: PositiveInt = Field(32, description="timesteps and noises at which each last image is scored")
+
+
+class StepsSuite(DrawingSuite):
+    """Few steps against many, by sampler."""
+
+    count: PositiveInt = Field(16, description="images of each sampler and number of steps")
+    sampler: str = Field("dpmpp_2m", description="sampler whose many steps are the goal")
+    steps: PositiveInt = Field(250, description="steps of the goal, at most diffusion.steps")
+    tried: list[PositiveInt] = Field(
+        [4, 8, 12, 25, 50], description="numbers of steps that are compared with it"
+    )
+
+
+class ImagesSuite(DrawingSuite):
+    """Images in the eyes of a classifier."""
+
+    classifier: FilePath = Field("", description="file of `transfusion classifier`; --classifier sets it too")
+
+
+class GuidanceSuite(ImagesSuite):
+    """The same at the scale of guidance that suits the model."""
+
+    scales: list[PositiveFloat] = Field([1.0, 2.0, 3.0, 5.0, 8.0], description="scales that are tried")
+    tried: PositiveInt = Field(250, description="images of each scale")
+
+
+class Suites(Section):
+    """A file of suites. Those that it names run."""
+
+    validation: ValidationSuite = Field(default_factory=ValidationSuite)
+    samples: SamplesSuite = Field(default_factory=SamplesSuite)
+    digits: DigitsSuite = Field(default_factory=DigitsSuite)
+    images: ImagesSuite = Field(default_factory=ImagesSuite)
+    guidance: GuidanceSuite = Field(default_factory=GuidanceSuite)
+    captions: CaptionsSuite = Field(default_factory=CaptionsSuite)
+    nearest: NearestSuite = Field(default_factory=NearestSuite)
+    edit: EditSuite = Field(default_factory=EditSuite)
+    steps: StepsSuite = Field(default_factory=StepsSuite)
