@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from transfusion.families.build import family_of
 from transfusion.schema import LossTerms
 
 
-@torch.no_grad()
 def validation_losses(
     model: nn.Module,
     loader: EvaluationLoader,
@@ -23,17 +22,30 @@ def validation_losses(
     codec: Codec | None = None,
     on_batch: Callable[[int], object] = int,
 ) -> LossTerms:
-    """This rank's loss sums over its share of the validation data; every rank runs the same number of forwards.
+    """This rank's loss sums over its share of the validation data; see `batch_losses`."""
+    total: LossTerms | None = None
+    for terms in batch_losses(model, loader, config, device, codec, on_batch):
+        total = terms if total is None else total.plus(terms)
+    if total is None:
+        raise ValueError("the validation data gave no batch")
+    return total
+
+
+@torch.no_grad()
+def batch_losses(
+    model: nn.Module,
+    loader: EvaluationLoader,
+    config: Config,
+    device: torch.device,
+    codec: Codec | None = None,
+    on_batch: Callable[[int], object] = int,
+) -> Iterator[LossTerms]:
+    """The loss sums of each of this rank's batches, in float64. Every rank runs the same number of forwards.
 
     codec: of the images; None: their pixels. on_batch: told how many batches are done, before each.
     Noise and timesteps of the images are keyed by sample, so two checkpoints are measured on the same noise.
     """
     loss = family_of(config).loss(config, codec)
-    total: LossTerms | None = None
     for number, batch in enumerate(loader):
         on_batch(number)
-        terms = loss.terms(model, batch.to(device)).double()
-        total = terms if total is None else total.plus(terms)
-    if total is None:
-        raise ValueError("the validation data gave no batch")
-    return total
+        yield loss.terms(model, batch.to(device)).double()

@@ -339,7 +339,11 @@ def test_a_file_of_suites_says_what_runs_and_how(open_model: Open, tmp_path: Pat
     ("asked", "overrides", "words"),
     [
         (["picture"], [], "no suite named 'picture'; there are validation, samples, .* or name a .yaml file"),
-        (["samples"], ["samples.step=2"], "the overrides: samples.step is not a key.*steps"),
+        (
+            ["samples"],
+            ["samples.step=2"],
+            "the overrides: samples.step is not a known key; did you mean samples.steps",
+        ),
         (["samples"], ["samples.steps=0"], "the overrides: samples.steps"),
         (["samples"], ["nearest.steps=2"], "nearest is set and does not run; add --suite nearest"),
         ([], ["images.count=2"], "images is set and does not run"),

@@ -144,14 +144,22 @@ def train_classifier(
     return classifier.eval()
 
 
-@torch.no_grad()
 def recall(classifier: Classifier, images: Sequence[Tensor], captions: Sequence[str]) -> float:
     """Share of the captions' known words that are among the likeliest ones, as many as the caption has."""
+    found, wanted = recall_of_each(classifier, images, captions)
+    return sum(found) / max(sum(wanted), 1.0)
+
+
+@torch.no_grad()
+def recall_of_each(
+    classifier: Classifier, images: Sequence[Tensor], captions: Sequence[str]
+) -> tuple[list[float], list[float]]:
+    """Of each image how many of its caption's known words are among the likeliest ones, and how many there are."""
     wanted_IK = classifier.has_words(captions)
     logit_IK = _by_size(images, classifier)
     rank_IK = logit_IK.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    found = ((rank_IK < wanted_IK.sum(-1, keepdim=True)) * wanted_IK).sum()
-    return float(found / wanted_IK.sum().clamp(min=1.0))
+    found_IK = (rank_IK < wanted_IK.sum(-1, keepdim=True)) * wanted_IK
+    return found_IK.sum(-1).tolist(), wanted_IK.sum(-1).tolist()
 
 
 @torch.no_grad()

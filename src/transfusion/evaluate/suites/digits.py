@@ -6,6 +6,7 @@ I images, E pixels an image.
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from transfusion.config.objectives import PredictionName
 from transfusion.data.prepare.digits import DIGIT_WORDS, digit_in_caption
 from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import single_images
+from transfusion.evaluate.metrics.bootstrap import mean_interval
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
 from transfusion.evaluate.suites.evidence import Drawing, describe, save_captions, save_drawn
@@ -78,10 +80,13 @@ def _generation(
         _spread(drawn[wanted == digit]) / _spread(train[train_labels == digit])
         for digit in range(len(prompts))
     ]
+    right = (classifier.predict(drawn) == wanted).astype(np.float64)
     classes = f"each of {len(prompts)} digits"
     return {
         "generation_accuracy": Metric(
-            value=float((classifier.predict(drawn) == wanted).mean()),
+            value=float(right.mean()),
+            count=len(right),
+            interval=mean_interval(right.tolist()),
             threshold=GENERATION_BAR,
             how=f"SVC(gamma=0.2), trained on {len(train)} real images, reads {settings.count} samples of {classes}; "
             f"{drawing}",
@@ -119,9 +124,12 @@ def _captions(
         for caption, label in zip(captions, labels.tolist(), strict=True)
     ]
     save_captions(lines, list(values), out)
+    correct = [float(bool(line["correct"])) for line in lines]
     return {
         "caption_accuracy": Metric(
-            value=sum(bool(line["correct"]) for line in lines) / len(captions),
+            value=fmean(correct),
+            count=len(correct),
+            interval=mean_interval(correct),
             threshold=CAPTION_BAR,
             how=f"greedy captions of the {len(captions)} validation images that name exactly the right digit",
         )

@@ -7,11 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import captioned_images, evenly, some_captioned_images
-from transfusion.evaluate.metrics.classifier import features_of, load_classifier, recall, words_of
+from transfusion.evaluate.metrics.bootstrap import interval, mean_interval, ratio_interval
+from transfusion.evaluate.metrics.classifier import (
+    features_of,
+    load_classifier,
+    recall_of_each,
+    words_of,
+)
 from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.suites.evidence import Drawing, describe, draw, save_captions, save_drawn
@@ -104,16 +112,25 @@ class _Judge:
         )
 
     def _rated(self, pixels: Sequence[Tensor], captions: Sequence[str], which: str) -> dict[str, Metric]:
-        features = gaussian_of(features_of(self.classifier, pixels).numpy())
+        features_IF = features_of(self.classifier, pixels).numpy()
+        found_I, wanted_I = recall_of_each(self.classifier, pixels, captions)
+
+        def distance(chosen_I: NDArray[np.int64]) -> float:
+            return frechet_distance(gaussian_of(features_IF[chosen_I]), self.classifier.reference)
+
         return {
             "classifier_frechet": Metric(
-                value=frechet_distance(features, self.classifier.reference),
+                value=distance(np.arange(len(features_IF))),
+                count=len(features_IF),
+                interval=interval(len(features_IF), distance),
                 higher_is_better=False,
                 how=f"Fréchet distance between the features of {self.name} (no FID: its own small network) of {which}"
                 f" and of the {self.classifier.images} training images",
             ),
             "classifier_word_recall": Metric(
-                value=recall(self.classifier, pixels, captions),
+                value=sum(found_I) / max(sum(wanted_I), 1.0),
+                count=len(found_I),
+                interval=ratio_interval(found_I, wanted_I) if sum(wanted_I) else None,
                 how=f"share of the captions' words that {self.name} ranks first in {which}",
             ),
         }
@@ -146,6 +163,8 @@ def _captions(
     return {
         "caption_token_f1": Metric(
             value=fmean(scores),
+            count=len(scores),
+            interval=mean_interval(scores),
             how=f"F1 of the words of greedy captions of {which} validation images, mean over images",
         )
     }

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import captioned_images, evenly, training_images
+from transfusion.evaluate.metrics.bootstrap import mean_interval
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.suites.evidence import Drawing, draw
 from transfusion.evaluate.suites.settings import NearestSuite
@@ -47,11 +49,11 @@ def nearest(pipeline: Pipeline, out: Path, settings: NearestSuite) -> dict[str, 
     how = f"mean Euclidean distance, over pixels in [0, 1], of {{}} to the nearest of {len(training)} training images"
     return {
         "distance_to_nearest_training_image": Metric(
-            value=fmean(distance for _, distance in found),
+            **_mean([distance for _, distance in found]),
             how=how.format(f"{len(drawn)} images of validation captions ({drawing})"),
         ),
         "distance_to_nearest_training_image_of_validation": Metric(
-            value=fmean(distance for _, distance in nearest_of(real, training)),
+            **_mean([distance for _, distance in nearest_of(real, training)]),
             how=how.format(f"the {len(real)} real images of these captions")
             + "; far below it would be copying",
         ),
@@ -81,6 +83,10 @@ def nearest_of(images: Sequence[Tensor], others: Sequence[Tensor]) -> list[tuple
             best = min(best, (block[place], float(distance_M[place])), key=lambda pair: pair[1])
         found.append(best)
     return found
+
+
+def _mean(distances: Sequence[float]) -> dict[str, Any]:
+    return {"value": fmean(distances), "count": len(distances), "interval": mean_interval(distances)}
 
 
 def _scaled(images: Sequence[Tensor]) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 from transfusion.config import SourceConfig
 from transfusion.data.loading.validation import EvaluationLoader, documents
 from transfusion.errors import UserError
 from transfusion.evaluate.metrics.bigram import Bigram
+from transfusion.evaluate.metrics.bootstrap import Interval, ratio_interval
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
 from transfusion.evaluate.suites.settings import ValidationSuite
-from transfusion.evaluate.validation_losses import validation_losses
+from transfusion.evaluate.validation_losses import batch_losses
 from transfusion.generate.pipeline import Pipeline
 from transfusion.schema import LossTerms, TextSegment
 
@@ -30,35 +32,64 @@ def validation(pipeline: Pipeline, out: Path, settings: ValidationSuite) -> dict
     )
     metrics: dict[str, Metric] = {}
     for source in pipeline.config.data.validation:
-        loader = EvaluationLoader(pipeline.config, [source], pipeline.tokenizer, rows=8)
+        # A row by itself is what the interval resamples.
+        loader = EvaluationLoader(pipeline.config, [source], pipeline.tokenizer, rows=1)
         runner, tell = (
             pipeline.runner,
-            ProgressLines(f"losses of validation {source.name}, {len(loader)} batches"),
+            ProgressLines(f"losses of validation {source.name}, {len(loader)} rows"),
         )
-        terms = validation_losses(runner.model, loader, plain, runner.device, runner.codec, tell)
+        rows = list(batch_losses(runner.model, loader, plain, runner.device, runner.codec, tell))
         # The one term of a family that is no text, such as "image".
-        media = next(name for name, total in terms.sums.items() if name != "text" and total.dim() == 0)
-        if float(terms.counts[media]):
+        media = next(name for name, total in rows[0].sums.items() if name != "text" and total.dim() == 0)
+        shown = _Ratio.of(rows, media)
+        if shown.count:
             # Those of two families are no measures of each other.
             name, unit, how = pipeline.family.image_metric(diffusion)
-            value = float(terms.sums[media] / terms.counts[media])
             metrics[f"{source.name}_{name}"] = Metric(
-                value=value, unit=unit, higher_is_better=False, how=how.format(source.name)
+                value=shown.value,
+                count=shown.rows,
+                interval=shown.interval,
+                unit=unit,
+                higher_is_better=False,
+                how=how.format(source.name),
             )
             continue
-        measured = _text_metrics(pipeline, source, terms)
+        measured = _text_metrics(pipeline, source, _Ratio.of(rows, "text"))
         # The first text source has the plain names; further ones carry their own.
         taken = not measured.keys().isdisjoint(metrics)
         metrics |= {f"{source.name}_{name}" if taken else name: metric for name, metric in measured.items()}
     return metrics
 
 
-def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) -> dict[str, Metric]:
+class _Ratio(NamedTuple):
+    """A loss over rows: its sum, what it is counted over, and how far the mean might be off."""
+
+    total: float
+    count: float
+    rows: int
+    interval: Interval | None
+
+    @classmethod
+    def of(cls, rows: Sequence[LossTerms], name: str) -> Self:
+        sums, counts = (
+            [float(part[name]) for part in parts]
+            for parts in zip(*((r.sums, r.counts) for r in rows), strict=True)
+        )
+        some = [(total, count) for total, count in zip(sums, counts, strict=True) if count]
+        interval = ratio_interval(*zip(*some, strict=True)) if some else None
+        return cls(sum(sums), sum(counts), len(some), interval)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count
+
+
+def _text_metrics(pipeline: Pipeline, source: SourceConfig, found: _Ratio) -> dict[str, Metric]:
     texts = list(_texts(pipeline, source))
     tokens = sum(len(ids) + 1 for ids in texts)
     size = sum(len(pipeline.tokenizer.decode(ids).encode()) for ids in texts)
-    if tokens != int(terms.counts["text"]):
-        raise ValueError(f"the model was evaluated on {int(terms.counts['text'])} of {tokens} tokens")
+    if tokens != int(found.count):
+        raise ValueError(f"the model was evaluated on {int(found.count)} of {tokens} tokens")
     metrics = {}
     threshold = None
     training = next((known for known in pipeline.config.data.sources if known.name == source.name), None)
@@ -72,16 +103,22 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, terms: LossTerms) ->
             metrics[f"bigram_nats_per_{unit}"] = Metric(
                 value=nats / count, unit=f"nats/{unit}", higher_is_better=False, how=how
             )
-    total = float(terms.sums["text"])
+    spread: dict[str, Any] = {"count": found.rows, "higher_is_better": False}
     metrics["text_loss_nats_per_token"] = Metric(
-        value=total / tokens,
+        value=found.value,
+        interval=found.interval,
         unit="nats/token",
         threshold=threshold,
-        higher_is_better=False,
+        **spread,
         how=f"cross entropy over the {tokens} tokens of validation {source.name}, <EOS> included; to beat: the bigram",
     )
     metrics["text_loss_nats_per_byte"] = Metric(
-        value=total / size, unit="nats/byte", higher_is_better=False, how=f"the same over its {size} bytes"
+        value=found.total / size,
+        # The bytes of a row are not counted: as many as its tokens have on the whole.
+        interval=found.interval and tuple(bound * tokens / size for bound in found.interval),
+        unit="nats/byte",
+        how=f"the same over its {size} bytes",
+        **spread,
     )
     return metrics
 

@@ -1,0 +1,58 @@
+"""How far a figure might be off because other samples could have been drawn: bootstrap intervals (Efron, 1979).
+
+N samples, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Interval = tuple[float, float]
+Floats = NDArray[np.float64]
+
+LEVEL = 0.95
+RESAMPLES, COSTLY_RESAMPLES = 2000, 200
+
+
+def ratio_interval(sums_N: Sequence[float], counts_N: Sequence[float], *, seed: int = 0) -> Interval | None:
+    """The interval of the sum of all sums over that of all counts. None for fewer than two samples."""
+    sums, counts = np.asarray(sums_N, np.float64), np.asarray(counts_N, np.float64)
+    if len(sums) < 2:
+        return None
+    times_RN = _times(len(sums), RESAMPLES, seed)
+    return _around(sums.sum() / counts.sum(), (times_RN @ sums) / (times_RN @ counts))
+
+
+def mean_interval(values_N: Sequence[float], *, seed: int = 0) -> Interval | None:
+    """The interval of the mean. None for fewer than two values."""
+    return ratio_interval(values_N, np.ones(len(values_N)).tolist(), seed=seed)
+
+
+def interval(
+    count: int, statistic: Callable[[NDArray[np.int64]], float], *, seed: int = 0
+) -> Interval | None:
+    """The interval of a costly statistic of the samples of these numbers, [N]. None for fewer than two."""
+    if count < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    found = [statistic(generator.integers(0, count, count)) for _ in range(COSTLY_RESAMPLES)]
+    return _around(statistic(np.arange(count)), np.array(found))
+
+
+def _times(count: int, resamples: int, seed: int) -> Floats:
+    """How often each sample is in each resample, [R, N]."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(count, np.full(count, 1 / count), resamples).astype(np.float64)
+
+
+def _around(value: float, resampled_R: Floats) -> Interval:
+    """The value with the spread of its resamples.
+
+    Not their quantiles as they are: repeated samples move a distance of distributions up in all resamples.
+    """
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(resampled_R - resampled_R.mean(), [tail, 1 - tail])
+    return float(value + low), float(value + high)
