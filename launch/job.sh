@@ -87,9 +87,10 @@ train() {
 }
 
 sample() {
-    # Those of a former run.
-    rm -rf "$RUN/images"
-    transfusion sample "$MODEL" --out "$RUN/images" "${IMAGES[@]}"
+    # Those of a former run. The folder has its name last, since the stage is done once it is there.
+    rm -rf "$RUN/images" "$RUN/images-unfinished"
+    transfusion sample "$MODEL" --out "$RUN/images-unfinished" "${IMAGES[@]}"
+    mv "$RUN/images-unfinished" "$RUN/images"
 }
 
 run_job() {

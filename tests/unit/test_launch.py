@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
+Call = Callable[..., tuple[int, list[str], str]]
 
 
 @pytest.fixture
@@ -50,3 +52,65 @@ def test_what_does_not_reach_other_machines_is_refused(checkout: Path) -> None:
         "an argument holds a ', which does not reach other machines;"
         " write that setting into the configuration file\n"
     )
+
+
+# In place of Python: notes each command of transfusion, leaves what it would make, and fails where FAILS is in it.
+STAND_IN = """#!/usr/bin/env bash
+[[ "$1" == -m ]] || exit 1
+shift
+echo "$*" >> "$CALLS"
+if [[ "$*" == *"${FAILS:-no such command}"* ]]; then
+    [[ "$2" != sample ]] || { mkdir -p "$5" && touch "$5/index.jsonl"; }
+    exit "${CODE:-130}"
+fi
+case "$2 $3" in
+    "codec train") mkdir -p "${5#run.dir=}/codec" && touch "${5#run.dir=}/codec/config.json" ;;
+    "tokenizer train") mkdir -p data/emoji-font && touch data/emoji-font/tokenizer.model ;;
+    "export "*) mkdir -p "$5" && touch "$5/config.json" ;;
+    "sample "*) mkdir -p "$5" && touch "$5/index.jsonl" ;;
+    "eval "*) touch runs/emoji-font/metrics.json ;;
+    "--standalone "*) mkdir -p runs/emoji-font && cp -n /dev/null runs/emoji-font/metrics.jsonl ;;
+esac
+"""
+STAND_IN_ENVIRONMENT = """
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+PYTHON="$ROOT/python"
+ensure_venv() { echo "install $*" >> "$CALLS"; }
+process_count() { echo 1; }
+check_config() { "$PYTHON" -m transfusion config "$@"; }
+fail() { echo "$*" >&2; exit 2; }
+"""
+
+
+@pytest.fixture
+def call(checkout: Path) -> Call:
+    """call(script, *arguments, **variables) -> exit code, and the commands of transfusion that it gave."""
+    (checkout / "python").write_text(STAND_IN)
+    (checkout / "python").chmod(0o755)
+    (checkout / "launch/env.sh").write_text(STAND_IN_ENVIRONMENT)
+    calls = checkout.parent / "calls"
+
+    def run(script: str, *arguments: str, **variables: str) -> tuple[int, list[str], str]:
+        calls.write_text("")
+        done = subprocess.run(
+            ["bash", str(checkout / "launch" / script), *arguments],
+            cwd=checkout.parent,
+            env=os.environ | {"CALLS": str(calls)} | variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.returncode, calls.read_text().splitlines(), done.stderr
+
+    return run
+
+
+def test_a_job_that_was_stopped_while_it_drew_draws_again(checkout: Path, call: Call) -> None:
+    code, _, told = call("emoji.sh", FAILS="transfusion sample")
+    assert code == 130 and 'Stopped in stage "sample"' in told
+    code, calls, _ = call("emoji.sh")
+    assert code == 0 and [line for line in calls if line.startswith("transfusion sample")]
+    assert (checkout / "runs/emoji-font/images/index.jsonl").is_file()
+    code, calls, _ = call("emoji.sh")
+    assert code == 0 and not [line for line in calls if line.startswith("transfusion sample")]
