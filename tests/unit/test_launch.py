@@ -114,3 +114,13 @@ def test_a_job_that_was_stopped_while_it_drew_draws_again(checkout: Path, call: 
     assert (checkout / "runs/emoji-font/images/index.jsonl").is_file()
     code, calls, _ = call("emoji.sh")
     assert code == 0 and not [line for line in calls if line.startswith("transfusion sample")]
+
+
+def test_a_font_is_named_from_where_the_job_is_started(checkout: Path, call: Call) -> None:
+    (checkout.parent / "my font.ttf").write_text("")
+    code, calls, _ = call("emoji.sh", FONT="my font.ttf")
+    assert code == 0
+    assert (
+        f"transfusion prepare emoji --out data/emoji-font/images --font {checkout.parent}/my font.ttf"
+        in calls
+    )
