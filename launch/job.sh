@@ -61,7 +61,7 @@ tell_how_to_go_on() {
 trap tell_how_to_go_on EXIT
 
 lacks_codec() {
-    declare -F make_codec >/dev/null && [[ ! -e "$DATA/codec/config.json" ]]
+    declare -F make_codec >/dev/null && { $fresh || [[ ! -e "$DATA/codec/config.json" ]]; }
 }
 
 # Where the processor multiplies it, bf16 is faster on CPUs too. Elsewhere it is far slower.
@@ -95,15 +95,15 @@ sample() {
 
 run_job() {
     MODEL="$RUN/export"
-    if $fresh; then
-        rm -rf "$RUN" "$DATA"
-    fi
     stage set-up ensure_venv all
     if lacks_codec; then
         # Which needs no codec to be there.
         transfusion plan "$CONFIG" ${overrides[@]+"${overrides[@]}"} >/dev/null
     else
         check_config "$CONFIG" ${overrides[@]+"${overrides[@]}"}
+    fi
+    if $fresh; then
+        rm -rf "$RUN" "$DATA"
     fi
     stage prepare prepare
     if lacks_codec; then

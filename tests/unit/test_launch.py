@@ -124,3 +124,17 @@ def test_a_font_is_named_from_where_the_job_is_started(checkout: Path, call: Cal
         f"transfusion prepare emoji --out data/emoji-font/images --font {checkout.parent}/my font.ttf"
         in calls
     )
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "emoji.sh"])
+def test_a_mistake_beside_fresh_deletes_nothing(checkout: Path, call: Call, script: str) -> None:
+    folder = "quickstart" if script == "quickstart.sh" else "emoji-font"
+    for made in (f"data/{folder}/codec/config.json", f"runs/{folder}/metrics.jsonl"):
+        (checkout / made).parent.mkdir(parents=True)
+        (checkout / made).write_text("")
+    code, calls, _ = call(script, "--fresh", "train.stepz=6", FAILS="train.stepz", CODE="2")
+    assert code == 2 and not [line for line in calls if "prepare" in line]
+    assert (checkout / f"data/{folder}/codec/config.json").exists()
+    assert (checkout / f"runs/{folder}/metrics.jsonl").exists()
+    call(script, "--fresh", FAILS="transfusion prepare")
+    assert not (checkout / f"data/{folder}").exists() and not (checkout / f"runs/{folder}").exists()
