@@ -15,16 +15,18 @@ usage="usage: bash launch/experiments.sh prepare IMAGES TEXT KL VQ | editing PAI
 [[ $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
 command="$1"
 shift
-[[ "$command" != prepare || $# -eq 4 ]] || { echo "$usage" >&2 && exit 2; }
-[[ "$command" != editing || $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
+case "$command $#" in
+    "prepare 4" | "editing "[1-9]* | "scaling "* | "ablation "* | "position "* | "recipes "*) ;;
+    *) echo "$usage" >&2 && exit 2 ;;
+esac
 # What is named from here, before the script goes to its checkout.
 places=()
 if [[ "$command" == prepare ]]; then
     for place in "$@"; do
-        places+=("$(realpath -e "$place")")
+        places+=("$(realpath -e "$place")") || exit 2
     done
 elif [[ "$command" == editing ]]; then
-    places+=("$(realpath -e "$1")")
+    places+=("$(realpath -e "$1")") || exit 2
     shift
 fi
 
@@ -91,9 +93,10 @@ run() {
     transfusion scaling table "$2" "${METRICS[@]}" | tee "$2/table.md"
 }
 
+[[ "$command" != editing || -d "$DATA" ]] || fail "$DATA is not there; make it by: bash launch/experiments.sh prepare IMAGES TEXT KL VQ"
 ensure_venv all
-case "$command" in
-    prepare) prepare "${places[@]}" ;;
-    scaling | ablation | position | recipes | editing) "$command" "$@" ;;
-    *) fail "$usage" ;;
-esac
+if [[ "$command" == prepare ]]; then
+    prepare "${places[@]}"
+else
+    "$command" "$@"
+fi

@@ -138,3 +138,11 @@ def test_a_mistake_beside_fresh_deletes_nothing(checkout: Path, call: Call, scri
     assert (checkout / f"runs/{folder}/metrics.jsonl").exists()
     call(script, "--fresh", FAILS="transfusion prepare")
     assert not (checkout / f"data/{folder}").exists() and not (checkout / f"runs/{folder}").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["nonsense"], ["prepare", "a", "b", "c", "d"], ["editing", "missing"], ["editing", "."]]
+)
+def test_experiments_that_cannot_start_say_so_in_one_line(call: Call, words: list[str]) -> None:
+    code, calls, told = call("experiments.sh", *words)
+    assert (code, calls, len(told.splitlines())) == (2, [], 1)
