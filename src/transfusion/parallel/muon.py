@@ -89,8 +89,7 @@ class Muon:
         if getattr(optimizer, "found_inf", None) is not None:
             # `groups.clip_and_skip` left to AdamW what it would do: divide by the scale, and nothing where it skips.
             applied = 1.0 - optimizer.found_inf  # type: ignore[attr-defined]
-            scaled = gradient / optimizer.grad_scale  # type: ignore[attr-defined]
-            gradient = torch.where(applied > 0, scaled, torch.zeros_like(scaled))
+            gradient = torch.where(applied > 0, gradient / optimizer.grad_scale, 0.0)  # type: ignore[attr-defined]
         state = optimizer.state[flat]
         state["step"] += applied.to(state["step"].device)
         moment = state["exp_avg"]
