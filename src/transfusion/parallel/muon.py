@@ -144,6 +144,12 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return wide.T if matrix.shape[0] > matrix.shape[1] else wide
 
 
+def muon_operations(rows: int, columns: int) -> int:
+    """Floating point operations of the products of `orthogonal` for a matrix of this shape."""
+    short, long = sorted((rows, columns))
+    return _ROUNDS * (4 * short * short * long + 2 * short**3)
+
+
 def _plan(
     slices: Sequence[Mapping[str, FlatSlice]], shapes: Mapping[str, tuple[int, ...]], rank: int
 ) -> dict[int, list[_Matrix]]:

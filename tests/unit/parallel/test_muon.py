@@ -11,6 +11,7 @@ import torch
 from handmade import make_batch, small_config, state_of, train_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.checkpoint.resume import resume
 from transfusion.checkpoint.save import save
@@ -21,7 +22,7 @@ from transfusion.parallel import muon
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.parallel.module_norms import FlatSlice
-from transfusion.parallel.muon import Muon
+from transfusion.parallel.muon import Muon, muon_operations, orthogonal
 from transfusion.schema import TrainState
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
@@ -165,3 +166,10 @@ def test_large_networks_are_exchanged_in_parts(monkeypatch: pytest.MonkeyPatch) 
     assert [len(part) for part in muon._chunks(matrices)] == [1, 1, 1, 1]
     monkeypatch.setattr(muon, "SHARE", 900)
     assert [len(part) for part in muon._chunks(matrices)] == [2, 2]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 40)])
+def test_its_products_are_counted(shape: tuple[int, int]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        orthogonal(torch.randn(shape), torch.float32)
+    assert muon_operations(*shape) == counter.get_total_flops()
