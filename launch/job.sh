@@ -66,12 +66,11 @@ lacks_codec() {
 
 # Where the processor multiplies it, bf16 is faster on CPUs too. Elsewhere it is far slower.
 fast_precision() {
-    if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
-        || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
-        echo bf16
-    else
-        echo fp32
-    fi
+    case "$("$PYTHON" -c 'import torch; print(torch.cuda.is_available() and (torch.cuda.is_bf16_supported(False) or "none"))')" in
+        True) echo bf16 ;;
+        none) echo fp32 ;;
+        *) grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || echo fp32 ;;
+    esac
 }
 
 train_tokenizer() {
