@@ -15,6 +15,8 @@ TEXTS=("$DATA/images/train/*.tar" "$DATA/text/train/*.tar")
 IMAGES=(-n 8 --cfg 3 --steps 50 --seed 0 --prompt "red heart" --prompt "cat face" --prompt "flag: japan" --prompt "hamburger")
 PROMPT="grinning face"
 FASTEST=yes
+# Named from here, before the script goes to its checkout.
+FONT="${FONT:+$(realpath -m "$FONT")}"
 # shellcheck source=launch/job.sh
 source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
 

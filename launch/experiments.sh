@@ -6,25 +6,29 @@
 #   bash launch/experiments.sh ablation [section.key=value ...]
 #   bash launch/experiments.sh position [section.key=value ...]
 #   bash launch/experiments.sh recipes [section.key=value ...]
+#   bash launch/experiments.sh frozen [section.key=value ...]
+#   bash launch/experiments.sh tuning [section.key=value ...]
 #   bash launch/experiments.sh editing PAIRS [section.key=value ...]     PAIRS/{train,val}/*.tar: an image, a text, an image
 #
 # Run again, each goes on where it stopped. PROCESSES (default 2) runs at once, a thread each.
 set -euo pipefail
 
-usage="usage: bash launch/experiments.sh prepare IMAGES TEXT KL VQ | editing PAIRS | scaling|ablation|position|recipes, each with [section.key=value ...]"
+usage="usage: bash launch/experiments.sh prepare IMAGES TEXT KL VQ | editing PAIRS | scaling|ablation|position|recipes|frozen|tuning, each with [section.key=value ...]"
 [[ $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
 command="$1"
 shift
-[[ "$command" != prepare || $# -eq 4 ]] || { echo "$usage" >&2 && exit 2; }
-[[ "$command" != editing || $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
+case "$command $#" in
+    "prepare 4" | "editing "[1-9]* | "scaling "* | "ablation "* | "position "* | "recipes "* | "frozen "* | "tuning "*) ;;
+    *) echo "$usage" >&2 && exit 2 ;;
+esac
 # What is named from here, before the script goes to its checkout.
 places=()
 if [[ "$command" == prepare ]]; then
     for place in "$@"; do
-        places+=("$(realpath -e "$place")")
+        places+=("$(realpath -e "$place")") || exit 2
     done
 elif [[ "$command" == editing ]]; then
-    places+=("$(realpath -e "$1")")
+    places+=("$(realpath -e "$1")") || exit 2
     shift
 fi
 
@@ -79,6 +83,21 @@ recipes() {
     run "$GRIDS/emoji-recipes.yaml" runs/emoji-recipes "$@"
 }
 
+tuning() {
+    METRICS=("${GUIDED[@]}")
+    run "$GRIDS/emoji-tuning.yaml" runs/emoji-tuning "$@"
+}
+
+frozen() {
+    local out=runs/emoji-frozen grid="$GRIDS/emoji-frozen.yaml"
+    METRICS=("${GUIDED[@]}")
+    if [[ ! -e "$DATA/language/config.json" ]]; then
+        transfusion scaling run "$grid" --out "$out" --processes "${PROCESSES:-2}" --only language "$@"
+        transfusion export "$out/language.seed-0" --out "$out/language.seed-0/export" --text-model "$DATA/language"
+    fi
+    run "$grid" "$out" "$@"
+}
+
 editing() {
     ln -sfnT "${places[0]}" "$DATA/edits"
     METRICS=("${EDITED[@]}")
@@ -91,9 +110,10 @@ run() {
     transfusion scaling table "$2" "${METRICS[@]}" | tee "$2/table.md"
 }
 
+[[ "$command" != editing || -d "$DATA" ]] || fail "$DATA is not there; make it by: bash launch/experiments.sh prepare IMAGES TEXT KL VQ"
 ensure_venv all
-case "$command" in
-    prepare) prepare "${places[@]}" ;;
-    scaling | ablation | position | recipes | editing) "$command" "$@" ;;
-    *) fail "$usage" ;;
-esac
+if [[ "$command" == prepare ]]; then
+    prepare "${places[@]}"
+else
+    "$command" "$@"
+fi

@@ -61,17 +61,16 @@ tell_how_to_go_on() {
 trap tell_how_to_go_on EXIT
 
 lacks_codec() {
-    declare -F make_codec >/dev/null && [[ ! -e "$DATA/codec/config.json" ]]
+    declare -F make_codec >/dev/null && { $fresh || [[ ! -e "$DATA/codec/config.json" ]]; }
 }
 
 # Where the processor multiplies it, bf16 is faster on CPUs too. Elsewhere it is far slower.
 fast_precision() {
-    if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
-        || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
-        echo bf16
-    else
-        echo fp32
-    fi
+    case "$("$PYTHON" -c 'import torch; print(torch.cuda.is_available() and (torch.cuda.is_bf16_supported(False) or "none"))')" in
+        True) echo bf16 ;;
+        none) echo fp32 ;;
+        *) grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || echo fp32 ;;
+    esac
 }
 
 train_tokenizer() {
@@ -87,22 +86,23 @@ train() {
 }
 
 sample() {
-    # Those of a former run.
-    rm -rf "$RUN/images"
-    transfusion sample "$MODEL" --out "$RUN/images" "${IMAGES[@]}"
+    # Those of a former run. The folder has its name last, since the stage is done once it is there.
+    rm -rf "$RUN/images" "$RUN/images-unfinished"
+    transfusion sample "$MODEL" --out "$RUN/images-unfinished" "${IMAGES[@]}"
+    mv "$RUN/images-unfinished" "$RUN/images"
 }
 
 run_job() {
     MODEL="$RUN/export"
-    if $fresh; then
-        rm -rf "$RUN" "$DATA"
-    fi
     stage set-up ensure_venv all
     if lacks_codec; then
         # Which needs no codec to be there.
         transfusion plan "$CONFIG" ${overrides[@]+"${overrides[@]}"} >/dev/null
     else
         check_config "$CONFIG" ${overrides[@]+"${overrides[@]}"}
+    fi
+    if $fresh; then
+        rm -rf "$RUN" "$DATA"
     fi
     stage prepare prepare
     if lacks_codec; then

@@ -25,8 +25,8 @@ VARIANTS = [
     "frozen text, kept", "clean context", "clean context, own weights, shared rows", "muon",
     "muon, nothing kept, own weights", "muon, stage 1",
 ]  # fmt: skip
-KINDS = ["defaults", "nothing kept", "bf16", "stage 2", "tied, bf16"]
-SAVED = ["defaults", "nothing kept", "bf16", "stage 2", "uneven", "tied, bf16"]
+KINDS = ["defaults", "nothing kept", "bf16", "stage 2", "tied, bf16", "muon, stage 1, bf16"]
+SAVED = [*KINDS, "uneven"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

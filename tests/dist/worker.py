@@ -91,13 +91,16 @@ def pair(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
             scenarios[f"told norms: {name}"] = lambda clipped=clipped: told_norms(clipped, here)
     kinds = {"defaults": averaged, "nothing kept": tight, "bf16": low, "stage 2": second, "uneven": uneven}
     kinds["tied, bf16"] = tied
+    # A rank's slice begins and ends inside of matrices.
+    muon = {"optimizer__name": "muon", "train__precision": "bf16", "train__zero": {"stage": 1}}
+    kinds["muon, stage 1, bf16"] = small_config(optimizer__ema_decay=0.5, **muon)
     for name, config in kinds.items():
         scenarios[f"checkpoints: {name}"] = lambda config=config, name=name: checkpoints(
             config, here, folder / name
         )
         if name != "uneven":
             scenarios[f"broken step: {name}"] = lambda config=config: broken_step(config, here)
-        if name not in ("bf16", "tied, bf16", "uneven"):
+        if "bf16" not in name and name != "uneven":
             scenarios[f"evaluation: {name}"] = lambda config=config: evaluation(config, here)
     fp32_tied = small_config(optimizer__ema_decay=0.5, **VARIANTS["tied head, nothing kept"])
     scenarios["evaluation: tied"] = lambda: evaluation(fp32_tied, here)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -70,6 +71,12 @@ def encode(
     records = encode_shards(settings, shards, out, workers=workers, device=device, progress=progress)
     total = sum(record.encoded for record in records)
     if not total:
+        left_out = collections.Counter[str]()
+        for record in records:
+            left_out.update(record.left_out)
+        if left_out:
+            why = ", ".join(f"{reason}: {count}" for reason, count in left_out.most_common())
+            raise UserError(f"{out}: no image could be encoded ({why}); mend them, or name other shards")
         raise UserError(
             f"{out}: no image was found to encode; those of interleaved documents are encoded in training, so name"
             " their shards in data.sources"

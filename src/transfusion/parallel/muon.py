@@ -89,8 +89,7 @@ class Muon:
         if getattr(optimizer, "found_inf", None) is not None:
             # `groups.clip_and_skip` left to AdamW what it would do: divide by the scale, and nothing where it skips.
             applied = 1.0 - optimizer.found_inf  # type: ignore[attr-defined]
-            scaled = gradient / optimizer.grad_scale  # type: ignore[attr-defined]
-            gradient = torch.where(applied > 0, scaled, torch.zeros_like(scaled))
+            gradient = torch.where(applied > 0, gradient / optimizer.grad_scale, 0.0)  # type: ignore[attr-defined]
         state = optimizer.state[flat]
         state["step"] += applied.to(state["step"].device)
         moment = state["exp_avg"]
@@ -143,6 +142,12 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         square = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(square, square, square, beta=b, alpha=c), wide, beta=a)
     return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+
+
+def muon_operations(rows: int, columns: int) -> int:
+    """Floating point operations of the products of `orthogonal` for a matrix of this shape."""
+    short, long = sorted((rows, columns))
+    return _ROUNDS * (4 * short * short * long + 2 * short**3)
 
 
 def _plan(

@@ -386,3 +386,16 @@ def test_shards_without_an_image_of_their_own_are_refused(
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "no image was found to encode; those of interleaved documents" in capsys.readouterr().err
+
+
+def test_images_that_are_all_broken_are_not_taken_for_those_of_documents(
+    kl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [{"png": b"no image", "txt": b"a"}, {"png": b"nor this", "txt": b"b"}]
+    write_shards(broken, tmp_path / "pairs", per_shard=2)
+    words = ["codec", "encode", str(kl_folder), f"{tmp_path}/pairs/*.tar", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["transfusion", *words])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    told = capsys.readouterr().err
+    assert "no image could be encoded (" in told and ": 2)" in told and "interleaved" not in told

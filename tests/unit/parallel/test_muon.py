@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from handmade import make_batch, small_config, state_of, train_step
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion.checkpoint.resume import resume
 from transfusion.checkpoint.save import save
@@ -19,10 +22,26 @@ from transfusion.parallel import muon
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.parallel.module_norms import FlatSlice
-from transfusion.parallel.muon import Muon
+from transfusion.parallel.muon import Muon, muon_operations, orthogonal
 from transfusion.schema import TrainState
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
+
+
+class HeldBytes(TorchDispatchMode):
+    """The most that tensors held at once that were made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self._held = 0, weakref.WeakSet[Any]()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
+        made = operator(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+            self._held.add(made.untyped_storage())
+        self.most = max(self.most, sum(storage.nbytes() for storage in self._held))
+        return made
 
 
 def engine(**changes: Any) -> LocalEngine:
@@ -112,6 +131,22 @@ def test_what_a_fused_adamw_would_skip_or_scale_is_skipped_and_scaled(skip: bool
     assert torch.count_nonzero(state["exp_avg"]) == (0 if skip else 24)
 
 
+def test_a_fused_step_needs_two_copies_of_the_matrices_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "SHARE", 64)
+    flat = nn.Parameter(torch.ones(6400))
+    adamw = groups.adamw([{"params": [flat]}], OptimizerConfig(), fused=True)
+    groups.create_moments(adamw, [flat])
+    places = {f"{number:03}": FlatSlice(0, 64 * number, 0, 64) for number in range(100)}
+    shapes = dict.fromkeys(places, (8, 8))
+    stepping = Muon(adamw, [flat], [places], shapes, rank=0, dtype=torch.float32)
+    flat.grad = torch.ones(6400)
+    adamw.found_inf, adamw.grad_scale = torch.tensor(0.0), torch.tensor(2.0)  # type: ignore[attr-defined]
+    with HeldBytes() as held:
+        stepping._step(adamw)
+    copies = held.most / (flat.numel() * flat.element_size())
+    assert copies < 2.5
+
+
 def test_slices_that_leave_a_gap_are_no_matrix() -> None:
     adamw = groups.adamw([{"params": [nn.Parameter(torch.zeros(10))]}], OptimizerConfig(), fused=False)
     slices = [{"m": FlatSlice(0, 0, 0, 10)}, {"m": FlatSlice(0, 0, 12, 12)}]
@@ -131,3 +166,10 @@ def test_large_networks_are_exchanged_in_parts(monkeypatch: pytest.MonkeyPatch) 
     assert [len(part) for part in muon._chunks(matrices)] == [1, 1, 1, 1]
     monkeypatch.setattr(muon, "SHARE", 900)
     assert [len(part) for part in muon._chunks(matrices)] == [2, 2]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 40)])
+def test_its_products_are_counted(shape: tuple[int, int]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        orthogonal(torch.randn(shape), torch.float32)
+    assert muon_operations(*shape) == counter.get_total_flops()

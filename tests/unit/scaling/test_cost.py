@@ -10,6 +10,7 @@ import pytest
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.observe.flops import Operations, Work
+from transfusion.parallel.muon import muon_operations
 from transfusion.scaling import cost
 from transfusion.scaling.cost import Cost, cost_of, within
 
@@ -42,6 +43,13 @@ def test_a_step_costs_the_mean_of_its_batches(monkeypatch: pytest.MonkeyPatch) -
     found = cost_of(Config.model_validate({"train": {"steps": 7}}))
     assert found == Cost(steps=7, step_flops=100.0 * (1 + cost.STEPS_COUNTED) / 2, parameters=300)
     assert found.flops == 7 * found.step_flops
+
+    model = {"layers": 3, "hidden_size": 8, "heads": 2, "ffn_size": 24, "modality_weights": "all"}
+    own = Config.model_validate({"optimizer": {"name": "muon"}, "model": model, "train": {"steps": 7}})
+    # In each block and for both modalities: four matrices of attention, three of the feed-forward.
+    shapes = [(8, 8)] * 4 + [(24, 8), (24, 8), (8, 24)]
+    products = 3 * 2 * sum(muon_operations(*shape) for shape in shapes)
+    assert cost_of(own).step_flops == found.step_flops + products
 
 
 def test_a_budget_buys_the_nearest_number_of_steps() -> None:
