@@ -18,7 +18,8 @@ from pydantic import BaseModel
 
 from transfusion.cli import main as command_line
 from transfusion.codec_train.settings import CodecTrainConfig
-from transfusion.config import Config
+from transfusion.config import Config, SourceConfig
+from transfusion.evaluate.suites.settings import Suites
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 
@@ -57,6 +58,14 @@ CODEC_CONFIGURATION = """\
 `configs/codec`, and [images](images.md) says how an autoencoder is trained.
 """
 
+SUITES_CONFIGURATION = """\
+## Evaluation suites
+
+A file for `transfusion eval MODEL --suite FILE.yaml` has a section for each suite that is to run. Keys that it leaves
+out are as below. Each key is also an override, as in `transfusion eval MODEL --suite images images.count=200`.
+[Evaluation](evaluation.md) says what the suites measure. Entries of `data` take the keys of `data.sources`.
+"""
+
 COMMANDS = """\
 # Commands
 
@@ -93,13 +102,22 @@ EXIT_CODES = """\
 def configuration() -> str:
     """The page of all configuration keys."""
     codec = _sections(CodecTrainConfig, level=3, before="codec train: ")
-    return "\n".join([CONFIGURATION, *_sections(Config), CODEC_CONFIGURATION, *codec])
+    suites = _sections(Suites, level=3, before="eval: ", known=(SourceConfig,))
+    return "\n".join(
+        [CONFIGURATION, *_sections(Config), CODEC_CONFIGURATION, *codec, SUITES_CONFIGURATION, *suites]
+    )
 
 
 def _sections(
-    kind: type[BaseModel], defaults: object = None, *, level: int = 2, path: str = "", before: str = ""
+    kind: type[BaseModel],
+    defaults: object = None,
+    *,
+    level: int = 2,
+    path: str = "",
+    before: str = "",
+    known: Sequence[type[BaseModel]] = (),
 ) -> Iterator[str]:
-    """The tables of a model and of the models within; one that comes again is not repeated."""
+    """The tables of a model and of the models within; one that comes again, or is known, is not repeated."""
     schema = kind.model_json_schema(ref_template="{model}")
     rows, inner = list[tuple[str, ...]](), dict[type[BaseModel], tuple[object, int, str]]()
     for name, field in kind.model_fields.items():
@@ -111,14 +129,14 @@ def _sections(
         takes = _schema_type(schema["properties"][name], schema.get("$defs", {}))
         shown = "required" if field.is_required() else _plain(default)
         rows.append((f"`{key}`", takes, shown, field.description or ""))
-        for model in _entries(field.annotation):
+        for model in (entry for entry in _entries(field.annotation) if entry not in known):
             inner.setdefault(model, (None, level + 1, f"{key}.N."))
     if rows:
         prose = _prose(kind.__doc__) if path and kind.__doc__ else ""
         heading = f"{'#' * level} {before}{path.removesuffix('.') or 'general'}"
         yield "\n".join([heading, "", *([prose] if prose else []), _table("Key Type Default Meaning", rows)])
     for model, (its_defaults, below, within) in inner.items():
-        yield from _sections(model, its_defaults, level=below, path=within, before=before)
+        yield from _sections(model, its_defaults, level=below, path=within, before=before, known=known)
 
 
 def _entries(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -358,3 +358,19 @@ def test_what_is_asked_in_vain_is_told_with_the_remedy(
     model = open_model({"validation": [source(write_pairs(tmp_path / "pairs", ["one", "two"]))]})
     with pytest.raises(UserError, match=words):
         run_suites(model, asked, tmp_path / "out", overrides=overrides)
+
+
+def test_each_figure_tells_what_it_was_made_of(open_model: Open, tmp_path: Path) -> None:
+    folder, file = tmp_path / "pairs", tmp_path / "out" / "metrics.json"
+    model = open_model({"validation": [source(write_pairs(folder, ["the digit seven"] * 3))]})
+
+    def details(*overrides: str) -> dict[str, Any]:
+        run(model, ["captions"], tmp_path / "out", *overrides)
+        return dict(json.loads(file.read_text())["details"]["caption_token_f1"])
+
+    first = details("captions.caption_batch=2")
+    assert first["suite"] == "captions" and first["settings"] == {"max_tokens": 3, "caption_batch": 2}
+    assert first["count"] == 3 and first["interval"][0] <= first["value"] <= first["interval"][1]
+    assert details()["data"] == first["data"] and list(first["data"]) == ["pairs"]
+    write_pairs(folder, ["the digit eight"] * 3)
+    assert details()["data"] != first["data"]

@@ -32,6 +32,7 @@ from transfusion.data.remote.cache import CacheSettings
 from transfusion.data.shards.sample import Fault, reasons
 from transfusion.data.shards.scan import pick_shards
 from transfusion.errors import UserError
+from transfusion.files import fingerprint
 from transfusion.schema import ImageSegment, Segment, TextSegment
 from transfusion.sequence.layout import (
     IMAGE_CONTROL_TOKENS,
@@ -122,6 +123,15 @@ class SourceIndex:
     def is_pair_N(self) -> NDArray[np.bool_]:
         """An image with captions."""
         return (self.lengths.images_N > 0) & ~self.lengths.interleaved_N
+
+    @property
+    def digest(self) -> str:
+        """Changes with any byte of a local shard, and with name and size of a remote one."""
+        facts = [
+            [part.shard_bytes, part.copy_name if part.shard.folder is None else part.digest]
+            for part in self._parts
+        ]
+        return fingerprint(facts)
 
     def part(self, shard: int) -> ShardIndex:
         """The index of one shard, by its number."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transfusion.config import SourceConfig
 from transfusion.config.checking import check_as
 from transfusion.config.yaml_files import override, read
+from transfusion.data.index.source_index import build_indexes
 from transfusion.data.shards.webdataset import expand_all
 from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import NoCaptionedImagesError
@@ -22,7 +24,7 @@ from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.edit import edit
 from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
 from transfusion.evaluate.suites.nearest import nearest
-from transfusion.evaluate.suites.settings import Suites
+from transfusion.evaluate.suites.settings import SuiteConfig, Suites
 from transfusion.evaluate.suites.steps import steps
 from transfusion.evaluate.suites.validation import validation
 from transfusion.files import atomic_write_text
@@ -102,18 +104,21 @@ def run_suites(
     if pipeline.config.train.threads:
         torch.set_num_threads(pipeline.config.train.threads)
     out.mkdir(parents=True, exist_ok=True)
-    known = _known(out / METRICS)
+    details = _known(out / METRICS)
     metrics: dict[str, Metric] = {}
     for name, each in on.items():
         say(f"suite {name}")
         try:
-            metrics |= SUITES[name](each, out, getattr(settings, name))
+            found = SUITES[name](each, out, getattr(settings, name))
         except NoCaptionedImagesError as reason:
             if asked:
                 raise
             say(f"suite {name} is left out: {reason}")
+            continue
+        metrics |= found
+        origin = _origin(each, name, getattr(settings, name))
+        details |= {metric: figure.as_dict() | origin for metric, figure in found.items()}
     # Names and numbers on top, for whoever compares; how each was measured under `details`.
-    details = known | {name: metric.as_dict() for name, metric in metrics.items()}
     values = {name: detail["value"] for name, detail in details.items()}
     atomic_write_text(out / METRICS, json.dumps(values | {"details": details}, indent=2) + "\n")
     return metrics
@@ -127,6 +132,20 @@ def _on(pipeline: Pipeline, data: list[SourceConfig]) -> Pipeline:
     config = pipeline.config
     changed.config = config.model_copy(update={"data": config.data.model_copy(update={"validation": data})})
     return changed
+
+
+def _origin(pipeline: Pipeline, name: str, settings: SuiteConfig) -> dict[str, Any]:
+    """What a figure was made of: suite and settings that are no defaults, weights, and contents of the data."""
+    config = pipeline.config
+    indexes = (
+        build_indexes(config, config.data.validation, pipeline.tokenizer) if config.data.validation else []
+    )
+    return {
+        "suite": name,
+        "settings": settings.model_dump(mode="json", exclude_defaults=True),
+        "weights": " ".join(filter(None, astuple(pipeline.origin))),
+        "data": {index.name: index.digest for index in indexes},
+    }
 
 
 def _refuse_missing_shards(sources: Sequence[SourceConfig]) -> None:

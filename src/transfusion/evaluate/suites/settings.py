@@ -72,6 +72,9 @@ class EditSuite(DrawingSuite):
     """Images behind an image and a text."""
 
     count: PositiveInt = Field(64, description="documents, the first ones")
+    guidance: PositiveFloat | None = Field(
+        1.0, description="scale of guidance; training drops no text of such documents, so 1 is what is learnt"
+    )
     draws: PositiveInt = Field(32, description="timesteps and noises at which each last image is scored")
 
 

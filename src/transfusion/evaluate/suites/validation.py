@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from transfusion.config import SourceConfig
 from transfusion.data.loading.validation import EvaluationLoader, documents
@@ -61,7 +62,8 @@ def validation(pipeline: Pipeline, out: Path, settings: ValidationSuite) -> dict
     return metrics
 
 
-class _Ratio(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Ratio:
     """A loss over rows: its sum, what it is counted over, and how far the mean might be off."""
 
     total: float
@@ -71,10 +73,7 @@ class _Ratio(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[LossTerms], name: str) -> Self:
-        sums, counts = (
-            [float(part[name]) for part in parts]
-            for parts in zip(*((r.sums, r.counts) for r in rows), strict=True)
-        )
+        sums, counts = [float(row.sums[name]) for row in rows], [float(row.counts[name]) for row in rows]
         some = [(total, count) for total, count in zip(sums, counts, strict=True) if count]
         interval = ratio_interval(*zip(*some, strict=True)) if some else None
         return cls(sum(sums), sum(counts), len(some), interval)
@@ -112,10 +111,11 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, found: _Ratio) -> di
         **spread,
         how=f"cross entropy over the {tokens} tokens of validation {source.name}, <EOS> included; to beat: the bigram",
     )
+    # The bytes of a row are not counted: as many as its tokens have on the whole.
+    low_high = found.interval and (found.interval[0] * tokens / size, found.interval[1] * tokens / size)
     metrics["text_loss_nats_per_byte"] = Metric(
         value=found.total / size,
-        # The bytes of a row are not counted: as many as its tokens have on the whole.
-        interval=found.interval and tuple(bound * tokens / size for bound in found.interval),
+        interval=low_high,
         unit="nats/byte",
         how=f"the same over its {size} bytes",
         **spread,
