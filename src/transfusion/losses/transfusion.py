@@ -43,6 +43,22 @@ class TransfusionLoss:
             {"text": output.text_sum, **images.sums}, {"text": batch.text_weight_BS.sum(), **images.counts}
         )
 
+    def clean_error(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Squared error of the clean latents that the network's answers mean, and over how many elements, as sums.
+
+        Whatever the network predicts, this is the same question at the same ratio of signal and noise.
+        """
+        noised = [self._noised(group) for group in batch.media]
+        output = model(batch, [images.noisy for images in noised])
+        predictions = unpatchify_groups(output.prediction_NE, [images.noisy for images in noised])
+        total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for group, images, prediction in zip(batch.media, noised, predictions, strict=True):
+            found = self.objective.clean(images.noisy, prediction.float(), group.timestep_I)
+            error_I = (found - encoded(group, self.codec).float()).square().flatten(1).sum(1)
+            total += (error_I * group.learned_I).sum().double().cpu()
+            count += group.learned_I.sum().double().cpu() * found[0].numel()
+        return total, count
+
     def _noised(self, group: MediaGroup) -> NoisedImages:
         """Images and what is asked of them. Those that are only read stay clean."""
         clean = encoded(group, self.codec)

@@ -20,6 +20,7 @@ from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import NoCaptionedImagesError
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import say
+from transfusion.evaluate.suites.denoise import denoise
 from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.edit import edit
 from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
@@ -38,6 +39,7 @@ METRICS = TABLE
 SUITES: dict[str, Callable[[Pipeline, Path, Any], dict[str, Metric]]] = {
     "validation": validation,
     "samples": samples,
+    "denoise": denoise,
     "digits": digits,
     "images": images,
     "guidance": guidance,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from transfusion.config import Section, SourceConfig
-from transfusion.config.sections import FilePath, SamplingSeed
+from transfusion.config.sections import FilePath, SamplingSeed, Seed
 
 
 class SuiteConfig(Section):
@@ -40,6 +42,17 @@ class DescribingSuite(SuiteConfig):
 
 class ValidationSuite(SuiteConfig):
     """Losses on each source."""
+
+
+class DenoiseSuite(SuiteConfig):
+    """The clean image that a model sees in a noisy one, by level of noise."""
+
+    levels: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [0.1, 0.3, 0.5, 0.7, 0.9, 0.99],
+        description="levels of noise, each its deviation over the root of its square plus that of the signal",
+    )
+    seed: Seed = Field(0, description="seed of the noise, the same for every model")
+    limit: NonNegativeInt = Field(0, description="documents of each source, the same ones each time; 0: all")
 
 
 class SamplesSuite(DrawingSuite, DescribingSuite):
@@ -107,6 +120,7 @@ class Suites(Section):
 
     validation: ValidationSuite = Field(default_factory=ValidationSuite)
     samples: SamplesSuite = Field(default_factory=SamplesSuite)
+    denoise: DenoiseSuite = Field(default_factory=DenoiseSuite)
     digits: DigitsSuite = Field(default_factory=DigitsSuite)
     images: ImagesSuite = Field(default_factory=ImagesSuite)
     guidance: GuidanceSuite = Field(default_factory=GuidanceSuite)
