@@ -7,11 +7,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field, create_model
 
-from transfusion.config import SourceConfig
+from transfusion.config import Section, SourceConfig
 from transfusion.config.checking import check_as
 from transfusion.config.yaml_files import override, read
 from transfusion.data.index.source_index import build_indexes
@@ -25,7 +26,19 @@ from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.edit import edit
 from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
 from transfusion.evaluate.suites.nearest import nearest
-from transfusion.evaluate.suites.settings import SuiteConfig, Suites
+from transfusion.evaluate.suites.settings import (
+    CaptionsSuite,
+    DenoiseSuite,
+    DigitsSuite,
+    EditSuite,
+    GuidanceSuite,
+    ImagesSuite,
+    NearestSuite,
+    SamplesSuite,
+    StepsSuite,
+    SuiteConfig,
+    ValidationSuite,
+)
 from transfusion.evaluate.suites.steps import steps
 from transfusion.evaluate.suites.validation import validation
 from transfusion.files import atomic_write_text
@@ -35,27 +48,43 @@ from transfusion.generate.pipeline import Pipeline
 
 METRICS = TABLE
 
-# From a model, the folder where evidence is left, and the settings of that name. In the order in which they run.
-SUITES: dict[str, Callable[[Pipeline, Path, Any], dict[str, Metric]]] = {
-    "validation": validation,
-    "samples": samples,
-    "denoise": denoise,
-    "digits": digits,
-    "images": images,
-    "guidance": guidance,
-    "captions": captions,
-    "nearest": nearest,
-    "edit": edit,
-    "steps": steps,
+
+class Suite(NamedTuple):
+    """run: from a model, the folder where evidence is left and the settings to named figures."""
+
+    run: Callable[[Pipeline, Path, Any], dict[str, Metric]]
+    settings: type[SuiteConfig]
+
+
+# In the order in which documentation lists them.
+SUITES = {
+    "validation": Suite(validation, ValidationSuite),
+    "samples": Suite(samples, SamplesSuite),
+    "denoise": Suite(denoise, DenoiseSuite),
+    "digits": Suite(digits, DigitsSuite),
+    "images": Suite(images, ImagesSuite),
+    "guidance": Suite(guidance, GuidanceSuite),
+    "captions": Suite(captions, CaptionsSuite),
+    "nearest": Suite(nearest, NearestSuite),
+    "edit": Suite(edit, EditSuite),
+    "steps": Suite(steps, StepsSuite),
 }
 # What runs where none is named. Of these, what the data do not allow is left out.
 DEFAULT = ("validation", "samples")
 
 
+def sections() -> type[Section]:
+    """What a file of suites may hold: a section for each of SUITES."""
+    fields: dict[str, Any] = {
+        name: (suite.settings, Field(default_factory=suite.settings)) for name, suite in SUITES.items()
+    }
+    return create_model("Suites", __base__=Section, **fields)
+
+
 def choose(
     asked: Sequence[str], overrides: Sequence[str] = (), *, classifier: Path | None = None
-) -> tuple[Suites, list[str]]:
-    """The settings of all suites, and those that are to run: none are the default ones.
+) -> dict[str, SuiteConfig]:
+    """The suites that are to run, in their order, with their settings. None asked for are the default ones.
 
     asked: names of suites, and at most one file of them. Its suites run where no name stands beside it. overrides:
     `SUITE.key=value`. classifier: of all suites that take one. Raises UserError for what is unknown or set in vain.
@@ -72,14 +101,14 @@ def choose(
     before = set(values)
     chosen = names or list(values) or list(DEFAULT)
     where = files[0] if files else "the overrides"
-    settings = check_as(Suites, values, problems=override(values, overrides), where=where)
+    checked = check_as(sections(), values, problems=override(values, overrides), where=where)
     if vain := [name for name in values if name not in chosen and name not in before]:
         raise UserError(f"{vain[0]} is set and does not run; add --suite {vain[0]}")
-    if classifier is not None:
-        told = {"classifier": str(classifier)}
-        update = {name: getattr(settings, name).model_copy(update=told) for name in ("images", "guidance")}
-        settings = settings.model_copy(update=update)
-    return settings, chosen
+    found: dict[str, SuiteConfig] = {name: getattr(checked, name) for name in chosen}
+    for name, settings in found.items():
+        if classifier is not None and isinstance(settings, ImagesSuite):
+            found[name] = settings.model_copy(update={"classifier": str(classifier)})
+    return found
 
 
 def run_suites(
@@ -98,9 +127,9 @@ def run_suites(
     asked, overrides, classifier: see `choose`. Of the default suites those run that the data allow. Raises UserError as
     `choose` does, and when the data is not to be found.
     """
-    settings, names = choose(asked, overrides, classifier=classifier)
+    chosen = choose(asked, overrides, classifier=classifier)
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
-    on = {name: _on(pipeline, getattr(settings, name).data) for name in names}
+    on = {name: _on(pipeline, settings.data) for name, settings in chosen.items()}
     for each in on.values():
         _refuse_missing_shards(each.config.data.validation)
     if pipeline.config.train.threads:
@@ -111,14 +140,14 @@ def run_suites(
     for name, each in on.items():
         say(f"suite {name}")
         try:
-            found = SUITES[name](each, out, getattr(settings, name))
+            found = SUITES[name].run(each, out, chosen[name])
         except NoCaptionedImagesError as reason:
             if asked:
                 raise
             say(f"suite {name} is left out: {reason}")
             continue
         metrics |= found
-        origin = _origin(each, name, getattr(settings, name))
+        origin = _origin(each, name, chosen[name])
         details |= {metric: figure.as_dict() | origin for metric, figure in found.items()}
     # Names and numbers on top, for whoever compares; how each was measured under `details`.
     values = {name: detail["value"] for name, detail in details.items()}

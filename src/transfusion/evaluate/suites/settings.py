@@ -113,18 +113,3 @@ class GuidanceSuite(ImagesSuite):
 
     scales: list[PositiveFloat] = Field([1.0, 2.0, 3.0, 5.0, 8.0], description="scales that are tried")
     tried: PositiveInt = Field(250, description="images of each scale")
-
-
-class Suites(Section):
-    """A file of suites. Those that it names run."""
-
-    validation: ValidationSuite = Field(default_factory=ValidationSuite)
-    samples: SamplesSuite = Field(default_factory=SamplesSuite)
-    denoise: DenoiseSuite = Field(default_factory=DenoiseSuite)
-    digits: DigitsSuite = Field(default_factory=DigitsSuite)
-    images: ImagesSuite = Field(default_factory=ImagesSuite)
-    guidance: GuidanceSuite = Field(default_factory=GuidanceSuite)
-    captions: CaptionsSuite = Field(default_factory=CaptionsSuite)
-    nearest: NearestSuite = Field(default_factory=NearestSuite)
-    edit: EditSuite = Field(default_factory=EditSuite)
-    steps: StepsSuite = Field(default_factory=StepsSuite)
