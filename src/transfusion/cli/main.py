@@ -303,11 +303,26 @@ def classifier(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """Write report.html, the page of a run. It has curves, images, captions, metrics and the configuration."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="a run folder, or several to be compared")],
+    out: Annotated[Path, typer.Option(help="the page of several runs")] = Path("compare.html"),
+    md: Annotated[
+        bool, typer.Option("--md", help="print tables of metrics and settings as Markdown instead")
+    ] = False,
+) -> None:
+    """Write report.html, the page of a run, or a page of several side by side.
+
+    It has curves, images, metrics and the configuration.
+    """
+    from transfusion.evaluate.report.compare import compare, markdown
     from transfusion.evaluate.report.page import write_report
 
-    print(f"{write_report(run)}: the page of the run; open it in a browser")
+    if md:
+        print(markdown(runs), end="")
+    elif len(runs) > 1:
+        print(f"{compare(runs, out)}: {len(runs)} runs side by side; open it in a browser")
+    else:
+        print(f"{write_report(runs[0])}: the page of the run; open it in a browser")
 
 
 @app.command()
