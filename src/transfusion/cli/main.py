@@ -284,6 +284,40 @@ def evaluate(
 
 
 @app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="the folder of a run")],
+    suite: Annotated[list[str] | None, typer.Option(help="as of `transfusion eval`")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="suite.key=value, as many as needed")] = None,
+    weights: Weights = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    classifier: Annotated[Path | None, typer.Option(help="as of `transfusion eval`")] = None,
+    once: Annotated[bool, typer.Option("--once", help="end once every checkpoint is measured")] = False,
+) -> None:
+    """Evaluate the checkpoints of a run as they appear, until the last one. Writes evaluations.jsonl."""
+    from transfusion.evaluate.suites.run import choose, run_suites
+    from transfusion.evaluate.watch import watch as watch_run
+
+    asked, told = suite or [], overrides or []
+    # Mistakes are told now and not at the first checkpoint.
+    choose(asked, told, classifier=classifier)
+
+    def measure(model: Path, out: Path) -> dict[str, Any]:
+        return run_suites(
+            model,
+            asked,
+            out,
+            overrides=told,
+            weights=weights,
+            device=device,
+            dtype=dtype,
+            classifier=classifier,
+        )
+
+    watch_run(run, measure, once=once)
+
+
+@app.command()
 def classifier(
     config: Annotated[Path, typer.Argument(help="a configuration, for its images, captions and their size")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],

@@ -115,6 +115,17 @@ def machine_curves(lines: list[dict[str, Any]]) -> list[Curve]:
     )
 
 
+def figure_curves(lines: list[dict[str, Any]]) -> list[Curve]:
+    """Figures of several checkpoints, by their names."""
+    names = dict.fromkeys(name for line in lines for name in line if name != "step") if len(lines) > 1 else ()
+    return _present(
+        *(
+            Curve(name.replace("_", " ").capitalize(), [("", OTHER, series(lines, name))], smooth=False)
+            for name in names
+        )
+    )
+
+
 def _present(*curves: Curve) -> list[Curve]:
     return [curve for curve in curves if any(points for _, _, points in curve.series)]
 

@@ -23,16 +23,23 @@ from transfusion.evaluate.report.curves import (
     draw,
     draw_buckets,
     figure,
+    figure_curves,
     loss_curves,
     loss_names,
     machine_curves,
     series,
 )
+from transfusion.evaluate.watch import evaluations
 from transfusion.files import atomic_write_text
 from transfusion.observe.metrics import read_metrics
 from transfusion.observe.progress import duration
 from transfusion.observe.runfolder import RunFolder
 
+# Rows of images that suites leave, and what they are.
+EVIDENCE = {
+    "nearest.png": "images drawn from captions, and under each the nearest training image",
+    "edits.png": "images before an instruction, what was drawn behind it, and the true images",
+}
 GRIDS_SHOWN = 6
 PROMPTS_SHOWN = 20
 IMAGES_A_PROMPT = 10
@@ -119,6 +126,12 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "bucket_curve": draw_buckets(lines),
         "predicts_noise": diffusion.get("prediction", "epsilon") == "epsilon",
         "machine_curves": [draw(curve) for curve in machine_curves(lines)],
+        "evaluation_curves": [draw(curve) for curve in figure_curves(evaluations(folder.path))],
+        "rows": [
+            Figure(uri, told)
+            for name, told in EVIDENCE.items()
+            if (uri := data_uri(folder.path / "evaluation" / name, largest=MAX_GRID))
+        ],
         "grids": _grids(folder.samples),
         "grids_across": _across(folder.samples),
         "grid_prompts": (config.get("sample_grid") or {}).get("prompts") or [],
