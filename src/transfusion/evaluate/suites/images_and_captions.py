@@ -10,9 +10,11 @@ from statistics import fmean
 from torch import Tensor
 
 from transfusion.evaluate.captioned_images import captioned_images, evenly, some_captioned_images
+from transfusion.evaluate.metrics.caption_scores import cider_d, corpus_bleu
 from transfusion.evaluate.metrics.classifier import features_of, load_classifier, recall, words_of
 from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
 from transfusion.evaluate.metrics.metric import Metric
+from transfusion.evaluate.metrics.ptb import ptb_words
 from transfusion.evaluate.suites.evidence import describe, draw, save_captions, save_drawn
 from transfusion.generate.pipeline import Pipeline
 
@@ -33,7 +35,7 @@ def samples(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
     places = evenly(len(found), FEW_IMAGES)
     drawn, _ = draw(pipeline, [expected[place] for place in places], [found[place] for place in places])
     save_drawn(drawn, out)
-    return _captions(pipeline, out, found, expected, f"{len(found)} of the {total}")
+    return _captions(pipeline, out, found, expected, f"{len(found)} of the {total}")[1]
 
 
 def images(pipeline: Pipeline, out: Path, *, classifier_path: Path) -> dict[str, Metric]:
@@ -115,17 +117,28 @@ class _Judge:
 
 
 def captions(pipeline: Pipeline, out: Path) -> dict[str, Metric]:
-    """Greedy captions of all validation images against theirs.
+    """Greedy captions of all validation images against theirs. Of one image alone CIDEr is left out.
 
     Leaves OUT/evaluation/captions.jsonl, and the first of the images beside it.
     """
     validation, expected = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
-    return _captions(pipeline, out, validation, expected, f"the {len(validation)}")
+    said, metrics = _captions(pipeline, out, validation, expected, f"the {len(validation)}")
+    words = [ptb_words(caption) for caption in said]
+    references = [[ptb_words(caption)] for caption in expected]
+    how = f"of greedy captions of the {len(validation)} validation images, one reference each, words as COCO's are cut"
+    if len(said) > 1:
+        value = fmean(cider_d(words, references))
+        metrics["caption_cider"] = Metric(
+            value=value, how=f"CIDEr-D {how}, document frequencies of these references"
+        )
+    metrics["caption_bleu4"] = Metric(value=corpus_bleu(words, references)[-1], how=f"BLEU-4 {how}")
+    return metrics
 
 
 def _captions(
     pipeline: Pipeline, out: Path, found: Sequence[Tensor], expected: Sequence[str], which: str
-) -> dict[str, Metric]:
+) -> tuple[list[str], dict[str, Metric]]:
+    """What is said of each image, and how well."""
     said = describe(pipeline, found)
     scores = [token_f1(one, other) for one, other in zip(said, expected, strict=True)]
     lines = [
@@ -133,12 +146,8 @@ def _captions(
         for one, other, score in zip(said, expected, scores, strict=True)
     ]
     save_captions(lines, found[:IMAGES_KEPT], out)
-    return {
-        "caption_token_f1": Metric(
-            value=fmean(scores),
-            how=f"F1 of the words of greedy captions of {which} validation images, mean over images",
-        )
-    }
+    how = f"F1 of the words of greedy captions of {which} validation images, mean over images"
+    return said, {"caption_token_f1": Metric(value=fmean(scores), how=how)}
 
 
 def token_f1(said: str, expected: str) -> float:
