@@ -239,7 +239,7 @@ def test_captions_are_scored_against_their_own_images(
 def test_of_one_image_there_is_no_cider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images_and_captions, "captioned_images", lambda *_, **__: coloured(1))
     pipeline: Any = SimpleNamespace(config=None, tokenizer=None, caption=lambda pixels, **_: ["A red square"])
-    metrics = images_and_captions.captions(pipeline, tmp_path)
+    metrics = images_and_captions.captions(pipeline, tmp_path, CaptionsSuite())
     assert metrics.keys() == {"caption_token_f1", "caption_bleu4"}
 
 
