@@ -234,9 +234,9 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="validation, samples, denoise, digits, images, guidance, captions, nearest, edit or steps, or a .yaml"
-            " file of suites; several if repeated. None means validation, and samples where the data have captioned"
-            " images"
+            help="validation, samples, denoise, digits, images, guidance, captions, nearest, edit, steps, perplexity"
+            " or language, or a .yaml file of suites; several if repeated. None means validation, and samples where the"
+            " data have captioned images"
         ),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="suite.key=value, as many as needed")] = None,

@@ -25,7 +25,9 @@ from transfusion.evaluate.suites.denoise import denoise
 from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.edit import edit
 from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
+from transfusion.evaluate.suites.language import language
 from transfusion.evaluate.suites.nearest import nearest
+from transfusion.evaluate.suites.perplexity import perplexity
 from transfusion.evaluate.suites.settings import (
     CaptionsSuite,
     DenoiseSuite,
@@ -33,7 +35,9 @@ from transfusion.evaluate.suites.settings import (
     EditSuite,
     GuidanceSuite,
     ImagesSuite,
+    LanguageSuite,
     NearestSuite,
+    PerplexitySuite,
     SamplesSuite,
     StepsSuite,
     SuiteConfig,
@@ -68,6 +72,8 @@ SUITES = {
     "nearest": Suite(nearest, NearestSuite),
     "edit": Suite(edit, EditSuite),
     "steps": Suite(steps, StepsSuite),
+    "perplexity": Suite(perplexity, PerplexitySuite),
+    "language": Suite(language, LanguageSuite),
 }
 # What runs where none is named. Of these, what the data do not allow is left out.
 DEFAULT = ("validation", "samples")
@@ -129,7 +135,7 @@ def run_suites(
     """
     chosen = choose(asked, overrides, classifier=classifier)
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
-    on = {name: _on(pipeline, settings.data) for name, settings in chosen.items()}
+    on = {name: _on(pipeline, name, settings) for name, settings in chosen.items()}
     for each in on.values():
         _refuse_missing_shards(each.config.data.validation)
     if pipeline.config.train.threads:
@@ -155,9 +161,12 @@ def run_suites(
     return metrics
 
 
-def _on(pipeline: Pipeline, data: list[SourceConfig]) -> Pipeline:
-    """The same model with these data in place of its data.validation, if there are any."""
-    if not data:
+def _on(pipeline: Pipeline, name: str, settings: SuiteConfig) -> Pipeline:
+    """The same model, whose data.validation is what the suite measures. Raises UserError for data set in vain."""
+    data = settings.data
+    if data and not settings.reads_data:
+        raise UserError(f"{name}.data is set, and the suite measures other data; leave it out")
+    if not data and settings.reads_data:
         return pipeline
     changed = copy.copy(pipeline)
     config = pipeline.config

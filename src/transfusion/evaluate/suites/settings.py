@@ -17,6 +17,11 @@ class SuiteConfig(Section):
         default_factory=list, description="what is measured, as in data.validation; empty: that of the model"
     )
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether `data`, or the model's own, is what is measured."""
+        return True
+
 
 class DrawingSuite(SuiteConfig):
     """A suite that draws images."""
@@ -113,3 +118,32 @@ class GuidanceSuite(ImagesSuite):
 
     scales: list[PositiveFloat] = Field([1.0, 2.0, 3.0, 5.0, 8.0], description="scales that are tried")
     tried: PositiveInt = Field(250, description="images of each scale")
+
+
+class PerplexitySuite(SuiteConfig):
+    """How well texts are predicted, as lm-evaluation-harness counts it."""
+
+    texts: list[FilePath] = Field(
+        default_factory=list,
+        description="files to measure in place of data; a .jsonl holds a text a line, any other file is one text",
+    )
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether `data`, or the model's own, is what is measured."""
+        return not self.texts
+
+
+class LanguageSuite(SuiteConfig):
+    """Tasks of lm-evaluation-harness, such as HellaSwag. They bring their data, and `data` stays empty."""
+
+    tasks: FilePath = Field(
+        "hellaswag,piqa,social_iqa,winogrande,arc_easy,arc_challenge,boolq",
+        description="names of tasks of the harness, or a folder of tasks and their data",
+    )
+    download: bool = Field(False, description="let data that are not on this machine come from the hub")
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether `data`, or the model's own, is what is measured."""
+        return False
