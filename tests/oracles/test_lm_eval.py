@@ -29,7 +29,7 @@ from transfusion.sequence.tokenizer import train_tokenizer
 
 set_hub_access(download=False)
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: oracles)")
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: eval)")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: language)")
 pytest.importorskip("accelerate", reason="accelerate is not installed, which HFLM of lm-eval needs")
 
 from transfusion.evaluate.harness import HarnessModel, load_tasks  # noqa: E402
