@@ -14,6 +14,7 @@ from transfusion.config.sections import (
     CodecConfig,
     DataConfig,
     DiffusionConfig,
+    EvalConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
@@ -38,6 +39,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     sample_grid: SampleGridConfig = SampleGridConfig()
+    eval: EvalConfig = EvalConfig()
 
     def with_vocabulary(self, pieces: int) -> Config:
         """The configuration with a row of the embedding for each of the tokenizer's pieces and each size of images
@@ -108,6 +110,11 @@ class Config(Section):
         yield from self.diffusion.problems()
         yield from rules.sampling_problems(self.sample_grid, self.diffusion, self.data)
         yield from rules.freeze_problems(self.model, self.train)
+        if self.eval.every % self.checkpoint.every:
+            yield (
+                f"eval.every {self.eval.every} is no multiple of checkpoint.every {self.checkpoint.every}, and what is"
+                " evaluated is saved before; change one of them"
+            )
         yield from rules.source_problems(self.data)
         yield from rules.division_problems(self.model, self.data, self.train)
         if self.optimizer.final_learning_rate > self.optimizer.learning_rate:

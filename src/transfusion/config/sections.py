@@ -727,6 +727,16 @@ class LogConfig(Section):
     )
 
 
+class EvalConfig(Section):
+    """Suites of `transfusion eval` in training, on all ranks together, while the clock stands still."""
+
+    every: NonNegativeInt = Field(
+        0,
+        description="steps between evaluations, a multiple of checkpoint.every. One more is at the end; 0: none",
+    )
+    suites: FilePath = Field("", description="file of suites; empty: the default ones")
+
+
 class SampleGridConfig(Section):
     """Images drawn at step 0 and at every checkpoint, always from the same seeds."""
 

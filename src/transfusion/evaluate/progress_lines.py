@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +13,27 @@ from transfusion.observe.progress import SILENCE_SECONDS
 Item = TypeVar("Item")
 
 
-def say(line: str) -> None:
-    """Print a line on stderr at once."""
+def _on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+_hear: Callable[[str], object] = _on_stderr
+
+
+def say(line: str) -> None:
+    """Tell a line at once, on stderr unless `heard_by` says where."""
+    _hear(line)
+
+
+@contextlib.contextmanager
+def heard_by(hear: Callable[[str], object]) -> Iterator[None]:
+    """What is said meanwhile goes there, as in a training, which has a display of its own."""
+    global _hear
+    before, _hear = _hear, hear
+    try:
+        yield
+    finally:
+        _hear = before
 
 
 class ProgressLines:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# What names of validation losses, and of the figures of suites, begin with.
+VALIDATED, EVALUATED = "validation_", "eval_"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
@@ -86,8 +89,12 @@ class MetricsLog:
     def append_validation(self, step: int, losses: Mapping[str, float | None]) -> dict[str, Any]:
         """As `append`, of the validation losses of a step: `validation_text_loss` and so on."""
         return self._append(
-            {"step": step} | {f"validation_{name}_loss": loss for name, loss in losses.items()}
+            {"step": step} | {f"{VALIDATED}{name}_loss": loss for name, loss in losses.items()}
         )
+
+    def append_figures(self, step: int, figures: Mapping[str, float]) -> dict[str, Any]:
+        """As `append`, of what suites found at a step: `eval_caption_token_f1` and so on."""
+        return self._append({"step": step} | {f"{EVALUATED}{name}": value for name, value in figures.items()})
 
     def _append(self, values: dict[str, Any]) -> dict[str, Any]:
         line = without_nan({**values, "time": round(time.time(), 3), "attempt": self.attempt})
@@ -112,10 +119,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def has_validation(path: Path, step: int) -> bool:
-    """Whether metrics.jsonl has validation losses of this step."""
+def has(path: Path, step: int, prefix: str) -> bool:
+    """Whether metrics.jsonl has figures of this step that begin with VALIDATED or EVALUATED."""
     return any(
-        line["step"] == step and any(name.startswith("validation_") for name in line) for line in _lines(path)
+        line["step"] == step and any(name.startswith(prefix) for name in line) for line in _lines(path)
     )
 
 

@@ -39,6 +39,12 @@ class Record:
         told = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
         log.info("step %d: validation losses  %s", step, "  ".join(told))
 
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """What suites found at a step, after its own line."""
+        line = self.metrics.append_figures(step, figures)
+        self.metric_logger.write(line)
+        log.info("step %d: %s", step, "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
     def grid(self, step: int, write: Callable[[Path], None]) -> None:
         """The sample grid of a step, which `write` puts into a file."""
         path = self.folder.grid(step)

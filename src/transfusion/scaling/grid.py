@@ -42,6 +42,7 @@ _LATER = {
     "diffusion": ("logit_mean", "logit_std", "context"),
     "optimizer": ("name", "ema_half_life"),
     "train": ("freeze",),
+    "eval": ("every", "suites"),
 }
 
 
@@ -75,6 +76,8 @@ class Job:
             for name in names:
                 if values[section].get(name) == defaults[section].get(name):
                     values[section].pop(name, None)
+            if not values[section]:
+                del values[section]
         return fingerprint([values, self.cell.flops, self.grid.suites, _digest(self.grid.classifier)])
 
 

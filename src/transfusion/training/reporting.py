@@ -7,15 +7,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from transfusion.data.index.image_shapes import cut_away
 from transfusion.data.loading.validation import EvaluationLoader
+from transfusion.evaluate.progress_lines import heard_by
+from transfusion.evaluate.suites.run import choose, measured
 from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.image_files import write_grid
 from transfusion.generate.pipeline import Pipeline
 from transfusion.observe.losses import MeanLosses
 from transfusion.observe.memory import peak_gib
-from transfusion.observe.metrics import StepMetrics, has_validation
+from transfusion.observe.metrics import EVALUATED, VALIDATED, StepMetrics, has
 from transfusion.observe.progress import duration
 from transfusion.observe.record import Record, open_record
 from transfusion.optim.schedule import learning_rate
@@ -114,14 +117,13 @@ class Reporter:
 
         def look() -> bool:
             no_grid = bool(parts.config.sample_grid.prompts) and not folder.grid(step).exists()
-            return no_grid or (
-                step > 0 and parts.validation is not None and not has_validation(folder.metrics, step)
-            )
+            no_losses = step > 0 and parts.validation is not None and not has(folder.metrics, step, VALIDATED)
+            return no_grid or no_losses or (self._evaluates() and not has(folder.metrics, step, EVALUATED))
 
         return broadcast_from_main(look)
 
     def measure(self, between: Callable[[], None]) -> None:
-        """Validation losses and the sample grid of this step. Before the first step there is only the grid.
+        """Validation losses, the sample grid and suites of this step. Before the first step there is only the grid.
 
         between: called on all ranks together before each part of the work. What it raises ends the measurement.
         """
@@ -130,6 +132,30 @@ class Reporter:
                 self._validation(self.parts.validation, between)
             if self.parts.config.sample_grid.prompts:
                 self._grid(between)
+            if self._evaluates():
+                self._suites(between)
+
+    def _evaluates(self) -> bool:
+        """Whether suites run at this step."""
+        step, every = self.parts.state.step, self.parts.config.eval.every
+        return every > 0 and step > 0 and (step % every == 0 or step == self.parts.config.train.steps)
+
+    def _suites(self, between: Callable[[], None]) -> None:
+        """Each rank does the same, so that all make the same forwards. The main process keeps what is found."""
+        parts = self.parts
+        asked = [parts.config.eval.suites] if parts.config.eval.suites else []
+        chosen, figures = choose(asked), dict[str, float]()
+        with ExitStack() as stack:
+            stack.enter_context(heard_by(self._doing))
+            # Evidence of the other ranks would be written over that of the main process.
+            elsewhere = Path(stack.enter_context(TemporaryDirectory()))
+            out = parts.folder.path if parts.here.is_main else elsewhere
+            module = stack.enter_context(parts.engine.evaluation(self._best_weights()))
+            pipeline = Pipeline(module, parts.tokenizer, parts.config, parts.engine.device, parts.codec)
+            for _, found in measured(pipeline, chosen, out, all_must=bool(asked)):
+                figures |= {name: metric.value for name, metric in found.items()}
+                between()
+        raise_together(lambda: self._record.figures(parts.state.step, figures) if self._record else None)
 
     def _validation(self, loader: EvaluationLoader, between: Callable[[], None]) -> None:
         parts, step = self.parts, self.parts.state.step

@@ -427,8 +427,13 @@ def test_a_signal_saves_and_goes_on(
 
 
 def measured_config(build_config: Callable[..., Config], digits: Path, run: str, steps: int) -> Config:
-    """Of a run that saves, measures six batches and draws a grid after every second step."""
+    """Of a run that saves, measures six batches, draws a grid and runs two suites after every second step."""
     config = build_config(run, steps=steps, checkpoint=2)
+    suites = Path(config.run.folder).with_suffix(".suites.yaml")
+    suites.parent.mkdir(parents=True, exist_ok=True)
+    suites.write_text(
+        "samples: {count: 1, captions: 2, steps: 2, max_tokens: 2}\ndenoise: {limit: 4, levels: [0.5]}\n"
+    )
     validation = [config.data.sources[0]]
     return config.model_copy(
         update={
@@ -436,6 +441,7 @@ def measured_config(build_config: Callable[..., Config], digits: Path, run: str,
             "sample_grid": config.sample_grid.model_copy(
                 update={"prompts": ["a"], "steps": 3, "guidance": 1.0}
             ),
+            "eval": config.eval.model_copy(update={"every": 2, "suites": str(suites)}),
         }
     )
 
@@ -449,12 +455,16 @@ def validated(config: Config) -> list[int]:
     return [line["step"] for line in lines(config) if "validation_text_loss" in line]
 
 
+def evaluated(config: Config) -> list[int]:
+    return [line["step"] for line in lines(config) if "eval_caption_token_f1" in line]
+
+
 def drawn(config: Config) -> list[int]:
     names = (Path(config.run.folder) / "samples").glob("*.png")
     return sorted(int(path.stem.removeprefix("step_")) for path in names)
 
 
-@pytest.mark.parametrize("during", ["validation 2/", "sample grid 1/"])
+@pytest.mark.parametrize("during", ["validation 2/", "sample grid 1/", "denoising images"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_step_is_saved_before_it_is_measured_and_a_stop_waits_for_no_measurement(
     build_config: Callable[..., Config],
@@ -479,10 +489,14 @@ def test_a_step_is_saved_before_it_is_measured_and_a_stop_waits_for_no_measureme
     assert run(config) == 75
     assert seen[-1].startswith(during) and saved(config) == [2]
     amid_losses = during.startswith("validation")
-    assert validated(config) == ([] if amid_losses else [2]) and drawn(config) == [0]
+    amid_suites = during.startswith("denoising")
+    assert validated(config) == ([] if amid_losses else [2])
+    assert drawn(config) == ([0, 2] if amid_suites else [0]) and not evaluated(config)
     monkeypatch.undo()
     assert run(config) == 0
-    assert validated(config) == [2, 4] and drawn(config) == [0, 2, 4]
+    assert validated(config) == [2, 4] and drawn(config) == [0, 2, 4] and evaluated(config) == [2, 4]
+    last = lines(config)[-1]
+    assert any(name.endswith("_denoise_error_at_0.5") for name in last if name.startswith("eval_"))
     straight = measured_config(build_config, digits, "straight", 4)
     assert run(straight) == 0
     assert lines(straight) == lines(config)
@@ -498,8 +512,9 @@ def test_a_stop_amid_the_last_measurement_leaves_it_to_the_next_start(
     assert run(config) == 75 and saved(config) == [2] and not validated(config)
     monkeypatch.undo()
     assert run(config) == 0 and validated(config) == [2] and drawn(config) == [0, 2]
+    assert evaluated(config) == [2]
     # A further one has nothing to do.
-    assert run(config) == 0 and len((Path(config.run.folder) / "metrics.jsonl").read_text().splitlines()) == 3
+    assert run(config) == 0 and len((Path(config.run.folder) / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_run_that_a_cpu_takes_days_for_is_told_after_its_first_step(

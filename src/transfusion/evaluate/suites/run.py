@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,30 +135,40 @@ def run_suites(
     """
     chosen = choose(asked, overrides, classifier=classifier)
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
-    on = {name: _on(pipeline, name, settings) for name, settings in chosen.items()}
-    for each in on.values():
-        _refuse_missing_shards(each.config.data.validation)
     if pipeline.config.train.threads:
         torch.set_num_threads(pipeline.config.train.threads)
     out.mkdir(parents=True, exist_ok=True)
     details = _known(out / METRICS)
     metrics: dict[str, Metric] = {}
-    for name, each in on.items():
-        say(f"suite {name}")
-        try:
-            found = SUITES[name].run(each, out, chosen[name])
-        except NoCaptionedImagesError as reason:
-            if asked:
-                raise
-            say(f"suite {name} is left out: {reason}")
-            continue
+    for name, found in measured(pipeline, chosen, out, all_must=bool(asked)):
         metrics |= found
-        origin = _origin(each, name, chosen[name])
+        origin = _origin(_on(pipeline, name, chosen[name]), name, chosen[name])
         details |= {metric: figure.as_dict() | origin for metric, figure in found.items()}
     # Names and numbers on top, for whoever compares; how each was measured under `details`.
     values = {name: detail["value"] for name, detail in details.items()}
     atomic_write_text(out / METRICS, json.dumps(values | {"details": details}, indent=2) + "\n")
     return metrics
+
+
+def measured(
+    pipeline: Pipeline, chosen: Mapping[str, SuiteConfig], out: Path, *, all_must: bool
+) -> Iterator[tuple[str, dict[str, Metric]]]:
+    """Each chosen suite with its figures.
+
+    all_must: unless all were asked for by name, what the data do not allow is left out. Raises UserError as the suites
+    do, and when data are not to be found, before any is run.
+    """
+    on = {name: _on(pipeline, name, settings) for name, settings in chosen.items()}
+    for each in on.values():
+        _refuse_missing_shards(each.config.data.validation)
+    for name, each in on.items():
+        say(f"suite {name}")
+        try:
+            yield name, SUITES[name].run(each, out, chosen[name])
+        except NoCaptionedImagesError as reason:
+            if all_must:
+                raise
+            say(f"suite {name} is left out: {reason}")
 
 
 def _on(pipeline: Pipeline, name: str, settings: SuiteConfig) -> Pipeline:
