@@ -70,6 +70,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "matplotlib": ("src/transfusion/evaluate/report/", "src/transfusion/scaling/plot.py"),
     "jinja2": ("src/transfusion/evaluate/report/page.py",),
     "diffusers": ("src/transfusion/codec/",),
+    "transformers": ("src/transfusion/evaluate/features/published.py",),
     "fastapi": ("src/transfusion/serve/",),
     "starlette": ("src/transfusion/serve/",),
     "uvicorn": ("src/transfusion/serve/connection.py",),
