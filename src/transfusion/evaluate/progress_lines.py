@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from transfusion.observe.progress import SILENCE_SECONDS
+from transfusion.parallel.environment import is_first_process
 
 Item = TypeVar("Item")
 
 
 def say(line: str) -> None:
-    """Print a line on stderr at once."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line on stderr at once. Of several processes only the first one speaks."""
+    if is_first_process():
+        print(line, file=sys.stderr, flush=True)
 
 
 class ProgressLines:

@@ -185,6 +185,11 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def own_place() -> Placement:
+    """This process's place, for work that is shared without a group. Raises UserError as `placement` does."""
+    return placement(os.environ)
+
+
 def is_first_process() -> bool:
     """Whether this is the one process that speaks for all of them, as its launcher tells it."""
     try:

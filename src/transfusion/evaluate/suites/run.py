@@ -27,11 +27,13 @@ from transfusion.evaluate.suites.images_and_captions import captions, guidance, 
 from transfusion.evaluate.suites.nearest import nearest
 from transfusion.evaluate.suites.settings import SuiteConfig, Suites
 from transfusion.evaluate.suites.steps import steps
+from transfusion.evaluate.suites.text_to_image import text_to_image
 from transfusion.evaluate.suites.validation import validation
 from transfusion.files import atomic_write_text
 from transfusion.generate.budget import TABLE
 from transfusion.generate.load import Dtype, Weights
 from transfusion.generate.pipeline import Pipeline
+from transfusion.parallel.environment import own_place
 
 METRICS = TABLE
 
@@ -47,7 +49,10 @@ SUITES: dict[str, Callable[[Pipeline, Path, Any], dict[str, Metric]]] = {
     "nearest": nearest,
     "edit": edit,
     "steps": steps,
+    "text_to_image": text_to_image,
 }
+# What the processes of a launcher share. All other suites are the first one's alone.
+SHARED = ("text_to_image",)
 # What runs where none is named. Of these, what the data do not allow is left out.
 DEFAULT = ("validation", "samples")
 
@@ -96,9 +101,15 @@ def run_suites(
     """Run suites on an exported model; writes OUT/metrics.json (added to what is there) and OUT/evaluation/.
 
     asked, overrides, classifier: see `choose`. Of the default suites those run that the data allow. Raises UserError as
-    `choose` does, and when the data is not to be found.
+    `choose` does, and when the data is not to be found. Under a launcher the processes share the suites of SHARED. The
+    first one runs the others too and writes, and the rest return no metrics.
     """
     settings, names = choose(asked, overrides, classifier=classifier)
+    place = own_place()
+    if place.rank and not (names := [name for name in names if name in SHARED]):
+        return {}
+    if device == "auto" and place.world_size > 1 and torch.cuda.is_available():
+        device = f"cuda:{place.local_rank}"
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
     on = {name: _on(pipeline, getattr(settings, name).data) for name in names}
     for each in on.values():
@@ -120,6 +131,8 @@ def run_suites(
         metrics |= found
         origin = _origin(each, name, getattr(settings, name))
         details |= {metric: figure.as_dict() | origin for metric, figure in found.items()}
+    if place.rank:
+        return {}
     # Names and numbers on top, for whoever compares; how each was measured under `details`.
     values = {name: detail["value"] for name, detail in details.items()}
     atomic_write_text(out / METRICS, json.dumps(values | {"details": details}, indent=2) + "\n")
