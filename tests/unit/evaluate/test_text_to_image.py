@@ -7,18 +7,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.errors import UserError
 from transfusion.evaluate.chunks import Chunks
+from transfusion.evaluate.features.readers import Reader
+from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
+from transfusion.evaluate.metrics.kernel_distance import kernel_distance
 from transfusion.evaluate.metrics.metric import Metric
+from transfusion.evaluate.metrics.precision_recall import precision_recall
 from transfusion.evaluate.suites import text_to_image
 from transfusion.evaluate.suites.run import run_suites
 
@@ -113,6 +119,41 @@ def test_few_images_are_drawn_of_captions_that_are_evenly_spread(evaluate: Evalu
     evaluate(tmp_path / "out", "count=4", "kid_subset_size=4")
     prompts = left_in(tmp_path / "out")["drawn-00000.npz"]["prompts"].tolist()
     assert prompts == [f"the digit {word}" for word in ("one", "two", "four", "six")]
+
+
+def test_published_networks_give_the_figures_of_the_features_that_are_left(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def means(images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
+        return torch.stack([image.float().mean((0, 1))[:6] / 255 for image in images])
+
+    def cosines(images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
+        return torch.tensor([0.1 * len(caption) - 1.4 for caption in captions])
+
+    reads = {"inception": means, "dinov2": means, "clip": cosines}
+    readers = [Reader(name, f"{name} (digest 12)", "12", read) for name, read in reads.items()]
+    monkeypatch.setattr(text_to_image, "open_readers", lambda *_, **__: readers)
+    metrics = evaluate(tmp_path / "out")
+    chunks = left_in(tmp_path / "out")
+    drawn, real = (
+        {key: np.concatenate([chunks[name][key] for name in chunks if kind in name]) for key in reads}
+        for kind in ("drawn", "real")
+    )
+    left, right = drawn["inception"], real["inception"]
+    distance = frechet_distance(gaussian_of(left), gaussian_of(right))
+    found = precision_recall(left, right)
+    expected = {
+        "fid": distance,
+        "kid": kernel_distance(left, right, subsets=3, size=5).mean,
+        "precision": found.precise_N.mean(),
+        "recall": found.recalled_M.mean(),
+        "fd_dinov2": distance,
+        "clip_score": 100 * drawn["clip"].clip(min=0).mean(),
+        "clip_score_of_validation": 100 * real["clip"].clip(min=0).mean(),
+    }
+    assert (real["clip"] < 0).any() and (real["clip"] > 0).any()
+    assert {name: metric.value for name, metric in metrics.items()} == pytest.approx(expected, rel=1e-5)
+    assert all("(digest 12)" in metric.how for metric in metrics.values())
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -33,7 +33,7 @@ from transfusion.files import atomic_write_text
 from transfusion.generate.budget import TABLE
 from transfusion.generate.load import Dtype, Weights
 from transfusion.generate.pipeline import Pipeline
-from transfusion.parallel.environment import own_place
+from transfusion.parallel.environment import own_device, own_place
 
 METRICS = TABLE
 
@@ -108,9 +108,7 @@ def run_suites(
     place = own_place()
     if place.rank and not (names := [name for name in names if name in SHARED]):
         return {}
-    if device == "auto" and place.world_size > 1 and torch.cuda.is_available():
-        device = f"cuda:{place.local_rank}"
-    pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
+    pipeline = Pipeline.from_export(model, weights=weights, device=own_device(device), dtype=dtype)
     on = {name: _on(pipeline, getattr(settings, name).data) for name in names}
     for each in on.values():
         _refuse_missing_shards(each.config.data.validation)
