@@ -104,7 +104,11 @@ class Images(Dataset[Tensor]):
 
 @pytest.mark.slow
 def test_figures_of_the_same_images_through_the_whole_pipeline(weights: Path) -> None:
-    """Their kernel distance is summed in fp32. In fp64 it is ours, as the test above shows."""
+    """Their kernel distance is summed in fp32. In fp64 it is ours, as the test above shows.
+
+    With fewer images than features both Fréchet distances have eigenvalues that are rounding alone, and their roots
+    move each of them by 1e-4 of itself from the one of singular values, nearly alike.
+    """
     generator = torch.Generator().manual_seed(0)
     shade = torch.randint(0, 120, (24, 3, 1, 1), generator=generator)
     pixels = (torch.randint(0, 136, (24, 3, 32, 32), generator=generator) + shade).to(torch.uint8)
@@ -124,7 +128,7 @@ def test_figures_of_the_same_images_through_the_whole_pipeline(weights: Path) ->
     [reader] = open_readers(CPU, inception_file=str(weights))
     left, right = (reader(list(part), [""] * 12) for part in pixels.split(12))
     distance = frechet_distance(gaussian_of(left), gaussian_of(right))
-    assert distance == pytest.approx(theirs[fidelity.KEY_METRIC_FID], rel=1e-6)
+    assert distance == pytest.approx(theirs[fidelity.KEY_METRIC_FID], rel=2e-5)
     kernel = kernel_distance(left, right, subsets=10, size=8)
     assert kernel.mean == pytest.approx(theirs[fidelity.KEY_METRIC_KID_MEAN], rel=1e-5)
     found = precision_recall(left, right)
