@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from transfusion.cli import main as command_line
 from transfusion.codec_train.settings import CodecTrainConfig
 from transfusion.config import Config, SourceConfig
-from transfusion.evaluate.suites.settings import Suites
+from transfusion.evaluate.suites.run import sections
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 
@@ -102,7 +102,7 @@ EXIT_CODES = """\
 def configuration() -> str:
     """The page of all configuration keys."""
     codec = _sections(CodecTrainConfig, level=3, before="codec train: ")
-    suites = _sections(Suites, level=3, before="eval: ", known=(SourceConfig,))
+    suites = _sections(sections(), level=3, before="eval: ", known=(SourceConfig,))
     return "\n".join(
         [CONFIGURATION, *_sections(Config), CODEC_CONFIGURATION, *codec, SUITES_CONFIGURATION, *suites]
     )

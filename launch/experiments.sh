@@ -8,17 +8,18 @@
 #   bash launch/experiments.sh recipes [section.key=value ...]
 #   bash launch/experiments.sh frozen [section.key=value ...]
 #   bash launch/experiments.sh tuning [section.key=value ...]
+#   bash launch/experiments.sh budgets [section.key=value ...]
 #   bash launch/experiments.sh editing PAIRS [section.key=value ...]     PAIRS/{train,val}/*.tar: an image, a text, an image
 #
 # Run again, each goes on where it stopped. PROCESSES (default 2) runs at once, a thread each.
 set -euo pipefail
 
-usage="usage: bash launch/experiments.sh prepare IMAGES TEXT KL VQ | editing PAIRS | scaling|ablation|position|recipes|frozen|tuning, each with [section.key=value ...]"
+usage="usage: bash launch/experiments.sh prepare IMAGES TEXT KL VQ | editing PAIRS | scaling|ablation|position|recipes|frozen|tuning|budgets, each with [section.key=value ...]"
 [[ $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
 command="$1"
 shift
 case "$command $#" in
-    "prepare 4" | "editing "[1-9]* | "scaling "* | "ablation "* | "position "* | "recipes "* | "frozen "* | "tuning "*) ;;
+    "prepare 4" | "editing "[1-9]* | "scaling "* | "ablation "* | "position "* | "recipes "* | "frozen "* | "tuning "* | "budgets "*) ;;
     *) echo "$usage" >&2 && exit 2 ;;
 esac
 # What is named from here, before the script goes to its checkout.
@@ -64,8 +65,18 @@ prepare() {
 }
 
 scaling() {
-    local out=runs/emoji-scaling
-    run "$GRIDS/emoji-scaling.yaml" "$out" "$@"
+    with_laws emoji-scaling "$@"
+}
+
+budgets() {
+    METRICS=("${GUIDED[@]}")
+    with_laws emoji-budgets "$@"
+}
+
+# with_laws GRID [section.key=value ...]
+with_laws() {
+    local out="runs/$1"
+    run "$GRIDS/$1.yaml" "$out" "${@:2}"
     transfusion scaling fit "$out" "${METRICS[@]}" | tee "$out/laws.md"
     transfusion scaling plot "$out" "${METRICS[@]}" --out "$out/figure.png"
 }

@@ -68,6 +68,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("src/transfusion/sequence/published_tokenizer.py",),
     "sklearn": ("src/transfusion/data/prepare/prepare.py", "src/transfusion/evaluate/"),
     "matplotlib": ("src/transfusion/evaluate/report/", "src/transfusion/scaling/plot.py"),
+    "lm_eval": ("src/transfusion/evaluate/harness.py",),
     "jinja2": ("src/transfusion/evaluate/report/page.py",),
     "diffusers": ("src/transfusion/codec/",),
     "transformers": ("src/transfusion/evaluate/features/published.py",),

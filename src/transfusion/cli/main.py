@@ -234,9 +234,9 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="validation, samples, denoise, digits, images, guidance, captions, nearest, edit, steps or"
-            " text_to_image, or a .yaml file of suites; several if repeated. None means validation, and samples where"
-            " the data have captioned images"
+            help="validation, samples, denoise, digits, images, guidance, captions, nearest, edit, steps,"
+            " text_to_image, perplexity or language, or a .yaml file of suites; several if repeated. None means"
+            " validation, and samples where the data have captioned images"
         ),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="suite.key=value, as many as needed")] = None,
@@ -289,6 +289,40 @@ def evaluate(
 
 
 @app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="the folder of a run")],
+    suite: Annotated[list[str] | None, typer.Option(help="as of `transfusion eval`")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="suite.key=value, as many as needed")] = None,
+    weights: Weights = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    classifier: Annotated[Path | None, typer.Option(help="as of `transfusion eval`")] = None,
+    once: Annotated[bool, typer.Option("--once", help="end once every checkpoint is measured")] = False,
+) -> None:
+    """Evaluate the checkpoints of a run as they appear, until the last one. Writes evaluations.jsonl."""
+    from transfusion.evaluate.suites.run import choose, run_suites
+    from transfusion.evaluate.watch import watch as watch_run
+
+    asked, told = suite or [], overrides or []
+    # Mistakes are told now and not at the first checkpoint.
+    choose(asked, told, classifier=classifier)
+
+    def measure(model: Path, out: Path) -> dict[str, Any]:
+        return run_suites(
+            model,
+            asked,
+            out,
+            overrides=told,
+            weights=weights,
+            device=device,
+            dtype=dtype,
+            classifier=classifier,
+        )
+
+    watch_run(run, measure, once=once)
+
+
+@app.command()
 def classifier(
     config: Annotated[Path, typer.Argument(help="a configuration, for its images, captions and their size")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
@@ -308,11 +342,26 @@ def classifier(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """Write report.html, the page of a run. It has curves, images, captions, metrics and the configuration."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="a run folder, or several to be compared")],
+    out: Annotated[Path, typer.Option(help="the page of several runs")] = Path("compare.html"),
+    md: Annotated[
+        bool, typer.Option("--md", help="print tables of metrics and settings as Markdown instead")
+    ] = False,
+) -> None:
+    """Write report.html, the page of a run, or a page of several side by side.
+
+    It has curves, images, metrics and the configuration.
+    """
+    from transfusion.evaluate.report.compare import compare, markdown
     from transfusion.evaluate.report.page import write_report
 
-    print(f"{write_report(run)}: the page of the run; open it in a browser")
+    if md:
+        print(markdown(runs), end="")
+    elif len(runs) > 1:
+        print(f"{compare(runs, out)}: {len(runs)} runs side by side; open it in a browser")
+    else:
+        print(f"{write_report(runs[0])}: the page of the run; open it in a browser")
 
 
 @app.command()

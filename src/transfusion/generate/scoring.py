@@ -1,6 +1,6 @@
 """How likely the model finds texts and images that are given.
 
-R rows, N tokens.
+R rows, S positions, D width, N tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +22,21 @@ from transfusion.schema import TextSegment
 from transfusion.sequence.layout import Layout
 from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer
+
+# Tokens whose logits are in memory at once.
+_LOGITS = 512
+
+
+class TokenScore(NamedTuple):
+    """How likely tokens are.
+
+    Attributes:
+        log_likelihood: Of all of them, in nats.
+        is_greedy: Whether each is the likeliest one where it stands.
+    """
+
+    log_likelihood: float
+    is_greedy: bool
 
 
 class _Document(NamedTuple):
@@ -50,10 +65,38 @@ def score_texts(
     for document, state_SD in zip(documents, state_RSD, strict=True):
         end = len(document.layout)
         token_N = torch.from_numpy(document.layout.token_ids_S[end - document.targets :]).to(state_SD.device)
-        logit_NV = runner.logits(state_SD[end - document.targets - 1 : end - 1])
-        nats_N = logit_NV.double().log_softmax(-1).gather(1, token_N[:, None])
-        scores.append(Score(nats_N.sum().item(), 0.0, document.targets))
+        score = _score_states(state_SD[end - document.targets - 1 : end - 1], token_N, runner)
+        scores.append(Score(score.log_likelihood, 0.0, document.targets))
     return scores
+
+
+@torch.no_grad()
+def score_tokens(
+    rows: Sequence[Sequence[int]], targets: Sequence[int], runner: ModelRunner
+) -> list[TokenScore]:
+    """How likely the last tokens of each row are behind those before them, all in one call of the model. Exact.
+
+    rows: token ids as they are, with <BOS> where a document begins. targets: how many of each row are scored, fewer
+    than it has.
+    """
+    cache = runner.cache(sum(pages_for(len(row) - 1) for row in rows))
+    view = cache.view([cache.row(len(row) - 1) for row in rows])
+    state_RSD = runner.states(view, runner.text_block([row[:-1] for row in rows]))
+    scores = []
+    for row, count, state_SD in zip(rows, targets, state_RSD, strict=True):
+        token_N = torch.tensor(row[len(row) - count :], device=state_SD.device)
+        scores.append(_score_states(state_SD[len(row) - 1 - count : len(row) - 1], token_N, runner))
+    return scores
+
+
+def _score_states(state_ND: Tensor, token_N: Tensor, runner: ModelRunner) -> TokenScore:
+    """Of the token that follows each state."""
+    nats, greedy = 0.0, True
+    for some_ND, id_N in zip(state_ND.split(_LOGITS), token_N.split(_LOGITS), strict=True):
+        logit_NV = runner.logits(some_ND)
+        nats += logit_NV.double().log_softmax(-1).gather(1, id_N[:, None]).sum().item()
+        greedy = greedy and bool((logit_NV.argmax(-1) == id_N).all())
+    return TokenScore(nats, greedy)
 
 
 def _text_document(

@@ -148,6 +148,17 @@ class ModelRunner:
             torch.cat([nothing, *(slots[number] for group in groups for number in group)]).to(self.device),
         )
 
+    def text_block(self, rows: Sequence[Sequence[int]]) -> ModelInput:
+        """Rows of tokens alone, as they are, each from its first position on."""
+        counts = [len(row) for row in rows]
+        ids_RS = np.full((len(rows), max(counts)), SpecialToken.PADDING, dtype=np.int64)
+        for ids_S, row in zip(ids_RS, rows, strict=True):
+            ids_S[: len(row)] = row
+        position_S = torch.arange(max(counts), device=self.device)
+        end_RS = torch.minimum(position_S + 1, torch.tensor(counts, device=self.device)[:, None])
+        position_RSA = position_S[:, None].expand(len(rows), -1, self.axes)
+        return ModelInput(torch.from_numpy(ids_RS).to(self.device), position_RSA, end_RS, counts)
+
     def token_block(self, ids: Sequence[int], starts: Sequence[int]) -> ModelInput:
         """One token a row, at running positions `starts`."""
         ids_R1, start_R1 = torch.tensor([ids, starts], device=self.device)[..., None].unbind()

@@ -23,6 +23,7 @@ class StepMetrics:
     losses: by the names of the loss's terms, such as "text". series: those of several values, such as
     "image_by_timestep". tokens, images: seen since the run's first step.
     data_wait: share of the time since the last line that was spent waiting for data. memory_gib: peak.
+    flops: exact operations of all ranks since the last line.
     mfu, hfu, mfu_palm, gemm_share: see `utilization.Utilization`; a mean over the ranks.
     skipped: steps so far whose update was left out. roll_backs: times so far that a former checkpoint was
     brought back. gradient_norms: of this step, by module, where log.gradient_norms asks for them.
@@ -42,6 +43,7 @@ class StepMetrics:
     tokens_per_second: float | None
     data_wait: float | None
     memory_gib: float | None
+    flops: float | None = None
     mfu: float | None = None
     hfu: float | None = None
     mfu_palm: float | None = None

@@ -160,6 +160,16 @@ def _wait_for_name(host: str) -> None:
             time.sleep(1.0)
 
 
+def set_hub_access(*, download: bool) -> None:
+    """Say whether the libraries of the Hugging Face hub may use the network. They need not be imported yet."""
+    os.environ.update(
+        {f"HF_{name}_OFFLINE": str(int(not download)) for name in ("HUB", "DATASETS", "EVALUATE")}
+    )
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            vars(sys.modules[name])["HF_HUB_OFFLINE"] = not download
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     import torch.distributed as dist

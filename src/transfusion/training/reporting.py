@@ -203,6 +203,7 @@ class Reporter:
             images=state.images,
             tokens_per_second=interval.tokens_per_second,
             data_wait=interval.shares.get("data", 0.0),
+            flops=losses.extra_sums[0],
             **asdict(utilization),
             memory_gib=peak_gib(parts.engine.device),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from transfusion.config import Config
 from transfusion.errors import UserError
+from transfusion.evaluate.metrics.caption_scores import cider_d, corpus_bleu
 from transfusion.evaluate.metrics.classifier import (
     Classifier,
     common_words,
@@ -25,6 +27,7 @@ from transfusion.evaluate.metrics.classifier import (
     train_classifier,
 )
 from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
+from transfusion.evaluate.metrics.ptb import ptb_words
 from transfusion.evaluate.suites import images_and_captions, nearest
 from transfusion.evaluate.suites.images_and_captions import token_f1
 from transfusion.evaluate.suites.settings import CaptionsSuite, GuidanceSuite, ImagesSuite, NearestSuite
@@ -220,11 +223,24 @@ def test_captions_are_scored_against_their_own_images(
     monkeypatch.setattr(images_and_captions, "captioned_images", lambda *_, **__: coloured(4))
     said = ["a red square", "square", "", "a grey square"]
     pipeline: Any = SimpleNamespace(config=None, tokenizer=None, caption=lambda pixels, **_: said)
-    metric = images_and_captions.captions(pipeline, tmp_path, CaptionsSuite())["caption_token_f1"]
-    assert metric.value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    metrics = images_and_captions.captions(pipeline, tmp_path, CaptionsSuite())
+    assert metrics["caption_token_f1"].value == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    # The words of four references, "a" and "square" in all, the colours in one each: idf 0 and log 4.
+    words, references = [ptb_words(each) for each in said], [[ptb_words(each)] for each in coloured(4)[1]]
+    assert references[0] == [["a", "red", "square"]]
+    assert metrics["caption_cider"].value == fmean(cider_d(words, references)) > 3
+    assert metrics["caption_bleu4"].value == corpus_bleu(words, references)[3] > 0
+    assert "4 validation images" in metrics["caption_cider"].how
     lines = (tmp_path / "evaluation" / "captions.jsonl").read_text().splitlines()
     said = {"caption": "square", "expected": "A green square.", "f1": 0.5}
     assert json.loads(lines[1]) == {"image": "evaluation/validation/0001.png", **said}
+
+
+def test_of_one_image_there_is_no_cider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_and_captions, "captioned_images", lambda *_, **__: coloured(1))
+    pipeline: Any = SimpleNamespace(config=None, tokenizer=None, caption=lambda pixels, **_: ["A red square"])
+    metrics = images_and_captions.captions(pipeline, tmp_path, CaptionsSuite())
+    assert metrics.keys() == {"caption_token_f1", "caption_bleu4"}
 
 
 def test_copies_are_found_and_shown_under_the_images_that_were_drawn(

@@ -171,6 +171,19 @@ def test_the_whole_report_is_one_file_that_fetches_nothing(whole_run: RunFolder)
     assert "script" not in page.tags and "link" not in page.tags
 
 
+def test_figures_of_checkpoints_and_rows_of_images_are_shown_where_there_are_any(
+    whole_run: RunFolder,
+) -> None:
+    assert "Figures of its checkpoints" not in (page := write_report(whole_run.path).read_text())
+    assert "Images beside others" not in page
+    lines = [{"step": step, "caption_token_f1": step / 100, "rare": 1.0} for step in (10, 20)]
+    write_lines(whole_run.path / "evaluations.jsonl", lines)
+    make_image(whole_run.path / "evaluation" / "nearest.png", size=300, colour=True)
+    text = " ".join(read(write_report(whole_run.path)).text.split())
+    assert "Figures of its checkpoints" in text and "Caption token f1" in text and "Rare" in text
+    assert "Images beside others" in text and "under each the nearest training image" in text
+
+
 def test_text_of_users_is_escaped(whole_run: RunFolder) -> None:
     html = write_report(whole_run.path).read_text()
     assert "<script" not in html and "<b>bold" not in html

@@ -22,8 +22,7 @@ from transfusion.evaluate.metrics import classifier as classifiers
 from transfusion.evaluate.metrics.classifier import save_classifier, train_classifier
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
-from transfusion.evaluate.suites.run import DEFAULT, run_suites
-from transfusion.evaluate.suites.settings import Suites
+from transfusion.evaluate.suites.run import DEFAULT, SUITES, run_suites
 from transfusion.generate.budget import read_table
 from transfusion.generate.pipeline import Pipeline
 
@@ -71,7 +70,7 @@ def run(
         f"{name}.{key}={value}"
         for name in asked or DEFAULT
         for key, value in (("steps", 2), ("max_tokens", 3))
-        if hasattr(getattr(Suites(), name), key)
+        if key in SUITES[name].settings.model_fields
     ]
     return run_suites(model, asked, out, overrides=[*quick, *overrides], classifier=classifier)
 

@@ -45,12 +45,17 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curve:
-    """One panel: series of (label, colour, points), raw and smoothed; marked: points shown each for itself."""
+    """One panel: series of (label, colour, points), raw and smoothed.
+
+    marked: points shown each for itself. legend: heading of the labels, which are shown beside it. x: below the axis.
+    """
 
     title: str
     series: Sequence[tuple[str, str, list[tuple[float, float]]]]
     smooth: bool = True
     marked: Sequence[tuple[float, float]] = ()
+    legend: str = ""
+    x: str = "step"
 
 
 def figure(value: Any) -> str:
@@ -66,28 +71,28 @@ def figure(value: Any) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
-def _loss_curves(lines: list[dict[str, Any]], config: dict[str, Any]) -> list[Curve]:
+def loss_curves(lines: list[dict[str, Any]], config: dict[str, Any]) -> list[Curve]:
     """One for each loss of the model's family, and the total."""
     return _present(
         *(
             Curve(
-                ", ".join(filter(None, (f"{name.capitalize()} loss", _unit(name, config)))),
-                [("", TEXT if name == "text" else IMAGE, _series(lines, f"{name}_loss"))],
-                marked=_series(lines, f"validation_{name}_loss"),
+                ", ".join(filter(None, (f"{name.capitalize()} loss", unit(name, config)))),
+                [("", TEXT if name == "text" else IMAGE, series(lines, f"{name}_loss"))],
+                marked=series(lines, f"validation_{name}_loss"),
             )
-            for name in _loss_names(lines)
+            for name in loss_names(lines)
         ),
-        Curve("Total loss, as weighted", [("", TOTAL, _series(lines, "loss"))]),
+        Curve("Total loss, as weighted", [("", TOTAL, series(lines, "loss"))]),
     )
 
 
-def _loss_names(lines: list[dict[str, Any]]) -> list[str]:
+def loss_names(lines: list[dict[str, Any]]) -> list[str]:
     """Names of the losses of a family, such as "text" and "image", in the order in which they were written."""
     names = dict.fromkeys(name for line in lines for name in line if name.endswith("_loss"))
     return [name.removesuffix("_loss") for name in names if not name.startswith("validation_")]
 
 
-def _unit(name: str, config: dict[str, Any]) -> str:
+def unit(name: str, config: dict[str, Any]) -> str:
     """What a loss is counted in; empty where nobody tells."""
     family = FAMILIES.get((config.get("model") or {}).get("family", "transfusion"))
     counted = family.image_metric(DiffusionConfig()).unit if family else ""
@@ -101,11 +106,23 @@ def _unit(name: str, config: dict[str, Any]) -> str:
     return f"squared error of the {predicted}{weighted}"
 
 
-def _machine_curves(lines: list[dict[str, Any]]) -> list[Curve]:
+def machine_curves(lines: list[dict[str, Any]]) -> list[Curve]:
+    """How the optimiser and the machine went."""
     return _present(
-        Curve("Gradient norm", [("", OTHER, _series(lines, "gradient_norm"))]),
-        Curve("Learning rate", [("", OTHER, _series(lines, "learning_rate"))], smooth=False),
-        Curve("Tokens a second", [("", OTHER, _series(lines, "tokens_per_second"))]),
+        Curve("Gradient norm", [("", OTHER, series(lines, "gradient_norm"))]),
+        Curve("Learning rate", [("", OTHER, series(lines, "learning_rate"))], smooth=False),
+        Curve("Tokens a second", [("", OTHER, series(lines, "tokens_per_second"))]),
+    )
+
+
+def figure_curves(lines: list[dict[str, Any]]) -> list[Curve]:
+    """Figures of several checkpoints, by their names."""
+    names = dict.fromkeys(name for line in lines for name in line if name != "step") if len(lines) > 1 else ()
+    return _present(
+        *(
+            Curve(name.replace("_", " ").capitalize(), [("", OTHER, series(lines, name))], smooth=False)
+            for name in names
+        )
     )
 
 
@@ -113,13 +130,14 @@ def _present(*curves: Curve) -> list[Curve]:
     return [curve for curve in curves if any(points for _, _, points in curve.series)]
 
 
-def _series(lines: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+def series(lines: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the lines that have it."""
     return [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
 
 
-def _draw_buckets(lines: list[dict[str, Any]]) -> Panel | None:
+def draw_buckets(lines: list[dict[str, Any]]) -> Panel | None:
     """Image loss by timestep, one line a bucket; None where no step tells it."""
-    series = []
+    buckets = []
     for bucket in range(TIMESTEP_BUCKETS):
         points = [
             (line["step"], values[bucket])
@@ -129,10 +147,10 @@ def _draw_buckets(lines: list[dict[str, Any]]) -> Panel | None:
             and values[bucket] is not None
         ]
         percent = 100 // TIMESTEP_BUCKETS
-        series.append((f"{bucket * percent} to {(bucket + 1) * percent} %", _bucket_colour(bucket), points))
-    if not any(points for _, _, points in series):
+        buckets.append((f"{bucket * percent} to {(bucket + 1) * percent} %", _bucket_colour(bucket), points))
+    if not any(points for _, _, points in buckets):
         return None
-    return _draw(Curve("Image loss by timestep", series), width=14.0, height=4.6)
+    return draw(Curve("Image loss by timestep", buckets, legend="timestep"), width=14.0, height=4.6)
 
 
 def _bucket_colour(bucket: int) -> str:
@@ -141,22 +159,22 @@ def _bucket_colour(bucket: int) -> str:
     return "#" + "".join(f"{round(part):02x}" for part in parts)
 
 
-def _draw(curve: Curve, *, width: float = 4.6, height: float = 2.9) -> Panel:
+def draw(curve: Curve, *, width: float = 4.6, height: float = 2.9) -> Panel:
     """One panel as inline SVG whose text stays text and whose colours are the page's."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     # The salt makes the ids of each drawing its own: all of them stand in one page.
-    salt = f"{curve.title}{width}"
+    salt = f"{curve.title}{width}{curve.x}"
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11}):
         drawing = Figure(figsize=(width, height), layout="constrained")
         axes = drawing.add_subplot()
         _plot(axes, curve)
-        _scale(axes, may_be_logarithmic=curve.smooth)
-        _dress(axes)
-        if len(curve.series) > 1:
+        _scale(axes, curve)
+        _dress(axes, curve.x)
+        if curve.legend:
             legend = drawing.legend(
-                loc="outside right center", frameon=False, labelcolor=INK, title="timestep"
+                loc="outside right center", frameon=False, labelcolor=INK, title=curve.legend
             )
             legend.get_title().set_color(FAINT)
         buffer = io.StringIO()
@@ -177,18 +195,19 @@ def _plot(axes: Any, curve: Curve) -> None:
             if len(curve.series) == 1:
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.45)
             values = _smoothed(values)
-        axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
+        alone = "o" if len(steps) == 1 else None
+        axes.plot(steps, values, color=colour, linewidth=1.8, marker=alone, label=label)
     if curve.marked:
         axes.plot(*zip(*curve.marked, strict=True), color=INK, linestyle="none", marker="o", markersize=4)
 
 
-def _scale(axes: Any, *, may_be_logarithmic: bool) -> None:
+def _scale(axes: Any, curve: Curve) -> None:
     """A logarithmic axis where values differ by more than twentyfold, else one from zero or near the values."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     plain = FuncFormatter(lambda value, _: figure(float(value)))
     drawn = [float(value) for line in axes.lines for value in line.get_ydata()]
-    if may_be_logarithmic and min(drawn) > 0 and max(drawn) / min(drawn) > 20:
+    if curve.smooth and min(drawn) > 0 and max(drawn) / min(drawn) > 20:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -198,11 +217,12 @@ def _scale(axes: Any, *, may_be_logarithmic: bool) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(plain)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    steps = FuncFormatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_major_formatter(steps if curve.x == "step" else EngFormatter())
 
 
-def _dress(axes: Any) -> None:
-    axes.set_xlabel("step", color=FAINT)
+def _dress(axes: Any, x: str) -> None:
+    axes.set_xlabel(x, color=FAINT)
     axes.tick_params(which="both", colors=FAINT, length=0)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,26 @@ from PIL import Image, UnidentifiedImageError
 
 from transfusion.errors import UserError
 from transfusion.evaluate.report.curves import (
-    _draw,
-    _draw_buckets,
-    _loss_curves,
-    _loss_names,
-    _machine_curves,
-    _series,
+    draw,
+    draw_buckets,
     figure,
+    figure_curves,
+    loss_curves,
+    loss_names,
+    machine_curves,
+    series,
 )
+from transfusion.evaluate.watch import evaluations
 from transfusion.files import atomic_write_text
 from transfusion.observe.metrics import read_metrics
 from transfusion.observe.progress import duration
 from transfusion.observe.runfolder import RunFolder
 
+# Rows of images that suites leave, and what they are.
+EVIDENCE = {
+    "nearest.png": "images drawn from captions, and under each the nearest training image",
+    "edits.png": "images before an instruction, what was drawn behind it, and the true images",
+}
 GRIDS_SHOWN = 6
 PROMPTS_SHOWN = 20
 IMAGES_A_PROMPT = 10
@@ -67,11 +75,24 @@ def write_report(run_folder: Path) -> Path:
             f"{folder.path} is not the folder of a run (no config.yaml, no metrics.jsonl); "
             f"give the folder that `transfusion train` wrote, such as runs/quickstart"
         )
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401 - asked for here, so that its lack is told before any work
-    except ImportError as error:
-        raise UserError(f"the report needs {error.name}; run `pip install matplotlib jinja2`") from None
+    check_packages()
+    atomic_write_text(folder.report, render("page.html", gather(folder)))
+    return folder.report
+
+
+def check_packages() -> None:
+    """Raises UserError if what draws a page is missing, before any work."""
+    for package in ("jinja2", "matplotlib"):
+        try:
+            import_module(package)
+        except ImportError:
+            raise UserError(f"the report needs {package}; run `pip install matplotlib jinja2`") from None
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    """The page of a template beside this file."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -80,9 +101,7 @@ def write_report(run_folder: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["figure"] = figure
-    page = environment.get_template("page.html").render(gather(folder))
-    atomic_write_text(folder.report, page)
-    return folder.report
+    return environment.get_template(template).render(values)
 
 
 def is_run(path: Path) -> bool:
@@ -94,19 +113,25 @@ def is_run(path: Path) -> bool:
 def gather(folder: RunFolder) -> dict[str, Any]:
     """Everything that the template shows, empty where the run has none."""
     lines = read_metrics(folder.metrics)
-    config = _mapping(folder.config, yaml.safe_load)
-    environment = _mapping(folder.environment, json.loads)
-    captions = _jsonl(folder.path / "evaluation" / "captions.jsonl")
+    config = mapping(folder.config, yaml.safe_load)
+    environment = mapping(folder.environment, json.loads)
+    captions = jsonl(folder.path / "evaluation" / "captions.jsonl")
     diffusion = config.get("diffusion") or {}
     return {
         "name": (config.get("run") or {}).get("name") or folder.path.name,
-        "facts": _facts(lines, config, environment) | _starts(_jsonl(folder.metrics)),
-        "metrics": _metrics(_mapping(folder.path / "metrics.json", json.loads)),
-        "curves": [_draw(curve) for curve in _loss_curves(lines, config)],
+        "facts": _facts(lines, config, environment) | _starts(jsonl(folder.metrics)),
+        "metrics": _metrics(mapping(folder.path / "metrics.json", json.loads)),
+        "curves": [draw(curve) for curve in loss_curves(lines, config)],
         "validation": any(name.startswith("validation_") for line in lines for name in line),
-        "bucket_curve": _draw_buckets(lines),
+        "bucket_curve": draw_buckets(lines),
         "predicts_noise": diffusion.get("prediction", "epsilon") == "epsilon",
-        "machine_curves": [_draw(curve) for curve in _machine_curves(lines)],
+        "machine_curves": [draw(curve) for curve in machine_curves(lines)],
+        "evaluation_curves": [draw(curve) for curve in figure_curves(evaluations(folder.path))],
+        "rows": [
+            Figure(uri, told)
+            for name, told in EVIDENCE.items()
+            if (uri := data_uri(folder.path / "evaluation" / name, largest=MAX_GRID))
+        ],
         "grids": _grids(folder.samples),
         "grids_across": _across(folder.samples),
         "grid_prompts": (config.get("sample_grid") or {}).get("prompts") or [],
@@ -119,7 +144,7 @@ def gather(folder: RunFolder) -> dict[str, Any]:
             for line in captions[CAPTIONS_SHOWN:]
             if line.get("correct") is False
         ][:WRONG_CAPTIONS_SHOWN],
-        "environment": _flat(environment),
+        "environment": flat(environment),
         "config_text": folder.config.read_text(encoding="utf-8") if folder.config.is_file() else "",
     }
 
@@ -141,7 +166,7 @@ def _facts(
     if lines:
         # The newest line may be one of validation losses alone.
         last = next((line for line in reversed(lines) if "tokens" in line), lines[-1])
-        endings = {name: _ending(lines, f"{name}_loss") for name in _loss_names(lines)}
+        endings = {name: _ending(lines, f"{name}_loss") for name in loss_names(lines)}
         facts |= {
             "steps": lines[-1]["step"],
             "endings": {name: value for name, value in endings.items() if value is not None},
@@ -164,7 +189,7 @@ def _starts(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _ending(lines: list[dict[str, Any]], name: str) -> float | None:
     """Mean over the last twentieth of the lines that have it."""
-    values = [value for _, value in _series(lines, name)]
+    values = [value for _, value in series(lines, name)]
     return float(np.mean(values[-max(1, len(values) // 20) :])) if values else None
 
 
@@ -184,11 +209,12 @@ def _metrics(values: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as rows of names and words."""
     rows: list[tuple[str, str]] = []
     for name, value in values.items():
         if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{name} ")
+            rows += flat(value, f"{prefix}{name} ")
         elif isinstance(value, list):
             rows.append((prefix + name, " ".join(map(_entry, value)) or "none"))
         else:
@@ -232,7 +258,7 @@ def _step_of(file: Path) -> int:
 def _generated(folder: Path) -> list[tuple[str, list[Figure], int]]:
     """For each prompt in order: its first images as listed, none picked, and how many there are."""
     by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for line in _jsonl(folder / "index.jsonl"):
+    for line in jsonl(folder / "index.jsonl"):
         by_prompt.setdefault(str(line.get("prompt", "")), []).append(line)
     shown = []
     for prompt, lines in list(by_prompt.items())[:PROMPTS_SHOWN]:
@@ -275,7 +301,7 @@ def data_uri(file: Path, *, smallest: int = IMAGE_SIDE, largest: int = MAX_SIDE)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """The mapping in a file; empty if there is none, for a report says what it can."""
     try:
         values = parse(file.read_text(encoding="utf-8"))
@@ -284,7 +310,8 @@ def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _jsonl(file: Path) -> list[dict[str, Any]]:
+def jsonl(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of lines; what is torn is left out."""
     try:
         texts: Iterable[str] = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):

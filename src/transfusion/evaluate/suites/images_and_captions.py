@@ -14,6 +14,7 @@ from torch import Tensor
 from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import captioned_images, evenly, some_captioned_images
 from transfusion.evaluate.metrics.bootstrap import interval, mean_interval, ratio_interval
+from transfusion.evaluate.metrics.caption_scores import cider_d, corpus_bleu
 from transfusion.evaluate.metrics.classifier import (
     features_of,
     load_classifier,
@@ -22,6 +23,7 @@ from transfusion.evaluate.metrics.classifier import (
 )
 from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
 from transfusion.evaluate.metrics.metric import Metric
+from transfusion.evaluate.metrics.ptb import ptb_words
 from transfusion.evaluate.suites.evidence import Drawing, describe, draw, save_captions, save_drawn
 from transfusion.evaluate.suites.settings import (
     CaptionsSuite,
@@ -44,7 +46,7 @@ def samples(pipeline: Pipeline, out: Path, settings: SamplesSuite) -> dict[str, 
     places = evenly(len(found), settings.count)
     prompts, sizes = [expected[place] for place in places], [found[place] for place in places]
     save_drawn(draw(pipeline, prompts, sizes, Drawing.of(settings, pipeline), settings.batch), out)
-    return _captions(pipeline, out, settings, found, expected, f"{len(found)} of the {total}")
+    return _captions(pipeline, out, settings, found, expected, f"{len(found)} of the {total}")[1]
 
 
 def images(pipeline: Pipeline, out: Path, settings: ImagesSuite) -> dict[str, Metric]:
@@ -137,12 +139,36 @@ class _Judge:
 
 
 def captions(pipeline: Pipeline, out: Path, settings: CaptionsSuite) -> dict[str, Metric]:
-    """Greedy captions of all validation images against theirs.
+    """Greedy captions of all validation images against theirs. Of one image alone CIDEr is left out.
 
     Leaves OUT/evaluation/captions.jsonl, and the first of the images beside it.
     """
     validation, expected = captioned_images(pipeline.config, pipeline.tokenizer, validation=True)
-    return _captions(pipeline, out, settings, validation, expected, f"the {len(validation)}")
+    said, metrics = _captions(pipeline, out, settings, validation, expected, f"the {len(validation)}")
+    words = [ptb_words(caption) for caption in said]
+    references = [[ptb_words(caption)] for caption in expected]
+    how = f"of greedy captions of the {len(validation)} validation images, one reference each, words as COCO's are cut"
+    if len(said) > 1:
+        scores = cider_d(words, references)
+        metrics["caption_cider"] = Metric(
+            value=fmean(scores),
+            count=len(scores),
+            interval=mean_interval(scores),
+            how=f"CIDEr-D {how}, document frequencies of these references",
+        )
+
+    def bleu4(chosen_I: NDArray[np.int64]) -> float:
+        return corpus_bleu([words[place] for place in chosen_I], [references[place] for place in chosen_I])[
+            -1
+        ]
+
+    metrics["caption_bleu4"] = Metric(
+        value=bleu4(np.arange(len(said))),
+        count=len(said),
+        interval=interval(len(said), bleu4),
+        how=f"BLEU-4 {how}",
+    )
+    return metrics
 
 
 def _captions(
@@ -152,7 +178,8 @@ def _captions(
     found: Sequence[Tensor],
     expected: Sequence[str],
     which: str,
-) -> dict[str, Metric]:
+) -> tuple[list[str], dict[str, Metric]]:
+    """What is said of each image, and how well."""
     said = describe(pipeline, found, settings)
     scores = [token_f1(one, other) for one, other in zip(said, expected, strict=True)]
     lines = [
@@ -160,7 +187,7 @@ def _captions(
         for one, other, score in zip(said, expected, scores, strict=True)
     ]
     save_captions(lines, found[:IMAGES_KEPT], out)
-    return {
+    return said, {
         "caption_token_f1": Metric(
             value=fmean(scores),
             count=len(scores),

@@ -7,11 +7,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field, create_model
 
-from transfusion.config import SourceConfig
+from transfusion.config import Section, SourceConfig
 from transfusion.config.checking import check_as
 from transfusion.config.yaml_files import override, read
 from transfusion.data.index.source_index import build_indexes
@@ -24,8 +25,25 @@ from transfusion.evaluate.suites.denoise import denoise
 from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.edit import edit
 from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
+from transfusion.evaluate.suites.language import language
 from transfusion.evaluate.suites.nearest import nearest
-from transfusion.evaluate.suites.settings import SuiteConfig, Suites
+from transfusion.evaluate.suites.perplexity import perplexity
+from transfusion.evaluate.suites.settings import (
+    CaptionsSuite,
+    DenoiseSuite,
+    DigitsSuite,
+    EditSuite,
+    GuidanceSuite,
+    ImagesSuite,
+    LanguageSuite,
+    NearestSuite,
+    PerplexitySuite,
+    SamplesSuite,
+    StepsSuite,
+    SuiteConfig,
+    TextToImageSuite,
+    ValidationSuite,
+)
 from transfusion.evaluate.suites.steps import steps
 from transfusion.evaluate.suites.text_to_image import text_to_image
 from transfusion.evaluate.suites.validation import validation
@@ -37,19 +55,29 @@ from transfusion.parallel.environment import own_device, own_place
 
 METRICS = TABLE
 
-# From a model, the folder where evidence is left, and the settings of that name. In the order in which they run.
-SUITES: dict[str, Callable[[Pipeline, Path, Any], dict[str, Metric]]] = {
-    "validation": validation,
-    "samples": samples,
-    "denoise": denoise,
-    "digits": digits,
-    "images": images,
-    "guidance": guidance,
-    "captions": captions,
-    "nearest": nearest,
-    "edit": edit,
-    "steps": steps,
-    "text_to_image": text_to_image,
+
+class Suite(NamedTuple):
+    """run: from a model, the folder where evidence is left and the settings to named figures."""
+
+    run: Callable[[Pipeline, Path, Any], dict[str, Metric]]
+    settings: type[SuiteConfig]
+
+
+# In the order in which documentation lists them.
+SUITES = {
+    "validation": Suite(validation, ValidationSuite),
+    "samples": Suite(samples, SamplesSuite),
+    "denoise": Suite(denoise, DenoiseSuite),
+    "digits": Suite(digits, DigitsSuite),
+    "images": Suite(images, ImagesSuite),
+    "guidance": Suite(guidance, GuidanceSuite),
+    "captions": Suite(captions, CaptionsSuite),
+    "nearest": Suite(nearest, NearestSuite),
+    "edit": Suite(edit, EditSuite),
+    "steps": Suite(steps, StepsSuite),
+    "text_to_image": Suite(text_to_image, TextToImageSuite),
+    "perplexity": Suite(perplexity, PerplexitySuite),
+    "language": Suite(language, LanguageSuite),
 }
 # What the processes of a launcher share. All other suites are the first one's alone.
 SHARED = ("text_to_image",)
@@ -57,10 +85,18 @@ SHARED = ("text_to_image",)
 DEFAULT = ("validation", "samples")
 
 
+def sections() -> type[Section]:
+    """What a file of suites may hold: a section for each of SUITES."""
+    fields: dict[str, Any] = {
+        name: (suite.settings, Field(default_factory=suite.settings)) for name, suite in SUITES.items()
+    }
+    return create_model("Suites", __base__=Section, **fields)
+
+
 def choose(
     asked: Sequence[str], overrides: Sequence[str] = (), *, classifier: Path | None = None
-) -> tuple[Suites, list[str]]:
-    """The settings of all suites, and those that are to run: none are the default ones.
+) -> dict[str, SuiteConfig]:
+    """The suites that are to run, in their order, with their settings. None asked for are the default ones.
 
     asked: names of suites, and at most one file of them. Its suites run where no name stands beside it. overrides:
     `SUITE.key=value`. classifier: of all suites that take one. Raises UserError for what is unknown or set in vain.
@@ -77,14 +113,14 @@ def choose(
     before = set(values)
     chosen = names or list(values) or list(DEFAULT)
     where = files[0] if files else "the overrides"
-    settings = check_as(Suites, values, problems=override(values, overrides), where=where)
+    checked = check_as(sections(), values, problems=override(values, overrides), where=where)
     if vain := [name for name in values if name not in chosen and name not in before]:
         raise UserError(f"{vain[0]} is set and does not run; add --suite {vain[0]}")
-    if classifier is not None:
-        told = {"classifier": str(classifier)}
-        update = {name: getattr(settings, name).model_copy(update=told) for name in ("images", "guidance")}
-        settings = settings.model_copy(update=update)
-    return settings, chosen
+    found: dict[str, SuiteConfig] = {name: getattr(checked, name) for name in chosen}
+    for name, settings in found.items():
+        if classifier is not None and isinstance(settings, ImagesSuite):
+            found[name] = settings.model_copy(update={"classifier": str(classifier)})
+    return found
 
 
 def run_suites(
@@ -104,12 +140,12 @@ def run_suites(
     `choose` does, and when the data is not to be found. Under a launcher the processes share the suites of SHARED. The
     first one runs the others too and writes, and the rest return no metrics.
     """
-    settings, names = choose(asked, overrides, classifier=classifier)
+    chosen = choose(asked, overrides, classifier=classifier)
     place = own_place()
-    if place.rank and not (names := [name for name in names if name in SHARED]):
+    if place.rank and not (chosen := {name: each for name, each in chosen.items() if name in SHARED}):
         return {}
     pipeline = Pipeline.from_export(model, weights=weights, device=own_device(device), dtype=dtype)
-    on = {name: _on(pipeline, getattr(settings, name).data) for name in names}
+    on = {name: _on(pipeline, name, settings) for name, settings in chosen.items()}
     for each in on.values():
         _refuse_missing_shards(each.config.data.validation)
     if pipeline.config.train.threads:
@@ -120,14 +156,14 @@ def run_suites(
     for name, each in on.items():
         say(f"suite {name}")
         try:
-            found = SUITES[name](each, out, getattr(settings, name))
+            found = SUITES[name].run(each, out, chosen[name])
         except NoCaptionedImagesError as reason:
             if asked:
                 raise
             say(f"suite {name} is left out: {reason}")
             continue
         metrics |= found
-        origin = _origin(each, name, getattr(settings, name))
+        origin = _origin(each, name, chosen[name])
         details |= {metric: figure.as_dict() | origin for metric, figure in found.items()}
     if place.rank:
         return {}
@@ -137,9 +173,12 @@ def run_suites(
     return metrics
 
 
-def _on(pipeline: Pipeline, data: list[SourceConfig]) -> Pipeline:
-    """The same model with these data in place of its data.validation, if there are any."""
-    if not data:
+def _on(pipeline: Pipeline, name: str, settings: SuiteConfig) -> Pipeline:
+    """The same model, whose data.validation is what the suite measures. Raises UserError for data set in vain."""
+    data = settings.data
+    if data and not settings.reads_data:
+        raise UserError(f"{name}.data is set, and the suite measures other data; leave it out")
+    if not data and settings.reads_data:
         return pipeline
     changed = copy.copy(pipeline)
     config = pipeline.config

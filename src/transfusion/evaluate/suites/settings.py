@@ -17,6 +17,11 @@ class SuiteConfig(Section):
         default_factory=list, description="what is measured, as in data.validation; empty: that of the model"
     )
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether `data`, or the model's own, is what is measured."""
+        return True
+
 
 class DrawingSuite(SuiteConfig):
     """A suite that draws images."""
@@ -133,17 +138,30 @@ class TextToImageSuite(DrawingSuite):
     )
 
 
-class Suites(Section):
-    """A file of suites. Those that it names run."""
+class PerplexitySuite(SuiteConfig):
+    """How well texts are predicted, as lm-evaluation-harness counts it."""
 
-    validation: ValidationSuite = Field(default_factory=ValidationSuite)
-    samples: SamplesSuite = Field(default_factory=SamplesSuite)
-    denoise: DenoiseSuite = Field(default_factory=DenoiseSuite)
-    digits: DigitsSuite = Field(default_factory=DigitsSuite)
-    images: ImagesSuite = Field(default_factory=ImagesSuite)
-    guidance: GuidanceSuite = Field(default_factory=GuidanceSuite)
-    captions: CaptionsSuite = Field(default_factory=CaptionsSuite)
-    nearest: NearestSuite = Field(default_factory=NearestSuite)
-    edit: EditSuite = Field(default_factory=EditSuite)
-    steps: StepsSuite = Field(default_factory=StepsSuite)
-    text_to_image: TextToImageSuite = Field(default_factory=TextToImageSuite)
+    texts: list[FilePath] = Field(
+        default_factory=list,
+        description="files to measure in place of data; a .jsonl holds a text a line, any other file is one text",
+    )
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether `data`, or the model's own, is what is measured."""
+        return not self.texts
+
+
+class LanguageSuite(SuiteConfig):
+    """Tasks of lm-evaluation-harness, such as HellaSwag. They bring their data, and `data` stays empty."""
+
+    tasks: FilePath = Field(
+        "hellaswag,piqa,social_iqa,winogrande,arc_easy,arc_challenge,boolq",
+        description="names of tasks of the harness, or a folder of tasks and their data",
+    )
+    download: bool = Field(False, description="let data that are not on this machine come from the hub")
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether `data`, or the model's own, is what is measured."""
+        return False
