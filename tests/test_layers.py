@@ -71,6 +71,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "lm_eval": ("src/transfusion/evaluate/harness.py",),
     "jinja2": ("src/transfusion/evaluate/report/page.py",),
     "diffusers": ("src/transfusion/codec/",),
+    "transformers": ("src/transfusion/evaluate/features/published.py",),
     "fastapi": ("src/transfusion/serve/",),
     "starlette": ("src/transfusion/serve/",),
     "uvicorn": ("src/transfusion/serve/connection.py",),

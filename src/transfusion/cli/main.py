@@ -234,9 +234,9 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="validation, samples, denoise, digits, images, guidance, captions, nearest, edit, steps, perplexity"
-            " or language, or a .yaml file of suites; several if repeated. None means validation, and samples where the"
-            " data have captioned images"
+            help="validation, samples, denoise, digits, images, guidance, captions, nearest, edit, steps,"
+            " text_to_image, perplexity or language, or a .yaml file of suites; several if repeated. None means"
+            " validation, and samples where the data have captioned images"
         ),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="suite.key=value, as many as needed")] = None,
@@ -257,7 +257,10 @@ def evaluate(
         bool, typer.Option("--check", help="exit with code 3 when a metric misses its threshold")
     ] = False,
 ) -> None:
-    """Evaluate a model on its validation data. Writes metrics.json, and images and captions to look at."""
+    """Evaluate a model on its validation data. Writes metrics.json, and images and captions to look at.
+
+    Under torchrun the processes share the suite text_to_image.
+    """
     from transfusion.checkpoint.export import read_export
     from transfusion.evaluate.report.page import is_run
     from transfusion.evaluate.suites.run import run_suites
@@ -273,6 +276,8 @@ def evaluate(
         dtype=dtype,
         classifier=classifier,
     )
+    if not environment.is_first_process():
+        return
     for name, metric in metrics.items():
         print(f"{name:32} {metric.describe()}")
     run = folder if is_run(folder) else Path(read_export(model).config.run.folder)

@@ -5,7 +5,7 @@ C channels, H/W image height and width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -79,30 +79,57 @@ def training_images(pipeline: Pipeline) -> list[Tensor]:
     return images
 
 
+class CaptionedSamples:
+    """Which samples of the validation data are one image with a caption. None is read before it is asked for.
+
+    Raises NoCaptionedImagesError where there are none.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline, self._settings = pipeline, RowSettings.of(pipeline.config)
+        config = pipeline.config
+        self._known = [
+            (index, sample)
+            for index in build_indexes(config, config.data.validation, pipeline.tokenizer)
+            for sample in np.flatnonzero(index.lengths.images_N == 1).tolist()
+        ]
+        if not self._known:
+            raise NoCaptionedImagesError("data.validation")
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the contents of each source."""
+        return {index.name: index.digest for index, _ in self._known}
+
+    def read(self, places: Iterable[int]) -> Iterator[tuple[Tensor, str]]:
+        """Values [C, H, W] and captions at these places, without those that cannot be read or say nothing."""
+        for place in places:
+            index, sample = self._known[place]
+            caption = self._pipeline.tokenizer.decode(index.text_ids(sample).tolist())
+            try:
+                values = torch.as_tensor(
+                    read_values(index, sample, _image_number(index, sample), self._settings)
+                )
+            except (SampleError, OSError):
+                continue
+            if caption.strip():
+                yield values, caption
+
+
 @torch.no_grad()
 def some_captioned_images(pipeline: Pipeline, most: int) -> tuple[list[Tensor], list[str], int]:
     """As `captioned_images`, a few of the validation data, evenly spread, and how many there are.
 
     No other image is read. Stored latents come as the codec decodes them. Raises NoCaptionedImagesError.
     """
-    config = pipeline.config
-    settings = RowSettings.of(config)
-    known = [
-        (index, sample)
-        for index in build_indexes(config, config.data.validation, pipeline.tokenizer)
-        for sample in np.flatnonzero(index.lengths.images_N == 1).tolist()
-    ]
+    known = CaptionedSamples(pipeline)
     images, captions = [], []
-    for place in evenly(len(known), most):
-        index, sample = known[place]
-        caption = pipeline.tokenizer.decode(index.text_ids(sample).tolist())
-        try:
-            values = torch.as_tensor(read_values(index, sample, _image_number(index, sample), settings))
-        except (SampleError, OSError):
-            continue
-        if caption.strip():
-            images.append(_pixels(pipeline, values))
-            captions.append(caption)
+    for values, caption in known.read(evenly(len(known), most)):
+        images.append(_pixels(pipeline, values))
+        captions.append(caption)
     if not images:
         raise NoCaptionedImagesError("data.validation")
     return images, captions, len(known)

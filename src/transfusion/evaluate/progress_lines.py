@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from transfusion.observe.progress import SILENCE_SECONDS
+from transfusion.parallel.environment import is_first_process
 
 Item = TypeVar("Item")
 
 
 def _on_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Of several processes only the first one speaks."""
+    if is_first_process():
+        print(line, file=sys.stderr, flush=True)
 
 
 _hear: Callable[[str], object] = _on_stderr

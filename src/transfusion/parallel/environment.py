@@ -195,6 +195,24 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def own_place() -> Placement:
+    """This process's place, for work that is shared without a group. Raises UserError as `placement` does."""
+    return placement(os.environ)
+
+
+def own_device(name: str) -> str:
+    """For work that is shared without a group: "auto" and "cuda" as this process's GPU, any other name as it is.
+
+    Processes beyond the GPUs of their machine take turns on them.
+    """
+    import torch
+
+    place = own_place()
+    if name not in ("auto", "cuda") or place.world_size == 1 or not torch.cuda.is_available():
+        return name
+    return f"cuda:{place.local_rank % torch.cuda.device_count()}"
+
+
 def is_first_process() -> bool:
     """Whether this is the one process that speaks for all of them, as its launcher tells it."""
     try:

@@ -14,6 +14,7 @@ from transfusion.codec import open_codec
 from transfusion.config import Config
 from transfusion.data.loading.loader import Loader
 from transfusion.data.loading.validation import EvaluationLoader
+from transfusion.evaluate.suites.run import choose_for_training
 from transfusion.observe.clock import Clock, TimeLimit
 from transfusion.observe.console import start_logging
 from transfusion.observe.runfolder import RunFolder
@@ -71,6 +72,8 @@ class RunParts:
         if self.here.is_main:
             self.folder.refuse_other_tokenizer(self.tokenizer.path)
             refuse_missing_logger(self.config)
+            if self.config.eval.every:
+                choose_for_training(self.config.eval.suites)
             if self.config.train.init_from and find_latest(self.folder.path) is None:
                 refuse_other_network(Path(self.config.train.init_from), self.config)
         if self.config.log.memory_history:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from transfusion.data.index.image_shapes import cut_away
 from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.evaluate.progress_lines import heard_by
-from transfusion.evaluate.suites.run import choose, measured
+from transfusion.evaluate.suites.run import choose_for_training, measured
 from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.image_files import write_grid
 from transfusion.generate.pipeline import Pipeline
@@ -143,8 +143,8 @@ class Reporter:
     def _suites(self, between: Callable[[], None]) -> None:
         """Each rank does the same, so that all make the same forwards. The main process keeps what is found."""
         parts = self.parts
-        asked = [parts.config.eval.suites] if parts.config.eval.suites else []
-        chosen, figures = choose(asked), dict[str, float]()
+        suites = parts.config.eval.suites
+        chosen, figures = choose_for_training(suites), dict[str, float]()
         with ExitStack() as stack:
             stack.enter_context(heard_by(self._doing))
             # Evidence of the other ranks would be written over that of the main process.
@@ -152,7 +152,7 @@ class Reporter:
             out = parts.folder.path if parts.here.is_main else elsewhere
             module = stack.enter_context(parts.engine.evaluation(self._best_weights()))
             pipeline = Pipeline(module, parts.tokenizer, parts.config, parts.engine.device, parts.codec)
-            for _, found in measured(pipeline, chosen, out, all_must=bool(asked)):
+            for _, found in measured(pipeline, chosen, out, all_must=bool(suites)):
                 figures |= {name: metric.value for name, metric in found.items()}
                 between()
         raise_together(lambda: self._record.figures(parts.state.step, figures) if self._record else None)

@@ -22,7 +22,7 @@ from transfusion.evaluate.metrics import classifier as classifiers
 from transfusion.evaluate.metrics.classifier import save_classifier, train_classifier
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
-from transfusion.evaluate.suites.run import DEFAULT, SUITES, run_suites
+from transfusion.evaluate.suites.run import DEFAULT, SUITES, choose_for_training, run_suites
 from transfusion.generate.budget import read_table
 from transfusion.generate.pipeline import Pipeline
 
@@ -322,10 +322,11 @@ def test_a_file_of_suites_says_what_runs_and_how(open_model: Open, tmp_path: Pat
         f"captions: {{max_tokens: 2, data: [{{name: others, shards: '{others}'}}]}}\n"
     )
     metrics = run_suites(model, [str(file), "captions"], tmp_path / "out")
-    assert metrics.keys() == {"caption_token_f1"} and "the 6 validation" in metrics["caption_token_f1"].how
+    assert metrics.keys() == {"caption_token_f1", "caption_cider", "caption_bleu4"}
+    assert "the 6 validation" in metrics["caption_token_f1"].how
     overrides = ["samples.count=2", "samples.max_tokens=1"]
     metrics = run_suites(model, [str(file)], tmp_path / "out", overrides=overrides)
-    assert metrics.keys() == {"pairs_image_loss", "caption_token_f1"}
+    assert metrics.keys() == {"pairs_image_loss", "caption_token_f1", "caption_cider", "caption_bleu4"}
     left = tmp_path / "out" / "evaluation"
     drawn = lines_of(left / "generated" / "index.jsonl")
     assert [line["prompt"] for line in drawn] == ["the digit seven"] * 2
@@ -373,3 +374,11 @@ def test_each_figure_tells_what_it_was_made_of(open_model: Open, tmp_path: Path)
     assert details()["data"] == first["data"] and list(first["data"]) == ["pairs"]
     write_pairs(folder, ["the digit eight"] * 3)
     assert details()["data"] != first["data"]
+
+
+def test_what_ranks_share_is_no_suite_of_a_training(tmp_path: Path) -> None:
+    assert list(choose_for_training("")) == list(DEFAULT)
+    file = tmp_path / "suites.yaml"
+    file.write_text("captions:\ntext_to_image: {count: 5}\n")
+    with pytest.raises(UserError, match=r"eval\.suites: text_to_image is not for a training; leave it to"):
+        choose_for_training(str(file))

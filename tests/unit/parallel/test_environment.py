@@ -230,3 +230,14 @@ def test_of_all_ranks_the_first_speaks_at_once(
         environment.say_once("no data")
     assert capsys.readouterr().err == "transfusion: no data\ntransfusion: rank 3: no data\n"
     assert waited == [environment.HEAD_START]
+
+
+def test_a_process_that_shares_work_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert environment.own_device("auto") == "auto", "a single process"
+    for local_rank, device in (("1", "cuda:1"), ("2", "cuda:0")):
+        for name, value in {**TORCHRUN, "LOCAL_RANK": local_rank}.items():
+            monkeypatch.setenv(name, value)
+        assert environment.own_device("auto") == environment.own_device("cuda") == device
+    assert environment.own_device("cpu") == "cpu" and environment.own_device("cuda:1") == "cuda:1"

@@ -6,6 +6,7 @@ N samples, R resamples.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,8 @@ Interval = tuple[float, float]
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
-RESAMPLES, COSTLY_RESAMPLES = 2000, 200
+# Of a mean, of a distance, and of a distance that takes seconds. FEW have no quantiles: see `_around`.
+RESAMPLES, COSTLY_RESAMPLES, FEW_RESAMPLES = 2000, 200, 20
 
 
 def ratio_interval(sums_N: Sequence[float], counts_N: Sequence[float], *, seed: int = 0) -> Interval | None:
@@ -32,13 +34,17 @@ def mean_interval(values_N: Sequence[float], *, seed: int = 0) -> Interval | Non
 
 
 def interval(
-    count: int, statistic: Callable[[NDArray[np.int64]], float], *, seed: int = 0
+    count: int,
+    statistic: Callable[[NDArray[np.int64]], float],
+    *,
+    seed: int = 0,
+    resamples: int = COSTLY_RESAMPLES,
 ) -> Interval | None:
     """The interval of a costly statistic of the samples of these numbers, [N]. None for fewer than two."""
     if count < 2:
         return None
     generator = np.random.default_rng(seed)
-    found = [statistic(generator.integers(0, count, count)) for _ in range(COSTLY_RESAMPLES)]
+    found = [statistic(generator.integers(0, count, count)) for _ in range(resamples)]
     return _around(statistic(np.arange(count)), np.array(found))
 
 
@@ -51,8 +57,12 @@ def _times(count: int, resamples: int, seed: int) -> Floats:
 def _around(value: float, resampled_R: Floats) -> Interval:
     """The value with the spread of its resamples.
 
-    Not their quantiles as they are: repeated samples move a distance of distributions up in all resamples.
+    Not their quantiles as they are: repeated samples move a distance of distributions up in all resamples. Of few
+    resamples the deviation is taken, and the normal law.
     """
     tail = (1 - LEVEL) / 2
+    if len(resampled_R) <= FEW_RESAMPLES:
+        half = NormalDist().inv_cdf(1 - tail) * resampled_R.std(ddof=1)
+        return float(value - half), float(value + half)
     low, high = np.quantile(resampled_R - resampled_R.mean(), [tail, 1 - tail])
     return float(value + low), float(value + high)

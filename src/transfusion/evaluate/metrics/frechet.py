@@ -5,6 +5,7 @@ N features, F their dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -34,8 +35,17 @@ def frechet_distance(left: Gaussian, right: Gaussian) -> float:
     The trace of the root is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric, so
     that no complex root and no small term on the diagonal is needed.
     """
+    return distance_from(left)(right)
+
+
+def distance_from(left: Gaussian) -> Callable[[Gaussian], float]:
+    """`frechet_distance` from one Gaussian to any number of others. Its root is taken once."""
     values, vectors = np.linalg.eigh(left.covariance)
     root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
-    shared = np.linalg.eigvalsh(root @ right.covariance @ root).clip(min=0.0)
-    traces = np.trace(left.covariance) + np.trace(right.covariance) - 2.0 * np.sqrt(shared).sum()
-    return float(((left.mean - right.mean) ** 2).sum() + traces)
+
+    def distance(right: Gaussian) -> float:
+        shared = np.linalg.eigvalsh(root @ right.covariance @ root).clip(min=0.0)
+        traces = np.trace(left.covariance) + np.trace(right.covariance) - 2.0 * np.sqrt(shared).sum()
+        return float(((left.mean - right.mean) ** 2).sum() + traces)
+
+    return distance

@@ -6,6 +6,7 @@ C channels, H/W image height and width.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -94,6 +95,13 @@ def save_drawn(samples: Sequence[SampledImage], out: Path) -> None:
     folder = out / "evaluation" / "generated"
     remove_leftover(folder)
     save_samples(samples, folder)
+
+
+def show_kept(kept: Path, out: Path) -> None:
+    """As `save_drawn`, images that were saved elsewhere."""
+    folder = out / "evaluation" / "generated"
+    remove_leftover(folder)
+    shutil.copytree(kept, folder)
 
 
 def save_captions(lines: Sequence[Mapping[str, Any]], images: Sequence[Tensor], out: Path) -> None:

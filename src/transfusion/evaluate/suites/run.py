@@ -41,14 +41,17 @@ from transfusion.evaluate.suites.settings import (
     SamplesSuite,
     StepsSuite,
     SuiteConfig,
+    TextToImageSuite,
     ValidationSuite,
 )
 from transfusion.evaluate.suites.steps import steps
+from transfusion.evaluate.suites.text_to_image import text_to_image
 from transfusion.evaluate.suites.validation import validation
 from transfusion.files import atomic_write_text
 from transfusion.generate.budget import TABLE
 from transfusion.generate.load import Dtype, Weights
 from transfusion.generate.pipeline import Pipeline
+from transfusion.parallel.environment import own_device, own_place
 
 METRICS = TABLE
 
@@ -72,9 +75,12 @@ SUITES = {
     "nearest": Suite(nearest, NearestSuite),
     "edit": Suite(edit, EditSuite),
     "steps": Suite(steps, StepsSuite),
+    "text_to_image": Suite(text_to_image, TextToImageSuite),
     "perplexity": Suite(perplexity, PerplexitySuite),
     "language": Suite(language, LanguageSuite),
 }
+# What the processes of a launcher share. All other suites are the first one's alone.
+SHARED = ("text_to_image",)
 # What runs where none is named. Of these, what the data do not allow is left out.
 DEFAULT = ("validation", "samples")
 
@@ -117,6 +123,17 @@ def choose(
     return found
 
 
+def choose_for_training(file: str) -> dict[str, SuiteConfig]:
+    """The suites of a file, or the default ones, that run in a training. Raises UserError also for those that cannot.
+
+    There all ranks make the same calls of the model, and suites of SHARED do not.
+    """
+    chosen = choose([file] if file else [])
+    if shared := [name for name in chosen if name in SHARED]:
+        raise UserError(f"eval.suites: {shared[0]} is not for a training; leave it to `transfusion watch`")
+    return chosen
+
+
 def run_suites(
     model: Path,
     asked: Sequence[str],
@@ -131,10 +148,14 @@ def run_suites(
     """Run suites on an exported model; writes OUT/metrics.json (added to what is there) and OUT/evaluation/.
 
     asked, overrides, classifier: see `choose`. Of the default suites those run that the data allow. Raises UserError as
-    `choose` does, and when the data is not to be found.
+    `choose` does, and when the data is not to be found. Under a launcher the processes share the suites of SHARED. The
+    first one runs the others too and writes, and the rest return no metrics.
     """
     chosen = choose(asked, overrides, classifier=classifier)
-    pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
+    place = own_place()
+    if place.rank and not (chosen := {name: each for name, each in chosen.items() if name in SHARED}):
+        return {}
+    pipeline = Pipeline.from_export(model, weights=weights, device=own_device(device), dtype=dtype)
     if pipeline.config.train.threads:
         torch.set_num_threads(pipeline.config.train.threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -144,6 +165,8 @@ def run_suites(
         metrics |= found
         origin = _origin(_on(pipeline, name, chosen[name]), name, chosen[name])
         details |= {metric: figure.as_dict() | origin for metric, figure in found.items()}
+    if place.rank:
+        return {}
     # Names and numbers on top, for whoever compares; how each was measured under `details`.
     values = {name: detail["value"] for name, detail in details.items()}
     atomic_write_text(out / METRICS, json.dumps(values | {"details": details}, indent=2) + "\n")

@@ -120,6 +120,24 @@ class GuidanceSuite(ImagesSuite):
     tried: PositiveInt = Field(250, description="images of each scale")
 
 
+class TextToImageSuite(DrawingSuite):
+    """Images of captions against real ones, by published networks."""
+
+    count: PositiveInt = Field(5000, description="images that are drawn, of captions that are evenly spread")
+    inception: FilePath = Field(
+        "", description="pt_inception-2015-12-05-6726825d.pth; empty: a stand-in, whose figures are no FID"
+    )
+    dinov2: FilePath = Field("", description="folder of a DINOv2 of transformers; empty: no fd_dinov2")
+    clip: FilePath = Field("", description="folder of a CLIP of transformers; empty: no clip_score")
+    chunk: PositiveInt = Field(
+        256, description="images of one file under evaluation/, what a killed process loses at most"
+    )
+    kid_subsets: PositiveInt = Field(100, description="subsets of the kernel distance")
+    kid_subset_size: Annotated[int, Field(ge=2)] = Field(
+        1000, description="images of each subset, at most those drawn and those of the data"
+    )
+
+
 class PerplexitySuite(SuiteConfig):
     """How well texts are predicted, as lm-evaluation-harness counts it."""
 

@@ -1,0 +1,1 @@
+"""Networks whose features rate images: published ones by their weights, and a stand-in."""

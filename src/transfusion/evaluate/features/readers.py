@@ -1,0 +1,98 @@
+"""What is read of images: the networks that a suite's settings name, each with what its figures say of it.
+
+I images, C channels, H/W image height and width, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from transfusion.errors import UserError
+from transfusion.evaluate.features import inception
+from transfusion.evaluate.features.published import Read, clip_cosines, dinov2_features
+from transfusion.evaluate.features.resize import resized
+from transfusion.files import file_digest, fingerprint
+
+INCEPTION, STAND_IN, DINOV2, CLIP = "inception", "standin", "dinov2", "clip"
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One network. source: the network and its weights, as figures name them. digest: of the weights."""
+
+    name: str
+    source: str
+    digest: str
+    read: Read
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Tensor], captions: Sequence[str]) -> NDArray[np.float32]:
+        """What it reads of uint8 images [C, H, W] of any sizes: features [I, F], or a number for each.
+
+        Raises UserError for what is not finite, since only damaged weights give that.
+        """
+        found = []
+        # FID's figures are those of fp32, and convolutions on GPUs would be rounded further.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for start in range(0, len(images), _BATCH):
+                part = slice(start, start + _BATCH)
+                found.append(self.read(images[part], captions[part]).float().cpu().numpy())
+        values = np.concatenate(found) if found else np.empty(0, np.float32)
+        if not np.isfinite(values).all():
+            raise UserError(f"{self.source} gives numbers that are not finite; copy its weights again")
+        return values
+
+
+def open_readers(
+    device: torch.device, *, inception_file: str = "", dinov2: str = "", clip: str = ""
+) -> list[Reader]:
+    """The named networks, and the stand-in without a file for Inception. Raises UserError for what does not fit."""
+    readers = [_inception(Path(inception_file), device) if inception_file else _stand_in(device)]
+    if dinov2:
+        read = dinov2_features(Path(dinov2), device)
+        readers.append(_of_folder(DINOV2, "DINOv2", Path(dinov2), read))
+    if clip:
+        readers.append(_of_folder(CLIP, "CLIP", Path(clip), clip_cosines(Path(clip), device)))
+    return readers
+
+
+def identity(readers: Sequence[Reader]) -> Mapping[str, Any]:
+    """The digest of each network's weights."""
+    return {reader.name: reader.digest for reader in readers}
+
+
+def _inception(path: Path, device: torch.device) -> Reader:
+    network = inception.load_inception(path)
+    digest = file_digest(path)
+    return Reader(
+        INCEPTION,
+        f"Inception v3 of {path.name} (digest {digest})",
+        digest,
+        _of_pixels(network, inception.SIDE, device),
+    )
+
+
+def _stand_in(device: torch.device) -> Reader:
+    source = "a stand-in, a small network with random weights: no Inception, and so no FID"
+    return Reader(STAND_IN, source, "", _of_pixels(inception.StandIn(), inception.STAND_IN_SIDE, device))
+
+
+def _of_pixels(network: nn.Module, side: int, device: torch.device) -> Read:
+    network = network.to(device)
+    return lambda images, captions: network(resized(images, side, device))
+
+
+def _of_folder(name: str, title: str, folder: Path, read: Read) -> Reader:
+    """A network of transformers. Its digest is that of weights, settings and vocabulary."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json", ".txt")]
+    digest = fingerprint({path.name: file_digest(path) for path in files}, 16)
+    return Reader(name, f"{title} of {folder.name} (digest {digest})", digest, read)
