@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.files import atomic_write_text
+from transfusion.observe.metrics import EVALUATED, VALIDATED
 from transfusion.observe.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def panel_values(line: Mapping[str, Any]) -> dict[str, Any]:
                 values[f"{name}/{bucket * percent:02d}-{(bucket + 1) * percent:02d}%"] = loss
         elif name == "gradient_norms":
             values |= {f"gradient_norm/{module}": norm for module, norm in (value or {}).items()}
-        elif name.endswith("_loss") and not name.startswith("validation_"):
+        elif name.endswith("_loss") and not name.startswith((VALIDATED, EVALUATED)):
             values[f"loss/{name.removesuffix('_loss')}"] = value
         else:
             values[PANELS.get(name, name)] = value

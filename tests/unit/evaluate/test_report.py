@@ -244,7 +244,9 @@ def test_each_loss_of_a_family_has_a_curve_with_its_unit(
         for step in range(1, 4)
     ]
     validation = {f"validation_{name}_loss": 2.0 for name in losses}
-    write_lines(run.metrics, [*lines, {"step": 4, **validation, "time": 1.0, "attempt": 1}])
+    # What a suite of a training found is no loss of the training.
+    found = {"step": 4, "eval_pairs_image_loss": 0.5, "time": 1.0, "attempt": 1}
+    write_lines(run.metrics, [*lines, {"step": 4, **validation, "time": 1.0, "attempt": 1}, found])
     html = write_report(run.path).read_text(encoding="utf-8")
     assert re.findall(r"<h3>([^<]*)</h3>", html) == [*titles, "Total loss, as weighted"]
     text = " ".join(Page(html).text.split())

@@ -114,6 +114,8 @@ def test_panel_values_name_every_bucket_in_order() -> None:
     norms = panel_values({"step": 0, "gradient_norms": {"blocks.0": 1.0}})
     assert norms == {"step": 0, "gradient_norm/blocks.0": 1.0}
     assert panel_values({"step": 0, "gradient_norms": None}) == {"step": 0}
+    losses = {"image_loss": 0.5, "validation_image_loss": 0.6, "eval_pairs_image_loss": 0.7}
+    assert panel_values(losses).keys() == {"loss/image", "validation_image_loss", "eval_pairs_image_loss"}
     names = list(panel_values({"step": 0, "image_loss_by_timestep": [1.0] * 10}))
     assert names[1:] == sorted(names[1:]) and names[-1] == "image_loss_by_timestep/90-100%"
 

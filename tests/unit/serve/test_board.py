@@ -104,6 +104,14 @@ def runs(tmp_path: Path, start: object) -> Path:
     return tmp_path / "runs"
 
 
+def test_what_suites_of_a_training_found_is_no_loss(runs: Path, start: Callable[..., Board]) -> None:
+    make_run(runs / "one")
+    with open(runs / "one" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 4, "eval_pairs_image_loss": 0.5, "time": 0.0, "attempt": 1}) + "\n")
+    [listed] = start().get("runs")["runs"]
+    assert listed["losses"] == {"loss": 2.5}
+
+
 def test_runs_are_found_also_in_grids(runs: Path, start: Callable[..., Board]) -> None:
     make_run(runs / "one")
     make_run(runs / "grid" / "cell")

@@ -16,6 +16,7 @@ import numpy as np
 from transfusion.config import DiffusionConfig
 from transfusion.config.objectives import COMPARED
 from transfusion.families import FAMILIES
+from transfusion.observe.metrics import EVALUATED, VALIDATED
 from transfusion.schema import TIMESTEP_BUCKETS
 
 CURVE_POINTS = 400
@@ -89,7 +90,7 @@ def loss_curves(lines: list[dict[str, Any]], config: dict[str, Any]) -> list[Cur
 def loss_names(lines: list[dict[str, Any]]) -> list[str]:
     """Names of the losses of a family, such as "text" and "image", in the order in which they were written."""
     names = dict.fromkeys(name for line in lines for name in line if name.endswith("_loss"))
-    return [name.removesuffix("_loss") for name in names if not name.startswith("validation_")]
+    return [name.removesuffix("_loss") for name in names if not name.startswith((VALIDATED, EVALUATED))]
 
 
 def unit(name: str, config: dict[str, Any]) -> str:

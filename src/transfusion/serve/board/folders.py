@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from transfusion.observe.metrics import EVALUATED
 from transfusion.observe.runfolder import RunFolder
 from transfusion.serve.board.curves import Curves, number, parse
 
@@ -76,7 +77,9 @@ class Run:
             "step": lines[-1]["step"] if lines else None,
             "steps": steps,
             "losses": {
-                name: value for name, value in last.items() if name == "loss" or name.endswith("_loss")
+                name: value
+                for name, value in last.items()
+                if name == "loss" or (name.endswith("_loss") and not name.startswith(EVALUATED))
             },
             "tokens": last.get("tokens"),
             "tokens_per_second": last.get("tokens_per_second"),
