@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from transfusion.evaluate.metrics import bootstrap
 from transfusion.evaluate.metrics.bootstrap import interval, mean_interval, ratio_interval
 from transfusion.evaluate.metrics.frechet import frechet_distance, gaussian_of
 
@@ -46,6 +47,19 @@ def test_a_distance_of_distributions_lies_within_its_own_interval() -> None:
     assert found is not None and found[0] < value < found[1]
     resampled = [distance(generator.integers(0, 100, 100)) for _ in range(50)]
     assert min(resampled) > value
+
+
+def test_a_sample_that_counts_nothing_is_none() -> None:
+    assert ratio_interval([2.0, 0.0, 6.0], [1.0, 0.0, 2.0]) == ratio_interval([2.0, 6.0], [1.0, 2.0])
+    assert ratio_interval([0.0, 0.0, 5.0], [0.0, 0.0, 5.0]) is None, "one sample tells no spread"
+
+
+def test_resamples_are_counted_a_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(4).normal(size=50).tolist()
+    at_once = mean_interval(values)
+    monkeypatch.setattr(bootstrap, "_BLOCK", 350)
+    assert max(map(len, bootstrap._times(50, 20, 0))) == 7
+    assert mean_interval(values) == pytest.approx(at_once, abs=1e-12)
 
 
 def test_one_sample_has_none() -> None:

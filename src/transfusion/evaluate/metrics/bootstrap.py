@@ -1,11 +1,11 @@
 """How far a figure might be off because other samples could have been drawn: bootstrap intervals (Efron, 1979).
 
-N samples, R resamples.
+N samples, R resamples, B of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -17,15 +17,21 @@ Floats = NDArray[np.float64]
 LEVEL = 0.95
 # Of a mean, of a distance, and of a distance that takes seconds. FEW have no quantiles: see `_around`.
 RESAMPLES, COSTLY_RESAMPLES, FEW_RESAMPLES = 2000, 200, 20
+# Counts of samples in resamples that are in memory at once.
+_BLOCK = 2**22
 
 
 def ratio_interval(sums_N: Sequence[float], counts_N: Sequence[float], *, seed: int = 0) -> Interval | None:
-    """The interval of the sum of all sums over that of all counts. None for fewer than two samples."""
+    """The interval of the sum of all sums over that of all counts. None for fewer than two samples.
+
+    A sample that counts nothing is none: alone in a resample it would have no ratio.
+    """
     sums, counts = np.asarray(sums_N, np.float64), np.asarray(counts_N, np.float64)
+    sums, counts = sums[counts > 0], counts[counts > 0]
     if len(sums) < 2:
         return None
-    times_RN = _times(len(sums), RESAMPLES, seed)
-    return _around(sums.sum() / counts.sum(), (times_RN @ sums) / (times_RN @ counts))
+    ratios = [(times_BN @ sums) / (times_BN @ counts) for times_BN in _times(len(sums), RESAMPLES, seed)]
+    return _around(sums.sum() / counts.sum(), np.concatenate(ratios))
 
 
 def mean_interval(values_N: Sequence[float], *, seed: int = 0) -> Interval | None:
@@ -48,10 +54,13 @@ def interval(
     return _around(statistic(np.arange(count)), np.array(found))
 
 
-def _times(count: int, resamples: int, seed: int) -> Floats:
-    """How often each sample is in each resample, [R, N]."""
+def _times(count: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each sample is in each resample, [B, N], a few resamples at once."""
     generator = np.random.default_rng(seed)
-    return generator.multinomial(count, np.full(count, 1 / count), resamples).astype(np.float64)
+    block = max(1, _BLOCK // count)
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        yield generator.multinomial(count, np.full(count, 1 / count), size).astype(np.float64)
 
 
 def _around(value: float, resampled_R: Floats) -> Interval:

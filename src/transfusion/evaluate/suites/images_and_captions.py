@@ -132,7 +132,7 @@ class _Judge:
             "classifier_word_recall": Metric(
                 value=sum(found_I) / max(sum(wanted_I), 1.0),
                 count=len(found_I),
-                interval=ratio_interval(found_I, wanted_I) if sum(wanted_I) else None,
+                interval=ratio_interval(found_I, wanted_I),
                 how=f"share of the captions' words that {self.name} ranks first in {which}",
             ),
         }

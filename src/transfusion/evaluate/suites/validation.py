@@ -74,9 +74,7 @@ class _Ratio:
     @classmethod
     def of(cls, rows: Sequence[LossTerms], name: str) -> Self:
         sums, counts = [float(row.sums[name]) for row in rows], [float(row.counts[name]) for row in rows]
-        some = [(total, count) for total, count in zip(sums, counts, strict=True) if count]
-        interval = ratio_interval(*zip(*some, strict=True)) if some else None
-        return cls(sum(sums), sum(counts), len(some), interval)
+        return cls(sum(sums), sum(counts), sum(map(bool, counts)), ratio_interval(sums, counts))
 
     @property
     def value(self) -> float:
