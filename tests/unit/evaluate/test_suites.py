@@ -376,6 +376,13 @@ def test_each_figure_tells_what_it_was_made_of(open_model: Open, tmp_path: Path)
     assert details()["data"] != first["data"]
 
 
+def test_figures_stay_where_a_later_suite_fails(open_model: Open, tmp_path: Path) -> None:
+    model = open_model({"validation": [source(write_pairs(tmp_path / "pairs", ["one", "two"]))]})
+    with pytest.raises(UserError, match="the digits suite needs"):
+        run(model, ["captions", "digits"], tmp_path / "out")
+    assert "caption_token_f1" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
 def test_what_ranks_share_is_no_suite_of_a_training(tmp_path: Path) -> None:
     assert list(choose_for_training("")) == list(DEFAULT)
     file = tmp_path / "suites.yaml"

@@ -165,12 +165,16 @@ def run_suites(
         metrics |= found
         origin = _origin(_on(pipeline, name, chosen[name]), name, chosen[name])
         details |= {metric: figure.as_dict() | origin for metric, figure in found.items()}
-    if place.rank:
-        return {}
-    # Names and numbers on top, for whoever compares; how each was measured under `details`.
-    values = {name: detail["value"] for name, detail in details.items()}
-    atomic_write_text(out / METRICS, json.dumps(values | {"details": details}, indent=2) + "\n")
+        # At once, since a later suite may end the command, and this one has left its evidence.
+        if not place.rank:
+            _write(out / METRICS, details)
     return metrics
+
+
+def _write(path: Path, details: Mapping[str, Any]) -> None:
+    """Names and numbers on top, for whoever compares; how each was measured under `details`."""
+    values = {name: detail["value"] for name, detail in details.items()}
+    atomic_write_text(path, json.dumps(values | {"details": details}, indent=2) + "\n")
 
 
 def measured(
