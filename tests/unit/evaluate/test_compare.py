@@ -14,7 +14,7 @@ from PIL import Image
 from transfusion.config import load_config
 from transfusion.config.yaml_files import dump
 from transfusion.errors import UserError
-from transfusion.evaluate.report.compare import compare, markdown, metric_rows, open_runs, setting_rows
+from transfusion.evaluate.report.compare import compare, gather, markdown, metric_rows, open_runs, setting_rows
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -124,6 +124,40 @@ def test_image_losses_of_two_predictions_do_not_compare(tmp_path: Path) -> None:
     second = write_run(tmp_path / "second", {"p_image_loss": metric(0.9, 0.8, 1.0, how="of the velocity")})
     [row] = metric_rows(open_runs([first, second]))
     assert row.differences == ["", "(measured otherwise)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("p_denoise_error_at_0.5", {"codec": "kl 2"}),
+        ("p_image_nats_per_token", {"codec": "kl 2"}),
+        ("text_loss_nats_per_token", {"unit": "nats/token", "how": "over 12 tokens"}),
+    ],
+)
+def test_figures_of_other_latents_or_other_tokens_do_not_compare(
+    tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
+    known = metric(0.5, 0.4, 0.6, codec="kl 1", unit=changes.get("unit", ""))
+    first = write_run(tmp_path / "first", {name: known, "f1": known})
+    second = write_run(tmp_path / "second", {each: known | {"value": 0.9, "interval": [0.8, 1.0]} | changes for each in (name, "f1")})
+    rows = metric_rows(open_runs([first, second]))
+    assert rows[0].differences == ["", "(measured otherwise)"]
+    if "codec" in changes:
+        assert rows[1].differences == ["", "(+0.4, worse)"], "images and captions are no latents"
+
+
+def test_of_figures_that_tell_nothing_of_their_making_no_difference_is_told(tmp_path: Path) -> None:
+    old = {"value": 0.5, "how": "by hand"}
+    runs = [write_run(tmp_path / name, {"f1": old}) for name in ("first", "second")]
+    assert metric_rows(open_runs(runs))[0].differences == ["", ""]
+
+
+def test_image_losses_of_two_families_do_not_compare(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", {})
+    second = write_run(tmp_path / "second", {})
+    (second / "config.yaml").write_text("model: {family: chameleon}\n")
+    assert gather(open_runs([first, second]))["several_image_losses"]
+    assert not gather(open_runs([first]))["several_image_losses"]
 
 
 def test_settings_that_differ_are_listed_and_names_and_places_are_not(runs: list[Path]) -> None:

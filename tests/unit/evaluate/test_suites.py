@@ -370,6 +370,7 @@ def test_each_figure_tells_what_it_was_made_of(open_model: Open, tmp_path: Path)
 
     first = details("captions.caption_batch=2")
     assert first["suite"] == "captions" and first["settings"] == {"max_tokens": 3, "caption_batch": 2}
+    assert first["codec"] == "pixels"
     assert first["count"] == 3 and first["interval"][0] <= first["value"] <= first["interval"][1]
     assert details()["data"] == first["data"] and list(first["data"]) == ["pairs"]
     write_pairs(folder, ["the digit eight"] * 3)

@@ -34,6 +34,8 @@ PROMPTS_SHOWN = 24
 IMAGES_A_PROMPT = 4
 # What figures that compare have in common.
 _SAME = ("suite", "settings", "data")
+# Parts of the names of those that are of latents or tokens, and so of one codec.
+_OF_LATENTS = ("image_loss", "image_nats_per_token", "denoise_error", "nats_per_value")
 # Where they are, when, and for how long: what differs between any two runs.
 _UNTOLD = ("run ", "checkpoint ", "log ")
 
@@ -113,13 +115,12 @@ def open_runs(paths: Sequence[Path]) -> list[Run]:
 
 def gather(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything that the template shows."""
-    predictions = {(run.config.get("diffusion") or {}).get("prediction", "epsilon") for run in runs}
     shared = set.intersection(*(set(run.images) for run in runs))
     return {
         "name": " · ".join(run.name for run in runs),
         "runs": runs,
         "curves": [(title, panels) for title, panels in _curves(runs) if panels],
-        "several_predictions": len(predictions) > 1,
+        "several_image_losses": len({unit("image", run.config) for run in runs}) > 1,
         "rows": metric_rows(runs),
         "images": _images(runs, shared),
         "settings": setting_rows(runs),
@@ -149,7 +150,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def metric_rows(runs: Sequence[Run]) -> list[Row]:
     """Each metric that any run has, with its interval, and how the others differ from the first.
 
-    A difference is told where suite, settings and data are the same. It is told as clear where its interval, of both
+    A difference is told where suite, settings and data are the same, of latents the codec, and of tokens their number.
+    It is told as clear where its interval, of both
     independent intervals together, leaves out 0.
     """
     names = dict.fromkeys(name for run in runs for name in run.metrics)
@@ -179,10 +181,15 @@ def _value(metric: Mapping[str, Any] | None) -> str:
 def _difference(name: str, first: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
     if first is None or other is None:
         return ""
-    # The image loss is of what a model predicts, as its `how` says. Other figures are not, and samplers may differ.
-    if any(first.get(key) != other.get(key) for key in _SAME) or (
-        name.endswith("_image_loss") and first.get("how") != other.get("how")
-    ):
+    # Figures of older versions do not tell what they were made of.
+    if not first.get("suite") or not other.get("suite"):
+        return ""
+    keys = [*_SAME, *(["codec"] if any(part in name for part in _OF_LATENTS) else [])]
+    # `how` tells what a model predicts, and how many tokens a text is. Of other figures it need not be the same, as
+    # samplers may differ.
+    if name.endswith("_image_loss") or first.get("unit") == "nats/token":
+        keys.append("how")
+    if any(first.get(key) != other.get(key) for key in keys):
         return "(measured otherwise)"
     change = other["value"] - first["value"]
     told = f"({'+' if change > 0 else ''}{figure(change)}"

@@ -212,7 +212,7 @@ def _on(pipeline: Pipeline, name: str, settings: SuiteConfig) -> Pipeline:
 
 
 def _origin(pipeline: Pipeline, name: str, settings: SuiteConfig) -> dict[str, Any]:
-    """What a figure was made of: suite and settings that are no defaults, weights, and contents of the data."""
+    """What a figure was made of: suite and settings that are no defaults, weights, contents of the data, and codec."""
     config = pipeline.config
     indexes = (
         build_indexes(config, config.data.validation, pipeline.tokenizer) if config.data.validation else []
@@ -222,6 +222,7 @@ def _origin(pipeline: Pipeline, name: str, settings: SuiteConfig) -> dict[str, A
         "settings": settings.model_dump(mode="json", exclude_defaults=True),
         "weights": " ".join(filter(None, astuple(pipeline.origin))),
         "data": {index.name: index.digest for index in indexes},
+        "codec": f"{config.codec.kind} {config.codec.fingerprint}".strip(),
     }
 
 
