@@ -110,6 +110,8 @@ class Config(Section):
         yield from self.diffusion.problems()
         yield from rules.sampling_problems(self.sample_grid, self.diffusion, self.data)
         yield from rules.freeze_problems(self.model, self.train)
+        if self.eval.every and not self.eval.suites and not self.data.validation:
+            yield "eval.every needs data.validation, or eval.suites with data of their own; name one"
         if self.eval.every % self.checkpoint.every:
             yield (
                 f"eval.every {self.eval.every} is no multiple of checkpoint.every {self.checkpoint.every}, and what is"

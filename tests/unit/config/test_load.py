@@ -92,6 +92,13 @@ def test_parts_that_do_not_fit_each_other() -> None:
         load_config(None, ["model.num_kv_heads=5"])
 
 
+def test_evaluations_of_a_training_need_checkpoints_and_data() -> None:
+    with pytest.raises(UserError, match=r"eval\.every 3 is no multiple of checkpoint\.every 2"):
+        load_config(None, ["eval.every=3", "checkpoint.every=2", "eval.suites=suites.yaml"])
+    with pytest.raises(UserError, match=r"eval\.every needs data\.validation, or eval\.suites"):
+        load_config(None, ["eval.every=4", "checkpoint.every=2"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "messages"),
     [
