@@ -42,7 +42,9 @@ def watch(
     if not run.is_dir():
         raise UserError(f"{run} is not there; give the folder of a run, once its training has begun")
     if own_place().world_size > 1:
-        raise UserError("transfusion watch is one process, and several would write the same files; start it alone")
+        raise UserError(
+            "transfusion watch is one process, and several would write the same files; start it alone"
+        )
     has_measured = False
     while True:
         folders = complete_checkpoints(run)

@@ -14,7 +14,14 @@ from PIL import Image
 from transfusion.config import load_config
 from transfusion.config.yaml_files import dump
 from transfusion.errors import UserError
-from transfusion.evaluate.report.compare import compare, gather, markdown, metric_rows, open_runs, setting_rows
+from transfusion.evaluate.report.compare import (
+    compare,
+    gather,
+    markdown,
+    metric_rows,
+    open_runs,
+    setting_rows,
+)
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -139,7 +146,10 @@ def test_figures_of_other_latents_or_other_tokens_do_not_compare(
 ) -> None:
     known = metric(0.5, 0.4, 0.6, codec="kl 1", unit=changes.get("unit", ""))
     first = write_run(tmp_path / "first", {name: known, "f1": known})
-    second = write_run(tmp_path / "second", {each: known | {"value": 0.9, "interval": [0.8, 1.0]} | changes for each in (name, "f1")})
+    second = write_run(
+        tmp_path / "second",
+        {each: known | {"value": 0.9, "interval": [0.8, 1.0]} | changes for each in (name, "f1")},
+    )
     rows = metric_rows(open_runs([first, second]))
     assert rows[0].differences == ["", "(measured otherwise)"]
     if "codec" in changes:

@@ -98,7 +98,10 @@ def _text_metrics(pipeline: Pipeline, source: SourceConfig, found: _Ratio) -> di
         how = "interpolated absolute-discount (0.75) bigram, fitted on the same training text and tokenizer"
         for unit, count in (("token", tokens), ("byte", size)):
             metrics[f"bigram_nats_per_{unit}"] = Metric(
-                value=nats / count, unit=f"nats/{unit}", higher_is_better=False, how=f"{how}, over {count} {unit}s"
+                value=nats / count,
+                unit=f"nats/{unit}",
+                higher_is_better=False,
+                how=f"{how}, over {count} {unit}s",
             )
     spread: dict[str, Any] = {"count": found.rows, "higher_is_better": False}
     metrics["text_loss_nats_per_token"] = Metric(
