@@ -345,6 +345,11 @@ def test_a_file_of_suites_says_what_runs_and_how(open_model: Open, tmp_path: Pat
             "the overrides: samples.step is not a known key; did you mean samples.steps",
         ),
         (["samples"], ["samples.steps=0"], "the overrides: samples.steps"),
+        (
+            ["validation"],
+            ["validation.data=[{name: a, shards: one.tar}, {name: a, shards: two.tar}]"],
+            "two sources of a suite's data are named a, which their figures would share; rename one",
+        ),
         (["samples"], ["nearest.steps=2"], "nearest is set and does not run; add --suite nearest"),
         ([], ["images.count=2"], "images is set and does not run"),
         (["one.yaml", "two.yml"], [], "two.yml is a second file of suites; name one"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from transfusion.config import Section, SourceConfig
 from transfusion.config.sections import FilePath, SamplingSeed, Seed
@@ -16,6 +16,16 @@ class SuiteConfig(Section):
     data: list[SourceConfig] = Field(
         default_factory=list, description="what is measured, as in data.validation; empty: that of the model"
     )
+
+    @field_validator("data")
+    @classmethod
+    def _has_names_of_their_own(cls, data: list[SourceConfig]) -> list[SourceConfig]:
+        names = [source.name for source in data]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"two sources of a suite's data are named {twice[0]}, which their figures would share; rename one"
+            )
+        return data
 
     @property
     def reads_data(self) -> bool:
