@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from transfusion import __version__
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.errors import UserError
 from transfusion.evaluate.chunks import Chunks
@@ -111,6 +112,8 @@ def test_figures_of_the_stand_in_cannot_be_taken_for_fid(evaluate: Evaluate, tmp
     assert prompts == [f"the digit {word}" for word in WORDS + WORDS[:3]], "captions come in turn"
     shown = (tmp_path / "out" / "evaluation" / "generated" / "index.jsonl").read_text().splitlines()
     assert [json.loads(line)["seed"] for line in shown] == [0, 1, 2, 3], "the first chunk"
+    [identity] = (tmp_path / "out" / "evaluation" / "text_to_image").glob("*/identity.json")
+    assert json.loads(identity.read_text())["release"] == __version__, "another one may draw otherwise"
     details = json.loads((tmp_path / "out" / "metrics.json").read_text())["details"]
     assert details["standin_kid"]["suite"] == "text_to_image"
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from transfusion import __version__
 from transfusion.errors import UserError
 from transfusion.evaluate.captioned_images import CaptionedSamples
 from transfusion.evaluate.chunks import Arrays, Chunks
@@ -66,6 +67,7 @@ def text_to_image(pipeline: Pipeline, out: Path, settings: TextToImageSuite) -> 
         device, inception_file=settings.inception, dinov2=settings.dinov2, clip=settings.clip
     )
     made_of = {
+        "release": __version__,
         "model": astuple(pipeline.origin),
         "data": known.digests,
         "drawing": drawing._asdict(),
