@@ -43,6 +43,9 @@ class Reporter:
         # Of this rank, in the steps since the last line of metrics.
         self._terms: list[LossTerms] = []
         self._images = 0
+        # Read once, so that all evaluations of a start, and all ranks, run the same.
+        evaluation = parts.config.eval
+        self._suites_chosen = choose_for_training(evaluation.suites) if evaluation.every else {}
 
     def __enter__(self) -> Reporter:
         record = open_record(self.parts.config, self.parts.folder, self.parts.state.step)
@@ -142,9 +145,7 @@ class Reporter:
 
     def _suites(self, between: Callable[[], None]) -> None:
         """Each rank does the same, so that all make the same forwards. The main process keeps what is found."""
-        parts = self.parts
-        suites = parts.config.eval.suites
-        chosen, figures = choose_for_training(suites), dict[str, float]()
+        parts, chosen, figures = self.parts, self._suites_chosen, dict[str, float]()
         with ExitStack() as stack:
             stack.enter_context(heard_by(self._doing))
             # Evidence of the other ranks would be written over that of the main process.
@@ -152,7 +153,7 @@ class Reporter:
             out = parts.folder.path if parts.here.is_main else elsewhere
             module = stack.enter_context(parts.engine.evaluation(self._best_weights()))
             pipeline = Pipeline(module, parts.tokenizer, parts.config, parts.engine.device, parts.codec)
-            for _, found in measured(pipeline, chosen, out, all_must=bool(suites)):
+            for _, found in measured(pipeline, chosen, out, all_must=bool(parts.config.eval.suites)):
                 figures |= {name: metric.value for name, metric in found.items()}
                 between()
         raise_together(lambda: self._record.figures(parts.state.step, figures) if self._record else None)

@@ -517,6 +517,16 @@ def test_a_stop_amid_the_last_measurement_leaves_it_to_the_next_start(
     assert run(config) == 0 and len((Path(config.run.folder) / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+def test_suites_are_those_of_the_start(
+    build_config: Callable[..., Config], digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = measured_config(build_config, digits, "kept", 2)
+    monkeypatch.setattr(
+        Reporter, "_doing", lambda self, what: Path(config.eval.suites).unlink(missing_ok=True)
+    )
+    assert run(config) == 0 and evaluated(config) == [2]
+
+
 def test_a_run_that_a_cpu_takes_days_for_is_told_after_its_first_step(
     build_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
