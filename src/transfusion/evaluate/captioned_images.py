@@ -88,9 +88,10 @@ class CaptionedSamples:
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline, self._settings = pipeline, RowSettings.of(pipeline.config)
         config = pipeline.config
+        self._indexes = build_indexes(config, config.data.validation, pipeline.tokenizer)
         self._known = [
             (index, sample)
-            for index in build_indexes(config, config.data.validation, pipeline.tokenizer)
+            for index in self._indexes
             for sample in np.flatnonzero(index.lengths.images_N == 1).tolist()
         ]
         if not self._known:
@@ -102,7 +103,7 @@ class CaptionedSamples:
     @property
     def digests(self) -> dict[str, str]:
         """Of the contents of each source."""
-        return {index.name: index.digest for index, _ in self._known}
+        return {index.name: index.digest for index in self._indexes}
 
     def read(self, places: Iterable[int]) -> Iterator[tuple[Tensor, str]]:
         """Values [C, H, W] and captions at these places, without those that cannot be read or say nothing."""

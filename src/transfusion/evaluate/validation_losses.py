@@ -14,25 +14,8 @@ from transfusion.families.build import family_of
 from transfusion.schema import LossTerms
 
 
-def validation_losses(
-    model: nn.Module,
-    loader: EvaluationLoader,
-    config: Config,
-    device: torch.device,
-    codec: Codec | None = None,
-    on_batch: Callable[[int], object] = int,
-) -> LossTerms:
-    """This rank's loss sums over its share of the validation data; see `batch_losses`."""
-    total: LossTerms | None = None
-    for terms in batch_losses(model, loader, config, device, codec, on_batch):
-        total = terms if total is None else total.plus(terms)
-    if total is None:
-        raise ValueError("the validation data gave no batch")
-    return total
-
-
 @torch.no_grad()
-def batch_losses(
+def validation_losses(
     model: nn.Module,
     loader: EvaluationLoader,
     config: Config,

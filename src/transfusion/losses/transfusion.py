@@ -31,16 +31,14 @@ class TransfusionLoss:
 
     def terms(self, model: nn.Module, batch: Batch) -> LossTerms:
         """Run the model on a batch. `model` maps (batch, noisy latents) to `ModelOutput`."""
-        noised = [self._noised(group) for group in batch.media]
-        output = model(batch, [images.noisy for images in noised])
-        predictions = unpatchify_groups(output.prediction_NE, [images.noisy for images in noised])
+        noised, predictions, text_sum = self._answers(model, batch)
         parts = [
             self.objective.loss(prediction, images.target, group.learned_I, group.timestep_I)
             for group, images, prediction in zip(batch.media, noised, predictions, strict=True)
         ]
         images = functools.reduce(LossTerms.plus, parts)
         return LossTerms(
-            {"text": output.text_sum, **images.sums}, {"text": batch.text_weight_BS.sum(), **images.counts}
+            {"text": text_sum, **images.sums}, {"text": batch.text_weight_BS.sum(), **images.counts}
         )
 
     def clean_error(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -48,9 +46,7 @@ class TransfusionLoss:
 
         Whatever the network predicts, this is the same question at the same ratio of signal and noise.
         """
-        noised = [self._noised(group) for group in batch.media]
-        output = model(batch, [images.noisy for images in noised])
-        predictions = unpatchify_groups(output.prediction_NE, [images.noisy for images in noised])
+        noised, predictions, _ = self._answers(model, batch)
         total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for group, images, prediction in zip(batch.media, noised, predictions, strict=True):
             found = self.objective.clean(images.noisy, prediction.float(), group.timestep_I)
@@ -58,6 +54,15 @@ class TransfusionLoss:
             total += (error_I * group.learned_I).sum().double().cpu()
             count += group.learned_I.sum().double().cpu() * found[0].numel()
         return total, count
+
+    def _answers(
+        self, model: nn.Module, batch: Batch
+    ) -> tuple[list[NoisedImages], tuple[Tensor, ...], Tensor]:
+        """What the network was shown of each group of images, what it said of it, and its loss of text."""
+        noised = [self._noised(group) for group in batch.media]
+        output = model(batch, [images.noisy for images in noised])
+        predictions = unpatchify_groups(output.prediction_NE, [images.noisy for images in noised])
+        return noised, predictions, output.text_sum
 
     def _noised(self, group: MediaGroup) -> NoisedImages:
         """Images and what is asked of them. Those that are only read stay clean."""

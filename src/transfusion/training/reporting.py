@@ -149,8 +149,7 @@ class Reporter:
         with ExitStack() as stack:
             stack.enter_context(heard_by(self._doing))
             # Evidence of the other ranks would be written over that of the main process.
-            elsewhere = Path(stack.enter_context(TemporaryDirectory()))
-            out = parts.folder.path if parts.here.is_main else elsewhere
+            out = parts.folder.path if parts.here.is_main else Path(stack.enter_context(TemporaryDirectory()))
             module = stack.enter_context(parts.engine.evaluation(self._best_weights()))
             pipeline = Pipeline(module, parts.tokenizer, parts.config, parts.engine.device, parts.codec)
             for _, found in measured(pipeline, chosen, out, all_must=bool(parts.config.eval.suites)):
@@ -166,10 +165,10 @@ class Reporter:
             between()
 
         with parts.engine.evaluation(self._best_weights()) as module:
-            terms = validation_losses(
-                module, loader, parts.config, parts.engine.device, parts.codec, on_batch
+            terms = list(
+                validation_losses(module, loader, parts.config, parts.engine.device, parts.codec, on_batch)
             )
-            found = MeanLosses.over_ranks([terms], parts.engine.loss).means
+            found = MeanLosses.over_ranks(terms, parts.engine.loss).means
         raise_together(lambda: self._record.validation(step, found) if self._record else None)
 
     def _grid(self, between: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from transfusion.generate.pipeline import Pipeline
 from transfusion.parallel.environment import Environment
 from transfusion.parallel.local import LocalEngine
 from transfusion.parallel.zero import ZeroEngine
-from transfusion.schema import Batch, BatchCounts, Modality
+from transfusion.schema import Batch, BatchCounts, LossTerms, Modality
 from transfusion_kernels import IntervalMask
 
 
@@ -86,10 +87,11 @@ def judged_in_training(here: Environment, changes: dict[str, Any]) -> dict[str, 
         # Nothing is left for the second rank, which must take part in the forwards all the same.
         single = grid.model_copy(update={"prompts": ["one"]})
         of_one = pipeline.sample_grid(single, rank=here.rank, ranks=2)
-        terms = validation_losses(model, shares[here.rank], config, here.device)
+        terms = reduce(LossTerms.plus, validation_losses(model, shares[here.rank], config, here.device))
     with plain.evaluation("ema") as model:
         wanted = Pipeline(model, Letters(), config, here.device).sample_grid(grid)
-        wanted_terms = validation_losses(model, [*shares[0], *shares[1]], config, here.device)
+        everything = [*shares[0], *shares[1]]
+        wanted_terms = reduce(LossTerms.plus, validation_losses(model, everything, config, here.device))
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, mine)
     images = sorted(everyone[0] + everyone[1], key=lambda image: image.seed)

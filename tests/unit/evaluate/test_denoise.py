@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from transfusion.codec.pixels import PixelCodec
 from transfusion.config import Config
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.diffusion.objective import ImageObjective
@@ -50,8 +53,18 @@ class Knowing(torch.nn.Module):
 LEVELS = [0.1, 0.5, 0.9]
 
 
+class CountingCodec(PixelCodec):
+    """Counts how often images are encoded."""
+
+    calls = 0
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        self.calls += 1
+        return super().encode(pixels)
+
+
 def measured(
-    folder: Path, tokenizer: Any, guess: Any, seed: int = 0, **diffusion: Any
+    folder: Path, tokenizer: Any, guess: Any, seed: int = 0, codec: Any = None, **diffusion: Any
 ) -> tuple[dict[str, Any], Any]:
     values = {
         "run": {"seed": seed},
@@ -66,7 +79,7 @@ def measured(
     }
     config = Config.model_validate(values).with_vocabulary(tokenizer.vocabulary)
     model = Knowing(config, guess)
-    runner = SimpleNamespace(model=model, codec=None, device=torch.device("cpu"))
+    runner = SimpleNamespace(model=model, codec=codec, device=torch.device("cpu"))
     pipeline: Any = SimpleNamespace(config=config, runner=runner, tokenizer=tokenizer)
     return denoise(pipeline, folder, DenoiseSuite(levels=LEVELS)), model
 
@@ -74,8 +87,6 @@ def measured(
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """Latents of unit deviation, with captions."""
-    import io
-
     samples = []
     for number in range(40):
         stream = io.BytesIO()
@@ -114,6 +125,15 @@ def test_two_models_are_asked_about_the_same_noise(shards: Path, tokenizer: Any)
         [metric.value for metric in second.values()]
     )
     assert first["p_denoise_error_at_0.9"].value == pytest.approx(1.0, rel=0.1), "all that there is"
+
+
+def test_an_image_is_encoded_once_for_all_levels(tmp_path: Path, tokenizer: Any) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(stream, format="PNG")
+    write_shards([{"png": stream.getvalue(), "txt": b"the digit seven"}], tmp_path)
+    codec = CountingCodec()
+    _, model = measured(tmp_path, tokenizer, lambda noisy, *_: noisy, codec=codec)
+    assert codec.calls == 1 and len(model.seen) == len(LEVELS)
 
 
 @pytest.mark.parametrize("schedule", [CosineSchedule(), RectifiedFlowSchedule()])

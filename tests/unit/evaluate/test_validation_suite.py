@@ -48,7 +48,7 @@ def test_the_image_loss_is_the_plain_error_and_says_of_what(
             for total, count in ((1.0, 3.0), (2.0, 1.0), (0.0, 0.0))
         ]
 
-    monkeypatch.setattr(validation, "batch_losses", losses)
+    monkeypatch.setattr(validation, "validation_losses", losses)
     monkeypatch.setattr(validation, "EvaluationLoader", lambda *_, **__: [])
     runner = SimpleNamespace(model=None, device=None, codec=None)
     pipeline: Any = SimpleNamespace(

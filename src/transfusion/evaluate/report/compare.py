@@ -151,8 +151,7 @@ def metric_rows(runs: Sequence[Run]) -> list[Row]:
     """Each metric that any run has, with its interval, and how the others differ from the first.
 
     A difference is told where suite, settings and data are the same, of latents the codec, and of tokens their number.
-    It is told as clear where its interval, of both
-    independent intervals together, leaves out 0.
+    It is told as clear where its interval, of both independent intervals together, leaves out 0.
     """
     names = dict.fromkeys(name for run in runs for name in run.metrics)
     rows = []

@@ -118,6 +118,7 @@ def machine_curves(lines: list[dict[str, Any]]) -> list[Curve]:
 
 def figure_curves(lines: list[dict[str, Any]]) -> list[Curve]:
     """Figures of several checkpoints, by their names."""
+    lines = sorted((line for line in lines if "step" in line), key=lambda line: line["step"])
     names = dict.fromkeys(name for line in lines for name in line if name != "step") if len(lines) > 1 else ()
     return _present(
         *(

@@ -29,7 +29,7 @@ from transfusion.evaluate.report.curves import (
     machine_curves,
     series,
 )
-from transfusion.evaluate.watch import evaluations
+from transfusion.evaluate.watch import RECORD
 from transfusion.files import atomic_write_text
 from transfusion.observe.metrics import read_metrics
 from transfusion.observe.progress import duration
@@ -126,7 +126,7 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "bucket_curve": draw_buckets(lines),
         "predicts_noise": diffusion.get("prediction", "epsilon") == "epsilon",
         "machine_curves": [draw(curve) for curve in machine_curves(lines)],
-        "evaluation_curves": [draw(curve) for curve in figure_curves(evaluations(folder.path))],
+        "evaluation_curves": [draw(curve) for curve in figure_curves(jsonl(folder.path / RECORD))],
         "rows": [
             Figure(uri, told)
             for name, told in EVIDENCE.items()

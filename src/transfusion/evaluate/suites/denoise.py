@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from transfusion.codec import Codec, encoded
 from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.diffusion.schedule import Schedule
 from transfusion.errors import UserError
@@ -36,6 +37,7 @@ def denoise(pipeline: Pipeline, out: Path, settings: DenoiseSuite) -> dict[str, 
     run = config.run.model_copy(update={"seed": settings.seed})
     config = config.model_copy(update={"run": run})
     loss = TransfusionLoss(config.diffusion, pipeline.runner.codec)
+    timesteps = [timestep_at(level, loss.objective.schedule) for level in settings.levels]
     metrics: dict[str, Metric] = {}
     for source in config.data.validation:
         loader = EvaluationLoader(config, [source], pipeline.tokenizer, rows=1, limit=settings.limit)
@@ -46,20 +48,19 @@ def denoise(pipeline: Pipeline, out: Path, settings: DenoiseSuite) -> dict[str, 
             tell(number, len(loader))
             if not batch.counts.images:
                 continue
-            here = batch.to(pipeline.runner.device)
-            asked = [_at(here, timestep_at(level, loss.objective.schedule)) for level in settings.levels]
-            found = [loss.clean_error(pipeline.runner.model, each) for each in asked]
+            here = _encoded(batch.to(pipeline.runner.device), loss.codec)
+            found = [loss.clean_error(pipeline.runner.model, _at(here, timestep)) for timestep in timesteps]
             sums.append([float(total) for total, _ in found])
             counts.append(float(found[0][1]))
         for place, level in enumerate(settings.levels if counts else ()):
-            errors = [row[place] for row in sums]
+            errors, timestep = [row[place] for row in sums], timesteps[place]
             metrics[f"{source.name}_denoise_error_at_{level:g}"] = Metric(
                 value=sum(errors) / sum(counts),
                 count=len(counts),
                 interval=ratio_interval(errors, counts),
                 higher_is_better=False,
                 how=f"mean squared error of the clean latents of validation {source.name} at noise level {level:g},"
-                f" timestep {timestep_at(level, loss.objective.schedule)}, noise of seed {settings.seed}",
+                f" timestep {timestep}, noise of seed {settings.seed}",
             )
     if not metrics:
         raise UserError("the suite denoise needs images in data.validation; choose another suite")
@@ -70,6 +71,14 @@ def timestep_at(level: float, schedule: Schedule) -> int:
     """The timestep whose noise, over the root of its square plus that of the signal, is nearest to the level."""
     signal_T, noise_T = schedule.signal_and_noise(torch.arange(schedule.steps))
     return int((noise_T / (signal_T.square() + noise_T.square()).sqrt() - level).abs().argmin())
+
+
+def _encoded(batch: Batch, codec: Codec) -> Batch:
+    """The same batch, whose images are encoded once for all levels."""
+    media = tuple(
+        replace(group, kind="latents", values=encoded(group, codec), value_I=None) for group in batch.media
+    )
+    return replace(batch, media=media)
 
 
 def _at(batch: Batch, timestep: int) -> Batch:

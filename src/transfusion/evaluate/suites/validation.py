@@ -15,7 +15,7 @@ from transfusion.evaluate.metrics.bootstrap import Interval, ratio_interval
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
 from transfusion.evaluate.suites.settings import ValidationSuite
-from transfusion.evaluate.validation_losses import batch_losses
+from transfusion.evaluate.validation_losses import validation_losses
 from transfusion.generate.pipeline import Pipeline
 from transfusion.schema import LossTerms, TextSegment
 
@@ -39,7 +39,7 @@ def validation(pipeline: Pipeline, out: Path, settings: ValidationSuite) -> dict
             pipeline.runner,
             ProgressLines(f"losses of validation {source.name}, {len(loader)} rows"),
         )
-        rows = list(batch_losses(runner.model, loader, plain, runner.device, runner.codec, tell))
+        rows = list(validation_losses(runner.model, loader, plain, runner.device, runner.codec, tell))
         # The one term of a family that is no text, such as "image".
         media = next(name for name, total in rows[0].sums.items() if name != "text" and total.dim() == 0)
         shown = _Ratio.of(rows, media)
