@@ -87,7 +87,7 @@ def test_the_page_is_one_file_with_both_kinds_of_curves_and_shared_seeds(
     assert titles[:3] == [
         "Text loss, nats a token, training",
         "Text loss, nats a token, validation",
-        "Image loss, squared error of the noise, training",
+        "Image loss, training",
     ]
     assert "image losses do not compare" in page
     assert page.count("seed 1") and page.count("seed 2") and "seed 0" not in page and "seed 3" not in page

@@ -223,15 +223,16 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, list[Panel]]]:
         spent = [run.spent(what) for run in runs]
         panels = []
         for name in names if all(spent) else ():
+            # Where runs count otherwise, no unit is that of all.
+            units = {unit(name, run.config) for run in runs}
+            counted = units.pop() if len(units) == 1 else ""
             for prefix, kind in (("", "training"), ("validation_", "validation")):
                 lines = [
                     (run.name, run.colour, _over(series(run.lines, f"{prefix}{name}_loss"), points))
                     for run, points in zip(runs, spent, strict=True)
                 ]
                 if any(points for _, _, points in lines):
-                    told = ", ".join(
-                        filter(None, (f"{name.capitalize()} loss", unit(name, runs[0].config), kind))
-                    )
+                    told = ", ".join(filter(None, (f"{name.capitalize()} loss", counted, kind)))
                     panels.append(draw(Curve(told, lines, smooth=not prefix, x=label), width=5.6, height=3.2))
         groups.append((title, panels))
     return groups
