@@ -67,7 +67,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "sentencepiece": ("src/transfusion/sequence/tokenizer.py",),
     "tokenizers": ("src/transfusion/sequence/published_tokenizer.py",),
     "sklearn": ("src/transfusion/data/prepare/prepare.py", "src/transfusion/evaluate/"),
-    "matplotlib": ("src/transfusion/evaluate/report/", "src/transfusion/scaling/plot.py"),
+    "matplotlib": ("src/transfusion/evaluate/report/",),
     "lm_eval": ("src/transfusion/evaluate/harness.py",),
     "jinja2": ("src/transfusion/evaluate/report/page.py",),
     "diffusers": ("src/transfusion/codec/",),

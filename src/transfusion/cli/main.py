@@ -323,6 +323,44 @@ def watch(
 
 
 @app.command()
+def sweep(
+    model: Model,
+    over: Annotated[
+        list[str] | None, typer.Option(help="suite.key=A,B,C, a setting and its values, repeated for several")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="suite.key=value for every point, as many as needed")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder for sweep.json, sweep.png and the points. Default: MODEL/sweep"),
+    ] = None,
+    weights: Weights = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    classifier: Annotated[Path | None, typer.Option(help="as of `transfusion eval`")] = None,
+) -> None:
+    """Evaluate a model at every combination of some settings, such as guidance and steps, and draw the figures."""
+    from transfusion.evaluate.sweep import FIGURE, RECORD, table
+    from transfusion.evaluate.sweep import sweep as measure
+
+    folder = out or model / "sweep"
+    points = measure(
+        model,
+        over or [],
+        folder,
+        overrides=overrides or [],
+        weights=weights,
+        device=device,
+        dtype=dtype,
+        classifier=classifier,
+    )
+    if points:
+        print(table(points))
+        print(f"{folder}: {RECORD}, {FIGURE} and {len(points)} points")
+
+
+@app.command()
 def classifier(
     config: Annotated[Path, typer.Argument(help="a configuration, for its images, captions and their size")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],

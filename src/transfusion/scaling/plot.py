@@ -8,41 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from transfusion.errors import UserError
+from transfusion.evaluate.report.panels import COLOURS, MARKERS, head, save_panels
 from transfusion.scaling.results import Comparison
 
-# Two that colour-blind readers tell apart, then further ones.
-COLOURS = ("#1f6fb4", "#d9730d", "#2a8a57", "#8a4fb0", "#777777")
-MARKERS = ("o", "s", "^", "D", "v")
-COLUMNS = 3
-PANEL = (4.4, 3.6)
 # The laws are drawn so far beyond their points, as a factor.
 REACH = 2.0
 PLACES = 60
-# By kind of file. Without the date the same results give the same bytes.
-METADATA = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 def draw(comparisons: Sequence[Comparison], out: Path, *, title: str = "") -> None:
     """Write a .png, .svg or .pdf. Raises UserError without matplotlib or for another kind of file."""
-    if out.suffix not in METADATA:
-        raise UserError(f"{out} must end in .png, .svg or .pdf")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the figure needs matplotlib; run `pip install matplotlib`") from None
-    columns = min(COLUMNS, len(comparisons))
-    rows = -(-len(comparisons) // columns)
-    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, comparison in zip(grid, comparisons, strict=False):
-        _panel(axes, comparison)
-    for axes in grid[len(comparisons) :]:
-        axes.set_axis_off()
-    if title:
-        figure.suptitle(title)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150, metadata=METADATA[out.suffix])
+    save_panels(comparisons, _panel, out, title=title)
 
 
 def _panel(axes: Any, comparison: Comparison) -> None:
@@ -63,9 +39,6 @@ def _panel(axes: Any, comparison: Comparison) -> None:
     # As numbers, not as powers of ten: the figures of a grid seldom span more than one.
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    better = "higher" if comparison.higher_is_better else "lower"
-    axes.set_title(f"{comparison.metric.replace('_', ' ')} ({better} is better)", fontsize=9)
+    head(axes, comparison.metric, higher_is_better=comparison.higher_is_better)
     axes.set_xlabel("training FLOPs", fontsize=9)
-    axes.tick_params(which="both", labelsize=8)
-    axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.legend(fontsize=8, frameon=False)

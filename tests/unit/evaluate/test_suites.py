@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pairs import png, source, write_pairs
 from PIL import Image
 
-from transfusion.config import Config
 from transfusion.data.prepare.digits import DIGIT_WORDS
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.errors import UserError
@@ -29,39 +29,6 @@ from transfusion.generate.pipeline import Pipeline
 Open = Callable[..., Path]
 
 
-def png(size: tuple[int, int], seed: int) -> bytes:
-    stream = io.BytesIO()
-    values = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
-    Image.fromarray(values).save(stream, format="PNG")
-    return stream.getvalue()
-
-
-def write_pairs(folder: Path, captions: Sequence[str], sizes: Sequence[tuple[int, int]] = ((8, 8),)) -> str:
-    """Shards of captioned images whose sizes take turns; a pattern that names them."""
-    samples = [
-        {"png": png(sizes[number % len(sizes)], number), "txt": caption.encode()}
-        for number, caption in enumerate(captions)
-    ]
-    write_shards(samples, folder, per_shard=25)
-    return f"{folder}/*.tar"
-
-
-@pytest.fixture
-def open_model(build_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
-    """open_model(data section, **build_model's) -> a folder that `run_suites` opens as that untrained model."""
-
-    def make(data: dict[str, Any], **fields: Any) -> Path:
-        config, network = build_model(**fields)
-        values = config.as_dict()
-        values["data"] = {"sequence_length": 128, "tokenizer": str(tokenizer.path), **data}
-        values["run"] = {"dir": str(tmp_path / "run")}
-        pipeline = Pipeline(network, tokenizer, Config.model_validate(values), "cpu")
-        monkeypatch.setattr(Pipeline, "from_export", lambda *_, **__: pipeline)
-        return tmp_path / "model"
-
-    return make
-
-
 def run(
     model: Path, asked: list[str], out: Path, *overrides: str, classifier: Path | None = None
 ) -> dict[str, Metric]:
@@ -73,10 +40,6 @@ def run(
         if key in SUITES[name].settings.model_fields
     ]
     return run_suites(model, asked, out, overrides=[*quick, *overrides], classifier=classifier)
-
-
-def source(shards: str, name: str = "pairs") -> dict[str, str]:
-    return {"name": name, "shards": shards}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -152,18 +152,38 @@ def run_suites(
     first one runs the others too and writes, and the rest return no metrics.
     """
     chosen = choose(asked, overrides, classifier=classifier)
-    place = own_place()
-    if place.rank and not (chosen := {name: each for name, each in chosen.items() if name in SHARED}):
+    if own_place().rank and not shared(chosen):
         return {}
+    pipeline = open_model(model, weights=weights, device=device, dtype=dtype)
+    return measure_into(out, pipeline, chosen, all_must=bool(asked))
+
+
+def open_model(
+    model: Path, *, weights: Weights = "auto", device: str = "auto", dtype: Dtype = "auto"
+) -> Pipeline:
+    """An exported model for suites, with the threads that it was trained with. Raises UserError as reading it does."""
     pipeline = Pipeline.from_export(model, weights=weights, device=own_device(device), dtype=dtype)
     if pipeline.config.train.threads:
         torch.set_num_threads(pipeline.config.train.threads)
+    return pipeline
+
+
+def shared(chosen: Mapping[str, SuiteConfig]) -> dict[str, SuiteConfig]:
+    """Those of some suites that the processes of a launcher share."""
+    return {name: each for name, each in chosen.items() if name in SHARED}
+
+
+def measure_into(
+    out: Path, pipeline: Pipeline, chosen: Mapping[str, SuiteConfig], *, all_must: bool
+) -> dict[str, Metric]:
+    """Run suites on a model that is open, see `run_suites`. all_must: see `measured`."""
+    place = own_place()
     out.mkdir(parents=True, exist_ok=True)
     details = _known(out / METRICS)
     metrics: dict[str, Metric] = {}
-    for name, found in measured(pipeline, chosen, out, all_must=bool(asked)):
+    for name, found in measured(pipeline, shared(chosen) if place.rank else chosen, out, all_must=all_must):
         metrics |= found
-        origin = _origin(_on(pipeline, name, chosen[name]), name, chosen[name])
+        origin = origin_of(pipeline, name, chosen[name])
         details |= {metric: figure.as_dict() | origin for metric, figure in found.items()}
         # At once, since a later suite may end the command, and this one has left its evidence.
         if not place.rank:
@@ -211,8 +231,12 @@ def _on(pipeline: Pipeline, name: str, settings: SuiteConfig) -> Pipeline:
     return changed
 
 
-def _origin(pipeline: Pipeline, name: str, settings: SuiteConfig) -> dict[str, Any]:
-    """What a figure was made of: suite and settings that are no defaults, weights, contents of the data, and codec."""
+def origin_of(pipeline: Pipeline, name: str, settings: SuiteConfig) -> dict[str, Any]:
+    """What a figure is made of: suite and settings that are no defaults, weights, contents of the data, and codec.
+
+    Raises UserError for data that are not to be found or are set in vain.
+    """
+    pipeline = _on(pipeline, name, settings)
     config = pipeline.config
     indexes = (
         build_indexes(config, config.data.validation, pipeline.tokenizer) if config.data.validation else []
