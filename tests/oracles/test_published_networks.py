@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from transfusion.errors import UserError
+from transfusion.evaluate.features.published import open_questions
 from transfusion.evaluate.features.readers import Reader, open_readers
 from transfusion.generate.pillow_images import to_image
 
@@ -69,6 +70,35 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of random weights that reads an image and letters, and writes a letter."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("models") / "answering"
+    letters = {letter: number for number, letter in enumerate(["<unk>", *string.printable])}
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], unk_token="<unk>")),
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(**SMALL, intermediate_size=64, image_size=32, patch_size=16)
+    text = transformers.LlamaConfig(**SMALL, intermediate_size=64, vocab_size=len(words))
+    image_token = words.convert_tokens_to_ids("<image>")
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    crop = {"height": 32, "width": 32}
+    transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=crop),
+        words,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for part in messages[0].content %}{{ part.text or '<image>' }}{% endfor %} A: ",
+    ).save_pretrained(folder)
+    return folder
+
+
 def reader_of(**folders: Path) -> Reader:
     return open_readers(CPU, **{name: str(folder) for name, folder in folders.items()})[-1]
 
@@ -88,6 +118,37 @@ def test_cosines_are_those_behind_the_logits_of_clip(clip: Path, images: list[to
         )
         logit = model(**batch).logits_per_image
         assert ours[number] == pytest.approx((logit / model.logit_scale.exp()).item(), abs=1e-6)
+
+
+@torch.no_grad()
+def test_answers_are_as_probable_as_when_the_model_writes_them(
+    answering: Path, images: list[torch.Tensor]
+) -> None:
+    """As the script of GenEval 2 asks: a token is generated, and the scores of the first tokens are summed up."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(answering, dtype="auto").eval()
+    processor = transformers.AutoProcessor.from_pretrained(answering)
+    ask, found = open_questions(answering, CPU), []
+    for image in images:
+        picture = to_image(image).convert("RGB")
+        parts = [{"type": "image", "image": picture}, {"type": "text", "text": "Is it red?"}]
+        batch = processor.apply_chat_template(
+            [{"role": "user", "content": parts}],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        written = model.generate(
+            **batch, max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True
+        )
+        probabilities = written.scores[0].softmax(-1)[0]
+        firsts = [processor.tokenizer.encode(each)[0] for each in ("Yes", "yes")]
+        found.append(ask(picture, "Is it red?", ["Yes", "yes"]))
+        assert found[-1] == pytest.approx(sum(probabilities[first].item() for first in firsts), rel=1e-5)
+    assert len(set(found)) == 3, "the image counts"
+    assert ask(picture, "Is it red?", ["y", "yes", "yep"]) == ask(picture, "Is it red?", ["y"]), (
+        "each token once"
+    )
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
-"""Networks that transformers knows, from folders on this machine: DINOv2's features and CLIP's score.
+"""Networks that transformers knows, from folders on this machine: DINOv2, CLIP, and models that answer questions.
 
-I images, C channels, H/W image height and width, F features.
+I images, C channels, H/W image height and width, F features, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from transfusion.errors import UserError
 from transfusion.evaluate.features.resize import resized
+from transfusion.files import DIGEST_BYTES, file_digest, fingerprint
 from transfusion.generate.pillow_images import to_image
 
 # Values and side of torch-fidelity's extractor; the former are those of ImageNet.
@@ -23,6 +25,8 @@ DINOV2_SIDE = 224
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Read = Callable[[Sequence[Tensor], Sequence[str]], Tensor]
+# From an image of PIL, a question and spellings of its answer to their probability.
+Ask = Callable[[Any, str, Sequence[str]], float]
 
 
 def dinov2_features(folder: Path, device: torch.device) -> Read:
@@ -63,8 +67,48 @@ def clip_cosines(folder: Path, device: torch.device) -> Read:
     return read
 
 
-def _opened(name: str, kind: str, folder: Path) -> Any:
-    """A class of transformers from a folder: a network in fp32, or a processor.
+def open_questions(folder: Path, device: torch.device) -> Ask:
+    """What asks a model of images and text, in the precision of its weights. Raises UserError as `_opened` does.
+
+    The probability of an answer is that of the first tokens of its spellings, as the first one of the model's reply.
+    """
+    model = _opened("AutoModelForImageTextToText", "", folder, dtype="auto").to(device)
+    processor = _opened("AutoProcessor", "", folder)
+
+    @torch.no_grad()
+    def ask(image: Any, question: str, spellings: Sequence[str]) -> float:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        batch = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(device)
+        probability_V = model(**batch).logits[0, -1].float().softmax(-1)
+        firsts = {processor.tokenizer.encode(each, add_special_tokens=False)[0] for each in spellings}
+        found = sum(probability_V[first].item() for first in firsts)
+        if not math.isfinite(found):
+            raise UserError(f"{folder} gives numbers that are not finite; copy its weights again")
+        return found
+
+    return ask
+
+
+def folder_digest(folder: Path) -> str:
+    """Of weights, settings and vocabulary. Raises UserError for a folder without a network."""
+    _refuse_without_config(folder, "a network")
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json", ".txt")]
+    return fingerprint({path.name: file_digest(path) for path in files}, DIGEST_BYTES)
+
+
+def _refuse_without_config(folder: Path, name: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json; name a folder that transformers wrote for {name}")
+
+
+def _opened(name: str, kind: str, folder: Path, *, dtype: Any = torch.float32) -> Any:
+    """A class of transformers from a folder: a network, or a processor. kind: its model_type; empty: any.
 
     Raises UserError without transformers, and for a folder that is missing, of another network, or lacks weights.
     """
@@ -74,16 +118,14 @@ def _opened(name: str, kind: str, folder: Path) -> Any:
         raise UserError(
             f"{folder} needs transformers, which is not installed; `pip install transformers`"
         ) from None
-    remedy = f"name a folder that transformers wrote for {name}"
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json; {remedy}")
+    _refuse_without_config(folder, name)
     network = not name.endswith("Processor")
     options: dict[str, Any] = {"local_files_only": True}
     if network:
-        options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        options |= {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
     try:
         found = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-        if found != kind:
+        if kind and found != kind:
             raise ValueError(f"it is a {found}")
         with _quiet():
             opened = getattr(transformers, name).from_pretrained(folder, **options)
@@ -94,7 +136,9 @@ def _opened(name: str, kind: str, folder: Path) -> Any:
             raise ValueError(f"{len(lacking)} weights are missing or of other shapes, as {lacking[0]}")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} is no {name} ({reason}); {remedy}") from None
+        raise UserError(
+            f"{folder} is no {name} ({reason}); name a folder that transformers wrote for {name}"
+        ) from None
     return model.requires_grad_(False).eval()
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from transfusion.errors import UserError
 from transfusion.evaluate.features import inception
-from transfusion.evaluate.features.published import Read, clip_cosines, dinov2_features
+from transfusion.evaluate.features.published import Read, clip_cosines, dinov2_features, folder_digest
 from transfusion.evaluate.features.resize import resized
-from transfusion.files import file_digest, fingerprint
+from transfusion.files import file_digest
 
 INCEPTION, STAND_IN, DINOV2, CLIP = "inception", "standin", "dinov2", "clip"
 _BATCH = 64
@@ -92,7 +92,5 @@ def _of_pixels(network: nn.Module, side: int, device: torch.device) -> Read:
 
 
 def _of_folder(name: str, title: str, folder: Path, read: Read) -> Reader:
-    """A network of transformers. Its digest is that of weights, settings and vocabulary."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json", ".txt")]
-    digest = fingerprint({path.name: file_digest(path) for path in files}, 16)
+    digest = folder_digest(folder)
     return Reader(name, f"{title} of {folder.name} (digest {digest})", digest, read)

@@ -24,6 +24,7 @@ from transfusion.evaluate.progress_lines import say
 from transfusion.evaluate.suites.denoise import denoise
 from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.edit import edit
+from transfusion.evaluate.suites.geneval import geneval, geneval2
 from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
 from transfusion.evaluate.suites.language import language
 from transfusion.evaluate.suites.nearest import nearest
@@ -33,6 +34,8 @@ from transfusion.evaluate.suites.settings import (
     DenoiseSuite,
     DigitsSuite,
     EditSuite,
+    Geneval2Suite,
+    GenevalSuite,
     GuidanceSuite,
     ImagesSuite,
     LanguageSuite,
@@ -76,11 +79,13 @@ SUITES = {
     "edit": Suite(edit, EditSuite),
     "steps": Suite(steps, StepsSuite),
     "text_to_image": Suite(text_to_image, TextToImageSuite),
+    "geneval": Suite(geneval, GenevalSuite),
+    "geneval2": Suite(geneval2, Geneval2Suite),
     "perplexity": Suite(perplexity, PerplexitySuite),
     "language": Suite(language, LanguageSuite),
 }
 # What the processes of a launcher share. All other suites are the first one's alone.
-SHARED = ("text_to_image",)
+SHARED = ("text_to_image", "geneval", "geneval2")
 # What runs where none is named. Of these, what the data do not allow is left out.
 DEFAULT = ("validation", "samples")
 

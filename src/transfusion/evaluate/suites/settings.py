@@ -148,6 +148,34 @@ class TextToImageSuite(DrawingSuite):
     )
 
 
+class PromptsSuite(DrawingSuite):
+    """Images of the prompts of a file. They are all that is measured, and `data` stays empty."""
+
+    prompts: FilePath = Field("", description="the file of prompts, of your own clone of the benchmark")
+    limit: NonNegativeInt = Field(0, description="prompts, the first ones; 0: all")
+    chunk: PositiveInt = Field(16, description="prompts that a killed process loses at most")
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether `data`, or the model's own, is what is measured."""
+        return False
+
+
+class GenevalSuite(PromptsSuite):
+    """Images in the layout of GenEval, for its own scorer."""
+
+    count: PositiveInt = Field(4, description="images of each prompt")
+
+
+class Geneval2Suite(PromptsSuite):
+    """GenEval 2, judged by Soft-TIFA."""
+
+    count: PositiveInt = Field(1, description="images of each prompt")
+    vqa: FilePath = Field(
+        "", description="folder of a model of transformers that answers questions about images, required"
+    )
+
+
 class PerplexitySuite(SuiteConfig):
     """How well texts are predicted, as lm-evaluation-harness counts it."""
 
