@@ -25,6 +25,7 @@ from transfusion.evaluate.progress_lines import ProgressLines
 from transfusion.evaluate.suites.run import DEFAULT, SUITES, choose_for_training, run_suites
 from transfusion.generate.budget import read_table
 from transfusion.generate.pipeline import Pipeline
+from transfusion.inference import image_diffusion
 
 Open = Callable[..., Path]
 
@@ -61,7 +62,7 @@ def test_without_a_suite_losses_are_measured_and_a_few_images_drawn_and_captione
         captioned_images, "read_values", lambda *some: read.append(some[1]) or read_values(*some)
     )
     metrics = run(model, [], tmp_path / "out")
-    assert metrics.keys() == {"pairs_image_loss", "caption_token_f1"}
+    assert metrics.keys() == {"pairs_image_loss", "caption_token_f1", "distance_of_guidance"}
     assert "32 of the 70 validation images" in metrics["caption_token_f1"].how
     assert len(read) == 32 and read[0] == 0 and read[-1] == 69, "evenly spread, and no other is read"
     assert max(np.diff(read)) <= 3
@@ -81,6 +82,18 @@ def test_without_a_suite_losses_are_measured_and_a_few_images_drawn_and_captione
     before = contents(left)
     run(model, [], tmp_path / "out")
     assert contents(left) == before, "the same images and captions each time"
+
+
+def test_the_distance_of_guidance_is_0_where_guidance_does_nothing(
+    open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model({"validation": [source(write_pairs(tmp_path / "pairs", ["one", "two", "three"]))]})
+    found = run(model, ["samples"], tmp_path / "out")["distance_of_guidance"]
+    assert found.value > 0 and found.count == 3
+    with monkeypatch.context() as patched:
+        patched.setattr(image_diffusion, "guide", lambda conditional, unconditional, scale: conditional)
+        assert run(model, ["samples"], tmp_path / "out")["distance_of_guidance"].value == 0
+    assert "distance_of_guidance" not in run(model, ["samples"], tmp_path / "out", "samples.guidance=1")
 
 
 def test_of_texts_alone_the_losses_are_measured_and_what_is_left_out_is_told(
@@ -289,7 +302,13 @@ def test_a_file_of_suites_says_what_runs_and_how(open_model: Open, tmp_path: Pat
     assert "the 6 validation" in metrics["caption_token_f1"].how
     overrides = ["samples.count=2", "samples.max_tokens=1"]
     metrics = run_suites(model, [str(file)], tmp_path / "out", overrides=overrides)
-    assert metrics.keys() == {"pairs_image_loss", "caption_token_f1", "caption_cider", "caption_bleu4"}
+    assert metrics.keys() == {
+        "pairs_image_loss",
+        "distance_of_guidance",
+        "caption_token_f1",
+        "caption_cider",
+        "caption_bleu4",
+    }
     left = tmp_path / "out" / "evaluation"
     drawn = lines_of(left / "generated" / "index.jsonl")
     assert [line["prompt"] for line in drawn] == ["the digit seven"] * 2

@@ -45,8 +45,25 @@ def samples(pipeline: Pipeline, out: Path, settings: SamplesSuite) -> dict[str, 
     found, expected, total = some_captioned_images(pipeline, settings.captions)
     places = evenly(len(found), settings.count)
     prompts, sizes = [expected[place] for place in places], [found[place] for place in places]
-    save_drawn(draw(pipeline, prompts, sizes, Drawing.of(settings, pipeline), settings.batch), out)
-    return _captions(pipeline, out, settings, found, expected, f"{len(found)} of the {total}")[1]
+    drawing = Drawing.of(settings, pipeline)
+    drawn = draw(pipeline, prompts, sizes, drawing, settings.batch)
+    save_drawn(drawn, out)
+    metrics = {}
+    if drawing.guidance != 1:
+        unguided = draw(pipeline, prompts, sizes, drawing._replace(guidance=1.0), settings.batch)
+        shifts = [
+            (one.pixels.float() - other.pixels.float()).square().mean().sqrt().item()
+            for one, other in zip(drawn, unguided, strict=True)
+        ]
+        metrics["distance_of_guidance"] = Metric(
+            value=fmean(shifts),
+            count=len(shifts),
+            interval=mean_interval(shifts),
+            unit="of 255",
+            how=f"root mean square distance between {len(shifts)} images of validation captions ({drawing}) and those"
+            " of the same seeds without guidance, mean over images; 0 where guidance does nothing",
+        )
+    return metrics | _captions(pipeline, out, settings, found, expected, f"{len(found)} of the {total}")[1]
 
 
 def images(pipeline: Pipeline, out: Path, settings: ImagesSuite) -> dict[str, Metric]:
