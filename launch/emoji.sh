@@ -4,7 +4,7 @@
 #   bash launch/emoji.sh [--fresh] [section.key=value ...]
 #
 # Run again, it goes on where it stopped. --fresh starts over. Overrides go to the training. FONT=FILE takes another font,
-# CODEC_STEPS=N trains the autoencoder for so many steps.
+# CODEC_STEPS=N trains the autoencoder for so many steps, EVALUATION="images.count=200" is told to the evaluation.
 set -euo pipefail
 
 CONFIG=configs/train/emoji.yaml
@@ -40,7 +40,7 @@ measure() {
     [[ -e "$classifier" ]] || transfusion classifier "$CONFIG" --out "$classifier" \
         "data.sources.0.shards=$DATA/images/train/*.tar"
     transfusion eval "$MODEL" --suite validation --suite images --suite captions --suite nearest \
-        --classifier "$classifier" --out "$RUN"
+        --classifier "$classifier" --out "$RUN" ${evaluation[@]+"${evaluation[@]}"}
 }
 
 run_job

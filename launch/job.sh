@@ -8,7 +8,7 @@
 #   IMAGES              an array: options of `transfusion sample`
 #   PROMPT              of an image to try
 #   FASTEST             anything, to train in bf16 where that is fast
-#   measure             a function: evaluates $MODEL into $RUN
+#   measure             a function: evaluates $MODEL into $RUN, with the settings in the array `evaluation`
 #
 # and calls run_job. Run again, a job goes on where it stopped.
 # shellcheck shell=bash disable=SC2154
@@ -28,6 +28,9 @@ done
 
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+# Settings of suites, between them white space.
+read -ra evaluation <<<"${EVALUATION:-}"
 
 timings=()
 current=""

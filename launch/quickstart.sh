@@ -3,7 +3,8 @@
 #
 #   bash launch/quickstart.sh [--fresh] [section.key=value ...]
 #
-# Run again, it goes on where it stopped. --fresh starts over. Overrides go to the training.
+# Run again, it goes on where it stopped. --fresh starts over. Overrides go to the training, EVALUATION="digits.count=10"
+# to the evaluation.
 set -euo pipefail
 
 CONFIG=configs/train/quickstart.yaml
@@ -22,7 +23,7 @@ prepare() {
 }
 
 measure() {
-    transfusion eval "$MODEL" --suite digits --suite validation --out "$RUN"
+    transfusion eval "$MODEL" --suite digits --suite validation --out "$RUN" ${evaluation[@]+"${evaluation[@]}"}
 }
 
 run_job

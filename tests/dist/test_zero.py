@@ -35,9 +35,9 @@ def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
     for found in pair(f"equals local: {variant}"):
         assert found["loss"] < 1e-6
         assert found["norm"] < 1e-6
-        # Adam divides by the gradient's own size, so rounding shows more in the weights, most in those that start at
-        # zero: of a U-Net, and biases of keys, which have hardly a gradient.
-        assert found["weight"] < (5e-4 if "unet" in variant or "biases" in variant else 2e-5)
+        # Adam divides by the gradient's own size, so rounding shows more in the weights. Most in biases of keys, whose
+        # gradient is nothing but rounding, and which a U-Net has too: up to 8e-4, by the processor.
+        assert found["weight"] < (2e-3 if "unet" in variant or "biases" in variant else 2e-5)
         assert found["parameters"]
         assert found["dtypes"] == ["torch.float32"]
 

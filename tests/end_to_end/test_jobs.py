@@ -61,7 +61,10 @@ def stages(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line.removeprefix("== ") for line in done.stderr.splitlines() if line.startswith("== ")]
 
 
-def test_from_nothing_to_the_report_and_on_again(checkout: Path, job: Job) -> None:
+def test_from_nothing_to_the_report_and_on_again(
+    checkout: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVALUATION", "digits.count=2 digits.steps=10 digits.max_tokens=8")
     done = job("quickstart.sh", *FEW_STEPS)
     assert done.returncode == 0, done.stdout + done.stderr
     everything = ["set-up", "prepare", "tokenizer", "train", "export", "sample", "evaluate", "report"]
@@ -102,6 +105,9 @@ def test_emoji_of_a_font_to_the_report_and_on_again(
 ) -> None:
     monkeypatch.setenv("FONT", str(faces))
     monkeypatch.setenv("CODEC_STEPS", "4")
+    monkeypatch.setenv(
+        "EVALUATION", "images.count=40 images.steps=5 nearest.count=8 nearest.steps=5 captions.max_tokens=8"
+    )
     done = job("emoji.sh", *FEW_STEPS, *TINY)
     assert done.returncode == 0, done.stdout + done.stderr
     everything = [
@@ -119,6 +125,7 @@ def test_emoji_of_a_font_to_the_report_and_on_again(
     run = checkout / "runs" / "emoji-font"
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     named = {"classifier_frechet", "caption_token_f1", "distance_to_nearest_training_image"}
+    assert metrics["details"]["classifier_frechet"]["count"] == 40
     assert named | {"text_loss_nats_per_token"} <= set(metrics)
     assert (run / "evaluation" / "nearest.png").is_file() and (run / "report.html").is_file()
     again = job("emoji.sh", *FEW_STEPS, *TINY)
