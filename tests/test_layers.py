@@ -72,6 +72,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "jinja2": ("src/transfusion/evaluate/report/page.py",),
     "diffusers": ("src/transfusion/codec/",),
     "transformers": ("src/transfusion/evaluate/features/published.py",),
+    "huggingface_hub": ("src/transfusion/urls.py",),
     "fastapi": ("src/transfusion/serve/",),
     "starlette": ("src/transfusion/serve/",),
     "uvicorn": ("src/transfusion/serve/connection.py",),

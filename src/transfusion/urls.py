@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from transfusion.errors import UserError
 from transfusion.files import digest
 
 _PIPE = "pipe:"
@@ -108,3 +109,21 @@ def _without_arguments(command: str) -> str:
         if _SHARD_NAME.search(word) and not word.startswith("-")
     ]
     return " ... ".join([PurePosixPath(words[0]).name, *shards, ""]).rstrip()
+
+
+def hub_copy(name: str, files: Sequence[str], *, download: bool = True) -> Path:
+    """The folder of a repository's files in the cache of the Hugging Face hub, fetched unless they may not be.
+
+    files: patterns of their paths. Raises UserError where they cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files), local_files_only=not download))
+    except Exception as error:
+        # The hub's client and what is below it have errors of their own.
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{name} cannot be fetched: {reason}; check the name and the network, and"
+            " for a closed model run `hf auth login`"
+        ) from None

@@ -86,7 +86,7 @@ def test_features_of_one_file_are_the_same_bits(weights: Path) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     theirs = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(weights))
-    [ours] = open_readers(CPU, inception_file=str(weights))
+    [ours] = open_readers(CPU, inception=str(weights))
     pixels = torch.randint(0, 256, (3, 3, 40, 56), dtype=torch.uint8)
     assert np.array_equal(ours(list(pixels), [""] * 3), theirs(pixels)[0].numpy())
 
@@ -125,7 +125,7 @@ def test_figures_of_the_same_images_through_the_whole_pipeline(weights: Path) ->
         verbose=False,
         **settings,
     )
-    [reader] = open_readers(CPU, inception_file=str(weights))
+    [reader] = open_readers(CPU, inception=str(weights))
     left, right = (reader(list(part), [""] * 12) for part in pixels.split(12))
     distance = frechet_distance(gaussian_of(left), gaussian_of(right))
     assert distance == pytest.approx(theirs[fidelity.KEY_METRIC_FID], rel=2e-5)

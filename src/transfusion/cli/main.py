@@ -253,6 +253,12 @@ def evaluate(
         Path | None,
         typer.Option(help="for the suites images and guidance: a file of `transfusion classifier`"),
     ] = None,
+    download: Annotated[
+        bool,
+        typer.Option(
+            "--download", help="let suites fetch published weights and data that are not on this machine"
+        ),
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="exit with code 3 when a metric misses its threshold")
     ] = False,
@@ -275,6 +281,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         classifier=classifier,
+        download=download,
     )
     if not environment.is_first_process():
         return

@@ -16,6 +16,7 @@ from transfusion.config.codec_folder import CONFIG, INDEX, STEM, WEIGHTS, read_f
 from transfusion.config.weights_folder import stored_tensors
 from transfusion.errors import UserError
 from transfusion.files import remove_leftover, replace_folder, unfinished_path
+from transfusion.urls import hub_copy
 
 # Classes of diffusers, whose types are not read here.
 Network = Any
@@ -139,7 +140,8 @@ def fetch_network(name: str, folder: Path, *, subfolder: str = "") -> None:
         raise UserError(f"{folder} exists; name another folder, or remove it")
     published = Path(name) / subfolder
     if not published.is_dir():
-        published = _downloaded(name, subfolder)
+        files = (CONFIG, WEIGHTS, INDEX, f"{STEM}-*-of-*.safetensors")
+        published = hub_copy(name, [str(Path(subfolder) / file) for file in files]) / subfolder
     network = load_network(published)
     unfinished = unfinished_path(folder)
     try:
@@ -147,23 +149,6 @@ def fetch_network(name: str, folder: Path, *, subfolder: str = "") -> None:
         replace_folder(unfinished, folder)
     finally:
         remove_leftover(unfinished)
-
-
-def _downloaded(name: str, subfolder: str) -> Path:
-    """The folder of a published network in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    files = (CONFIG, WEIGHTS, INDEX, f"{STEM}-*-of-*.safetensors")
-    try:
-        root = snapshot_download(name, allow_patterns=[str(Path(subfolder) / file) for file in files])
-    except Exception as error:
-        # The hub's client and what is below it have errors of their own.
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{name} cannot be fetched: {reason}; check the name and the network, and"
-            " for a closed model run `hf auth login`"
-        ) from None
-    return Path(root) / subfolder
 
 
 @contextlib.contextmanager

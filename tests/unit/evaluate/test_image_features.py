@@ -62,7 +62,7 @@ def test_inception_has_the_weights_that_the_paper_has() -> None:
 
 def test_the_features_of_a_file_are_those_that_torch_fidelity_reads(file: Callable[..., Path]) -> None:
     """Its extractor gave these, bit for bit; tests/oracles asks it anew."""
-    [reader] = open_readers(CPU, inception_file=str(file()))
+    [reader] = open_readers(CPU, inception=str(file()))
     ramp = torch.arange(3 * 20 * 30).view(3, 20, 30) % 251
     features = reader([ramp.to(torch.uint8)], [""])
     assert features.shape == (1, 2048)
@@ -105,7 +105,7 @@ def test_files_that_are_no_weights_are_refused_with_the_remedy(tmp_path: Path) -
 
 def test_damaged_weights_are_told_by_what_they_give(file: Callable[..., Path]) -> None:
     path = file(Conv2d_1a_3x3__bn__bias=torch.full((32,), float("nan")))
-    [reader] = open_readers(CPU, inception_file=str(path))
+    [reader] = open_readers(CPU, inception=str(path))
     with pytest.raises(UserError, match=r"inception.pth .* not finite; copy its weights again"):
         reader([torch.zeros(3, 8, 8, dtype=torch.uint8)], [""])
 

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from transfusion.errors import UserError
-from transfusion.evaluate.features import inception
+from transfusion.evaluate.features.inception import SIDE, STAND_IN_SIDE, StandIn, load_inception
 from transfusion.evaluate.features.published import Read, clip_cosines, dinov2_features, folder_digest
 from transfusion.evaluate.features.resize import resized
+from transfusion.evaluate.features.weights import hub_folder, inception_file
 from transfusion.files import file_digest
 
 INCEPTION, STAND_IN, DINOV2, CLIP = "inception", "standin", "dinov2", "clip"
@@ -53,16 +54,29 @@ class Reader:
 
 
 def open_readers(
-    device: torch.device, *, inception_file: str = "", dinov2: str = "", clip: str = ""
+    device: torch.device, *, inception: str = "", dinov2: str = "", clip: str = "", download: bool = False
 ) -> list[Reader]:
-    """The named networks, and the stand-in without a file for Inception. Raises UserError for what does not fit."""
-    readers = [_inception(Path(inception_file), device) if inception_file else _stand_in(device)]
+    """The named networks, and the stand-in without Inception. Raises UserError for what is missing or does not fit.
+
+    download: fetch those that are named by what they are called and are not on this machine.
+    """
+    readers = [
+        _inception(inception_file(inception, download=download), device) if inception else _stand_in(device)
+    ]
     if dinov2:
-        read = dinov2_features(Path(dinov2), device)
-        readers.append(_of_folder(DINOV2, "DINOv2", Path(dinov2), read))
+        folder = hub_folder(dinov2, download=download)
+        readers.append(
+            _of_folder(DINOV2, f"DINOv2 of {_called(dinov2)}", folder, dinov2_features(folder, device))
+        )
     if clip:
-        readers.append(_of_folder(CLIP, "CLIP", Path(clip), clip_cosines(Path(clip), device)))
+        folder = hub_folder(clip, download=download)
+        readers.append(_of_folder(CLIP, f"CLIP of {_called(clip)}", folder, clip_cosines(folder, device)))
     return readers
+
+
+def _called(name: str) -> str:
+    """A folder's last part. That of the hub's cache would be a hash."""
+    return Path(name).name
 
 
 def identity(readers: Sequence[Reader]) -> Mapping[str, Any]:
@@ -71,19 +85,19 @@ def identity(readers: Sequence[Reader]) -> Mapping[str, Any]:
 
 
 def _inception(path: Path, device: torch.device) -> Reader:
-    network = inception.load_inception(path)
+    network = load_inception(path)
     digest = file_digest(path)
     return Reader(
         INCEPTION,
         f"Inception v3 of {path.name} (digest {digest})",
         digest,
-        _of_pixels(network, inception.SIDE, device),
+        _of_pixels(network, SIDE, device),
     )
 
 
 def _stand_in(device: torch.device) -> Reader:
     source = "a stand-in, a small network with random weights: no Inception, and so no FID"
-    return Reader(STAND_IN, source, "", _of_pixels(inception.StandIn(), inception.STAND_IN_SIDE, device))
+    return Reader(STAND_IN, source, "", _of_pixels(StandIn(), STAND_IN_SIDE, device))
 
 
 def _of_pixels(network: nn.Module, side: int, device: torch.device) -> Read:
@@ -93,4 +107,4 @@ def _of_pixels(network: nn.Module, side: int, device: torch.device) -> Read:
 
 def _of_folder(name: str, title: str, folder: Path, read: Read) -> Reader:
     digest = folder_digest(folder)
-    return Reader(name, f"{title} of {folder.name} (digest {digest})", digest, read)
+    return Reader(name, f"{title} (digest {digest})", digest, read)

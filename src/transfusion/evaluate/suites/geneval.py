@@ -23,6 +23,7 @@ from transfusion import __version__
 from transfusion.errors import UserError
 from transfusion.evaluate.chunks import Arrays, Chunks
 from transfusion.evaluate.features.published import Ask, folder_digest, open_questions
+from transfusion.evaluate.features.weights import hub_folder
 from transfusion.evaluate.metrics.bootstrap import mean_interval
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines, say
@@ -89,9 +90,9 @@ def geneval2(pipeline: Pipeline, out: Path, settings: Geneval2Suite) -> dict[str
     if not settings.vqa:
         raise UserError(
             "the suite geneval2 needs geneval2.vqa=FOLDER, a model of transformers that answers questions about images;"
-            " the paper's figures are those of Qwen3-VL-8B-Instruct"
+            " the paper's figures are those of Qwen/Qwen3-VL-8B-Instruct"
         )
-    folder = Path(settings.vqa)
+    folder = hub_folder(settings.vqa, download=settings.download)
     chunks = _chunks(pipeline, out, settings, "geneval2", prompts, {"vqa": folder_digest(folder)})
     opened: list[Ask] = []
 
@@ -125,8 +126,8 @@ def geneval2(pipeline: Pipeline, out: Path, settings: Geneval2Suite) -> dict[str
     }
     # As the benchmark's own script takes them.
     atomic_write_text(chunks.folder / "images.json", json.dumps(paths, indent=1) + "\n")
-    how = f"Soft-TIFA of {folder.name}, {settings.count} image(s) of each of the {len(prompts.lines)} prompts of"
-    how += f" {prompts.path.name} ({Drawing.of(settings, pipeline)})"
+    how = f"Soft-TIFA of {Path(settings.vqa).name}, {settings.count} image(s) of each of the {len(prompts.lines)}"
+    how += f" prompts of {prompts.path.name} ({Drawing.of(settings, pipeline)})"
     return soft_tifa(
         found["probability_Q"], found["place_Q2"], [line["skills"] for line in prompts.lines], how
     )

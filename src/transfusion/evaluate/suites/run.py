@@ -99,12 +99,17 @@ def sections() -> type[Section]:
 
 
 def choose(
-    asked: Sequence[str], overrides: Sequence[str] = (), *, classifier: Path | None = None
+    asked: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    classifier: Path | None = None,
+    download: bool = False,
 ) -> dict[str, SuiteConfig]:
     """The suites that are to run, in their order, with their settings. None asked for are the default ones.
 
     asked: names of suites, and at most one file of them. Its suites run where no name stands beside it. overrides:
-    `SUITE.key=value`. classifier: of all suites that take one. Raises UserError for what is unknown or set in vain.
+    `SUITE.key=value`. classifier: of all suites that take one. download: of all that may fetch something. Raises
+    UserError for what is unknown or set in vain.
     """
     files = [word for word in asked if Path(word).suffix in (".yaml", ".yml")]
     names = [word for word in asked if word not in files]
@@ -125,6 +130,8 @@ def choose(
     for name, settings in found.items():
         if classifier is not None and isinstance(settings, ImagesSuite):
             found[name] = settings.model_copy(update={"classifier": str(classifier)})
+        if download and "download" in type(settings).model_fields:
+            found[name] = settings.model_copy(update={"download": True})
     return found
 
 
@@ -149,14 +156,15 @@ def run_suites(
     device: str = "auto",
     dtype: Dtype = "auto",
     classifier: Path | None = None,
+    download: bool = False,
 ) -> dict[str, Metric]:
     """Run suites on an exported model; writes OUT/metrics.json (added to what is there) and OUT/evaluation/.
 
-    asked, overrides, classifier: see `choose`. Of the default suites those run that the data allow. Raises UserError as
-    `choose` does, and when the data is not to be found. Under a launcher the processes share the suites of SHARED. The
-    first one runs the others too and writes, and the rest return no metrics.
+    asked, overrides, classifier, download: see `choose`. Of the default suites those run that the data allow. Raises
+    UserError as `choose` does, and when the data is not to be found. Under a launcher the processes share the suites of
+    SHARED. The first one runs the others too and writes, and the rest return no metrics.
     """
-    chosen = choose(asked, overrides, classifier=classifier)
+    chosen = choose(asked, overrides, classifier=classifier, download=download)
     if own_place().rank and not shared(chosen):
         return {}
     pipeline = open_model(model, weights=weights, device=device, dtype=dtype)

@@ -135,10 +135,17 @@ class TextToImageSuite(DrawingSuite):
 
     count: PositiveInt = Field(5000, description="images that are drawn, of captions that are evenly spread")
     inception: FilePath = Field(
-        "", description="pt_inception-2015-12-05-6726825d.pth; empty: a stand-in, whose figures are no FID"
+        "",
+        description="pt_inception-2015-12-05-6726825d.pth, or `published`: torch's copy of that file; empty: a"
+        " stand-in, whose figures are no FID",
     )
-    dinov2: FilePath = Field("", description="folder of a DINOv2 of transformers; empty: no fd_dinov2")
-    clip: FilePath = Field("", description="folder of a CLIP of transformers; empty: no clip_score")
+    dinov2: FilePath = Field(
+        "", description="folder of a DINOv2 of transformers, or its name on the hub; empty: no fd_dinov2"
+    )
+    clip: FilePath = Field(
+        "", description="folder of a CLIP of transformers, or its name on the hub; empty: no clip_score"
+    )
+    download: bool = Field(False, description="fetch networks named so that are not on this machine")
     chunk: PositiveInt = Field(
         256, description="images of one file under evaluation/, what a killed process loses at most"
     )
@@ -172,8 +179,11 @@ class Geneval2Suite(PromptsSuite):
 
     count: PositiveInt = Field(1, description="images of each prompt")
     vqa: FilePath = Field(
-        "", description="folder of a model of transformers that answers questions about images, required"
+        "",
+        description="folder of a model of transformers that answers questions about images, or its name on the hub,"
+        " required",
     )
+    download: bool = Field(False, description="fetch the model where it is not on this machine")
 
 
 class PerplexitySuite(SuiteConfig):

@@ -64,7 +64,11 @@ def text_to_image(pipeline: Pipeline, out: Path, settings: TextToImageSuite) -> 
     drawing = Drawing.of(settings, pipeline)
     device = torch.device(pipeline.runner.device)
     readers = open_readers(
-        device, inception_file=settings.inception, dinov2=settings.dinov2, clip=settings.clip
+        device,
+        inception=settings.inception,
+        dinov2=settings.dinov2,
+        clip=settings.clip,
+        download=settings.download,
     )
     made_of = {
         "release": __version__,
