@@ -69,6 +69,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "sklearn": ("src/transfusion/data/prepare/prepare.py", "src/transfusion/evaluate/"),
     "matplotlib": ("src/transfusion/evaluate/report/",),
     "lm_eval": ("src/transfusion/evaluate/harness.py",),
+    "lmms_eval": ("src/transfusion/evaluate/image_harness.py",),
     "jinja2": ("src/transfusion/evaluate/report/page.py",),
     "diffusers": ("src/transfusion/codec/",),
     "transformers": ("src/transfusion/evaluate/features/published.py",),

@@ -66,7 +66,7 @@ def score_texts(
         end = len(document.layout)
         token_N = torch.from_numpy(document.layout.token_ids_S[end - document.targets :]).to(state_SD.device)
         score = _score_states(state_SD[end - document.targets - 1 : end - 1], token_N, runner)
-        scores.append(Score(score.log_likelihood, 0.0, document.targets))
+        scores.append(Score(score.log_likelihood, 0.0, document.targets, score.is_greedy))
     return scores
 
 

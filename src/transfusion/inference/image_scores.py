@@ -38,11 +38,13 @@ class Score:
             its latents.
         standard_error: Of the estimate, 0 where nothing is drawn.
         count: Tokens of a text or an image, values of the latents of one that is diffused.
+        is_greedy: Whether each token of a text is the likeliest one where it stands. None of an image.
     """
 
     log_likelihood: float
     standard_error: float
     count: int
+    is_greedy: bool | None = None
 
 
 class GivenImage(NamedTuple):

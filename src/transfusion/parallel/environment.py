@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -168,6 +168,22 @@ def set_hub_access(*, download: bool) -> None:
     for name in ("huggingface_hub.constants", "datasets.config"):
         if name in sys.modules:
             vars(sys.modules[name])["HF_HUB_OFFLINE"] = not download
+
+
+@contextlib.contextmanager
+def as_single_process() -> Iterator[None]:
+    """Meanwhile the launcher's variables tell of one process, for a library that would share its work by them."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    before = {name: os.environ.get(name) for name in alone}
+    os.environ.update(alone)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def stop() -> None:

@@ -1,4 +1,4 @@
-"""The suite of perplexities and the windows below it, and what the suite of language tasks says without its harness."""
+"""The suite of perplexities and the windows below it, and what suites say without their harness."""
 
 from __future__ import annotations
 
@@ -161,10 +161,13 @@ def test_without_validation_texts_files_are_asked_for(open_model: Open, tmp_path
         run_suites(tmp_path, ["perplexity"], tmp_path / "out")
 
 
-@pytest.mark.parametrize("override", [["perplexity.texts=[a.txt]"], []])
-def test_data_beside_other_data_are_refused(open_model: Open, tmp_path: Path, override: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "override"), [("perplexity", ["perplexity.texts=[a.txt]"]), ("language", []), ("lmms", [])]
+)
+def test_data_beside_other_data_are_refused(
+    open_model: Open, tmp_path: Path, name: str, override: list[str]
+) -> None:
     open_model()
-    name = "perplexity" if override else "language"
     set_in_vain = f"{name}.data=[{{name: a, shards: a.tar}}]"
     with pytest.raises(
         UserError, match=f"{name}.data is set, and the suite measures other data; leave it out"
@@ -172,13 +175,27 @@ def test_data_beside_other_data_are_refused(open_model: Open, tmp_path: Path, ov
         run_suites(tmp_path, [name], tmp_path / "out", overrides=[*override, set_in_vain])
 
 
-def test_without_the_harness_the_language_suite_tells_how_to_install_it(
-    open_model: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "importer", "package", "told"),
+    [
+        ("language", "harness", "lm_eval", r"needs lm-evaluation-harness .*run `pip install 'lm-eval"),
+        ("lmms", "image_harness", "lmms_eval", r"needs lmms-eval .*run `pip install 'lmms-eval"),
+    ],
+)
+def test_without_its_harness_a_suite_tells_how_to_install_it(
+    open_model: Open,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    importer: str,
+    package: str,
+    told: str,
 ) -> None:
     open_model()
-    for name in ("HUB", "DATASETS", "EVALUATE"):
-        monkeypatch.setenv(f"HF_{name}_OFFLINE", "0")
-    monkeypatch.delitem(sys.modules, "transfusion.evaluate.harness", raising=False)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"needs lm-evaluation-harness .*run `pip install 'lm-eval"):
-        run_suites(tmp_path, ["language"], tmp_path / "out")
+    for library in ("HUB", "DATASETS", "EVALUATE"):
+        monkeypatch.setenv(f"HF_{library}_OFFLINE", "0")
+    monkeypatch.delitem(sys.modules, f"transfusion.evaluate.{importer}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=told) as refused:
+        run_suites(tmp_path, [name], tmp_path / "out")
+    assert "\n" not in str(refused.value)

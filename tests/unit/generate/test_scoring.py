@@ -52,6 +52,8 @@ def test_texts(build_pipeline: Build, pack: Callable[..., Batch], make_image: An
             for place, token in enumerate(ids)
             if place >= len(known)
         )
+        likeliest_N = nats_SV[end - len(ids) + len(known) - 1 : end - 1].argmax(-1)
+        assert score.is_greedy == (likeliest_N.tolist() == list(ids[len(known) :]))
         assert score.count == len(ids) - len(known) and score.standard_error == 0
         assert score.log_likelihood == pytest.approx(expected, abs=1e-3, rel=1e-5)
     alone = [pipeline.score([context], [text])[0] for context, text in zip(contexts, texts, strict=True)]

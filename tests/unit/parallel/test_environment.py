@@ -145,6 +145,17 @@ def test_launcher_arguments_are_ignored() -> None:
     assert without_launcher_arguments(given) == ["train", "a.yaml", "run.dir=x"]
 
 
+def test_a_library_that_would_share_its_work_sees_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = {"RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ZeroDivisionError), environment.as_single_process():
+        assert (os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"]) == ("0", "0", "1")
+        _ = 1 / 0
+    assert {name: os.environ[name] for name in launcher} == launcher and "LOCAL_RANK" not in os.environ
+
+
 def test_start_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

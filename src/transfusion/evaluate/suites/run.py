@@ -27,6 +27,7 @@ from transfusion.evaluate.suites.edit import edit
 from transfusion.evaluate.suites.geneval import geneval, geneval2
 from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
 from transfusion.evaluate.suites.language import language
+from transfusion.evaluate.suites.lmms import lmms
 from transfusion.evaluate.suites.nearest import nearest
 from transfusion.evaluate.suites.perplexity import perplexity
 from transfusion.evaluate.suites.settings import (
@@ -39,6 +40,7 @@ from transfusion.evaluate.suites.settings import (
     GuidanceSuite,
     ImagesSuite,
     LanguageSuite,
+    LmmsSuite,
     NearestSuite,
     PerplexitySuite,
     SamplesSuite,
@@ -83,6 +85,7 @@ SUITES = {
     "geneval2": Suite(geneval2, Geneval2Suite),
     "perplexity": Suite(perplexity, PerplexitySuite),
     "language": Suite(language, LanguageSuite),
+    "lmms": Suite(lmms, LmmsSuite),
 }
 # What the processes of a launcher share. All other suites are the first one's alone.
 SHARED = ("text_to_image", "geneval", "geneval2")

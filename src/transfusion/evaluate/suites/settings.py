@@ -213,3 +213,22 @@ class LanguageSuite(SuiteConfig):
     def reads_data(self) -> bool:
         """Whether `data`, or the model's own, is what is measured."""
         return False
+
+
+class LmmsSuite(SuiteConfig):
+    """Tasks of lmms-eval about images, such as captions of COCO. They bring their data, and `data` stays empty."""
+
+    tasks: FilePath = Field(
+        "coco2017_cap_val_lite",
+        description="names of tasks of the harness, or a folder of tasks and their data",
+    )
+    context: bool = Field(
+        True, description="in tasks that generate, put a task's text behind its images; false: images alone"
+    )
+    batch: PositiveInt = Field(64, description="prompts that are answered at once")
+    download: bool = Field(False, description="let data that are not on this machine come from the hub")
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether `data`, or the model's own, is what is measured."""
+        return False
