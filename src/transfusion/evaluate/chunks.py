@@ -39,13 +39,15 @@ class Chunks:
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(self.folder / "identity.json", json.dumps(identity, indent=2) + "\n")
 
-    def fill(self, name: str, count: int, make: Callable[[range], Arrays]) -> None:
+    def fill(
+        self, name: str, count: int, make: Callable[[range], Arrays], *, items_are: str = "images"
+    ) -> None:
         """Make this process's chunks of `count` items that are not there yet."""
         for number, items in enumerate(self._parts(count)):
             path = self._path(name, number)
             if number % self._ranks != self._rank or path.exists():
                 continue
-            say(f"{name} images {items.start} to {items.stop - 1} of {count}")
+            say(f"{name} {items_are} {items.start} to {items.stop - 1} of {count}")
             arrays: Any = make(items)
             with atomic_file(path) as unfinished, unfinished.open("wb") as file:
                 np.savez(file, **arrays)

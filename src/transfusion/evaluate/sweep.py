@@ -18,7 +18,7 @@ from typing import Any
 from transfusion.errors import UserError
 from transfusion.evaluate.report.panels import refuse_without_matplotlib
 from transfusion.evaluate.report.sweep import draw, is_steady
-from transfusion.evaluate.suites.run import SUITES, choose, measure_into, open_model, origin_of
+from transfusion.evaluate.suites.run import METRICS, SUITES, choose, measure_into, open_model, origin_of
 from transfusion.files import atomic_write_text, fingerprint
 from transfusion.generate.load import Dtype, Weights
 from transfusion.generate.pipeline import Pipeline
@@ -82,6 +82,9 @@ def sweep(
         before = [each for each in known if (each.settings, each.mark) == (settings, point.mark)]
         if not before:
             say(f"{point.name}: point {number + 1} of {len(combinations)}")
+            if is_first_process():
+                # Figures of other settings would stay beside these.
+                (out / point.name / METRICS).unlink(missing_ok=True)
             measure_into(out / point.name, pipeline, suites_here, all_must=True)
         if not is_first_process():
             continue
@@ -155,7 +158,7 @@ def _mark(pipeline: Pipeline, chosen: dict[str, Any]) -> str:
 
 
 def _measured(out: Path, point: Point) -> Point:
-    details = json.loads((out / point.name / "metrics.json").read_text(encoding="utf-8"))["details"]
+    details = json.loads((out / point.name / METRICS).read_text(encoding="utf-8"))["details"]
     return Point(point.settings, details, point.mark)
 
 

@@ -68,7 +68,7 @@ def geneval(pipeline: Pipeline, out: Path, settings: GenevalSuite) -> dict[str, 
             atomic_write_text(folder / "metadata.jsonl", json.dumps(prompts.lines[item]) + "\n")
         return {"items": np.arange(items.start, items.stop)}
 
-    chunks.fill("drawn", len(prompts.lines), draw)
+    chunks.fill("drawn", len(prompts.lines), draw, items_are="prompts")
     if not own_place().rank:
         chunks.join("drawn", len(prompts.lines))
         chunks.keep_only()
@@ -115,7 +115,7 @@ def geneval2(pipeline: Pipeline, out: Path, settings: Geneval2Suite) -> dict[str
                     places.append((item, number))
         return {"probability_Q": np.array(probabilities), "place_Q2": np.array(places).reshape(-1, 2)}
 
-    chunks.fill("judged", len(prompts.lines), judge)
+    chunks.fill("judged", len(prompts.lines), judge, items_are="prompts")
     if own_place().rank:
         return {}
     found = chunks.join("judged", len(prompts.lines))
