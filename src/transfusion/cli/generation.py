@@ -133,6 +133,9 @@ def sample(
     budget: Annotated[
         str, typer.Option(help="a time such as 5s for all images, in place of --sampler and --steps")
     ] = "",
+    sheet: Annotated[
+        Path | None, typer.Option(help="a .png of all images too, a row below each caption")
+    ] = None,
     seed: FirstSeed = 0,
     size: ImageSize = "",
     weights: Weights = "auto",
@@ -141,7 +144,7 @@ def sample(
 ) -> None:
     """Draw images from captions."""
     from transfusion.generate.budget import choose, read_seconds, read_table
-    from transfusion.generate.image_files import SampleFolder
+    from transfusion.generate.image_files import SampleFolder, write_sheet
     from transfusion.generate.pipeline import Pipeline
     from transfusion.generate.terminal import read_lines
     from transfusion.observe.progress import CallProgress
@@ -152,6 +155,8 @@ def sample(
     captions = [*(prompt or []), *(read_lines(prompts, sys.stdin) if prompts else [])]
     if not captions:
         raise UserError("nothing to draw: give --prompt TEXT, or --prompts FILE with a caption on each line")
+    if sheet is not None and sheet.suffix != ".png":
+        raise UserError(f"--sheet {sheet} must end in .png")
     if best_of > 1 and n > 1:
         raise UserError("--best-of keeps one image of each caption; leave -n out")
     if budget and (steps, sampler) != (25, "auto"):
@@ -168,13 +173,12 @@ def sample(
         print(f"{late}{choice.sampler}, {choice.steps} steps", file=sys.stderr)
     with CallProgress(lambda: f"{folder.count} of {n * len(captions)} images") as progress:
         if best_of > 1:
-            folder.add(
-                pipeline.best_of(
-                    captions, count=best_of, seed=seed, batch=batch, on_call=progress, **settings
-                )
+            found = pipeline.best_of(
+                captions, count=best_of, seed=seed, batch=batch, on_call=progress, **settings
             )
+            folder.add(found)
         else:
-            pipeline.sample(
+            found = pipeline.sample(
                 captions,
                 per_prompt=n,
                 seed=seed,
@@ -183,7 +187,11 @@ def sample(
                 on_images=folder.add,
                 **settings,
             )
-    print(f"{folder}, and index.jsonl with their prompts and seeds")
+    also = ""
+    if sheet is not None:
+        write_sheet(found, sheet)
+        also = f", and all of them in {sheet}"
+    print(f"{folder}, and index.jsonl with their prompts and seeds{also}")
 
 
 def edit(

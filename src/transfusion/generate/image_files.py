@@ -9,11 +9,12 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from transfusion.config import Config, SampleGridConfig
@@ -28,6 +29,8 @@ INDEX = "index.jsonl"
 GRID_CELL = 48
 GRID_GAP = 4
 GRID_BACKGROUND = 96
+# Of a sheet: the height of a line of text, and what is wide enough for most prompts.
+SHEET_LINE, SHEET_WIDTH = 18, 280
 
 
 def load_images(paths: Sequence[Path], config: Config) -> list[Tensor]:
@@ -139,6 +142,34 @@ def write_grid(samples: Sequence[SampledImage], path: Path, config: SampleGridCo
         write_rows(rows, path)
 
 
+def write_sheet(samples: Sequence[SampledImage], path: Path) -> None:
+    """One image: below each prompt a row of its images, in their order, enlarged so that they can be seen.
+
+    A prompt is cut where its row ends. Raises UserError where the file cannot be written.
+    """
+    rows = [
+        (prompt, [each.pixels for each in images])
+        for prompt, images in groupby(samples, lambda each: each.prompt)
+    ]
+    heights, widths = zip(*(each.pixels.shape[1:] for each in samples), strict=True)
+    scale = max(1, -(-GRID_CELL // min(*heights, *widths)))
+    step_x, step_y = max(widths) * scale + GRID_GAP, max(heights) * scale + GRID_GAP + SHEET_LINE
+    width = max(SHEET_WIDTH, max(len(images) for _, images in rows) * step_x + GRID_GAP)
+    sheet = Image.new("RGB", (width, len(rows) * step_y + GRID_GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(SHEET_LINE - 4)
+    for down, (prompt, images) in enumerate(rows):
+        top = GRID_GAP + down * step_y
+        pen.text((GRID_GAP, top), " ".join(prompt.split()), fill="black", font=font)
+        for across, image in enumerate(images):
+            sheet.paste(_enlarged(image, scale), (GRID_GAP + across * step_x, top + SHEET_LINE))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as unfinished:
+            sheet.save(unfinished, format="PNG")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {describe(error, advise=False)}; name another file") from None
+
+
 def write_rows(rows: Sequence[Sequence[Tensor]], path: Path) -> None:
     """One image of rows of images, uint8 [C, H, W] each, enlarged so that they can be seen."""
     images = [image for row in rows for image in row]
@@ -151,9 +182,12 @@ def write_rows(rows: Sequence[Sequence[Tensor]], path: Path) -> None:
     grid = Image.new(mode, size, background)
     for down, row in enumerate(rows):
         for across, image in enumerate(row):
-            _, height, width = image.shape
-            enlarged = to_image(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (GRID_GAP + across * step_x, GRID_GAP + down * step_y))
+            grid.paste(_enlarged(image, scale), (GRID_GAP + across * step_x, GRID_GAP + down * step_y))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as unfinished:
         grid.save(unfinished, format="PNG")
+
+
+def _enlarged(image_CHW: Tensor, scale: int) -> Image.Image:
+    _, height, width = image_CHW.shape
+    return to_image(image_CHW).resize((width * scale, height * scale), Image.Resampling.NEAREST)

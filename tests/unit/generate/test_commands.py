@@ -113,6 +113,10 @@ def test_the_best_of_several(call: Call, folder: Path) -> None:
     assert seeds == [image.seed for image in best]
     code, _, told = call("sample", folder, *settings, "--best-of", 3, "-n", 2, "--out", "b")
     assert code == 2 and "--best-of keeps one image of each caption; leave -n out" in told
+    code, _, told = call("sample", folder, *settings, "--out", "b", "--sheet", "all.jpg")
+    assert code == 2 and "--sheet all.jpg must end in .png" in told
+    assert call("sample", folder, *settings, "-n", 2, "--out", "b", "--sheet", "all.png")[0] == 0
+    assert Path("all.png").read_bytes().startswith(b"\x89PNG")
     code, _, told = call("sample", folder, "--out", "b")
     assert code == 2 and "nothing to draw: give --prompt TEXT" in told
 

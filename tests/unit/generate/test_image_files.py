@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from transfusion.errors import UserError
-from transfusion.generate.image_files import INDEX, SampleFolder, save_samples
+from transfusion.generate.image_files import INDEX, SampleFolder, save_samples, write_sheet
 from transfusion.generate.pipeline import SampledImage
 
 
@@ -49,3 +51,22 @@ def test_a_folder_that_cannot_be_is_told_before_anything_is_drawn(tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write images to .*name another folder"):
         SampleFolder(tmp_path / "file")
+
+
+def test_a_sheet_has_a_row_below_each_prompt(tmp_path: Path) -> None:
+    samples = [*drawn(3, "three"), *drawn(2, "a prompt that is wider than the images of its row " * 4)]
+    write_sheet(samples, tmp_path / "new" / "sheet.png")
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        values = np.asarray(sheet)
+    assert values.shape == (2 * (48 + 4 + 18) + 4, 280, 3)
+    for top, count in ((22, 3), (92, 2)):
+        for number in range(4):
+            cell = values[top : top + 48, 4 + 52 * number : 52 + 52 * number]
+            assert (cell == (9 * number if number < count else 255)).all()
+        assert (values[top - 18 : top] < 128).any(), "the prompt stands above its row"
+
+
+def test_a_sheet_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*; name another file"):
+        write_sheet(drawn(1, "three"), tmp_path / "file" / "sheet.png")
