@@ -9,17 +9,18 @@
 #   bash launch/experiments.sh frozen [section.key=value ...]
 #   bash launch/experiments.sh tuning [section.key=value ...]
 #   bash launch/experiments.sh budgets [section.key=value ...]
+#   bash launch/experiments.sh gallery [section.key=value ...]
 #   bash launch/experiments.sh editing PAIRS [section.key=value ...]     PAIRS/{train,val}/*.tar: an image, a text, an image
 #
 # Run again, each goes on where it stopped. PROCESSES (default 2) runs at once, a thread each.
 set -euo pipefail
 
-usage="usage: bash launch/experiments.sh prepare IMAGES TEXT KL VQ | editing PAIRS | scaling|ablation|position|recipes|frozen|tuning|budgets, each with [section.key=value ...]"
+usage="usage: bash launch/experiments.sh prepare IMAGES TEXT KL VQ | editing PAIRS | scaling|ablation|position|recipes|frozen|tuning|budgets|gallery, each with [section.key=value ...]"
 [[ $# -ge 1 ]] || { echo "$usage" >&2 && exit 2; }
 command="$1"
 shift
 case "$command $#" in
-    "prepare 4" | "editing "[1-9]* | "scaling "* | "ablation "* | "position "* | "recipes "* | "frozen "* | "tuning "* | "budgets "*) ;;
+    "prepare 4" | "editing "[1-9]* | "scaling "* | "ablation "* | "position "* | "recipes "* | "frozen "* | "tuning "* | "budgets "* | "gallery "*) ;;
     *) echo "$usage" >&2 && exit 2 ;;
 esac
 # What is named from here, before the script goes to its checkout.
@@ -107,6 +108,21 @@ frozen() {
         transfusion export "$out/language.seed-0" --out "$out/language.seed-0/export" --text-model "$DATA/language"
     fi
     run "$grid" "$out" "$@"
+}
+
+# One training, and what it draws of captions that it has not seen, of seeds 0 to 7.
+gallery() {
+    local config="$GRIDS/emoji-gallery.yaml" out=runs/emoji-gallery
+    check_config "$config" "$@"
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m torch.distributed.run --standalone \
+        --nproc-per-node "$(process_count 8)" -m transfusion train "$config" "run.dir=$out" "$@"
+    transfusion export "$out" --out "$out/export"
+    rm -rf "$out/gallery"
+    transfusion sample "$out/export" --prompts "$GRIDS/emoji-gallery.txt" -n 8 --seed 0 --steps 50 \
+        --out "$out/gallery" --sheet "$out/gallery.png"
+    transfusion eval "$out/export" --suite validation --suite guidance --suite captions --suite nearest \
+        --classifier "$DATA/classifier.safetensors" --out "$out"
+    transfusion report "$out"
 }
 
 editing() {
