@@ -12,7 +12,7 @@
 #   bash launch/experiments.sh gallery [section.key=value ...]
 #   bash launch/experiments.sh editing PAIRS [section.key=value ...]     PAIRS/{train,val}/*.tar: an image, a text, an image
 #
-# Run again, each goes on where it stopped. PROCESSES (default 2) runs at once, a thread each.
+# Run again, each goes on where it stopped. Grids make PROCESSES (default 2) runs at once, a thread each.
 set -euo pipefail
 
 usage="usage: bash launch/experiments.sh prepare IMAGES TEXT KL VQ | editing PAIRS | scaling|ablation|position|recipes|frozen|tuning|budgets|gallery, each with [section.key=value ...]"
@@ -110,7 +110,7 @@ frozen() {
     run "$grid" "$out" "$@"
 }
 
-# One training, and what it draws of captions that it has not seen, of seeds 0 to 7.
+# One training, and what it draws of captions that it has not seen: eight images of each, none picked.
 gallery() {
     local config="$GRIDS/emoji-gallery.yaml" out=runs/emoji-gallery
     check_config "$config" "$@"

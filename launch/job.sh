@@ -115,7 +115,11 @@ run_job() {
     stage train train
     newer "$MODEL/config.json" "$RUN/metrics.jsonl" || stage export transfusion export "$RUN" --out "$MODEL"
     newer "$RUN/images/index.jsonl" "$MODEL/config.json" || stage sample sample
-    newer "$RUN/metrics.json" "$MODEL/config.json" || stage evaluate measure
+    # Once all of it is there, and was measured as it is told to.
+    if ! newer "$RUN/.evaluated" "$MODEL/config.json" || [[ "$(<"$RUN/.evaluated")" != "${EVALUATION:-}" ]]; then
+        stage evaluate measure
+        printf '%s\n' "${EVALUATION:-}" >"$RUN/.evaluated"
+    fi
     stage report transfusion report "$RUN"
 
     printf '\n'

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from transfusion.errors import UserError
-from transfusion.evaluate.features.published import open_questions
+from transfusion.evaluate.features.published import folder_digest, open_questions
 from transfusion.evaluate.features.readers import Reader, open_readers
 from transfusion.generate.pillow_images import to_image
 
@@ -149,6 +149,19 @@ def test_answers_are_as_probable_as_when_the_model_writes_them(
     assert ask(picture, "Is it red?", ["y", "yes", "yep"]) == ask(picture, "Is it red?", ["y"]), (
         "each token once"
     )
+
+
+def test_a_model_that_cannot_be_asked_is_told_before_anything_is_drawn(
+    answering: Path, tmp_path: Path
+) -> None:
+    changed = shutil.copytree(answering, tmp_path / "changed")
+    digest = folder_digest(changed)
+    (template,) = changed.glob("chat_template.jinja")
+    template.write_text(template.read_text() + " ")
+    assert folder_digest(changed) != digest
+    template.unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        open_questions(changed, CPU)
 
 
 @torch.no_grad()

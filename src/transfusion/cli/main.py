@@ -16,7 +16,7 @@ from transfusion import __version__
 from transfusion.cli import generation, serving
 from transfusion.cli.codec import codec_app
 from transfusion.cli.data import data_app
-from transfusion.cli.options import Device, Dtype, Model, Overrides, Weights
+from transfusion.cli.options import Device, Download, Dtype, Model, Overrides, Weights
 from transfusion.cli.scaling import scaling_app
 from transfusion.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError, describe
 from transfusion.parallel import environment
@@ -253,19 +253,14 @@ def evaluate(
         Path | None,
         typer.Option(help="for the suites images and guidance: a file of `transfusion classifier`"),
     ] = None,
-    download: Annotated[
-        bool,
-        typer.Option(
-            "--download", help="let suites fetch published weights and data that are not on this machine"
-        ),
-    ] = False,
+    download: Download = False,
     check: Annotated[
         bool, typer.Option("--check", help="exit with code 3 when a metric misses its threshold")
     ] = False,
 ) -> None:
     """Evaluate a model on its validation data. Writes metrics.json, and images and captions to look at.
 
-    Under torchrun the processes share the suite text_to_image.
+    Under torchrun the processes share the suites text_to_image, geneval and geneval2.
     """
     from transfusion.checkpoint.export import read_export
     from transfusion.evaluate.report.page import is_run
@@ -304,6 +299,7 @@ def watch(
     device: Device = "auto",
     dtype: Dtype = "auto",
     classifier: Annotated[Path | None, typer.Option(help="as of `transfusion eval`")] = None,
+    download: Download = False,
     once: Annotated[bool, typer.Option("--once", help="end once every checkpoint is measured")] = False,
 ) -> None:
     """Evaluate the checkpoints of a run as they appear, until the last one. Writes evaluations.jsonl."""
@@ -312,7 +308,7 @@ def watch(
 
     asked, told = suite or [], overrides or []
     # Mistakes are told now and not at the first checkpoint.
-    choose(asked, told, classifier=classifier)
+    choose(asked, told, classifier=classifier, download=download)
 
     def measure(model: Path, out: Path) -> dict[str, Any]:
         return run_suites(
@@ -324,6 +320,7 @@ def watch(
             device=device,
             dtype=dtype,
             classifier=classifier,
+            download=download,
         )
 
     watch_run(run, measure, once=once)
@@ -346,6 +343,7 @@ def sweep(
     device: Device = "auto",
     dtype: Dtype = "auto",
     classifier: Annotated[Path | None, typer.Option(help="as of `transfusion eval`")] = None,
+    download: Download = False,
 ) -> None:
     """Evaluate a model at every combination of some settings, such as guidance and steps, and draw the figures."""
     from transfusion.evaluate.sweep import FIGURE, RECORD, table
@@ -361,6 +359,7 @@ def sweep(
         device=device,
         dtype=dtype,
         classifier=classifier,
+        download=download,
     )
     if points:
         print(table(points))

@@ -12,6 +12,12 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, 
 Weights = Annotated[
     Literal["auto", "raw", "ema"], typer.Option(help="auto: the moving average where there is one")
 ]
+Download = Annotated[
+    bool,
+    typer.Option(
+        "--download", help="let suites fetch published weights and data that are not on this machine"
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "int8"],

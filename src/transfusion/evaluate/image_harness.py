@@ -15,6 +15,7 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import evaluate
@@ -78,9 +79,11 @@ class LmmsModel(lmms):
         found: list[GenerationResult] = []
         for begin in range(0, len(requests), self.settings.batch):
             tell(begin, len(requests))
-            asked = [self._read(request) for request in requests[begin : begin + self.settings.batch]]
+            some = requests[begin : begin + self.settings.batch]
+            asked = [self._read(request) for request in some]
             contexts = [[*each.images, each.context] for each in asked]
-            scores = self.pipeline.score(contexts, [each.wanted for each in asked], batch=len(asked))
+            with _told_of(some[0], last=some[-1]):
+                scores = self.pipeline.score(contexts, [each.wanted for each in asked], batch=len(asked))
             found += [GenerationResult((-score.log_likelihood, bool(score.is_greedy))) for score in scores]
         return found
 
@@ -139,12 +142,13 @@ def _before(text: str, ends: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _told_of(request: Any) -> Iterator[None]:
-    """Says of which document an error is."""
+def _told_of(request: Any, last: Any = None) -> Iterator[None]:
+    """Says of which document an error is, or of which it may be."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"task {request.task_name}, document {request.doc_id}: {error}") from None
+        to = f" to {last.doc_id}" if last is not None and last.doc_id != request.doc_id else ""
+        raise UserError(f"task {request.task_name}, document {request.doc_id}{to}: {error}") from None
 
 
 def load_tasks(wanted: str) -> dict[str, Any]:
@@ -232,7 +236,10 @@ def measure(pipeline: Pipeline, tasks: dict[str, Any], settings: LmmsSuite, out:
             cli_args=SimpleNamespace(output_path=str(out), process_with_media=True),
             process_docs_parallel=1,
         )
-    except (ImportError, OSError) as error:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # As in `load_tasks`.
+    except Exception as error:
         raise UserError(
             f"the code of a task fails ({_reason(error)}); install what it needs, or leave the task out of lmms.tasks"
         ) from error

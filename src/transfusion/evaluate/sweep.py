@@ -10,16 +10,18 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transfusion import __version__
 from transfusion.errors import UserError
 from transfusion.evaluate.report.panels import refuse_without_matplotlib
-from transfusion.evaluate.report.sweep import draw, is_steady
+from transfusion.evaluate.report.sweep import differing, draw
 from transfusion.evaluate.suites.run import METRICS, SUITES, choose, measure_into, open_model, origin_of
-from transfusion.files import atomic_write_text, fingerprint
+from transfusion.evaluate.suites.settings import SuiteConfig
+from transfusion.files import atomic_write_text, file_state, fingerprint
 from transfusion.generate.load import Dtype, Weights
 from transfusion.generate.pipeline import Pipeline
 from transfusion.parallel.environment import is_first_process
@@ -56,6 +58,7 @@ def sweep(
     device: str = "auto",
     dtype: Dtype = "auto",
     classifier: Path | None = None,
+    download: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Point]:
     """Measure an exported model at every combination of values, and draw the figures. Returns the points in order.
@@ -65,12 +68,18 @@ def sweep(
     UserError for settings that are unknown or too few, before anything is measured, and as the suites do.
     """
     axes = _axes(over)
+    suites = list(dict.fromkeys(key.partition(".")[0] for key in axes))
+    if vain := [word for word in overrides if word.partition(".")[0] not in suites]:
+        raise UserError(
+            f"{vain[0]} is of no suite that is swept; leave it out, or sweep a setting of that suite"
+        )
     if taken := [word for word in overrides if word.partition("=")[0] in axes]:
         raise UserError(f"{taken[0]} is swept too; leave it out, or its --over")
-    suites = list(dict.fromkeys(key.partition(".")[0] for key in axes))
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     chosen = [
-        choose(suites, [*overrides, *map("=".join, settings.items())], classifier=classifier)
+        choose(
+            suites, [*overrides, *map("=".join, settings.items())], classifier=classifier, download=download
+        )
         for settings in combinations
     ]
     refuse_without_matplotlib()
@@ -88,14 +97,15 @@ def sweep(
             measure_into(out / point.name, pipeline, suites_here, all_must=True)
         if not is_first_process():
             continue
-        points.append(before[0] if before else _measured(out, point))
+        # Its settings in the order of this sweep.
+        points.append(replace(point, figures=before[0].figures) if before else _measured(out, point))
         others = [each for each in known if each.settings not in [done.settings for done in points]]
         records = [
             {"settings": each.settings, "mark": each.mark, "figures": each.figures}
             for each in [*points, *others]
         ]
         atomic_write_text(out / RECORD, json.dumps(records, indent=1) + "\n")
-    if points:
+    if any(point.figures for point in points):
         draw([(point.settings, point.figures) for point in points], out / FIGURE)
     return points
 
@@ -103,21 +113,19 @@ def sweep(
 def table(points: Sequence[Point]) -> str:
     """Markdown: a line a point, a column for each figure that is not the same everywhere, its best value in bold."""
     keys = list(points[0].settings)
-    names = [name for name in points[0].figures if not is_steady([point.figures[name] for point in points])]
+    names = differing([point.figures for point in points])
+    best = {}
+    for name in names:
+        found = [point.figures[name] for point in points if name in point.figures]
+        best[name] = (max if found[0]["higher_is_better"] else min)(each["value"] for each in found)
     lines = [f"| {' | '.join([*keys, *names])} |", "|---" * (len(keys) + len(names)) + "|"]
-    best = {
-        name: (max if points[0].figures[name]["higher_is_better"] else min)(
-            point.figures[name]["value"] for point in points
-        )
-        for name in names
-    }
     for point in points:
-        values = [point.figures[name]["value"] for name in names]
-        shown = [
-            f"**{value:.4g}**" if value == best[name] else f"{value:.4g}"
-            for name, value in zip(names, values, strict=True)
-        ]
-        lines.append(f"| {' | '.join([*point.settings.values(), *shown])} |")
+        cells = [point.settings[key] for key in keys]
+        for name in names:
+            value = point.figures.get(name, {}).get("value")
+            shown = "-" if value is None else f"{value:.4g}"
+            cells.append(f"**{shown}**" if value == best[name] else shown)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -147,14 +155,28 @@ def _axes(over: Sequence[str]) -> dict[str, list[str]]:
     return axes
 
 
-def _mark(pipeline: Pipeline, chosen: dict[str, Any]) -> str:
-    """Changes with whatever would make other figures: model, data, and the settings of the suites."""
+def _mark(pipeline: Pipeline, chosen: Mapping[str, SuiteConfig]) -> str:
+    """Changes with whatever would make other figures: release, model, data, settings, and the files that they name."""
     return fingerprint(
         [
-            [origin_of(pipeline, name, settings), settings.model_dump(mode="json")]
-            for name, settings in chosen.items()
+            __version__,
+            *(
+                [origin_of(pipeline, name, settings), settings.model_dump(mode="json"), _files_of(settings)]
+                for name, settings in chosen.items()
+            ),
         ]
     )
+
+
+def _files_of(settings: SuiteConfig) -> dict[str, Any]:
+    """The state of each file that a setting names, and of those of a folder."""
+    found: dict[str, Any] = {}
+    for value in settings.model_dump(mode="json").values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text and (path := Path(text)).exists():
+                files = sorted(path.rglob("*")) if path.is_dir() else [path]
+                found |= {str(file): file_state(file) for file in files if file.is_file()}
+    return found
 
 
 def _measured(out: Path, point: Point) -> Point:

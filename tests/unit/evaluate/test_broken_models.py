@@ -37,7 +37,7 @@ def test_every_break_changes_a_figure_and_is_undone(open_model: Open, tmp_path: 
             broken = measured()
         changed[name] = {metric for metric in whole if broken[metric] != whole[metric]}
     # What an untrained model says of an image has no word of any caption.
-    assert changed.pop("captions shuffled") <= {"caption_token_f1", "distance_of_guidance"}
+    assert "distance_of_guidance" in changed["captions shuffled"]
     assert changed.pop("guidance off") == {"distance_of_guidance"}
     assert "pairs_image_loss" in changed["mask made causal"]
     assert "text_loss_nats_per_token" not in changed["mask made causal"], "texts are causal as they are"

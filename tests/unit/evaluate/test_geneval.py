@@ -79,12 +79,15 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 
 def test_images_lie_as_the_scorer_of_geneval_reads_them(
-    evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = f"prompts={write(tmp_path / 'evaluation_metadata.jsonl', TAGGED)}"
     assert evaluate("geneval", tmp_path / "out", prompts, "count=2") == {}
     [folder] = (tmp_path / "out" / "evaluation" / "geneval").iterdir()
     assert f"evaluate_images.py {folder}" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    evaluate("geneval", Path("out"), prompts, "count=2")
+    assert f"evaluate_images.py {folder}" in capsys.readouterr().err, "for another working directory"
     # What evaluate_images.py does: folders whose names are digits, the first object of one file, all files of another.
     found = {path.name: path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()}
     assert sorted(found) == ["00000", "00001", "00002"]

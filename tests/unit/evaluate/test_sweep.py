@@ -13,6 +13,7 @@ from PIL import Image
 from transfusion.errors import UserError
 from transfusion.evaluate import sweep as sweeping
 from transfusion.evaluate.report.sweep import draw
+from transfusion.evaluate.suites.settings import ImagesSuite, PerplexitySuite, TextToImageSuite
 from transfusion.evaluate.sweep import Point, sweep, table
 
 Open = Callable[..., Path]
@@ -88,7 +89,7 @@ def test_a_killed_sweep_goes_on_and_measures_what_has_changed(
         (["samples.steps=4,few"], [], "samples.steps"),
         (["images.classifier=a/b,c/d"], [], "paths cannot be swept"),
         (["samples.steps=4,5"], ["samples.steps=6"], "is swept too"),
-        (["samples.steps=4,5"], ["digits.count=6"], "digits is set and does not run"),
+        (["samples.steps=4,5"], ["digits.count=6"], "is of no suite that is swept; leave it out"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(
@@ -97,6 +98,41 @@ def test_mistakes_are_told_before_anything_is_measured(
     with pytest.raises(UserError, match=words):
         sweep(model, over, tmp_path / "sweep", overrides=overrides)
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("scales", ["1,4", "4,1"])
+def test_a_figure_that_one_point_lacks_is_left_out_there(model: Path, tmp_path: Path, scales: str) -> None:
+    points = sweep(model, [f"samples.guidance={scales}"], tmp_path / "sweep", overrides=FIXED)
+    lines = table(points).splitlines()
+    column = [cell.strip() for cell in lines[0].split("|")].index("distance_of_guidance")
+    cells = {line.split("|")[1].strip(): line.split("|")[column].strip() for line in lines[2:]}
+    assert cells["1"] == "-" and float(cells["4"].strip("*")) > 0
+    assert (tmp_path / "sweep" / "sweep.png").is_file()
+
+
+def test_a_sweep_in_another_order_has_its_own_headings(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    sweep(model, OVER, out, overrides=FIXED)
+    again = sweep(model, [OVER[1], "samples.guidance=1,4,2"], out, overrides=FIXED)
+    assert all(list(point.settings) == ["samples.steps", "samples.guidance"] for point in again)
+    rows = [line.split("|")[1:3] for line in table(again).splitlines()[2:]]
+    assert rows == [[f" {steps} ", f" {scale} "] for steps in (1, 2) for scale in (1, 4, 2)]
+
+
+def test_the_files_that_settings_name_are_part_of_a_point(tmp_path: Path) -> None:
+    file = tmp_path / "networks" / "one.safetensors"
+    file.parent.mkdir()
+    file.write_text("weights")
+    chosen = [
+        ImagesSuite(classifier=str(file)),
+        TextToImageSuite(clip=str(file.parent)),
+        PerplexitySuite(texts=[str(file)]),
+    ]
+    before = [sweeping._files_of(settings) for settings in chosen]
+    assert all(list(found) == [str(file)] for found in before)
+    file.write_text("other weights")
+    assert all(sweeping._files_of(settings) != found for settings, found in zip(chosen, before, strict=True))
+    assert sweeping._files_of(ImagesSuite()) == {}
 
 
 def test_a_damaged_record_is_named(model: Path, tmp_path: Path) -> None:

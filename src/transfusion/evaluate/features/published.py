@@ -74,6 +74,10 @@ def open_questions(folder: Path, device: torch.device) -> Ask:
     """
     model = _opened("AutoModelForImageTextToText", "", folder, dtype="auto").to(device)
     processor = _opened("AutoProcessor", "", folder)
+    if not getattr(processor, "chat_template", None):
+        raise UserError(
+            f"{folder} has no chat template, by which it is asked; name a model that was taught to answer"
+        )
 
     @torch.no_grad()
     def ask(image: Any, question: str, spellings: Sequence[str]) -> float:
@@ -98,7 +102,11 @@ def open_questions(folder: Path, device: torch.device) -> Ask:
 def folder_digest(folder: Path) -> str:
     """Of weights, settings and vocabulary. Raises UserError for a folder without a network."""
     _refuse_without_config(folder, "a network")
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json", ".txt")]
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")
+    ]
     return fingerprint({path.name: file_digest(path) for path in files}, DIGEST_BYTES)
 
 
@@ -134,6 +142,9 @@ def _opened(name: str, kind: str, folder: Path, *, dtype: Any = torch.float32) -
         model, told = opened
         if lacking := [*told["missing_keys"], *told["mismatched_keys"]]:
             raise ValueError(f"{len(lacking)} weights are missing or of other shapes, as {lacking[0]}")
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} needs a package that is not installed ({reason}); install it") from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

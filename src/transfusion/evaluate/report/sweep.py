@@ -20,28 +20,30 @@ class _Line(NamedTuple):
     details: list[Mapping[str, Any]]
 
 
-def is_steady(details: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a figure is the same at all points, as those of real images are."""
-    return len({detail["value"] for detail in details}) == 1
+def differing(points: Sequence[Figures]) -> list[str]:
+    """The figures that are not the same at all points, as those of real images are. Some may lack at some points."""
+    names = dict.fromkeys(name for figures in points for name in figures)
+    return [name for name in names if len({figures.get(name, {}).get("value") for figures in points}) > 1]
 
 
 def draw(points: Sequence[tuple[Mapping[str, str], Figures]], out: Path) -> None:
-    """Write a .png, .svg or .pdf of settings and their figures. Raises UserError as `save_panels` does."""
+    """Write a .png, .svg or .pdf of settings and their figures, at least one. Raises UserError, see `save_panels`."""
     key, *others = points[0][0]
     ticks = list(dict.fromkeys(settings[key] for settings, _ in points))
     numbers = _numbers(ticks)
     places = dict(zip(ticks, numbers or [float(place) for place in range(len(ticks))], strict=True))
-    names = [
-        name for name in points[0][1] if not is_steady([figures[name] for _, figures in points])
-    ] or list(points[0][1])[:1]
+    all_figures = [figures for _, figures in points]
+    # Where nothing differs, one shows that.
+    names = differing(all_figures) or [name for figures in all_figures for name in figures][:1]
 
     def panel(axes: Any, name: str) -> None:
         lines: dict[str, _Line] = {}
-        for settings, figures in points:
+        known = [(settings, figures[name]) for settings, figures in points if name in figures]
+        for settings, detail in known:
             label = ", ".join(f"{other} {settings[other]}" for other in others)
             line = lines.setdefault(label, _Line(label, [], []))
             line.places.append(places[settings[key]])
-            line.details.append(figures[name])
+            line.details.append(detail)
         for number, line in enumerate(lines.values()):
             _draw_line(axes, number, line)
         if not numbers:
@@ -51,7 +53,7 @@ def draw(points: Sequence[tuple[Mapping[str, str], Figures]], out: Path) -> None
             axes.set_xticks(numbers, ticks)
             axes.set_xticks([], minor=True)
         axes.set_xlabel(key, fontsize=9)
-        head(axes, name, higher_is_better=bool(points[0][1][name]["higher_is_better"]))
+        head(axes, name, higher_is_better=bool(known[0][1]["higher_is_better"]))
         if others:
             axes.legend(fontsize=8, frameon=False)
 
@@ -63,7 +65,7 @@ def _draw_line(axes: Any, number: int, line: _Line) -> None:
     order = sorted(range(len(line.places)), key=line.places.__getitem__)
     x = [line.places[place] for place in order]
     details = [line.details[place] for place in order]
-    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
     axes.plot(
         x, [each["value"] for each in details], marker=marker, color=colour, markersize=5, label=line.label
     )

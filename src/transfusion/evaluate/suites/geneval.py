@@ -72,9 +72,11 @@ def geneval(pipeline: Pipeline, out: Path, settings: GenevalSuite) -> dict[str, 
     if not own_place().rank:
         chunks.join("drawn", len(prompts.lines))
         chunks.keep_only()
+        # From another folder, where the scorer is started.
+        folder = chunks.folder.resolve()
         say(
-            f"{chunks.folder}: {settings.count} images of each of {len(prompts.lines)} prompts; score them in the"
-            f" container of GenEval: `python evaluation/evaluate_images.py {chunks.folder} --outfile results.jsonl`"
+            f"{folder}: {settings.count} images of each of {len(prompts.lines)} prompts; score them in the"
+            f" container of GenEval: `python evaluation/evaluate_images.py {folder} --outfile results.jsonl`"
         )
     return {}
 
@@ -121,7 +123,7 @@ def geneval2(pipeline: Pipeline, out: Path, settings: Geneval2Suite) -> dict[str
     found = chunks.join("judged", len(prompts.lines))
     chunks.keep_only()
     paths = {
-        text: str(chunks.folder / "images" / f"{item:05d}" / "0000.png")
+        text: str(chunks.folder.resolve() / "images" / f"{item:05d}" / "0000.png")
         for item, text in enumerate(prompts.texts)
     }
     # As the benchmark's own script takes them.

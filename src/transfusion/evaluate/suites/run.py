@@ -130,11 +130,11 @@ def choose(
     if vain := [name for name in values if name not in chosen and name not in before]:
         raise UserError(f"{vain[0]} is set and does not run; add --suite {vain[0]}")
     found: dict[str, SuiteConfig] = {name: getattr(checked, name) for name in chosen}
+    told: dict[str, Any] = {"classifier": str(classifier)} if classifier is not None else {}
+    told |= {"download": True} if download else {}
     for name, settings in found.items():
-        if classifier is not None and isinstance(settings, ImagesSuite):
-            found[name] = settings.model_copy(update={"classifier": str(classifier)})
-        if download and "download" in type(settings).model_fields:
-            found[name] = settings.model_copy(update={"download": True})
+        mine = {key: value for key, value in told.items() if key in type(settings).model_fields}
+        found[name] = settings.model_copy(update=mine)
     return found
 
 
@@ -195,7 +195,7 @@ def measure_into(
     """Run suites on a model that is open, see `run_suites`. all_must: see `measured`."""
     place = own_place()
     out.mkdir(parents=True, exist_ok=True)
-    details = _known(out / METRICS)
+    details = {} if place.rank else _known(out / METRICS)
     metrics: dict[str, Metric] = {}
     for name, found in measured(pipeline, shared(chosen) if place.rank else chosen, out, all_must=all_must):
         metrics |= found
