@@ -123,6 +123,15 @@ def parity(law: Law, other: Law, flops: float, *, higher_is_better: bool, level:
     return Parity(ratio, interval, flops, defined)
 
 
+def crossing(one: Law, other: Law) -> float:
+    """FLOPs at which two laws give the same; NaN where their exponents are equal."""
+    if one.exponent == other.exponent:
+        return math.nan
+    ahead = (other.intercept - other.exponent * other.centre) - (one.intercept - one.exponent * one.centre)
+    # Slopes of nearly the same meet at numbers beyond floating point.
+    return math.exp(min(max(ahead / (one.exponent - other.exponent), -700.0), 700.0))
+
+
 def _line(x_N: Floats, y_N: Floats) -> tuple[Floats, Floats]:
     """Intercepts and slopes of least squares for values [..., N] at centred places [N]."""
     slope = (y_N @ x_N) / (x_N @ x_N)

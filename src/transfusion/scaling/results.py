@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from transfusion.errors import UserError
-from transfusion.scaling.fit import Law, Parity, fit_law, parity
+from transfusion.scaling.fit import Law, Parity, crossing, fit_law, parity
 from transfusion.scaling.grid import TABLE
 
 Record = dict[str, Any]
+# Laws are trusted so far beyond their points, as a factor.
+REACH = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +35,16 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One metric over all values of an axis. parity: of the first value to the second, at the second's most FLOPs."""
+    """One metric over all values of an axis.
+
+    pairs: of each two whose laws are known, in their order, the parity of the first to the second at the second's most
+    FLOPs, and the FLOPs at which their laws cross.
+    """
 
     metric: str
     higher_is_better: bool
     series: dict[str, Series]
-    parity: Parity | None
+    pairs: dict[tuple[str, str], tuple[Parity, float]]
 
 
 def read_records(out: Path) -> list[Record]:
@@ -75,7 +82,7 @@ def compare(records: Sequence[Record], axis: str, metrics: Sequence[str]) -> lis
             choice: _series([record for record in records if record["axes"][axis] == choice], metric, seed)
             for seed, choice in enumerate(choices)
         }
-        found.append(Comparison(metric, higher, series, _parity(list(series.values()), higher)))
+        found.append(Comparison(metric, higher, series, _pairs(series, higher)))
     return found
 
 
@@ -110,9 +117,12 @@ def laws(comparisons: Sequence[Comparison], records: Sequence[Record], axis: str
     for name in names:
         cells = [_exponent(each.series[name]) for each in comparisons]
         lines.append(f"| exponent of {name} | " + " | ".join(cells) + " |")
-    if len(names) > 1:
-        ratios = " | ".join(_ratio(each.parity) for each in comparisons)
-        lines.append(f"| parity FLOP ratio, {names[0]} to {names[1]} | {ratios} |")
+    for first, second in itertools.combinations(names, 2):
+        found = [each.pairs.get((first, second)) for each in comparisons]
+        ratios = " | ".join("none" if pair is None else _ratio(pair[0]) for pair in found)
+        crossings = " | ".join("none" if pair is None else _crossing(pair[1], records) for pair in found)
+        lines.append(f"| parity FLOP ratio, {first} to {second} | {ratios} |")
+        lines.append(f"| {first} and {second} cross at FLOPs | {crossings} |")
     return "\n".join(lines)
 
 
@@ -123,7 +133,10 @@ def as_dict(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
             "metric": each.metric,
             "higher_is_better": each.higher_is_better,
             "laws": {name: _law_as_dict(series) for name, series in each.series.items()},
-            "parity": None if each.parity is None else _parity_as_dict(each.parity),
+            "pairs": [
+                {"first": first, "second": second, "parity": _parity_as_dict(found), "crossing_flops": None if math.isnan(flops) else flops}
+                for (first, second), (found, flops) in each.pairs.items()
+            ],
         }
         for each in comparisons
     ]
@@ -141,10 +154,15 @@ def _series(records: Sequence[Record], metric: str, seed: int) -> Series:
     return Series(flops, values, len(points) - len(kept), law)
 
 
-def _parity(series: Sequence[Series], higher_is_better: bool) -> Parity | None:
-    if len(series) < 2 or series[0].law is None or series[1].law is None:
-        return None
-    return parity(series[0].law, series[1].law, max(series[1].flops), higher_is_better=higher_is_better)
+def _pairs(
+    series: Mapping[str, Series], higher_is_better: bool
+) -> dict[tuple[str, str], tuple[Parity, float]]:
+    found = {}
+    for (first, one), (second, other) in itertools.combinations(series.items(), 2):
+        if one.law is not None and other.law is not None:
+            ratio = parity(one.law, other.law, max(other.flops), higher_is_better=higher_is_better)
+            found[first, second] = ratio, crossing(one.law, other.law)
+    return found
 
 
 def _law_as_dict(series: Series) -> dict[str, Any] | None:
@@ -184,10 +202,17 @@ def _exponent(series: Series) -> str:
     return f"{series.law.exponent:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _ratio(found: Parity | None) -> str:
-    if found is None or math.isnan(found.ratio):
+def _ratio(found: Parity) -> str:
+    if math.isnan(found.ratio):
         return "none"
     if found.interval is None:
         return f"{found.ratio:.3g}, interval open"
     low, high = found.interval
     return f"{found.ratio:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def _crossing(flops: float, records: Sequence[Record]) -> str:
+    """Where two laws cross, unless that is far beyond what was measured."""
+    measured = [record["flops"] for record in records]
+    near = min(measured) / REACH <= flops <= max(measured) * REACH
+    return f"{flops:.3g}" if near else "none near"

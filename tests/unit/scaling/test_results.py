@@ -45,11 +45,13 @@ def test_laws_and_parity_come_out_of_the_records() -> None:
     assert list(bits.series) == ["ours", "other"]
     assert bits.series["ours"].law is not None and bits.series["ours"].law.exponent == pytest.approx(-0.5)
     # Half the error at exponent -1/2 takes a fourth of the FLOPs; half the score at 1/5 a thirty-second.
-    assert bits.parity is not None and bits.parity.ratio == pytest.approx(0.25)
-    assert f1.parity is not None and f1.parity.ratio == pytest.approx(2.0**-5)
-    assert bits.parity.interval is not None and bits.parity.interval[0] < 0.25 < bits.parity.interval[1]
+    (of_bits, _), (of_f1, _) = bits.pairs["ours", "other"], f1.pairs["ours", "other"]
+    assert of_bits.ratio == pytest.approx(0.25) and of_f1.ratio == pytest.approx(2.0**-5)
+    assert of_bits.interval is not None and of_bits.interval[0] < 0.25 < of_bits.interval[1]
     plain = json.loads(json.dumps(as_dict([bits, f1])))
-    assert plain[0]["parity"]["ratio"] == pytest.approx(0.25) and plain[0]["laws"]["ours"]["points"] == 9
+    [pair] = plain[0]["pairs"]
+    assert (pair["first"], pair["second"]) == ("ours", "other")
+    assert pair["parity"]["ratio"] == pytest.approx(0.25) and plain[0]["laws"]["ours"]["points"] == 9
     assert plain[0]["laws"]["other"]["coefficient"] == pytest.approx(2e6, rel=0.01)
 
 
@@ -66,7 +68,21 @@ def test_tables_hold_means_and_deviations() -> None:
     assert first.startswith("| ours/s | 3 | 1e+12 | 2 M | 1 ± 0.03 |")
     lines = laws(compare(records(), "model", ["bits"]), records(), "model").splitlines()
     assert lines[2] == "| ours at 1.6e+13 FLOPs | 0.25 ± 0.0075 |"
-    assert lines[-1].startswith("| parity FLOP ratio, ours to other | 0.25 [0.2")
+    assert lines[-2].startswith("| parity FLOP ratio, ours to other | 0.25 [0.2")
+    assert lines[-1] == "| ours and other cross at FLOPs | none near |"
+
+
+def test_laws_cross_where_both_give_the_same() -> None:
+    changed = records()
+    for record in changed:
+        if record["axes"]["model"] == "other":
+            # Flat, and as low as the other model at 4e12 FLOPs.
+            record["metrics"]["bits"] = 0.5
+    found = compare(changed, "model", ["bits"])
+    _, flops = found[0].pairs["ours", "other"]
+    assert flops == pytest.approx(4e12, rel=0.02)
+    lines = laws(found, changed, "model").splitlines()
+    assert lines[-2:] == [lines[-2], f"| ours and other cross at FLOPs | {flops:.3g} |"]
 
 
 def test_the_figure_is_drawn_and_the_same_each_time(tmp_path: Path) -> None:
