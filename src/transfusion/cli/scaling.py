@@ -78,7 +78,7 @@ def fit(
     metric: Metrics = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON list instead of a table")] = False,
 ) -> None:
-    """Fit power laws in FLOPs. Prints exponents and the parity FLOP ratio of the first two models."""
+    """Fit power laws in FLOPs. Prints exponents, and for each two models their parity and crossing."""
     from transfusion.scaling import results as found
 
     records = found.read_records(results)
