@@ -56,12 +56,13 @@ def test_without_a_suite_losses_are_measured_and_a_few_images_drawn_and_captione
 ) -> None:
     captions = [f"a handwritten {DIGIT_WORDS[number % 10]} {number}" for number in range(70)]
     model = open_model({"validation": [source(write_pairs(tmp_path / "pairs", captions))]})
+    few = ("samples.count=8", "samples.captions=32")
     read: list[int] = []
     read_values = captioned_images.read_values
     monkeypatch.setattr(
         captioned_images, "read_values", lambda *some: read.append(some[1]) or read_values(*some)
     )
-    metrics = run(model, [], tmp_path / "out")
+    metrics = run(model, [], tmp_path / "out", *few)
     assert metrics.keys() == {"pairs_image_loss", "caption_token_f1", "distance_of_guidance"}
     assert "32 of the 70 validation images" in metrics["caption_token_f1"].how
     assert len(read) == 32 and read[0] == 0 and read[-1] == 69, "evenly spread, and no other is read"
@@ -80,7 +81,7 @@ def test_without_a_suite_losses_are_measured_and_a_few_images_drawn_and_captione
     assert "drawing 8 images" in told and "captioning 32 images" in told
 
     before = contents(left)
-    run(model, [], tmp_path / "out")
+    run(model, [], tmp_path / "out", *few)
     assert contents(left) == before, "the same images and captions each time"
 
 

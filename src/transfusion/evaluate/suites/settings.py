@@ -73,8 +73,8 @@ class DenoiseSuite(SuiteConfig):
 class SamplesSuite(DrawingSuite, DescribingSuite):
     """A look at a few images and captions."""
 
-    count: PositiveInt = Field(8, description="images that are drawn, of captions that are evenly spread")
-    captions: PositiveInt = Field(32, description="images that are captioned, evenly spread")
+    count: PositiveInt = Field(16, description="images that are drawn, of captions that are evenly spread")
+    captions: PositiveInt = Field(128, description="images that are captioned, evenly spread")
 
 
 class DigitsSuite(DrawingSuite, DescribingSuite):
