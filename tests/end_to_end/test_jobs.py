@@ -77,10 +77,13 @@ def test_from_nothing_to_the_report_and_on_again(
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(1, 7))
 
+    monkeypatch.setenv("EVALUATION", "digits.count=1 digits.steps=5 digits.max_tokens=8")
     again = job("quickstart.sh", *FEW_STEPS)
     assert again.returncode == 0, again.stdout + again.stderr
-    # Nothing is made twice; training finds that it is done.
-    assert stages(again) == ["set-up", "prepare", "train", "report"]
+    # Nothing is made twice but what is asked for otherwise; training finds that it is done.
+    assert stages(again) == ["set-up", "prepare", "train", "evaluate", "report"]
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["details"]["generation_accuracy"]["count"] == 10
     assert (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() == lines
 
 
