@@ -134,7 +134,12 @@ def as_dict(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
             "higher_is_better": each.higher_is_better,
             "laws": {name: _law_as_dict(series) for name, series in each.series.items()},
             "pairs": [
-                {"first": first, "second": second, "parity": _parity_as_dict(found), "crossing_flops": None if math.isnan(flops) else flops}
+                {
+                    "first": first,
+                    "second": second,
+                    "parity": _parity_as_dict(found),
+                    "crossing_flops": None if math.isnan(flops) else flops,
+                }
                 for (first, second), (found, flops) in each.pairs.items()
             ],
         }

@@ -46,12 +46,10 @@ def draw(points: Sequence[tuple[Mapping[str, str], Figures]], out: Path) -> None
             line.details.append(detail)
         for number, line in enumerate(lines.values()):
             _draw_line(axes, number, line)
-        if not numbers:
-            axes.set_xticks(list(places.values()), ticks)
-        elif min(numbers) > 0 and max(numbers) / min(numbers) > _WIDE:
+        if numbers and min(numbers) > 0 and max(numbers) / min(numbers) > _WIDE:
             axes.set_xscale("log")
-            axes.set_xticks(numbers, ticks)
             axes.set_xticks([], minor=True)
+        axes.set_xticks(list(places.values()), ticks)
         axes.set_xlabel(key, fontsize=9)
         head(axes, name, higher_is_better=bool(known[0][1]["higher_is_better"]))
         if others:
