@@ -6,8 +6,7 @@ import json
 import math
 import random
 import shutil
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +32,8 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra
 pytest.importorskip("accelerate", reason="accelerate is not installed, which HFLM of lm-eval needs")
 
 from transfusion.evaluate.harness import HarnessModel, load_tasks  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("no_network")
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 # Tokens of the window: many of the requests are longer.
@@ -119,16 +120,6 @@ def some_text(count: int, seed: int) -> str:
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing here looks up a name or opens a connection."""
-    asked: list[Any] = []
-    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *name, **_: asked.append(name))
-    yield
-    assert asked == []
 
 
 @pytest.fixture(scope="module")

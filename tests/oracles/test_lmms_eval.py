@@ -10,8 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +37,8 @@ set_hub_access(download=False)
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed, see the docs of the suite")
 
 from transfusion.evaluate.image_harness import VERSION, LmmsModel, load_tasks  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("no_network")
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), threads=1)
 PROMPT = "the small river "
@@ -102,16 +102,6 @@ def videos(doc):
     return ["a.mp4"]
 """
 TASKS = {"captions": CAPTIONS, "lengths": LENGTHS, "choice": CHOICE}
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing here looks up a name or opens a connection."""
-    asked: list[Any] = []
-    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *name, **_: asked.append(name))
-    yield
-    assert asked == []
 
 
 @pytest.fixture(scope="module")

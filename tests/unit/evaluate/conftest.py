@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,24 @@ def open_model(build_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: py
         return tmp_path / "model"
 
     return make
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], AbstractContextManager[None]]:
+    """as_rank(rank, ranks) -> a context in which this process is that one of a launcher's; of one rank it is alone."""
+
+    @contextmanager
+    def place(rank: int, ranks: int) -> Iterator[None]:
+        values = {
+            "RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_RANK": rank,
+            "MASTER_ADDR": "here",
+            "MASTER_PORT": 1,
+        }
+        with monkeypatch.context() as patched:
+            for name, value in values.items() if ranks > 1 else ():
+                patched.setenv(name, str(value))
+            yield
+
+    return place

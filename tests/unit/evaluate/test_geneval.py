@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transfusion.evaluate.suites.geneval import answers_of
 from transfusion.evaluate.suites.run import run_suites
 
 Evaluate = Callable[..., dict[str, Metric]]
+AsRank = Callable[[int, int], AbstractContextManager[None]]
 TAGGED = [
     {"tag": "single_object", "include": [], "prompt": f"the digit {word}"} for word in ("one", "two", "six")
 ]
@@ -38,20 +40,11 @@ def write(path: Path, lines: Sequence[Any]) -> Path:
 
 
 @pytest.fixture
-def evaluate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+def evaluate(folder: Path, as_rank: AsRank) -> Evaluate:
     """evaluate(suite, out, overrides..., rank=, ranks=) -> metrics of the suite in few steps."""
 
     def run(suite: str, out: Path, *overrides: str, rank: int = 0, ranks: int = 1) -> dict[str, Metric]:
-        place = {
-            "RANK": rank,
-            "WORLD_SIZE": ranks,
-            "LOCAL_RANK": rank,
-            "MASTER_ADDR": "here",
-            "MASTER_PORT": 1,
-        }
-        with monkeypatch.context() as patched:
-            for name, value in place.items() if ranks > 1 else ():
-                patched.setenv(name, str(value))
+        with as_rank(rank, ranks):
             asked = [f"{suite}.{each}" for each in ("steps=2", "chunk=1", *overrides)]
             return run_suites(folder, [suite], out, overrides=asked, device="cpu")
 

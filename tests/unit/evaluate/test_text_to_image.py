@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from transfusion.evaluate.suites.run import run_suites
 QUICK = ("count=10", "steps=2", "batch=4", "chunk=4", "kid_subset_size=5", "kid_subsets=3")
 WORDS = ["one", "two", "three", "four", "five", "six", "ten"]
 Evaluate = Callable[..., dict[str, Metric]]
+AsRank = Callable[[int, int], AbstractContextManager[None]]
 
 
 def write_pairs(folder: Path, captions: list[str], first: int = 0) -> str:
@@ -58,20 +60,11 @@ def model(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def evaluate(model: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+def evaluate(model: Path, as_rank: AsRank) -> Evaluate:
     """evaluate(out, overrides..., rank=, ranks=) -> metrics of the suite in few steps."""
 
     def run(out: Path, *overrides: str, rank: int = 0, ranks: int = 1, **options: Any) -> dict[str, Metric]:
-        place = {
-            "RANK": rank,
-            "WORLD_SIZE": ranks,
-            "LOCAL_RANK": rank,
-            "MASTER_ADDR": "here",
-            "MASTER_PORT": 1,
-        }
-        with monkeypatch.context() as patched:
-            for name, value in place.items() if ranks > 1 else ():
-                patched.setenv(name, str(value))
+        with as_rank(rank, ranks):
             asked = [f"text_to_image.{each}" for each in (*QUICK, *overrides)]
             return run_suites(model, ["text_to_image"], out, overrides=asked, device="cpu", **options)
 

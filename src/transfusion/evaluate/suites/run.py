@@ -144,8 +144,8 @@ def choose_for_training(file: str) -> dict[str, SuiteConfig]:
     There all ranks make the same calls of the model, and suites of SHARED do not.
     """
     chosen = choose([file] if file else [])
-    if shared := [name for name in chosen if name in SHARED]:
-        raise UserError(f"eval.suites: {shared[0]} is not for a training; leave it to `transfusion watch`")
+    for name in shared(chosen):
+        raise UserError(f"eval.suites: {name} is not for a training; leave it to `transfusion watch`")
     return chosen
 
 

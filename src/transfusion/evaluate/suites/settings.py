@@ -33,6 +33,15 @@ class SuiteConfig(Section):
         return True
 
 
+class OwnDataSuite(SuiteConfig):
+    """A suite that measures what it brings, so that `data` stays empty."""
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether `data`, or the model's own, is what is measured."""
+        return False
+
+
 class DrawingSuite(SuiteConfig):
     """A suite that draws images."""
 
@@ -155,17 +164,12 @@ class TextToImageSuite(DrawingSuite):
     )
 
 
-class PromptsSuite(DrawingSuite):
+class PromptsSuite(OwnDataSuite, DrawingSuite):
     """Images of the prompts of a file. They are all that is measured, and `data` stays empty."""
 
     prompts: FilePath = Field("", description="the file of prompts, of your own clone of the benchmark")
     limit: NonNegativeInt = Field(0, description="prompts, the first ones; 0: all")
     chunk: PositiveInt = Field(16, description="prompts that a killed process loses at most")
-
-    @property
-    def reads_data(self) -> bool:
-        """Whether `data`, or the model's own, is what is measured."""
-        return False
 
 
 class GenevalSuite(PromptsSuite):
@@ -200,7 +204,7 @@ class PerplexitySuite(SuiteConfig):
         return not self.texts
 
 
-class LanguageSuite(SuiteConfig):
+class LanguageSuite(OwnDataSuite):
     """Tasks of lm-evaluation-harness, such as HellaSwag. They bring their data, and `data` stays empty."""
 
     tasks: FilePath = Field(
@@ -209,13 +213,8 @@ class LanguageSuite(SuiteConfig):
     )
     download: bool = Field(False, description="let data that are not on this machine come from the hub")
 
-    @property
-    def reads_data(self) -> bool:
-        """Whether `data`, or the model's own, is what is measured."""
-        return False
 
-
-class LmmsSuite(SuiteConfig):
+class LmmsSuite(OwnDataSuite):
     """Tasks of lmms-eval about images, such as captions of COCO. They bring their data, and `data` stays empty."""
 
     tasks: FilePath = Field(
@@ -227,8 +226,3 @@ class LmmsSuite(SuiteConfig):
     )
     batch: PositiveInt = Field(64, description="prompts that are answered at once")
     download: bool = Field(False, description="let data that are not on this machine come from the hub")
-
-    @property
-    def reads_data(self) -> bool:
-        """Whether `data`, or the model's own, is what is measured."""
-        return False
