@@ -114,8 +114,7 @@ frozen() {
 gallery() {
     local config="$GRIDS/emoji-gallery.yaml" out=runs/emoji-gallery
     check_config "$config" "$@"
-    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PYTHON" -m torch.distributed.run --standalone \
-        --nproc-per-node "$(process_count 8)" -m transfusion train "$config" "run.dir=$out" "$@"
+    transfusion train "$config" "run.dir=$out" "$@"
     transfusion export "$out" --out "$out/export"
     rm -rf "$out/gallery"
     transfusion sample "$out/export" --prompts "$GRIDS/emoji-gallery.txt" -n 8 --seed 0 --steps 50 \
