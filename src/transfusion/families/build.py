@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -24,9 +26,11 @@ def build_model(config: Config, sharing: Sharing | None = None) -> Backbone:
     if config.model.vocabulary == 0:
         raise ValueError("model.vocabulary must hold the tokenizer's size before an engine is built")
     backend = config.train.attention
+    modalities: dict[str, Any] = {"modalities": config.modalities} if config.modalities else {}
     network = family_of(config).network(
         config.model,
         config.codec,
+        **modalities,
         attend=PlainAttention(backend) if sharing is None else sharing.attention(backend),
         loss_chunk_size=config.train.loss_chunk_size,
         activation_checkpointing=config.train.activation_checkpointing,

@@ -223,9 +223,9 @@ class Pipeline:
             )
         pixels = [self._pixels(image) for image in images]
         size = image_sampling(settings, seed).size
-        by_size: dict[tuple[int, int], list[int]] = {}
+        by_size: dict[Size, list[int]] = {}
         for number, values in enumerate(pixels):
-            by_size.setdefault(size or (values.shape[1], values.shape[2]), []).append(number)
+            by_size.setdefault(size or Size(*values.shape[1:]), []).append(number)
         found: dict[int, SampledImage] = {}
         for each, numbers in by_size.items():
             sampling = image_sampling({**settings, "size": each}, seed)

@@ -36,7 +36,7 @@ class ImageSettings(TypedDict, total=False):
     negative_prompt: str
     steps: int
     sampler: str
-    size: tuple[int, int] | None
+    size: Size | tuple[int, int] | None
 
 
 class AnswerSettings(ImageSettings, total=False):
@@ -63,7 +63,8 @@ def image_sampling(settings: ImageSettings, seed: int) -> ImageSampling:
     """
     size, interval = settings.get("size"), settings.get("guidance_interval", (0.0, 1.0))
     for name, pair in {"size": size, "guidance_interval": interval}.items():
-        if pair is not None and not (isinstance(pair, Sequence) and len(pair) == 2):
+        is_pair = isinstance(pair, Size) or (isinstance(pair, Sequence) and len(pair) == 2)
+        if pair is not None and not is_pair:
             what = "height and width" if name == "size" else "two shares of the timesteps"
             raise UserError(f"{name} must be {what}, got {pair!r}")
     plain = {**settings, "size": None if size is None else Size(*size), "guidance_interval": tuple(interval)}

@@ -61,7 +61,7 @@ def check(sampling: ImageSampling, config: Config) -> None:
     """Raise UserError for settings that cannot be carried out as asked."""
     if sampling.size not in (None, *config.codec.sizes):
         raise UserError(
-            f"size {sampling.size} is none of this model's images; choose {config.image_sizes.named()}"
+            f"size {sampling.size} is none of this model's images; choose {config.media_sizes.named()}"
         )
     fitting = SAMPLERS[config.diffusion.prediction]
     if sampling.sampler not in ("auto", *fitting):

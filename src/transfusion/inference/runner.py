@@ -58,12 +58,12 @@ class ModelRunner:
         self, model: Backbone, config: Config, device: torch.device, codec: Codec, *, captures: bool = False
     ) -> None:
         self.model, self.device, self.codec, self.captures = model, device, codec, captures
-        self.sizes = config.image_sizes
+        self.sizes = config.media_sizes
         # What takes no cache, or is of another device than this, leaves it to what the cache chooses.
         fits = config.train.attention in ("triton" if device.type == "cuda" else "cpu", "reference")
         self._backend = config.train.attention if fits else "auto"
         self.axes = position_axes(config.model.position)
-        self.image_shapes = [(config.codec.channels, *size) for size in self.sizes.sizes]
+        self.image_shapes = [(config.codec.channels, *size.sides) for size in self.sizes.sizes]
         self._latent_channels = config.codec.depth
         # An image at the earliest place it can stand, after <BOS> <BOI>, and the <EOI> behind it.
         self.causal_images = config.model.image_attention == "causal"
