@@ -18,6 +18,12 @@ def family_of(config: Config) -> Family:
     return FAMILIES[config.model.family]
 
 
+def network_of(config: Config, **options: Any) -> Backbone:
+    """The network of the family, as it is before training chooses anything of it. options: of its class."""
+    modalities = {"modalities": config.modalities} if config.modalities else {}
+    return family_of(config).network(config.model, config.codec, **modalities, **options)
+
+
 def build_model(config: Config, sharing: Sharing | None = None) -> Backbone:
     """The network with uninitialised weights in fp32, on torch's default device.
 
@@ -26,11 +32,8 @@ def build_model(config: Config, sharing: Sharing | None = None) -> Backbone:
     if config.model.vocabulary == 0:
         raise ValueError("model.vocabulary must hold the tokenizer's size before an engine is built")
     backend = config.train.attention
-    modalities: dict[str, Any] = {"modalities": config.modalities} if config.modalities else {}
-    network = family_of(config).network(
-        config.model,
-        config.codec,
-        **modalities,
+    network = network_of(
+        config,
         attend=PlainAttention(backend) if sharing is None else sharing.attention(backend),
         loss_chunk_size=config.train.loss_chunk_size,
         activation_checkpointing=config.train.activation_checkpointing,

@@ -197,6 +197,10 @@ class MediaSizes:
         """The token that begins such an image."""
         return self._begins[size]
 
+    def is_image(self, begin: int) -> bool:
+        """Whether this token begins an image, and no other media."""
+        return not self.others or self.size_by_begin_token[begin].modality == IMAGE
+
     @functools.cached_property
     def _begins(self) -> dict[Size, int]:
         return {size: token for token, size in self.size_by_begin_token.items()}

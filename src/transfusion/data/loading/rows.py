@@ -303,8 +303,7 @@ def with_values(segments: Sequence[Segment], values: Sequence[Values], sizes: Me
 
 
 def _cut(values: Values, planned: ImageSegment, sizes: MediaSizes) -> ImageSegment:
-    is_image = not sizes.is_multi_size or sizes.size_by_begin_token[planned.begin].modality == IMAGE
-    size = sizes.of(values) if is_image else None
+    size = sizes.of(values) if sizes.is_image(planned.begin) else None
     return image_segment(sizes, size, values) if size else replace(planned, values_CHW=values)
 
 
