@@ -161,11 +161,11 @@ class Transfusion(Backbone):
         patch_ND, *skips = self._recomputed(self.patch_encoder, patch_NE, timestep_I, grids)
         return Encoding(self.at_their_places(patch_ND, grids), timestep_I, grids, tuple(skips))
 
-    def read_images(self, latents: Sequence[Tensor]) -> Tensor:
+    def read_images(self, latents: Sequence[Tensor], modality: str = IMAGE) -> Tensor:
         """Clean latents, a tensor [I, C, H, W] for each shape, as context to read: patches [N, D], in order."""
         images = sum(map(len, latents))
         clean_I = torch.full((images,), CLEAN_TIMESTEP, device=latents[0].device)
-        return self.encode_patches(latents, clean_I).patch_ND
+        return self.encode_patches(latents, clean_I, modality).patch_ND
 
     def decode_patches(self, state_ND: Tensor, encoding: Encoding) -> Tensor:
         """Final states of the patches to their predicted values [N, E]. See `patches.unpatchify_groups`."""

@@ -150,6 +150,10 @@ class MediaSizes:
         """What is drawn where no other is asked for."""
         return self.sizes[0]
 
+    def first_of(self, modality: str) -> Size:
+        """The same of another modality."""
+        return next(size for size in self.all if size.modality == modality)
+
     @property
     def is_multi_size(self) -> bool:
         """Whether a block of patches may be of one size or of another."""

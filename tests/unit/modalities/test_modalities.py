@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from transfusion.data.shards.webdataset import write_shards
 from transfusion.evaluate.captioned_images import some_captioned_images
 from transfusion.evaluate.suites.settings import ValidationSuite
 from transfusion.evaluate.suites.validation import validation
+from transfusion.generate import ImageSampling, Request
+from transfusion.generate.recipe import Origin, Recipe
 from transfusion.observe.flops import FlopModel
 from transfusion.observe.metrics import read_metrics
 from transfusion.schema import Batch, ImageSegment
@@ -215,3 +219,17 @@ def test_the_operations_of_its_patches_are_its_own(config: Make, tokenizer: Toke
     timestep = 6 * (256 * 32 + 32 * 32)
     assert 6 * 4 * 12 * 32 <= with_sounds <= 6 * 2 * 4 * 12 * 32 + timestep
     assert model.of(batches(made, tokenizer, 1)).exact.products > 0
+
+
+def test_recipes_of_texts_and_images_are_as_before(config: Make) -> None:
+    made = Recipe.of(
+        Request(prompt=["one"], image=ImageSampling(size=Size(8, 16))),
+        0,
+        torch.zeros(1, 8, 16),
+        Origin(),
+        "ddim",
+    )
+    told = json.loads(made.as_json())
+    assert told["image"]["size"] == [8, 16] and "modalities" not in told
+    beside = replace(made, modalities=("image", "sound"))
+    assert json.loads(beside.as_json())["modalities"] == ["image", "sound"]

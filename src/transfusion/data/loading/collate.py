@@ -78,7 +78,7 @@ def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[MediaGroup, ...
 
 def _nothing(modality: str, settings: RowSettings) -> RowImage:
     """Zeros of the first size of a modality."""
-    size = next(size for size in settings.sizes.all if size.modality == modality)
+    size = settings.sizes.first_of(modality)
     values: Values = np.zeros((settings.channels, *size.sides), np.uint8)
     if modality != IMAGE:
         values = np.zeros((settings.array_channels[modality], *size.sides), np.float32)
