@@ -1,6 +1,6 @@
 """Images to latents or tokens and back, and arrays of other media.
 
-Reading order: interface, pixels, networks, preview, autoencoder, arrays.
+Reading order: interface, pixels, networks, preview, autoencoder, arrays, mel.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from transfusion.codec.arrays import ArrayCodec
 from transfusion.codec.autoencoder import KLCodec, VQCodec
 from transfusion.codec.interface import Codec, MediaCodec, encoded
+from transfusion.codec.mel import MelCodec
 from transfusion.codec.networks import load_network
 from transfusion.codec.pixels import PixelCodec
 from transfusion.codec.preview import open_preview
@@ -63,7 +64,7 @@ CODECS: dict[str, CodecOpener] = {
     "vq": open_autoencoder,
 }
 # By `modalities.kind`, see `config.sections.MEDIA_KINDS`.
-MEDIA_CODECS: dict[str, Callable[[ModalityConfig], MediaCodec]] = {"latents": ArrayCodec}
+MEDIA_CODECS: dict[str, Callable[[ModalityConfig], MediaCodec]] = {"latents": ArrayCodec, "mel": MelCodec}
 
 
 def open_media_codecs(modalities: Sequence[ModalityConfig]) -> dict[str, MediaCodec]:

@@ -447,7 +447,11 @@ class DiffusionConfig(Section):
 
 
 # What each `modalities.kind` is. The codecs themselves are in `codec.MEDIA_CODECS`.
-MEDIA_KINDS = ("latents",)
+MEDIA_KINDS = ("latents", "mel")
+# Files of sound are brought to this rate, and belong to the modality of this name.
+SAMPLE_RATE, SOUND = 16_000, "sound"
+# Of kind=mel: samples from one frame to the next, and bands of a frame.
+MEL_HOP, MEL_BANDS = 256, 80
 _NOT_MODALITIES = (IMAGE, "text", "latent", "tokens", "patch", "padding")
 
 
@@ -457,12 +461,20 @@ class ModalityConfig(Section):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,30}$")] = Field(
         description="its name in shards (KEY.NAME.npy), losses and logs: small letters and underscores"
     )
-    kind: str = Field("latents", description="latents: arrays of a codec of your own, stored in the shards")
+    kind: str = Field(
+        "latents",
+        description="latents: arrays of a codec of your own, stored in the shards; mel: sound of 16 kHz, learned as"
+        " log-mel spectrograms",
+    )
     channels: PositiveInt = Field(1, description="channels of an array")
     shapes: Sizes = Field(
-        description="HEIGHTxWIDTH of the arrays, one or several. Each has a token that begins it",
+        description="HEIGHTxWIDTH of the arrays, one or several. Each has a token that begins it. For mel 1xSAMPLES: a"
+        " sound takes the shortest that holds it, with silence behind",
     )
-    patch: str = Field("1x1", description="HEIGHTxWIDTH of the block of values that stands at one position")
+    patch: str = Field(
+        "1x1",
+        description="HEIGHTxWIDTH of the block of values that stands at one position. For mel a multiple of 1x256",
+    )
     scale: PositiveFloat = Field(
         1.0, description="the network reads (array - shift) x scale, of about unit variance"
     )
@@ -476,8 +488,10 @@ class ModalityConfig(Section):
 
     @property
     def patch_values(self) -> int:
-        """Values of a patch."""
+        """Values of a patch, as the network reads it."""
         height, width = self.block
+        if self.kind == "mel":
+            return MEL_BANDS * width // MEL_HOP
         return self.channels * height * width
 
     @property
@@ -503,6 +517,11 @@ class ModalityConfig(Section):
         except ValueError as error:
             yield f"{named}.patch: {error}"
             return
+        if self.kind == "mel" and (self.channels != 1 or height != 1 or width % MEL_HOP):
+            yield (
+                f"{named}.kind=mel takes channels 1 and a patch of 1 x a multiple of {MEL_HOP} samples, got"
+                f" {self.channels} and {self.patch}"
+            )
         for size in map(Size.parse, self.shapes):
             if size.height % height or size.width % width:
                 yield f"{named}.shapes: {size} must be a multiple of {named}.patch {self.patch}"

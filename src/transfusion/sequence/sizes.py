@@ -119,6 +119,16 @@ class OtherSizes:
         """Rows and columns of patches of such an array."""
         return size.height // self.block[0], size.width // self.block[1]
 
+    def numbers(self, height_I: NDArray[Any], width_I: NDArray[Any], is_array_I: NDArray[Any]) -> Integers:
+        """Numbers [I] of the sizes of stored arrays, and of files, which take the narrowest that holds them.
+
+        What has no size counts as the first, or as the widest: whoever reads it tells.
+        """
+        side_K2 = _sides(self.sizes)
+        order_K = np.argsort(side_K2[:, 1], kind="stable")
+        place_I = np.searchsorted(side_K2[order_K, 1], width_I).clip(max=len(order_K) - 1)
+        return np.where(is_array_I, _exact(side_K2, height_I, width_I), order_K[place_I])
+
 
 @dataclass(frozen=True)
 class MediaSizes:
@@ -256,7 +266,7 @@ class MediaSizes:
         if modality_I is not None and modality_I.any():
             first = len(self.sizes)
             for turn, other in enumerate(self.others):
-                own_I = first + _exact(_sides(other.sizes), height_I, width_I)
+                own_I = first + other.numbers(height_I, width_I, is_latent_I)
                 number_I = np.where(modality_I == turn + 1, own_I, number_I)
                 first += len(other.sizes)
         return number_I

@@ -80,6 +80,8 @@ class SourceIndex:
         self._image = ImageSegment(None, patches)
         self._modalities = sizes.modalities if sizes else (IMAGE,)
         channels = np.array([latent_channels, *modality_channels], np.int64)
+        others = sizes.others if sizes else ()
+        widest = np.array([0, *(max(size.width for size in other.sizes) for other in others)], np.int64)
         self._clean_context, self._captions_follow = clean_context, captions_follow
         self._size_numbers: dict[int, NDArray[np.uint8]] = {}
         views = [
@@ -91,6 +93,7 @@ class SourceIndex:
                 sequence_length,
                 part.modality_I(self._modalities),
                 channels,
+                widest,
                 kind,
             )
             for number, (part, faults) in enumerate(
@@ -276,6 +279,7 @@ class _FittingSamples:
 
     patches_N: of all images of each sample's document. context_N: of noised copies beside them. modality_I: of stored
     images and arrays. -1: the configuration does not declare it. channels_M: of stored latents or arrays, by modality.
+    widest_M: width of its widest size.
     """
 
     def __init__(
@@ -287,6 +291,7 @@ class _FittingSamples:
         sequence_length: int,
         modality_I: NDArray[np.int8],
         channels_M: Integers,
+        widest_M: Integers,
         kind: SourceKind,
     ) -> None:
         self.captions_N: NDArray[Any] = part["captions_N"]
@@ -303,9 +308,13 @@ class _FittingSamples:
             self.tokens_C <= np.repeat(longest_N, self.captions_N)
         )
         channels_I, own_I = part["latent_channels_I"], channels_M[modality_I]
-        strange_I = (channels_I > 0) & (channels_I != own_I) & (own_I > 0) | (modality_I < 0)
+        is_other_I = (channels_I > 0) & (channels_I != own_I) & (own_I > 0)
+        is_long_I = (modality_I > 0) & (channels_I == 0) & (part["image_width_I"] > widest_M[modality_I])
+        strange_I = is_other_I | is_long_I | (modality_I < 0)
         sample_I = np.repeat(np.arange(len(part)), part["stored_images_N"])
-        strange, undeclared = (set(sample_I[which_I].tolist()) for which_I in (strange_I, modality_I < 0))
+        strange, undeclared, long = (
+            set(sample_I[which_I].tolist()) for which_I in (strange_I, modality_I < 0, is_long_I)
+        )
         fits_C &= ~np.repeat(np.isin(np.arange(len(part)), list(strange)), self.captions_N)
         # Those of another kind are among the faults already.
         wrong_N = part.stray_N(kind)
@@ -316,6 +325,7 @@ class _FittingSamples:
         self.kept = np.flatnonzero(fitting_N)
         for sample in np.flatnonzero((fitting_N == 0) & ~wrong_N).tolist():
             reason = "latent_shape" if sample in strange else "longer_than_row"
+            reason = "sound_too_long" if sample in long else reason
             reason = "modality_undeclared" if sample in undeclared else reason
             self.faults.append(part.fault(sample, reason))
         self.captions_N, self.tokens_C = fitting_N[self.kept], self.tokens_C[fits_C]

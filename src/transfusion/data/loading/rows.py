@@ -23,6 +23,7 @@ from transfusion.data.planning import hash_rng
 from transfusion.data.planning.epoch import Variant
 from transfusion.data.planning.packing import DocumentSpan, RowPlan
 from transfusion.data.shards.sample import Fault, SampleError
+from transfusion.data.sounds.files import decode_to as decode_sound
 from transfusion.files import name_hash
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken
 from transfusion.sequence.layout import (
@@ -274,6 +275,8 @@ def read_values(
     """
     data = index.read_image(sample, image_number, shards)
     size = index.size(sample, image_number) or settings.sizes.first
+    if size.modality != IMAGE and not index.is_latent(sample, image_number):
+        return decode_sound(data, size.width)
     if size.modality != IMAGE:
         array = read_latent(data)
         if array.shape != (settings.array_channels[size.modality], *size.sides):

@@ -61,7 +61,7 @@ def prepare(
 ) -> PrepareResult:
     """Write the shards of a source, or find that they are there already.
 
-    source: `digits`, `python-docs`, `emoji`, a folder of images with .txt captions, or a .jsonl file of texts.
+    source: `digits`, `python-docs`, `emoji`, a folder of images or sounds with .txt captions, or a .jsonl file.
     validation: share kept for evaluation (default 0.1 of python-docs' characters, 0.02 of the concepts of emoji, else
     0.02 of the samples; the digits have a fixed split). one_caption_a_line: of a folder, each line of a .txt is a
     caption of its image. font: of the emoji, in place of the system's. Raises UserError for an unknown source, or when
@@ -113,7 +113,7 @@ def _collect(
         return collect_lines(path, seed=seed, validation=share)
     what = "is neither a folder nor a .jsonl file" if path.exists() else "does not exist"
     raise UserError(
-        f"{shown(source)} {what}; name digits, python-docs, emoji, a folder of images or a .jsonl file"
+        f"{shown(source)} {what}; name digits, python-docs, emoji, a folder of images or sounds, or a .jsonl file"
     )
 
 

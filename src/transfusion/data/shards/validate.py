@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transfusion.config.sections import Verify
+from transfusion.config.sections import SOUND, Verify
 from transfusion.data.images.latents import HEADER_BYTES, LATENTS, TOKENS, latent_shape, token_shape
 from transfusion.data.images.probe import probe
 from transfusion.data.shards.sample import (
@@ -23,10 +23,12 @@ from transfusion.data.shards.sample import (
     utf8,
 )
 from transfusion.data.shards.tar import NO_END_MARKER, Member, Window
+from transfusion.data.sounds.files import probe as probe_sound
 from transfusion.files import sha256
 from transfusion.sequence.sizes import IMAGE
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+SOUND_EXTENSIONS = ("wav", "flac")
 MAX_MEMBER = 1 << 26
 MAX_ELEMENTS = 256
 
@@ -39,6 +41,7 @@ _DOTTED = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 # Of an array of another modality, with its name: alone beside a caption, and one of several in a document.
 _ARRAY = re.compile(r"([a-z][a-z_]{0,30})\.npy")
 _ELEMENT_ARRAY = re.compile(r"([a-z][a-z_]{0,30})\d{1,6}\.npy")
+_ELEMENT_SOUND = re.compile(rf"{SOUND}\d{{1,6}}\.(?:{'|'.join(SOUND_EXTENSIONS)})")
 _ELEMENT_IMAGE = re.compile(rf"img\d{{1,6}}\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 
@@ -118,8 +121,11 @@ class SampleValidator:
         if "npy" in members:
             return self._pair(group, members["npy"], notes, shape=latent_shape)
         arrays = [name for name in members if _ARRAY.fullmatch(name)]
-        if len(arrays) > 1:
+        sounds = [name for name in SOUND_EXTENSIONS if name in members]
+        if len(arrays) + len(sounds) > 1:
             raise SampleError("ambiguous_media")
+        if sounds:
+            return self._pair(group, members[sounds[0]], notes, modality=SOUND)
         if arrays:
             return self._pair(group, members[arrays[0]], notes, shape=latent_shape, modality=arrays[0][:-4])
         if "json" in members:
@@ -154,7 +160,7 @@ class SampleValidator:
         if shape is not None:
             return captions, (self._array(member, shape, modality),), ()
         data = self._bytes(member)
-        image = self._image(member, data, notes)
+        image = self._image(member, data, notes) if modality == IMAGE else self._sound(member, data)
         if self._verify:
             stated = facts.get("sha256")
             if not isinstance(stated, str):
@@ -213,13 +219,18 @@ class SampleValidator:
         if any(_ELEMENT_IMAGE.fullmatch(name) and name not in names for name in group.members):
             notes.append("interleaved_unused_image")
         shown = [group.members[name] for name in names]
-        images = tuple(
-            self._image(member, self._bytes(member), notes)
-            if (modality := _modality_of(name)) == IMAGE
-            else self._array(member, latent_shape, modality)
-            for name, member in zip(names, shown, strict=True)
-        )
+        images = tuple(self._element(name, member, notes) for name, member in zip(names, shown, strict=True))
         return tuple(texts), images, tuple(order)
+
+    def _element(self, name: str, member: Member, notes: list[str]) -> StoredImage:
+        if _ELEMENT_IMAGE.fullmatch(name):
+            return self._image(member, self._bytes(member), notes)
+        if _ELEMENT_SOUND.fullmatch(name):
+            return self._sound(member, self._bytes(member))
+        return self._array(member, latent_shape, _modality_of(name))
+
+    def _sound(self, member: Member, data: bytes) -> StoredImage:
+        return StoredImage(member.start, member.size, probe_sound(data).samples, 1, modality=SOUND)
 
     def _array(self, member: Member, shape: ShapeOf, modality: str) -> StoredImage:
         head = self._window.read(member.start, min(member.size, HEADER_BYTES))
@@ -243,6 +254,8 @@ def _modality_of(name: str) -> str:
     """Of a member of an interleaved document. Empty: it can be in none."""
     if _ELEMENT_IMAGE.fullmatch(name):
         return IMAGE
+    if _ELEMENT_SOUND.fullmatch(name):
+        return SOUND
     found = _ELEMENT_ARRAY.fullmatch(name)
     return found[1] if found else ""
 
