@@ -150,8 +150,9 @@ def test_a_spectrogram_is_that_of_its_formula_and_sounds_as_before() -> None:
     for wanted, low, high in ((440, 0, 1000), (1500, 1000, 3000)):
         among = spectrum_F * ((hertz_F >= low) & (hertz_F < high))
         assert abs(float(hertz_F[among.argmax()]) - wanted) < 0.05 * wanted
-    (after,) = (codec.encode(heard) - latents)[..., 1:-1].abs().mean()[None]
-    assert after < 0.3
+    # Silence between the tones is filled a little. What is loud stays.
+    off, is_loud = (codec.encode(heard) - latents).abs(), latents > 6 * MEL["scale"]
+    assert is_loud.sum() > 100 and off[is_loud].mean() < 0.2
 
 
 def speech(folder: Path) -> Path:
