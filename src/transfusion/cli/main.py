@@ -106,7 +106,8 @@ def prepare(
     source: Annotated[
         str,
         typer.Argument(
-            help="digits, python-docs, emoji, a folder of images or sounds with captions, or a .jsonl file"
+            help="digits, spoken-digits, python-docs, emoji, a folder of images or sounds with captions, or a .jsonl"
+            " file"
         ),
     ],
     out: Annotated[Path, typer.Option(help="folder for the shards")],

@@ -34,11 +34,7 @@ class MelCodec:
 
     def encode(self, values_I11T: Tensor) -> Tensor:
         """fp32 latents of about unit variance."""
-        sound_IT = values_I11T.float().flatten(1)
-        # The last frame, around the end, would be one more than there are hops.
-        magnitude_IFW = _transform(sound_IT)[..., :-1].abs()
-        mel_IMW = bands(sound_IT.device) @ magnitude_IFW
-        normed = (mel_IMW.clamp(min=FLOOR).log() - self._shift) * self._scale
+        normed = (spectrogram(values_I11T) - self._shift) * self._scale
         return normed.unflatten(2, (-1, self._frames)).permute(0, 1, 3, 2).flatten(1, 2)[:, :, None]
 
     def decode(self, latent_IE1w: Tensor) -> Tensor:
@@ -48,6 +44,14 @@ class MelCodec:
         # Of all spectra with these bands the least one, where it is none below zero.
         magnitude_IFW = (torch.linalg.pinv(bands(mel_IMW.device)) @ mel_IMW).clamp(min=0.0)
         return _with_phases(torch.cat((magnitude_IFW, magnitude_IFW[..., -1:]), dim=-1))[:, None, None]
+
+
+def spectrogram(values_I11T: Tensor) -> Tensor:
+    """Natural logarithms of magnitudes in bands, fp32 [I, M, W]."""
+    sound_IT = values_I11T.float().flatten(1)
+    # The last frame, around the end, would be one more than there are hops.
+    magnitude_IFW = _transform(sound_IT)[..., :-1].abs()
+    return (bands(sound_IT.device) @ magnitude_IFW).clamp(min=FLOOR).log()
 
 
 def _transform(sound_IT: Tensor) -> Tensor:

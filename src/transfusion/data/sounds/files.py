@@ -7,6 +7,7 @@ not finite.
 from __future__ import annotations
 
 import io
+import wave
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,15 @@ def decode_to(data: bytes, samples: int) -> NDArray[np.float32]:
     if len(values) > samples:
         values = values[:samples]
     return np.pad(values, (0, samples - len(values)))[None, None]
+
+
+def as_wav(values: NDArray[np.float32]) -> bytes:
+    """Samples [T] at `SAMPLE_RATE` as a WAV of 16 bits. What is louder than full scale is cut."""
+    stream = io.BytesIO()
+    with wave.open(stream, "wb") as file:
+        file.setparams((1, 2, SAMPLE_RATE, len(values), "NONE", ""))
+        file.writeframes((np.clip(values, -1, 1) * 32767).round().astype("<i2").tobytes())
+    return stream.getvalue()
 
 
 def _resampled_length(samples: int, rate: int) -> int:
