@@ -672,9 +672,9 @@ class Pipeline:
         image = replace(sampling, seed=seed, size=size)
         return Request(prompt=parts, text=TextSampling(seed=seed), image=image, draws=True)
 
-    def _parts(self, prompt: Prompt | ImageLike) -> list[Part]:
+    def _parts(self, prompt: Prompt | ImageLike | Media) -> list[Part]:
         """Checked parts, images as the network reads them."""
-        given = [prompt] if isinstance(prompt, str | Tensor | Image.Image) else prompt
+        given = [prompt] if isinstance(prompt, str | Tensor | Image.Image | Media) else prompt
         parts: list[Part] = []
         for part in given:
             if isinstance(part, str):
@@ -689,7 +689,7 @@ class Pipeline:
         return parts
 
     def _target(self, target: str | ImageLike | Media) -> Part:
-        parts = self._parts([target])
+        parts = self._parts(target)
         if len(parts) != 1:
             raise UserError(f"a target is one text or one image, got {len(parts)} parts")
         return parts[0]

@@ -92,7 +92,8 @@ def test_the_model_chooses_sizes_and_a_batch_of_them_is_answered_as_each_alone(
     pipeline = talkative(build_pipeline, position="2d")
     random = np.random.default_rng(0)
     one, two, three = (
-        torch.from_numpy(random.integers(0, 256, (1, *Size.parse(text)), dtype=np.uint8)) for text in SIZES
+        torch.from_numpy(random.integers(0, 256, (1, *Size.parse(text).sides), dtype=np.uint8))
+        for text in SIZES
     )
     prompts: list[list[str | Tensor]] = [
         ["three"],
