@@ -85,7 +85,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 def _measure(config: Config, here: environment.Environment) -> dict[str, Any]:
     (batches,) = synthetic_steps(config, 1)
-    flops, load = FlopModel(config), Workload.of(batches[-1], config.codec)
+    flops, load = FlopModel(config), Workload.of(batches[-1], config)
     work = flops.of(batches)
     rates = measure_rates(config, batches[0])
     engine = build_engine(config, here)
@@ -109,7 +109,7 @@ def _measure(config: Config, here: environment.Environment) -> dict[str, Any]:
         "parameters": network.elements,
         "products": {"predicted": work.hardware.products, "counted": counted},
         "pairs": {
-            "predicted": sum(Workload.of(batch, config.codec).pairs for batch in batches),
+            "predicted": sum(Workload.of(batch, config).pairs for batch in batches),
             "counted": pairs,
         },
         "memory": _memory(predicted, tracked, resident),

@@ -287,7 +287,7 @@ class Load:
         sizes = self.draw.choices(list(self.sizes), k=count)
         pixels = [list(self.draw.randbytes(size.height * size.width)) for size in sizes]
         return [
-            torch.tensor(each, dtype=torch.uint8).view(1, *size)
+            torch.tensor(each, dtype=torch.uint8).view(1, *size.sides)
             for each, size in zip(pixels, sizes, strict=True)
         ]
 

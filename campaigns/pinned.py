@@ -141,8 +141,12 @@ def parts(value: Any) -> Iterator[bytes]:
         for field in dataclasses.fields(value):
             held = getattr(value, field.name)
             # These came after the first pins. `kind` says only what the type of the values says too. The others are
-            # None where nothing is new.
-            if field.name == "kind" or (held is None and field.name in ("is_context_I", "value_I", "second")):
+            # None where nothing is new, and an image was number 1 of the modalities before it had its name.
+            if field.name == "modality" and held == "image":
+                held = 1
+            if field.name in ("kind", "is_empty") or (
+                held is None and field.name in ("is_context_I", "value_I", "second")
+            ):
                 continue
             yield from parts(held)
     elif isinstance(value, (list, tuple)):

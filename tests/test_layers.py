@@ -62,6 +62,8 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "cudnn": ("kernels/transfusion_kernels/rivals/cudnn.py",),
     "wandb": ("src/transfusion/observe/sinks.py",),
     "cv2": ("src/transfusion/data/images/decode.py",),
+    "soundfile": ("src/transfusion/data/sounds/files.py",),
+    "soxr": ("src/transfusion/data/sounds/files.py",),
     "webdataset": ("src/transfusion/data/shards/webdataset.py",),
     "fsspec": ("src/transfusion/data/shards/webdataset.py",),
     "sentencepiece": ("src/transfusion/sequence/tokenizer.py",),

@@ -26,7 +26,7 @@ Kind = Literal["pixels", "latents", "tokens"]
 
 
 class Modality(enum.IntEnum):
-    """What stands at a position of a row."""
+    """What stands at a position of a row. IMAGE: a patch, of an image or of other media."""
 
     TEXT = 0
     IMAGE = 1
@@ -42,8 +42,8 @@ class TextSegment:
 
 @dataclass(frozen=True, slots=True)
 class ImageSegment:
-    """One image: uint8 values [C, H, W] as decoded, its patches, how many stand in a row (0: it is square), and the
-    token before them, which tells the size."""
+    """One image or array of another modality: values [C, H, W] as decoded, its patches, how many stand in a row (0: it
+    is square), and the token before them, which tells modality and size."""
 
     values_CHW: Any
     patches: int
@@ -65,8 +65,9 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaGroup:
-    """All images of a batch that share one kind and one shape.
+    """All images of a batch, or all arrays of another modality, that share one kind and one shape.
 
+    modality: "image", or the name of another.
     kind, values: "pixels" uint8 [I, C, H, W], which the codec turns into what the network reads; or that already,
         "latents" fp32 [I, C, H, W] or "tokens" int32 [I, H, W].
     image_weight_I: float32, 1 for a real image, 0 for one that only keeps every rank's work alike.
@@ -75,9 +76,10 @@ class MediaGroup:
     noise_key_I: int64, key of the counter-based noise (`diffusion.noise`).
     is_context_I: bool, True for a clean image that is only read (`diffusion.context`). None: there is none.
     value_I: int64, which of the values each image shows, where some show the same. None: each its own.
+    is_empty: its image has weight 0, and no position.
     """
 
-    modality: Modality
+    modality: str
     kind: Kind
     values: Tensor
     image_weight_I: Tensor
@@ -86,6 +88,7 @@ class MediaGroup:
     noise_key_I: Tensor
     is_context_I: Tensor | None = None
     value_I: Tensor | None = None
+    is_empty: bool = False
 
     @property
     def learned_I(self) -> Tensor:
@@ -132,8 +135,9 @@ class Batch:
 
     token_ids_BS: int64. modality_BS: uint8 (`Modality`). position_BSA: int64, A = 1 (running position in
     its document) or 3 (running position, patch row, patch column). target_ids_BS: int64, the next token.
-    text_weight_BS: float32, 1 where the next token is learned, else 0. mask: who sees whom. media: never empty, so
-    that every rank does the same work; without images one of weight 0.
+    text_weight_BS: float32, 1 where the next token is learned, else 0. mask: who sees whom. media: at
+    least one group of each modality, in the order of the configuration, so that every rank does the same work. Where
+    there is nothing of a modality, an empty one.
     second: positions that see more, int64 [B, M], and what, as `interval_attention` takes it: the noised images beside
     clean ones see what comes before these.
     routes: only where ranks share rows; then S is a slice of the mask's positions (`parallel.ulysses`).
@@ -155,7 +159,7 @@ class Batch:
         """Positions that hold a patch, known without asking the device."""
         if self.routes is not None:
             return self.routes.held
-        return sum(group.patch_slot_IP.numel() for group in self.media) if self.counts.images else 0
+        return sum(group.patch_slot_IP.numel() for group in self.media if not group.is_empty)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""

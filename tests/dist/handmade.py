@@ -29,7 +29,8 @@ from transfusion.schema import (
     StepResult,
     TextSegment,
 )
-from transfusion.sequence.layout import tokenize_document, with_twins
+from transfusion.sequence.layout import image_segment, tokenize_document, with_twins
+from transfusion.sequence.sizes import IMAGE
 from transfusion_kernels import IntervalMask
 
 VOCABULARY = 64
@@ -38,8 +39,28 @@ PATCHES = 4
 SIDE = 4
 
 Content = Literal[
-    "mixed", "text", "image", "little text", "two kinds", "packed", "wide", "two sizes", "clean"
+    "mixed",
+    "text",
+    "image",
+    "little text",
+    "two kinds",
+    "packed",
+    "wide",
+    "two sizes",
+    "clean",
+    "heard",
+    "seen",
+    "seen and heard",
+    "read",
 ]
+# A third modality, of two lengths: one patch is two values of each of three channels.
+SOUNDS: list[dict[str, Any]] = [
+    {
+        "name": "sound", "channels": 3, "shapes": ["1x8", "1x4"], "patch": "1x2", "scale": 0.5,
+        "diffusion": {"prediction": "flow"},
+    }
+]  # fmt: skip
+_SOUNDS_OF: dict[Content, tuple[int, ...]] = {"heard": (0, 1), "seen and heard": (1,)}
 # Words of a document and the images that follow them: how many times as wide as high each is, and so how many times
 # PATCHES it has.
 Document = tuple[int, tuple[int, ...]]
@@ -71,8 +92,10 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
 
     side: height of the images, which have four patches, twice as wide ones eight. two kinds: as mixed, the first
     image as latents. wide: one of eight patches in each row. two sizes: one of each, in turn first. clean: see
-    `_clean_batch`.
+    `_clean_batch`. heard, seen, seen and heard, read: see `_media_batch`.
     """
+    if content in ("heard", "seen", "seen and heard", "read"):
+        return _media_batch(content, seed, rows, side)
     if content == "clean":
         return _clean_batch(seed, rows, side)
     random = torch.Generator().manual_seed(seed)
@@ -113,12 +136,13 @@ def make_batch(content: Content, seed: int, rows: int = 2, side: int = SIDE) -> 
     nothing = {1: [torch.arange(PATCHES)]}
     groups = tuple(
         MediaGroup(
-            modality=Modality.IMAGE,
+            modality=IMAGE,
             kind="pixels",
             values=torch.randint(
                 0, 256, (len(same), 1, side, times * side), generator=random, dtype=torch.uint8
             ),
             image_weight_I=torch.full((len(same),), float(images > 0)),
+            is_empty=not images,
             patch_slot_IP=torch.stack(same),
             timestep_I=torch.randint(0, 1000, (len(same),), generator=random),
             noise_key_I=torch.arange(len(same)) + 1000 * seed + 100 * (times - 1),
@@ -160,6 +184,31 @@ def _clean_batch(seed: int, rows: int, side: int) -> Batch:
             key, timestep = 1000 * seed + 10 * row + number, int(random.integers(1000))
             shown += placed(document, 0, number, image.values_CHW, timestep, key)
         built.append(joined([document], settings, tuple(shown), ()))
+    return collate(built, settings)
+
+
+def _media_batch(content: Content, seed: int, rows: int, side: int) -> Batch:
+    """Rows of a text and behind it sounds of both lengths, an image, an image and a sound, or nothing."""
+    random = np.random.default_rng(seed)
+    config = small_config(modalities=SOUNDS, codec__image_size=side)
+    settings, sizes, built = RowSettings.of(config), config.media_sizes, []
+    for row in range(rows):
+        shown: list[tuple[str, ImageSegment]] = []
+        if content.startswith("seen"):
+            pixels_CHW = random.integers(0, 256, (1, side, side), dtype=np.uint8)
+            shown.append((IMAGE, ImageSegment(pixels_CHW, PATCHES)))
+        for number in _SOUNDS_OF.get(content, ()):
+            size = config.modalities[0].sizes.sizes[number]
+            values_CHW = random.normal(size=(3, *size.sides)).astype(np.float32)
+            shown.append(("sound", image_segment(sizes, size, values_CHW)))
+        text = TextSegment(tuple(random.integers(8, VOCABULARY - 2, 3 + row % 2).tolist()))
+        media = [segment for _, segment in shown]
+        document = tokenize_document([*media[: row % 2], text, *media[row % 2 :]])
+        placed_ones: list[RowImage] = []
+        for number, (modality, segment) in enumerate(shown):
+            key, timestep = 1000 * seed + 10 * row + number, int(random.integers(1000))
+            placed_ones += placed(document, 0, number, segment.values_CHW, timestep, key, modality)
+        built.append(joined([document], settings, tuple(placed_ones), ()))
     return collate(built, settings)
 
 
@@ -284,7 +333,13 @@ def counts_of(batches: list[Batch]) -> dict[str, torch.Tensor]:
     """Counts of the given batches, without asking other ranks."""
     text = sum(batch.counts.text_targets for batch in batches)
     image = sum(batch.counts.image_elements for batch in batches)
-    return {"text": torch.tensor(float(text)), "image": torch.tensor(float(image))}
+    others: dict[str, int] = {}
+    for group in (group for batch in batches for group in batch.media):
+        if group.modality != IMAGE:
+            here = 0 if group.is_empty else group.values.numel()
+            others[group.modality] = others.get(group.modality, 0) + here
+    counts = {"text": text, "image": image - sum(others.values()), **others}
+    return {name: torch.tensor(float(count)) for name, count in counts.items()}
 
 
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:

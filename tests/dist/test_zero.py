@@ -23,7 +23,7 @@ VARIANTS = [
     "stage 2, optimiser offloaded", "biases, wider heads, slower turns", "tied head", "tied head, nothing kept",
     "tied head, stage 2", "own feed-forward", "own weights", "own weights, shared rows", "clean image", "frozen text",
     "frozen text, kept", "clean context", "clean context, own weights, shared rows", "muon",
-    "muon, nothing kept, own weights", "muon, stage 1",
+    "muon, nothing kept, own weights", "muon, stage 1", "three modalities", "three modalities, own weights",
 ]  # fmt: skip
 KINDS = ["defaults", "nothing kept", "bf16", "stage 2", "tied, bf16", "muon, stage 1, bf16"]
 SAVED = [*KINDS, "uneven"]
@@ -52,6 +52,7 @@ def test_two_ranks_equal_one_process(pair: Findings, variant: str) -> None:
         "own weights",
         "clean image",
         "clean context, own weights, shared rows",
+        "three modalities, own weights",
         "second copies",
     ],
 )

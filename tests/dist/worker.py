@@ -25,6 +25,7 @@ from scenarios.common import (
     ALONE,
     CLEAN_STREAM,
     LATENTS,
+    MEDIA_STREAM,
     NOTHING_KEPT,
     STREAM,
     Halves,
@@ -191,6 +192,8 @@ def pair_in_training(here: Environment) -> dict[str, Callable[[], Any]]:
 
 def stream_of(changes: dict[str, Any]) -> Stream:
     """What the ranks see under such a configuration."""
+    if "modalities" in changes:
+        return MEDIA_STREAM
     return CLEAN_STREAM if changes.get("diffusion__context") == "clean" else STREAM
 
 
@@ -208,6 +211,7 @@ def quad(here: Environment, folder: Path) -> dict[str, Callable[[], Any]]:
         "own weights",
         "clean image",
         "clean context, own weights, shared rows",
+        "three modalities, own weights",
     )
     variants = {name: VARIANTS[name] for name in names}
     # The last one: DeepSpeed makes the groups for it once a process.

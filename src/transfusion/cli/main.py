@@ -105,7 +105,10 @@ def _root(
 def prepare(
     source: Annotated[
         str,
-        typer.Argument(help="digits, python-docs, emoji, a folder of images with captions, or a .jsonl file"),
+        typer.Argument(
+            help="digits, spoken-digits, python-docs, emoji, a folder of images or sounds with captions, or a .jsonl"
+            " file"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder for the shards")],
     validation: Annotated[

@@ -1,22 +1,36 @@
-"""Images to latents or tokens and back. Reading order: interface, pixels, networks, preview, autoencoder."""
+"""Images to latents or tokens and back, and arrays of other media.
+
+Reading order: interface, pixels, networks, preview, autoencoder, arrays, mel.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from transfusion.codec.arrays import ArrayCodec
 from transfusion.codec.autoencoder import KLCodec, VQCodec
-from transfusion.codec.interface import Codec, encoded
+from transfusion.codec.interface import Codec, MediaCodec, encoded
+from transfusion.codec.mel import MelCodec
 from transfusion.codec.networks import load_network
 from transfusion.codec.pixels import PixelCodec
 from transfusion.codec.preview import open_preview
-from transfusion.config import CodecConfig
+from transfusion.config import CodecConfig, ModalityConfig
 from transfusion.config.codec_folder import codec_fingerprint, read_facts
 from transfusion.errors import UserError
 
-__all__ = ["CODECS", "Codec", "encoded", "open_autoencoder", "open_codec"]
+__all__ = [
+    "CODECS",
+    "MEDIA_CODECS",
+    "Codec",
+    "MediaCodec",
+    "encoded",
+    "open_autoencoder",
+    "open_codec",
+    "open_media_codecs",
+]
 
 CodecOpener = Callable[[CodecConfig, torch.device | str], Codec]
 
@@ -49,3 +63,10 @@ CODECS: dict[str, CodecOpener] = {
     "kl": open_autoencoder,
     "vq": open_autoencoder,
 }
+# By `modalities.kind`, see `config.sections.MEDIA_KINDS`.
+MEDIA_CODECS: dict[str, Callable[[ModalityConfig], MediaCodec]] = {"latents": ArrayCodec, "mel": MelCodec}
+
+
+def open_media_codecs(modalities: Sequence[ModalityConfig]) -> dict[str, MediaCodec]:
+    """The codec of each further modality, by its name."""
+    return {modality.name: MEDIA_CODECS[modality.kind](modality) for modality in modalities}

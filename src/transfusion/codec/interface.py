@@ -6,12 +6,14 @@ I images, C channels of the latents, H/W height and width of images, h/w of late
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from transfusion.config import CodecConfig
+from transfusion.config import CodecConfig, ModalityConfig
 from transfusion.schema import MediaGroup
+from transfusion.sequence.sizes import IMAGE, Size
 
 
 class Codec(Protocol):
@@ -73,12 +75,36 @@ class Codec(Protocol):
         """
 
 
-def encoded(group: MediaGroup, codec: Codec | None) -> Tensor:
-    """The latents or tokens of a group of images, stored ones as they are.
+class MediaCodec(Protocol):
+    """The same of a further modality: its arrays to latents of which each is one patch, and back."""
+
+    def encode(self, values_ICHW: Tensor) -> Tensor:
+        """Encode arrays, as they are read from shards.
+
+        Args:
+            values_ICHW: As many channels, height and width as the modality declares.
+
+        Returns:
+            Latents, fp32 [I, E, h, w] of about unit variance.
+        """
+
+    def decode(self, latent_IEhw: Tensor) -> Tensor:
+        """Decode latents.
+
+        Args:
+            latent_IEhw: As `encode` makes them.
+
+        Returns:
+            Arrays [I, C, H, W].
+        """
+
+
+def encoded(group: MediaGroup, codec: Codec | MediaCodec | None) -> Tensor:
+    """The latents or tokens of a group of images, stored ones as they are, or the latents of other media.
 
     Args:
-        group: Images of one kind and shape.
-        codec: Encodes pixels. None where there are none.
+        group: Images of one kind and shape, or arrays of another modality.
+        codec: That of the modality. Encodes pixels, and arrays. None where there are none.
 
     Returns:
         Latents fp32 [I, C, h, w], or tokens int64 [I, h, w].
@@ -86,17 +112,23 @@ def encoded(group: MediaGroup, codec: Codec | None) -> Tensor:
     Raises:
         ValueError: For pixels without a codec.
     """
-    if group.kind == "pixels":
+    if group.kind == "pixels" or group.modality != IMAGE:
         if codec is None:
-            raise ValueError("a batch of pixels needs the configuration's codec")
+            raise ValueError("a batch of pixels or arrays needs the configuration's codec")
         values = codec.encode(group.values)
     else:
         values = group.values.long() if group.kind == "tokens" else group.values.float()
     return values if group.value_I is None else values[group.value_I]
 
 
-def latent_shape(group: MediaGroup, codec: CodecConfig | None) -> tuple[int, int, int]:
+def latent_shape(
+    group: MediaGroup, codec: CodecConfig | None, modalities: Sequence[ModalityConfig] = ()
+) -> tuple[int, int, int]:
     """[C, H, W] of the latents of each image of the group, known before it is encoded; codec None: pixels."""
+    for modality in modalities:
+        if modality.name == group.modality:
+            height, width = group.values.shape[2:]
+            return modality.latent_shape(Size(height, width, modality.name))
     if group.kind == "tokens":
         # Their codec knows how deep its codes are; nothing here asks.
         return 1, *group.values.shape[1:]
@@ -106,7 +138,9 @@ def latent_shape(group: MediaGroup, codec: CodecConfig | None) -> tuple[int, int
     return channels, height, width
 
 
-def image_elements(group: MediaGroup, codec: CodecConfig | None) -> int:
-    """What each image of the group has of the image loss: numbers of its latents, or tokens."""
-    shape = latent_shape(group, codec)
+def media_elements(
+    group: MediaGroup, codec: CodecConfig | None, modalities: Sequence[ModalityConfig] = ()
+) -> int:
+    """What each image of the group has of its modality's loss: numbers of its latents, or tokens."""
+    shape = latent_shape(group, codec, modalities)
     return math.prod(shape[1:]) if codec is not None and codec.makes == "tokens" else math.prod(shape)

@@ -49,7 +49,7 @@ from transfusion.data.shards.webdataset import expand
 from transfusion.errors import UserError, describe, shown
 from transfusion.files import atomic_file, atomic_write_text, file_digest, remove_unfinished
 from transfusion.parallel.environment import find_device
-from transfusion.sequence.sizes import ImageSizes
+from transfusion.sequence.sizes import MediaSizes
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ def _decoded(
         left_out.update(["ambiguous_image"] * (len(images) > 1))
         return None
     try:
-        sizes = ImageSizes(codec.sizes, codec.downscale, 1, resize=codec.resize)
+        sizes = MediaSizes(codec.sizes, codec.downscale, 1, resize=codec.resize)
         if not sizes.is_multi_size:
             return decode_to(images[0], sizes.first, channels=codec.channels, resize=codec.resize)
         return decode_fitting(images[0], sizes, channels=codec.channels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from transfusion.config import rules
 from transfusion.config.families import FAMILY_SETTINGS
@@ -16,6 +16,7 @@ from transfusion.config.sections import (
     DiffusionConfig,
     EvalConfig,
     LogConfig,
+    ModalityConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -23,7 +24,7 @@ from transfusion.config.sections import (
     Section,
     TrainConfig,
 )
-from transfusion.sequence.sizes import ImageSizes
+from transfusion.sequence.sizes import MediaSizes
 
 
 class Config(Section):
@@ -33,6 +34,9 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     codec: CodecConfig = CodecConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    modalities: list[ModalityConfig] = Field(
+        default_factory=list, description="further modalities beside text and images"
+    )
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -42,26 +46,28 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
 
     def with_vocabulary(self, pieces: int) -> Config:
-        """The configuration with a row of the embedding for each of the tokenizer's pieces and each size of images
-        but the first, unless it asks for more."""
-        size = max(self.model.vocabulary, pieces + len(self.codec.sizes) - 1)
+        """The configuration with a row of the embedding for each of the tokenizer's pieces, each size of images but the
+        first, and each shape of other media, unless it asks for more."""
+        size = max(self.model.vocabulary, pieces + len(self.media_sizes.all) - 1)
         return self.model_copy(update={"model": self.model.model_copy(update={"vocabulary": size})})
 
     @property
-    def image_sizes(self) -> ImageSizes:
-        """The sizes of images, how they are cut into patches, and what begins them: once the vocabulary is known."""
-        return ImageSizes(
+    def media_sizes(self) -> MediaSizes:
+        """The sizes of images and all else, how they are cut into patches, and what begins them: once the vocabulary is
+        known."""
+        return MediaSizes(
             self.codec.sizes,
             self.codec.downscale or 1,
             self.model.patch_size,
             self.model.vocabulary,
             self.codec.resize,
+            tuple(modality.sizes for modality in self.modalities),
         )
 
     @property
     def patches_per_image(self) -> int:
         """Patches of an image of the first size."""
-        return self.image_sizes.patches(self.codec.sizes[0])
+        return self.media_sizes.patches(self.codec.sizes[0])
 
     def warnings(self) -> list[str]:
         """What can be trained but hardly learns, one line each with its remedy."""
@@ -105,9 +111,12 @@ class Config(Section):
     def _misfits(self) -> Iterator[str]:
         yield from rules.family_problems(self.model, self.codec, self.diffusion, self.train)
         yield from rules.size_problems(
-            self.codec, self.data, self.diffusion, self.sample_grid, self.image_sizes
+            self.codec, self.data, self.diffusion, self.sample_grid, self.media_sizes
         )
         yield from self.diffusion.problems()
+        yield from rules.modality_problems(
+            self.modalities, self.model, self.data, self.train, self.media_sizes
+        )
         yield from rules.sampling_problems(self.sample_grid, self.diffusion, self.data)
         yield from rules.freeze_problems(self.model, self.train)
         if self.eval.every and not self.eval.suites and not self.data.validation:

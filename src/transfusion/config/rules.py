@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from transfusion.config.families import FAMILY_SETTINGS
 from transfusion.config.objectives import SAMPLERS
@@ -10,11 +10,12 @@ from transfusion.config.sections import (
     CodecConfig,
     DataConfig,
     DiffusionConfig,
+    ModalityConfig,
     ModelConfig,
     SampleGridConfig,
     TrainConfig,
 )
-from transfusion.sequence.sizes import MAX_ASPECT, ImageSizes, Size
+from transfusion.sequence.sizes import MAX_ASPECT, MediaSizes, Size
 
 
 def family_problems(
@@ -45,7 +46,7 @@ def size_problems(
     data: DataConfig,
     diffusion: DiffusionConfig,
     sample: SampleGridConfig,
-    sizes: ImageSizes,
+    sizes: MediaSizes,
 ) -> Iterator[str]:
     """What keeps images from being cut into patches and put into rows."""
     copies = 2 if diffusion.context == "clean" else 1
@@ -60,7 +61,7 @@ def size_problems(
                 f"data.sequence_length {data.sequence_length} is too short for an image of"
                 f" {patches} patches{twice} and its four control tokens"
             )
-        if max(size) > MAX_ASPECT * min(size):
+        if max(size.sides) > MAX_ASPECT * min(size.sides):
             yield (
                 f"codec.{name} has an aspect ratio above {MAX_ASPECT}; images beyond that are left out, so"
                 " choose a smaller one"
@@ -68,6 +69,31 @@ def size_problems(
     for text in sample.sizes:
         if Size.parse(text) not in codec.sizes:
             yield f"sample_grid.sizes: {text} is not a size of this model's images; choose {sizes.named()}"
+
+
+def modality_problems(
+    modalities: Sequence[ModalityConfig],
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    sizes: MediaSizes,
+) -> Iterator[str]:
+    """What keeps further modalities from being learned with the others."""
+    if not modalities:
+        return
+    names = [modality.name for modality in modalities]
+    if len(set(names)) != len(names):
+        yield f"modalities: two have the same name among {', '.join(names)}"
+    if model.family != "transfusion":
+        yield f"modalities are for model.family=transfusion, not {model.family}; remove them"
+    if train.sequence_parallel > 1:
+        yield "train.sequence_parallel shares rows of texts and images alone; set it to 1, or remove modalities"
+    for size in sizes.all[len(sizes.sizes) :]:
+        if (patches := sizes.patches(size)) + 4 > data.sequence_length:
+            yield (
+                f"data.sequence_length {data.sequence_length} is too short for {size} of {patches} patches and its"
+                " four control tokens"
+            )
 
 
 def sampling_problems(

@@ -30,7 +30,7 @@ from pydantic import (
 
 from transfusion.config.codec_folder import KINDS
 from transfusion.config.objectives import STRAIGHT, PredictionName
-from transfusion.sequence.sizes import Resize, Size
+from transfusion.sequence.sizes import IMAGE, OtherSizes, Resize, Size
 from transfusion.tokens import MAX_SAMPLING_SEED, MAX_SEED
 from transfusion.urls import redacted_plain
 
@@ -44,10 +44,14 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 PROBLEM_SEPARATOR = "\n"
 
 
+SECTION_OF_SIZES = {"sizes": "sample_grid", "image_sizes": "codec", "shapes": "modalities"}
+
+
 def _as_sizes(value: Any, info: ValidationInfo) -> Any:
     """Sizes as they are written. A single one needs no list."""
     values = [value] if isinstance(value, str) else value
-    key = f"{'sample_grid' if info.field_name == 'sizes' else 'codec'}.{info.field_name}"
+    section = SECTION_OF_SIZES[info.field_name or ""]
+    key = f"{section}.{info.field_name}"
     try:
         if isinstance(values, list | tuple) and len(set(map(Size.parse, map(str, values)))) < len(values):
             raise ValueError("a size is given twice")
@@ -440,6 +444,91 @@ class DiffusionConfig(Section):
             given = getattr(self, name)
             if getattr(self, owner) != value and given != type(self).model_fields[name].default:
                 yield f"diffusion.{name}={given:g} does nothing without diffusion.{owner}={value}"
+
+
+# What each `modalities.kind` is. The codecs themselves are in `codec.MEDIA_CODECS`.
+MEDIA_KINDS = ("latents", "mel")
+# Files of sound are brought to this rate, and belong to the modality of this name.
+SAMPLE_RATE, SOUND = 16_000, "sound"
+# Of kind=mel: samples from one frame to the next, and bands of a frame.
+MEL_HOP, MEL_BANDS = 256, 80
+_NOT_MODALITIES = (IMAGE, "text", "latent", "tokens", "patch", "padding")
+
+
+class ModalityConfig(Section):
+    """A modality beside text and images, learned by diffusion as images are: an array [channels, height, width]."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,30}$")] = Field(
+        description="its name in shards (KEY.NAME.npy), losses and logs: small letters and underscores"
+    )
+    kind: str = Field(
+        "latents",
+        description="latents: arrays of a codec of your own, stored in the shards; mel: sound of 16 kHz, learned as"
+        " log-mel spectrograms",
+    )
+    channels: PositiveInt = Field(1, description="channels of an array")
+    shapes: Sizes = Field(
+        description="HEIGHTxWIDTH of the arrays, one or several. Each has a token that begins it. For mel 1xSAMPLES: a"
+        " sound takes the shortest that holds it, with silence behind",
+    )
+    patch: str = Field(
+        "1x1",
+        description="HEIGHTxWIDTH of the block of values that stands at one position. For mel a multiple of 1x256",
+    )
+    scale: PositiveFloat = Field(
+        1.0, description="the network reads (array - shift) x scale, of about unit variance"
+    )
+    shift: FiniteFloat = Field(0.0, description="see scale")
+    diffusion: DiffusionConfig = DiffusionConfig()
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Height and width of a patch."""
+        return Size.parse(self.patch).sides
+
+    @property
+    def patch_values(self) -> int:
+        """Values of a patch, as the network reads it."""
+        height, width = self.block
+        if self.kind == "mel":
+            return MEL_BANDS * width // MEL_HOP
+        return self.channels * height * width
+
+    @property
+    def sizes(self) -> OtherSizes:
+        """Its shapes, and how they are cut."""
+        sizes = tuple(Size.parse(shape)._replace(modality=self.name) for shape in self.shapes)
+        return OtherSizes(self.name, sizes, self.block)
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """[C, H, W] of what the network reads of such an array: its patches, each one latent."""
+        return self.patch_values, *self.sizes.grid(size)
+
+    def _misfits(self) -> Iterator[str]:
+        named = f"modalities.{self.name}"
+        if self.name in _NOT_MODALITIES:
+            yield f"{named}: choose another name than {', '.join(_NOT_MODALITIES)}"
+        if self.kind not in MEDIA_KINDS:
+            yield f"{named}.kind={self.kind} does not exist; choose {' or '.join(MEDIA_KINDS)}"
+        if not self.shapes:
+            yield f"{named}.shapes must name at least one HEIGHTxWIDTH"
+        try:
+            height, width = self.block
+        except ValueError as error:
+            yield f"{named}.patch: {error}"
+            return
+        if self.kind == "mel" and (self.channels != 1 or height != 1 or width % MEL_HOP):
+            yield (
+                f"{named}.kind=mel takes channels 1 and a patch of 1 x a multiple of {MEL_HOP} samples, got"
+                f" {self.channels} and {self.patch}"
+            )
+        for size in map(Size.parse, self.shapes):
+            if size.height % height or size.width % width:
+                yield f"{named}.shapes: {size} must be a multiple of {named}.patch {self.patch}"
+        if self.diffusion.context != "noisy":
+            yield f"{named}.diffusion.context is that of images; set diffusion.context"
+        for problem in self.diffusion.problems():
+            yield problem.replace("diffusion.", f"{named}.diffusion.")
 
 
 class WeightFrom(Section):

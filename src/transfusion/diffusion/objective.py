@@ -15,6 +15,7 @@ from transfusion.config.objectives import MIN_X_SIGMA
 from transfusion.diffusion.noise import counter_normal
 from transfusion.diffusion.schedule import CosineSchedule, RectifiedFlowSchedule, Schedule
 from transfusion.schema import TIMESTEP_BUCKETS, LossTerms
+from transfusion.sequence.sizes import IMAGE
 
 
 class NoisedImages(NamedTuple):
@@ -31,7 +32,9 @@ class ImageObjective:
     path of flow, with the loss of the velocity that it means (Li and He, 2025, table 1, 3-b).
     """
 
-    def __init__(self, config: DiffusionConfig) -> None:
+    def __init__(self, config: DiffusionConfig, name: str = IMAGE) -> None:
+        """name: of the terms of the loss, that of the modality."""
+        self.name = name
         self.predicts = config.prediction
         self.schedule: Schedule = (
             RectifiedFlowSchedule(config.steps) if config.is_straight else CosineSchedule(config.steps)
@@ -87,7 +90,7 @@ class ImageObjective:
     def loss(
         self, prediction: Tensor, target: Tensor, image_weight_I: Tensor, timestep_I: Tensor
     ) -> LossTerms:
-        """ "image" and "image_by_timestep": weighted squared error over unweighted elements.
+        """Such as "image" and "image_by_timestep": weighted squared error over unweighted elements.
 
         A perfect prediction gives exactly zero.
         """
@@ -100,7 +103,8 @@ class ImageObjective:
         zeros_K = torch.zeros(TIMESTEP_BUCKETS, device=target.device)
         error_K = zeros_K.index_add(0, bucket_I, error_I.detach())
         elements_K = zeros_K.index_add(0, bucket_I, elements_I)
+        by_timestep = f"{self.name}_by_timestep"
         return LossTerms(
-            {"image": error_I.sum(), "image_by_timestep": error_K},
-            {"image": elements_I.sum(), "image_by_timestep": elements_K},
+            {self.name: error_I.sum(), by_timestep: error_K},
+            {self.name: elements_I.sum(), by_timestep: elements_K},
         )

@@ -20,6 +20,7 @@ from transfusion.errors import UserError
 from transfusion.evaluate.progress_lines import ProgressLines
 from transfusion.generate.pipeline import Pipeline
 from transfusion.schema import ImageSegment, TextSegment
+from transfusion.sequence.sizes import IMAGE
 from transfusion.sequence.tokenizer import Tokenizer
 
 
@@ -34,9 +35,10 @@ def single_images(
     config: Config, sources: Sequence[SourceConfig], tokenizer: Tokenizer
 ) -> Iterator[tuple[str, Tensor, str]]:
     """Key, values [C, H, W] and caption of the documents with one image, in file order."""
+    sizes = config.media_sizes
     for document in documents(config, sources, tokenizer):
         images = [part for part in document.segments if isinstance(part, ImageSegment)]
-        if len(images) == 1:
+        if len(images) == 1 and sizes.is_image(images[0].begin):
             texts = [part for part in document.segments if isinstance(part, TextSegment)]
             caption = "".join(tokenizer.decode(part.token_ids) for part in texts)
             yield document.key, torch.as_tensor(images[0].values_CHW), caption
@@ -93,6 +95,7 @@ class CaptionedSamples:
             (index, sample)
             for index in self._indexes
             for sample in np.flatnonzero(index.lengths.images_N == 1).tolist()
+            if not config.modalities or index.modality(sample, _image_number(index, sample)) == IMAGE
         ]
         if not self._known:
             raise NoCaptionedImagesError("data.validation")

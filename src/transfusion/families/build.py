@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,6 +18,12 @@ def family_of(config: Config) -> Family:
     return FAMILIES[config.model.family]
 
 
+def network_of(config: Config, **options: Any) -> Backbone:
+    """The network of the family, as it is before training chooses anything of it. options: of its class."""
+    modalities = {"modalities": config.modalities} if config.modalities else {}
+    return family_of(config).network(config.model, config.codec, **modalities, **options)
+
+
 def build_model(config: Config, sharing: Sharing | None = None) -> Backbone:
     """The network with uninitialised weights in fp32, on torch's default device.
 
@@ -24,9 +32,8 @@ def build_model(config: Config, sharing: Sharing | None = None) -> Backbone:
     if config.model.vocabulary == 0:
         raise ValueError("model.vocabulary must hold the tokenizer's size before an engine is built")
     backend = config.train.attention
-    network = family_of(config).network(
-        config.model,
-        config.codec,
+    network = network_of(
+        config,
         attend=PlainAttention(backend) if sharing is None else sharing.attention(backend),
         loss_chunk_size=config.train.loss_chunk_size,
         activation_checkpointing=config.train.activation_checkpointing,

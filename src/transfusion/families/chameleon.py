@@ -16,7 +16,7 @@ CHAMELEON = Family(
     score=token_likelihood,
     image_calls=lambda sampling, config, patches: patches,
     # Image tokens pass the blocks and the head as the text's do.
-    image_operations=lambda network, shape, recomputes: 0,
+    image_operations=lambda network, shape, recomputes, modality: 0,
     head_targets=lambda shape: shape[1] * shape[2],
     image_metric=lambda diffusion: ImageMetric(
         "image_nats_per_token",

@@ -70,7 +70,7 @@ class Family:
         advance: Calls the model once for drawings of one group.
         image_calls: How often drawing an image of so many patches calls the model.
         image_operations: Operations of forward and backward through what encodes and decodes one image. Takes the
-            network, the shape [C, H, W] of the latents, and whether blocks are computed again.
+            network, the shape [C, H, W] of the latents, whether blocks are computed again, and the modality.
         head_targets: How many tokens of an image with latents [C, H, W] the text head predicts.
         image_metric: How the validation suite reports the image loss.
         score: How likely an image is, if the family can tell. Takes the network, the section `diffusion`, the image,
@@ -82,7 +82,7 @@ class Family:
     drawing: Callable[[ModelRunner, DiffusionConfig, ImageSampling, Sequence[Row]], ImageDrawing]
     advance: Callable[[ModelRunner, PagedCache, Sequence[Any]], None]
     image_calls: Callable[[ImageSampling, DiffusionConfig, int], int]
-    image_operations: Callable[[Backbone, tuple[int, int, int], bool], int]
+    image_operations: Callable[[Backbone, tuple[int, int, int], bool, str], int]
     head_targets: Callable[[tuple[int, int, int]], int]
     image_metric: Callable[[DiffusionConfig], ImageMetric]
     score: Callable[[ModelRunner, DiffusionConfig, GivenImage, int, int], Score] | None = None

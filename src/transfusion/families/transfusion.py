@@ -13,15 +13,18 @@ from transfusion.inference.image_scores import diffusion_bound
 from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.model import Transfusion
 from transfusion.model.backbone import Backbone
+from transfusion.sequence.sizes import IMAGE
 
 
-def image_operations(network: Backbone, shape: tuple[int, int, int], recomputes: bool) -> int:
+def image_operations(
+    network: Backbone, shape: tuple[int, int, int], recomputes: bool, modality: str = IMAGE
+) -> int:
     """Counted, not derived. What a U-Net attends to inside of an image is counted with the products."""
     assert isinstance(network, Transfusion)
     network.recomputes_blocks = recomputes
     with FlopCounterMode(display=False) as counter:
         noisy = torch.zeros(1, *shape, device="meta")
-        encoding = network.encode_patches([noisy], torch.zeros(1, device="meta").long())
+        encoding = network.encode_patches([noisy], torch.zeros(1, device="meta").long(), modality)
         network.decode_patches(encoding.patch_ND, encoding).sum().backward()
     return int(counter.get_total_flops())
 
@@ -39,7 +42,7 @@ def image_metric(diffusion: DiffusionConfig) -> ImageMetric:
 
 TRANSFUSION = Family(
     network=Transfusion,
-    loss=lambda config, codec: TransfusionLoss(config.diffusion, codec, config.codec),
+    loss=lambda config, codec: TransfusionLoss(config.diffusion, codec, config.codec, config.modalities),
     drawing=image_diffusion.DiffusionDrawing,
     advance=image_diffusion.advance,
     score=diffusion_bound,

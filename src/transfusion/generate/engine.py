@@ -20,16 +20,25 @@ from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.families import Family, ImageDrawing
 from transfusion.files import digest
-from transfusion.generate.events import Done, Event, ImageDone, ImagePreview, ImageStart, Reason, TextDelta
+from transfusion.generate.events import (
+    Done,
+    Event,
+    ImageDone,
+    ImagePreview,
+    ImageStart,
+    MediaDone,
+    Reason,
+    TextDelta,
+)
 from transfusion.generate.recipe import Origin, Recipe
-from transfusion.generate.request import Request, segments
+from transfusion.generate.request import Request, media, segments, values
 from transfusion.inference.cache import PagedCache, Row, pages_for
 from transfusion.inference.image_diffusion import sampler_name
-from transfusion.inference.runner import ModelRunner
+from transfusion.inference.runner import Media, ModelRunner
 from transfusion.inference.text_sampling import mask_logits, sample_token
 from transfusion.schema import SpecialToken
 from transfusion.sequence.layout import Integers, Layout
-from transfusion.sequence.sizes import Size
+from transfusion.sequence.sizes import IMAGE, Size
 from transfusion.sequence.tokenizer import Tokenizer
 
 # Images of one answer draw from keys this far apart: the first has the request's own seed, as a single image would.
@@ -45,7 +54,7 @@ class _Prompt:
     Attributes:
         layout: Its positions and, where an image follows at once, those of the image.
         count: Positions to read.
-        images: In them.
+        images: In them, with arrays of other modalities.
         content_S: int64 [count], equal where tokens and images are.
         row: Where it is read to, from the beginning on `row.length` positions.
         state_D: The state of the last position, once it is read.
@@ -53,7 +62,7 @@ class _Prompt:
 
     layout: Layout
     count: int
-    images: list[Tensor]
+    images: list[Tensor | Media]
     content_S: Integers
     row: Row
     state_D: Tensor | None = None
@@ -165,7 +174,7 @@ class Engine:
         self._on_image_call, self._shares_prompts = on_image_call, shares_prompts
         self.pages, self.origin = pages, origin or Origin()
         self._cache: PagedCache | None = None
-        self._sizes = list(runner.sizes.sizes)
+        self._sizes = list(runner.sizes.all)
         self._begin_tokens = [runner.sizes.begin_token(size) for size in self._sizes]
         self._waiting: list[_Task] = []
         self._tasks: list[_Task] = []
@@ -261,7 +270,7 @@ class Engine:
             room = taken
         else:
             room = min(count + request.max_tokens + request.max_images * (max(patches) + 2), limit)
-        images = [part for part in request.prompt if isinstance(part, Tensor)]
+        images = media(request.prompt)
         prompt = _Prompt(layout, count, images, _content(layout, count, images), Row())
         in_text = bool(request.prompt) and isinstance(request.prompt[-1], str) and request.prompt[-1] != ""
         return _Task(self._submitted, request, prompt, room, self._bare_room(request), in_text=in_text)
@@ -286,7 +295,15 @@ class Engine:
         return self.runner.lay_out([*before, self.runner.image(size)], finished=False)
 
     def _allowed_sizes(self, request: Request) -> list[Size]:
-        return [size for size in self._sizes if request.image.size in (None, size)]
+        """Those that the answer may have. One that draws at once has its own."""
+        chosen = request.image.size
+        if request.draws:
+            return [chosen or self.runner.sizes.first]
+        return [
+            size
+            for size in self._sizes
+            if size.modality in request.modalities and (chosen in (None, size) or size.modality != IMAGE)
+        ]
 
     def _pages_of_the_waiting(self) -> int:
         """What so many as can be under way take at most, with a page for each prompt that is kept."""
@@ -431,7 +448,7 @@ class Engine:
                 continue
             view = self.cache.view([task.row for task in tasks])
             encoded = torch.stack([task.unread for task in tasks if task.unread is not None])
-            block = self.runner.image_block(self.runner.codec.as_context(encoded), view.lengths, size)
+            block = self.runner.image_block(self.runner.as_context(encoded, size), view.lengths, size)
             for task, state_D in zip(tasks, self.runner.read(view, block), strict=True):
                 task.state_D, task.size, task.unread = state_D, None, None
 
@@ -481,7 +498,7 @@ class Engine:
 
     def _may_begin(self, task: _Task, size: Size) -> bool:
         request = task.request
-        if task.images >= request.max_images or request.image.size not in (None, size):
+        if task.images >= request.max_images or size not in self._allowed_sizes(request):
             return False
         ends = task.row.length + self.runner.sizes.patches(size) + 2
         return ends <= self.config.data.sequence_length
@@ -528,13 +545,20 @@ class Engine:
                 if task.size == size and task.drawing is not None and task.drawing.result is not None
             ]
             if finished:
-                pixels = self.runner.codec.decode(torch.stack([result for _, result in finished])).cpu()
-                for (task, result), pixels_CHW in zip(finished, pixels, strict=True):
-                    self._finish_image(task, result, pixels_CHW)
+                decoded = self.runner.decode(torch.stack([result for _, result in finished]), size).cpu()
+                for (task, result), values_CHW in zip(finished, decoded, strict=True):
+                    self._finish_image(task, result, values_CHW)
 
     def _preview(self, task: _Task) -> None:
         drawing, every = task.drawing, task.request.preview_every
-        if drawing is None or every == 0 or drawing.calls % every or drawing.result is not None:
+        if (
+            task.size is None
+            or task.size.modality != IMAGE
+            or drawing is None
+            or every == 0
+            or drawing.calls % every
+            or drawing.result is not None
+        ):
             return
         if (clean_CHW := drawing.preview) is not None:
             pixels = self.runner.codec.preview(clean_CHW[None])[0].cpu()
@@ -544,18 +568,26 @@ class Engine:
         size, rows = task.size, [task.row, *([task.bare] if task.bare_room else [])]
         assert size is not None
         sampling = replace(task.request.image, size=size, seed=self._image_key(task))
-        drawing = self.family.drawing(self.runner, self.config.diffusion, sampling, rows)
-        self._tell(task, ImageStart(task.images, size, drawing.all_calls))
+        if size.modality != IMAGE and not task.request.draws:
+            # It was chosen, and checked, for images.
+            sampling = replace(sampling, sampler="auto")
+        drawing = self.family.drawing(self.runner, self.runner.diffusion(size), sampling, rows)
+        if size.modality == IMAGE:
+            self._tell(task, ImageStart(task.images, size, drawing.all_calls))
         return drawing
 
     def _image_key(self, task: _Task) -> int:
         return task.request.image.seed + task.images * _IMAGE_KEY_STRIDE
 
-    def _finish_image(self, task: _Task, encoded: Tensor, pixels_CHW: Tensor) -> None:
+    def _finish_image(self, task: _Task, encoded: Tensor, values_CHW: Tensor) -> None:
         assert task.size is not None
-        sampler = sampler_name(task.request.image, self.config.diffusion)
-        recipe = Recipe.of(task.request, task.images, pixels_CHW, self.origin, sampler)
-        self._tell(task, ImageDone(task.images, pixels_CHW, self._image_key(task), recipe))
+        if task.size.modality == IMAGE:
+            sampler = sampler_name(task.request.image, self.config.diffusion)
+            recipe = Recipe.of(task.request, task.images, values_CHW, self.origin, sampler)
+            self._tell(task, ImageDone(task.images, values_CHW, self._image_key(task), recipe))
+        else:
+            made = Media(task.size.modality, values_CHW)
+            self._tell(task, MediaDone(task.images, made, self._image_key(task)))
         task.images += 1
         task.drawing = None
         if task.request.draws:
@@ -573,11 +605,11 @@ def _needs(task: _Task) -> int:
     return pages_for(task.room) + pages_for(task.bare_room)
 
 
-def _content(layout: Layout, count: int, images: Sequence[Tensor]) -> Integers:
+def _content(layout: Layout, count: int, images: Sequence[Tensor | Media]) -> Integers:
     """int64 [count]: the tokens, and for the patches of an image a number of its pixels."""
     content_S = layout.token_ids_S[:count].copy()
     for image, (first, patches) in zip(images, layout.images, strict=False):
-        pixels = image.cpu().contiguous().numpy().tobytes()
+        pixels = values(image).cpu().contiguous().numpy().tobytes()
         number = int(digest(pixels, 7), 16) + (1 << 56)
         content_S[first : first + patches] = number
     return content_S

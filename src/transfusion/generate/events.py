@@ -11,6 +11,7 @@ from torch import Tensor
 from transfusion.generate.pillow_images import to_image
 from transfusion.generate.recipe import Recipe
 from transfusion.generate.request import Part
+from transfusion.inference.runner import Media
 from transfusion.sequence.sizes import Size
 
 
@@ -82,6 +83,21 @@ class ImageDone:
         return to_image(self.pixels)
 
 
+@dataclass(frozen=True, slots=True)
+class MediaDone:
+    """An array of another modality is finished.
+
+    Attributes:
+        index: Among images and arrays of the answer, from 0.
+        media: On the CPU.
+        seed: `Pipeline.sample_media` draws the first one of an answer again from this seed.
+    """
+
+    index: int
+    media: Media
+    seed: int
+
+
 # Why an answer ended: by its own last token, at a limit of the request, where prompt and answer fill a row, because the
 # one image asked for is finished, or since it was cancelled.
 Reason = Literal["end", "tokens", "length", "image", "cancelled"]
@@ -95,7 +111,7 @@ class Done:
         reason: Why it ended.
         prompt_positions: Tokens and patches of the prompt.
         tokens: Text tokens of the answer.
-        images: Images of the answer.
+        images: Images of the answer, and arrays of other modalities.
     """
 
     reason: Reason
@@ -104,7 +120,7 @@ class Done:
     images: int
 
 
-Event = TextDelta | ImageStart | ImagePreview | ImageDone | Done
+Event = TextDelta | ImageStart | ImagePreview | ImageDone | MediaDone | Done
 
 
 def extend(parts: list[Part], event: Event) -> None:
@@ -116,3 +132,5 @@ def extend(parts: list[Part], event: Event) -> None:
             parts.append(event.text)
     elif isinstance(event, ImageDone):
         parts.append(event.pixels)
+    elif isinstance(event, MediaDone):
+        parts.append(event.media)

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from transfusion.generate.request import Part, segments
+from transfusion.generate.request import Part, media, segments
 from transfusion.inference.cache import pages_for
 from transfusion.inference.runner import ModelRunner
 from transfusion.schema import SpecialToken
@@ -46,8 +45,7 @@ def inspect(parts: Sequence[Part], runner: ModelRunner, tokenizer: Tokenizer) ->
     layout = runner.lay_out(segments(parts, runner, tokenizer), finished=False)
     count = len(layout)
     cache = runner.cache(pages_for(count))
-    images = [part for part in parts if isinstance(part, Tensor)]
-    block = runner.prompt_block([(layout, 0, count)], images)
+    block = runner.prompt_block([(layout, 0, count)], media(parts))
     (state_SD,) = runner.states(cache.view([cache.row(count)]), block)
     token_S = torch.from_numpy(layout.token_ids_S).to(state_SD.device)
     found = []

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transfusion.checkpoint.export import EXPORT_AGAIN, ModelFolder
 from transfusion.config.weights_folder import check_tensors, stored_tensors
 from transfusion.errors import UserError
-from transfusion.families.build import family_of
+from transfusion.families.build import network_of
 from transfusion.generate.recipe import Origin, StoredDtype
 from transfusion.inference.int8 import keep_int8, quantise
 from transfusion.model.backbone import Backbone
@@ -43,7 +43,7 @@ def load_model(
             f"{found.tokenizer} has {tokenizer.vocabulary} pieces, its model has {vocabulary}; {EXPORT_AGAIN}"
         )
     with torch.device("meta"):
-        model = family_of(config).network(config.model, config.codec)
+        model = network_of(config)
     try:
         stored = stored_tensors([path], path.stem)
         check_tensors(

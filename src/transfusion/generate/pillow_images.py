@@ -33,7 +33,7 @@ def read_image(data: bytes, config: Config, name: str) -> Tensor:
         UserError: For what is no image for this model. It begins with the name.
     """
     try:
-        values = decode_fitting(data, config.image_sizes, channels=config.codec.channels)
+        values = decode_fitting(data, config.media_sizes, channels=config.codec.channels)
     except SampleError as error:
         unread = "it is no image that can be read; give a JPEG, PNG or WebP file"
         raise UserError(f"{name}: {_UNFIT.get(str(error), unread)}") from None

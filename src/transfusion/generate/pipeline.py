@@ -21,7 +21,7 @@ from transfusion.config import Config, SampleGridConfig
 from transfusion.errors import UserError
 from transfusion.families.build import family_of
 from transfusion.generate.engine import Engine
-from transfusion.generate.events import Event, ImageDone, extend
+from transfusion.generate.events import Event, ImageDone, MediaDone, extend
 from transfusion.generate.inspection import Inspection, inspect
 from transfusion.generate.load import Dtype, Weights, load_model
 from transfusion.generate.pillow_images import from_image, to_image
@@ -39,18 +39,18 @@ from transfusion.generate.settings import (
 from transfusion.inference import image_diffusion, text_sampling
 from transfusion.inference.image_diffusion import ImageSampling
 from transfusion.inference.image_scores import Score
-from transfusion.inference.runner import ModelRunner
+from transfusion.inference.runner import Media, ModelRunner
 from transfusion.inference.text_sampling import TextSampling
 from transfusion.model.backbone import Backbone
 from transfusion.parallel.environment import find_device
-from transfusion.sequence.sizes import Size
+from transfusion.sequence.sizes import IMAGE, Size
 from transfusion.sequence.tokenizer import Tokenizer
 
 # An image as users have it: uint8 [C, H, W] of one of the model's sizes, or one of Pillow, of any size and mode, which
 # is made fit as in training.
 ImageLike = Tensor | Image.Image
-# A text, or texts and images in their order.
-Prompt = str | Sequence[str | ImageLike]
+# A text, or texts, images and arrays of other modalities in their order.
+Prompt = str | Sequence[str | ImageLike | Media]
 # Told how many of how many calls of the model are done.
 OnCall = Callable[[int, int], object]
 
@@ -187,6 +187,51 @@ class Pipeline:
                 on_images(list(images.values()))
         return [found[number] for number in range(len(wanted))]
 
+    @torch.no_grad()
+    def sample_media(
+        self,
+        modality: str,
+        prompts: Sequence[Prompt],
+        *,
+        per_prompt: int = 1,
+        seed: int = 0,
+        batch: int = 64,
+        on_call: OnCall | None = None,
+        **settings: Unpack[ImageSettings],
+    ) -> list[Media]:
+        """Draw arrays of a further modality, as `sample` draws images.
+
+        Args:
+            modality: One that the configuration declares.
+            prompts: As in `sample`.
+            per_prompt: As in `sample`.
+            seed: As in `sample`.
+            batch: As in `sample`.
+            on_call: As in `sample`.
+            **settings: See `ImageSettings`. The size is one of the modality's shapes. Default: its first.
+
+        Returns:
+            All of the first prompt, then those of the next.
+
+        Raises:
+            UserError: As `sample`, and for a modality that is not declared.
+        """
+        check_at_least(1, per_prompt=per_prompt, batch=batch)
+        sampling = image_sampling(settings, seed)
+        self._check_modalities([modality])
+        if sampling.size is None:
+            sampling = replace(sampling, size=self.runner.sizes.first_of(modality))
+        assert sampling.size is not None
+        sampling = replace(sampling, size=sampling.size._replace(modality=modality))
+        wanted = [parts for parts in map(self._parts, prompts) for _ in range(per_prompt)]
+        self._check_sampling(sampling, wanted)
+        counted = self._counted(sampling, -(-len(wanted) // batch), on_call)
+        requests = [self._image_request(parts, sampling, seed + n) for n, parts in enumerate(wanted)]
+        found: dict[int, Media] = {}
+        for events in self._run(requests, batch, counted):
+            found |= {number: event.media for number, event in events if isinstance(event, MediaDone)}
+        return [found[number] for number in range(len(wanted))]
+
     def edit(
         self,
         images: Sequence[ImageLike],
@@ -223,9 +268,9 @@ class Pipeline:
             )
         pixels = [self._pixels(image) for image in images]
         size = image_sampling(settings, seed).size
-        by_size: dict[tuple[int, int], list[int]] = {}
+        by_size: dict[Size, list[int]] = {}
         for number, values in enumerate(pixels):
-            by_size.setdefault(size or (values.shape[1], values.shape[2]), []).append(number)
+            by_size.setdefault(size or Size(*values.shape[1:]), []).append(number)
         found: dict[int, SampledImage] = {}
         for each, numbers in by_size.items():
             sampling = image_sampling({**settings, "size": each}, seed)
@@ -427,7 +472,7 @@ class Pipeline:
     def score(
         self,
         contexts: Sequence[Prompt | ImageLike],
-        targets: Sequence[str | ImageLike],
+        targets: Sequence[str | ImageLike | Media],
         *,
         samples: int = 128,
         seed: int = 0,
@@ -469,6 +514,8 @@ class Pipeline:
             scores = score_texts([before[number] for number in numbers], batched, self.runner, self.tokenizer)
             found |= dict(zip(numbers, scores, strict=True))
         for number, target in enumerate(after):
+            if isinstance(target, Media):
+                raise UserError(f"a {target.modality} cannot be scored; score texts and images")
             if isinstance(target, Tensor):
                 found[number] = score_image(
                     before[number],
@@ -549,6 +596,8 @@ class Pipeline:
         counts: dict[str, Any] = {
             name: settings[name] for name in ("max_tokens", "max_images") if name in settings
         }
+        if "modalities" in settings:
+            counts["modalities"] = tuple(settings["modalities"])
         request = Request(
             prompt=self._parts(prompt),
             text=TextSampling(seed=seed, **text),
@@ -623,20 +672,23 @@ class Pipeline:
         image = replace(sampling, seed=seed, size=size)
         return Request(prompt=parts, text=TextSampling(seed=seed), image=image, draws=True)
 
-    def _parts(self, prompt: Prompt | ImageLike) -> list[Part]:
+    def _parts(self, prompt: Prompt | ImageLike | Media) -> list[Part]:
         """Checked parts, images as the network reads them."""
-        given = [prompt] if isinstance(prompt, str | Tensor | Image.Image) else prompt
+        given = [prompt] if isinstance(prompt, str | Tensor | Image.Image | Media) else prompt
         parts: list[Part] = []
         for part in given:
             if isinstance(part, str):
                 check_text(part)
+                parts.append(part)
+            elif isinstance(part, Media):
+                self._check_array(part)
                 parts.append(part)
             else:
                 parts.append(self._pixels(part))
         self.check_letters(part for part in parts if isinstance(part, str))
         return parts
 
-    def _target(self, target: str | ImageLike) -> Part:
+    def _target(self, target: str | ImageLike | Media) -> Part:
         parts = self._parts(target)
         if len(parts) != 1:
             raise UserError(f"a target is one text or one image, got {len(parts)} parts")
@@ -653,7 +705,23 @@ class Pipeline:
             )
         return image
 
+    def _check_array(self, media: Media) -> None:
+        self._check_modalities([media.modality])
+        shapes, values = self.runner.array_shapes(media.modality), media.values
+        if not values.is_floating_point() or values.shape not in shapes or not values.isfinite().all():
+            raise UserError(
+                f"a {media.modality} must be finite floats of shape {' or '.join(str(list(each)) for each in shapes)},"
+                f" got {values.dtype} of shape {list(values.shape)}"
+            )
+
+    def _check_modalities(self, names: Iterable[str]) -> None:
+        known = self.runner.sizes.modalities
+        for name in names:
+            if name not in known:
+                raise UserError(f"this model has no modality {name!r}; choose {' or '.join(known)}")
+
     def _check_request(self, request: Request) -> None:
+        self._check_modalities(request.modalities)
         check_at_least(1, max_tokens=request.max_tokens)
         check_at_least(0, max_images=request.max_images)
         for seed in (request.text.seed, request.image.seed):
@@ -661,6 +729,9 @@ class Pipeline:
         text_sampling.check(request.text)
         if request.draws or request.max_images or request.image.size is not None:
             image_diffusion.check(request.image, self.config)
+            for name in set(request.modalities) - {IMAGE}:
+                size = self.runner.sizes.first_of(name)
+                image_diffusion.check(replace(request.image, size=size, sampler="auto"), self.config)
             check_text(request.image.negative_prompt)
             self.check_letters([request.image.negative_prompt])
 
@@ -708,7 +779,8 @@ class Pipeline:
         if on_call is None:
             return None
         patches = self.runner.sizes.patches(sampling.size or self.runner.sizes.first)
-        calls = batches * self.family.image_calls(sampling, self.config.diffusion, patches)
+        diffusion = self.runner.diffusion(sampling.size or self.runner.sizes.first)
+        calls = batches * self.family.image_calls(sampling, diffusion, patches)
         done = itertools.count()
         return lambda: on_call(next(done), calls)
 
@@ -749,7 +821,7 @@ class Pipeline:
 
 
 # Settings of answers that are none of images.
-_ANSWER_ONLY = ("max_tokens", "max_images", "temperature", "top_p")
+_ANSWER_ONLY = ("max_tokens", "max_images", "temperature", "top_p", "modalities")
 
 
 def _texts(parts: Sequence[Part]) -> str:

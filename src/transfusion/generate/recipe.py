@@ -5,6 +5,7 @@ A PNG carries it as a text chunk. It names no file and no folder.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from transfusion.errors import UserError
 from transfusion.files import digest
-from transfusion.generate.request import Request
+from transfusion.generate.request import Request, values
 from transfusion.inference.image_diffusion import ImageSampling
+from transfusion.inference.runner import Media
 from transfusion.inference.text_sampling import TextSampling
+from transfusion.sequence.sizes import IMAGE
 
 # The keyword of the chunk, and the number of what stands in it.
 KEYWORD = "transfusion"
@@ -47,7 +50,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class PromptImage:
-    """An image of a prompt, by the digest of its pixels."""
+    """An image of a prompt, or an array of another modality, by the digest of its values."""
 
     image: str
 
@@ -63,6 +66,7 @@ class Recipe:
         image: How images were drawn.
         max_tokens: Of the request.
         max_images: Of the request.
+        modalities: Of the request.
         draws: Whether the image follows the prompt at once.
         index: Of the image in the answer.
         pixels: Digest of the image.
@@ -78,13 +82,15 @@ class Recipe:
     draws: bool
     index: int
     pixels: str
+    modalities: tuple[str, ...] = (IMAGE,)
     format: Literal[1] = FORMAT
 
     @classmethod
     def of(cls, request: Request, index: int, pixels_CHW: Tensor, origin: Origin, sampler: str) -> Recipe:
         """The recipe of image number `index` of an answer. sampler: what the request's "auto" means."""
         prompt = tuple(
-            part if isinstance(part, str) else PromptImage(pixel_digest(part)) for part in request.prompt
+            part if isinstance(part, str) else PromptImage(pixel_digest(values(part)))
+            for part in request.prompt
         )
         return cls(
             origin=origin,
@@ -93,21 +99,22 @@ class Recipe:
             image=replace(request.image, sampler=sampler),
             max_tokens=request.max_tokens,
             max_images=request.max_images,
+            modalities=request.modalities,
             draws=request.draws,
             index=index,
             pixels=pixel_digest(pixels_CHW),
         )
 
-    def request(self, images: Sequence[Tensor]) -> Request:
+    def request(self, images: Sequence[Tensor | Media]) -> Request:
         """The request again.
 
         Args:
-            images: Those of the prompt, uint8 [C, H, W], in any order.
+            images: Those of the prompt, uint8 [C, H, W], and its arrays of other modalities, in any order.
 
         Raises:
             UserError: For an image of the prompt that is not among them.
         """
-        by_digest = {pixel_digest(image): image for image in images}
+        by_digest = {pixel_digest(values(image)): image for image in images}
         wanted = [part.image for part in self.prompt if isinstance(part, PromptImage)]
         missing = [number for number, name in enumerate(wanted, 1) if name not in by_digest]
         if missing and not images:
@@ -122,16 +129,21 @@ class Recipe:
             image=self.image,
             max_tokens=self.max_tokens,
             max_images=self.max_images,
+            modalities=self.modalities,
             draws=self.draws,
         )
 
     def as_json(self) -> str:
         """One line of JSON."""
-        return _ADAPTER.dump_json(self).decode()
+        return json.dumps(self.as_dict(), separators=(",", ":"), ensure_ascii=False)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        found: dict[str, Any] = _ADAPTER.dump_python(self, mode="json")
+        # What is so in every answer of text and images is left out, so that earlier versions read it too.
+        unsaid = {"modalities"} if self.modalities == (IMAGE,) else set()
+        found: dict[str, Any] = _ADAPTER.dump_python(self, mode="json", exclude=unsaid)
+        if self.image.size is not None and self.image.size.modality == IMAGE:
+            found["image"]["size"] = list(self.image.size.sides)
         return found
 
     def as_chunk(self) -> PngInfo:
@@ -145,9 +157,9 @@ _ADAPTER = TypeAdapter(Recipe)
 
 
 def pixel_digest(pixels_CHW: Tensor) -> str:
-    """Of uint8 [C, H, W] and its shape."""
-    values = pixels_CHW.cpu().contiguous().numpy()
-    return digest(repr(values.shape).encode() + values.tobytes())
+    """Of the values [C, H, W] and their shape."""
+    array = pixels_CHW.cpu().contiguous().numpy()
+    return digest(repr(array.shape).encode() + array.tobytes())
 
 
 def read_recipe(path: Path) -> Recipe:

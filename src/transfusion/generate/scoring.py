@@ -14,10 +14,10 @@ from torch import Tensor
 from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.families import Family
-from transfusion.generate.request import Part, segments
+from transfusion.generate.request import Part, media, segments
 from transfusion.inference.cache import pages_for
 from transfusion.inference.image_scores import ROWS, GivenImage, Score
-from transfusion.inference.runner import ModelRunner
+from transfusion.inference.runner import Media, ModelRunner
 from transfusion.schema import TextSegment
 from transfusion.sequence.layout import Layout
 from transfusion.sequence.sizes import Size
@@ -41,7 +41,7 @@ class TokenScore(NamedTuple):
 
 class _Document(NamedTuple):
     layout: Layout
-    images: list[Tensor]
+    images: list[Tensor | Media]
     # Tokens at its end that are scored.
     targets: int
 
@@ -110,7 +110,7 @@ def _text_document(
     while common < min(len(known), len(ids)) and known[common] == ids[common]:
         common += 1
     layout = runner.lay_out([*segments(before, runner, tokenizer), TextSegment(tuple(ids))], finished=False)
-    return _Document(layout, [part for part in before if isinstance(part, Tensor)], len(ids) - common)
+    return _Document(layout, media(before), len(ids) - common)
 
 
 def score_image(
@@ -133,7 +133,6 @@ def score_image(
     drawn = min(samples, ROWS)
     cache = runner.cache(pages_for(count) + (drawn + 1) * (1 + pages_for(runner.sizes.patches(size) + 1)))
     row = cache.row(count)
-    images = [part for part in context if isinstance(part, Tensor)]
-    runner.read(cache.view([row]), runner.prompt_block([(layout, 0, count)], images))
+    runner.read(cache.view([row]), runner.prompt_block([(layout, 0, count)], media(context)))
     encoded = runner.codec.encode(image[None].to(runner.device))[0]
     return family.score(runner, config.diffusion, GivenImage(encoded, size, cache, row), samples, seed)

@@ -36,7 +36,7 @@ class ImageSettings(TypedDict, total=False):
     negative_prompt: str
     steps: int
     sampler: str
-    size: tuple[int, int] | None
+    size: Size | tuple[int, int] | None
 
 
 class AnswerSettings(ImageSettings, total=False):
@@ -47,12 +47,15 @@ class AnswerSettings(ImageSettings, total=False):
         max_images: Maximum of new images. 0 writes text alone. Default 4.
         temperature: Of the softmax over the next token, at least 0. 0 takes the likeliest token. Default 0.
         top_p: In (0, 1]. Only the likeliest tokens whose probabilities together reach it are drawn. Default 1: all.
+        modalities: What an answer may have beside text: "image", and names of further modalities. They count as images.
+            Default ("image",).
     """
 
     max_tokens: int
     max_images: int
     temperature: float
     top_p: float
+    modalities: Sequence[str]
 
 
 def image_sampling(settings: ImageSettings, seed: int) -> ImageSampling:
@@ -63,10 +66,15 @@ def image_sampling(settings: ImageSettings, seed: int) -> ImageSampling:
     """
     size, interval = settings.get("size"), settings.get("guidance_interval", (0.0, 1.0))
     for name, pair in {"size": size, "guidance_interval": interval}.items():
-        if pair is not None and not (isinstance(pair, Sequence) and len(pair) == 2):
+        is_pair = isinstance(pair, Size) or (isinstance(pair, Sequence) and len(pair) == 2)
+        if pair is not None and not is_pair:
             what = "height and width" if name == "size" else "two shares of the timesteps"
             raise UserError(f"{name} must be {what}, got {pair!r}")
-    plain = {**settings, "size": None if size is None else Size(*size), "guidance_interval": tuple(interval)}
+    plain = {
+        **settings,
+        "size": size if size is None or isinstance(size, Size) else Size(*size),
+        "guidance_interval": tuple(interval),
+    }
     return ImageSampling(seed=seed, **plain)  # type: ignore[arg-type]
 
 

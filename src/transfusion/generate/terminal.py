@@ -119,11 +119,17 @@ def _record(event: Event, file: str) -> dict[str, Any]:
     if isinstance(event, TextDelta):
         return {"event": "text", "text": event.text}
     if isinstance(event, ImageStart):
-        return {"event": "image_start", "index": event.index, "size": list(event.size), "steps": event.steps}
+        return {
+            "event": "image_start",
+            "index": event.index,
+            "size": list(event.size.sides),
+            "steps": event.steps,
+        }
     if isinstance(event, ImagePreview):
         return {"event": "image_preview", "index": event.index, "step": event.step}
     if isinstance(event, ImageDone):
         return {"event": "image", "index": event.index, "file": file, "seed": event.seed}
+    assert isinstance(event, Done)
     usage = {"prompt": event.prompt_positions, "tokens": event.tokens, "images": event.images}
     return {"event": "done", "reason": event.reason, "usage": usage}
 

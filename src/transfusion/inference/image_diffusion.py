@@ -59,18 +59,22 @@ class ImageSampling:
 
 def check(sampling: ImageSampling, config: Config) -> None:
     """Raise UserError for settings that cannot be carried out as asked."""
-    if sampling.size not in (None, *config.codec.sizes):
+    if sampling.size not in (None, *config.media_sizes.all):
         raise UserError(
-            f"size {sampling.size} is none of this model's images; choose {config.image_sizes.named()}"
+            f"size {sampling.size} is none of this model's images; choose {config.media_sizes.named()}"
         )
-    fitting = SAMPLERS[config.diffusion.prediction]
+    diffusion = config.diffusion
+    for modality in config.modalities:
+        if sampling.size is not None and sampling.size.modality == modality.name:
+            diffusion = modality.diffusion
+    fitting = SAMPLERS[diffusion.prediction]
     if sampling.sampler not in ("auto", *fitting):
         raise UserError(
             f"sampler {sampling.sampler!r} cannot draw with this model, which predicts"
-            f" {PREDICTED[config.diffusion.prediction]}; choose {' or '.join(fitting)}"
+            f" {PREDICTED[diffusion.prediction]}; choose {' or '.join(fitting)}"
         )
-    if not 1 <= sampling.steps <= config.diffusion.steps:
-        raise UserError(f"steps {sampling.steps} must lie in [1, {config.diffusion.steps}]")
+    if not 1 <= sampling.steps <= diffusion.steps:
+        raise UserError(f"steps {sampling.steps} must lie in [1, {diffusion.steps}]")
     if not math.isfinite(sampling.guidance) or sampling.guidance < 0:
         raise UserError(f"guidance {sampling.guidance} must be a number of at least 0; 1 is no guidance")
     if sampling.guidance != 1 and config.data.caption_dropout == 0:
@@ -126,7 +130,7 @@ class DiffusionDrawing:
         self.config, self.sampling, self.rows = config, sampling, list(rows)
         self.size = sampling.size or runner.sizes.first
         key_I = torch.tensor([sampling.seed], device=runner.device)
-        sampler = build_sampler(sampling, config, clip=runner.codec.bound)
+        sampler = build_sampler(sampling, config, clip=runner.bound(self.size))
         self._denoising = sampler.denoise(start_noise(key_I, runner.latent_shape(self.size)), key_I)
         self.question = next(self._denoising)
         self.calls, self.all_calls = 0, calls(sampling, config)
@@ -176,14 +180,21 @@ def predict(
         position_RPA = runner.image_positions(view.lengths, size)[:, :patches]
         mask = view.mask(runner.image_ends(len(position_RPA), patches), [patches] * len(position_RPA))
         return _predict(
-            runner, latent_ICHW, timestep_I, position_RPA, mask=mask, layers=view.layers, copies=copies
+            runner, latent_ICHW, timestep_I, position_RPA, size, mask=mask, layers=view.layers, copies=copies
         )
 
     def of_packed(latent_ICHW: Tensor, timestep_I: Tensor, shift_PA: Tensor, rows_RQ: Tensor) -> Tensor:
         rows = FixedRows(view.cache, rows_RQ, runner.image_ends(len(rows_RQ), patches))
         position_RPA = shift_PA + rows.length_R1[..., None]
         return _predict(
-            runner, latent_ICHW, timestep_I, position_RPA, mask=rows.mask, layers=rows.layers, copies=copies
+            runner,
+            latent_ICHW,
+            timestep_I,
+            position_RPA,
+            size,
+            mask=rows.mask,
+            layers=rows.layers,
+            copies=copies,
         )
 
     inputs = (latent_ICHW, timestep_I, runner.image_shifts(size)[:patches], view.packed(patches))
@@ -195,6 +206,7 @@ def _predict(
     latent_ICHW: Tensor,
     timestep_I: Tensor,
     position_RPA: Tensor,
+    size: Size,
     *,
     mask: IntervalMask,
     layers: Sequence[Attend],
@@ -202,12 +214,12 @@ def _predict(
 ) -> Tensor:
     model = runner.model
     assert isinstance(model, Transfusion)
-    encoding = model.encode_patches([latent_ICHW], timestep_I).with_copies(copies)
+    encoding = model.encode_patches([latent_ICHW], timestep_I, size.modality).with_copies(copies)
     patches_RPD = encoding.patch_ND.unflatten(0, position_RPA.shape[:2])
     hidden_RPD = model.run_blocks(patches_RPD, position_RPA, mask, layers, ALL_IMAGES)
     predicted_NE = model.decode_patches(model.norm(hidden_RPD).flatten(0, 1), encoding)
     _, channels, height, width = latent_ICHW.shape
-    return unpatchify(predicted_NE, channels, height, width, model.config.patch_size).float()
+    return unpatchify(predicted_NE, channels, height, width, runner.patch_size(size)).float()
 
 
 def advance(runner: ModelRunner, cache: PagedCache, drawings: Sequence[DiffusionDrawing]) -> None:

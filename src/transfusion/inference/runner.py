@@ -8,6 +8,7 @@ C channels, H/W image height and width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +17,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion.codec import Codec
-from transfusion.config import Config
+from transfusion.codec import Codec, open_media_codecs
+from transfusion.config import Config, DiffusionConfig
 from transfusion.inference.cache import CacheRows, FixedRows, PagedCache
 from transfusion.inference.captured import CapturedCalls, next_power_of_two
+from transfusion.model import Transfusion
 from transfusion.model.backbone import Backbone
 from transfusion.model.grouping import ALL_IMAGES, ALL_TEXT, Grouping
 from transfusion.model.patches import Grid
 from transfusion.schema import ImageSegment, Segment, SpecialToken
 from transfusion.sequence.layout import Layout, image_segment, lay_out, position_axes
-from transfusion.sequence.sizes import Size
+from transfusion.sequence.sizes import IMAGE, Size
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Media:
+    """What is neither text nor an image: an array of another modality.
+
+    Attributes:
+        modality: Its name in the configuration.
+        values: float [C, H, W], as such arrays stand in shards.
+    """
+
+    modality: str
+    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +48,17 @@ class ModelInput:
     """What rows read next, padded to the longest.
 
     token_ids_RS and position_RSA: int64. end_RS: int64, up to where each position sees, counted from the
-    row's length before. counts: real positions of each row. images: those in the block, as the codec encodes them, a
-    tensor for each shape. patch_slot_N: int64, flat positions (row * S + position) of their patches, in that order;
-    None: the block is of tokens alone, on every rank. place: where each row reads one image token, the grid of these
-    images and the number of the token.
+    row's length before. counts: real positions of each row. images: those in the block, as their codec encodes them, a
+    tensor for each shape with its modality. patch_slot_N: int64, flat positions (row * S + position) of their patches,
+    in that order; None: the block is of tokens alone, on every rank. place: where each row reads one image token, the
+    grid of these images and the number of the token.
     """
 
     token_ids_RS: Tensor
     position_RSA: Tensor
     end_RS: Tensor
     counts: list[int]
-    images: tuple[Tensor, ...] = ()
+    images: tuple[tuple[str, Tensor], ...] = ()
     patch_slot_N: Tensor | None = None
     place: tuple[Grid, int] | None = None
 
@@ -58,17 +73,20 @@ class ModelRunner:
         self, model: Backbone, config: Config, device: torch.device, codec: Codec, *, captures: bool = False
     ) -> None:
         self.model, self.device, self.codec, self.captures = model, device, codec, captures
-        self.sizes = config.image_sizes
+        self.sizes = config.media_sizes
+        self._media_codecs = open_media_codecs(config.modalities)
+        self._modalities = {modality.name: modality for modality in config.modalities}
+        self._diffusion = config.diffusion
         # What takes no cache, or is of another device than this, leaves it to what the cache chooses.
         fits = config.train.attention in ("triton" if device.type == "cuda" else "cpu", "reference")
         self._backend = config.train.attention if fits else "auto"
         self.axes = position_axes(config.model.position)
-        self.image_shapes = [(config.codec.channels, *size) for size in self.sizes.sizes]
+        self.image_shapes = [(config.codec.channels, *size.sides) for size in self.sizes.sizes]
         self._latent_channels = config.codec.depth
         # An image at the earliest place it can stand, after <BOS> <BOI>, and the <EOI> behind it.
         self.causal_images = config.model.image_attention == "causal"
         self._image_layouts = {
-            size: self.lay_out([self.image(size)], finished=False) for size in self.sizes.sizes
+            size: self.lay_out([self.image(size)], finished=False) for size in self.sizes.all
         }
 
     def lay_out(self, segments: Sequence[Segment], *, finished: bool = True) -> Layout:
@@ -92,7 +110,39 @@ class ModelRunner:
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """[C, H, W] of the latents of an image of this size."""
+        if size.modality != IMAGE:
+            return self._modalities[size.modality].latent_shape(size)
         return self._latent_channels, *self.sizes.latents(size)
+
+    def array_shapes(self, modality: str) -> list[tuple[int, int, int]]:
+        """[C, H, W] that an array of a further modality may have. None for a modality that is not declared."""
+        declared = self._modalities.get(modality)
+        return [(declared.channels, *size.sides) for size in declared.sizes.sizes] if declared else []
+
+    def diffusion(self, size: Size) -> DiffusionConfig:
+        """How images or arrays of this size are diffused."""
+        return self._diffusion if size.modality == IMAGE else self._modalities[size.modality].diffusion
+
+    def patch_size(self, size: Size) -> int:
+        """Latents a side of a patch."""
+        return self.model.config.patch_size if size.modality == IMAGE else 1
+
+    def bound(self, size: Size) -> float | None:
+        """See `Codec.bound`."""
+        return self.codec.bound if size.modality == IMAGE else None
+
+    def decode(self, encoded: Tensor, size: Size) -> Tensor:
+        """Images, uint8 [I, C, H, W], or arrays of another modality, fp32, of what the network has drawn."""
+        codec = self.codec if size.modality == IMAGE else self._media_codecs[size.modality]
+        return codec.decode(encoded)
+
+    def as_context(self, drawn: Tensor, size: Size) -> Tensor:
+        """See `Codec.as_context`. Arrays of another modality are read as they were drawn."""
+        return self.codec.as_context(drawn) if size.modality == IMAGE else drawn
+
+    def _encode(self, modality: str, values: Tensor) -> Tensor:
+        codec = self.codec if modality == IMAGE else self._media_codecs[modality]
+        return codec.encode(values.to(self.device))
 
     def check_previews(self) -> None:
         """Raise UserError where the codec shows no latents before they are decoded."""
@@ -112,9 +162,11 @@ class ModelRunner:
         return torch.from_numpy(layout.position_SA[first:] - first).to(self.device)
 
     def prompt_block(
-        self, pieces: Sequence[tuple[Layout, int, int]], images: Sequence[Tensor] = ()
+        self, pieces: Sequence[tuple[Layout, int, int]], images: Sequence[Tensor | Media] = ()
     ) -> ModelInput:
         """Pieces of documents, each from a first position to before another, and all images (uint8 [C, H, W]) in them.
+
+        Arrays of other modalities stand among the images.
 
         No piece ends inside an image.
         """
@@ -132,20 +184,22 @@ class ModelRunner:
             for first_patch, patches in layout.images:
                 if first <= first_patch < end:
                     slots.append(row * longest + first_patch - first + torch.arange(patches))
-        by_shape: dict[torch.Size, list[int]] = {}
-        for number, image in enumerate(images):
-            by_shape.setdefault(image.shape, []).append(number)
-        groups = list(by_shape.values())
+        media = [image if isinstance(image, Media) else Media(IMAGE, image) for image in images]
+        by_shape: dict[tuple[str, torch.Size], list[int]] = {}
+        for number, each in enumerate(media):
+            by_shape.setdefault((each.modality, each.values.shape), []).append(number)
         return ModelInput(
             torch.from_numpy(ids_RS).to(self.device),
             torch.from_numpy(position_RSA).to(self.device),
             torch.from_numpy(end_RS).to(self.device),
             [end - first for _, first, end in pieces],
             tuple(
-                self.codec.encode(torch.stack([images[number] for number in group]).to(self.device))
-                for group in groups
+                (modality, self._encode(modality, torch.stack([media[number].values for number in group])))
+                for (modality, _), group in by_shape.items()
             ),
-            torch.cat([nothing, *(slots[number] for group in groups for number in group)]).to(self.device),
+            torch.cat([nothing, *(slots[number] for group in by_shape.values() for number in group)]).to(
+                self.device
+            ),
         )
 
     def text_block(self, rows: Sequence[Sequence[int]]) -> ModelInput:
@@ -182,7 +236,7 @@ class ModelRunner:
             self.image_positions(starts, size),
             end_S.expand(rows, -1),
             [count] * rows,
-            (encoded,),
+            ((size.modality, encoded),),
             slot_RP.flatten(),
         )
 
@@ -225,7 +279,7 @@ class ModelRunner:
             hidden_RSD = self.model.at_their_places(hidden_RSD.flatten(0, 1), [grid], number)[:, None]
         if block.images:
             assert block.patch_slot_N is not None
-            image_ND = self.model.read_images(block.images).to(hidden_RSD.dtype)
+            image_ND = self._read_media(block.images).to(hidden_RSD.dtype)
             flat = hidden_RSD.flatten(0, 1).index_copy(0, block.patch_slot_N, image_ND)
             hidden_RSD = flat.view_as(hidden_RSD)
         mask = rows.mask(block.end_RS, block.counts)
@@ -233,6 +287,18 @@ class ModelRunner:
         hidden_RSD = self.model.run_blocks(hidden_RSD, block.position_RSA, mask, rows.layers, grouping)
         rows.advance(block.counts)
         return hidden_RSD
+
+    def _read_media(self, images: Sequence[tuple[str, Tensor]]) -> Tensor:
+        """Encoded patches [N, D] in their order. Those of one modality that stand together are read in one call."""
+        parts = []
+        for modality, group in itertools.groupby(images, key=lambda each: each[0]):
+            encoded = [each for _, each in group]
+            if modality == IMAGE:
+                parts.append(self.model.read_images(encoded))
+            else:
+                assert isinstance(self.model, Transfusion)
+                parts.append(self.model.read_images(encoded, modality))
+        return torch.cat(parts)
 
     def _grouping(self, block: ModelInput) -> Grouping:
         """Which positions are of images, where those have weights of their own."""

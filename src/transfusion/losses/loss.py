@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from transfusion.codec.interface import image_elements
-from transfusion.config import CodecConfig
+from transfusion.codec.interface import media_elements
+from transfusion.config import CodecConfig, ModalityConfig
 from transfusion.schema import Batch, LossTerms
+from transfusion.sequence.sizes import IMAGE
 
 
 class Loss(Protocol):
@@ -29,12 +30,19 @@ class Loss(Protocol):
         """The same as it is reported, of sums and counts over ranks and steps."""
 
 
-def target_counts(batch: Batch, codec: CodecConfig | None) -> dict[str, Tensor]:
-    """Text targets, and latent elements or image tokens, of a batch. codec None: pixels are latents."""
-    images = [
-        group.learned_I.sum(dtype=torch.float64) * image_elements(group, codec) for group in batch.media
-    ]
-    return {"text": batch.text_weight_BS.sum(dtype=torch.float64), "image": torch.stack(images).sum()}
+def target_counts(
+    batch: Batch, codec: CodecConfig | None, modalities: Sequence[ModalityConfig] = ()
+) -> dict[str, Tensor]:
+    """Text targets, and by modality latent elements or image tokens, of a batch. codec None: pixels are latents."""
+    counts = {"text": batch.text_weight_BS.sum(dtype=torch.float64)}
+    for name in (IMAGE, *(modality.name for modality in modalities)):
+        learned = [
+            group.learned_I.sum(dtype=torch.float64) * media_elements(group, codec, modalities)
+            for group in batch.media
+            if group.modality == name
+        ]
+        counts[name] = torch.stack(learned).sum()
+    return counts
 
 
 def ratio(total: float, count: float) -> float | None:

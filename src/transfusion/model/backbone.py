@@ -77,7 +77,7 @@ class Backbone(nn.Module, ABC):
 
 def is_of_text(name: str) -> bool:
     """Whether text passes through this parameter: whether `train.freeze=[text]` keeps it as it is."""
-    return not name.startswith("patch_") and ".image_" not in name
+    return not name.startswith(("patch_", "media.")) and ".image_" not in name
 
 
 def compile_blocks(model: Backbone, config: Config) -> None:

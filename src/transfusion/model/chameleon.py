@@ -19,7 +19,7 @@ from transfusion.model.attention import WHOLE_ROWS, Attend, Sharing
 from transfusion.model.backbone import Backbone
 from transfusion.model.block import TransformerBlock
 from transfusion.model.heads import TextHead
-from transfusion.model.patch_position import PatchPosition
+from transfusion.model.patch_position import PatchPosition, image_grids
 from transfusion.model.patches import Grid
 from transfusion.schema import Batch
 
@@ -66,7 +66,9 @@ class Chameleon(Backbone):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         tied = self.embedding if config.tie_embeddings else None
         self.lm_head = TextHead(config.hidden_size, both, loss_chunk_size, z_loss, tied=tied)
-        self.patch_position = None if config.patch_position == "none" else PatchPosition(config, codec)
+        self.patch_position = (
+            None if config.patch_position == "none" else PatchPosition(config, image_grids(config, codec))
+        )
 
     def forward(self, batch: Batch, tokens: Sequence[Tensor]) -> TokenOutput:
         """Losses of a batch. tokens: for each image group int64 [I, h, w].

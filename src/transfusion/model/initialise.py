@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ STANDARD_DEVIATION = 0.02
 # Of what tells a patch its place. With 0.3 a Chameleon, whose tokens are not normed before the first block, learnt less
 # (docs/LOG.md).
 POSITION_GAIN = 0.1
+_OF_MEDIA = re.compile(r"^media\.[a-z_]+\.")
 # What writes to the residual stream of a U-Net.
 ADDED_BY_A_UNET = (".second.weight", ".merge.weight")
 
@@ -30,9 +32,11 @@ def initialise(module: nn.Module, *, seed: int, layers: int) -> None:
 def initial_value(name: str, parameter: Tensor, *, seed: int, layers: int) -> Tensor:
     """The initial value of one parameter, fp32 on the CPU."""
     in_unet = ".unet." in name
-    if name.endswith("bias") or name.startswith("patch_decoder.projection"):
+    # Parts of a further modality begin as those of images do.
+    part = _OF_MEDIA.sub("patch_", name)
+    if name.endswith("bias") or part.startswith("patch_decoder.projection"):
         return torch.zeros(parameter.shape)
-    if name == "patch_position.gain":
+    if part == "patch_position.gain":
         return torch.full(parameter.shape, POSITION_GAIN)
     if "norm" in name:
         return torch.ones(parameter.shape)
@@ -46,10 +50,10 @@ def initial_value(name: str, parameter: Tensor, *, seed: int, layers: int) -> Te
         deviation = parameter[0].numel() ** -0.5
     elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
         deviation /= math.sqrt(2 * layers)
-    if name.startswith("patch_encoder.projection"):
+    if part.startswith("patch_encoder.projection"):
         # Few inputs of unit variance: keeps patches as large as token embeddings.
         deviation = parameter.shape[-1] ** -0.5 * STANDARD_DEVIATION
-    elif name.startswith("patch_position."):
+    elif part.startswith("patch_position."):
         # A row's and a column's add up to the mean square of sines and cosines.
         deviation = 0.5
     value = torch.empty(parameter.shape)

@@ -18,6 +18,12 @@ from transfusion.model.embedding import sinusoid_angles
 from transfusion.model.patches import Grid
 
 
+def image_grids(config: ModelConfig, codec: CodecConfig) -> list[tuple[int, int]]:
+    """Rows and columns of patches of images of each size."""
+    shapes = [codec.latent_shape(*size.sides) for size in codec.sizes]
+    return [(height // config.patch_size, width // config.patch_size) for _, height, width in shapes]
+
+
 class PatchPosition(nn.Module):
     """Adds to each patch the encoding of its row and its column, times a learned gain.
 
@@ -26,14 +32,14 @@ class PatchPosition(nn.Module):
     section 3.5, in two dimensions). `learned`: a vector a row and a vector a column are added.
     """
 
-    def __init__(self, config: ModelConfig, codec: CodecConfig) -> None:
+    def __init__(self, config: ModelConfig, grids: Sequence[tuple[int, int]]) -> None:
+        """grids: rows and columns of patches, of each size."""
         super().__init__()
         self.hidden_size = config.hidden_size
         self.gain = nn.Parameter(torch.empty(1))
         self.is_learned = config.patch_position == "learned"
         if self.is_learned:
-            shapes = [codec.latent_shape(*size)[1:] for size in codec.sizes]
-            rows, columns = (max(sides) // config.patch_size for sides in zip(*shapes, strict=True))
+            rows, columns = map(max, zip(*grids, strict=True))
             self.row = nn.Parameter(torch.empty(rows, config.hidden_size))
             self.column = nn.Parameter(torch.empty(columns, config.hidden_size))
 

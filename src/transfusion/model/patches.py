@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from transfusion.config import ModelConfig
 from transfusion.model.embedding import TimestepEmbedding
+from transfusion.sequence.sizes import IMAGE
 
 
 class Grid(NamedTuple):
@@ -44,6 +45,7 @@ class Encoding(NamedTuple):
     timestep_I: Tensor
     grids: tuple[Grid, ...]
     skips: tuple[Tensor, ...]
+    modality: str = IMAGE
 
     def with_copies(self, chosen: Sequence[int]) -> Encoding:
         """The images of one group, and behind them some once more, as the other branch of guidance needs them."""
@@ -61,6 +63,7 @@ class Encoding(NamedTuple):
             extended(self.timestep_I),
             (Grid(images + len(chosen), rows, columns),),
             tuple(extended(skip) for skip in self.skips),
+            self.modality,
         )
 
 

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from transfusion.config import CodecConfig, ModelConfig
+from transfusion.config import CodecConfig, ModalityConfig, ModelConfig
 from transfusion.model.attention import WHOLE_ROWS, Attend, Sharing, visibility
 from transfusion.model.backbone import Backbone
 from transfusion.model.block import TransformerBlock
 from transfusion.model.heads import TextHead
-from transfusion.model.patch_position import PatchPosition
+from transfusion.model.media import MediaPatches
+from transfusion.model.patch_position import PatchPosition, image_grids
 from transfusion.model.patches import Encoding, Grid, PatchDecoder, PatchEncoder, patchify
 from transfusion.model.unet import UNetDecoder, UNetEncoder
 from transfusion.schema import Batch, Modality
+from transfusion.sequence.sizes import IMAGE
 from transfusion.sequence.timesteps import CLEAN_TIMESTEP
 
 PATCHERS: dict[str, tuple[type[PatchEncoder | UNetEncoder], type[PatchDecoder | UNetDecoder]]] = {
@@ -31,13 +33,15 @@ PATCHERS: dict[str, tuple[type[PatchEncoder | UNetEncoder], type[PatchDecoder | 
 
 
 class ModelOutput(NamedTuple):
-    """text_sum: fp32 nats summed over the text targets. prediction_NE: of all patches, group after group.
+    """text_sum: fp32 nats summed over the text targets. prediction_NE: of all patches of images, group after group.
 
-    `patches.unpatchify_groups` makes images of it. Two tensors, whatever the batch holds: see `patches`.
+    others: the same of each further modality. `patches.unpatchify_groups` makes images of it. As many tensors, whatever
+    the batch holds: see `patches`.
     """
 
     text_sum: Tensor
     prediction_NE: Tensor
+    others: tuple[Tensor, ...] = ()
 
 
 class Transfusion(Backbone):
@@ -48,6 +52,7 @@ class Transfusion(Backbone):
         config: ModelConfig,
         codec: CodecConfig,
         *,
+        modalities: Sequence[ModalityConfig] = (),
         attend: Attend = WHOLE_ROWS,
         loss_chunk_size: int = 4096,
         activation_checkpointing: str = "none",
@@ -75,17 +80,24 @@ class Transfusion(Backbone):
         tied = self.embedding if config.tie_embeddings else None
         self.lm_head = TextHead(config.hidden_size, config.vocabulary, loss_chunk_size, z_loss, tied=tied)
         self.patch_decoder = decoder(config, patch_values)
-        self.patch_position = None if config.patch_position == "none" else PatchPosition(config, codec)
+        self.media = (
+            nn.ModuleDict({each.name: MediaPatches(config, each) for each in modalities})
+            if modalities
+            else None
+        )
+        self.patch_position = (
+            None if config.patch_position == "none" else PatchPosition(config, image_grids(config, codec))
+        )
 
     def forward(self, batch: Batch, noisy: Sequence[Tensor]) -> ModelOutput:
         """Text loss and predicted noise of a batch.
 
-        noisy: for each image group its noised latents [I, C, H, W]. Every branch runs on every rank, with
+        noisy: for each group of media its noised latents [I, C, H, W]. Every branch runs on every rank, with
         weight 0 where a rank has nothing for it, so that all ranks gather the same parameters. Clean images of the
         context are decoded with the others, and nothing is asked of what comes out.
         """
-        encoding = self.encode_patches(noisy, torch.cat([group.timestep_I for group in batch.media]))
-        hidden_BSD = self.embed(batch, encoding.patch_ND)
+        encodings = self._encodings(batch, noisy)
+        hidden_BSD = self.embed(batch, torch.cat([encoding.patch_ND for encoding in encodings]))
         grouping = self.grouping_of(batch)
         hidden_BSD = self.run_blocks(hidden_BSD, batch.position_BSA, visibility(batch), grouping=grouping)
         flat = self.norm(hidden_BSD).flatten(0, 1)
@@ -93,7 +105,9 @@ class Transfusion(Backbone):
         weight = batch.text_weight_BS.flatten()
         learned_N = torch.nonzero_static(weight, size=batch.counts.text_targets).squeeze(1)
         text_sum = self.lm_head(flat[learned_N], batch.target_ids_BS.flatten()[learned_N])
-        return ModelOutput(text_sum, self.decode_patches(self._states_of_patches(flat, batch), encoding))
+        states = self._states_of_patches(flat, batch).split([len(each.patch_ND) for each in encodings])
+        image_NE, *others = map(self.decode_patches, states, encodings)
+        return ModelOutput(text_sum, image_NE, tuple(others))
 
     def embed(self, batch: Batch, patch_ND: Tensor) -> Tensor:
         """Token embeddings [B, S, D] with the encoded patches of all groups in the slots of the images."""
@@ -123,25 +137,43 @@ class Transfusion(Backbone):
         back_ND = self.sharing.exchange(flat[routes.slot_M], routes.received, routes.sent)
         return back_ND[routes.order_N.argsort()]
 
-    def encode_patches(self, noisy: Sequence[Tensor], timestep_I: Tensor) -> Encoding:
-        """Noised latents, a tensor [I, C, H, W] for each group, to encoded patches at their places.
+    def _encodings(self, batch: Batch, noisy: Sequence[Tensor]) -> list[Encoding]:
+        """Of images, and of each further modality."""
+        encodings = []
+        for modality in (IMAGE, *(self.media or ())):
+            mine = [number for number, group in enumerate(batch.media) if group.modality == modality]
+            timestep_I = torch.cat([batch.media[number].timestep_I for number in mine])
+            encodings.append(self.encode_patches([noisy[number] for number in mine], timestep_I, modality))
+        return encodings
+
+    def encode_patches(self, noisy: Sequence[Tensor], timestep_I: Tensor, modality: str = IMAGE) -> Encoding:
+        """Noised latents of one modality, a tensor [I, C, H, W] for each group, to encoded patches at their places.
 
         timestep_I: of all images.
         """
+        if modality != IMAGE:
+            assert self.media is not None
+            encoding: Encoding = self.media[modality](noisy, timestep_I)
+            return encoding
         size = self.config.patch_size
         grids = tuple(Grid.of(latent_ICHW, size) for latent_ICHW in noisy)
         patch_NE = torch.cat([patchify(latent_ICHW, size).flatten(0, 1) for latent_ICHW in noisy])
         patch_ND, *skips = self._recomputed(self.patch_encoder, patch_NE, timestep_I, grids)
         return Encoding(self.at_their_places(patch_ND, grids), timestep_I, grids, tuple(skips))
 
-    def read_images(self, latents: Sequence[Tensor]) -> Tensor:
+    def read_images(self, latents: Sequence[Tensor], modality: str = IMAGE) -> Tensor:
         """Clean latents, a tensor [I, C, H, W] for each shape, as context to read: patches [N, D], in order."""
         images = sum(map(len, latents))
         clean_I = torch.full((images,), CLEAN_TIMESTEP, device=latents[0].device)
-        return self.encode_patches(latents, clean_I).patch_ND
+        return self.encode_patches(latents, clean_I, modality).patch_ND
 
     def decode_patches(self, state_ND: Tensor, encoding: Encoding) -> Tensor:
         """Final states of the patches to their predicted values [N, E]. See `patches.unpatchify_groups`."""
+        if encoding.modality != IMAGE:
+            assert self.media is not None
+            decoder = self.media[encoding.modality].get_submodule("decoder")
+            answer_NE: Tensor = decoder(state_ND, encoding.timestep_I, encoding.grids, ())
+            return answer_NE
         predicted_NE: Tensor = self._recomputed(
             self.patch_decoder, state_ND, encoding.timestep_I, encoding.grids, encoding.skips
         )

@@ -24,10 +24,11 @@ import torch
 from torch import nn
 
 from transfusion.codec.interface import latent_shape
-from transfusion.config import CodecConfig, Config
+from transfusion.config import Config
 from transfusion.families.build import build_model, family_of
 from transfusion.model.backbone import Backbone
 from transfusion.schema import Batch
+from transfusion.sequence.sizes import IMAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,20 @@ class Work:
 
 
 class ImageLoad(NamedTuple):
-    """Images of one shape, latents [C, H, W]. carried: with those of weight 0, which only keep ranks alike."""
+    """Images of one shape, latents [C, H, W]. carried: with those of weight 0, which only keep ranks alike.
+
+    A latent of another modality is a patch.
+    """
 
     shape: tuple[int, int, int]
     real: int
     carried: int
+    modality: str = IMAGE
+
+    def patches(self, patch_size: int) -> int:
+        """Of one image. patch_size: `model.patch_size`."""
+        _, height, width = self.shape
+        return height * width // (patch_size**2 if self.modality == IMAGE else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +95,7 @@ class Workload:
     images: tuple[ImageLoad, ...]
 
     @classmethod
-    def of(cls, batch: Batch, codec: CodecConfig) -> Workload:
+    def of(cls, batch: Batch, config: Config) -> Workload:
         """Of a batch that is still on the host: on a GPU its mask would have to be waited for."""
         return cls(
             positions=batch.token_ids_BS.numel(),
@@ -94,7 +104,10 @@ class Workload:
             pairs=batch.mask.visible_pairs() + (batch.second[1].visible_pairs() if batch.second else 0),
             images=tuple(
                 ImageLoad(
-                    latent_shape(group, codec), int(group.image_weight_I.sum()), len(group.image_weight_I)
+                    latent_shape(group, config.codec, config.modalities),
+                    int(group.image_weight_I.sum()),
+                    len(group.image_weight_I),
+                    group.modality,
                 )
                 for group in batch.media
             ),
@@ -126,17 +139,21 @@ class FlopModel:
             if (model.tie_embeddings or not name.startswith("embedding.")) and ".image_" not in name
         )
         self.sequence_length = config.data.sequence_length
-        self.codec = config.codec
-        self._images: dict[tuple[tuple[int, ...], bool], int] = {}
+        self.config = config
+        self._images: dict[tuple[tuple[int, ...], bool, str], int] = {}
 
     def work(self, load: Workload) -> Work:
         """Of one forward and backward pass over a micro-batch."""
-        real = sum(self.image_operations(each.shape) * each.real for each in load.images)
+        real = sum(
+            self.image_operations(each.shape, modality=each.modality) * each.real for each in load.images
+        )
         again = self.recomputes == "block"
-        carried = sum(self.image_operations(each.shape, again) * each.carried for each in load.images)
+        carried = sum(
+            self.image_operations(each.shape, again, each.modality) * each.carried for each in load.images
+        )
         of_images = sum(each.real * self._family.head_targets(each.shape) for each in load.images)
         head = self.lm_head * (load.text_targets + of_images)
-        patches = sum(each.real * each.shape[1] * each.shape[2] for each in load.images) // self.patch_size**2
+        patches = sum(each.real * each.patches(self.patch_size) for each in load.images)
         texts, others = load.tokens - patches, load.positions - patches
         scores = 14 if self.recomputes == "none" else 18
         return Work(
@@ -158,13 +175,15 @@ class FlopModel:
 
     def of(self, batches: Sequence[Batch]) -> Work:
         """Of some micro-batches that are still on the host."""
-        return sum((self.work(Workload.of(batch, self.codec)) for batch in batches), Work())
+        return sum((self.work(Workload.of(batch, self.config)) for batch in batches), Work())
 
-    def image_operations(self, shape: tuple[int, int, int], recomputes: bool = False) -> int:
+    def image_operations(
+        self, shape: tuple[int, int, int], recomputes: bool = False, modality: str = IMAGE
+    ) -> int:
         """Forward and backward through what encodes and decodes one image of latents [C, H, W]."""
-        key = (shape, recomputes)
+        key = (shape, recomputes, modality)
         if key not in self._images:
-            self._images[key] = self._family.image_operations(self._model, shape, recomputes)
+            self._images[key] = self._family.image_operations(self._model, *key)
         return self._images[key]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 from transfusion.config import Config
 from transfusion.families.build import compute_dtype
-from transfusion.observe.flops import ImageLoad, Workload
+from transfusion.observe.flops import Workload
 from transfusion.plan.communication import FP32
 from transfusion.plan.network import Network
 from transfusion.plan.tracing import ACTIVATIONS, GRADIENTS, LOGITS, Trace
@@ -118,7 +118,7 @@ def load_of_rank(load: Workload, sequence_ranks: int) -> Workload:
         text_targets=-(-load.text_targets // sequence_ranks),
         pairs=load.pairs // sequence_ranks,
         images=tuple(
-            ImageLoad(shape, -(-real // sequence_ranks), -(-carried // sequence_ranks))
-            for shape, real, carried in load.images
+            each._replace(real=-(-each.real // sequence_ranks), carried=-(-each.carried // sequence_ranks))
+            for each in load.images
         ),
     )

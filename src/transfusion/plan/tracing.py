@@ -18,11 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from transfusion.config import Config
+from transfusion.config import Config, ModalityConfig
 from transfusion.families.build import build_model, family_of
 from transfusion.observe.flops import ImageLoad, Workload
-from transfusion.schema import Batch, BatchCounts, Kind, MediaGroup, Modality
+from transfusion.schema import Batch, BatchCounts, Kind, MediaGroup
 from transfusion.sequence.layout import position_axes
+from transfusion.sequence.sizes import IMAGE
 from transfusion_kernels import IntervalMask
 
 PARAMETERS, GRADIENTS, ACTIVATIONS, LOGITS = "parameters", "gradients", "activations", "logits"
@@ -205,19 +206,29 @@ def fake_batch(config: Config, load: Workload) -> Batch:
 def _fake_group(config: Config, load: ImageLoad) -> MediaGroup:
     """Pixels, or the latents that an autoencoder has made of them before training."""
     images, (_, height, width) = load.carried, load.shape
-    patches = height * width // config.model.patch_size**2
+    patches = load.patches(config.model.patch_size)
     kind: Kind = "pixels" if config.codec.kind == "pixels" else config.codec.makes
     types = {"pixels": torch.uint8, "latents": torch.float32, "tokens": torch.int32}
     shape = (images, height, width) if kind == "tokens" else (images, *load.shape)
+    if load.modality != IMAGE:
+        modality = next(each for each in config.modalities if each.name == load.modality)
+        kind, shape = "latents", (images, modality.channels, *_values(modality, height, width))
     return MediaGroup(
-        modality=Modality.IMAGE,
+        modality=load.modality,
         kind=kind,
         values=torch.zeros(shape, dtype=types[kind]),
         image_weight_I=torch.zeros(images),
         patch_slot_IP=torch.zeros(images, patches, dtype=torch.int64),
         timestep_I=torch.zeros(images, dtype=torch.int64),
         noise_key_I=torch.zeros(images, dtype=torch.int64),
+        is_empty=not load.real,
     )
+
+
+def _values(modality: ModalityConfig, rows: int, columns: int) -> tuple[int, int]:
+    """Height and width of an array of so many patches."""
+    height, width = modality.block
+    return rows * height, columns * width
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -81,7 +81,7 @@ class DocumentMix:
 
     def workload(self, config: Config, rows: int) -> Workload:
         """Of `rows` rows without padding; at least one image, as in every batch."""
-        positions, sizes = rows * config.data.sequence_length, config.image_sizes
+        positions, sizes = rows * config.data.sequence_length, config.media_sizes
         around = PAIR_CONTROL_TOKENS + self.caption_tokens
         # Of the pairs, the share with a noised copy: of those in which the image stands before its caption.
         copied = (1 - config.data.caption_dropout) * (1 - config.data.caption_first)
@@ -103,8 +103,12 @@ class DocumentMix:
             # A copy sees itself, and the <BOS> and <BOI> before the image.
             visible += copies * (patches * (patches + 1) // 2 + itself + _BEFORE_AN_IMAGE * patches)
             if count or not turn:
-                shape = config.codec.latent_shape(*size)
+                shape = config.codec.latent_shape(*size.sides)
                 loads.append(ImageLoad(shape, count + copies, max(1, count + copies)))
+        # Of further modalities, what every batch carries.
+        for modality in config.modalities:
+            shape = modality.latent_shape(modality.sizes.sizes[0])
+            loads.append(ImageLoad(shape, 0, 1, modality.name))
         texts = max(0.0, (positions - in_pairs) / text)
         return Workload(
             positions=positions,

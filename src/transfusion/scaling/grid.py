@@ -78,6 +78,8 @@ class Job:
                     values[section].pop(name, None)
             if not values[section]:
                 del values[section]
+        if not values["modalities"]:
+            del values["modalities"]
         return fingerprint([values, self.cell.flops, self.grid.suites, _digest(self.grid.classifier)])
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken
-from transfusion.sequence.sizes import ImageSizes, Size
+from transfusion.sequence.sizes import MediaSizes, Size
 
 # <BOS> and <EOS> of a document; <BOI> and <EOI> of each image in it; all of a document with one image.
 TEXT_CONTROL_TOKENS = 2
@@ -94,7 +94,7 @@ def position_axes(position: str) -> int:
     return {"1d": 1, "2d": 3}[position]
 
 
-def image_segment(sizes: ImageSizes, size: Size, values: Any = None) -> ImageSegment:
+def image_segment(sizes: MediaSizes, size: Size, values: Any = None) -> ImageSegment:
     """An image of this size."""
     return ImageSegment(values, sizes.patches(size), sizes.grid(size)[1], sizes.begin_token(size))
 

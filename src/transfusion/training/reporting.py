@@ -71,7 +71,7 @@ class Reporter:
         for warning in config.warnings() if parts.here.is_main else ():
             log.warning("%s", warning)
         for index in parts.loader.indexes if parts.here.is_main else ():
-            if warning := cut_away(index, config.image_sizes):
+            if warning := cut_away(index, config.media_sizes):
                 log.warning("%s", warning)
         if faults := parts.loader.counters()["faults"]:
             log.warning("samples left out, by reason: %s; see %s", faults, parts.folder.quarantine)

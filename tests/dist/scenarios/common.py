@@ -46,6 +46,15 @@ CLEAN_STREAM: list[tuple[Content, Content]] = [
     ("image", "clean"),
     ("clean", "mixed"),
 ]
+# With a third modality: ranks that have all three, one of them, or none.
+MEDIA_STREAM: list[tuple[Content, Content]] = [
+    ("seen and heard", "heard"),
+    ("heard", "seen"),
+    ("read", "heard"),
+    ("seen", "read"),
+    ("read", "read"),
+    ("heard", "heard"),
+]
 # Vectors of rows and columns for all images of the stream.
 LEARNED_PLACES = {"model__patch_position": "learned", "codec__image_sizes": ("4x4", "4x8")}
 # Images of 8 x 8 pixels, latents of 4 x 4 in two channels.
@@ -98,10 +107,13 @@ def shares(
 
 
 def losses(terms: LossTerms) -> list[float]:
-    """Text, image and whole loss of one step, from sums over all ranks."""
-    text = float(terms.sums["text"] / terms.counts["text"].clamp(min=1))
-    image = float(terms.sums["image"] / terms.counts["image"].clamp(min=1))
-    return [text, image, text + IMAGE_WEIGHT * image]
+    """Text, image (and another modality's) and whole loss of one step, from sums over all ranks."""
+    text, *media = (
+        float(total / terms.counts[name].clamp(min=1))
+        for name, total in terms.sums.items()
+        if total.dim() == 0
+    )
+    return [text, *media, text + IMAGE_WEIGHT * sum(media)]
 
 
 def over_ranks(terms: LossTerms) -> LossTerms:

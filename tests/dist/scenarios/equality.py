@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from handmade import (
+    SOUNDS,
     Content,
     HostReads,
     counts_of,
@@ -92,6 +93,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "diffusion__context": "clean",
         "model__modality_weights": "all",
         "train__sequence_parallel": 2,
+        "train__zero": NOTHING_KEPT,
+    },
+    "three modalities": {"modalities": SOUNDS, "train__zero": NOTHING_KEPT},
+    "three modalities, own weights": {
+        "modalities": SOUNDS,
+        "model__modality_weights": "all",
+        "model__patch_position": "learned",
         "train__zero": NOTHING_KEPT,
     },
     "clean image": {"diffusion__prediction": "x", "train__zero": NOTHING_KEPT},

@@ -53,7 +53,7 @@ def padding_alone(batch: Batch) -> Batch:
         modality_BS=torch.full(everywhere, Modality.PADDING, dtype=torch.uint8),
         text_weight_BS=torch.zeros(everywhere),
         mask=IntervalMask(bound, bound),
-        media=(replace(group, image_weight_I=torch.zeros_like(group.image_weight_I)),),
+        media=(replace(group, image_weight_I=torch.zeros_like(group.image_weight_I), is_empty=True),),
         counts=BatchCounts(
             tokens=0, text_targets=0, images=0, image_elements=0, padding=batch.token_ids_BS.numel()
         ),

@@ -42,7 +42,7 @@ def test_peak_bytes_are_those_that_torch_tracks(overrides: tuple[str, ...]) -> N
     tracked = plan.tracked_peak(engine, batches, config)
     trace = trace_step(
         config,
-        Workload.of(batches[-1], config.codec),
+        Workload.of(batches[-1], config),
         dtype=compute_dtype(config),
         accumulates=len(batches) > 1,
         whole=True,

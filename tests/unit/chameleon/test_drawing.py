@@ -100,7 +100,7 @@ def test_a_wide_image(build: Build, tokenizer: Any) -> None:
         model={"patch_position": "learned", "vocabulary": 321}, codec={"image_sizes": ["8x8", "4x12"]}
     )
     pipeline = Pipeline(model, tokenizer, config, "cpu", Squares())
-    wide = image_segment(config.image_sizes, Size(4, 12))
+    wide = image_segment(config.media_sizes, Size(4, 12))
     (drawn,) = pipeline.sample(["a handwritten three"], guidance=3.0, seed=3, size=Size(4, 12))
     segment = TextSegment(tuple(tokenizer.encode(drawn.prompt)))
     expected = Truth(pipeline).draw([segment], [], 3, 3.0, wide)

@@ -135,7 +135,7 @@ def test_lines_of_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere.jsonl"])
 def test_unknown_sources_are_one_line(source: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist; name digits, python-docs"):
+    with pytest.raises(UserError, match="does not exist; name digits, spoken-digits, python-docs"):
         prepare(str(tmp_path / source), tmp_path / "out")
     with pytest.raises(UserError, match="no images"):
         prepare(str(tmp_path), tmp_path / "out")

@@ -76,7 +76,7 @@ def test_what_is_planned_is_what_stands_in_a_row(config: Config, tokenizer: Toke
     pairs, edits = build_indexes(config, config.data.sources, tokenizer)
     assert pairs.images_by_size() == {"8x8": 10, "8x16": 10, "16x8": 5}
     builder = RowBuilder([pairs, edits], RowSettings.of(config))
-    sizes = config.image_sizes
+    sizes = config.media_sizes
     for index, source in ((pairs, 0), (edits, 1)):
         assert index.lengths.patches_N is not None
         for sample in range(len(index)):
@@ -91,7 +91,7 @@ def test_what_is_planned_is_what_stands_in_a_row(config: Config, tokenizer: Toke
             assert sum(image.patches for image in row.images) == patches
             for image in row.images:
                 before = int(row.token_ids_S[image.first_patch - 1])
-                assert tuple(sizes.size_by_begin_token[before]) == image.values_CHW.shape[1:]
+                assert sizes.size_by_begin_token[before].sides == image.values_CHW.shape[1:]
             assert (
                 row.token_ids_S[tokens - 1] == SpecialToken.END_DOCUMENT
                 and not row.token_ids_S[tokens:].any()
@@ -125,7 +125,7 @@ def test_a_plan_for_other_sizes_is_refused(config: Config, tokenizer: Tokenizer)
 def test_what_is_longer_than_a_row_depends_on_the_size(config: Config, tokenizer: Tokenizer) -> None:
     short = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": 36})})
     (pairs, *_) = build_indexes(short, short.data.sources[:1], tokenizer)
-    assert {pairs.size(sample) for sample in range(len(pairs))} == {short.image_sizes.first}
+    assert {pairs.size(sample) for sample in range(len(pairs))} == {short.media_sizes.first}
     assert {fault.reason for fault in pairs.faults} == {"longer_than_row"} and len(pairs.faults) == 15
 
 

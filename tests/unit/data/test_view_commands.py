@@ -19,7 +19,7 @@ from transfusion.data.viewing.row_page import _mask_pixels
 from transfusion.errors import UserError
 from transfusion.schema import ImageSegment, TextSegment
 from transfusion.sequence.layout import tokenize_document
-from transfusion.sequence.sizes import ImageSizes, Size
+from transfusion.sequence.sizes import MediaSizes, Size
 from transfusion.sequence.tokenizer import Tokenizer
 
 MakeConfig = Callable[..., Config]
@@ -67,8 +67,8 @@ def test_mask_pixels_are_the_mask() -> None:
         tokenize_document([TextSegment((9, 9, 9))]),
     ]
     settings = RowSettings(
-        seed=0, sequence_length=20, axes=1, channels=1, latent_channels=1, sizes=ImageSizes((Size(8, 8),), 1, 4),
-        timesteps=10, image_first_timesteps=5,
+        seed=0, sequence_length=20, axes=1, channels=1, latent_channels=1, sizes=MediaSizes((Size(8, 8),), 1, 4),
+        noise={},
     )  # fmt: skip
     row: Row = joined(tokenized, settings, (), ())
     pixels = _mask_pixels(row, 20)

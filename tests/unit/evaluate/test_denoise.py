@@ -47,7 +47,9 @@ class Knowing(torch.nn.Module):
             "flow": (noisy_ICHW - clean) / noise,
             "v": (signal * noisy_ICHW - clean) / noise,
         }[self.objective.predicts]
-        return SimpleNamespace(prediction_NE=patchify(answer, self.patch).flatten(0, 1), text_sum=None)
+        return SimpleNamespace(
+            prediction_NE=patchify(answer, self.patch).flatten(0, 1), text_sum=None, others=()
+        )
 
 
 LEVELS = [0.1, 0.5, 0.9]

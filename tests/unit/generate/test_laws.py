@@ -88,9 +88,9 @@ class Watch:
         for seen in (self.rows, self.steps, self.states, self._drawings):
             seen.clear()
 
-    def _encoding(self, noisy: Sequence[Tensor], timestep_I: Tensor) -> Encoding:
+    def _encoding(self, noisy: Sequence[Tensor], timestep_I: Tensor, *modality: str) -> Encoding:
         self._asked = noisy[0], timestep_I
-        encoding: Encoding = self._encode(noisy, timestep_I)
+        encoding: Encoding = self._encode(noisy, timestep_I, *modality)
         return encoding
 
     def _decoding(self, state_ND: Tensor, encoding: Encoding) -> Tensor:

@@ -33,7 +33,7 @@ def test_any_mode(build_pipeline: Build, mode: str, channels: int) -> None:
     assert isinstance(read, torch.Tensor) and read.shape == (channels, 8, 8) and read.dtype == torch.uint8
     stream = io.BytesIO()
     (image if mode in ("L", "RGB", "RGBA", "LA", "P", "1") else image.convert("RGB")).save(stream, "PNG")
-    expected = decode_fitting(stream.getvalue(), pipeline.config.image_sizes, channels=channels)
+    expected = decode_fitting(stream.getvalue(), pipeline.config.media_sizes, channels=channels)
     assert np.array_equal(read.numpy(), expected)
 
 

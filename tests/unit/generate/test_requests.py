@@ -65,9 +65,9 @@ def test_generate(build_pipeline: Callable[..., Pipeline], arguments: dict[str, 
 def test_a_size_may_be_a_plain_pair(build_pipeline: Callable[..., Pipeline]) -> None:
     pipeline = build_pipeline()
     size = pipeline.runner.sizes.first
-    pair, named = (pipeline.sample(["three"], steps=2, size=s)[0].pixels for s in (tuple(size), size))
+    pair, named = (pipeline.sample(["three"], steps=2, size=s)[0].pixels for s in (size.sides, size))
     assert torch.equal(pair, named)
-    assert pair.shape[1:] == tuple(size)
+    assert pair.shape[1:] == size.sides
 
 
 def test_no_prompts_give_no_answers(build_pipeline: Callable[..., Pipeline]) -> None:

@@ -46,10 +46,10 @@ def test_an_image_is_drawn_as_it_was_trained(
     """Behind a caption and without one, by the training forward alone: the token before it, its shape, its places."""
     pipeline = talkative(build_pipeline, **fields)
     config, model = pipeline.config, pipeline.runner.model
-    noise = counter_normal(torch.tensor([7]), (1, *WIDE))
+    noise = counter_normal(torch.tensor([7]), (1, *WIDE.sides))
 
     def trained(caption: str | None) -> Tensor:
-        image = image_segment(config.image_sizes, WIDE, np.zeros((1, *WIDE), np.uint8))
+        image = image_segment(config.media_sizes, WIDE, np.zeros((1, *WIDE.sides), np.uint8))
         texts = [TextSegment(tuple(pipeline.tokenizer.encode(caption)))] if caption else []
         batch = pack(config, [[[*texts, image]]], timesteps=[500])
         encoding = model.encode_patches([noise], torch.tensor([500]))
@@ -75,10 +75,10 @@ def test_the_size_that_is_asked_for(build_pipeline: Callable[..., Pipeline]) -> 
     for text in SIZES:
         size = Size.parse(text)
         (sample,) = pipeline.sample(["seven"], steps=2, size=size)
-        assert sample.pixels.shape == (1, *size)
+        assert sample.pixels.shape == (1, *size.sides)
         answer = pipeline.generate([["seven"]], max_tokens=6, max_images=2, steps=2, size=size)[0]
         drawn = [part.shape for part in answer if isinstance(part, Tensor)]
-        assert drawn == [(1, *size)] * 2
+        assert drawn == [(1, *size.sides)] * 2
     assert pipeline.sample(["seven"], steps=2)[0].pixels.shape == (1, 8, 8)
     with pytest.raises(
         UserError, match="size 8x16 is none of this model's images; choose 8x8 or 4x12 or 12x4"
@@ -92,7 +92,8 @@ def test_the_model_chooses_sizes_and_a_batch_of_them_is_answered_as_each_alone(
     pipeline = talkative(build_pipeline, position="2d")
     random = np.random.default_rng(0)
     one, two, three = (
-        torch.from_numpy(random.integers(0, 256, (1, *Size.parse(text)), dtype=np.uint8)) for text in SIZES
+        torch.from_numpy(random.integers(0, 256, (1, *Size.parse(text).sides), dtype=np.uint8))
+        for text in SIZES
     )
     prompts: list[list[str | Tensor]] = [
         ["three"],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transfusion.config import CodecConfig, Config, ModelConfig
 from transfusion.model import Transfusion
-from transfusion.model.patch_position import PatchPosition
+from transfusion.model.patch_position import PatchPosition, image_grids
 from transfusion.model.patches import Grid
 from transfusion.parallel.collectives import global_counts
 from transfusion.parallel.environment import Environment
@@ -27,7 +27,7 @@ ALONE = Environment(rank=0, local_rank=0, world_size=1, device=torch.device("cpu
 def built(kind: str, width: int = 12) -> PatchPosition:
     """Of images of up to 4 rows and 5 columns of patches."""
     config = ModelConfig(hidden_size=width, heads=1, patch_size=2, patch_position=kind)  # type: ignore[arg-type]
-    module = PatchPosition(config, CodecConfig(image_sizes=("6x10", "8x2")))
+    module = PatchPosition(config, image_grids(config, CodecConfig(image_sizes=("6x10", "8x2"))))
     with torch.no_grad():
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter)

@@ -28,7 +28,7 @@ def documents(config: Config) -> list[list[Segment]]:
     """One image of each size, 4x12 and 12x4 of as many patches, between texts and alone."""
     text, random = TextSegment((9, 10, 11)), np.random.default_rng(0)
     images = [
-        image_segment(config.image_sizes, size, random.integers(0, 256, (1, *size), dtype=np.uint8))
+        image_segment(config.media_sizes, size, random.integers(0, 256, (1, *size.sides), dtype=np.uint8))
         for size in map(Size.parse, SIZES)
     ]
     return [[text, images[0]], [images[1], text], [text, images[2]], [images[3], text]]
@@ -83,7 +83,7 @@ def test_the_token_before_an_image_tells_its_size(build_model: Build, pack: Call
     """And is learned: where a text goes on with an image, which one is a target."""
     config, _ = build_model(image_sizes=SIZES)
     batch = pack(config, [documents(config)])
-    begins = {size: config.image_sizes.begin_token(Size.parse(size)) for size in SIZES}
+    begins = {size: config.media_sizes.begin_token(Size.parse(size)) for size in SIZES}
     assert len(set(begins.values())) == 4 and max(begins.values()) == config.model.vocabulary - 1
     for group in batch.media:
         height, width = group.values.shape[2:]

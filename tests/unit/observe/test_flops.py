@@ -104,7 +104,7 @@ def test_padding_is_no_work_but_is_done(batch: Batch) -> None:
 
 def test_a_batch_on_the_host_tells_its_latents_before_they_are_made(batch: Batch) -> None:
     config = small()
-    load = Workload.of(batch, config.codec)
+    load = Workload.of(batch, config)
     assert load.images[0].shape == (1, 8, 8) and load.images[0].real == 2
     assert load.positions == 128 and load.tokens < 128
 

@@ -54,7 +54,7 @@ def test_the_recipe_is_the_papers(name: str) -> None:
     config = config_of(name)
     assert config.optimizer == OptimizerConfig(), "whose defaults are the paper's, see tests/unit/config"
     assert config.data.sequence_length == 4096 and config.patches_per_image == 256
-    assert config.codec.latent_shape(*config.codec.sizes[0]) == (8, 32, 32)
+    assert config.codec.latent_shape(*config.codec.sizes[0].sides) == (8, 32, 32)
     tokens, steps = (2**22, 500_000) if name == "7b-2t" else (2**21, 250_000)
     assert (
         config.data.sequence_length * config.data.global_batch_size == tokens and config.train.steps == steps

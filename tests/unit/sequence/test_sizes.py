@@ -8,7 +8,7 @@ import pytest
 from transfusion.config import Config, load_config
 from transfusion.errors import UserError
 from transfusion.schema import SpecialToken
-from transfusion.sequence.sizes import ImageSizes, Size, nearest
+from transfusion.sequence.sizes import MediaSizes, Size, nearest
 
 SIZES = (Size(32, 32), Size(32, 64), Size(64, 32), Size(64, 64))
 
@@ -31,7 +31,7 @@ SIZES = (Size(32, 32), Size(32, 64), Size(64, 32), Size(64, 64))
 )
 def test_an_image_takes_the_nearest_ratio_then_the_nearest_area(height: int, width: int, chosen: str) -> None:
     sizes = SIZES if height != 100 else SIZES[:3]
-    assert str(ImageSizes(sizes, 1, 2).for_image(height, width)) == chosen
+    assert str(MediaSizes(sizes, 1, 2).for_image(height, width)) == chosen
 
 
 def test_of_equals_the_first_is_taken() -> None:
@@ -41,23 +41,23 @@ def test_of_equals_the_first_is_taken() -> None:
 
 
 def test_latents_have_the_size_that_they_were_made_at() -> None:
-    sizes = ImageSizes(SIZES, 8, 1)
+    sizes = MediaSizes(SIZES, 8, 1)
     height, width = np.array([8, 8, 400]), np.array([4, 8, 200])
     assert sizes.numbers(height, width, np.array([True, True, False])).tolist() == [2, 3, 2]
 
 
 def test_every_size_has_a_token_of_its_own() -> None:
     config = load_config(None, ["codec.image_sizes=[32x32,32x48,48x32]"])
-    assert config.image_sizes.first == Size(32, 32) and config.patches_per_image == 256
+    assert config.media_sizes.first == Size(32, 32) and config.patches_per_image == 256
     with pytest.raises(ValueError, match="vocabulary must be known"):
-        config.image_sizes.begin_token(Size(32, 48))
+        config.media_sizes.begin_token(Size(32, 48))
     for pieces, asked, rows in ((320, 0, 322), (320, 400, 400), (320, 320, 322)):
         model = config.model.model_copy(update={"vocabulary": asked})
         known = config.model_copy(update={"model": model}).with_vocabulary(pieces)
         assert known.model.vocabulary == rows and known.with_vocabulary(pieces) == known
-        assert list(known.image_sizes.size_by_begin_token) == [SpecialToken.BEGIN_IMAGE, rows - 2, rows - 1]
+        assert list(known.media_sizes.size_by_begin_token) == [SpecialToken.BEGIN_IMAGE, rows - 2, rows - 1]
     plain = Config().with_vocabulary(320)
-    assert plain.model.vocabulary == 320 and list(plain.image_sizes.size_by_begin_token) == [
+    assert plain.model.vocabulary == 320 and list(plain.media_sizes.size_by_begin_token) == [
         SpecialToken.BEGIN_IMAGE
     ]
 

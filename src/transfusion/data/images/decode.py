@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFile
 
 from transfusion.data.images.probe import CHECKSUM, CHUNK, MAX_PIXELS, probe
 from transfusion.data.shards.sample import SampleError
-from transfusion.sequence.sizes import ImageSizes, Resize, Size
+from transfusion.sequence.sizes import MediaSizes, Resize, Size
 
 try:
     opencv: Any = importlib.import_module("cv2")
@@ -72,7 +72,7 @@ def decode(data: bytes, *, channels: int, image_size: int) -> PixelArray:
     return decode_to(data, Size(image_size, image_size), channels=channels)
 
 
-def decode_fitting(data: bytes, sizes: ImageSizes, *, channels: int) -> PixelArray:
+def decode_fitting(data: bytes, sizes: MediaSizes, *, channels: int) -> PixelArray:
     """As `decode_to`, to the size that such an image takes."""
     facts = probe(data)
     size = sizes.for_image(facts.height, facts.width)

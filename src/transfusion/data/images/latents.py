@@ -57,12 +57,14 @@ class LatentRecord(NamedTuple):
     @property
     def sizes(self) -> frozenset[Size]:
         """Sizes of the images."""
-        return frozenset(map(Size.parse, self.image_sizes)) or frozenset([Size(*[self.image_size] * 2)])
+        return frozenset(map(Size.parse, self.image_sizes)) or frozenset(
+            [Size(self.image_size, self.image_size)]
+        )
 
 
 def record_sizes(codec: CodecConfig) -> tuple[int, tuple[str, ...]]:
     """image_size and image_sizes of the record of latents that this codec has made."""
-    (height, width), *others = codec.sizes
+    (height, width, _), *others = codec.sizes
     if height == width and not others:
         return height, ()
     return 0, tuple(map(str, codec.sizes))

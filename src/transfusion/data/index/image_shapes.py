@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfusion.data.index.source_index import SourceIndex
-from transfusion.sequence.sizes import WORTH_TELLING, ImageSizes, mean_share_cut, propose_sizes
+from transfusion.sequence.sizes import WORTH_TELLING, MediaSizes, mean_share_cut, propose_sizes
 
 # So many shards of a source are looked at, evenly spread.
 _SHARDS = 64
@@ -36,7 +36,7 @@ def shapes_of(index: SourceIndex) -> Shapes:
     return Shapes(*joined)
 
 
-def cut_away(index: SourceIndex, sizes: ImageSizes) -> str:
+def cut_away(index: SourceIndex, sizes: MediaSizes) -> str:
     """What cropping takes away of a source's images, and what would take less. Empty where it is little."""
     shapes = shapes_of(index)
     if sizes.resize != "crop" or not len(shapes.height_I):
@@ -50,7 +50,7 @@ def cut_away(index: SourceIndex, sizes: ImageSizes) -> str:
     )
 
 
-def better_sizes(shapes: Shapes, sizes: ImageSizes) -> str:
+def better_sizes(shapes: Shapes, sizes: MediaSizes) -> str:
     """Sizes of about the area of the first that suit the images, as a configuration names them."""
     side = round(math.sqrt(sizes.first.height * sizes.first.width))
     proposed = propose_sizes(*shapes, side=side, step=sizes.downscale * sizes.patch_size)

@@ -16,7 +16,7 @@ import os
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -32,18 +32,19 @@ from transfusion.data.shards import sample, scan, validate
 from transfusion.data.shards.sample import Fault, RawSample
 from transfusion.data.shards.shard import Shard
 from transfusion.files import atomic_write_text, fingerprint
+from transfusion.sequence.sizes import IMAGE
 from transfusion.sequence.tokenizer import Tokenizer
 
 Integers = NDArray[np.int64]
 
 # Raised whenever the same shard would give another file.
-_VERSION = 4
+_VERSION = 5
 # How files of earlier versions began.
 _FORMER_MAGIC = b"transfusion\x1aidx\n"
 _COLUMNS = (
     "key_bytes_N", "offset_N", "captions_N", "stored_images_N", "elements_N", "tokens_C", "image_offset_I",
-    "image_size_I", "image_width_I", "image_height_I", "latent_channels_I", "element_E", "fault_key_bytes_F",
-    "fault_offset_F", "fault_reason_F", "fault_lost_F",
+    "image_size_I", "image_width_I", "image_height_I", "latent_channels_I", "modality_I", "element_E",
+    "fault_key_bytes_F", "fault_offset_F", "fault_reason_F", "fault_lost_F",
 )  # fmt: skip
 # Letters that are tokenised together, and token ids that are written together.
 _LETTERS_AT_ONCE, _IDS_AT_ONCE = 1 << 14, 1 << 16
@@ -153,6 +154,11 @@ class ShardIndex:
             if zlib.crc32(self[name].data) != column.checksum:
                 raise StaleIndex("it is damaged")
 
+    def modality_I(self, declared: Sequence[str]) -> NDArray[np.int8]:
+        """Of each stored image or array the number of its modality among these. -1: it is none of them."""
+        numbers = [declared.index(name) if name in declared else -1 for name in self._facts["modalities"]]
+        return np.array(numbers, np.int8)[self["modality_I"]]
+
     def __getitem__(self, name: str) -> NDArray[Any]:
         array = self._arrays.get(name)
         if array is None:
@@ -261,6 +267,11 @@ class ShardIndex:
     def _changed(self) -> Path:
         return self.path.with_name(self.path.name + _CHANGED)
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether some images are stored as latents or tokens."""
+        return bool((self["latent_channels_I"][self["modality_I"] == 0] > 0).any())
+
     def is_latent(self, sample: int, image_number: int = 0) -> bool:
         """Whether this is a latent, not an image."""
         return bool(self["latent_channels_I"].item(self.image_start_N.item(sample) + image_number))
@@ -357,6 +368,7 @@ class _Collector:
         self._columns = {name: array.array("q") for name in _COLUMNS}
         self._keys, self._fault_keys = bytearray(), bytearray()
         self._reasons: dict[str, int] = {}
+        self._modalities = {IMAGE: 0}
         self._notes: collections.Counter[str] = collections.Counter()
         self._untokenised: list[RawSample] = []
         self._letters = 0
@@ -397,6 +409,7 @@ class _Collector:
             put["image_width_I"].append(stored.width)
             put["image_height_I"].append(stored.height)
             put["latent_channels_I"].append(stored.latent_channels)
+            put["modality_I"].append(self._modalities.setdefault(stored.modality, len(self._modalities)))
         for text in ids:
             put["tokens_C"].append(len(text))
             self._waiting += text
@@ -431,6 +444,7 @@ class _Collector:
             "samples": len(self._columns["offset_N"]),
             "notes": dict(sorted(self._notes.items())),
             "reasons": list(self._reasons),
+            "modalities": list(self._modalities),
         }
         return columns, counted
 

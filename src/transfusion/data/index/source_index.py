@@ -40,7 +40,7 @@ from transfusion.sequence.layout import (
     TEXT_CONTROL_TOKENS,
     image_segment,
 )
-from transfusion.sequence.sizes import ImageSizes, Size
+from transfusion.sequence.sizes import IMAGE, MediaSizes, Size
 from transfusion.sequence.tokenizer import Tokenizer
 
 # Two bytes a token where the vocabulary allows.
@@ -59,15 +59,17 @@ class SourceIndex:
         sequence_length: int,
         latent_channels: int = 0,
         shuffle_window: int = 1,
-        sizes: ImageSizes | None = None,
+        sizes: MediaSizes | None = None,
+        modality_channels: Sequence[int] = (),
         schedule: Schedule = ((0, 1.0),),
         kind: SourceKind = "auto",
         clean_context: bool = False,
         captions_follow: bool = True,
     ) -> None:
         """patches: of one image, or with `sizes` those of the size that it takes. latent_channels: of precomputed
-        latents; 0: any. shuffle_window: of a remote source. clean_context: images that something follows take their
-        patches twice (`diffusion.context`). captions_follow: whether a caption may follow its image.
+        latents; 0: any. modality_channels: of arrays of further modalities of `sizes`. shuffle_window: of a remote
+        source. clean_context: images that something follows take their patches twice (`diffusion.context`).
+        captions_follow: whether a caption may follow its image.
 
         What cannot be cut and is longer than a row is a fault; of several captions only those too long are left out.
         """
@@ -76,6 +78,10 @@ class SourceIndex:
         self._parts, self._patches, self._sequence_length = tuple(parts), patches, sequence_length
         self._sizes = sizes if sizes and sizes.is_multi_size else None
         self._image = ImageSegment(None, patches)
+        self._modalities = sizes.modalities if sizes else (IMAGE,)
+        channels = np.array([latent_channels, *modality_channels], np.int64)
+        others = sizes.others if sizes else ()
+        widest = np.array([0, *(max(size.width for size in other.sizes) for other in others)], np.int64)
         self._clean_context, self._captions_follow = clean_context, captions_follow
         self._size_numbers: dict[int, NDArray[np.uint8]] = {}
         views = [
@@ -85,7 +91,9 @@ class SourceIndex:
                 self._document_patches(part, number),
                 self._context_patches(part, number),
                 sequence_length,
-                latent_channels,
+                part.modality_I(self._modalities),
+                channels,
+                widest,
                 kind,
             )
             for number, (part, faults) in enumerate(
@@ -107,7 +115,7 @@ class SourceIndex:
             patches=patches,
             windows=Windows(np.diff(self._start_of_part), shuffle_window) if self.is_remote else None,
             patches_N=_joined([view.patches_N for view in views], np.int64) if self._sizes else None,
-            image_sizes=tuple(map(str, self._sizes.sizes)) if self._sizes else (),
+            image_sizes=tuple(map(str, self._sizes.all)) if self._sizes else (),
             context_N=_joined([view.context_N for view in views], np.int64) if clean_context else None,
         )
 
@@ -177,21 +185,27 @@ class SourceIndex:
         if self._sizes is None:
             return None
         number, part, place = self._located(sample)
-        return self._sizes.sizes[self._numbers(part, number)[part.image_start_N[place] + image_number]]
+        return self._sizes.all[self._numbers(part, number)[part.image_start_N[place] + image_number]]
+
+    def modality(self, sample: int, image_number: int = 0) -> str:
+        """Of one of the sample's images: `image`, or the name of another."""
+        size = self.size(sample, image_number)
+        return size.modality if size else IMAGE
 
     def images_by_size(self) -> dict[str, int]:
         """Stored images, those of documents left out among them, by the size that they take; empty: there is one."""
         if self._sizes is None:
             return {}
         number_I = np.concatenate([self._numbers(part, number) for number, part in enumerate(self._parts)])
-        counts_K = np.bincount(number_I, minlength=len(self._sizes.sizes)).tolist()
-        return {str(size): count for size, count in zip(self._sizes.sizes, counts_K, strict=True)}
+        counts_K = np.bincount(number_I, minlength=len(self._sizes.all)).tolist()
+        return {str(size): count for size, count in zip(self._sizes.all, counts_K, strict=True)}
 
     def _numbers(self, part: ShardIndex, number: int) -> NDArray[np.uint8]:
         """Of each stored image of a shard the number of its size."""
         if self._sizes is not None and number not in self._size_numbers:
             shape = part["image_height_I"], part["image_width_I"], part["latent_channels_I"] > 0
-            self._size_numbers[number] = self._sizes.numbers(*shape).astype(np.uint8)
+            modality_I = part.modality_I(self._modalities) if self._sizes.others else None
+            self._size_numbers[number] = self._sizes.numbers(*shape, modality_I).astype(np.uint8)
         return self._size_numbers[number]
 
     def _document_patches(self, part: ShardIndex, number: int) -> Integers:
@@ -263,7 +277,9 @@ class SourceIndex:
 class _FittingSamples:
     """Of one shard what fits a row of this length. kept: numbers of these samples; None: all of them.
 
-    patches_N: of all images of each sample's document. context_N: of noised copies beside them.
+    patches_N: of all images of each sample's document. context_N: of noised copies beside them. modality_I: of stored
+    images and arrays. -1: the configuration does not declare it. channels_M: of stored latents or arrays, by modality.
+    widest_M: width of its widest size.
     """
 
     def __init__(
@@ -273,7 +289,9 @@ class _FittingSamples:
         patches_N: Integers,
         context_N: Integers,
         sequence_length: int,
-        latent_channels: int,
+        modality_I: NDArray[np.int8],
+        channels_M: Integers,
+        widest_M: Integers,
         kind: SourceKind,
     ) -> None:
         self.captions_N: NDArray[Any] = part["captions_N"]
@@ -289,9 +307,14 @@ class _FittingSamples:
         fits_C = np.repeat(is_cut_N, self.captions_N) | (
             self.tokens_C <= np.repeat(longest_N, self.captions_N)
         )
-        channels_I = part["latent_channels_I"]
-        strange_I = (channels_I > 0) & (channels_I != latent_channels) & (latent_channels > 0)
-        strange = set(np.repeat(np.arange(len(part)), part["stored_images_N"])[strange_I].tolist())
+        channels_I, own_I = part["latent_channels_I"], channels_M[modality_I]
+        is_other_I = (channels_I > 0) & (channels_I != own_I) & (own_I > 0)
+        is_long_I = (modality_I > 0) & (channels_I == 0) & (part["image_width_I"] > widest_M[modality_I])
+        strange_I = is_other_I | is_long_I | (modality_I < 0)
+        sample_I = np.repeat(np.arange(len(part)), part["stored_images_N"])
+        strange, undeclared, long = (
+            set(sample_I[which_I].tolist()) for which_I in (strange_I, modality_I < 0, is_long_I)
+        )
         fits_C &= ~np.repeat(np.isin(np.arange(len(part)), list(strange)), self.captions_N)
         # Those of another kind are among the faults already.
         wrong_N = part.stray_N(kind)
@@ -302,6 +325,8 @@ class _FittingSamples:
         self.kept = np.flatnonzero(fitting_N)
         for sample in np.flatnonzero((fitting_N == 0) & ~wrong_N).tolist():
             reason = "latent_shape" if sample in strange else "longer_than_row"
+            reason = "sound_too_long" if sample in long else reason
+            reason = "modality_undeclared" if sample in undeclared else reason
             self.faults.append(part.fault(sample, reason))
         self.captions_N, self.tokens_C = fitting_N[self.kept], self.tokens_C[fits_C]
         self.images_N, self.interleaved_N = self.images_N[self.kept], self.interleaved_N[self.kept]
@@ -318,15 +343,16 @@ def build_index(
     latent_channels: int = 0,
     cache: CacheSettings | None = None,
     codec: CodecConfig | None = None,
-    sizes: ImageSizes | None = None,
+    sizes: MediaSizes | None = None,
+    modality_channels: Sequence[int] = (),
     clean_context: bool = False,
     captions_follow: bool = True,
 ) -> SourceIndex:
     """The index of a source; index files that are missing are made first.
 
-    patches, sizes, clean_context, captions_follow: see `SourceIndex`. cache: for remote shards; None: the default one
-    below this folder. codec: the one whose latents are taken; None: any. Raises UserError when a shard is missing, an
-    index is stale, latents are of another codec, or no good sample is left.
+    patches, sizes, modality_channels, clean_context, captions_follow: see `SourceIndex`. cache: for remote shards;
+    None: the default one below this folder. codec: the one whose latents are taken; None: any. Raises UserError when a
+    shard is missing, an index is stale, latents are of another codec, or no good sample is left.
     """
     cache = cache or CacheSettings.of(CacheConfig(), Path("cache"))
     found = find_shards(source.shards, cache)
@@ -335,7 +361,7 @@ def build_index(
     for part in parts:
         # What stands beside a remote shard is not seen.
         beside = part.shard.folder
-        if codec and beside is not None and part["latent_channels_I"].any():
+        if codec and beside is not None and part.has_latents:
             refuse_other_latents(beside / part.shard.name, part.digest, codec, source.name)
     index = SourceIndex(
         source.name,
@@ -345,6 +371,7 @@ def build_index(
         latent_channels=latent_channels,
         shuffle_window=source.shuffle_window,
         sizes=sizes,
+        modality_channels=modality_channels,
         schedule=source.schedule,
         kind=source.kind,
         clean_context=clean_context,
@@ -378,7 +405,8 @@ def build_indexes(
             latent_channels=source.latent_channels or config.codec.stored_channels,
             cache=cache_of(config),
             codec=config.codec,
-            sizes=config.image_sizes,
+            sizes=config.media_sizes,
+            modality_channels=[modality.channels for modality in config.modalities],
             clean_context=config.diffusion.context == "clean",
             captions_follow=captions_follow,
         )

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion.data.loading.rows import Row, RowImage, RowSettings
+from transfusion.data.loading.rows import Row, RowImage, RowSettings, Values
 from transfusion.schema import Batch, BatchCounts, Kind, MediaGroup, Modality
+from transfusion.sequence.sizes import IMAGE
 from transfusion_kernels import IntervalMask
 
 # What the values of an image are, by the type that each reader of them gives.
@@ -59,38 +60,47 @@ def _second(rows: Sequence[Row]) -> tuple[Tensor, IntervalMask] | None:
 
 
 def _groups(rows: Sequence[Row], settings: RowSettings) -> tuple[MediaGroup, ...]:
-    """Images by type and shape, in row order; one of weight 0 where there is none, so that ranks do the same work."""
-    by_shape: dict[tuple[str, tuple[int, ...]], list[tuple[int, RowImage]]] = {}
+    """Images by modality, type and shape, in row order. Of a modality without any there is one of weight 0, so that
+    ranks do the same work."""
+    by_shape: dict[tuple[int, str, tuple[int, ...]], list[tuple[int, RowImage]]] = {}
+    modalities = settings.sizes.modalities
     for number, row in enumerate(rows):
         for image in row.images:
             first_slot = number * settings.sequence_length + image.first_patch
-            by_shape.setdefault((image.values_CHW.dtype.str, image.values_CHW.shape), []).append(
-                (first_slot, image)
-            )
-    if not by_shape:
-        size = settings.sizes.first
-        nothing = RowImage(
-            np.zeros((settings.channels, *size), np.uint8), 0, settings.sizes.patches(size), 0, 0
-        )
-        return (_group([(0, nothing)], weight=0.0),)
-    return tuple(_group(images, weight=1.0) for _, images in sorted(by_shape.items()))
+            kind = modalities.index(image.modality), image.values_CHW.dtype.str, image.values_CHW.shape
+            by_shape.setdefault(kind, []).append((first_slot, image))
+    groups = []
+    for number, modality in enumerate(modalities):
+        mine = [_group(images) for kind, images in sorted(by_shape.items()) if kind[0] == number]
+        groups += mine or [_group([(0, _nothing(modality, settings))], is_empty=True)]
+    return tuple(groups)
 
 
-def _group(images: Sequence[tuple[int, RowImage]], *, weight: float) -> MediaGroup:
+def _nothing(modality: str, settings: RowSettings) -> RowImage:
+    """Zeros of the first size of a modality."""
+    size = settings.sizes.first_of(modality)
+    values: Values = np.zeros((settings.channels, *size.sides), np.uint8)
+    if modality != IMAGE:
+        values = np.zeros((settings.array_channels[modality], *size.sides), np.float32)
+    return RowImage(values, 0, settings.sizes.patches(size), 0, 0, modality=modality)
+
+
+def _group(images: Sequence[tuple[int, RowImage]], *, is_empty: bool = False) -> MediaGroup:
     first_slot_I = torch.tensor([slot for slot, _ in images], dtype=torch.int64)
     context = [image.is_context for _, image in images]
     # A noised copy stands right behind its clean image, whose values are encoded once for both.
     is_new = [True, *(not clean for clean in context[:-1])]
     return MediaGroup(
-        modality=Modality.IMAGE,
+        modality=images[0][1].modality,
         kind=KINDS[images[0][1].values_CHW.dtype.type],
         values=_stacked([image.values_CHW for (_, image), new in zip(images, is_new, strict=True) if new]),
-        image_weight_I=torch.full((len(images),), weight, dtype=torch.float32),
+        image_weight_I=torch.full((len(images),), float(not is_empty)),
         patch_slot_IP=first_slot_I[:, None] + torch.arange(images[0][1].patches),
         timestep_I=torch.tensor([image.timestep for _, image in images], dtype=torch.int64),
         noise_key_I=torch.tensor([image.noise_key for _, image in images], dtype=torch.int64),
         is_context_I=torch.tensor(context) if any(context) else None,
         value_I=torch.tensor(is_new).cumsum(0) - 1 if any(context) else None,
+        is_empty=is_empty,
     )
 
 

@@ -7,14 +7,14 @@ Shape suffixes: S positions of the row, A position axes, C channels, H/W image h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transfusion.config import Config
+from transfusion.config import Config, DiffusionConfig
 from transfusion.data.images.decode import decode_to
 from transfusion.data.images.latents import read_latent, read_tokens
 from transfusion.data.index.shard_index import OpenShards
@@ -23,6 +23,7 @@ from transfusion.data.planning import hash_rng
 from transfusion.data.planning.epoch import Variant
 from transfusion.data.planning.packing import DocumentSpan, RowPlan
 from transfusion.data.shards.sample import Fault, SampleError
+from transfusion.data.sounds.files import decode_to as decode_sound
 from transfusion.files import name_hash
 from transfusion.schema import ImageSegment, Modality, Segment, SpecialToken
 from transfusion.sequence.layout import (
@@ -36,7 +37,7 @@ from transfusion.sequence.layout import (
     tokenize_text,
     with_twins,
 )
-from transfusion.sequence.sizes import ImageSizes
+from transfusion.sequence.sizes import IMAGE, MediaSizes
 from transfusion.sequence.timesteps import CLEAN_TIMESTEP, TimestepLaw
 
 _TIMESTEP, _NOISE = name_hash("timestep"), name_hash("noise")
@@ -48,21 +49,43 @@ Values = NDArray[np.uint8] | NDArray[np.float32] | NDArray[np.int32]
 Place = tuple[int, int, int]
 
 
+class NoiseLevels(NamedTuple):
+    """How timesteps of a modality are drawn. most_when_read: those of what something follows are below this."""
+
+    law: TimestepLaw
+    most_when_read: int
+
+    @classmethod
+    def of(cls, diffusion: DiffusionConfig) -> NoiseLevels:
+        law = TimestepLaw(
+            diffusion.timestep_sampling,
+            diffusion.timestep_shift,
+            diffusion.steps,
+            diffusion.logit_mean,
+            diffusion.logit_std,
+        )
+        return cls(law, diffusion.max_timestep_before_caption or diffusion.steps)
+
+    def draw(self, uniform: float, *, is_read: bool) -> int:
+        """The timestep for a number in [0, 1)."""
+        return self.law.draw(uniform, self.most_when_read if is_read else self.law.steps)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSettings:
-    """The part of the configuration that decides what a row holds."""
+    """The part of the configuration that decides what a row holds. noise, array_channels: by modality."""
 
     seed: int
     sequence_length: int
     axes: int
     channels: int
     latent_channels: int
-    sizes: ImageSizes
-    timesteps: TimestepLaw
-    image_first_timesteps: int
+    sizes: MediaSizes
+    noise: Mapping[str, NoiseLevels]
     clean_context: bool = False
     causal_images: bool = False
     codebook_size: int = 0
+    array_channels: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config) -> RowSettings:
@@ -73,25 +96,20 @@ class RowSettings:
             axes=position_axes(config.model.position),
             channels=config.codec.channels,
             latent_channels=config.codec.depth,
-            sizes=config.image_sizes,
-            timesteps=TimestepLaw(
-                diffusion.timestep_sampling,
-                diffusion.timestep_shift,
-                diffusion.steps,
-                diffusion.logit_mean,
-                diffusion.logit_std,
-            ),
-            image_first_timesteps=diffusion.max_timestep_before_caption or diffusion.steps,
+            sizes=config.media_sizes,
+            noise={IMAGE: NoiseLevels.of(diffusion)}
+            | {other.name: NoiseLevels.of(other.diffusion) for other in config.modalities},
             clean_context=diffusion.context == "clean",
             causal_images=config.model.image_attention == "causal",
             codebook_size=config.codec.codebook_size if config.codec.makes == "tokens" else 0,
+            array_channels={other.name: other.channels for other in config.modalities},
         )
 
 
 class RowImage(NamedTuple):
     """An image of the row: pixels or latents, the position of its first patch, its noise level and noise.
 
-    is_context: it stands clean, to be read and not learned.
+    is_context: it stands clean, to be read and not learned. Of another modality the values are its array.
     """
 
     values_CHW: Values
@@ -100,6 +118,7 @@ class RowImage(NamedTuple):
     timestep: int
     noise_key: int
     is_context: bool = False
+    modality: str = IMAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,29 +230,36 @@ class RowBuilder:
         columns = np.array(words, np.uint64).reshape(-1, 4).T
         uniforms = hash_rng.uniform(self._settings.seed, _TIMESTEP, *columns)
         noise_keys = hash_rng.bits(self._settings.seed, _NOISE, *columns) >> np.uint64(1)
-        law = self._settings.timesteps
         images: list[RowImage] = []
         drawn = zip(places, uniforms.tolist(), noise_keys.tolist(), strict=True)
         for (number, image), uniform, noise_key in drawn:
             document = tokenized[number]
             # What something reads is not noised beyond recognition, or not at all.
             is_read = not self._settings.clean_context and document.is_followed(image)
-            timestep = law.draw(uniform, self._settings.image_first_timesteps if is_read else law.steps)
+            span = plan[number]
+            modality = self._indexes[span.source].modality(span.sample, self._numbers(span)[image])
+            timestep = self._settings.noise[modality].draw(uniform, is_read=is_read)
             values = decoded[number][image]
-            images += placed(document, starts[number], image, values, timestep, noise_key)
+            images += placed(document, starts[number], image, values, timestep, noise_key, modality)
         return tuple(images)
 
 
 def placed(
-    document: TokenizedDocument, start: int, image: int, values: Values, timestep: int, noise_key: int
+    document: TokenizedDocument,
+    start: int,
+    image: int,
+    values: Values,
+    timestep: int,
+    noise_key: int,
+    modality: str = IMAGE,
 ) -> Iterator[RowImage]:
     """An image of a document that begins at `start`: noised at its place, or clean there and noised behind <EOS>."""
     first, patches, _ = document.images[image]
     for twin, of_image in document.twins:
         if of_image == image:
-            yield RowImage(values, start + first, patches, CLEAN_TIMESTEP, noise_key, is_context=True)
+            yield RowImage(values, start + first, patches, CLEAN_TIMESTEP, noise_key, True, modality)
             first = twin
-    yield RowImage(values, start + first, patches, timestep, noise_key)
+    yield RowImage(values, start + first, patches, timestep, noise_key, modality=modality)
 
 
 def read_values(
@@ -243,12 +269,19 @@ def read_values(
     settings: RowSettings,
     shards: OpenShards | None = None,
 ) -> Values:
-    """One of the sample's images as pixels, or its latents or tokens. Raises SampleError and OSError.
+    """One of the sample's images as pixels, its latents or tokens, or an array. Raises SampleError and OSError.
 
     shards: open ones, where several are read.
     """
     data = index.read_image(sample, image_number, shards)
     size = index.size(sample, image_number) or settings.sizes.first
+    if size.modality != IMAGE and not index.is_latent(sample, image_number):
+        return decode_sound(data, size.width)
+    if size.modality != IMAGE:
+        array = read_latent(data)
+        if array.shape != (settings.array_channels[size.modality], *size.sides):
+            raise SampleError("latent_shape")
+        return array
     if not index.is_latent(sample, image_number):
         turned = settings.sizes.rotated(size)
         return decode_to(data, size, turned=turned, channels=settings.channels, resize=settings.sizes.resize)
@@ -263,7 +296,7 @@ def read_values(
     return latent
 
 
-def with_values(segments: Sequence[Segment], values: Sequence[Values], sizes: ImageSizes) -> list[Segment]:
+def with_values(segments: Sequence[Segment], values: Sequence[Values], sizes: MediaSizes) -> list[Segment]:
     """The document with its images, in order, each cut as its values are: one may have been turned upright."""
     remaining = iter(values)
     return [
@@ -272,8 +305,8 @@ def with_values(segments: Sequence[Segment], values: Sequence[Values], sizes: Im
     ]
 
 
-def _cut(values: Values, planned: ImageSegment, sizes: ImageSizes) -> ImageSegment:
-    size = sizes.of(values)
+def _cut(values: Values, planned: ImageSegment, sizes: MediaSizes) -> ImageSegment:
+    size = sizes.of(values) if sizes.is_image(planned.begin) else None
     return image_segment(sizes, size, values) if size else replace(planned, values_CHW=values)
 
 

@@ -1,4 +1,4 @@
-"""A user's own data as samples for shards: a folder of captioned images, or a .jsonl of texts."""
+"""A user's own data as samples for shards: a folder of captioned images or sounds, or a .jsonl of texts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from transfusion.config.sections import MEL_HOP, SAMPLE_RATE, SOUND
 from transfusion.data.images.decode import as_png
 from transfusion.data.images.probe import ImageFacts, probe
 from transfusion.data.planning import hash_rng
 from transfusion.data.shards.sample import Fault, RawSample, SampleError, caption, utf8
 from transfusion.data.shards.scan import scan
-from transfusion.data.shards.validate import IMAGE_EXTENSIONS
+from transfusion.data.shards.validate import IMAGE_EXTENSIONS, SOUND_EXTENSIONS
 from transfusion.data.shards.webdataset import Sample
+from transfusion.data.sounds.files import SoundFacts
+from transfusion.data.sounds.files import probe as probe_sound
 from transfusion.errors import UserError, shown
 from transfusion.files import file_state, name_hash, sha256
 from transfusion.sequence.sizes import WORTH_TELLING, Size, mean_share_cut, propose_sizes
@@ -26,20 +29,27 @@ from transfusion.sequence.sizes import WORTH_TELLING, Size, mean_share_cut, prop
 _SPLIT = name_hash("held out")
 # Of sizes that are proposed before a configuration is known: what they are multiples of, and the largest square.
 _STEP, _LARGEST_SIDE = 8, 256
+# Of shapes of sounds that are proposed, in samples.
+_SOUND_STEP = 4096
 # Of images besides those of shards: what Pillow reads becomes a PNG, the others are told.
 OTHER_EXTENSIONS = (
     "jfif", "jpe", "bmp", "dib", "gif", "tif", "tiff", "avif", "heic", "heif", "jp2", "j2k", "jxl", "ppm", "pgm",
     "pnm", "tga",
 )  # fmt: skip
+_SOUND_MAGIC = ((b"fLaC", "flac"), (b"R", "wav"))
 _MAGIC = ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpg"), (b"RIFF", "webp"))
 
 
 @dataclass(slots=True)
 class Seen:
-    """Of images that were read: height and width of each, and how many captions have several lines."""
+    """Of images that were read: height and width of each, and how many captions have several lines.
+
+    samples: of sounds, each at 16 kHz.
+    """
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
     lines: int = 0
+    samples: list[int] = field(default_factory=list)
 
     def notes(self) -> Iterator[str]:
         """Each as one line with what to do."""
@@ -47,6 +57,13 @@ class Seen:
             yield (
                 f"{self.lines} captions have several lines, and each was taken as one caption; where every line is a"
                 " caption of its own, prepare with --one-caption-a-line"
+            )
+        if self.samples:
+            longest = max(self.samples)
+            shape = -(-longest // _SOUND_STEP) * _SOUND_STEP
+            yield (
+                f"the longest sound has {longest / SAMPLE_RATE:.2f} s; modalities=[{{name: {SOUND}, kind: mel, shapes:"
+                f" [1x{shape}], patch: 1x{4 * MEL_HOP}}}] holds them all"
             )
         if not self.sizes:
             return
@@ -94,7 +111,7 @@ def _draw(key: str, seed: int) -> float:
 
 
 def image_sample(image: bytes, extension: str, caption: str, **facts: Any) -> Sample:
-    """Members of a pair: image, caption, and a KEY.json that can tell whether they belong together.
+    """Members of a pair: image or sound, caption, and a KEY.json that can tell whether they belong together.
 
     facts: more for KEY.json; `captions` there lists further wordings.
     """
@@ -109,18 +126,21 @@ def image_sample(image: bytes, extension: str, caption: str, **facts: Any) -> Sa
 def collect_folder(
     folder: Path, *, seed: int, validation: float, one_caption_a_line: bool = False
 ) -> Collection:
-    """Images below the folder, each with the caption in a .txt file of the same name beside it. Links are followed.
+    """Images and sounds below the folder, each with the caption in a .txt file of the same name beside it.
 
+    Links are followed. A sound beside an image of the same name is not read.
     one_caption_a_line: a file holds several captions of its image.
     """
     files, unreadable = _files(folder)
     images = list(filter(_is_image, files))
+    taken = {image.with_suffix("") for image in images}
+    images += [path for path in files if _is_sound(path) and path.with_suffix("") not in taken]
     if not images:
-        raise UserError(
-            f"{shown(folder)} holds no images ({', '.join(IMAGE_EXTENSIONS)}); name another folder"
-        )
+        kinds = ", ".join(IMAGE_EXTENSIONS + SOUND_EXTENSIONS)
+        raise UserError(f"{shown(folder)} holds no images and no sounds ({kinds}); name another folder")
     # Of links to nothing, too: there the image is missing, and no caption is alone.
-    captions = {image.with_suffix(".txt") for image in filter(_is_image, (*files, *unreadable))}
+    media = (path for path in (*files, *unreadable) if _is_image(path) or _is_sound(path))
+    captions = {path.with_suffix(".txt") for path in media}
     read = captions.union(images)
     listing = [_signature(path, folder) for path in files if path in read]
     identity = {"kind": "folder", "files": listing, "seed": seed, "validation": validation}
@@ -172,6 +192,10 @@ def _is_image(path: Path) -> bool:
     return _extension(path) in (*IMAGE_EXTENSIONS, *OTHER_EXTENSIONS)
 
 
+def _is_sound(path: Path) -> bool:
+    return _extension(path) in SOUND_EXTENSIONS
+
+
 def _extension(path: Path) -> str:
     return path.suffix.lower().lstrip(".")
 
@@ -202,8 +226,12 @@ def _images(
             if one_caption_a_line:
                 text, several = lines[0], {"captions": lines}
             seen.lines += len(lines) > 1 and not one_caption_a_line
-            seen.sizes.append((facts.height, facts.width))
-            size = {"width": facts.width, "height": facts.height}
+            if isinstance(facts, SoundFacts):
+                seen.samples.append(facts.samples)
+                size: dict[str, Any] = {"seconds": round(facts.samples / SAMPLE_RATE, 3)}
+            else:
+                seen.sizes.append((facts.height, facts.width))
+                size = {"width": facts.width, "height": facts.height}
             yield image_sample(data, extension, text, file=name, **size, **several)
             continue
         skipped.append(Fault(folder.name, name, reason))
@@ -216,9 +244,12 @@ def _lines(text: str) -> Iterator[str]:
             yield caption(line, [])
 
 
-def _stored(path: Path) -> tuple[bytes, str, ImageFacts]:
-    """An image as shards hold it, and its extension there. Raises OSError and SampleError."""
+def _stored(path: Path) -> tuple[bytes, str, ImageFacts | SoundFacts]:
+    """An image or a sound as shards hold it, and its extension there. Raises OSError and SampleError."""
     data = path.read_bytes()
+    if _is_sound(path):
+        facts = probe_sound(data)
+        return data, next(kind for magic, kind in _SOUND_MAGIC if data.startswith(magic)), facts
     kind = next((kind for magic, kind in _MAGIC if data.startswith(magic)), "")
     if data and not kind:
         data, kind = as_png(data), "png"

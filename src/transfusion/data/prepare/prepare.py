@@ -25,6 +25,7 @@ from PIL import Image
 from transfusion.data.prepare.digits import captions_for
 from transfusion.data.prepare.emoji import EMOJI, collect_emoji
 from transfusion.data.prepare.folders import Collection, collect_folder, collect_lines, image_sample
+from transfusion.data.prepare.spoken_digits import SPOKEN_DIGITS, collect_spoken_digits
 from transfusion.data.shards.sample import reasons
 from transfusion.data.shards.webdataset import Sample, sample_key, write_shards
 from transfusion.errors import UserError, shown
@@ -61,7 +62,8 @@ def prepare(
 ) -> PrepareResult:
     """Write the shards of a source, or find that they are there already.
 
-    source: `digits`, `python-docs`, `emoji`, a folder of images with .txt captions, or a .jsonl file of texts.
+    source: `digits`, `spoken-digits`, `python-docs`, `emoji`, a folder of images or sounds with .txt captions, or a
+    .jsonl file of texts.
     validation: share kept for evaluation (default 0.1 of python-docs' characters, 0.02 of the concepts of emoji, else
     0.02 of the samples; the digits have a fixed split). one_caption_a_line: of a folder, each line of a .txt is a
     caption of its image. font: of the emoji, in place of the system's. Raises UserError for an unknown source, or when
@@ -102,6 +104,10 @@ def _collect(
                 f"the digits have a fixed split, {VALIDATION_DIGITS} for validation; remove --validation"
             )
         return collect_digits(seed)
+    if source == SPOKEN_DIGITS:
+        if validation is not None:
+            raise UserError("of the spoken digits one voice is for validation; remove --validation")
+        return collect_spoken_digits()
     if source == "python-docs":
         return collect_python_docs(_VALIDATION_DOCS if validation is None else validation)
     path, share = Path(source), _VALIDATION_OTHERS if validation is None else validation
@@ -113,7 +119,8 @@ def _collect(
         return collect_lines(path, seed=seed, validation=share)
     what = "is neither a folder nor a .jsonl file" if path.exists() else "does not exist"
     raise UserError(
-        f"{shown(source)} {what}; name digits, python-docs, emoji, a folder of images or a .jsonl file"
+        f"{shown(source)} {what}; name digits, spoken-digits, python-docs, emoji, a folder of images or sounds, or a"
+        " .jsonl file"
     )
 
 

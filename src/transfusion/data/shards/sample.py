@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from transfusion.sequence.sizes import IMAGE
+
 CAPTION_BYTES = 65_536
 DOCUMENT_BYTES = 2_000_000
 
@@ -59,7 +61,7 @@ def lost_by_reason(faults: Iterable[Fault]) -> collections.Counter[str]:
 class StoredImage(NamedTuple):
     """Where an image stands in the shard, and its width and height as stored.
 
-    latent_channels: of a precomputed latent; 0: an image.
+    latent_channels: of a precomputed latent, or of an array of another modality; 0: an image.
     """
 
     offset: int
@@ -67,10 +69,11 @@ class StoredImage(NamedTuple):
     width: int
     height: int
     latent_channels: int = 0
+    modality: str = IMAGE
 
 
 class RawSample(NamedTuple):
-    """A text, an image with captions, or an interleaved document.
+    """A text, an image with captions, or an interleaved document. An image may be an array of another modality.
 
     texts: the text; the captions, of which one is chosen each epoch (listed twice, chosen twice as often); or the
     texts of an interleaved document. elements: of an interleaved document only, in reading order: t >= 0 is

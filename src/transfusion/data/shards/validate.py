@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transfusion.config.sections import Verify
+from transfusion.config.sections import SOUND, Verify
 from transfusion.data.images.latents import HEADER_BYTES, LATENTS, TOKENS, latent_shape, token_shape
 from transfusion.data.images.probe import probe
 from transfusion.data.shards.sample import (
@@ -23,9 +23,12 @@ from transfusion.data.shards.sample import (
     utf8,
 )
 from transfusion.data.shards.tar import NO_END_MARKER, Member, Window
+from transfusion.data.sounds.files import probe as probe_sound
 from transfusion.files import sha256
+from transfusion.sequence.sizes import IMAGE
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+SOUND_EXTENSIONS = ("wav", "flac")
 MAX_MEMBER = 1 << 26
 MAX_ELEMENTS = 256
 
@@ -35,6 +38,10 @@ ShapeOf = Callable[[bytes, int], tuple[int, int, int]]
 Contents = tuple[tuple[str, ...], tuple[StoredImage, ...], tuple[int, ...]]
 
 _DOTTED = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+# Of an array of another modality, with its name: alone beside a caption, and one of several in a document.
+_ARRAY = re.compile(r"([a-z][a-z_]{0,30})\.npy")
+_ELEMENT_ARRAY = re.compile(r"([a-z][a-z_]{0,30})\d{1,6}\.npy")
+_ELEMENT_SOUND = re.compile(rf"{SOUND}\d{{1,6}}\.(?:{'|'.join(SOUND_EXTENSIONS)})")
 _ELEMENT_IMAGE = re.compile(rf"img\d{{1,6}}\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 
@@ -113,6 +120,14 @@ class SampleValidator:
             return self._pair(group, members[images[0]], notes)
         if "npy" in members:
             return self._pair(group, members["npy"], notes, shape=latent_shape)
+        arrays = [name for name in members if _ARRAY.fullmatch(name)]
+        sounds = [name for name in SOUND_EXTENSIONS if name in members]
+        if len(arrays) + len(sounds) > 1:
+            raise SampleError("ambiguous_media")
+        if sounds:
+            return self._pair(group, members[sounds[0]], notes, modality=SOUND)
+        if arrays:
+            return self._pair(group, members[arrays[0]], notes, shape=latent_shape, modality=arrays[0][:-4])
         if "json" in members:
             facts = json_object(self._bytes(members["json"], DOCUMENT_BYTES))
             if "elements" not in facts:
@@ -123,9 +138,15 @@ class SampleValidator:
         return (document(utf8(self._bytes(members["txt"], DOCUMENT_BYTES)), notes),), (), ()
 
     def _pair(
-        self, group: Group, member: Member, notes: list[str], *, shape: ShapeOf | None = None
+        self,
+        group: Group,
+        member: Member,
+        notes: list[str],
+        *,
+        shape: ShapeOf | None = None,
+        modality: str = IMAGE,
     ) -> Contents:
-        """shape: of latents or tokens; None: the member is an image."""
+        """shape: of latents, tokens or an array; None: the member is an image."""
         facts: dict[str, Any] = {}
         if "json" in group.members:
             try:
@@ -137,11 +158,9 @@ class SampleValidator:
                 notes.append(str(error))
         captions = self._captions(group, facts, notes)
         if shape is not None:
-            head = self._window.read(member.start, min(member.size, HEADER_BYTES))
-            channels, height, width = shape(head, member.size)
-            return captions, (StoredImage(member.start, member.size, width, height, channels),), ()
+            return captions, (self._array(member, shape, modality),), ()
         data = self._bytes(member)
-        image = self._image(member, data, notes)
+        image = self._image(member, data, notes) if modality == IMAGE else self._sound(member, data)
         if self._verify:
             stated = facts.get("sha256")
             if not isinstance(stated, str):
@@ -183,11 +202,11 @@ class SampleValidator:
         order: list[int] = []
         for element in elements:
             kind = element.get("type") if isinstance(element, dict) else None
-            value = element.get(kind) if kind in ("text", "image") else None
+            value = element.get(kind) if isinstance(kind, str) else None
             if not isinstance(value, str):
                 raise SampleError("interleaved_element")
-            if kind == "image":
-                if not _ELEMENT_IMAGE.fullmatch(value) or value not in group.members:
+            if kind != "text":
+                if _modality_of(value) != kind or value not in group.members:
                     raise SampleError("interleaved_ref")
                 order.append(-1 - names.setdefault(value, len(names)))
             elif text := piece(value, notes):
@@ -200,8 +219,23 @@ class SampleValidator:
         if any(_ELEMENT_IMAGE.fullmatch(name) and name not in names for name in group.members):
             notes.append("interleaved_unused_image")
         shown = [group.members[name] for name in names]
-        images = tuple(self._image(member, self._bytes(member), notes) for member in shown)
+        images = tuple(self._element(name, member, notes) for name, member in zip(names, shown, strict=True))
         return tuple(texts), images, tuple(order)
+
+    def _element(self, name: str, member: Member, notes: list[str]) -> StoredImage:
+        if _ELEMENT_IMAGE.fullmatch(name):
+            return self._image(member, self._bytes(member), notes)
+        if _ELEMENT_SOUND.fullmatch(name):
+            return self._sound(member, self._bytes(member))
+        return self._array(member, latent_shape, _modality_of(name))
+
+    def _sound(self, member: Member, data: bytes) -> StoredImage:
+        return StoredImage(member.start, member.size, probe_sound(data).samples, 1, modality=SOUND)
+
+    def _array(self, member: Member, shape: ShapeOf, modality: str) -> StoredImage:
+        head = self._window.read(member.start, min(member.size, HEADER_BYTES))
+        channels, height, width = shape(head, member.size)
+        return StoredImage(member.start, member.size, width, height, channels, modality)
 
     def _image(self, member: Member, data: bytes, notes: list[str]) -> StoredImage:
         facts = probe(data)
@@ -214,6 +248,16 @@ class SampleValidator:
         if maximum is not None and member.size > maximum:
             raise SampleError("text_oversize")
         return self._window.read(member.start, member.size)
+
+
+def _modality_of(name: str) -> str:
+    """Of a member of an interleaved document. Empty: it can be in none."""
+    if _ELEMENT_IMAGE.fullmatch(name):
+        return IMAGE
+    if _ELEMENT_SOUND.fullmatch(name):
+        return SOUND
+    found = _ELEMENT_ARRAY.fullmatch(name)
+    return found[1] if found else ""
 
 
 def _is_caption(text: str, facts: dict[str, Any]) -> bool:

@@ -84,7 +84,7 @@ def _source_stats(index: SourceIndex, config: Config) -> dict[str, Any]:
         },
         "longer_than_a_row": int((tokens_C > config.data.sequence_length).sum()),
         "image_sizes": index.images_by_size(),
-        "cut_away": cut_away(index, config.image_sizes),
+        "cut_away": cut_away(index, config.media_sizes),
         "faults": dict(collections.Counter(fault.reason for fault in index.faults).most_common()),
     }
 

@@ -158,7 +158,7 @@ def _chips(token_ids: NDArray[np.int64], weights: NDArray[np.float32], tokenizer
         if token < len(SpecialToken):
             yield f'<b class="control{silent}">{_NAMES[SpecialToken(token)]}</b>'
         elif token >= tokenizer.vocabulary:
-            # Begins an image of another size than the first; the image shows which.
+            # Begins an image of another size than the first, or other media, which are shown behind it.
             yield f'<b class="control{silent}">{_NAMES[SpecialToken.BEGIN_IMAGE]}</b>'
         else:
             yield f'<span class="token{silent}">{html.escape(piece.replace(_LINE_END, _SHOWN_LINE_END))}</span>'
@@ -167,7 +167,7 @@ def _chips(token_ids: NDArray[np.int64], weights: NDArray[np.float32], tokenizer
 def _figure(image: RowImage) -> str:
     height, width = image.values_CHW.shape[1:]
     level = "clean, to be read" if image.is_context else f"noise level {image.timestep}"
-    noise = f"{height} x {width}, {image.patches} patches, {level}"
+    noise = f"{image.modality}, {height} x {width}, {image.patches} patches, {level}"
     return f'<img class="image" src="{_png(_as_image(image))}" title="{noise}" alt="{noise}">'
 
 

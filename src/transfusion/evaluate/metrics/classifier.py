@@ -165,7 +165,7 @@ def recall_of_each(
 @torch.no_grad()
 def features_of(classifier: Classifier, images: Sequence[Tensor]) -> Tensor:
     """float32 [I, F]. Raises UserError for images of other sizes than the classifier's."""
-    known = {(classifier.channels, *size) for size in classifier.sizes}
+    known = {(classifier.channels, *size.sides) for size in classifier.sizes}
     if others := sorted({tuple(image.shape) for image in images} - known):
         reads, found = (
             " or ".join(" x ".join(map(str, shape)) for shape in shapes) for shapes in (sorted(known), others)
@@ -189,7 +189,7 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
     facts = {
         "words": classifier.words,
         "channels": classifier.channels,
-        "sizes": classifier.sizes,
+        "sizes": [size.sides for size in classifier.sizes],
         "images": classifier.images,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -99,9 +99,11 @@ def unit(name: str, config: dict[str, Any]) -> str:
     counted = family.image_metric(DiffusionConfig()).unit if family else ""
     if name == "text" or (name == "image" and counted == "nats/token"):
         return "nats a token"
-    if name != "image" or family is None:
+    # Of the images, or of another modality.
+    sections = {each.get("name"): each for each in config.get("modalities") or ()} | {"image": config}
+    if name not in sections or family is None:
         return ""
-    diffusion = config.get("diffusion") or {}
+    diffusion = sections[name].get("diffusion") or {}
     predicted = COMPARED.get(diffusion.get("prediction", "epsilon"), "")
     weighted = ", by min-SNR" if diffusion.get("loss_weight") == "min-snr" else ""
     return f"squared error of the {predicted}{weighted}"

@@ -21,6 +21,7 @@ from transfusion.evaluate.suites.settings import DenoiseSuite
 from transfusion.generate.pipeline import Pipeline
 from transfusion.losses.transfusion import TransfusionLoss
 from transfusion.schema import Batch
+from transfusion.sequence.sizes import IMAGE
 
 
 @torch.no_grad()
@@ -36,8 +37,9 @@ def denoise(pipeline: Pipeline, out: Path, settings: DenoiseSuite) -> dict[str, 
         raise UserError("the suite denoise is for models that diffuse images; this one draws token by token")
     run = config.run.model_copy(update={"seed": settings.seed})
     config = config.model_copy(update={"run": run})
-    loss = TransfusionLoss(config.diffusion, pipeline.runner.codec)
-    timesteps = [timestep_at(level, loss.objective.schedule) for level in settings.levels]
+    codec = pipeline.runner.codec
+    loss = TransfusionLoss(config.diffusion, codec, config.codec, config.modalities)
+    timesteps = [timestep_at(level, loss.objectives[IMAGE].schedule) for level in settings.levels]
     metrics: dict[str, Metric] = {}
     for source in config.data.validation:
         loader = EvaluationLoader(config, [source], pipeline.tokenizer, rows=1, limit=settings.limit)
@@ -46,9 +48,9 @@ def denoise(pipeline: Pipeline, out: Path, settings: DenoiseSuite) -> dict[str, 
         counts: list[float] = []
         for number, batch in enumerate(loader):
             tell(number, len(loader))
-            if not batch.counts.images:
+            if all(group.is_empty for group in batch.media if group.modality == IMAGE):
                 continue
-            here = _encoded(batch.to(pipeline.runner.device), loss.codec)
+            here = _encoded(batch.to(pipeline.runner.device), codec)
             found = [loss.clean_error(pipeline.runner.model, _at(here, timestep)) for timestep in timesteps]
             sums.append([float(total) for total, _ in found])
             counts.append(float(found[0][1]))
@@ -76,7 +78,10 @@ def timestep_at(level: float, schedule: Schedule) -> int:
 def _encoded(batch: Batch, codec: Codec) -> Batch:
     """The same batch, whose images are encoded once for all levels."""
     media = tuple(
-        replace(group, kind="latents", values=encoded(group, codec), value_I=None) for group in batch.media
+        replace(group, kind="latents", values=encoded(group, codec), value_I=None)
+        if group.modality == IMAGE
+        else group
+        for group in batch.media
     )
     return replace(batch, media=media)
 
@@ -84,6 +89,9 @@ def _encoded(batch: Batch, codec: Codec) -> Batch:
 def _at(batch: Batch, timestep: int) -> Batch:
     """The same batch, with all its images at this timestep."""
     media = tuple(
-        replace(group, timestep_I=torch.full_like(group.timestep_I, timestep)) for group in batch.media
+        replace(group, timestep_I=torch.full_like(group.timestep_I, timestep))
+        if group.modality == IMAGE
+        else group
+        for group in batch.media
     )
     return replace(batch, media=media)

@@ -80,6 +80,7 @@ def edit(pipeline: Pipeline, out: Path, settings: EditSuite) -> dict[str, Metric
 
 def _triples(pipeline: Pipeline) -> Iterator[tuple[Tensor, str, Tensor]]:
     """First image, text and last image of the documents that have just these, the images of one size."""
+    sizes = pipeline.config.media_sizes
     for document in documents(pipeline.config, pipeline.config.data.validation, pipeline.tokenizer):
         kinds = [type(part) for part in document.segments]
         if kinds != [ImageSegment, TextSegment, ImageSegment]:
@@ -90,6 +91,8 @@ def _triples(pipeline: Pipeline) -> Iterator[tuple[Tensor, str, Tensor]]:
             and isinstance(text, TextSegment)
             and isinstance(last, ImageSegment)
         )
+        if not (sizes.is_image(first.begin) and sizes.is_image(last.begin)):
+            continue
         images = [torch.as_tensor(part.values_CHW) for part in (first, last)]
         if any(image.dtype != torch.uint8 for image in images):
             raise UserError(f"data.validation has latents at {document.key}, and the suite edit needs images")

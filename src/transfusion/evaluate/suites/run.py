@@ -25,9 +25,8 @@ from transfusion.evaluate.suites.denoise import denoise
 from transfusion.evaluate.suites.digits import digits
 from transfusion.evaluate.suites.edit import edit
 from transfusion.evaluate.suites.geneval import geneval, geneval2
+from transfusion.evaluate.suites.harnesses import language, lmms
 from transfusion.evaluate.suites.images_and_captions import captions, guidance, images, samples
-from transfusion.evaluate.suites.language import language
-from transfusion.evaluate.suites.lmms import lmms
 from transfusion.evaluate.suites.nearest import nearest
 from transfusion.evaluate.suites.perplexity import perplexity
 from transfusion.evaluate.suites.settings import (
@@ -44,11 +43,13 @@ from transfusion.evaluate.suites.settings import (
     NearestSuite,
     PerplexitySuite,
     SamplesSuite,
+    SpokenDigitsSuite,
     StepsSuite,
     SuiteConfig,
     TextToImageSuite,
     ValidationSuite,
 )
+from transfusion.evaluate.suites.spoken_digits import spoken_digits
 from transfusion.evaluate.suites.steps import steps
 from transfusion.evaluate.suites.text_to_image import text_to_image
 from transfusion.evaluate.suites.validation import validation
@@ -74,6 +75,7 @@ SUITES = {
     "samples": Suite(samples, SamplesSuite),
     "denoise": Suite(denoise, DenoiseSuite),
     "digits": Suite(digits, DigitsSuite),
+    "spoken_digits": Suite(spoken_digits, SpokenDigitsSuite),
     "images": Suite(images, ImagesSuite),
     "guidance": Suite(guidance, GuidanceSuite),
     "captions": Suite(captions, CaptionsSuite),

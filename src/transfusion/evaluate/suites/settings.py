@@ -95,6 +95,12 @@ class DigitsSuite(DrawingSuite, DescribingSuite):
     batch: PositiveInt = Field(200, description="images that are drawn at once")
 
 
+class SpokenDigitsSuite(DrawingSuite, DescribingSuite):
+    """Spoken digits, said and written down."""
+
+    count: PositiveInt = Field(8, description="sounds of each of the ten digits")
+
+
 class CaptionsSuite(DescribingSuite):
     """Captions of all images."""
 

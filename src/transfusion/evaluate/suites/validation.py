@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from transfusion.config import SourceConfig
+from transfusion.config import Config, SourceConfig
 from transfusion.data.loading.validation import EvaluationLoader, documents
 from transfusion.errors import UserError
 from transfusion.evaluate.metrics.bigram import Bigram
@@ -26,11 +26,8 @@ def validation(pipeline: Pipeline, out: Path, settings: ValidationSuite) -> dict
         raise UserError(
             "the model's configuration names no data.validation; train with one, or choose another --suite"
         )
-    diffusion = pipeline.config.diffusion
-    # The plain error, so that models trained with other weights can be compared.
-    plain = pipeline.config.model_copy(
-        update={"diffusion": diffusion.model_copy(update={"loss_weight": "none"})}
-    )
+    plain = _plain(pipeline.config)
+    diffusions = {modality.name: modality.diffusion for modality in pipeline.config.modalities}
     metrics: dict[str, Metric] = {}
     for source in pipeline.config.data.validation:
         # A row by itself is what the interval resamples.
@@ -40,13 +37,14 @@ def validation(pipeline: Pipeline, out: Path, settings: ValidationSuite) -> dict
             ProgressLines(f"losses of validation {source.name}, {len(loader)} rows"),
         )
         rows = list(validation_losses(runner.model, loader, plain, runner.device, runner.codec, tell))
-        # The one term of a family that is no text, such as "image".
-        media = next(name for name, total in rows[0].sums.items() if name != "text" and total.dim() == 0)
-        shown = _Ratio.of(rows, media)
-        if shown.count:
+        # The terms of a family that are no text, such as "image".
+        media = [name for name, total in rows[0].sums.items() if name != "text" and total.dim() == 0]
+        found = {name: shown for name in media if (shown := _Ratio.of(rows, name)).count}
+        for modality, shown in found.items():
             # Those of two families are no measures of each other.
+            diffusion = diffusions.get(modality, pipeline.config.diffusion)
             name, unit, how = pipeline.family.image_metric(diffusion)
-            metrics[f"{source.name}_{name}"] = Metric(
+            metrics[f"{source.name}_{f'{modality}_loss' if modality in diffusions else name}"] = Metric(
                 value=shown.value,
                 count=shown.rows,
                 interval=shown.interval,
@@ -54,12 +52,25 @@ def validation(pipeline: Pipeline, out: Path, settings: ValidationSuite) -> dict
                 higher_is_better=False,
                 how=how.format(source.name),
             )
+        if found:
             continue
         measured = _text_metrics(pipeline, source, _Ratio.of(rows, "text"))
         # The first text source has the plain names; further ones carry their own.
         taken = not measured.keys().isdisjoint(metrics)
         metrics |= {f"{source.name}_{name}" if taken else name: metric for name, metric in measured.items()}
     return metrics
+
+
+def _plain(config: Config) -> Config:
+    """With the plain error as loss, so that models trained with other weights can be compared."""
+    plain = {"loss_weight": "none"}
+    modalities = [
+        each.model_copy(update={"diffusion": each.diffusion.model_copy(update=plain)})
+        for each in config.modalities
+    ]
+    return config.model_copy(
+        update={"diffusion": config.diffusion.model_copy(update=plain), "modalities": modalities}
+    )
 
 
 @dataclass(frozen=True, slots=True)

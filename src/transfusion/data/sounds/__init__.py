@@ -1,0 +1,1 @@
+"""Files of sound: what they tell of themselves, and their samples."""
