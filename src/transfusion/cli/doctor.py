@@ -46,6 +46,8 @@ OPTIONAL = {
     "jinja2": ("jinja2", "transfusion report"),
     "wandb": ("wandb", "log.wandb=true"),
     "diffusers": ("diffusers", "autoencoders: codec.kind=kl and vq"),
+    "soundfile": ("soundfile", "files of sound"),
+    "soxr": ("soxr", "files of sound"),
     "opencv-python-headless": ("cv2", "faster reading of small PNGs, with the same values"),
 }
 TRITON_CHECK = """

@@ -26,8 +26,7 @@ MAX_ASPECT = 20
 # Width to height of the shapes that are proposed.
 _SHAPES = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 2), (3, 1), (1, 3))
 _FORM = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
-
-
+# The name of the modality that is declared by `codec` and `diffusion`. Further ones are in `modalities`.
 IMAGE = "image"
 
 
@@ -40,6 +39,7 @@ class Size(NamedTuple):
 
     @property
     def sides(self) -> tuple[int, int]:
+        """Height and width."""
         return self.height, self.width
 
     @classmethod
@@ -153,6 +153,7 @@ class MediaSizes:
 
     @functools.cached_property
     def modalities(self) -> tuple[str, ...]:
+        """Names in the order of the configuration, that of images first."""
         return (IMAGE, *(other.modality for other in self.others))
 
     @property

@@ -21,6 +21,7 @@ from transfusion.codec.mel import MelCodec, bands
 from transfusion.config import Config, ModalityConfig
 from transfusion.data.index.source_index import build_indexes
 from transfusion.data.loading.loader import Loader
+from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.data.prepare.prepare import prepare
 from transfusion.data.shards.sample import SampleError
 from transfusion.data.shards.webdataset import write_shards
@@ -216,6 +217,15 @@ def test_documents_hold_sounds_among_texts(
         "ambiguous_media",
         "sound_corrupt",
     ]
+
+
+def test_files_of_sound_are_faults_where_the_modality_has_other_arrays(
+    heard: Callable[..., Config], tokenizer: Tokenizer
+) -> None:
+    other = {"name": "sound", "channels": 3, "shapes": ["1x8192"], "patch": "1x1024"}
+    made = heard(modalities=[other])
+    found = [batch.counts for batch in EvaluationLoader(made, made.data.sources, tokenizer, rows=1)]
+    assert sum(count.faults for count in found) == 12 and not sum(count.images for count in found)
 
 
 def test_it_is_learned(heard: Callable[..., Config], tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +47,31 @@ def test_the_split_is_by_voice(tmp_path: Path) -> None:
         prepare("spoken-digits", tmp_path / "out", validation=0.5)
 
 
-@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+# Says each word as a tone of its own, so that this runs where there is no speech.
+SYNTHESISER = """#!{python}
+import math, sys, wave
+if sys.argv[1] == "--version":
+    print("a synthesiser of tests")
+    sys.exit()
+options, word = dict(zip(sys.argv[1:-1:2], sys.argv[2:-1:2])), sys.argv[-1]
+hertz = 200 + 150 * {words}.index(word)
+samples = [int(12000 * math.sin(2 * math.pi * hertz * place / 22050)) for place in range(11000)]
+with wave.open(options["-w"], "wb") as file:
+    file.setparams((1, 2, 22050, len(samples), "NONE", ""))
+    file.writeframes(b"".join(value.to_bytes(2, "little", signed=True) for value in samples))
+"""
+
+
+@pytest.fixture
+def synthesiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "espeak-ng"
+    program.parent.mkdir()
+    program.write_text(SYNTHESISER.format(python=sys.executable, words=DIGIT_WORDS))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("synthesiser")
 def test_they_are_spoken_learned_and_judged(
     config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +89,7 @@ def test_they_are_spoken_learned_and_judged(
     assert train(made) == 0
     pipeline = Pipeline.from_export(export(tmp_path / "run", tmp_path / "export"))
     metrics = spoken_digits(pipeline, tmp_path, SpokenDigitsSuite(count=1, steps=2, max_tokens=4))
-    assert metrics["spoken_classifier_accuracy_on_real"].value >= 0.5
+    assert metrics["spoken_classifier_accuracy_on_real"].value == 1
     assert metrics["transcription_accuracy"].count == metrics["spoken_generation_accuracy"].count == 10
     left = tmp_path / "evaluation"
     assert [json.loads(line)["expected"] for line in (left / "captions.jsonl").open()] == list(DIGIT_WORDS)

@@ -189,6 +189,8 @@ class SourceIndex:
 
     def modality(self, sample: int, image_number: int = 0) -> str:
         """Of one of the sample's images: `image`, or the name of another."""
+        if len(self._modalities) == 1:
+            return IMAGE
         size = self.size(sample, image_number)
         return size.modality if size else IMAGE
 

@@ -275,10 +275,9 @@ def read_values(
     """
     data = index.read_image(sample, image_number, shards)
     size = index.size(sample, image_number) or settings.sizes.first
-    if size.modality != IMAGE and not index.is_latent(sample, image_number):
-        return decode_sound(data, size.width)
     if size.modality != IMAGE:
-        array = read_latent(data)
+        is_array = index.is_latent(sample, image_number)
+        array = read_latent(data) if is_array else decode_sound(data, size.width)
         if array.shape != (settings.array_channels[size.modality], *size.sides):
             raise SampleError("latent_shape")
         return array

@@ -6,7 +6,6 @@ I sounds, E values of a spectrogram.
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
@@ -24,15 +23,15 @@ from transfusion.errors import UserError
 from transfusion.evaluate.metrics.bootstrap import mean_interval
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
-from transfusion.evaluate.suites.evidence import Drawing, save_captions, save_drawn
+from transfusion.evaluate.suites.digits import Labels, share_named
+from transfusion.evaluate.suites.evidence import Drawing, save_drawn
 from transfusion.evaluate.suites.settings import SpokenDigitsSuite
 from transfusion.generate.pipeline import Pipeline, SampledImage
 from transfusion.inference.runner import Media
 from transfusion.schema import ImageSegment, TextSegment
 
 Features = NDArray[np.float64]
-Labels = NDArray[np.int64]
-TRANSCRIPTION_BAR, GENERATION_BAR = 0.90, 0.80
+GENERATION_BAR = 0.80
 
 
 def spoken_digits(pipeline: Pipeline, out: Path, settings: SpokenDigitsSuite) -> dict[str, Metric]:
@@ -67,21 +66,8 @@ def _transcriptions(
             batch=settings.caption_batch,
         )
         said += ["".join(each for each in answer[1:] if isinstance(each, str)) for answer in answers]
-    lines = [
-        {"caption": text, "expected": DIGIT_WORDS[label], "correct": digit_in_caption(text) == label}
-        for text, label in zip(said, labels.tolist(), strict=True)
-    ]
-    save_captions(lines, list(map(_picture, sounds)), out)
-    correct = [float(bool(line["correct"])) for line in lines]
-    return {
-        "transcription_accuracy": Metric(
-            value=fmean(correct),
-            count=len(correct),
-            interval=mean_interval(correct),
-            threshold=TRANSCRIPTION_BAR,
-            how=f"greedy texts of the {len(said)} validation sounds that name exactly the right digit",
-        )
-    }
+    how = f"greedy texts of the {len(said)} validation sounds that name exactly the right digit"
+    return {"transcription_accuracy": share_named(said, labels, list(map(_picture, sounds)), out, how)}
 
 
 def _generation(
