@@ -23,6 +23,9 @@ from transfusion.schema import ImageSegment, TextSegment
 from transfusion.sequence.sizes import IMAGE
 from transfusion.sequence.tokenizer import Tokenizer
 
+# Images that a codec decodes at once.
+_AT_ONCE = 64
+
 
 class NoCaptionedImagesError(UserError):
     """The data hold no images with captions."""
@@ -75,10 +78,10 @@ def training_images(pipeline: Pipeline) -> list[Tensor]:
     """
     tell = ProgressLines("reading the training images")
     found = tell.each(single_images(pipeline.config, pipeline.config.data.sources, pipeline.tokenizer))
-    images = [_pixels(pipeline, values) for _, values, _ in found]
+    images = [values for _, values, _ in found]
     if not images:
         raise NoCaptionedImagesError("data.sources")
-    return images
+    return _pixels(pipeline, images)
 
 
 class CaptionedSamples:
@@ -132,19 +135,27 @@ def some_captioned_images(pipeline: Pipeline, most: int) -> tuple[list[Tensor], 
     known = CaptionedSamples(pipeline)
     images, captions = [], []
     for values, caption in known.read(evenly(len(known), most)):
-        images.append(_pixels(pipeline, values))
+        images.append(values)
         captions.append(caption)
     if not images:
         raise NoCaptionedImagesError("data.validation")
-    return images, captions, len(known)
+    return _pixels(pipeline, images), captions, len(known)
 
 
-def _pixels(pipeline: Pipeline, values_CHW: Tensor) -> Tensor:
-    """uint8 [C, H, W]: an image as it is, or the decoded one of its latents or tokens."""
-    if values_CHW.dtype == torch.uint8:
-        return values_CHW
-    encoded = values_CHW.float() if values_CHW.is_floating_point() else values_CHW.long()
-    return pipeline.runner.codec.decode(encoded[None].to(pipeline.runner.device))[0].cpu()
+def _pixels(pipeline: Pipeline, values: Sequence[Tensor]) -> list[Tensor]:
+    """uint8 [C, H, W] each, in order: images as they are, and what the codec makes of latents or tokens."""
+    images = list(values)
+    shapes: dict[torch.Size, list[int]] = {}
+    for place, values_CHW in enumerate(values):
+        if values_CHW.dtype != torch.uint8:
+            shapes.setdefault(values_CHW.shape, []).append(place)
+    parts = [places[i : i + _AT_ONCE] for places in shapes.values() for i in range(0, len(places), _AT_ONCE)]
+    for places in ProgressLines("decoding images").each(parts) if parts else ():
+        encoded = torch.stack([values[place] for place in places]).to(pipeline.runner.device)
+        encoded = encoded.float() if encoded.is_floating_point() else encoded.long()
+        for place, image in zip(places, pipeline.runner.codec.decode(encoded).cpu(), strict=True):
+            images[place] = image
+    return images
 
 
 def evenly(count: int, most: int) -> list[int]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from transfusion.config import Config
 from transfusion.errors import UserError
+from transfusion.evaluate import captioned_images
 from transfusion.evaluate.metrics.caption_scores import cider_d, corpus_bleu
 from transfusion.evaluate.metrics.classifier import (
     Classifier,
@@ -268,3 +269,22 @@ def test_copies_are_found_and_shown_under_the_images_that_were_drawn(
     side = max(pictures[0].shape[1], image_files.GRID_CELL) + image_files.GRID_GAP
     with Image.open(tmp_path / "evaluation" / "nearest.png") as image:
         assert image.size == (16 * side + image_files.GRID_GAP, 6 * side + image_files.GRID_GAP)
+
+
+def test_stored_latents_come_decoded_in_their_places_and_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def decode(latents_NCHW: torch.Tensor) -> torch.Tensor:
+        calls.append(len(latents_NCHW))
+        return latents_NCHW.to(torch.uint8).repeat_interleave(2, -1)
+
+    stored = [torch.full((1, 2, 2 + number % 2), float(number)) for number in range(200)]
+    stored[7] = torch.full((1, 4, 4), 7, dtype=torch.uint8)
+    found = [("key", values, "a caption") for values in stored]
+    monkeypatch.setattr(captioned_images, "single_images", lambda *_: iter(found))
+    data = SimpleNamespace(data=SimpleNamespace(sources=[]))
+    runner = SimpleNamespace(codec=SimpleNamespace(decode=decode), device="cpu")
+    images = captioned_images.training_images(SimpleNamespace(config=data, tokenizer=None, runner=runner))
+    assert [int(image.max()) for image in images] == list(range(200))
+    assert images[7].shape == (1, 4, 4) and images[8].shape == (1, 2, 4) and images[9].shape == (1, 2, 6)
+    assert max(calls) <= 64 and sum(calls) == 199
