@@ -16,6 +16,7 @@ from transfusion.tokens import MAX_SAMPLING_SEED
 
 if TYPE_CHECKING:
     from transfusion.generate.settings import AnswerSettings, ImageSettings
+    from transfusion.inference.runner import Media
 
 
 # Seconds that captions take before it is shown how far they are.
@@ -31,7 +32,12 @@ def _known_sampler(name: str) -> str:
     return name
 
 
-ImageFolder = Annotated[Path, typer.Option(help="folder for the images and index.jsonl")]
+Folder = Annotated[Path, typer.Option(help="folder for what is drawn, and index.jsonl")]
+Modality = Annotated[str, typer.Option(help="what is drawn: image, or a further modality of the model")]
+Modalities = Annotated[
+    list[str] | None,
+    typer.Option(help="what the answer may hold beside text, repeated for several. Unless given: image"),
+]
 Guidance = Annotated[float, typer.Option("--cfg", "--guidance-scale", help="guidance scale. 1: none")]
 NegativePrompt = Annotated[
     str, typer.Option("--negative-prompt", help="what guidance leads away from. Empty: no caption")
@@ -57,7 +63,7 @@ SamplerName = Annotated[
     ),
 ]
 ImageSize = Annotated[
-    str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes. Empty: the first of them")
+    str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes or shapes. Empty: the first of them")
 ]
 AnswerSize = Annotated[
     str, typer.Option(help="HEIGHTxWIDTH, one of the model's sizes. Empty: the model chooses")
@@ -70,7 +76,7 @@ ChatSeed = Annotated[
     int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="of the first answer. Answer n has seed + n")
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="maximum of text tokens")]
-MaxImages = Annotated[int, typer.Option(min=0, help="maximum of images")]
+MaxImages = Annotated[int, typer.Option(min=0, help="maximum of images, and of other media")]
 Temperature = Annotated[float, typer.Option(min=0, help="of the text. 0: the likeliest tokens")]
 TopP = Annotated[float, typer.Option(help="in (0, 1]: the likeliest tokens that together reach it")]
 
@@ -102,10 +108,16 @@ def _image_settings(
 
 
 def _answer_settings(
-    image: ImageSettings, max_tokens: int, max_images: int, temperature: float, top_p: float
+    image: ImageSettings,
+    modalities: list[str] | None,
+    max_tokens: int,
+    max_images: int,
+    temperature: float,
+    top_p: float,
 ) -> AnswerSettings:
     return {
         **image,
+        "modalities": modalities or ["image"],
         "max_tokens": max_tokens,
         "max_images": max_images,
         "temperature": temperature,
@@ -115,11 +127,12 @@ def _answer_settings(
 
 def sample(
     model: Model,
-    out: ImageFolder,
+    out: Folder,
     prompt: Annotated[list[str] | None, typer.Option(help="a caption, repeated for several")] = None,
     prompts: Annotated[
         str, typer.Option(help="a file with a caption on each line, or - for standard input")
     ] = "",
+    modality: Modality = "image",
     n: Annotated[int, typer.Option("-n", min=1, help="images per caption")] = 1,
     best_of: Annotated[
         int, typer.Option(min=1, help="draw so many of each, keep the one that the model reads best")
@@ -142,9 +155,10 @@ def sample(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Draw images from captions."""
+    """Draw images, or another modality, from captions."""
     from transfusion.generate.budget import choose, read_seconds, read_table
     from transfusion.generate.image_files import SampleFolder, write_sheet
+    from transfusion.generate.media_files import as_file
     from transfusion.generate.pipeline import Pipeline
     from transfusion.generate.terminal import read_lines
     from transfusion.observe.progress import CallProgress
@@ -159,6 +173,10 @@ def sample(
         raise UserError(f"--sheet {sheet} must end in .png")
     if best_of > 1 and n > 1:
         raise UserError("--best-of keeps one image of each caption; leave -n out")
+    if modality != "image" and (sheet is not None or best_of > 1 or budget):
+        raise UserError(
+            f"--sheet, --best-of and --budget are for images; leave them out with --modality {modality}"
+        )
     if budget and (steps, sampler) != (25, "auto"):
         raise UserError("--budget chooses --sampler and --steps; leave them out")
     seconds, table = (read_seconds(budget), read_table(model)) if budget else (0.0, [])
@@ -171,8 +189,24 @@ def sample(
         settings |= {"sampler": choice.sampler, "steps": choice.steps}
         late = "" if choice.is_in_time else f"nothing is as fast as {budget}, this is the fastest: "
         print(f"{late}{choice.sampler}, {choice.steps} steps", file=sys.stderr)
-    with CallProgress(lambda: f"{folder.count} of {n * len(captions)} images") as progress:
-        if best_of > 1:
+    with CallProgress(lambda: f"{folder.count} of {n * len(captions)} {modality}s") as progress:
+        if modality != "image":
+
+            def add(number: int, media: Media) -> None:
+                made = as_file(media, pipeline.config)
+                folder.add_file(made.suffix, made.data, captions[number // n], seed + number)
+
+            pipeline.sample_media(
+                modality,
+                captions,
+                per_prompt=n,
+                seed=seed,
+                batch=batch,
+                on_call=progress,
+                on_media=add,
+                **settings,
+            )
+        elif best_of > 1:
             found = pipeline.best_of(
                 captions, count=best_of, seed=seed, batch=batch, on_call=progress, **settings
             )
@@ -198,7 +232,7 @@ def edit(
     model: Model,
     image: Annotated[Path, typer.Argument(help="the image")],
     instruction: Annotated[str, typer.Argument(help="what shall be changed")],
-    out: ImageFolder = Path("edited"),
+    out: Folder = Path("edited"),
     cfg: Guidance = 3.0,
     negative_prompt: NegativePrompt = "",
     guidance_interval: Interval = (0.0, 1.0),
@@ -235,9 +269,13 @@ def edit(
 def generate(
     model: Model,
     prompt: Annotated[
-        list[str], typer.Argument(help="texts, images as @FILE, and - for a text on standard input, in order")
+        list[str],
+        typer.Argument(
+            help="texts, images and sounds as @FILE, and - for a text on standard input, in order"
+        ),
     ],
-    out: ImageFolder = Path("generated"),
+    out: Folder = Path("generated"),
+    modality: Modalities = None,
     max_tokens: MaxTokens = 256,
     max_images: MaxImages = 4,
     temperature: Temperature = 0.0,
@@ -257,21 +295,23 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Continue texts and images with text and images, written as they come."""
+    """Continue texts, images and sounds with more of them, written as they come."""
     from transfusion.generate.image_files import SampleFolder
     from transfusion.generate.pipeline import Pipeline
     from transfusion.generate.terminal import read_parts, tell
 
     image = _image_settings(cfg, negative_prompt, guidance_interval, guidance_rescale, steps, sampler, size)
-    settings = _answer_settings(image, max_tokens, max_images, temperature, top_p)
+    settings = _answer_settings(image, modality, max_tokens, max_images, temperature, top_p)
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
     events = pipeline.stream(read_parts(prompt, pipeline.config, sys.stdin), seed=seed, **settings)
-    tell(events, " ".join(prompt), SampleFolder(out, model), sys.stdout, as_json=as_json)
+    folder = SampleFolder(out, model)
+    tell(events, " ".join(prompt), folder, sys.stdout, pipeline.config, as_json=as_json)
 
 
 def chat(
     model: Model,
-    out: ImageFolder = Path("generated"),
+    out: Folder = Path("generated"),
+    modality: Modalities = None,
     max_tokens: MaxTokens = 256,
     max_images: MaxImages = 4,
     temperature: Temperature = 0.0,
@@ -294,30 +334,30 @@ def chat(
     from transfusion.generate.terminal import chat as run
 
     image = _image_settings(cfg, negative_prompt, guidance_interval, guidance_rescale, steps, sampler, size)
-    settings = _answer_settings(image, max_tokens, max_images, temperature, top_p)
+    settings = _answer_settings(image, modality, max_tokens, max_images, temperature, top_p)
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
     run(pipeline, SampleFolder(out, model), sys.stdin, sys.stdout, seed=seed, settings=settings)
 
 
 def caption(
     model: Model,
-    images: Annotated[list[Path], typer.Argument(help="images")],
+    images: Annotated[list[Path], typer.Argument(help="images, or sounds to be written down")],
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per line: image, caption")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="maximum length of a caption, in tokens")] = 64,
     weights: Weights = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Describe images."""
+    """Describe images, or write sounds down."""
     from itertools import count
 
     from transfusion.generate.events import Done, Event
-    from transfusion.generate.image_files import load_images
+    from transfusion.generate.image_files import load_media
     from transfusion.generate.pipeline import Pipeline
     from transfusion.observe.progress import CallProgress
 
     pipeline = Pipeline.from_export(model, weights=weights, device=device, dtype=dtype)
-    loaded, ended, begin = load_images(images, pipeline.config), count(1), time.monotonic()
+    loaded, ended, begin = load_media(images, pipeline.config), count(1), time.monotonic()
     with CallProgress(lambda: "") as progress:
 
         def tell(_: int, event: Event) -> None:
@@ -334,7 +374,8 @@ def caption(
 def score(
     model: Model,
     parts: Annotated[
-        list[str], typer.Argument(help="texts, images as @FILE and - for standard input. The last is scored")
+        list[str],
+        typer.Argument(help="texts, images and sounds as @FILE, - for standard input. The last is scored"),
     ],
     samples: Annotated[int, typer.Option(min=4, help="draws for an image, an even number")] = 128,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SAMPLING_SEED, help="of the draws")] = 0,

@@ -1,10 +1,11 @@
-"""Images on disk: reading what a user names, writing samples and grids.
+"""Images and other media on disk: reading what a user names, writing samples and grids.
 
 C channels, H/W image height and width.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,11 @@ from torch import Tensor
 from transfusion.config import Config, SampleGridConfig
 from transfusion.errors import UserError, describe
 from transfusion.files import atomic_file
+from transfusion.generate.media_files import read_media
 from transfusion.generate.pillow_images import read_image, to_image
 from transfusion.generate.pipeline import SampledImage
 from transfusion.generate.recipe import UNREADABLE
+from transfusion.inference.runner import Media
 
 INDEX = "index.jsonl"
 # Images of a grid are enlarged to at least this side, pixel by pixel.
@@ -35,16 +38,21 @@ SHEET_LINE, SHEET_WIDTH = 18, 280
 
 def load_images(paths: Sequence[Path], config: Config) -> list[Tensor]:
     """Read images as uint8 [C, H, W], each of the size that it takes. Raises UserError naming the first bad one."""
-    images = []
-    for path in paths:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            marked = str(path).startswith("@") and os.path.isfile(str(path)[1:])
-            remedy = "; write it without @" if marked else ""
-            raise UserError(f"cannot read {path}: {error.strerror}{remedy}") from None
-        images.append(read_image(data, config, str(path)))
-    return images
+    return [read_image(_read(path), config, str(path)) for path in paths]
+
+
+def load_media(paths: Sequence[Path], config: Config) -> list[Tensor | Media]:
+    """As `load_images`, with sounds and other arrays, see `read_media`."""
+    return [read_media(_read(path), config, str(path)) for path in paths]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        marked = str(path).startswith("@") and os.path.isfile(str(path)[1:])
+        remedy = "; write it without @" if marked else ""
+        raise UserError(f"cannot read {path}: {error.strerror}{remedy}") from None
 
 
 def read_pixels(path: Path) -> Tensor:
@@ -60,50 +68,58 @@ def read_pixels(path: Path) -> Tensor:
 
 
 class SampleFolder:
-    """A folder of drawn images: 0000.png and so on, and index.jsonl, a line each (file, prompt, seed).
+    """A folder of what is drawn: 0000.png, 0001.wav and so on, and index.jsonl, a line each (file, prompt, seed).
 
-    Nothing is made before the first image comes. The numbers go on behind those of images that are there, so that none
-    is written over. Each image is there and named as soon as it is added. Raises UserError where `out` cannot be
-    written, at once where that can be seen. model: the folder that draws, which the index names too.
+    Nothing is made before the first one comes. The numbers go on behind those that are there, so that none is written
+    over. Each is there and named as soon as it is added. Raises UserError where `out` cannot be written, at once where
+    that can be seen. model: the folder that draws, which the index names too.
     """
 
     def __init__(self, out: Path, model: Path | None = None) -> None:
-        self.out, self.count, self._first = out, 0, 0
+        self.out, self._names, self._first = out, list[str](), 0
         self._named = {} if model is None else {"model": str(model.resolve())}
         there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             reason = "cannot be written" if there.is_dir() else "is no folder"
-            raise UserError(f"cannot write images to {out}: {there} {reason}; name another folder")
+            raise UserError(f"cannot write to {out}: {there} {reason}; name another folder")
 
     def add(self, samples: Sequence[SampledImage]) -> None:
         """Write these images."""
+        for sample in samples:
+            stream = io.BytesIO()
+            chunk = None if sample.recipe is None else sample.recipe.as_chunk()
+            to_image(sample.pixels).save(stream, format="PNG", pnginfo=chunk)
+            self.add_file("png", stream.getvalue(), sample.prompt, sample.seed)
+
+    def add_file(self, suffix: str, data: bytes, prompt: str, seed: int) -> None:
+        """Write a file with the next number."""
         with self._told():
-            if not self.count:
+            if not self._names:
                 self.out.mkdir(parents=True, exist_ok=True)
-                there = [int(path.stem) for path in self.out.glob("*.png") if path.stem.isdecimal()]
+                there = [int(path.stem) for path in self.out.glob("*.*") if path.stem.isdecimal()]
                 self._first = max(there, default=-1) + 1
-            for sample in samples:
-                name = self._name(self.count)
-                with atomic_file(self.out / name) as unfinished:
-                    chunk = None if sample.recipe is None else sample.recipe.as_chunk()
-                    to_image(sample.pixels).save(unfinished, format="PNG", pnginfo=chunk)
-                record = {"file": name, "prompt": sample.prompt, "seed": sample.seed, **self._named}
-                with (self.out / INDEX).open("a", encoding="utf-8") as index:
-                    index.write(json.dumps(record, ensure_ascii=False) + "\n")
-                self.count += 1
+            name = f"{self._first + self.count:04d}.{suffix}"
+            with atomic_file(self.out / name) as unfinished:
+                unfinished.write_bytes(data)
+            record = {"file": name, "prompt": prompt, "seed": seed, **self._named}
+            with (self.out / INDEX).open("a", encoding="utf-8") as index:
+                index.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._names.append(name)
+
+    @property
+    def count(self) -> int:
+        """How many were added."""
+        return len(self._names)
 
     @property
     def last(self) -> Path:
-        """The image that was added last."""
-        return self.out / self._name(self.count - 1)
+        """The file that was added last."""
+        return self.out / self._names[-1]
 
     def __str__(self) -> str:
         """What was added."""
-        first = self.out / self._name(0)
-        return str(first) if self.count == 1 else f"{first} to {self._name(self.count - 1)}"
-
-    def _name(self, number: int) -> str:
-        return f"{self._first + number:04d}.png"
+        first = self.out / self._names[0]
+        return str(first) if self.count == 1 else f"{first} to {self._names[-1]}"
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -111,7 +127,7 @@ class SampleFolder:
             yield
         except OSError as error:
             reason = describe(error, advise=False)
-            raise UserError(f"cannot write images to {self.out}: {reason}; name another folder") from None
+            raise UserError(f"cannot write to {self.out}: {reason}; name another folder") from None
 
 
 def save_samples(samples: Sequence[SampledImage], out: Path) -> None:

@@ -197,6 +197,7 @@ class Pipeline:
         seed: int = 0,
         batch: int = 64,
         on_call: OnCall | None = None,
+        on_media: Callable[[int, Media], object] | None = None,
         **settings: Unpack[ImageSettings],
     ) -> list[Media]:
         """Draw arrays of a further modality, as `sample` draws images.
@@ -208,6 +209,7 @@ class Pipeline:
             seed: As in `sample`.
             batch: As in `sample`.
             on_call: As in `sample`.
+            on_media: Called with the number of each, from 0, and the array as soon as it is drawn.
             **settings: See `ImageSettings`. The size is one of the modality's shapes. Default: its first.
 
         Returns:
@@ -229,7 +231,11 @@ class Pipeline:
         requests = [self._image_request(parts, sampling, seed + n) for n, parts in enumerate(wanted)]
         found: dict[int, Media] = {}
         for events in self._run(requests, batch, counted):
-            found |= {number: event.media for number, event in events if isinstance(event, MediaDone)}
+            drawn = {number: event.media for number, event in events if isinstance(event, MediaDone)}
+            for number, media in sorted(drawn.items()):
+                found[number] = media
+                if on_media is not None:
+                    on_media(number, media)
         return [found[number] for number in range(len(wanted))]
 
     def edit(
@@ -363,7 +369,7 @@ class Pipeline:
 
     def caption(
         self,
-        images: Tensor | Sequence[ImageLike],
+        images: Tensor | Sequence[ImageLike | Media],
         *,
         max_tokens: int = 64,
         temperature: float = 0.0,
@@ -375,7 +381,7 @@ class Pipeline:
         """Write the text that follows each image.
 
         Args:
-            images: uint8 [I, C, H, W], or one by one.
+            images: uint8 [I, C, H, W], or one by one, with sounds or other arrays among them.
             max_tokens: Maximum of text tokens for each image, at least 1.
             temperature: As in `AnswerSettings`.
             top_p: As in `AnswerSettings`.

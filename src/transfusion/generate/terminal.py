@@ -16,8 +16,18 @@ from torch import Tensor
 
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.generate.events import Done, Event, ImageDone, ImagePreview, ImageStart, TextDelta, extend
-from transfusion.generate.image_files import SampleFolder, load_images
+from transfusion.generate.events import (
+    Done,
+    Event,
+    ImageDone,
+    ImagePreview,
+    ImageStart,
+    MediaDone,
+    TextDelta,
+    extend,
+)
+from transfusion.generate.image_files import SampleFolder, load_media
+from transfusion.generate.media_files import as_file
 from transfusion.generate.pillow_images import to_image
 from transfusion.generate.pipeline import Pipeline, SampledImage
 from transfusion.generate.request import Part, joined
@@ -34,16 +44,17 @@ def read_parts(words: Sequence[str], config: Config, stdin: TextIO | None) -> li
     """The parts of a prompt as a command line has them.
 
     Args:
-        words: Texts, images as `@FILE`, and `-` for a text on standard input. `@@` begins a text that begins with @.
-        config: The model's, to whose sizes images come.
+        words: Texts, images, sounds and arrays as `@FILE`, and `-` for a text on standard input. `@@` begins a text
+            that begins with @.
+        config: The model's, to whose sizes they come.
         stdin: Standard input.
 
     Raises:
-        UserError: For an image that cannot be read, or standard input that is no text.
+        UserError: For a file that cannot be read, or standard input that is no text.
     """
     for word in words:
         if not word.startswith("@") and os.path.isfile(word):
-            print(f"{word} is read as a text; @{word} is the image", file=sys.stderr)
+            print(f"{word} is read as a text; @{word} is the file", file=sys.stderr)
     return [_read(stdin) if word == "-" else _part(word, config) for word in words]
 
 
@@ -51,7 +62,7 @@ def _part(word: str, config: Config) -> Part:
     if word.startswith("@") and not word.startswith("@@"):
         if not os.path.exists(word[1:]):
             raise UserError(f"{word} names no file; @@ begins a text that begins with @")
-        return load_images([Path(word[1:])], config)[0]
+        return load_media([Path(word[1:])], config)[0]
     return word[1:] if word.startswith("@@") else word
 
 
@@ -80,16 +91,23 @@ def _read(stdin: TextIO | None) -> str:
 
 
 def tell(
-    events: Iterator[Event], prompt: str, folder: SampleFolder, out: TextIO, *, as_json: bool = False
+    events: Iterator[Event],
+    prompt: str,
+    folder: SampleFolder,
+    out: TextIO,
+    config: Config,
+    *,
+    as_json: bool = False,
 ) -> list[Part]:
-    """Write an answer as it comes, and its images into a folder.
+    """Write an answer as it comes, and its images, sounds and arrays into a folder.
 
     Args:
         events: The answer.
-        prompt: What the folder's index says of the images.
-        folder: Of the images.
-        out: Where the text goes, and a line for each image, with the image itself on a terminal of many colours. With
+        prompt: What the folder's index says of them.
+        folder: Of them.
+        out: Where the text goes, and a line for each file, with an image itself on a terminal of many colours. With
             `as_json` each event is a JSON object on a line.
+        config: The model's.
         as_json: For other programs.
 
     Returns:
@@ -101,6 +119,10 @@ def tell(
         file = ""
         if isinstance(event, ImageDone):
             folder.add([SampledImage(event.pixels, prompt, event.seed, event.recipe)])
+        elif isinstance(event, MediaDone):
+            made = as_file(event.media, config)
+            folder.add_file(made.suffix, made.data, prompt, event.seed)
+        if isinstance(event, ImageDone | MediaDone):
             file = str(folder.last)
         if as_json:
             print(json.dumps(_record(event, file), ensure_ascii=False), file=out, flush=True)
@@ -108,6 +130,8 @@ def tell(
             print(event.text, end="", file=out, flush=True)
         elif isinstance(event, ImageDone):
             print(f"\n[{file}]\n{shown(event.pixels, out)}", end="", file=out, flush=True)
+        elif isinstance(event, MediaDone):
+            print(f"\n[{file}]\n", end="", file=out, flush=True)
         elif isinstance(event, Done):
             print(file=out, flush=True)
             if event.reason in _REASONS:
@@ -129,6 +153,15 @@ def _record(event: Event, file: str) -> dict[str, Any]:
         return {"event": "image_preview", "index": event.index, "step": event.step}
     if isinstance(event, ImageDone):
         return {"event": "image", "index": event.index, "file": file, "seed": event.seed}
+    if isinstance(event, MediaDone):
+        modality = event.media.modality
+        return {
+            "event": "media",
+            "modality": modality,
+            "index": event.index,
+            "file": file,
+            "seed": event.seed,
+        }
     assert isinstance(event, Done)
     usage = {"prompt": event.prompt_positions, "tokens": event.tokens, "images": event.images}
     return {"event": "done", "reason": event.reason, "usage": usage}
@@ -176,8 +209,9 @@ def chat(
 
     Args:
         pipeline: The model.
-        folder: Of the images.
-        lines: What the user says. `@FILE` among the words is an image. `/new` forgets what was said, `/quit` ends.
+        folder: Of what is drawn.
+        lines: What the user says. `@FILE` among the words is an image, a sound or an array. `/new` forgets what was
+            said, `/quit` ends.
         out: As for `tell`.
         seed: Answer n is drawn from `seed + n`.
         settings: Of the answers.
@@ -210,7 +244,7 @@ def chat(
             continue
         try:
             events = pipeline.stream(asked, seed=seed, **settings)
-            said = joined(asked, tell(events, line.strip(), folder, out))
+            said = joined(asked, tell(events, line.strip(), folder, out, pipeline.config))
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
         except UserError as error:

@@ -49,7 +49,7 @@ def test_each_image_is_there_as_soon_as_it_is_drawn(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_is_told_before_anything_is_drawn(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write images to .*name another folder"):
+    with pytest.raises(UserError, match=r"cannot write to .*name another folder"):
         SampleFolder(tmp_path / "file")
 
 

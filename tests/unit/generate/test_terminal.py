@@ -26,7 +26,9 @@ SETTINGS: dict[str, Any] = {"max_tokens": 6, "max_images": 1, "steps": 2, "seed"
 
 def told(pipeline: Pipeline, out: Path, *, as_json: bool) -> str:
     screen = io.StringIO()
-    tell(pipeline.stream("one", **SETTINGS), "one", SampleFolder(out), screen, as_json=as_json)
+    tell(
+        pipeline.stream("one", **SETTINGS), "one", SampleFolder(out), screen, pipeline.config, as_json=as_json
+    )
     return screen.getvalue()
 
 
@@ -85,7 +87,7 @@ def test_prompts_of_a_command_line(
     with pytest.raises(UserError, match="standard input is closed; give a text in place of -"):
         read_parts(["-"], config, None)
     read_parts([f"{tmp_path}/a.png"], config, None)
-    assert f"a.png is read as a text; @{tmp_path}/a.png is the image" in capsys.readouterr().err
+    assert f"a.png is read as a text; @{tmp_path}/a.png is the file" in capsys.readouterr().err
 
 
 def test_lines_of_a_file(tmp_path: Path) -> None:

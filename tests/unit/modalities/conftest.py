@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from transfusion import Pipeline
 from transfusion.config import Config
 from transfusion.data.shards.webdataset import write_shards
+from transfusion.families.build import build_model
+from transfusion.model.initialise import initialise
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 sys.path.append(str(Path(__file__).parent))
@@ -48,5 +52,21 @@ def config(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Config]:
         for name, section in sections.items():
             values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
         return Config.model_validate(values).with_vocabulary(tokenizer.vocabulary)
+
+    return made
+
+
+@pytest.fixture
+def untrained(tokenizer: Tokenizer) -> Callable[[Config], Pipeline]:
+    """A pipeline of a model that was never trained, whose last layers are no zeros."""
+
+    def made(config: Config) -> Pipeline:
+        network = build_model(config)
+        initialise(network, seed=1, layers=2)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+                parameter.add_(noise * 0.05)
+        return Pipeline(network.eval(), tokenizer, config, "cpu")
 
     return made

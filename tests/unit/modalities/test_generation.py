@@ -12,14 +12,11 @@ from sounds import SOUND, sound
 from transfusion import Pipeline
 from transfusion.config import Config
 from transfusion.errors import UserError
-from transfusion.families.build import build_model
 from transfusion.generate import Media, MediaDone
 from transfusion.inference.image_diffusion import predict
 from transfusion.model import Transfusion
-from transfusion.model.initialise import initialise
 from transfusion.schema import ImageSegment, TextSegment
 from transfusion.sequence.sizes import Size
-from transfusion.sequence.tokenizer import Tokenizer
 from transfusion_kernels import IntervalMask
 
 LONG, SHORT = Size(1, 16, "sound"), Size(1, 8, "sound")
@@ -27,15 +24,8 @@ HEARD = Media("sound", torch.from_numpy(sound(1, 8)))
 
 
 @pytest.fixture
-def pipeline(config: Callable[..., Config], tokenizer: Tokenizer) -> Pipeline:
-    """Of a model that was never trained, whose last layers are no zeros."""
-    made = config()
-    network = build_model(made)
-    initialise(network, seed=1, layers=2)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
-    return Pipeline(network.eval(), tokenizer, made, "cpu")
+def pipeline(config: Callable[..., Config], untrained: Callable[[Config], Pipeline]) -> Pipeline:
+    return untrained(config())
 
 
 @pytest.mark.parametrize(("size", "length"), [(None, 16), (LONG, 16), (SHORT, 8), ((1, 8), 8)])
