@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from transfusion.codec.interface import grey
 from transfusion.config import ModalityConfig
+
+# A picture is at most so many times longer than wide: one line of values would be too thin to see.
+_MAX_ASPECT = 4
 
 
 class ArrayCodec:
@@ -25,3 +29,10 @@ class ArrayCodec:
         height, width = self._block
         blocks = latent_IEhw.unflatten(1, (-1, height, width)).permute(0, 1, 4, 2, 5, 3)
         return blocks.flatten(4, 5).flatten(2, 3) / self._scale + self._shift
+
+    def picture(self, values_CHW: Tensor) -> Tensor:
+        """Channels one below another, as grey values."""
+        shown = grey(values_CHW.flatten(0, 1))
+        _, rows, columns = shown.shape
+        taller, wider = -(-columns // (rows * _MAX_ASPECT)), -(-rows // (columns * _MAX_ASPECT))
+        return shown.repeat_interleave(taller, 1).repeat_interleave(wider, 2)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from transfusion.config import CodecConfig, ModalityConfig
@@ -97,6 +98,23 @@ class MediaCodec(Protocol):
         Returns:
             Arrays [I, C, H, W].
         """
+
+    def picture(self, values_CHW: Tensor) -> Tensor:
+        """Draw one array for people to look at.
+
+        Args:
+            values_CHW: As it is read from a shard, or as `decode` makes it.
+
+        Returns:
+            A grey image, uint8 [1, rows, columns].
+        """
+
+
+def grey(values_HW: Tensor) -> Tensor:
+    """Values as uint8 [1, H, W], the least black and the greatest white."""
+    shown = values_HW.float()
+    least, most = shown.min(), shown.max()
+    return ((shown - least) / (most - least).clamp(min=1e-6) * 255).to(torch.uint8)[None]
 
 
 def encoded(group: MediaGroup, codec: Codec | MediaCodec | None) -> Tensor:

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from transfusion.codec.interface import grey
 from transfusion.config import ModalityConfig
 from transfusion.config.sections import MEL_BANDS, MEL_HOP, SAMPLE_RATE
 
@@ -19,6 +20,9 @@ WINDOW = 1024
 FLOOR = 1e-5
 # Of Griffin-Lim: phases are guessed so often, each time led on by the change before (Perraudin et al., 2013).
 _ITERATIONS, _MOMENTUM = 32, 0.99
+
+# Of a picture, in nats: what is 80 dB below the loudest is black, as silence is.
+_SHOWN_RANGE = 9.2
 
 
 class MelCodec:
@@ -44,6 +48,11 @@ class MelCodec:
         # Of all spectra with these bands the least one, where it is none below zero.
         magnitude_IFW = (torch.linalg.pinv(bands(mel_IMW.device)) @ mel_IMW).clamp(min=0.0)
         return _with_phases(torch.cat((magnitude_IFW, magnitude_IFW[..., -1:]), dim=-1))[:, None, None]
+
+    def picture(self, values_11T: Tensor) -> Tensor:
+        """The spectrogram, high tones above, bright where it is loud."""
+        (mel_MW,) = spectrogram(values_11T[None])
+        return grey(mel_MW.clamp(min=mel_MW.max() - _SHOWN_RANGE).flip(0))
 
 
 def spectrogram(values_I11T: Tensor) -> Tensor:

@@ -254,6 +254,71 @@ def test_each_loss_of_a_family_has_a_curve_with_its_unit(
     assert f"the {losses[1]} loss at 4" in text
 
 
+MODALITIES = "[{name: sound, kind: mel, shapes: [1x1024], patch: 1x1024, diffusion: {prediction: flow}}]"
+
+
+def test_each_modality_has_its_losses_by_timestep_too(run: RunFolder) -> None:
+    config = ["run.name=first", "diffusion.prediction=v", f"modalities={MODALITIES}"]
+    dump(load_config(None, config), run.config)
+    buckets = [0.5] * 9 + [None]
+    line = {"loss": 3.0, "sound_loss": 1.0, "tokens": 1, "images": 7, "time": 0.0, "attempt": 1}
+    line |= {"image_loss": None, "image_loss_by_timestep": [None] * 10, "sound_loss_by_timestep": buckets}
+    write_lines(run.metrics, [{"step": 1, **line}, {"step": 2, "validation_sound_loss": 2.0}])
+    html = write_report(run.path).read_text(encoding="utf-8")
+    losses = ["Sound loss, squared error of the flow velocity", "Total loss, as weighted"]
+    assert re.findall(r"<h3>([^<]*)</h3>", html) == [*losses, "Sound loss by timestep"]
+    text = " ".join(Page(html).text.split())
+    assert "1 tokens and 7 images and other media" in text and "a nearly clean sound" in text
+    assert "Predicting the noise" not in text
+    write_lines(run.metrics, [{"step": 1, **line, "image_loss_by_timestep": buckets}])
+    html = write_report(run.path).read_text(encoding="utf-8")
+    assert "<h3>Image loss by timestep</h3>" in html and "a nearly clean image" in html
+
+
+@pytest.fixture
+def heard_run(run: RunFolder) -> RunFolder:
+    """Spoken words: three of each, the first of which is real too, and the second too long for a page."""
+    evaluation = run.path / "evaluation"
+    for number in range(6):
+        make_image(evaluation / "generated" / f"{number}.png")
+        make_image(evaluation / "validation" / f"{number}.png")
+        for kind in ("generated", "validation"):
+            (evaluation / kind / f"{number}.wav").write_bytes(b"RIFF" + bytes([number]) * 20)
+    (evaluation / "generated" / "4.wav").write_bytes(bytes(200_000))
+    words = ["one"] * 3 + ["two"] * 3
+    write_lines(
+        evaluation / "generated" / "index.jsonl",
+        [{"file": f"{k}.png", "prompt": word, "seed": k} for k, word in enumerate(words)],
+    )
+    write_lines(
+        evaluation / "captions.jsonl",
+        [
+            {"image": f"evaluation/validation/{k}.png", "caption": "one", "expected": "one", "correct": k < 4}
+            for k in range(6)
+        ],
+    )
+    return run
+
+
+def test_sounds_are_seen_and_heard_and_real_ones_stand_beside_them(heard_run: RunFolder) -> None:
+    page = read(write_report(heard_run.path))
+    sounds = [address for address in page.addresses if not address.startswith("data:image/")]
+    assert all(address.startswith("data:audio/wav;base64,") for address in sounds)
+    heard = [base64.b64decode(address.partition(",")[2])[-1] for address in sounds]
+    # Two of each word but the long one, a real one where there is such a word, and what was written down wrongly.
+    assert heard == [0, 1, 0, 3, 4, 5] and page.tags.count("audio") == 6
+    assert page.tags.count("img") == 2 + 1 + 2 + 6
+    text = " ".join(page.text.split())
+    assert "Sounds from texts" in text and "2 of 3" in text and "a real one" in text
+    assert "Transcriptions of validation sounds" in text and "4 of 6 are right" in text
+
+
+def test_where_sounds_were_measured_and_then_images_the_page_is_of_images(whole_run: RunFolder) -> None:
+    html = write_report(whole_run.path).read_text(encoding="utf-8")
+    assert "Images from captions" in html and "Captions from validation images" in html
+    assert "audio" not in html and "and other media" not in html
+
+
 def test_the_first_and_the_last_grid_are_shown_and_few_between(whole_run: RunFolder) -> None:
     steps = re.findall(r"<figcaption>step (\d+)</figcaption>", write_report(whole_run.path).read_text())
     assert steps[0] == "0" and steps[-1] == "90" and len(steps) == 6

@@ -96,6 +96,21 @@ def test_arrays_are_normed_and_each_block_is_a_latent() -> None:
     torch.testing.assert_close(codec.decode(latents), values)
 
 
+@pytest.mark.parametrize(
+    ("shape", "picture"), [((3, 1, 16), (6, 16)), ((1, 1, 64), (16, 64)), ((1, 64, 1), (64, 16))]
+)
+def test_a_picture_shows_the_channels_one_below_another(
+    shape: tuple[int, int, int], picture: tuple[int, int]
+) -> None:
+    """And no line is so thin that nobody sees it."""
+    (codec,) = open_media_codecs([ModalityConfig.model_validate(SOUND | {"channels": shape[0]})]).values()
+    values = torch.zeros(shape)
+    values[-1, -1, -1] = 2.0
+    drawn = codec.picture(values)
+    assert drawn.shape == (1, *picture) and drawn.dtype == torch.uint8
+    assert drawn[0, 0, 0] == 0 and drawn[0, -1, -1] == 255
+
+
 def test_documents_hold_what_their_shards_do(config: Make, tokenizer: Tokenizer) -> None:
     made = config()
     read = list(documents(made, made.data.sources, tokenizer))

@@ -156,6 +156,15 @@ def test_a_spectrogram_is_that_of_its_formula_and_sounds_as_before() -> None:
     assert is_loud.sum() > 100 and off[is_loud].mean() < 0.2
 
 
+def test_a_picture_shows_low_tones_below_and_what_is_loud_bright() -> None:
+    (codec,) = open_media_codecs([ModalityConfig.model_validate(MEL)]).values()
+    sound = np.concatenate([tone(4096, 200.0), np.zeros(2048, np.float32), tone(2048, 4000.0)])
+    picture = codec.picture(torch.from_numpy(sound)[None, None])
+    assert picture.shape == (1, 80, 32) and picture.dtype == torch.uint8
+    low, silence, high = picture[0, :, 8].int(), picture[0, :, 20].int(), picture[0, :, 28].int()
+    assert low.argmax() > 70 > 40 > high.argmax() and low.max() > 240 and silence.max() == 0
+
+
 def speech(folder: Path) -> Path:
     """Tones of two lengths with captions, as a user has them."""
     folder.mkdir()

@@ -20,12 +20,14 @@ from transfusion.data.prepare import spoken_digits as spoken
 from transfusion.data.prepare.digits import DIGIT_WORDS
 from transfusion.data.prepare.prepare import prepare
 from transfusion.errors import UserError
+from transfusion.evaluate.report.page import write_report
 from transfusion.evaluate.suites.settings import SpokenDigitsSuite
 from transfusion.evaluate.suites.spoken_digits import spoken_digits
 from transfusion.training.trainer import train
 
 pytest.importorskip("soundfile", reason="soundfile is not installed (extra: audio)")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra: evaluate)")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: report)")
 MEL = {
     "name": "sound", "kind": "mel", "shapes": ["1x16384"], "patch": "1x1024", "scale": 0.3, "shift": -6.0,
     "diffusion": {"prediction": "flow"},
@@ -88,14 +90,17 @@ def test_they_are_spoken_learned_and_judged(
     )
     assert train(made) == 0
     pipeline = Pipeline.from_export(export(tmp_path / "run", tmp_path / "export"))
-    metrics = spoken_digits(pipeline, tmp_path, SpokenDigitsSuite(count=1, steps=2, max_tokens=4))
+    metrics = spoken_digits(pipeline, tmp_path / "run", SpokenDigitsSuite(count=1, steps=2, max_tokens=4))
     assert metrics["spoken_classifier_accuracy_on_real"].value == 1
     assert metrics["transcription_accuracy"].count == metrics["spoken_generation_accuracy"].count == 10
-    left = tmp_path / "evaluation"
+    left = tmp_path / "run" / "evaluation"
     assert [json.loads(line)["expected"] for line in (left / "captions.jsonl").open()] == list(DIGIT_WORDS)
     with wave.open(str(left / "generated" / "0003.wav")) as heard:
         assert (heard.getframerate(), heard.getnframes(), heard.getsampwidth()) == (16_000, 16_384, 2)
-    assert len(list((left / "generated").glob("*.png"))) == 10
+    for folder in ("generated", "validation"):
+        assert [len(list((left / folder).glob(f"*.{kind}"))) for kind in ("png", "wav")] == [10, 10]
+    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "Sounds from texts" in page and page.count("<audio") >= 20
 
 
 def test_other_models_are_refused(config: Callable[..., Config], tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from transfusion.config.objectives import COMPARED
 from transfusion.families import FAMILIES
 from transfusion.observe.metrics import EVALUATED, VALIDATED
 from transfusion.schema import TIMESTEP_BUCKETS
+from transfusion.sequence.sizes import IMAGE as IMAGE_MODALITY
 
 CURVE_POINTS = 400
+_BY_TIMESTEP = "_loss_by_timestep"
 # Stand-ins that no plot uses otherwise -> CSS variables of the template.
 INK, FAINT, GRID = "#010101", "#020202", "#030303"
 TEXT, IMAGE, TOTAL, OTHER = "#040401", "#040402", "#040403", "#040404"
@@ -57,6 +59,15 @@ class Curve:
     marked: Sequence[tuple[float, float]] = ()
     legend: str = ""
     x: str = "step"
+
+
+@dataclass(frozen=True)
+class BucketCurve:
+    """The loss of a modality by timestep."""
+
+    panel: Panel
+    modality: str
+    predicts_noise: bool
 
 
 def figure(value: Any) -> str:
@@ -97,16 +108,23 @@ def unit(name: str, config: dict[str, Any]) -> str:
     """What a loss is counted in; empty where nobody tells."""
     family = FAMILIES.get((config.get("model") or {}).get("family", "transfusion"))
     counted = family.image_metric(DiffusionConfig()).unit if family else ""
-    if name == "text" or (name == "image" and counted == "nats/token"):
+    if name == "text" or (name == IMAGE_MODALITY and counted == "nats/token"):
         return "nats a token"
-    # Of the images, or of another modality.
-    sections = {each.get("name"): each for each in config.get("modalities") or ()} | {"image": config}
-    if name not in sections or family is None:
+    diffusion = _diffusion(name, config)
+    if diffusion is None or family is None:
         return ""
-    diffusion = sections[name].get("diffusion") or {}
-    predicted = COMPARED.get(diffusion.get("prediction", "epsilon"), "")
     weighted = ", by min-SNR" if diffusion.get("loss_weight") == "min-snr" else ""
-    return f"squared error of the {predicted}{weighted}"
+    return f"squared error of the {COMPARED.get(_prediction(diffusion), '')}{weighted}"
+
+
+def _diffusion(name: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The section of the images, or of another modality. None: nobody declares it."""
+    sections = {each.get("name"): each for each in config.get("modalities") or ()} | {IMAGE_MODALITY: config}
+    return sections[name].get("diffusion") or {} if name in sections else None
+
+
+def _prediction(diffusion: dict[str, Any]) -> Any:
+    return diffusion.get("prediction", "epsilon")
 
 
 def machine_curves(lines: list[dict[str, Any]]) -> list[Curve]:
@@ -139,22 +157,28 @@ def series(lines: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     return [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
 
 
-def draw_buckets(lines: list[dict[str, Any]]) -> Panel | None:
-    """Image loss by timestep, one line a bucket; None where no step tells it."""
-    buckets = []
-    for bucket in range(TIMESTEP_BUCKETS):
-        points = [
-            (line["step"], values[bucket])
-            for line in lines
-            if (values := line.get("image_loss_by_timestep"))
-            and bucket < len(values)
-            and values[bucket] is not None
-        ]
-        percent = 100 // TIMESTEP_BUCKETS
-        buckets.append((f"{bucket * percent} to {(bucket + 1) * percent} %", _bucket_colour(bucket), points))
-    if not any(points for _, _, points in buckets):
-        return None
-    return draw(Curve("Image loss by timestep", buckets, legend="timestep"), width=14.0, height=4.6)
+def bucket_curves(lines: list[dict[str, Any]], config: dict[str, Any]) -> list[BucketCurve]:
+    """Loss by timestep of images and of each further modality, one line a bucket, where a step tells it."""
+    names = dict.fromkeys(name for line in lines for name in line if name.endswith(_BY_TIMESTEP))
+    found = []
+    for name in names:
+        buckets = []
+        for bucket in range(TIMESTEP_BUCKETS):
+            points = [
+                (line["step"], values[bucket])
+                for line in lines
+                if (values := line.get(name)) and bucket < len(values) and values[bucket] is not None
+            ]
+            percent = 100 // TIMESTEP_BUCKETS
+            label = f"{bucket * percent} to {(bucket + 1) * percent} %"
+            buckets.append((label, _bucket_colour(bucket), points))
+        if any(points for _, _, points in buckets):
+            modality = name.removesuffix(_BY_TIMESTEP)
+            curve = Curve(f"{modality.capitalize()} loss by timestep", buckets, legend="timestep")
+            diffusion = _diffusion(modality, config)
+            predicts_noise = diffusion is not None and _prediction(diffusion) == "epsilon"
+            found.append(BucketCurve(draw(curve, width=14.0, height=4.6), modality, predicts_noise))
+    return found
 
 
 def _bucket_colour(bucket: int) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -20,8 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from transfusion.errors import UserError
 from transfusion.evaluate.report.curves import (
+    bucket_curves,
     draw,
-    draw_buckets,
     figure,
     figure_curves,
     loss_curves,
@@ -43,8 +43,13 @@ EVIDENCE = {
 GRIDS_SHOWN = 6
 PROMPTS_SHOWN = 20
 IMAGES_A_PROMPT = 10
+# Sounds are larger, and nobody hears ten of a word.
+SOUNDS_A_PROMPT = 2
 CAPTIONS_SHOWN = 40
 WRONG_CAPTIONS_SHOWN = 20
+WRONG_SOUNDS_HEARD = 12
+# Three seconds of 16 bits at 16 kHz.
+MAX_SOUND_BYTES = 100_000
 # Small images are enlarged to about this many pixels a side; large ones are made smaller, for the page is
 # to stay below 3 MB.
 IMAGE_SIDE = 96
@@ -56,12 +61,16 @@ JPEG_QUALITY = 80
 
 @dataclass(frozen=True)
 class Figure:
-    """An image for the page: a data: URI, its caption, and whether it is marked right or wrong."""
+    """An image for the page: a data: URI, its caption, and whether it is marked right or wrong.
+
+    sound: a data: URI of the sound whose spectrogram the image is.
+    """
 
     uri: str
     caption: str = ""
     expected: str = ""
     correct: bool | None = None
+    sound: str = ""
 
 
 def write_report(run_folder: Path) -> Path:
@@ -116,15 +125,14 @@ def gather(folder: RunFolder) -> dict[str, Any]:
     config = mapping(folder.config, yaml.safe_load)
     environment = mapping(folder.environment, json.loads)
     captions = jsonl(folder.path / "evaluation" / "captions.jsonl")
-    diffusion = config.get("diffusion") or {}
+    generated, captioned = _generated(folder.path, captions), _captioned(folder.path, captions)
     return {
         "name": (config.get("run") or {}).get("name") or folder.path.name,
         "facts": _facts(lines, config, environment) | _starts(jsonl(folder.metrics)),
         "metrics": _metrics(mapping(folder.path / "metrics.json", json.loads)),
         "curves": [draw(curve) for curve in loss_curves(lines, config)],
         "validation": any(name.startswith("validation_") for line in lines for name in line),
-        "bucket_curve": draw_buckets(lines),
-        "predicts_noise": diffusion.get("prediction", "epsilon") == "epsilon",
+        "bucket_curves": bucket_curves(lines, config),
         "machine_curves": [draw(curve) for curve in machine_curves(lines)],
         "evaluation_curves": [draw(curve) for curve in figure_curves(jsonl(folder.path / RECORD))],
         "rows": [
@@ -135,15 +143,13 @@ def gather(folder: RunFolder) -> dict[str, Any]:
         "grids": _grids(folder.samples),
         "grids_across": _across(folder.samples),
         "grid_prompts": (config.get("sample_grid") or {}).get("prompts") or [],
-        "generated": _generated(folder.path / "evaluation" / "generated"),
-        "captions": [_captioned(folder.path, line) for line in captions[:CAPTIONS_SHOWN]],
+        "generated": generated,
+        "has_sounds": any(shown.sound for _, images, *_ in generated for shown in images),
+        "captions": captioned[:CAPTIONS_SHOWN],
+        "captions_are_of_sounds": any(sound_of(_image(folder.path, line)) for line in captions),
         "captions_total": len(captions),
         "captions_right": sum(bool(line.get("correct")) for line in captions),
-        "captions_wrong": [
-            _captioned(folder.path, line)
-            for line in captions[CAPTIONS_SHOWN:]
-            if line.get("correct") is False
-        ][:WRONG_CAPTIONS_SHOWN],
+        "captions_wrong": captioned[CAPTIONS_SHOWN:],
         "environment": flat(environment),
         "config_text": folder.config.read_text(encoding="utf-8") if folder.config.is_file() else "",
     }
@@ -160,6 +166,7 @@ def _facts(
         "width": model.get("hidden_size"),
         "planned_steps": (config.get("train") or {}).get("steps"),
         "machine": machine,
+        "has_other_media": bool(config.get("modalities")),
         "processes": environment.get("processes"),
         "steps": 0,
     }
@@ -255,30 +262,77 @@ def _step_of(file: Path) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def _generated(folder: Path) -> list[tuple[str, list[Figure], int]]:
-    """For each prompt in order: its first images as listed, none picked, and how many there are."""
+class Prompt(NamedTuple):
+    """What was made of a prompt: the first as listed, none picked, and how many there are. real: such as was wanted."""
+
+    prompt: str
+    images: list[Figure]
+    total: int
+    real: list[Figure]
+
+
+def _generated(folder: Path, captions: list[dict[str, Any]]) -> list[Prompt]:
+    """For each prompt in order. Beside sounds stands a real one, of which the caption should be the prompt."""
+    generated = folder / "evaluation" / "generated"
     by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for line in jsonl(folder / "index.jsonl"):
+    for line in jsonl(generated / "index.jsonl"):
         by_prompt.setdefault(str(line.get("prompt", "")), []).append(line)
     shown = []
     for prompt, lines in list(by_prompt.items())[:PROMPTS_SHOWN]:
+        files = [generated / str(line.get("file", "")) for line in lines]
+        most = SOUNDS_A_PROMPT if sound_of(files[0]) else IMAGES_A_PROMPT
         found = [
-            Figure(uri, f"seed {line.get('seed', '?')}")
-            for line in lines[:IMAGES_A_PROMPT]
-            if (uri := data_uri(folder / str(line.get("file", ""))))
+            Figure(uri, f"seed {line.get('seed', '?')}", sound=sound_uri(file))
+            for line, file in zip(lines[:most], files, strict=False)
+            if (uri := data_uri(file))
+        ]
+        real = [
+            line for line in captions if line.get("expected") == prompt and sound_of(_image(folder, line))
         ]
         if found:
-            shown.append((prompt, found, len(lines)))
+            shown.append(Prompt(prompt, found, len(lines), [_real(folder, line) for line in real[:1]]))
     return shown
 
 
-def _captioned(folder: Path, line: dict[str, Any]) -> Figure:
-    return Figure(
-        uri=data_uri(folder / str(line.get("image", ""))),
-        caption=str(line.get("caption", "")),
-        expected="" if line.get("expected") is None else str(line["expected"]),
-        correct=line.get("correct"),
-    )
+def _real(folder: Path, line: dict[str, Any]) -> Figure:
+    file = _image(folder, line)
+    return Figure(data_uri(file), "a real one", sound=sound_uri(file))
+
+
+def _captioned(folder: Path, lines: list[dict[str, Any]]) -> list[Figure]:
+    """The first captions as listed, and behind them further wrong ones. Of sounds the first wrong ones can be heard."""
+    wrong = [number for number, line in enumerate(lines) if line.get("correct") is False]
+    further = [number for number in wrong if number >= CAPTIONS_SHOWN][:WRONG_CAPTIONS_SHOWN]
+    return [
+        Figure(
+            uri=data_uri(_image(folder, line)),
+            caption=str(line.get("caption", "")),
+            expected="" if line.get("expected") is None else str(line["expected"]),
+            correct=line.get("correct"),
+            sound=sound_uri(_image(folder, line)) if number in wrong[:WRONG_SOUNDS_HEARD] else "",
+        )
+        for number, line in enumerate(lines)
+        if number < CAPTIONS_SHOWN or number in further
+    ]
+
+
+def _image(folder: Path, line: dict[str, Any]) -> Path:
+    """Of a line of captions.jsonl."""
+    return folder / str(line.get("image", ""))
+
+
+def sound_of(picture: Path) -> Path | None:
+    """The WAV beside a picture, which is that sound's spectrogram. None: there is none."""
+    sound = picture.with_suffix(".wav")
+    return sound if sound.is_file() else None
+
+
+def sound_uri(picture: Path) -> str:
+    """The sound of a picture as a data: URI; "" where there is none, or it is too long for a page."""
+    sound = sound_of(picture)
+    if sound is None or sound.stat().st_size > MAX_SOUND_BYTES:
+        return ""
+    return f"data:audio/wav;base64,{base64.b64encode(sound.read_bytes()).decode()}"
 
 
 def data_uri(file: Path, *, smallest: int = IMAGE_SIDE, largest: int = MAX_SIDE) -> str:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from transfusion.codec import open_media_codecs
 from transfusion.codec.mel import spectrogram
 from transfusion.config import SourceConfig
 from transfusion.config.objectives import SAMPLERS
@@ -37,9 +38,9 @@ GENERATION_BAR = 0.80
 def spoken_digits(pipeline: Pipeline, out: Path, settings: SpokenDigitsSuite) -> dict[str, Metric]:
     """Transcriptions of the validation sounds, and generated words read by a classifier of real ones.
 
-    Leaves evidence under OUT/evaluation: spectrograms as images in generated/ and validation/, captions.jsonl, and each
-    generated sound as generated/NNNN.wav. Raises UserError for a model that does not learn sound as spectrograms, and
-    for data without spoken digits.
+    Leaves evidence under OUT/evaluation: spectrograms as images in generated/ and validation/, beside each its sound as
+    NNNN.wav, and captions.jsonl. Raises UserError for a model that does not learn sound as spectrograms, and for data
+    without spoken digits.
     """
     if not any(each.name == SOUND and each.kind == "mel" for each in pipeline.config.modalities):
         raise UserError(
@@ -67,7 +68,9 @@ def _transcriptions(
         )
         said += ["".join(each for each in answer[1:] if isinstance(each, str)) for answer in answers]
     how = f"greedy texts of the {len(said)} validation sounds that name exactly the right digit"
-    return {"transcription_accuracy": share_named(said, labels, list(map(_picture, sounds)), out, how)}
+    accuracy = share_named(said, labels, _pictures(pipeline, sounds), out, how)
+    _save_sounds(sounds, out / "evaluation" / "validation")
+    return {"transcription_accuracy": accuracy}
 
 
 def _generation(
@@ -100,12 +103,13 @@ def _generation(
     sounds = [media.values for media in drawn]
     wanted = np.repeat(np.arange(len(DIGIT_WORDS)), settings.count)
     pictures = [
-        SampledImage(_picture(sound), DIGIT_WORDS[digit], drawing.seed + number)
-        for number, (sound, digit) in enumerate(zip(sounds, wanted.tolist(), strict=True))
+        SampledImage(picture, DIGIT_WORDS[digit], drawing.seed + number)
+        for number, (picture, digit) in enumerate(
+            zip(_pictures(pipeline, sounds), wanted.tolist(), strict=True)
+        )
     ]
     save_drawn(pictures, out)
-    for number, sound in enumerate(sounds):
-        (out / "evaluation" / "generated" / f"{number:04d}.wav").write_bytes(as_wav(sound.flatten().numpy()))
+    _save_sounds(sounds, out / "evaluation" / "generated")
     right = (classifier.predict(_features(sounds)) == wanted).astype(np.float64)
     real = float((classifier.predict(_features(test)) == test_labels).mean())
     return {
@@ -143,16 +147,19 @@ def _sounds(pipeline: Pipeline, sources: list[SourceConfig]) -> tuple[list[Tenso
     return sounds, np.array(labels)
 
 
+def _pictures(pipeline: Pipeline, sounds: list[Tensor]) -> list[Tensor]:
+    codec = open_media_codecs(pipeline.config.modalities)[SOUND]
+    return [codec.picture(sound) for sound in sounds]
+
+
+def _save_sounds(sounds: list[Tensor], folder: Path) -> None:
+    """Beside each picture its sound, by the same name."""
+    for number, sound in enumerate(sounds):
+        (folder / f"{number:04d}.wav").write_bytes(as_wav(sound.flatten().numpy()))
+
+
 def _features(sounds: list[Tensor]) -> Features:
     """Log-mel spectrograms [I, E], those of shorter sounds with silence behind them."""
     longest = max(sound.shape[-1] for sound in sounds)
     padded = torch.stack([torch.nn.functional.pad(sound, (0, longest - sound.shape[-1])) for sound in sounds])
     return spectrogram(padded).flatten(1).numpy().astype(np.float64)
-
-
-def _picture(sound_11T: Tensor) -> Tensor:
-    """The spectrogram as uint8 [1, M, W], high tones above, bright where it is loud."""
-    (mel_MW,) = spectrogram(sound_11T[None])
-    least, most = mel_MW.min(), mel_MW.max()
-    grey_MW = (mel_MW - least) / (most - least).clamp(min=1e-6) * 255
-    return grey_MW.flip(0)[None].to(torch.uint8)
