@@ -126,9 +126,11 @@ def test_a_difference_is_told_where_figures_compare_and_judged_by_their_spread(
     assert row.differences == ["", told] and row.values[0] == "5 [4.9, 5.1]"
 
 
-def test_image_losses_of_two_predictions_do_not_compare(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "first", {"p_image_loss": metric(0.5, 0.4, 0.6, how="of the noise")})
-    second = write_run(tmp_path / "second", {"p_image_loss": metric(0.9, 0.8, 1.0, how="of the velocity")})
+@pytest.mark.parametrize("modality", ["image", "sound"])
+def test_losses_of_two_predictions_do_not_compare(tmp_path: Path, modality: str) -> None:
+    name = f"p_{modality}_loss"
+    first = write_run(tmp_path / "first", {name: metric(0.5, 0.4, 0.6, how="of the noise")})
+    second = write_run(tmp_path / "second", {name: metric(0.9, 0.8, 1.0, how="of the velocity")})
     [row] = metric_rows(open_runs([first, second]))
     assert row.differences == ["", "(measured otherwise)"]
 

@@ -186,7 +186,7 @@ def _difference(name: str, first: Mapping[str, Any] | None, other: Mapping[str, 
     keys = [*_SAME, *(["codec"] if any(part in name for part in _OF_LATENTS) else [])]
     # `how` tells what a model predicts, and how many tokens a text is. Of other figures it need not be the same, as
     # samplers may differ.
-    if name.endswith("_image_loss") or first.get("unit") == "nats/token":
+    if name.endswith("_loss") or first.get("unit") == "nats/token":
         keys.append("how")
     if any(first.get(key) != other.get(key) for key in keys):
         return "(measured otherwise)"
