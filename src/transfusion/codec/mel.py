@@ -35,6 +35,8 @@ class MelCodec:
     def __init__(self, config: ModalityConfig) -> None:
         self._frames = config.block[1] // MEL_HOP
         self._scale, self._shift = config.scale, config.shift
+        # Kept for the whole process, and so made before a plan runs the network on tensors that hold nothing.
+        bands(torch.device("cpu"))
 
     def encode(self, values_I11T: Tensor) -> Tensor:
         """fp32 latents of about unit variance."""

@@ -140,9 +140,8 @@ def _traced_part(config: Config) -> str:
     plain = Config()
     train = config.train.model_copy(update={"zero": plain.train.zero, "steps": plain.train.steps})
     data = plain.data.model_copy(update={"sequence_length": config.data.sequence_length})
-    traced = plain.model_copy(
-        update={"model": config.model, "codec": config.codec, "train": train, "data": data}
-    )
+    same = {"model": config.model, "codec": config.codec, "modalities": config.modalities}
+    traced = plain.model_copy(update={**same, "train": train, "data": data})
     return traced.model_dump_json()
 
 

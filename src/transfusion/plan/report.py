@@ -54,10 +54,11 @@ def gib(size: float) -> str:
 
 def _figures(plan: Plan) -> Iterator[str]:
     config, division, network = plan.config, plan.division, plan.network
-    documents = plan.document_mix
+    documents, media = plan.document_mix, config.media_sizes.modalities
     yield f"{config.run.name} on {division.gpus} {plan.gpu.name}: a prediction, not a measurement"
+    pairs = f"pairs with {' or '.join(media)}, as many of each size" if len(media) > 1 else "pairs"
     yield (
-        f"assumed: {documents.pair_share:.0%} of the tokens in pairs (captions of {documents.caption_tokens} tokens),"
+        f"assumed: {documents.pair_share:.0%} of the tokens in {pairs} (captions of {documents.caption_tokens} tokens),"
         f" texts of {documents.text_tokens}"
     )
     yield ""

@@ -1,7 +1,7 @@
 """How a step is shared among GPUs, and what it is expected to hold before any data are read.
 
 Documents of two kinds: texts of one length, and pairs of one image with a caption of one length, until rows are full.
-Where images have several sizes, each has as many.
+Where images have several sizes, each has as many, and each size of a further modality too.
 """
 
 from __future__ import annotations
@@ -86,14 +86,15 @@ class DocumentMix:
         # Of the pairs, the share with a noised copy: of those in which the image stands before its caption.
         copied = (1 - config.data.caption_dropout) * (1 - config.data.caption_first)
         copied *= config.diffusion.context == "clean"
-        every = sum(sizes.patches(size) * (1 + copied) + around for size in sizes.sizes)
-        images = round(positions * self.pair_share * len(sizes.sizes) / every)
+        every = sum(sizes.patches(size) * (1 + copied) + around for size in sizes.all)
+        images = round(positions * self.pair_share * len(sizes.all) / every)
         text = min(self.text_tokens, config.data.sequence_length)
         loads, in_pairs, visible = list[ImageLoad](), 0, 0
         sees_ahead = config.model.image_attention == "bidirectional"
-        for turn, size in enumerate(sizes.sizes):
+        modalities = {modality.name: modality for modality in config.modalities}
+        for turn, size in enumerate(sizes.all):
             # As evenly as can be, the first ones once more.
-            count = (images + len(sizes.sizes) - 1 - turn) // len(sizes.sizes)
+            count = (images + len(sizes.all) - 1 - turn) // len(sizes.all)
             patches = sizes.patches(size)
             pair, copies = patches + around, round(count * copied)
             in_pairs += count * pair + copies * patches
@@ -102,13 +103,11 @@ class DocumentMix:
             visible += count * (pair * (pair + 1) // 2 + itself)
             # A copy sees itself, and the <BOS> and <BOI> before the image.
             visible += copies * (patches * (patches + 1) // 2 + itself + _BEFORE_AN_IMAGE * patches)
-            if count or not turn:
-                shape = config.codec.latent_shape(*size.sides)
-                loads.append(ImageLoad(shape, count + copies, max(1, count + copies)))
-        # Of further modalities, what every batch carries.
-        for modality in config.modalities:
-            shape = modality.latent_shape(modality.sizes.sizes[0])
-            loads.append(ImageLoad(shape, 0, 1, modality.name))
+            # Every batch carries one of each modality.
+            if count or size == sizes.first_of(size.modality):
+                other = modalities.get(size.modality)
+                shape = other.latent_shape(size) if other else config.codec.latent_shape(*size.sides)
+                loads.append(ImageLoad(shape, count + copies, max(1, count + copies), size.modality))
         texts = max(0.0, (positions - in_pairs) / text)
         return Workload(
             positions=positions,
