@@ -26,11 +26,14 @@ def show(
     rows: Annotated[int, typer.Option(min=1, help="sequences to draw")] = 4,
     step: Annotated[int, typer.Option(min=0, help="number of the global batch")] = 0,
 ) -> None:
-    """Draw sequences of a batch. Shows tokens, images, borders of documents and the mask."""
+    """Draw sequences of a batch. Shows tokens, images, sounds and other arrays, borders of documents and the mask."""
+    from transfusion.codec import open_media_codecs
     from transfusion.config import load_config
     from transfusion.data.viewing.commands import show_rows
 
-    show_rows(load_config(spec, overrides or []), out, rows=rows, step=step)
+    config = load_config(spec, overrides or [])
+    pictures = {name: codec.picture for name, codec in open_media_codecs(config.modalities).items()}
+    show_rows(config, out, rows=rows, step=step, pictures=pictures)
     print(f"{out}: the first rows of global batch {step}, as training gets them")
 
 

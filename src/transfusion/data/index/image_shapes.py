@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transfusion.data.index.source_index import SourceIndex
-from transfusion.sequence.sizes import WORTH_TELLING, MediaSizes, mean_share_cut, propose_sizes
+from transfusion.sequence.sizes import IMAGE, WORTH_TELLING, MediaSizes, mean_share_cut, propose_sizes
 
 # So many shards of a source are looked at, evenly spread.
 _SHARDS = 64
@@ -29,11 +29,12 @@ def shapes_of(index: SourceIndex) -> Shapes:
     """Of the images of a source that are stored as images, those of `_SHARDS` of its shards."""
     step = max(1, len(index.shards) // _SHARDS)
     parts = [index.part(number) for number in range(0, len(index.shards), step)]
+    are_images = [(part["latent_channels_I"] == 0) & (part.modality_I((IMAGE,)) == 0) for part in parts]
     joined = [
-        np.concatenate([part[name][part["latent_channels_I"] == 0] for part in parts]).astype(np.int64)
+        np.concatenate([part[name][which_I] for part, which_I in zip(parts, are_images, strict=True)])
         for name in ("image_height_I", "image_width_I")
     ]
-    return Shapes(*joined)
+    return Shapes(*(sides_I.astype(np.int64) for sides_I in joined))
 
 
 def cut_away(index: SourceIndex, sizes: MediaSizes) -> str:

@@ -16,7 +16,7 @@ from transfusion.data.loading.loader import plan_settings
 from transfusion.data.loading.rows import RowBuilder, RowSettings
 from transfusion.data.planning.packing import Planner
 from transfusion.data.viewing.plan_stats import measure_plan
-from transfusion.data.viewing.row_page import DrawnRow, overview, page
+from transfusion.data.viewing.row_page import DrawnRow, Look, Pictures, overview, page
 from transfusion.errors import UserError
 from transfusion.sequence.tokenizer import Tokenizer
 
@@ -25,10 +25,13 @@ _SUFFIXES = (".html", ".png")
 _QUANTILES = {"least": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "greatest": 1.0}
 
 
-def show_rows(config: Config, out: Path, *, rows: int = 4, step: int = 0) -> None:
+def show_rows(
+    config: Config, out: Path, *, rows: int = 4, step: int = 0, pictures: Pictures | None = None
+) -> None:
     """Draw the first rows of a global batch into `out`, as training would be given them.
 
-    Raises UserError when there is no source, or `out` is neither .html nor .png.
+    pictures: what arrays of each further modality look like. Raises UserError when there is no source, or `out` is
+    neither .html nor .png.
     """
     if out.suffix not in _SUFFIXES:
         raise UserError(f"out {out} must end in {' or '.join(_SUFFIXES)}")
@@ -46,11 +49,12 @@ def show_rows(config: Config, out: Path, *, rows: int = 4, step: int = 0) -> Non
         )
         for plan in plans
     ]
+    look = Look(config, tokenizer, pictures or {})
     if out.suffix == ".png":
-        overview(drawn).save(out)
+        overview(drawn, look).save(out)
     else:
         title = f"Rows 0 to {len(drawn) - 1} of global batch {step}"
-        out.write_text(page(drawn, tokenizer, title), encoding="utf-8")
+        out.write_text(page(drawn, look, title), encoding="utf-8")
 
 
 def stats_config(config: Config, *, steps: int = 64) -> dict[str, Any]:
@@ -109,8 +113,9 @@ def describe_stats(found: dict[str, Any]) -> str:
         f" ({found['texts_cut_that_fit_a_row']:,} of them would fit a row), {found['images_cut']} images cut",
         "",
     ]
+    # The size of other media begins with their name.
     lines += [
-        f"{name}: {count:,} images of {size}"
+        f"{name}: {count:,} {'of' if ' ' in size else 'images of'} {size}"
         for name, each in found["sources"].items()
         for size, count in each["image_sizes"].items()
     ]

@@ -1,4 +1,4 @@
-"""Rows as they enter a batch, drawn: tokens, images, borders of documents, and the mask.
+"""Rows as they enter a batch, drawn: tokens, images and other media, borders of documents, and the mask.
 
 `page` gives one HTML file that needs no other, `overview` the same at a glance as an image.
 """
@@ -8,16 +8,25 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
+from transfusion.config import Config
 from transfusion.data.loading.rows import Row, RowImage
+from transfusion.data.sounds.files import as_wav
 from transfusion.schema import Modality, SpecialToken
+from transfusion.sequence.sizes import IMAGE
 from transfusion.sequence.tokenizer import Tokenizer
+
+# Of each further modality: an array [C, H, W] as a grey image, uint8 [1, rows, columns].
+Pictures = Mapping[str, Callable[[Tensor], Tensor]]
 
 # Of a text, so many tokens of its beginning and end are written out.
 _FIRST_TOKENS, _LAST_TOKENS = 120, 24
@@ -26,6 +35,10 @@ _LINE_END, _SHOWN_LINE_END = "\n", "\u21b5\n"
 # Text, image, padding; and in the mask what is seen backwards and what an image sees ahead of itself.
 _COLOURS = {Modality.TEXT: "#4f7cac", Modality.IMAGE: "#e08e45", Modality.PADDING: "#d9d9d9"}
 _SEEN, _SEEN_AHEAD, _BORDER = "#9db8d2", "#e08e45", "#1d2733"
+# Of media that are no images.
+_OTHER = "#4f9d69"
+# Of a row, so many sounds have a player: a page is to open at once.
+_HEARD = 12
 _NAMES = {
     SpecialToken.PADDING: "PAD",
     SpecialToken.BEGIN_DOCUMENT: "BOS",
@@ -53,14 +66,25 @@ class _Span:
     origin: str
 
 
-def page(rows: Sequence[DrawnRow], tokenizer: Tokenizer, title: str) -> str:
-    """HTML of the rows, images and all inside it."""
-    sections = "".join(_section(number, drawn, tokenizer) for number, drawn in enumerate(rows))
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is needed to draw rows of a configuration. Its vocabulary must be known."""
+
+    config: Config
+    tokenizer: Tokenizer
+    pictures: Pictures
+
+
+def page(rows: Sequence[DrawnRow], look: Look, title: str) -> str:
+    """HTML of the rows, images, sounds and all inside it."""
+    sections = "".join(_section(number, drawn, look) for number, drawn in enumerate(rows))
+    others = ", ".join(modality.name for modality in look.config.modalities)
     legend = "".join(
         f'<span class="key"><i style="background:{colour}"></i>{html.escape(name)}</span>'
         for name, colour in (
             ("text", _COLOURS[Modality.TEXT]),
             ("image", _COLOURS[Modality.IMAGE]),
+            *([(others, _OTHER)] if others else []),
             ("padding", _COLOURS[Modality.PADDING]),
             ("mask: seen, at or before", _SEEN),
             ("mask: seen ahead, inside an image", _SEEN_AHEAD),
@@ -73,16 +97,16 @@ def page(rows: Sequence[DrawnRow], tokenizer: Tokenizer, title: str) -> str:
     )
 
 
-def _section(number: int, drawn: DrawnRow, tokenizer: Tokenizer) -> str:
+def _section(number: int, drawn: DrawnRow, look: Look) -> str:
     row, spans = drawn.row, list(_spans(drawn))
     used = spans[-1].end if spans else 0
     length = len(row.token_ids_S)
     facts = (
-        f"{len(spans)} documents or parts, {len(row.images)} images, {used:,} of {length:,} positions,"
+        f"{len(spans)} documents or parts, {_media(row)}, {used:,} of {length:,} positions,"
         f" padding {1 - used / length:.2%}, {int(row.text_weight_S.sum()):,} text targets"
     )
     faults = "".join(f'<p class="fault">{html.escape(f"{f.key}: {f.reason}")}</p>' for f in row.faults)
-    documents = "".join(_document(span, row, tokenizer) for span in spans)
+    documents = "".join(_document(span, row, look) for span in spans)
     mask = _png(Image.fromarray(_mask_pixels(row)))
     return (
         f"<section><h2>Row {number} <small>{facts}</small></h2>{_band(row, spans)}{faults}"
@@ -90,6 +114,13 @@ def _section(number: int, drawn: DrawnRow, tokenizer: Tokenizer) -> str:
         f'<figure><img class="mask" src="{mask}" alt="mask"><figcaption>who (down) sees whom (across)</figcaption>'
         "</figure></div></section>"
     )
+
+
+def _media(row: Row) -> str:
+    """How many there are of each."""
+    counts = Counter(image.modality for image in row.images)
+    images = counts.pop(IMAGE, 0)
+    return ", ".join([f"{images} images", *(f"{count} of {name}" for name, count in counts.items())])
 
 
 def _spans(drawn: DrawnRow) -> Iterator[_Span]:
@@ -116,6 +147,9 @@ def _stretches(row: Row, spans: Sequence[_Span]) -> Iterator[tuple[int, int, str
     yield 0, len(row.token_ids_S), _COLOURS[Modality.PADDING]
     for span in spans:
         yield from ((first, end, _COLOURS[modality]) for first, end, modality in _runs(row, span))
+    for image in row.images:
+        if image.modality != IMAGE:
+            yield image.first_patch, image.first_patch + image.patches, _OTHER
 
 
 def _band(row: Row, spans: Sequence[_Span]) -> str:
@@ -131,22 +165,27 @@ def _band(row: Row, spans: Sequence[_Span]) -> str:
     return f'<svg class="band" viewBox="0 0 {length} 10" preserveAspectRatio="none">{"".join(parts)}</svg>'
 
 
-def _document(span: _Span, row: Row, tokenizer: Tokenizer) -> str:
+def _document(span: _Span, row: Row, look: Look) -> str:
     images = {image.first_patch: image for image in row.images}
+    heard = {image.first_patch for image in row.images[:_HEARD]}
     parts = []
     for first, end, modality in _runs(row, span):
         if modality == Modality.IMAGE:
             # Noised copies stand side by side.
-            parts += [_figure(images[place]) for place in range(first, end) if place in images]
+            parts += [
+                _figure(images[place], look, is_heard=place in heard)
+                for place in range(first, end)
+                if place in images
+            ]
         else:
-            parts += _chips(row.token_ids_S[first:end], row.text_weight_S[first:end], tokenizer)
+            parts += _chips(row.token_ids_S[first:end], row.text_weight_S[first:end], look)
     head = f"{html.escape(span.origin)} <small>positions {span.first:,} to {span.end:,}</small>"
     return f'<article><h3>{head}</h3><p class="tokens">{"".join(parts)}</p></article>'
 
 
-def _chips(token_ids: NDArray[np.int64], weights: NDArray[np.float32], tokenizer: Tokenizer) -> Iterator[str]:
+def _chips(token_ids: NDArray[np.int64], weights: NDArray[np.float32], look: Look) -> Iterator[str]:
     """Tokens in boxes; those from which nothing is learned are paler."""
-    ids = token_ids.tolist()
+    ids, tokenizer, sizes = token_ids.tolist(), look.tokenizer, look.config.media_sizes
     left_out = range(_FIRST_TOKENS, len(ids) - _LAST_TOKENS)
     pieces = tokenizer.pieces([min(token, tokenizer.vocabulary - 1) for token in ids])
     for place, (token, piece) in enumerate(zip(ids, pieces, strict=True)):
@@ -158,22 +197,38 @@ def _chips(token_ids: NDArray[np.int64], weights: NDArray[np.float32], tokenizer
         if token < len(SpecialToken):
             yield f'<b class="control{silent}">{_NAMES[SpecialToken(token)]}</b>'
         elif token >= tokenizer.vocabulary:
-            # Begins an image of another size than the first, or other media, which are shown behind it.
-            yield f'<b class="control{silent}">{_NAMES[SpecialToken.BEGIN_IMAGE]}</b>'
+            # Begins an image of another size than the first, or other media.
+            begun = _NAMES[SpecialToken.BEGIN_IMAGE]
+            begun = begun if sizes.is_image(token) else str(sizes.size_by_begin_token[token])
+            yield f'<b class="control{silent}">{begun}</b>'
         else:
             yield f'<span class="token{silent}">{html.escape(piece.replace(_LINE_END, _SHOWN_LINE_END))}</span>'
 
 
-def _figure(image: RowImage) -> str:
+def _figure(image: RowImage, look: Look, *, is_heard: bool) -> str:
+    """An image, or what can be seen and heard of other media, with its name below."""
     height, width = image.values_CHW.shape[1:]
     level = "clean, to be read" if image.is_context else f"noise level {image.timestep}"
     noise = f"{image.modality}, {height} x {width}, {image.patches} patches, {level}"
-    return f'<img class="image" src="{_png(_as_image(image))}" title="{noise}" alt="{noise}">'
+    shown = f'<img class="image" src="{_png(_as_image(image, look.pictures))}" title="{noise}" alt="{noise}">'
+    if image.modality == IMAGE:
+        return shown
+    is_sound = any(each.name == image.modality and each.kind == "mel" for each in look.config.modalities)
+    player = _player(image) if is_sound and is_heard else ""
+    name = f"{image.modality}, {image.patches} patches, {level}"
+    return f'<span class="media">{shown}<small>{name}</small>{player}</span>'
 
 
-def _as_image(image: RowImage) -> Image.Image:
+def _player(image: RowImage) -> str:
+    data = base64.b64encode(as_wav(image.values_CHW.astype(np.float32).flatten())).decode()
+    return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
+
+
+def _as_image(image: RowImage, pictures: Pictures) -> Image.Image:
     """The image; of latents or tokens, their first three channels, spread over the whole range."""
     values = np.asarray(image.values_CHW)
+    if image.modality in pictures:
+        values = pictures[image.modality](torch.from_numpy(values)).numpy()
     if values.ndim == 2:
         values = values[None]
     if values.dtype != np.uint8:
@@ -218,8 +273,8 @@ def _png(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def overview(rows: Sequence[DrawnRow]) -> Image.Image:
-    """The rows at a glance: above the band of each its images where they stand, beside it its mask."""
+def overview(rows: Sequence[DrawnRow], look: Look) -> Image.Image:
+    """The rows at a glance: above the band of each its images and other media where they stand, beside it its mask."""
     width, height, mask, margin = 1240, 150, 118, 16
     canvas = Image.new("RGB", (width, margin + height * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -240,10 +295,10 @@ def overview(rows: Sequence[DrawnRow]) -> Image.Image:
         for image in row.images:
             left = margin + image.first_patch * scale
             if left >= free:
-                thumbnail = ImageOps.contain(_as_image(image).convert("RGB"), (52, 52))
+                thumbnail = ImageOps.contain(_as_image(image, look.pictures).convert("RGB"), (52, 52))
                 canvas.paste(thumbnail, (min(int(left), int(band_width) + margin - 52), top + 12))
                 free = left + 54
-        facts = f"row {number}: {len(spans)} documents or parts, {len(row.images)} images, {used:,} positions"
+        facts = f"row {number}: {len(spans)} documents or parts, {_media(row)}, {used:,} positions"
         draw.text((margin, lower + 8), facts, fill=_BORDER, font=font)
         pixels = Image.fromarray(_mask_pixels(row)).resize((mask, mask), Image.Resampling.BOX)
         canvas.paste(pixels, (width - margin - mask, top + 4))
@@ -273,5 +328,11 @@ article{border-left:3px solid #1d2733;padding:2px 0 2px 12px;margin:0 0 14px}
 .control.silent{background:#8a94a0}
 .gap{font-size:11px;color:#66717d;margin:0 8px;font-weight:400;font-style:italic}
 .image{height:72px;border:2px solid #e08e45;border-radius:4px;vertical-align:middle;margin:2px 3px}
+.media{display:inline-grid;grid-template-columns:auto auto;gap:2px 8px;align-items:center;vertical-align:middle;
+  margin:3px 8px 3px 0;line-height:1.3}
+.media .image{grid-row:1/3;max-width:100%;border-color:#4f9d69;image-rendering:pixelated}
+.media small:last-child{grid-row:1/3}
+.media audio{width:170px;height:30px}
+audio::-webkit-media-controls-volume-control-container{display:none}
 .fault{color:#a33;margin:0 0 8px}
 """
