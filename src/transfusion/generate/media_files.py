@@ -26,6 +26,7 @@ _UNFIT = {
     "sound_empty": "it holds no sound; give a longer one",
     "sound_truncated": "it is cut short; give the whole file",
     "sound_rate": "its rate is none that a sound has; give 1 to 384 kHz",
+    "sound_length": "its header does not tell its length, as of what comes from a pipe; write it anew to a file",
     "sound_too_long": "it has far too many samples; cut it",
     "sound_not_finite": "some of its samples are not finite; write it anew",
 }

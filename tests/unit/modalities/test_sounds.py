@@ -25,6 +25,7 @@ from transfusion.data.loading.validation import EvaluationLoader
 from transfusion.data.prepare.prepare import prepare
 from transfusion.data.shards.sample import SampleError
 from transfusion.data.shards.webdataset import write_shards
+from transfusion.data.sounds import files as sounds
 from transfusion.data.sounds.files import decode_to, probe
 from transfusion.observe.metrics import read_metrics
 from transfusion.sequence.sizes import Size
@@ -75,6 +76,22 @@ def test_any_rate_becomes_16_kilohertz(rate: int) -> None:
     assert np.abs(values[400:3600] - tone(4096)[400:3600]).max() < 0.02
 
 
+def test_of_a_long_sound_no_more_is_resampled_than_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a low rate the whole would be many times larger than the file."""
+    values, seen = tone(40_000, 90.0, rate=1000), []
+    resample = sounds.soxr.resample
+
+    def spied(values: NDArray[np.float32], *rates: int) -> Any:
+        seen.append(len(values))
+        return resample(values, *rates)
+
+    whole = resample(values, 1000, 16_000)
+    monkeypatch.setattr(sounds.soxr, "resample", spied)
+    kept = decode_to(written(values, 1000, subtype="FLOAT"), 8192)[0, 0]
+    assert seen == [8192 * 1000 // 16_000 + 1000]
+    np.testing.assert_allclose(kept, whole[:8192], atol=1e-5)
+
+
 def test_many_channels_become_their_mean() -> None:
     channels = np.stack([tone(1000, 100.0 * (1 + number)) for number in range(24)], axis=1)
     values = decode_to(written(channels, subtype="FLOAT"), 1000)[0, 0]
@@ -87,12 +104,12 @@ def _nan() -> bytes:
     return written(values, subtype="FLOAT")
 
 
-def _ten_hours() -> bytes:
-    """A FLAC of a few bytes that says so, as a decompression bomb would."""
+def _claims(samples: int) -> bytes:
+    """A FLAC of a few bytes that claims so many samples, as a decompression bomb would. 0: it tells no length."""
     data = bytearray(written(tone(4096), kind="FLAC"))
     # The number of samples is the last 36 of 64 bits behind the sizes of blocks and frames.
     packed = int.from_bytes(data[18:26], "big")
-    data[18:26] = (packed >> 36 << 36 | 10 * 3600 * 16_000).to_bytes(8, "big")
+    data[18:26] = (packed >> 36 << 36 | samples).to_bytes(8, "big")
     return bytes(data)
 
 
@@ -105,7 +122,9 @@ def _ten_hours() -> bytes:
         (written(tone(2000))[:30], "sound_corrupt"),
         (written(tone(20000), kind="FLAC")[:-3000], "sound_truncated|sound_corrupt"),
         (_nan(), "sound_not_finite"),
-        (_ten_hours(), "sound_too_long"),
+        (written(np.full((500, 2), 3e38), subtype="FLOAT"), "sound_not_finite"),
+        (_claims(10 * 3600 * 16_000), "sound_too_long"),
+        (_claims(0), "sound_length"),
         (b"ID3" + b"\0" * 500, "sound_corrupt"),
         (written(tone(2000), kind="AIFF"), "sound_corrupt"),
         (written(tone(2000), rate=500), "sound_rate"),
@@ -118,8 +137,9 @@ def test_what_is_no_sound_has_a_reason(data: bytes, reason: str) -> None:
     assert str(error.value) in reason.split("|")
 
 
-def test_every_cut_of_a_file_is_told(tmp_path: Path) -> None:
-    whole = written(tone(300))
+@pytest.mark.parametrize("kind", ["WAV", "WAVEX", "RF64", "FLAC"])
+def test_every_cut_of_a_file_is_told(kind: str) -> None:
+    whole = written(tone(300), kind=kind)
     for end in range(0, len(whole), 7):
         with pytest.raises(SampleError):
             probe(whole[:end])

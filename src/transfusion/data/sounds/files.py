@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import wave
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,10 @@ except ImportError:
 # Samples of all channels. Ten minutes of stereo at 48 kHz are 57.6 million.
 MAX_SAMPLES = 60_000_000
 _RATES = (1_000, 384_000)
-# Of a WAV whose length nobody knew when its header was written.
-_UNKNOWN_SIZE = 0xFFFFFFFF
+# Beyond it sums over channels and spectrograms would not be finite in float32.
+_LOUDEST = 1e30
+# Of a WAV whose length nobody knew when its header was written, and what soundfile tells of such a FLAC.
+_UNKNOWN_SIZE, _UNKNOWN_LENGTH = 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")
 
 
@@ -47,7 +49,8 @@ def decode_to(data: bytes, samples: int) -> NDArray[np.float32]:
     """The sound as float32 [1, 1, samples], mean of its channels, with silence behind it. Raises SampleError."""
     values, rate = _decoded(data)
     if rate != SAMPLE_RATE:
-        values = soxr.resample(values, rate, SAMPLE_RATE)
+        # With a second that resampling looks ahead to: of a low rate the whole may be many times larger than the file.
+        values = soxr.resample(values[: samples * rate // SAMPLE_RATE + rate], rate, SAMPLE_RATE)
     if len(values) > samples:
         values = values[:samples]
     return np.pad(values, (0, samples - len(values)))[None, None]
@@ -80,6 +83,8 @@ def _decoded(data: bytes) -> tuple[NDArray[np.float32], int]:
                 raise SampleError("sound_rate")
             if file.frames <= 0:
                 raise SampleError("sound_empty")
+            if file.frames == _UNKNOWN_LENGTH:
+                raise SampleError("sound_length")
             if file.frames * file.channels > MAX_SAMPLES:
                 raise SampleError("sound_too_long")
             stated, rate = file.frames, file.samplerate
@@ -88,20 +93,25 @@ def _decoded(data: bytes) -> tuple[NDArray[np.float32], int]:
         raise SampleError("sound_corrupt") from None
     if len(values) < stated or _is_cut(data):
         raise SampleError("sound_truncated")
-    if not np.isfinite(values).all():
+    # No comparison with NaN is true.
+    if not -_LOUDEST < values.min() <= values.max() < _LOUDEST:
         raise SampleError("sound_not_finite")
-    # A mean of one channel is that channel, to the bit.
-    return values.mean(axis=1, dtype=np.float32), rate
+    return values[:, 0] if values.shape[1] == 1 else values.mean(axis=1, dtype=np.float32), rate
 
 
 def _is_cut(data: bytes) -> bool:
     """Whether a WAV holds fewer bytes of samples than it says: what is there would be read as the whole."""
-    if data[:4] not in (b"RIFF", b"RIFX") or data[8:12] != b"WAVE":
+    if data[:4] not in (b"RIFF", b"RIFX", b"RF64") or data[8:12] != b"WAVE":
         return False
-    order, position = ("little" if data[:4] == b"RIFF" else "big"), 12
+    order: Literal["little", "big"] = "big" if data[:4] == b"RIFX" else "little"
+    position, long = 12, _UNKNOWN_SIZE
     while position + 8 <= len(data):
-        size = int.from_bytes(data[position + 4 : position + 8], order)  # type: ignore[arg-type]
-        if data[position : position + 4] == b"data":
+        name, size = data[position : position + 4], int.from_bytes(data[position + 4 : position + 8], order)
+        if name == b"ds64":
+            # Sizes of more than 32 bits: of all, and then of the samples.
+            long = int.from_bytes(data[position + 16 : position + 24], order)
+        if name == b"data":
+            size = long if size == _UNKNOWN_SIZE else size
             return size != _UNKNOWN_SIZE and position + 8 + size > len(data)
         position += 8 + size + size % 2
     return True
