@@ -229,6 +229,22 @@ def test_a_sound_that_no_shape_holds_is_left_out(heard: Callable[..., Config], t
     assert len(index) == 6 and {fault.reason for fault in index.faults} == {"sound_too_long"}
 
 
+def test_damaged_sounds_count_as_pairs_where_texts_stand_alone(
+    config: Callable[..., Config], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Among two good and two damaged sounds, three texts are captions of sounds that are gone."""
+    torn = written(tone(2000))[:-900]
+    sounds = [{"wav": data, "txt": b"a sound"} for data in (written(tone(2000)), torn) for _ in range(2)]
+    write_shards([*sounds, *({"txt": b"alone"} for _ in range(3))], tmp_path / "torn")
+    made = config("torn", modalities=[MEL])
+    source = made.data.sources[0].model_copy(update={"kind": "auto"})
+    (index,) = build_indexes(made, [source], tokenizer)
+    assert len(index) == 2 and sorted(fault.reason for fault in index.faults) == [
+        *["image_missing"] * 3,
+        *["sound_truncated"] * 2,
+    ]
+
+
 def test_documents_hold_sounds_among_texts(
     config: Callable[..., Config], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

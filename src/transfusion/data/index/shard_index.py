@@ -56,11 +56,12 @@ _COMPARED = ".compared"
 _OPEN_AT_ONCE = 64
 
 
-# Faults of what has an image and may have had a caption.
+# Faults of what has an image or a sound and may have had a caption.
 _OF_PAIRS = (
     "ambiguous_image", "caption_missing", "caption_empty", "caption_other", "hash_missing", "image_empty",
     "image_truncated", "image_corrupt", "image_transparency", "image_too_large", "image_too_small", "image_aspect",
-    "image_metadata_bomb", "image_other",
+    "image_metadata_bomb", "image_other", "ambiguous_media", "sound_empty", "sound_truncated", "sound_corrupt",
+    "sound_not_finite", "sound_rate", "sound_length", "sound_too_long",
 )  # fmt: skip
 
 
