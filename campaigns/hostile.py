@@ -1,9 +1,11 @@
 """Reads a folder of hostile shards and judges every case of its manifest.json: outcome, reason, time and memory.
 
     .venv/bin/python campaigns/hostile.py --data DIR [--out benchmarks/results/hostile.json]
+    .venv/bin/python campaigns/hostile.py --sounds 10000 [--seed 0] [--out benchmarks/results/hostile-sounds.json]
 
-Each shard is read by a fresh process, which also tokenises and decodes what was found good; then the whole folder is
-indexed twice by `transfusion data index`. Exits with 3 when a case is not as the manifest asks.
+With --sounds it lays down so many sound files itself. Each shard is read by a fresh process, which also tokenises and
+decodes what was found good; then the whole folder is indexed twice by `transfusion data index`. Exits with 3 when a
+case is not as the manifest asks.
 """
 
 from __future__ import annotations
@@ -19,14 +21,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hostile_sounds import lay_down
+from transfusion.config.sections import SOUND
 from transfusion.data.images.decode import decode
 from transfusion.data.shards.sample import Fault, RawSample, SampleError
 from transfusion.data.shards.scan import scan
+from transfusion.data.sounds.files import decode_to as decode_sound
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 from transfusion.tokens import SpecialToken
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 MAX_MIB = 300
+# Samples of the longest shape: ten seconds.
+LONGEST = 160_000
 KEPT = ("time", "python", "platform", "cpu", "cpu_count", "packages", "git", "transfusion")
 
 
@@ -34,22 +44,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder with manifest.json and its shards")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "hostile.json")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, help="folder with manifest.json and its shards")
+    what.add_argument("--sounds", type=int, default=0, help="files of sound to lay down")
+    parser.add_argument("--seed", type=int, default=0, help="of the files of sound")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--shard", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tokenizer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.shard:
         print(json.dumps(read(arguments.shard, Tokenizer(arguments.tokenizer))))
         return 0
-    return check(arguments.data, arguments.out)
+    if not arguments.sounds:
+        return check(arguments.data, arguments.out or RESULTS / "hostile.json", "")
+    with tempfile.TemporaryDirectory() as folder:
+        lay_down(Path(folder), arguments.sounds, arguments.seed)
+        given = f" --sounds {arguments.sounds} --seed {arguments.seed}"
+        return check(Path(folder), arguments.out or RESULTS / "hostile-sounds.json", given)
 
 
-def check(data: Path, out: Path) -> int:
-    """Check every case and write the record; returns the exit code."""
+def check(data: Path, out: Path, given: str) -> int:
+    """Check every case and write the record; returns the exit code. given: on the command line."""
     manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
     wrong: list[str] = []
-    cases, peak = 0, 0.0
+    cases, peak, slowest = 0, 0.0, 0.0
+    counts: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer.model"
         train_tokenizer(
@@ -74,18 +93,22 @@ def check(data: Path, out: Path) -> int:
             wrong += [f"{name}: {problem}" for problem in check_shard(facts, found)]
             cases += len(facts["samples"]) + ("shard_reason" in facts)
             peak = max(peak, found["peak_mib"])
+            slowest = max([slowest, *(outcome["seconds"] for outcome in found["outcomes"])])
+            counts.update(outcome.get("reason", "good") for outcome in found["outcomes"])
         wrong += check_index(data, manifest, Path(folder), tokenizer)
-    if peak > MAX_MIB:
-        wrong.append(f"a process held {peak:.0f} MiB of at most {MAX_MIB}")
+    if peak > (most := manifest.get("max_mib", MAX_MIB)):
+        wrong.append(f"a process held {peak:.0f} MiB of at most {most}")
     # Imported here, since it brings torch along, which no process that reads shards needs.
     from transfusion.observe.environment import describe_environment
 
     environment = describe_environment()
     record = {
-        "command": "python campaigns/hostile.py",
+        "command": f"python campaigns/hostile.py{given}",
         "environment": {name: environment[name] for name in KEPT},
         "shards": len(manifest["shards"]),
         "cases": cases,
+        "found": dict(counts.most_common()),
+        "slowest_seconds": round(slowest, 3),
         "wrong": wrong,
         "peak_mib": round(peak, 1),
     }
@@ -119,13 +142,18 @@ def _refused(fault: Fault) -> dict[str, Any]:
 
 
 def _used(sample: RawSample, shard: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Tokenise and decode as training does."""
+    """Tokenise and decode as training does, and as a prompt is read: sounds up to the longest shape."""
     ids = [token for text in sample.texts for token in tokenizer.encode(text)]
     for stored in sample.images:
         with shard.open("rb") as stream:
             stream.seek(stored.offset)
+            data = stream.read(stored.size)
             try:
-                decode(stream.read(stored.size), channels=3, image_size=256)
+                if stored.modality == SOUND:
+                    if not np.isfinite(decode_sound(data, min(stored.width, LONGEST))).all():
+                        return {"reason": "what is not finite is given", "offset": sample.offset}
+                else:
+                    decode(data, channels=3, image_size=256)
             except SampleError as error:
                 return {"reason": str(error), "offset": sample.offset}
     return {
@@ -159,7 +187,7 @@ def check_case(case: dict[str, Any], outcomes: list[dict[str, Any]]) -> str:
     good = [outcome for outcome in outcomes if "reason" not in outcome]
     bad = [outcome for outcome in outcomes if "reason" in outcome]
     allowed = {
-        case.get("reason"),
+        *case.get("reason", "").split(),
         *(case.get("note", "").split() if "is fine too" in case.get("note", "") else ()),
     }
     if any(outcome["reason"] not in allowed for outcome in bad):
@@ -222,6 +250,9 @@ def check_index(data: Path, manifest: dict[str, Any], folder: Path, tokenizer: P
     counters = json.loads(written[0]["counters.json"])
     if counters["faults"] != lost_of(lines):
         wrong.append("counters and quarantine differ")
+    accounted = counters["samples"] + sum(counters["faults"].values())
+    if accounted != manifest.get("samples", accounted):
+        wrong.append(f"{accounted} of {manifest['samples']} samples are accounted for")
     return wrong
 
 
