@@ -237,9 +237,9 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="validation, samples, denoise, digits, images, guidance, captions, nearest, edit, steps,"
-            " text_to_image, geneval, geneval2, perplexity, language or lmms, or a .yaml file of suites; several if"
-            " repeated. None means validation, and samples where the data have captioned images"
+            help="validation, samples, denoise, digits, spoken_digits, images, guidance, captions, nearest, edit,"
+            " steps, text_to_image, geneval, geneval2, perplexity, language or lmms, or a .yaml file of suites; several"
+            " if repeated. None means validation, and samples where the data have captioned images"
         ),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="suite.key=value, as many as needed")] = None,
