@@ -87,12 +87,12 @@ def _nan() -> bytes:
     return written(values, subtype="FLOAT")
 
 
-def _ten_hours() -> bytes:
+def _lasting(hours: int, rate: int = 16_000) -> bytes:
     """A FLAC of a few bytes that says so, as a decompression bomb would."""
-    data = bytearray(written(tone(4096), kind="FLAC"))
+    data = bytearray(written(tone(4096), rate, kind="FLAC"))
     # The number of samples is the last 36 of 64 bits behind the sizes of blocks and frames.
     packed = int.from_bytes(data[18:26], "big")
-    data[18:26] = (packed >> 36 << 36 | 10 * 3600 * 16_000).to_bytes(8, "big")
+    data[18:26] = (packed >> 36 << 36 | hours * 3600 * rate).to_bytes(8, "big")
     return bytes(data)
 
 
@@ -105,7 +105,9 @@ def _ten_hours() -> bytes:
         (written(tone(2000))[:30], "sound_corrupt"),
         (written(tone(20000), kind="FLAC")[:-3000], "sound_truncated|sound_corrupt"),
         (_nan(), "sound_not_finite"),
-        (_ten_hours(), "sound_too_long"),
+        (_lasting(10), "sound_too_long"),
+        # Few samples, until they are brought to 16 kHz.
+        (_lasting(2, rate=1_000), "sound_too_long"),
         (b"ID3" + b"\0" * 500, "sound_corrupt"),
         (written(tone(2000), kind="AIFF"), "sound_corrupt"),
         (written(tone(2000), rate=500), "sound_rate"),

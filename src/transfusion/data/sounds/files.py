@@ -23,7 +23,7 @@ try:
 except ImportError:
     soundfile = soxr = None
 
-# Samples of all channels. Ten minutes of stereo at 48 kHz are 57.6 million.
+# Samples of all channels, and of one at `SAMPLE_RATE`. Ten minutes of stereo at 48 kHz are 57.6 million.
 MAX_SAMPLES = 60_000_000
 _RATES = (1_000, 384_000)
 # Of a WAV whose length nobody knew when its header was written.
@@ -80,9 +80,9 @@ def _decoded(data: bytes) -> tuple[NDArray[np.float32], int]:
                 raise SampleError("sound_rate")
             if file.frames <= 0:
                 raise SampleError("sound_empty")
-            if file.frames * file.channels > MAX_SAMPLES:
-                raise SampleError("sound_too_long")
             stated, rate = file.frames, file.samplerate
+            if max(stated * file.channels, _resampled_length(stated, rate)) > MAX_SAMPLES:
+                raise SampleError("sound_too_long")
             values = file.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError):
         raise SampleError("sound_corrupt") from None
