@@ -14,13 +14,12 @@ from torch import Tensor
 from transfusion.config import Config, ModalityConfig
 from transfusion.data.images.latents import read_latent
 from transfusion.data.shards.sample import SampleError
-from transfusion.data.sounds.files import as_wav, decode_to, probe
+from transfusion.data.sounds.files import SOUND_HEADS, as_wav, decode_to, probe
 from transfusion.errors import UserError
 from transfusion.generate.pillow_images import read_image
 from transfusion.inference.runner import Media
 
 _ARRAY = b"\x93NUMPY"
-_SOUNDS = (b"RIFF", b"RIFX", b"RF64", b"fLaC")
 # What a user is told of a file that is no sound, as `read_image` tells of images.
 _UNFIT = {
     "sound_empty": "it holds no sound; give a longer one",
@@ -56,7 +55,7 @@ def read_media(data: bytes, config: Config, name: str) -> Tensor | Media:
     """
     if data.startswith(_ARRAY):
         return read_as(_of_array(config, name), data, name)
-    if data.startswith(_SOUNDS):
+    if data.startswith(SOUND_HEADS):
         return read_as(_of_sound(config, name), data, name)
     return read_image(data, config, name)
 
