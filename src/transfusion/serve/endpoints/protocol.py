@@ -358,7 +358,7 @@ class MediaGenerateBody(GenerateBody):
     modalities: list[Text] = Field(
         [IMAGE],
         min_length=1,
-        description="what the answer may hold beside text. With draws the one that follows the prompt at once",
+        description="what the answer may hold beside text. With draws one of them, which follows the prompt at once",
     )
 
     @property
