@@ -63,6 +63,7 @@ function facts() {
 // Beside text and images, as the server names them.
 const modalities = () => schema.modalities ?? [];
 const sound = () => modalities().find(({ kind }) => kind === "mel")?.name;
+const arrays = () => modalities().filter(({ kind }) => kind === "latents").map(({ name }) => name);
 
 // What a model has beside text and images can be drawn, and files of it be added.
 function offerModalities() {
@@ -76,7 +77,7 @@ function offerModalities() {
   const names = modalities().map(({ name }) => name);
   $("kinds").textContent = `${["Text", "images", ...names.slice(0, -1)].join(", ")} and ${names.at(-1)}, from one model`;
   $("add").textContent = "Add a file";
-  $("file").accept += sound() ? ",audio/*,.npy" : ",.npy";
+  $("file").accept += (sound() ? ",audio/*" : "") + (arrays().length ? ",.npy" : "");
 }
 
 // Asking
@@ -237,9 +238,9 @@ async function partOf(file) {
   return { image: KINDS.includes(file.type) ? await read(file) : await converted(file) };
 }
 
-// KEY.MODALITY.npy names its modality, and needs not where there is one.
+// The name KEY.MODALITY.npy tells whose it is. Where one modality alone has arrays, any name will do.
 function arrayOf(file) {
-  const known = modalities().filter(({ kind }) => kind === "latents").map(({ name }) => name);
+  const known = arrays();
   const named = file.split(".").at(-2);
   return known.includes(named) ? named : known.length === 1 ? known[0] : null;
 }
