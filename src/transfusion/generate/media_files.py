@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from transfusion.config import Config, ModalityConfig
+from transfusion.config.sections import SAMPLE_RATE
 from transfusion.data.images.latents import read_latent
 from transfusion.data.shards.sample import SampleError
 from transfusion.data.sounds.files import SOUND_HEADS, as_wav, decode_to, probe
@@ -25,7 +26,7 @@ _UNFIT = {
     "sound_empty": "it holds no sound; give a longer one",
     "sound_truncated": "it is cut short; give the whole file",
     "sound_rate": "its rate is none that a sound has; give 1 to 384 kHz",
-    "sound_too_long": "it is longer than ten minutes; cut it",
+    "sound_too_long": "it has far too many samples; cut it",
     "sound_not_finite": "some of its samples are not finite; write it anew",
 }
 
@@ -47,8 +48,7 @@ def read_media(data: bytes, config: Config, name: str) -> Tensor | Media:
         name: Of the file. As in shards, an array's says whose it is (KEY.MODALITY.npy), where there are several.
 
     Returns:
-        uint8 [C, H, W] of an image, or the array of another modality. A sound is resampled, with silence behind it, and
-            what is beyond the longest shape is cut.
+        uint8 [C, H, W] of an image, or the array of another modality. A sound is resampled, with silence behind it.
 
     Raises:
         UserError: For what is none of these, or of a modality that the model does not have. It begins with the name.
@@ -100,8 +100,11 @@ def _of_array(config: Config, name: str) -> ModalityConfig:
 
 def _sound(data: bytes, modality: ModalityConfig, name: str) -> NDArray[np.float32]:
     sizes = modality.sizes
+    longest = max(size.width for size in sizes.sizes)
     try:
         length = np.array([probe(data).samples])
+        if length > longest:
+            raise UserError(f"{name}: it is longer than {longest / SAMPLE_RATE:.2f} s; cut it")
         (number,) = sizes.numbers(np.ones_like(length), length, np.array([False]))
         return decode_to(data, sizes.sizes[number].width)
     except SampleError as error:

@@ -156,6 +156,7 @@ def test_the_schema_tells_what_there_is(sounding: Live, live: Live) -> None:
         (speech(wav()[:-100]), "speech 1 of the prompt: it is cut short; give the whole file"),
         (speech(wav()[:30]), "speech 1 of the prompt: it is no sound that can be read; give a WAV or FLAC"),
         (speech(wav(0)), "speech 1 of the prompt: it holds no sound"),
+        (speech(wav(5000)), "speech 1 of the prompt: it is longer than 0.26 s; cut it"),
         (speech(npy(2, 1, 4)), "it is no sound that can be read"),
         (speech(b""), "it holds no sound"),
         (speech(b"", media="data:audio/wav;base64,UklGR"), "its base64 is broken; encode the file again"),
