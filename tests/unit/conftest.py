@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from transfusion.checkpoint import export
-from transfusion.config import CodecConfig, Config, DataConfig, ModelConfig
+from transfusion.config import CodecConfig, Config, DataConfig, ModalityConfig, ModelConfig
 from transfusion.data.loading.collate import collate
 from transfusion.data.loading.rows import Row, RowImage, RowSettings, borders, joined, placed
 from transfusion.files import file_digest
@@ -24,6 +24,7 @@ from transfusion.model import Transfusion
 from transfusion.model.initialise import initialise
 from transfusion.schema import Batch, ImageSegment, Segment, SpecialToken
 from transfusion.sequence.layout import tokenize_document, with_twins
+from transfusion.sequence.sizes import IMAGE
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 VOCABULARY = 320
@@ -45,7 +46,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def build_model() -> Callable[..., tuple[Config, Transfusion]]:
-    """build_model(**fields of ModelConfig) -> (config, model) with 8x8 grey images of 16 patches."""
+    """build_model(modalities=..., **fields of ModelConfig) -> (config, model) with 8x8 grey images of 16 patches."""
 
     def build(
         *,
@@ -54,6 +55,7 @@ def build_model() -> Callable[..., tuple[Config, Transfusion]]:
         channels: Literal[1, 3] = 1,
         image_size: int = 8,
         image_sizes: Sequence[str] = (),
+        modalities: Sequence[dict[str, Any]] = (),
         **fields: Any,
     ) -> tuple[Config, Transfusion]:
         shape = {
@@ -68,8 +70,9 @@ def build_model() -> Callable[..., tuple[Config, Transfusion]]:
             model=ModelConfig(**shape),
             codec=CodecConfig(channels=channels, image_size=image_size, image_sizes=tuple(image_sizes)),
             data=DataConfig(sequence_length=sequence_length),
+            modalities=[ModalityConfig(**each) for each in modalities],
         ).with_vocabulary(VOCABULARY)
-        model = Transfusion(config.model, config.codec)
+        model = Transfusion(config.model, config.codec, modalities=config.modalities)
         initialise(model, seed=seed, layers=config.model.layers)
         # As initialised, the decoder answers zero and norms and biases do nothing; tests want all at work.
         generator = torch.Generator().manual_seed(seed)
@@ -161,16 +164,26 @@ class Leaning(nn.Module):
 def build_pipeline(
     build_model: Callable[..., tuple[Config, Transfusion]], tokenizer: Tokenizer
 ) -> Callable[..., Pipeline]:
-    """build_pipeline(image=bias of <BOI>, end=bias of <EOS>, diffusion=..., **build_model's) -> says letters."""
+    """build_pipeline(image=, media=, end=, diffusion=, **build_model's) -> says letters.
+
+    image, media, end: bias of <BOI>, of the tokens that begin other media, and of <EOS>.
+    """
 
     def build(
-        *, image: float = -100.0, end: float = -100.0, diffusion: Any = None, **fields: Any
+        *,
+        image: float = -100.0,
+        media: float = -100.0,
+        end: float = -100.0,
+        diffusion: Any = None,
+        **fields: Any,
     ) -> Pipeline:
         config, model = build_model(**fields)
         config = Config.model_validate(config.as_dict() | {"diffusion": diffusion or {}})
         bias_V = torch.full((config.model.vocabulary,), -50.0)
         bias_V[[tokenizer.encode(letter)[0] for letter in LETTERS]] = 0.0
         bias_V[SpecialToken.BEGIN_IMAGE], bias_V[SpecialToken.END_DOCUMENT] = image, end
+        sizes = config.media_sizes
+        bias_V[[sizes.begin_token(size) for size in sizes.all if size.modality != IMAGE]] = media
         model.lm_head = Leaning(model.lm_head, bias_V)  # type: ignore[assignment]
         return Pipeline(model, tokenizer, config, "cpu")
 

@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from transfusion.config import Config, ModalityConfig
 from transfusion.config.sections import SAMPLE_RATE
 from transfusion.data.images.latents import read_latent
 from transfusion.data.shards.sample import SampleError
-from transfusion.data.sounds.files import as_wav, decode_to, probe
+from transfusion.data.sounds.files import SOUND_HEADS, as_wav, decode_to, probe
 from transfusion.errors import UserError
 from transfusion.generate.pillow_images import read_image
 from transfusion.inference.runner import Media
 
 _ARRAY = b"\x93NUMPY"
-_SOUNDS = (b"RIFF", b"RIFX", b"RF64", b"fLaC")
 # What a user is told of a file that is no sound, as `read_image` tells of images.
 _UNFIT = {
     "sound_empty": "it holds no sound; give a longer one",
@@ -55,10 +55,16 @@ def read_media(data: bytes, config: Config, name: str) -> Tensor | Media:
         UserError: For what is none of these, or of a modality that the model does not have. It begins with the name.
     """
     if data.startswith(_ARRAY):
-        return _array(data, config, name)
-    if data.startswith(_SOUNDS):
-        return _sound(data, config, name)
+        return read_as(_of_array(config, name), data, name)
+    if data.startswith(SOUND_HEADS):
+        return read_as(_of_sound(config, name), data, name)
     return read_image(data, config, name)
+
+
+def read_as(modality: ModalityConfig, data: bytes, name: str) -> Media:
+    """As `read_media`, for a file of which it is known what it must be."""
+    values = _sound(data, modality, name) if modality.kind == "mel" else _array(data, name)
+    return Media(modality.name, torch.from_numpy(values))
 
 
 def as_file(media: Media, config: Config) -> MediaFile:
@@ -74,26 +80,15 @@ def _declared(config: Config, modality: str) -> ModalityConfig:
     return next(each for each in config.modalities if each.name == modality)
 
 
-def _sound(data: bytes, config: Config, name: str) -> Media:
+def _of_sound(config: Config, name: str) -> ModalityConfig:
     modality = next((each for each in config.modalities if each.kind == "mel"), None)
     if modality is None:
         raise UserError(f"{name} is a sound, and this model has no modality of kind mel; give text or images")
-    sizes = modality.sizes
-    longest = max(size.width for size in sizes.sizes)
-    try:
-        length = np.array([probe(data).samples])
-        if length > longest:
-            raise UserError(f"{name}: it is longer than {longest / SAMPLE_RATE:.2f} s; cut it")
-        (number,) = sizes.numbers(np.ones_like(length), length, np.array([False]))
-        values = decode_to(data, sizes.sizes[number].width)
-    except SampleError as error:
-        unread = "it is no sound that can be read; give a WAV or FLAC file"
-        raise UserError(f"{name}: {_UNFIT.get(str(error), unread)}") from None
-    return Media(modality.name, torch.from_numpy(values))
+    return modality
 
 
-def _array(data: bytes, config: Config, name: str) -> Media:
-    known = [each.name for each in config.modalities if each.kind == "latents"]
+def _of_array(config: Config, name: str) -> ModalityConfig:
+    known = {each.name: each for each in config.modalities if each.kind == "latents"}
     named = Path(name).stem.rpartition(".")[2]
     if not known:
         raise UserError(
@@ -101,10 +96,27 @@ def _array(data: bytes, config: Config, name: str) -> Media:
         )
     if named not in known and len(known) > 1:
         raise UserError(f"{name}: name the file KEY.MODALITY.npy, with {' or '.join(known)} as MODALITY")
+    return known.get(named) or next(iter(known.values()))
+
+
+def _sound(data: bytes, modality: ModalityConfig, name: str) -> NDArray[np.float32]:
+    sizes = modality.sizes
+    longest = max(size.width for size in sizes.sizes)
     try:
-        values = read_latent(data)
+        length = np.array([probe(data).samples])
+        if length > longest:
+            raise UserError(f"{name}: it is longer than {longest / SAMPLE_RATE:.2f} s; cut it")
+        (number,) = sizes.numbers(np.ones_like(length), length, np.array([False]))
+        return decode_to(data, sizes.sizes[number].width)
+    except SampleError as error:
+        unread = "it is no sound that can be read; give a WAV or FLAC file"
+        raise UserError(f"{name}: {_UNFIT.get(str(error), unread)}") from None
+
+
+def _array(data: bytes, name: str) -> NDArray[np.float32]:
+    try:
+        return read_latent(data)
     except SampleError:
         raise UserError(
             f"{name}: it is no array that can be read; give a NumPy file of float16 or float32"
         ) from None
-    return Media(named if named in known else known[0], torch.from_numpy(values))

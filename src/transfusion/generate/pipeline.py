@@ -219,12 +219,7 @@ class Pipeline:
             UserError: As `sample`, and for a modality that is not declared.
         """
         check_at_least(1, per_prompt=per_prompt, batch=batch)
-        sampling = image_sampling(settings, seed)
-        self._check_modalities([modality])
-        if sampling.size is None:
-            sampling = replace(sampling, size=self.runner.sizes.first_of(modality))
-        assert sampling.size is not None
-        sampling = replace(sampling, size=sampling.size._replace(modality=modality))
+        sampling = self._sampling(modality, settings, seed)
         wanted = [parts for parts in map(self._parts, prompts) for _ in range(per_prompt)]
         self._check_sampling(sampling, wanted)
         counted = self._counted(sampling, -(-len(wanted) // batch), on_call)
@@ -615,21 +610,28 @@ class Pipeline:
         return request
 
     def image_request(
-        self, prompt: Prompt, *, seed: int = 0, preview_every: int = 0, **settings: Unpack[ImageSettings]
+        self,
+        prompt: Prompt,
+        *,
+        modality: str = IMAGE,
+        seed: int = 0,
+        preview_every: int = 0,
+        **settings: Unpack[ImageSettings],
     ) -> Request:
-        """What `sample` asks of the engine for one image: a checked request, to be submitted to `engine`.
+        """What `sample` or `sample_media` asks of the engine for one: a checked request, to be submitted to `engine`.
 
         Args:
             prompt: As in `sample`.
-            seed: Of the image, from 0 to 2**38 - 1.
+            modality: What is drawn: "image", or a further modality.
+            seed: Of what is drawn, from 0 to 2**38 - 1.
             preview_every: As in `stream`.
-            **settings: See `ImageSettings`.
+            **settings: See `ImageSettings`. The size is one of the modality's. Default: its first.
 
         Raises:
-            UserError: As `sample`.
+            UserError: As `sample`, and for a modality that is not declared.
         """
         check_at_least(0, preview_every=preview_every)
-        sampling, parts = image_sampling(settings, seed), self._parts(prompt)
+        sampling, parts = self._sampling(modality, settings, seed), self._parts(prompt)
         self._check_sampling(sampling, [parts])
         return replace(self._image_request(parts, sampling, seed), preview_every=preview_every)
 
@@ -671,6 +673,13 @@ class Pipeline:
             shares_prompts=shares_prompts,
             origin=self.origin,
         )
+
+    def _sampling(self, modality: str, settings: ImageSettings, seed: int) -> ImageSampling:
+        """How one of a modality is drawn, of a size of its own. Not checked yet, but for the modality."""
+        self._check_modalities([modality])
+        sampling = image_sampling(settings, seed)
+        size = sampling.size or self.runner.sizes.first_of(modality)
+        return replace(sampling, size=size._replace(modality=modality))
 
     def _image_request(self, parts: Sequence[Part], sampling: ImageSampling, seed: int) -> Request:
         """An image behind parts, both checked."""

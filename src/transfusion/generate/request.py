@@ -50,11 +50,8 @@ def segments(parts: Sequence[Part], runner: ModelRunner, tokenizer: Tokenizer) -
     for part in parts:
         if isinstance(part, str):
             found.append(TextSegment(tuple(tokenizer.encode(part))))
-        elif isinstance(part, Media):
-            height, width = part.values.shape[1:]
-            found.append(runner.image(Size(height, width, part.modality), part.values))
         else:
-            found.append(runner.image(Size(*part.shape[1:]), part))
+            found.append(runner.image(size(part), values(part)))
     return found
 
 
@@ -66,6 +63,12 @@ def media(parts: Sequence[Part]) -> list[Tensor | Media]:
 def values(part: Tensor | Media) -> Tensor:
     """Pixels of an image, or the array of another modality."""
     return part.values if isinstance(part, Media) else part
+
+
+def size(part: Tensor | Media) -> Size:
+    """Of an image, or of the array of another modality."""
+    height, width = values(part).shape[1:]
+    return Size(height, width, part.modality if isinstance(part, Media) else IMAGE)
 
 
 def joined(parts: Sequence[Part], more: Sequence[Part], between: str = "") -> list[Part]:

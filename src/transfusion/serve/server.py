@@ -16,7 +16,7 @@ from transfusion.observe.console import start_logging
 from transfusion.serve.connection import PlainServer, address, bind
 from transfusion.serve.endpoints.app import build_app
 from transfusion.serve.endpoints.context import Context
-from transfusion.serve.endpoints.media import ImageReader
+from transfusion.serve.endpoints.media import MediaReader
 from transfusion.serve.endpoints.protocol import Protocol
 from transfusion.serve.guard import BodyReader, Guard, Observer, read_token
 from transfusion.serve.limits import Limits
@@ -111,7 +111,7 @@ def build_context(pipeline: Pipeline, name: str, settings: ServeSettings) -> Con
         protocol=Protocol.of(pipeline.config, limits),
         worker=worker,
         metrics=metrics,
-        images=ImageReader(pipeline.config),
+        media=MediaReader(pipeline.config),
         logs_prompts=settings.logs_prompts,
     )
 

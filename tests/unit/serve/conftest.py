@@ -20,10 +20,18 @@ from openai import OpenAI
 from PIL import Image
 from torch import Tensor
 
+from transfusion.data.sounds.files import as_wav
 from transfusion.generate import Pipeline, to_image
 from transfusion.serve.connection import bind
 from transfusion.serve.server import Server, ServeSettings, build_context
 
+SPEECH: dict[str, Any] = {
+    "name": "speech", "kind": "mel", "shapes": ["1x4096", "1x2048"], "patch": "1x1024", "scale": 0.3, "shift": -6.0,
+    "diffusion": {"prediction": "flow"},
+}  # fmt: skip
+TRACE: dict[str, Any] = {
+    "name": "trace", "channels": 2, "shapes": ["1x4"], "patch": "1x2", "diffusion": {"prediction": "flow"},
+}  # fmt: skip
 # As long as a server of another test may keep the cores busy.
 PATIENCE = 30.0
 
@@ -81,6 +89,14 @@ def live(serve: Callable[..., Live]) -> Live:
     return serve()
 
 
+@pytest.fixture
+def sounding(serve: Callable[..., Live], build_pipeline: Callable[..., Pipeline]) -> Live:
+    """Says some letters, begins sounds and traces by itself where it may, and ends by itself."""
+    for name in ("soundfile", "soxr"):
+        pytest.importorskip(name, reason=f"{name} is not installed (extra: audio)")
+    return serve(build_pipeline(media=2.0, end=-1.0, modalities=[SPEECH, TRACE]))
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium without a screen, as the system has it. While it is there, this thread can run no other event loop."""
@@ -134,6 +150,16 @@ def file_of(pixels_CHW: Tensor) -> bytes:
 def url_of(pixels_CHW: Tensor) -> str:
     """A data URL."""
     return "data:image/png;base64," + base64.b64encode(file_of(pixels_CHW)).decode()
+
+
+def wav(samples: int = 2000, hertz: int = 220) -> bytes:
+    """A tone of so many samples at 16 kHz."""
+    return as_wav((np.sin(np.arange(samples) * hertz / 2546) / 2).astype(np.float32))
+
+
+def file_url(data: bytes, media_type: str = "audio/wav") -> str:
+    """A data URL."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def squares(count: int, side: int = 8) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -10,14 +12,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from transfusion.cli import main
-from transfusion.generate import Pipeline
+from transfusion.generate import Media, Pipeline, TextDelta
 from transfusion.generate.image_files import read_pixels
+from transfusion.generate.media_files import as_file, read_media
+from transfusion.sequence.tokenizer import Tokenizer
 
-from .conftest import Live, file_of, pixels_of, slow_down, squares
+from ..conftest import write_export
+from .conftest import SPEECH, TRACE, Live, file_of, file_url, pixels_of, slow_down, squares, wav
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
 pytestmark = pytest.mark.slow
@@ -62,11 +68,11 @@ def open_page(browser: Any) -> Iterator[Callable[..., Page]]:
 
 
 def ask(page: Page, text: str, mode: str = "both", **settings: Any) -> Any:
-    """Send a prompt. Returns its turn."""
+    """Send a prompt. Returns its turn. mode: what the answer holds, "draws NAME" for another modality."""
     count = page.locator("article").count()
     for name, value in settings.items():
         page.locator(f"#setting-{name}").fill(str(value))
-    page.locator(f"input[name=mode][value={mode}]").check(force=True)
+    page.locator(f"input[name=mode][value='{mode}']").check(force=True)
     page.locator("#prompt").fill(text)
     page.locator("#prompt").press("Enter")
     return page.locator("article").nth(count)
@@ -206,6 +212,161 @@ def test_an_image_is_captioned_edited_and_used_again(live: Live, open_page: Call
     playwright.expect(page.locator("#attached li")).to_have_count(0)
 
 
+def add_file(page: Page, name: str, kind: str, data: bytes) -> None:
+    page.set_input_files("#file", files=[{"name": name, "mimeType": kind, "buffer": data}])
+
+
+def test_sounds_are_heard_drawn_and_used_again(sounding: Live, open_page: Callable[..., Page]) -> None:
+    page = open_page(sounding.url)
+    page.wait_for_selector("#controls input")
+    assert page.locator("#controls [role=group] input[type=checkbox]").count() == 3
+    add_file(page, "a.wav", "audio/wav", wav())
+    playwright.expect(page.locator("#attached canvas")).to_have_count(1)
+    turn = ask(page, "one", mode="draws speech", steps=2)
+    wait_until_complete(turn)
+    body = _last_request(page)
+    assert body["draws"] and body["modalities"] == ["speech"]
+    assert body["prompt"] == [{"media": file_url(wav()), "modality": "speech"}, "one"]
+    player = turn.locator(".answer audio")
+    playwright.expect(player).to_have_attribute("aria-label", "Speech 1 of the answer to: one")
+    drawn = player.get_attribute("src")
+    given = read_media(wav(), sounding.pipeline.config, "a.wav")
+    settings: dict[str, Any] = {"seed": body["seed"], "steps": 2}
+    (expected,) = sounding.pipeline.sample_media("speech", [[given, "one"]], **settings)
+    assert drawn == file_url(as_file(expected, sounding.pipeline.config).data)
+    # The browser plays it, and its spectrogram has a column for each 256 samples.
+    page.wait_for_function("document.querySelector('.answer audio').readyState > 0")
+    assert player.evaluate("each => [each.error, each.duration]") == [None, 4096 / 16_000]
+    playwright.expect(turn.locator(".answer canvas")).to_have_attribute("width", "16")
+    playwright.expect(turn.locator("figcaption")).to_contain_text("speech, 0.3 s")
+    playwright.expect(page.locator("#said")).to_contain_text("1 of speech")
+    turn.locator("text=Replay").click()
+    again = page.locator("article").nth(1)
+    wait_until_complete(again)
+    playwright.expect(again.locator(".under")).to_contain_text("made again, the same")
+
+    turn.locator("text=Use in a prompt").click()
+    heard = ask(page, "", mode="text", max_tokens=4)
+    wait_until_complete(heard)
+    said = sounding.pipeline.caption([read_url(drawn, sounding)], max_tokens=4)
+    assert parts_of(heard) == said
+    heard.locator("text=As the model sees it").click()
+    playwright.expect(page.locator("#sequence-facts")).to_contain_text("4 patches of 0 images, 1 of speech")
+
+
+def read_url(url: str, live: Live) -> Media:
+    """The sound of a data URL, as the network reads it."""
+    read = read_media(base64.b64decode(url.partition(",")[2]), live.pipeline.config, "a.wav")
+    assert isinstance(read, Media)
+    return read
+
+
+def test_an_answer_holds_what_is_checked(sounding: Live, open_page: Callable[..., Page]) -> None:
+    page = open_page(sounding.url)
+    page.wait_for_selector("#controls input")
+    page.get_by_label("Image", exact=True).last.uncheck()
+    page.get_by_label("Speech", exact=True).last.uncheck()
+    # One is left.
+    page.get_by_label("Trace", exact=True).last.click()
+    settings: dict[str, Any] = {"temperature": 1.0, "steps": 2, "max_images": 2}
+    answers = (
+        (seed, sounding.pipeline.generate(["one"], seed=seed, modalities=["trace"], **settings)[0])
+        for seed in range(50)
+    )
+    seed = next(seed for seed, parts in answers if any(isinstance(part, Media) for part in parts))
+    page.get_by_label("A new one each time").uncheck()
+    turn = ask(page, "one", temperature=1, steps=2, max_images=2, seed=seed)
+    wait_until_complete(turn)
+    assert _last_request(page)["modalities"] == ["trace"]
+    link = turn.locator("figcaption a").first
+    assert link.get_attribute("href").startswith("data:application/octet-stream;base64,")
+    assert re.fullmatch(r"transfusion-\d+\.trace\.npy", link.get_attribute("download"))
+    playwright.expect(turn.locator("figcaption").first).to_contain_text("trace, 160 bytes")
+    page.reload()
+    page.locator("#past button").first.click()
+    assert page.locator("#controls [role=group] input:checked").count() == 1
+
+
+def test_files_that_only_a_browser_reads_are_converted(
+    sounding: Live, open_page: Callable[..., Page]
+) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    stream = io.BytesIO()
+    soundfile.write(stream, np.zeros((4410, 2), np.float32), 44_100, format="OGG")
+    page = open_page(sounding.url)
+    page.wait_for_selector("#controls input")
+    add_file(page, "a.ogg", "audio/ogg", stream.getvalue())
+    playwright.expect(page.locator("#attached canvas")).to_have_count(1)
+    add_file(page, "b.mp3", "audio/mpeg", b"no sound")
+    playwright.expect(page.locator("#unread")).to_have_text(
+        "Neither this browser nor this model reads b.mp3."
+    )
+    wait_until_complete(ask(page, "one", mode="text", max_tokens=2))
+    playwright.expect(page.locator("#unread")).to_be_hidden()
+    sent = _last_request(page)["prompt"][0]["media"]
+    assert sent.startswith("data:audio/wav;base64,")
+    # 0.1 s at 16 kHz.
+    assert abs(len(base64.b64decode(sent.partition(",")[2])) - 44 - 2 * 1600) < 200
+
+
+def test_what_is_copied_of_sounds_makes_the_same(
+    serve: Callable[..., Live],
+    open_page: Callable[..., Page],
+    build_model: Callable[..., Any],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("soxr")
+    config, model = build_model(modalities=[SPEECH, TRACE])
+    write_export(tmp_path, config.as_dict(), tokenizer, model)
+    (here / "sound1.wav").write_bytes(wav())
+    live = serve(Pipeline.from_export(tmp_path))
+    page = open_page(live.url)
+    page.wait_for_selector("#controls input")
+    turn = ask(page, "one", mode="draws speech", steps=3)
+    wait_until_complete(turn)
+    drawn = base64.b64decode(turn.locator(".answer audio").get_attribute("src").partition(",")[2])
+    copied = {name: _copy(page, turn, name) for name in ("Command line", "curl", "Python")}
+    assert "sample MODEL --modality speech --out speech" in copied["Command line"]
+    _run_command(copied["Command line"], tmp_path, monkeypatch)
+    assert (here / "speech" / "0000.wav").read_bytes() == drawn
+    exec(copied["Python"].replace("MODEL", str(tmp_path)), {})
+    assert (here / "drawn.wav").read_bytes() == drawn
+    told = subprocess.run(["bash", "-c", copied["curl"]], capture_output=True, text=True, check=True).stdout
+    assert base64.b64decode(re.findall(r'"data": "([^"]+)"', told)[0]) == drawn
+
+    add_file(page, "a.wav", "audio/wav", wav())
+    turn = ask(page, "two", max_tokens=3)
+    wait_until_complete(turn)
+    said = "".join(part for part in parts_of(turn) if isinstance(part, str))
+    command = _copy(page, turn, "Command line")
+    assert "--modality image --modality speech --modality trace" in command and "@sound1.wav 'two'" in command
+    python = (
+        _copy(page, turn, "Python")
+        .replace("MODEL", str(tmp_path))
+        .replace("print(event)", "told.append(event)")
+    )
+    events: list[Any] = []
+    exec(python, {"told": events})
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == said
+    told = subprocess.run(
+        ["bash", "-c", _copy(page, turn, "curl")], capture_output=True, text=True, check=True
+    ).stdout
+    assert "".join(json.loads(text)["text"] for text in re.findall(r"event: text\ndata: (.*)", told)) == said
+
+
+def _run_command(copied: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was copied as a command line, in this process."""
+    command = ["bash", "-c", f"printf '%s\\n' {copied.replace('MODEL', str(folder))}"]
+    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert not ended.value.code
+
+
 def test_a_thread_goes_on(live: Live, open_page: Callable[..., Page]) -> None:
     page = open_page(live.url)
     page.wait_for_selector("#controls input")
@@ -244,15 +405,8 @@ def test_what_is_copied_makes_the_same(
     (drawn,) = parts_of(turn)
     copied = {name: _copy(page, turn, name) for name in ("Command line", "curl", "Python")}
 
-    command = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' {copied['Command line'].replace('MODEL', str(folder))}"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    words = command.stdout.splitlines()
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as ended:
-        main.main()
-    assert not ended.value.code and torch.equal(read_pixels(here / "images" / "0000.png"), drawn)
+    _run_command(copied["Command line"], folder, monkeypatch)
+    assert torch.equal(read_pixels(here / "images" / "0000.png"), drawn)
 
     python = copied["Python"].replace("MODEL", str(folder))
     exec(python, {})
@@ -348,9 +502,16 @@ def test_the_token_is_asked_for_until_it_is_right(
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(("model", "mode"), [("live", "image"), ("sounding", "draws speech")])
 def test_no_serious_fault_for_those_who_cannot_see_it(
-    live: Live, open_page: Callable[..., Page], scheme: str, width: int
+    request: pytest.FixtureRequest,
+    open_page: Callable[..., Page],
+    scheme: str,
+    width: int,
+    model: str,
+    mode: str,
 ) -> None:
+    live: Live = request.getfixturevalue(model)
     axe = pytest.importorskip(
         "axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python"
     )
@@ -366,7 +527,7 @@ def test_no_serious_fault_for_those_who_cannot_see_it(
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
     check()
-    turn = ask(page, "one", mode="image")
+    turn = ask(page, "one", mode=mode)
     wait_until_complete(turn)
     check()
     turn.locator("text=Copy as").click()

@@ -30,6 +30,8 @@ _RATES = (1_000, 384_000)
 _LOUDEST = 1e30
 # Of a WAV whose length nobody knew when its header was written, and what soundfile tells of such a FLAC.
 _UNKNOWN_SIZE, _UNKNOWN_LENGTH = 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF
+# What a sound begins with. Other decoders of libsndfile never see a byte: broken files make some fill the log.
+SOUND_HEADS = (b"RIFF", b"RIFX", b"RF64", b"fLaC")
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC")
 
 
@@ -75,6 +77,8 @@ def _decoded(data: bytes) -> tuple[NDArray[np.float32], int]:
         raise UserError("files of sound need soundfile and soxr: pip install 'transfusion-mm[audio]'")
     if not data:
         raise SampleError("sound_empty")
+    if not data.startswith(SOUND_HEADS):
+        raise SampleError("sound_corrupt")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             if file.format not in _FORMATS:

@@ -17,6 +17,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from transfusion import __version__
+from transfusion.config import ModalityConfig
 from transfusion.errors import UserError, shown
 from transfusion.serve.endpoints import chat, images, native
 from transfusion.serve.endpoints.context import Context
@@ -167,6 +168,16 @@ def _describe(context: Context) -> dict[str, Any]:
         ],
         "limits": asdict(context.limits),
         "bodies": {body.__name__: body.model_json_schema() for body in protocol.bodies},
+        **({"modalities": [_modality(each) for each in config.modalities]} if config.modalities else {}),
+    }
+
+
+def _modality(modality: ModalityConfig) -> dict[str, Any]:
+    return {
+        "name": modality.name,
+        "kind": modality.kind,
+        "channels": modality.channels,
+        "shapes": [size_name(size) for size in modality.sizes.sizes],
     }
 
 

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: text and images in, text and images out, in the order in which the model makes them.
+"""/v1/chat/completions: text, images and sounds in and out, in the order in which the model makes them.
 
 Models of this project continue documents. So a chat is one document: what its messages say in their order, a new line
 before each that is no answer.
@@ -15,12 +15,13 @@ from uuid import uuid4
 from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from transfusion.generate import Done, ImageDone, ImagePreview, Part, Request, TextDelta
+from transfusion.generate import Done, ImageDone, ImagePreview, MediaDone, Part, Request, TextDelta
 from transfusion.generate.request import joined
 from transfusion.generate.settings import AnswerSettings
+from transfusion.sequence.sizes import IMAGE
 from transfusion.serve.endpoints.context import Context, new_seed, read_json
-from transfusion.serve.endpoints.media import data_url, encode
-from transfusion.serve.endpoints.protocol import ChatBody, ImagePart, Message, TextPart
+from transfusion.serve.endpoints.media import data_url, encode, encode_media
+from transfusion.serve.endpoints.protocol import AudioPart, ChatBody, ImagePart, Message, TextPart
 from transfusion.serve.endpoints.stream import EventStream, sse, watched
 from transfusion.serve.worker import Answers
 
@@ -46,7 +47,7 @@ async def _prompt(context: Context, messages: Sequence[Message]) -> list[Part]:
     """The messages as one document."""
     parts = [message.all_parts() for message in messages]
     flat = [part for each in parts for part in each]
-    context.check_images(sum(isinstance(part, ImagePart) for part in flat))
+    context.check_images(sum(not isinstance(part, TextPart) for part in flat))
     context.pipeline.check_letters(part.text for part in flat if isinstance(part, TextPart))
     prompt: list[Part] = []
     for number, (message, each) in enumerate(zip(messages, parts, strict=True)):
@@ -54,8 +55,13 @@ async def _prompt(context: Context, messages: Sequence[Message]) -> list[Part]:
         for part in each:
             if isinstance(part, ImagePart):
                 said.append(
-                    await context.images.read_url(part.image_url.url, f"the image of message {number}")
+                    await context.media.read_url(part.image_url.url, f"the image of message {number}")
                 )
+            elif isinstance(part, AudioPart):
+                # The body has none for a model without sounds.
+                assert context.sound is not None
+                name = f"the sound of message {number}"
+                said.append(await context.media.read_base64(part.input_audio.data, context.sound, name))
             else:
                 said = joined(said, [part.text])
         prompt = joined(prompt, said, "" if message.role == "assistant" else "\n")
@@ -64,12 +70,15 @@ async def _prompt(context: Context, messages: Sequence[Message]) -> list[Part]:
 
 def _requests(context: Context, body: ChatBody, prompt: list[Part], seed: int) -> list[Request]:
     drawing = body.image_config.image_settings(context.sizes)
-    if body.modalities == ["image"]:
-        first = context.pipeline.image_request(prompt, seed=seed, **drawing)
+    named = {"image": IMAGE, "audio": context.sound}
+    drawn = [name for asked in body.modalities if (name := named.get(asked)) is not None]
+    if drawn and len(body.modalities) == 1:
+        first = context.pipeline.image_request(prompt, modality=drawn[0], seed=seed, **drawing)
     else:
         settings: AnswerSettings = {
             **drawing,
-            "max_images": body.max_images if "image" in body.modalities else 0,
+            "modalities": drawn or [IMAGE],
+            "max_images": body.max_images if drawn else 0,
             "max_tokens": body.max_completion_tokens or body.max_tokens,
             "temperature": body.temperature,
             "top_p": body.top_p,
@@ -114,6 +123,7 @@ class _Choice:
     stops: _StopTexts
     previews: int = 0
     parts: list[dict[str, Any]] = field(default_factory=list)
+    audio: dict[str, Any] = field(default_factory=dict)
     finish: str = ""
 
 
@@ -137,10 +147,13 @@ class _Chat:
                 else:
                     choice.parts.append({"type": "text", "text": text})
             choice.parts += delta.get("images", [])
+            if audio := delta.get("audio"):
+                choice.audio = choice.audio or audio
+                choice.parts.append(_sound(audio["data"]))
         choices = [
             {
                 "index": number,
-                "message": _message(choice.parts),
+                "message": _message(choice),
                 "finish_reason": choice.finish,
                 "logprobs": None,
             }
@@ -192,6 +205,8 @@ class _Chat:
                 choice.previews = 0
                 image = _image(await encode(event.pixels, recipe=event.recipe), event.index)
                 yield number, {"images": [{**image, "seed": event.seed}]}
+            elif isinstance(event, MediaDone):
+                yield number, {"audio": await self._audio(event)}
             elif isinstance(event, Done):
                 self._ended.append(event)
                 choice.finish = _FINISH[event.reason]
@@ -204,6 +219,17 @@ class _Chat:
             "created": self._created,
             "model": self._context.name,
             "seed": self._seed,
+        }
+
+    async def _audio(self, event: MediaDone) -> dict[str, Any]:
+        """A sound as OpenAI has it. Nothing is stored, so its id leads nowhere. What was said is not known."""
+        _, encoded = await encode_media(event.media, self._context.pipeline.config)
+        return {
+            "id": f"audio-{uuid4().hex}",
+            "data": encoded,
+            "expires_at": self._created,
+            "transcript": "",
+            "seed": event.seed,
         }
 
     def _usage(self) -> dict[str, Any]:
@@ -221,13 +247,17 @@ def _image(encoded: str, index: int) -> dict[str, Any]:
     return {"type": "image_url", "index": index, "image_url": {"url": data_url(encoded)}}
 
 
-def _message(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """A message whose text and images clients find by their usual names, and in their order under `parts`."""
-    texts = [part["text"] for part in parts if part["type"] == "text"]
-    images = [part for part in parts if part["type"] == "image_url"]
+def _sound(encoded: str) -> dict[str, Any]:
+    return {"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}}
+
+
+def _message(choice: _Choice) -> dict[str, Any]:
+    """A message whose text, images and first sound clients find by their usual names, and all of it under `parts`."""
+    texts = [part["text"] for part in choice.parts if part["type"] == "text"]
     return {
         "role": "assistant",
-        "content": "".join(texts) if texts or not images else None,
-        "images": images,
-        "parts": parts,
+        "content": "".join(texts) if texts or not choice.parts else None,
+        "images": [part for part in choice.parts if part["type"] == "image_url"],
+        **({"audio": choice.audio} if choice.audio else {}),
+        "parts": choice.parts,
     }

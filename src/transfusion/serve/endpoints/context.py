@@ -15,9 +15,10 @@ from pydantic_core import ErrorDetails, from_json, to_json
 
 from transfusion.errors import UserError, shown
 from transfusion.generate import Pipeline, Request
+from transfusion.generate.request import size as media_size
 from transfusion.generate.settings import check_seeds
-from transfusion.sequence.sizes import Size
-from transfusion.serve.endpoints.media import ImageReader
+from transfusion.sequence.sizes import IMAGE, Size
+from transfusion.serve.endpoints.media import MediaReader
 from transfusion.serve.endpoints.protocol import Protocol
 from transfusion.serve.errors import ApiError, MediaTypeError, UnknownModelError
 from transfusion.serve.limits import Limits
@@ -42,7 +43,7 @@ class Context:
         protocol: What they may hold.
         worker: Who answers them.
         metrics: What is counted.
-        images: Who reads their images.
+        media: Who reads their images and other media.
         logs_prompts: Whether prompts may stand in the log.
     """
 
@@ -53,7 +54,7 @@ class Context:
     protocol: Protocol
     worker: Worker
     metrics: Metrics
-    images: ImageReader
+    media: MediaReader
     logs_prompts: bool = False
 
     @property
@@ -70,7 +71,17 @@ class Context:
     @property
     def sizes(self) -> list[Size]:
         """Of the model's images."""
-        return list(self.pipeline.runner.sizes.sizes)
+        return self.sizes_of(IMAGE)
+
+    def sizes_of(self, modality: str) -> list[Size]:
+        """Of images, or of another modality."""
+        return [size for size in self.pipeline.runner.sizes.all if size.modality == modality]
+
+    @property
+    def sound(self) -> str | None:
+        """The modality of the sounds of a chat."""
+        modalities = self.pipeline.config.modalities
+        return next((modality.name for modality in modalities if modality.kind == "mel"), None)
 
     def check_model(self, name: str | None) -> None:
         """Raise UnknownModelError for a name that is not that of the model."""
@@ -80,9 +91,11 @@ class Context:
             )
 
     def check_images(self, count: int) -> None:
-        """Raise TooManyImagesError for more images in a prompt than may be."""
+        """Raise ApiError for more images and other media in a prompt than may be."""
         if count > self.limits.prompt_images:
-            raise ApiError(f"a prompt of {count} images; this server takes {self.limits.prompt_images}")
+            raise ApiError(
+                f"a prompt of {count} images or other media; this server takes {self.limits.prompt_images}"
+            )
 
     def numbered(self, first: Request, count: int, previews: int) -> list[Request]:
         """A request so many times, of its seed, the next and so on. previews: of each image, or some more."""
@@ -112,7 +125,8 @@ class Context:
         """
         requests = await anyio.to_thread.run_sync(make)
         if self.logs_prompts:
-            texts = [part if isinstance(part, str) else "[image]" for part in requests[0].prompt]
+            parts = requests[0].prompt
+            texts = [part if isinstance(part, str) else f"[{media_size(part).modality}]" for part in parts]
             logger.info("prompt: %s", shown(" ".join(texts)))
         return await self.worker.submit(requests)
 

@@ -45,7 +45,7 @@ async def edits(context: Context, request: HttpRequest) -> Response:
     if not files:
         raise ApiError("image: send at least one image, as a file", param="image")
     context.check_images(len(files))
-    pixels = [await context.images.read(file, f"image {number}") for number, file in enumerate(files)]
+    pixels = [await context.media.read(file, f"image {number}") for number, file in enumerate(files)]
     size = Size(*pixels[0].shape[1:])
     return await _answer(context, request, body, [*pixels, body.prompt], size, "image_edit")
 

@@ -7,14 +7,22 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
-from torch import Tensor
 
-from transfusion.generate import Done, Event, ImageDone, ImagePreview, ImageStart, Part, Request, TextDelta
-from transfusion.generate.request import joined
-from transfusion.sequence.sizes import Size
+from transfusion.generate import (
+    Done,
+    Event,
+    ImageDone,
+    ImagePreview,
+    ImageStart,
+    MediaDone,
+    Part,
+    Request,
+    TextDelta,
+)
+from transfusion.generate.request import joined, media, size
 from transfusion.serve.endpoints.context import Context, read_json
-from transfusion.serve.endpoints.media import encode, size_name
-from transfusion.serve.endpoints.protocol import GenerateBody, PromptImage
+from transfusion.serve.endpoints.media import encode, encode_media, size_name
+from transfusion.serve.endpoints.protocol import GenerateBody, PromptImage, PromptMedia
 from transfusion.serve.endpoints.stream import EventStream, sse
 from transfusion.serve.worker import Answers
 
@@ -24,13 +32,15 @@ async def generate(context: Context, request: HttpRequest) -> Response:
     body = await read_json(context, request, context.protocol.generate)
     prompt = await _parts(context, body.prompt)
     answers = await context.submit(lambda: [_request(context, body, prompt)])
-    return EventStream(answers, _pieces(answers), context.metrics)
+    return EventStream(answers, _pieces(context, answers), context.metrics)
 
 
 def _request(context: Context, body: GenerateBody, prompt: list[Part]) -> Request:
     pipeline, asked = context.pipeline, {"seed": body.seed, "preview_every": body.preview_every}
     if body.draws:
-        return pipeline.image_request(prompt, **asked, **body.image_settings(context.sizes))
+        (modality,) = body.holds
+        settings = body.image_settings(context.sizes_of(modality))
+        return pipeline.image_request(prompt, modality=modality, **asked, **settings)
     return pipeline.request(prompt, **asked, **body.answer_settings(context.sizes))
 
 
@@ -39,7 +49,7 @@ async def inspect(context: Context, request: HttpRequest) -> Response:
     body = await read_json(context, request, context.protocol.inspect)
     parts = await _parts(context, body.document)
     found = await context.worker.call(lambda: context.pipeline.inspect(parts))
-    layout = found.layout
+    layout, sizes = found.layout, context.pipeline.runner.sizes
     return JSONResponse(
         {
             "tokens": layout.token_ids_S.tolist(),
@@ -48,21 +58,14 @@ async def inspect(context: Context, request: HttpRequest) -> Response:
             "positions": layout.position_SA.tolist(),
             "sees_before": layout.end_key_S.tolist(),
             "images": [
-                {"first": first, "patches": patches, "columns": _columns(context, part)}
-                for (first, patches), part in zip(
-                    layout.images, [part for part in parts if isinstance(part, Tensor)], strict=True
-                )
+                {"first": first, "patches": patches, "columns": sizes.grid(size(part))[1]}
+                for (first, patches), part in zip(layout.images, media(parts), strict=True)
             ],
         }
     )
 
 
-def _columns(context: Context, image: Tensor) -> int:
-    """Patches in a line of an image."""
-    return context.pipeline.runner.sizes.grid(Size(*image.shape[1:]))[1]
-
-
-async def _parts(context: Context, prompt: str | list[str | PromptImage]) -> list[Part]:
+async def _parts(context: Context, prompt: str | list[str | PromptImage | PromptMedia]) -> list[Part]:
     if isinstance(prompt, str):
         return [prompt]
     context.check_images(sum(not isinstance(part, str) for part in prompt))
@@ -71,24 +74,26 @@ async def _parts(context: Context, prompt: str | list[str | PromptImage]) -> lis
     for part in prompt:
         if isinstance(part, str):
             parts = joined(parts, [part])
+        elif isinstance(part, PromptMedia):
+            name = f"{part.modality} {len(parts)} of the prompt"
+            parts.append(await context.media.read_media_url(part.media, part.modality, name))
         else:
-            parts.append(await context.images.read_url(part.image, f"image {len(parts)} of the prompt"))
+            parts.append(await context.media.read_url(part.image, f"image {len(parts)} of the prompt"))
     return parts
 
 
-async def _pieces(answers: Answers) -> AsyncIterator[bytes]:
+async def _pieces(context: Context, answers: Answers) -> AsyncIterator[bytes]:
     async for _, event in answers:
-        name, data = await _record(event)
+        name, data = await _record(context, event)
         yield sse(data, name)
 
 
-async def _record(event: Event) -> tuple[str, dict[str, Any]]:
-    """The name of an event and what it holds. Images are base64 of PNG files."""
+async def _record(context: Context, event: Event) -> tuple[str, dict[str, Any]]:
+    """The name of an event and what it holds. Images are base64 of PNG files, and other media of files of their own."""
     if isinstance(event, TextDelta):
         return "text", {"text": event.text}
     if isinstance(event, ImageStart):
-        size = size_name(event.size)
-        return "image_start", {"index": event.index, "size": size, "steps": event.steps}
+        return "image_start", {"index": event.index, "size": size_name(event.size), "steps": event.steps}
     if isinstance(event, ImagePreview):
         encoded = await encode(event.pixels)
         return "image_preview", {"index": event.index, "step": event.step, "png": encoded}
@@ -96,6 +101,10 @@ async def _record(event: Event) -> tuple[str, dict[str, Any]]:
         encoded = await encode(event.pixels, recipe=event.recipe)
         recipe = event.recipe.as_dict()
         return "image", {"index": event.index, "seed": event.seed, "png": encoded, "recipe": recipe}
+    if isinstance(event, MediaDone):
+        kind, encoded = await encode_media(event.media, context.pipeline.config)
+        about = {"index": event.index, "modality": event.media.modality, "seed": event.seed}
+        return "media", {**about, "media_type": kind, "data": encoded}
     assert isinstance(event, Done)
     usage = {"prompt_positions": event.prompt_positions, "tokens": event.tokens, "images": event.images}
     return "done", {"reason": event.reason, "usage": usage}

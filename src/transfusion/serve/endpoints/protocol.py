@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     create_model,
     model_validator,
 )
@@ -22,7 +24,7 @@ from pydantic import (
 from transfusion.config import Config
 from transfusion.config.objectives import SAMPLERS
 from transfusion.generate.settings import AnswerSettings, ImageSettings
-from transfusion.sequence.sizes import Size
+from transfusion.sequence.sizes import IMAGE, Size
 from transfusion.serve.endpoints.media import OutputFormat, size_name, size_of
 from transfusion.serve.limits import MAX_PARTIAL_IMAGES, Limits
 from transfusion.tokens import MAX_SAMPLING_SEED
@@ -34,6 +36,8 @@ MAX_PARTS = 1024
 Seed = Annotated[int, Field(ge=0, le=MAX_SAMPLING_SEED)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Body = TypeVar("Body", bound=BaseModel)
+# By the name of a field: its narrower type, with bounds and a default.
+Allowed = Mapping[str, tuple[Any, dict[str, Any]]]
 
 
 class _Strict(BaseModel):
@@ -145,8 +149,27 @@ class ImagePart(_Tolerant):
     image_url: ImageUrl
 
 
-MessagePart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-Parts = Annotated[list[MessagePart], Field(max_length=MAX_PARTS)]
+class InputAudio(_Tolerant):
+    """A sound of a message."""
+
+    data: Text = Field(description="base64 of a WAV or FLAC file")
+    format: Literal["wav", "flac"] = Field(description="of the file")
+
+
+class AudioPart(_Tolerant):
+    """A sound of a message."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+_SilentParts = Annotated[
+    list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=MAX_PARTS)
+]
+Parts = Annotated[
+    list[Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]],
+    Field(max_length=MAX_PARTS),
+]
 
 
 class Message(_Tolerant):
@@ -161,8 +184,8 @@ class Message(_Tolerant):
         None, description="of an answer without parts: images behind its content"
     )
 
-    def all_parts(self) -> list[TextPart | ImagePart]:
-        """Its texts and images in their order."""
+    def all_parts(self) -> list[TextPart | ImagePart | AudioPart]:
+        """Its texts, images and sounds in their order."""
         if self.parts is not None:
             return list(self.parts)
         content = self.content or []
@@ -194,10 +217,10 @@ class ChatBody(_Ignored):
         min_length=1, max_length=MAX_PARTS, description="what was said, in its order"
     )
     model: Text | None = Field(None, description="the name of the model that is served")
-    modalities: list[Literal["text", "image"]] = Field(
+    modalities: list[Literal["text", "image", "audio"]] = Field(
         ["text", "image"],
         min_length=1,
-        max_length=2,
+        max_length=3,
         description="what the answer may hold. image alone: one image follows at once",
     )
     image_config: ImageConfig = Field(ImageConfig(), description="how images are drawn")
@@ -254,13 +277,35 @@ class ChatBody(_Ignored):
         return self
 
 
+class AudioOutput(_Tolerant):
+    """Of the sounds of an answer."""
+
+    format: Literal["wav"] = Field("wav", description="of the files")
+
+
+class SoundingChatBody(ChatBody):
+    """POST /v1/chat/completions of a model that has sounds."""
+
+    audio: AudioOutput | None = Field(None, description="of the sounds of an answer. No voice can be chosen")
+
+
 class PromptImage(_Strict):
     """An image of a native prompt."""
 
     image: Text = Field(description="data:image/png;base64,... No other URL is fetched")
 
 
-Prompt = Text | Annotated[list[Text | PromptImage], Field(max_length=MAX_PARTS)]
+class PromptMedia(_Strict):
+    """A sound or an array of a native prompt."""
+
+    media: Text = Field(
+        description="data:audio/wav;base64,... of a WAV or FLAC file, data:application/octet-stream;base64,... of a"
+        " NumPy file. No other URL is fetched"
+    )
+    modality: Text = Field(description="which of the model's modalities it is of")
+
+
+Prompt = Text | Annotated[list[Text | PromptImage | PromptMedia], Field(max_length=MAX_PARTS)]
 
 
 class InspectBody(_Strict):
@@ -286,6 +331,11 @@ class GenerateBody(_Drawing):
     steps: int = Field(25, description="sampler steps of an image")
     size: str = Field("auto", description="WIDTHxHEIGHT, one of the model's sizes. auto: the model's choice")
 
+    @property
+    def holds(self) -> list[str]:
+        """What the answer may hold beside text. With `draws` it is one."""
+        return [IMAGE]
+
     def image_settings(self, sizes: list[Size]) -> ImageSettings:
         """As `Pipeline` takes them."""
         return self._settings(sizes, self.steps, self.guidance)
@@ -294,11 +344,33 @@ class GenerateBody(_Drawing):
         """As `Pipeline` takes them."""
         return {
             **self.image_settings(sizes),
+            "modalities": self.holds,
             "max_tokens": self.max_tokens,
             "max_images": self.max_images,
             "temperature": self.temperature,
             "top_p": self.top_p,
         }
+
+
+class MediaGenerateBody(GenerateBody):
+    """POST /v1/generate of a model with further modalities. With `draws` the names are those of `image_request`."""
+
+    modalities: list[Text] = Field(
+        [IMAGE],
+        min_length=1,
+        description="what the answer may hold beside text. With draws one of them, which follows the prompt at once",
+    )
+
+    @property
+    def holds(self) -> list[str]:
+        """What the answer may hold beside text. With `draws` it is one."""
+        return self.modalities
+
+    @model_validator(mode="after")
+    def _draws_one(self) -> MediaGenerateBody:
+        if self.draws and len(self.modalities) > 1:
+            raise ValueError("draws takes one of the modalities; name it alone")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +404,7 @@ class Protocol:
         guided = config.data.caption_dropout > 0
         guidance = {"ge": 0.0, "le": 100.0} if guided else {"ge": 1.0, "le": 1.0}
         default = 3.0 if guided else 1.0
-        allowed: dict[str, tuple[Any, dict[str, Any]]] = {
+        allowed: Allowed = {
             "size": (Literal[("auto", *sizes)], {}),
             "sampler": (Literal[tuple(samplers)], {}),
             "num_inference_steps": (int, {"ge": 1, "le": steps, "default": min(25, steps)}),
@@ -345,20 +417,72 @@ class Protocol:
             "max_completion_tokens": (int, {"ge": 1, "le": tokens}),
         }
         image_config = _narrowed(ImageConfig, allowed)
+        of_chat: Allowed = {**allowed, "image_config": (image_config, {"default": image_config()})}
+        prompt = _prompt(config)
         return cls(
             _narrowed(ImagesBody, allowed),
             _narrowed(EditsBody, allowed),
-            _narrowed(ChatBody, {**allowed, "image_config": (image_config, {"default": image_config()})}),
-            _narrowed(GenerateBody, allowed),
-            InspectBody,
+            _chat(config, of_chat),
+            _generate(config, {**allowed, "prompt": (prompt, {})}),
+            _narrowed(InspectBody, {"document": (prompt, {})}),
         )
 
 
-def _narrowed(model: type[Body], allowed: Mapping[str, tuple[Any, dict[str, Any]]]) -> type[Body]:
-    """The model with fields of narrower types. A field that may be None still may."""
+def _chat(config: Config, allowed: Allowed) -> type[ChatBody]:
+    """With sounds where the model has some."""
+    if any(each.kind == "mel" for each in config.modalities):
+        return _narrowed(SoundingChatBody, allowed, ChatBody.__name__)
+    message = _narrowed(Message, {"content": (Text | _SilentParts, {}), "parts": (_SilentParts, {})})
+    silent: Allowed = {
+        "messages": (list[message], {"min_length": 1, "max_length": MAX_PARTS}),  # type: ignore[valid-type]
+        "modalities": (list[Literal["text", "image"]], {"min_length": 1, "max_length": 2}),
+    }
+    return _narrowed(ChatBody, {**allowed, **silent})
+
+
+def _generate(config: Config, allowed: Allowed) -> type[GenerateBody]:
+    """With further modalities where the model has some."""
+    others = config.modalities
+    if not others:
+        return _narrowed(GenerateBody, allowed)
+    names = (IMAGE, *(each.name for each in others))
+    sizes = [size_name(size) for size in config.media_sizes.all]
+    objectives = (config.diffusion, *(each.diffusion for each in others))
+    samplers = [sampler for each in objectives for sampler in SAMPLERS[each.prediction]]
+    more: Allowed = {
+        "modalities": (list[Literal[names]], {"min_length": 1}),  # type: ignore[valid-type]
+        "size": (Literal[("auto", *dict.fromkeys(sizes))], {}),
+        "sampler": (Literal[("auto", *dict.fromkeys(samplers))], {}),
+    }
+    return _narrowed(MediaGenerateBody, {**allowed, **more}, GenerateBody.__name__)
+
+
+def _prompt(config: Config) -> Any:
+    """A text or its parts. Each is checked as what it seems to be, so that an error has its names."""
+    if not config.modalities:
+        return Text | Annotated[list[Text | PromptImage], Field(max_length=MAX_PARTS)]
+    names = tuple(each.name for each in config.modalities)
+    media = _narrowed(PromptMedia, {"modality": (Literal[names], {})})
+    part = (
+        Annotated[Text, Tag("a text")]
+        | Annotated[PromptImage, Tag("an image")]
+        | Annotated[media, Tag("more")]  # type: ignore[valid-type]
+    )
+    parts = list[Annotated[part, Discriminator(_seeming)]]
+    return Text | Annotated[parts, Field(max_length=MAX_PARTS)]
+
+
+def _seeming(part: Any) -> str:
+    if isinstance(part, str):
+        return "a text"
+    return "more" if isinstance(part, dict) and "media" in part else "an image"
+
+
+def _narrowed(model: type[Body], allowed: Allowed, name: str = "") -> type[Body]:
+    """The model with fields of narrower types, by its own name or another. A field that may be None still may."""
     fields: dict[str, Any] = {}
-    for name, (kind, changes) in allowed.items():
-        field = model.model_fields.get(name)
+    for field_name, (kind, changes) in allowed.items():
+        field = model.model_fields.get(field_name)
         if field is None:
             continue
         bounds = {key: value for key, value in changes.items() if key != "default"}
@@ -366,5 +490,5 @@ def _narrowed(model: type[Body], allowed: Mapping[str, tuple[Any, dict[str, Any]
         default = changes.get("default", field.default)
         if field.default is None:
             narrow, default = narrow | None, None
-        fields[name] = (narrow, Field(default, description=field.description))
-    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **fields)
+        fields[field_name] = (narrow, Field(default, description=field.description))
+    return create_model(name or model.__name__, __base__=model, __doc__=model.__doc__, **fields)

@@ -1,9 +1,9 @@
 // The settings, made from the server's own schema: what it does not take, no control can ask for.
 
-import { $, element } from "./dom.js";
+import { $, element, readableName } from "./dom.js";
 
 const GROUPS = {
-  "": ["seed"],
+  "": ["seed", "modalities"],
   Images: ["steps", "guidance", "size", "negative_prompt", "sampler", "guidance_interval", "guidance_rescale"],
   Text: ["max_tokens", "max_images", "temperature", "top_p"],
 };
@@ -30,7 +30,8 @@ export class Controls {
     const id = `setting-${name}`;
     const help = element("p", { class: "help", id: `${id}-help` }, sentence(field.description));
     if (name === "seed") return element("div", { class: "control" }, ...this.seed(id, field), help);
-    const label = element("label", { for: id }, readable(name));
+    if (field.items?.enum) return this.choices(name, field, help);
+    const label = element("label", { for: id }, readableName(name));
     const shared = { id, "aria-describedby": help.id };
     let input;
     if (field.enum) {
@@ -72,11 +73,29 @@ export class Controls {
     return input;
   }
 
+  // Some of several, and at least one.
+  choices(name, field, help) {
+    const inputs = field.items.enum.map((value) => element("input", { type: "checkbox", value }));
+    const keepOne = (event) => inputs.some((input) => input.checked) || (event.target.checked = true);
+    inputs.forEach((input) => input.addEventListener("change", keepOne));
+    this.bind(
+      name,
+      () => inputs.filter((input) => input.checked).map((input) => input.value),
+      (values) => inputs.forEach((input) => (input.checked = values.includes(input.value))),
+    );
+    this.writers[name](this.usual(name));
+    const labels = inputs.map((input) => element("label", { class: "check" }, input, element("span", {}, readableName(input.value))));
+    return element(
+      "div", { class: "control", role: "group", "aria-label": readableName(name), "aria-describedby": help.id },
+      element("span", { class: "label" }, readableName(name)), ...labels, help,
+    );
+  }
+
   interval(name, field, id, help) {
     const inputs = field.default.map((value, place) =>
       element("input", {
         type: "number", min: "0", max: "1", step: "0.05", id: place ? `${id}-${place}` : id,
-        "aria-describedby": help.id, "aria-label": `${readable(name)}, ${place ? "high" : "low"}`,
+        "aria-describedby": help.id, "aria-label": `${readableName(name)}, ${place ? "high" : "low"}`,
       }),
     );
     this.bind(
@@ -86,8 +105,8 @@ export class Controls {
     );
     this.writers[name](field.default);
     return element(
-      "div", { class: "control", role: "group", "aria-label": readable(name) },
-      element("span", { class: "label" }, readable(name)), element("div", { class: "pair" }, ...inputs), help,
+      "div", { class: "control", role: "group", "aria-label": readableName(name) },
+      element("span", { class: "label" }, readableName(name)), element("div", { class: "pair" }, ...inputs), help,
     );
   }
 
@@ -122,15 +141,20 @@ export class Controls {
     if (this.renews.checked) this.writers.seed(newSeed());
   }
 
+  // What people expect: an answer may hold whatever the model has.
+  usual(name) {
+    return name === "modalities" ? this.fields[name].items.enum : this.fields[name].default;
+  }
+
   // Settings of a former request: what it does not name is as usual.
   restore(body) {
-    for (const [name, write] of Object.entries(this.writers)) write(body[name] ?? this.fields[name].default);
+    for (const [name, write] of Object.entries(this.writers)) write(body[name] ?? this.usual(name));
     this.renews.checked = false;
   }
 
   reset() {
     for (const [name, write] of Object.entries(this.writers)) {
-      write(name === "seed" ? newSeed() : this.fields[name].default);
+      write(name === "seed" ? newSeed() : this.usual(name));
     }
     this.renews.checked = true;
   }
@@ -146,11 +170,6 @@ function bounds(name, field) {
 
 function newSeed() {
   return Math.floor(Math.random() * SEED_LIMIT);
-}
-
-function readable(name) {
-  const words = name.replaceAll("_", " ");
-  return words[0].toUpperCase() + words.slice(1);
 }
 
 function sentence(text) {

@@ -36,4 +36,9 @@ export async function copyText(text) {
   area.remove();
 }
 
+export function readableName(name) {
+  const words = name.replaceAll("_", " ");
+  return words[0].toUpperCase() + words.slice(1);
+}
+
 export const pngUrl = (base64) => `data:image/png;base64,${base64}`;

@@ -2,7 +2,8 @@
 
 import { getSchema } from "./api.js";
 import { Controls } from "./controls.js";
-import { $, element, quietButton, say } from "./dom.js";
+import { $, element, quietButton, readableName, say } from "./dom.js";
+import { RATE, picture, readable } from "./media.js";
 import { Past } from "./past.js";
 import { openSequence } from "./sequence.js";
 import { Turn } from "./turn.js";
@@ -10,11 +11,14 @@ import { Turn } from "./turn.js";
 const KINDS = ["image/png", "image/jpeg", "image/webp"];
 // A preview is sent at least so often in the making of an image.
 const PREVIEWS = 12;
+// Before the name of a modality: an answer that is one of it.
+const DRAWN = "draws ";
 const THUMBNAIL = 64;
 
 let schema;
 let controls;
 let past;
+// Parts of the prompt that are no text.
 let attached = [];
 // The prompt of a former request, and how it is shown, until it is changed.
 let restored = null;
@@ -29,9 +33,9 @@ async function start() {
   }
   document.title = `${schema.model} \u00b7 Transfusion`;
   $("model").textContent = schema.model;
-  const sizes = schema.sizes.map((size) => size.replace("x", " \u00d7 ")).join(", ");
-  $("facts").textContent = `images of ${sizes} \u00b7 sequences of ${schema.sequence_length.toLocaleString()} tokens and patches`;
+  $("facts").textContent = facts().join(" \u00b7 ");
   controls = new Controls(schema);
+  offerModalities();
   past = new Past(restore);
   $("reset-settings").addEventListener("click", () => controls.reset());
   $("examples").replaceChildren(...schema.examples.map((text) => element("li", {}, quietButton(text, () => ask(text)))));
@@ -45,6 +49,35 @@ async function start() {
   PANELS.forEach(panel);
   document.querySelector("main").addEventListener("pointerdown", () => PANELS.forEach(close));
   document.addEventListener("keydown", leaveOnEscape);
+}
+
+function facts() {
+  const sizes = schema.sizes.map((size) => size.replace("x", " \u00d7 ")).join(", ");
+  const others = modalities().map(({ name, kind, shapes }) => {
+    const most = Math.max(...shapes.map((shape) => Number(shape.split("x")[0])));
+    return kind === "mel" ? `${name} of up to ${Number((most / RATE).toPrecision(2))} s` : name;
+  });
+  return [`images of ${sizes}`, ...others, `sequences of ${schema.sequence_length.toLocaleString()} tokens and patches`];
+}
+
+// Beside text and images, as the server names them.
+const modalities = () => schema.modalities ?? [];
+const sound = () => modalities().find(({ kind }) => kind === "mel")?.name;
+const arrays = () => modalities().filter(({ kind }) => kind === "latents").map(({ name }) => name);
+
+// What a model has beside text and images can be drawn, and files of it be added.
+function offerModalities() {
+  if (!modalities().length) return;
+  $("both").textContent = "Text and media";
+  $("text-alone").before(
+    ...modalities().map(({ name }) =>
+      element("label", {}, element("input", { type: "radio", name: "mode", value: DRAWN + name }), element("span", {}, readableName(name))),
+    ),
+  );
+  const names = modalities().map(({ name }) => name);
+  $("kinds").textContent = `${["Text", "images", ...names.slice(0, -1)].join(", ")} and ${names.at(-1)}, from one model`;
+  $("add").textContent = "Add a file";
+  $("file").accept += (sound() ? ",audio/*" : "") + (arrays().length ? ",.npy" : "");
 }
 
 // Asking
@@ -66,17 +99,20 @@ function submit(event) {
   fit();
   attached = [];
   showAttached();
+  $("unread").hidden = true;
 }
 
 function ask(text) {
   controls.renewSeed();
-  const asked = [...attached.map((image) => ({ image })), ...(text ? [text] : [])];
+  const asked = [...attached, ...(text ? [text] : [])];
   const isRestored = restored?.shown === shownPrompt(text);
   const prompt = $("whole-thread").checked ? joined([...thread(), "\n", ...asked]) : isRestored ? restored.parts : asked;
   const body = { prompt: prompt.length === 1 && typeof prompt[0] === "string" ? prompt[0] : prompt, ...controls.values() };
-  if (mode() === "image") body.draws = true;
+  if (mode() !== "both") delete body.modalities;
   if (mode() === "text") body.max_images = 0;
-  run(body, text || "An image");
+  else if (mode() !== "both") body.draws = true;
+  if (mode().startsWith(DRAWN)) body.modalities = [mode().slice(DRAWN.length)];
+  run(body, text || (attached[0].image ? "An image" : readableName(attached[0].modality)));
 }
 
 const shownPrompt = (text) => JSON.stringify([text, attached, $("whole-thread").checked]);
@@ -157,36 +193,56 @@ function leaveOnEscape(event) {
 // A former request, to be sent again or changed.
 function restore({ body }) {
   const parts = Array.isArray(body.prompt) ? body.prompt : [body.prompt];
-  attached = parts.filter((part) => typeof part !== "string").map((part) => part.image);
+  attached = parts.filter((part) => typeof part !== "string");
   $("prompt").value = parts.filter((part) => typeof part === "string").join("");
-  document.querySelector(`input[name=mode][value=${body.draws ? "image" : body.max_images === 0 ? "text" : "both"}]`).checked = true;
+  const drawn = body.modalities ? DRAWN + body.modalities[0] : "image";
+  const asked = body.draws ? drawn : body.max_images === 0 ? "text" : "both";
+  document.querySelector(`input[name=mode][value="${asked}"]`).checked = true;
   $("whole-thread").checked = false;
   // Texts and images keep their order, which the composer does not show.
   restored = { parts, shown: shownPrompt($("prompt").value.trim()) };
-  controls.restore(body.max_images === 0 ? { ...body, max_images: undefined } : body);
+  const { max_images, modalities: held = ["image"], ...others } = body;
+  controls.restore({ ...others, max_images: max_images || undefined, modalities: asked === "both" ? held : undefined });
   showAttached();
   fit();
   close("history");
   $("prompt").focus();
 }
 
-// Images of the prompt
+// Files of the prompt
 
-function attach(url) {
-  attached.push(url);
+function attach(part) {
+  attached.push(part);
   showAttached();
   $("prompt").focus();
 }
 
 async function addFiles(files) {
+  const unread = [];
   for (const file of files) {
     try {
-      attach(KINDS.includes(file.type) ? await read(file) : await converted(file));
+      attach(await partOf(file));
     } catch {
-      say(`${file.name} is no image that this browser can read.`);
+      unread.push(file.name);
     }
   }
+  $("unread").hidden = !unread.length;
+  $("unread").textContent = `Neither this browser nor this model reads ${unread.join(", ")}.`;
   $("file").value = "";
+}
+
+async function partOf(file) {
+  if (sound() && file.type.startsWith("audio/")) return { media: await readable(await read(file)), modality: sound() };
+  const array = file.name.endsWith(".npy") && arrayOf(file.name);
+  if (array) return { media: await read(new Blob([file], { type: "application/octet-stream" })), modality: array };
+  return { image: KINDS.includes(file.type) ? await read(file) : await converted(file) };
+}
+
+// The name KEY.MODALITY.npy tells whose it is. Where one modality alone has arrays, any name will do.
+function arrayOf(file) {
+  const known = arrays();
+  const named = file.split(".").at(-2);
+  return known.includes(named) ? named : known.length === 1 ? known[0] : null;
 }
 
 function read(file) {
@@ -219,15 +275,15 @@ function drawn(image, width, height) {
 
 function showAttached() {
   $("attached").replaceChildren(
-    ...attached.map((url, place) => {
+    ...attached.map((part, place) => {
       const remove = () => {
         attached.splice(place, 1);
         showAttached();
         $("prompt").focus();
       };
-      const name = `Image ${place + 1} of the prompt`;
+      const name = `${part.image ? "Image" : readableName(part.modality)} ${place + 1} of the prompt`;
       return element(
-        "li", {}, element("img", { src: url, alt: name, class: "pixels" }),
+        "li", {}, part.image ? element("img", { src: part.image, alt: name, class: "pixels" }) : picture(part),
         element("button", { type: "button", "aria-label": `Remove: ${name}`, onclick: remove }, "\u00d7"),
       );
     }),

@@ -1,14 +1,17 @@
 // A document as the model sees it: tokens coloured by their loss, images by their patches, and the mask.
 
 import { inspect } from "./api.js";
-import { $, element } from "./dom.js";
+import { $, element, readableName } from "./dom.js";
+import { picture } from "./media.js";
 
 // Nats at which a token is coloured most.
 const MOST_NATS = 6;
 
 export async function openSequence(document) {
   const found = await inspect(document);
-  const view = new View(found, document.filter((part) => typeof part !== "string"));
+  const media = document.filter((part) => typeof part !== "string");
+  const blocks = found.images.map((image, place) => ({ ...image, part: media[place], kind: media[place].modality ?? "image" }));
+  const view = new View({ ...found, blocks });
   $("sequence").showModal();
   view.choose(0);
 }
@@ -16,38 +19,42 @@ export async function openSequence(document) {
 const count = (number, one, several = `${one}s`) => `${number} ${number === 1 ? one : several}`;
 
 class View {
-  constructor(found, images) {
+  // blocks: of patches, each with its part of the document.
+  constructor(found) {
     Object.assign(this, found);
     this.colours = getComputedStyle($("sequence"));
     this.options = [];
     this.facts();
-    this.show(images);
+    this.show();
     this.drawMask();
   }
 
   facts() {
     const told = this.nats.filter((nat) => nat !== null);
     const mean = told.reduce((sum, nat) => sum + nat, 0) / Math.max(told.length, 1);
-    const patches = this.images.reduce((sum, image) => sum + image.patches, 0);
+    const patches = this.blocks.reduce((sum, block) => sum + block.patches, 0);
+    const others = [...new Set(this.blocks.map(({ kind }) => kind))].filter((kind) => kind !== "image");
+    const number = (kind) => this.blocks.filter((block) => block.kind === kind).length;
+    const kinds = [count(number("image"), "image"), ...others.map((kind) => `${number(kind)} of ${kind}`)];
     const loss = told.length ? `, ${mean.toFixed(2)} nats a token, perplexity ${Math.exp(mean).toFixed(1)}` : "";
     $("sequence-facts").textContent =
       `${count(this.tokens.length - patches, "token")}, ${count(patches, "patch", "patches")} of ` +
-      `${count(this.images.length, "image")}${loss}. The more colour a token has, the less it was foreseen.`;
+      `${kinds.join(", ")}${loss}. The more colour a token has, the less it was foreseen.`;
   }
 
-  // One option for each token, and one for each image, whose patches follow with the arrow keys.
-  show(images) {
+  // One option for each token, and one for each image or other block, whose patches follow with the arrow keys.
+  show() {
     const root = $("tokens");
-    const starts = new Map(this.images.map((image, place) => [image.first, { ...image, url: images[place].image }]));
+    const starts = new Map(this.blocks.map((block) => [block.first, block]));
     root.replaceChildren();
     for (let position = 0; position < this.tokens.length; position += 1) {
-      const image = starts.get(position);
-      const option = image ? this.image(image) : this.token(position);
+      const block = starts.get(position);
+      const option = block ? this.block(block) : this.token(position);
       option.tabIndex = -1;
       option.addEventListener("click", () => this.choose(position, true));
       option.addEventListener("mouseenter", () => this.choose(position));
       root.append(option);
-      const covered = image ? image.patches : 1;
+      const covered = block ? block.patches : 1;
       for (let each = 0; each < covered; each += 1) this.options[position + each] = option;
       position += covered - 1;
     }
@@ -63,10 +70,10 @@ class View {
     return option;
   }
 
-  image({ url, patches, columns }) {
-    const name = `Image of ${patches} patches, ${columns} in a line`;
-    const picture = element("img", { src: url, alt: name, class: "pixels" });
-    return element("span", { role: "option", "aria-selected": "false", class: "patches", "aria-label": name }, picture);
+  block({ part, kind, patches, columns }) {
+    const name = `${readableName(kind)} of ${count(patches, "patch", "patches")}, ${columns} in a line`;
+    const seen = part.image ? element("img", { src: part.image, alt: name, class: "pixels" }) : picture(part);
+    return element("span", { role: "option", "aria-selected": "false", class: "patches", "aria-label": name }, seen);
   }
 
   move(event) {
@@ -95,7 +102,8 @@ class View {
     const loss = nats === null ? "" : `, ${nats.toFixed(2)} nats, probability ${(100 * Math.exp(-nats)).toPrecision(3)} %`;
     const ahead = this.sees_before[position] - position - 1;
     const before = position ? "all before it" : "itself alone";
-    const after = ahead > 0 ? `, and ${count(ahead, "patch", "patches")} of its image after it` : "";
+    const mine = this.blocks.find(({ first, patches }) => position >= first && position < first + patches);
+    const after = ahead > 0 ? `, and ${count(ahead, "patch", "patches")} of its ${mine.kind} after it` : "";
     return `Position ${position}: ${name}${loss}. It sees ${before}${after}.`;
   }
 

@@ -2,30 +2,32 @@
 
 import { generate } from "./api.js";
 import { asCommand, asCurl, asPython } from "./copying.js";
-import { copyText, element, pngUrl, quietButton, say } from "./dom.js";
+import { copyText, element, pngUrl, quietButton, readableName, say } from "./dom.js";
+import { extent, shown, suffix } from "./media.js";
 
 const REASONS = { tokens: "at the maximum of tokens", length: "where the model\u2019s sequence is full", cancelled: "when the server stopped" };
 // Smaller images are enlarged, pixel by pixel.
 const SMALL = 160;
 
 export class Turn {
-  // actions: inspect(document), use(dataUrl), replay(turn), finished(turn), and the schema: fields and sizes.
+  // actions: inspect(document), use(part), replay(turn), finished(turn), and the schema: fields and sizes.
   constructor(body, title, actions) {
     Object.assign(this, { body, title, actions, parts: [], figures: [], recipes: [] });
     this.abort = new AbortController();
     this.answer = element("div", { class: "answer" });
     this.under = element("div", { class: "under" });
-    this.article = element("article", { class: body.draws ? "turn draws" : "turn", "aria-busy": "true", "aria-label": title }, this.asked(), this.answer, this.under);
+    const showsSteps = body.draws && !body.modalities;
+    this.article = element("article", { class: showsSteps ? "turn draws" : "turn", "aria-busy": "true", "aria-label": title }, this.asked(), this.answer, this.under);
   }
 
   asked() {
     const given = Array.isArray(this.body.prompt) ? this.body.prompt : [this.body.prompt];
-    const shown = given.filter((part) => part !== "").map((part, place) =>
-      typeof part === "string"
-        ? element("span", {}, part)
-        : element("img", { src: part.image, alt: `Image ${place + 1} of the prompt`, class: "pixels" }),
-    );
-    return element("div", { class: "asked" }, ...shown);
+    const parts = given.filter((part) => part !== "").map((part, place) => {
+      if (typeof part === "string") return element("span", {}, part);
+      if (part.media) return shown(part, `${readableName(part.modality)} ${place + 1} of the prompt`);
+      return element("img", { src: part.image, alt: `Image ${place + 1} of the prompt`, class: "pixels" });
+    });
+    return element("div", { class: "asked" }, ...parts);
   }
 
   async run(expected = null) {
@@ -54,6 +56,7 @@ export class Turn {
     if (name === "image_start") this.beginImage(data);
     if (name === "image_preview") this.showPreview(data);
     if (name === "image") this.endImage(data);
+    if (name === "media") this.addMedia(data);
     if (name === "done") this.done = data;
   }
 
@@ -103,8 +106,21 @@ export class Turn {
     caption.replaceChildren(
       element("span", {}, `${size.replace("x", " \u00d7 ")}, ${steps} steps`),
       element("a", { class: "quiet button", href: url, download: `transfusion-${seed}.png` }, "Download"),
-      quietButton("Use in a prompt", () => this.actions.use(url)),
+      quietButton("Use in a prompt", () => this.actions.use({ image: url })),
     );
+  }
+
+  addMedia({ index, modality, seed, media_type, data }) {
+    const part = { media: `data:${media_type};base64,${data}`, modality };
+    const name = `${readableName(modality)} ${index + 1} of the answer to: ${this.title}`;
+    const file = `transfusion-${seed}.${modality}.${suffix(part)}`;
+    const caption = element(
+      "figcaption", {}, element("span", {}, `${modality}, ${extent(part)}`),
+      element("a", { class: "quiet button", href: part.media, download: file }, "Download"),
+      quietButton("Use in a prompt", () => this.actions.use(part)),
+    );
+    this.parts.push(part);
+    this.answer.append(element("figure", {}, shown(part, name), caption));
   }
 
   finish(seconds, expected) {
@@ -123,7 +139,9 @@ export class Turn {
       quietButton("As the model sees it", () => this.actions.inspect(this.document())),
     );
     const images = this.parts.filter((part) => part?.image).length;
-    say(this.done ? `The answer is complete: ${images} images, ${usage.tokens} tokens.` : "Stopped.");
+    const media = this.parts.filter((part) => part?.media).map((part) => part.modality);
+    const kinds = [...new Set(media)].map((kind) => `, ${media.filter((each) => each === kind).length} of ${kind}`);
+    say(this.done ? `The answer is complete: ${images} images${kinds.join("")}, ${usage.tokens} tokens.` : "Stopped.");
   }
 
   // Images that are not finished are no longer being made.
@@ -142,9 +160,9 @@ export class Turn {
     );
   }
 
-  // Whether this answer is another, image for image and letter for letter.
+  // Whether this answer is another, image for image, sound for sound and letter for letter.
   equals(other) {
-    const seen = (turn) => JSON.stringify([turn.parts.filter((part) => typeof part === "string"), turn.recipes.map((recipe) => recipe?.pixels)]);
+    const seen = (turn) => JSON.stringify([turn.parts.filter((part) => !part?.image), turn.recipes.map((recipe) => recipe?.pixels)]);
     return seen(this) === seen(other);
   }
 
