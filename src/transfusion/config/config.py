@@ -71,7 +71,7 @@ class Config(Section):
 
     def warnings(self) -> list[str]:
         """What can be trained but hardly learns, one line each with its remedy."""
-        return [*self._narrow_patches(), *self._untrained_text()]
+        return [*self._narrow_patches(), *self._narrow_arrays(), *self._untrained_text()]
 
     def _untrained_text(self) -> Iterator[str]:
         if self.train.freeze and not self.train.init_from:
@@ -91,6 +91,17 @@ class Config(Section):
             f" diffusion.prediction=x, which asks for the image alone, model.hidden_size={values} or more, a smaller"
             " model.patch_size, or model.patch_embed=unet"
         )
+
+    def _narrow_arrays(self) -> Iterator[str]:
+        """As of images, of further modalities."""
+        width = self.model.hidden_size
+        for each in self.modalities:
+            if each.patch_values > width and each.diffusion.prediction != "x":
+                yield (
+                    f"a patch of modalities.{each.name} has {each.patch_values} values, more than model.hidden_size"
+                    f" {width} can carry, so even its noise is lost; set its diffusion.prediction=x, a smaller patch,"
+                    f" or model.hidden_size={each.patch_values} or more"
+                )
 
     @model_validator(mode="before")
     @classmethod

@@ -236,6 +236,14 @@ def test_the_operations_of_its_patches_are_its_own(config: Make, tokenizer: Toke
     assert model.of(batches(made, tokenizer, 1)).exact.products > 0
 
 
+def test_a_patch_wider_than_the_network_is_warned_of(config: Make) -> None:
+    wide = SOUND | {"shapes": ["1x48"], "patch": "1x24"}
+    (told,) = config(modalities=[wide]).warnings()
+    assert "modalities.sound has 72 values, more than model.hidden_size 32 can carry" in told
+    assert config(modalities=[wide | {"diffusion": {"prediction": "x"}}]).warnings() == []
+    assert config().warnings() == []
+
+
 def test_recipes_of_texts_and_images_are_as_before(config: Make) -> None:
     made = Recipe.of(
         Request(prompt=["one"], image=ImageSampling(size=Size(8, 16))),
