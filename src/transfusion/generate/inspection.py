@@ -15,6 +15,7 @@ from transfusion.inference.cache import pages_for
 from transfusion.inference.runner import ModelRunner
 from transfusion.schema import SpecialToken
 from transfusion.sequence.layout import Layout
+from transfusion.sequence.sizes import IMAGE, MediaSizes
 from transfusion.sequence.tokenizer import Tokenizer
 from transfusion.tokens import CONTROL_PIECES
 
@@ -30,7 +31,8 @@ class Inspection:
 
     Attributes:
         layout: Tokens, positions and bounds of the document, without an end.
-        texts: Of each position, its piece of text, the name of its control token, or "" for a patch.
+        texts: Of each position, its piece of text, the name of its control token, or "" for a patch. What begins an
+            array is named for its modality.
         nats: Of each position, minus the log-probability of its token behind those before. None for what is not
             predicted as text: the beginning, patches, and the end of an image.
     """
@@ -58,15 +60,14 @@ def inspect(parts: Sequence[Part], runner: ModelRunner, tokenizer: Tokenizer) ->
         None,
         *(None if token in _UNPREDICTED else nat for token, nat in zip(ids[1:], found, strict=True)),
     ]
-    return Inspection(layout, _texts(ids, tokenizer), nats)
+    return Inspection(layout, _texts(ids, runner.sizes, tokenizer), nats)
 
 
-def _texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+def _texts(ids: Sequence[int], sizes: MediaSizes, tokenizer: Tokenizer) -> list[str]:
     pieces = tokenizer.pieces([min(token, tokenizer.vocabulary - 1) for token in ids])
     named = {int(token): name for token, name in CONTROL_PIECES.items()} | {int(SpecialToken.PATCH): ""}
-    # Ids beyond the vocabulary begin images of further sizes.
-    begin = CONTROL_PIECES[SpecialToken.BEGIN_IMAGE]
-    return [
-        begin if token >= tokenizer.vocabulary else named.get(token, piece)
-        for token, piece in zip(ids, pieces, strict=True)
-    ]
+    # Ids beyond the vocabulary begin images of further sizes, and arrays of other modalities.
+    for token, size in sizes.size_by_begin_token.items():
+        begin = CONTROL_PIECES[SpecialToken.BEGIN_IMAGE]
+        named[token] = begin if size.modality == IMAGE else f"<{size.modality}>"
+    return [named.get(token, piece) for token, piece in zip(ids, pieces, strict=True)]

@@ -737,6 +737,8 @@ class Pipeline:
 
     def _check_request(self, request: Request) -> None:
         self._check_modalities(request.modalities)
+        if not request.modalities:
+            raise UserError("modalities names none; for text alone set max_images=0")
         check_at_least(1, max_tokens=request.max_tokens)
         check_at_least(0, max_images=request.max_images)
         for seed in (request.text.seed, request.image.seed):

@@ -71,6 +71,10 @@ def test_prompts_hold_it_and_what_they_hold_counts(pipeline: Pipeline) -> None:
     assert scores[0].log_likelihood != scores[1].log_likelihood
     drawn = [pipeline.sample([[each, "grey"]], steps=2, guidance=1.0)[0].pixels for each in (HEARD, other)]
     assert not torch.equal(*drawn)
+    # And a sound behind an image.
+    shades = [torch.full((1, 8, 8), shade, dtype=torch.uint8) for shade in (10, 200)]
+    said = [pipeline.sample_media("sound", [[each]], steps=2, guidance=1.0)[0].values for each in shades]
+    assert not torch.equal(*said)
 
 
 def test_an_answer_begins_it_where_it_may(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +110,7 @@ def test_an_answer_begins_it_where_it_may(pipeline: Pipeline, monkeypatch: pytes
     [
         (lambda p: p.sample_media("video", ["x"]), "has no modality 'video'; choose image or sound"),
         (lambda p: p.generate([["x"]], modalities=["video"]), "has no modality 'video'"),
+        (lambda p: p.generate([["x"]], modalities=[]), "for text alone set max_images=0"),
         (lambda p: p.sample_media("sound", ["x"], size=(1, 12)), "size sound 1x12 is none"),
         (lambda p: p.sample_media("sound", ["x"], sampler="ddim"), "choose euler or heun or dpmpp_2m"),
         (
@@ -127,7 +132,9 @@ def test_what_cannot_be_is_told(pipeline: Pipeline, call: Callable[[Pipeline], o
 
 def test_documents_of_three_modalities_are_laid_out_as_in_training(pipeline: Pipeline) -> None:
     image = torch.zeros(1, 8, 8, dtype=torch.uint8)
-    layout = pipeline.inspect([image, "low", HEARD]).layout
+    found = pipeline.inspect([image, "low", HEARD])
+    layout = found.layout
+    assert found.texts[1] == "<BOI>" and "<sound>" in found.texts
     assert [patches for _, patches in layout.images] == [4, 2]
     first, patches = layout.images[1]
     assert (layout.end_key_S[first : first + patches] == first + patches).all()
