@@ -47,6 +47,12 @@ def single_images(
             yield document.key, torch.as_tensor(images[0].values_CHW), caption
 
 
+def sources_of_the_same_name(config: Config) -> list[SourceConfig]:
+    """The training sources of what is measured: those with a name of a validation source. Where none has one, all."""
+    measured = {source.name for source in config.data.validation}
+    return [source for source in config.data.sources if source.name in measured] or config.data.sources
+
+
 def captioned_images(
     config: Config, tokenizer: Tokenizer, *, validation: bool
 ) -> tuple[list[Tensor], list[str]]:

@@ -17,7 +17,7 @@ from transfusion.config import SourceConfig
 from transfusion.config.objectives import PredictionName
 from transfusion.data.prepare.digits import DIGIT_WORDS, digit_in_caption
 from transfusion.errors import UserError
-from transfusion.evaluate.captioned_images import single_images
+from transfusion.evaluate.captioned_images import single_images, sources_of_the_same_name
 from transfusion.evaluate.metrics.bootstrap import mean_interval
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
@@ -31,6 +31,8 @@ Labels = NDArray[np.int64]
 
 # For flow and x the only one without a second call a step.
 SAMPLER: dict[PredictionName, str] = {"epsilon": "ddpm", "v": "ddpm", "flow": "euler", "x": "euler"}
+# Of a digit as `transfusion prepare digits` stores it, 8 x 8 and grey.
+_STORED_VALUES = 64
 GENERATION_BAR, DIVERSITY_BAR, CAPTION_BAR = 0.95, 0.5, 0.90
 
 
@@ -39,7 +41,7 @@ def digits(pipeline: Pipeline, out: Path, settings: DigitsSuite) -> dict[str, Me
 
     Leaves evidence under OUT/evaluation: generated/ (images, index.jsonl), validation/ (images), captions.jsonl.
     """
-    train_pixels, train_labels, _ = _images(pipeline, pipeline.config.data.sources)
+    train_pixels, train_labels, _ = _images(pipeline, sources_of_the_same_name(pipeline.config))
     test_pixels, test_labels, test_values = _images(pipeline, pipeline.config.data.validation)
     size = Size(*test_values.shape[2:])
     drawn = _generation(pipeline, out, settings, size, train_pixels, train_labels, test_pixels, test_labels)
@@ -58,7 +60,9 @@ def _generation(
 ) -> dict[str, Metric]:
     from sklearn.svm import SVC
 
-    classifier = SVC(gamma=0.2).fit(train, train_labels)
+    # In larger digits, or in colour, each value stands several times, and distances are as much larger.
+    gamma = 0.2 * _STORED_VALUES / train.shape[1]
+    classifier = SVC(gamma=gamma).fit(train, train_labels)
     prompts = [f"a handwritten {word}" for word in DIGIT_WORDS]
     drawing = Drawing.of(settings, pipeline)
     if not settings.sampler:
@@ -89,8 +93,8 @@ def _generation(
             count=len(right),
             interval=mean_interval(right.tolist()),
             threshold=GENERATION_BAR,
-            how=f"SVC(gamma=0.2), trained on {len(train)} real images, reads {settings.count} samples of {classes}; "
-            f"{drawing}",
+            how=f"SVC(gamma={gamma:.2g}), trained on {len(train)} real images, reads {settings.count} samples of"
+            f" {classes}; {drawing}",
         ),
         "classifier_accuracy_on_real": Metric(
             value=float((classifier.predict(test) == test_labels).mean()),

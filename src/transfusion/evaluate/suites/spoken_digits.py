@@ -21,6 +21,7 @@ from transfusion.data.loading.validation import documents
 from transfusion.data.prepare.digits import DIGIT_WORDS, digit_in_caption
 from transfusion.data.sounds.files import as_wav
 from transfusion.errors import UserError
+from transfusion.evaluate.captioned_images import sources_of_the_same_name
 from transfusion.evaluate.metrics.bootstrap import mean_interval
 from transfusion.evaluate.metrics.metric import Metric
 from transfusion.evaluate.progress_lines import ProgressLines
@@ -46,7 +47,7 @@ def spoken_digits(pipeline: Pipeline, out: Path, settings: SpokenDigitsSuite) ->
         raise UserError(
             "the suite spoken_digits is for models with a modality sound of kind mel; choose another suite"
         )
-    train, train_labels = _sounds(pipeline, pipeline.config.data.sources)
+    train, train_labels = _sounds(pipeline, sources_of_the_same_name(pipeline.config))
     test, test_labels = _sounds(pipeline, pipeline.config.data.validation)
     metrics = _transcriptions(pipeline, out, settings, test, test_labels)
     return metrics | _generation(pipeline, out, settings, train, train_labels, test, test_labels)
