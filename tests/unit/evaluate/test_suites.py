@@ -254,6 +254,20 @@ def test_digits_are_drawn_at_the_size_of_the_digits_where_a_model_has_another_fi
         run(model, ["digits"], tmp_path / "out")
 
 
+def test_digits_are_judged_by_digits_and_not_by_all_that_names_a_number(
+    open_model: Open, tmp_path: Path
+) -> None:
+    digits = source(write_pairs(tmp_path / "digits", [f"a handwritten {word}" for word in DIGIT_WORDS] * 2))
+    clocks = source(write_pairs(tmp_path / "clocks", ["two-thirty", "a clock face"] * 5)) | {"name": "clocks"}
+    model = open_model({"sources": [clocks, digits], "validation": [digits]})
+    metrics = run(model, ["digits"], tmp_path / "out", "digits.count=2")
+    assert "trained on 20 real images" in metrics["generation_accuracy"].how
+    other = digits | {"name": "other"}
+    model = open_model({"sources": [clocks, digits], "validation": [other]})
+    metrics = run(model, ["digits"], tmp_path / "out", "digits.count=2")
+    assert "trained on 25 real images" in metrics["generation_accuracy"].how
+
+
 def test_whoever_waits_is_told_at_the_beginning_and_every_ten_seconds() -> None:
     told: list[str] = []
     now = [0.0]
