@@ -15,6 +15,7 @@ from transfusion.config import Config
 from transfusion.data.shards.webdataset import write_shards
 from transfusion.families.build import build_model
 from transfusion.model.initialise import initialise
+from transfusion.sequence.sizes import Size
 from transfusion.sequence.tokenizer import Tokenizer, train_tokenizer
 
 sys.path.append(str(Path(__file__).parent))
@@ -68,5 +69,22 @@ def untrained(tokenizer: Tokenizer) -> Callable[[Config], Pipeline]:
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
                 parameter.add_(noise * 0.05)
         return Pipeline(network.eval(), tokenizer, config, "cpu")
+
+    return made
+
+
+@pytest.fixture
+def begins(monkeypatch: pytest.MonkeyPatch) -> Callable[[Pipeline, Size], None]:
+    """Makes what begins an array of a size the likeliest token, whatever the model would say."""
+
+    def made(pipeline: Pipeline, size: Size) -> None:
+        begin, logits = pipeline.runner.sizes.begin_token(size), pipeline.runner.logits
+
+        def louder(state_RD: torch.Tensor) -> torch.Tensor:
+            found = logits(state_RD)
+            found[:, begin] += 100.0
+            return found
+
+        monkeypatch.setattr(pipeline.runner, "logits", louder)
 
     return made

@@ -77,17 +77,10 @@ def test_prompts_hold_it_and_what_they_hold_counts(pipeline: Pipeline) -> None:
     assert not torch.equal(*said)
 
 
-def test_an_answer_begins_it_where_it_may(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the model would say, the token of the long sound is made the likeliest."""
-    begin = pipeline.runner.sizes.begin_token(LONG)
-    logits = pipeline.runner.logits
-
-    def louder(state_RD: torch.Tensor) -> torch.Tensor:
-        found = logits(state_RD)
-        found[:, begin] += 100.0
-        return found
-
-    monkeypatch.setattr(pipeline.runner, "logits", louder)
+def test_an_answer_begins_it_where_it_may(
+    pipeline: Pipeline, begins: Callable[[Pipeline, Size], None]
+) -> None:
+    begins(pipeline, LONG)
     settings: dict[str, Any] = {"max_tokens": 4, "max_images": 2, "steps": 2}
     (silent,) = pipeline.generate([["a low sound"]], **settings)
     assert all(isinstance(part, str) for part in silent)

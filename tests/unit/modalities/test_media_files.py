@@ -20,6 +20,7 @@ from transfusion.config import Config
 from transfusion.errors import UserError
 from transfusion.generate import Media
 from transfusion.generate.media_files import as_file, read_media
+from transfusion.sequence.sizes import Size
 
 soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed (extra: audio)")
 pytest.importorskip("soxr", reason="soxr is not installed (extra: audio)")
@@ -108,6 +109,7 @@ def test_a_model_without_the_modality_says_so(config: Callable[..., Config]) -> 
 
 def test_the_commands_draw_read_and_answer_with_them(
     pipeline: Pipeline,
+    begins: Callable[[Pipeline, Size], None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -142,15 +144,7 @@ def test_the_commands_draw_read_and_answer_with_them(
     code, told, _ = call("caption", "m", "--json", "out/0000.wav", "--max-tokens", 3)
     assert code == 0 and set(json.loads(told)) == {"image", "caption"}
 
-    begin = pipeline.runner.sizes.begin_token(pipeline.runner.sizes.first_of("speech"))
-    logits = pipeline.runner.logits
-
-    def louder(state_RD: torch.Tensor) -> torch.Tensor:
-        found = logits(state_RD)
-        found[:, begin] += 100.0
-        return found
-
-    monkeypatch.setattr(pipeline.runner, "logits", louder)
+    begins(pipeline, pipeline.runner.sizes.first_of("speech"))
     asked = ("--modality", "speech", "--max-tokens", 2, "--max-images", 1, "--steps", 2)
     code, told, _ = call("generate", "m", "@out/0000.wav", "is low", "--json", *asked)
     events = [json.loads(line) for line in told.splitlines()]
